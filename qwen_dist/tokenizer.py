@@ -56,11 +56,12 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self.stop_ids = stop_ids
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        added = backend.get_added_tokens_decoder()
+        self.vocab_size = max([backend.get_vocab_size(with_added_tokens=False), *(id + 1 for id in added)])
         self._backend = backend
         self._chat_templates = chat_templates
         self._template_tokens = template_tokens
-        self._special_ids = frozenset(id for id, token in backend.get_added_tokens_decoder().items() if token.special)
+        self._special_ids = frozenset(id for id, token in added.items() if token.special)
 
     @classmethod
     def from_directory(cls, path: str | os.PathLike[str]) -> "Tokenizer":

@@ -1,0 +1,272 @@
+"""Requests in, answers out: every form of line, every broken line, and a disk that is full."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen_dist.batch.jsonl import BadRecord, Record, ResultWriter, error_line, read_records, result_line
+from qwen_dist.errors import UserError
+
+MESSAGES = [{"role": "user", "content": "Hi 😀"}]
+
+
+def read(tmp_path: Path, *lines: object) -> list[Record | BadRecord]:
+    """The records of a file with these lines: bytes as they are, the rest as JSON."""
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines))
+    return list(read_records(path))
+
+
+def read_one(tmp_path: Path, line: object) -> Record | BadRecord:
+    (record,) = read(tmp_path, line)
+    return record
+
+
+def openai(custom_id: str = "c", **body: object) -> dict:
+    body = {"model": "qwen", "messages": MESSAGES, **body}
+    return {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
+
+
+def test_the_three_kinds_of_line(tmp_path):
+    assert read(tmp_path, {"id": "a", "prompt": "Hi"}, {"id": 7, "messages": MESSAGES}, openai("c")) == [
+        Record("a", 1, "plain", {}, prompt="Hi"),
+        Record(7, 2, "plain", {}, messages=MESSAGES),
+        Record("c", 3, "openai", {}, messages=MESSAGES, model="qwen"),
+    ]
+
+
+def test_bom_blank_lines_crlf_and_missing_ids(tmp_path):
+    records = read(
+        tmp_path, b'\xef\xbb\xbf{"prompt": "a"}\r', b"", b"  \r", b'{"prompt"', b'{"prompt": "\xe6\x97\xa5"}'
+    )
+    assert records[0] == Record("line-1", 1, "plain", {}, prompt="a")
+    assert (records[1].id, records[1].line_number) == ("line-4", 4)
+    assert records[2] == Record("line-5", 5, "plain", {}, prompt="日")
+
+
+def test_plain_parameters(tmp_path):
+    params = {
+        "temperature": 0,
+        "top_p": 0.5,
+        "top_k": 20,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "seed": -3,
+        "max_new_tokens": 5,
+        "logprobs": 0,
+    }
+    record = read_one(tmp_path, {"prompt": "x", "stop": "\n", **params})
+    assert record.params == {**params, "stop": ["\n"]}
+    assert read_one(tmp_path, {"prompt": "x", "stop": ["a", "b"], "seed": None}).params == {"stop": ["a", "b"]}
+
+
+def test_openai_parameters(tmp_path):
+    body = {"max_tokens": 5, "max_completion_tokens": 5, "temperature": 0.7, "stop": "x", "seed": 1, "top_k": 3}
+    expected = {"max_new_tokens": 5, "temperature": 0.7, "stop": ["x"], "seed": 1, "top_k": 3}
+    assert read_one(tmp_path, openai(**body)).params == expected
+    assert read_one(tmp_path, openai(logprobs=True)).params == {"logprobs": 0}
+    assert read_one(tmp_path, openai(logprobs=True, top_logprobs=4)).params == {"logprobs": 4}
+    assert read_one(tmp_path, openai(logprobs=False, top_logprobs=None)).params == {}
+
+
+def test_openai_parameters_that_ask_for_nothing_are_accepted(tmp_path):
+    harmless = {"user": "u", "metadata": {"k": "v"}, "store": True, "service_tier": "auto"}
+    neutral = {"stream": False, "n": 1, "frequency_penalty": 0.0, "logit_bias": {}, "tools": None}
+    assert read_one(tmp_path, openai(**harmless, **neutral)).params == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"id": "a", "prompt": ', r"not JSON: .* \(column 22\)"),
+        (b'{"id": "a", "prompt": "\xff"}', r"not UTF-8 \(byte 24\)"),
+        (b'{"prompt": "\\ud83d"}', "half of a surrogate pair"),
+        (b'{"prompt": "a", "temperature": NaN}', "NaN is not a JSON number"),
+        (b'{"prompt": "a", "temperature": 1e999}', "temperature must be a number; got inf"),
+        (b'{"prompt": "a", "temperature": 1' + b"0" * 400 + b"}", "temperature must be a number; got 10"),
+        (b'{"prompt": "a", "seed": ' + b"1" * 5000 + b"}", "not usable JSON"),
+        (b"[" * 100_000, "not usable JSON"),
+        (["prompt"], "must be a JSON object"),
+        ({"id": "a"}, "either prompt or messages"),
+        ({"prompt": "a", "messages": MESSAGES}, "either prompt or messages"),
+        ({"prompt": 3}, "prompt must be a string; got 3"),
+        ({"messages": []}, "messages must be a non-empty list"),
+        ({"messages": ["hi"]}, "messages must be a non-empty list"),
+        ({"id": True, "prompt": "a"}, "id must be a non-empty string or a whole number; got True"),
+        ({"id": "", "prompt": "a"}, "id must be"),
+        ({"prompt": "a", "temprature": 1}, "unknown temprature; allowed are id, prompt, messages, max_new_tokens,"),
+        ({"prompt": "a", "top_k": 1.5, "seed": "x"}, "top_k must be a whole number; got 1.5; seed must be"),
+        ({"prompt": "a", "temperature": True}, "temperature must be a number; got True"),
+        ({"prompt": "a", "stop": ["a", ""]}, "stop must be a non-empty string or a list"),
+        ({"prompt": "a", "logprobs": True}, "logprobs must be a whole number"),
+        ({"custom_id": "c"}, 'body must be an object with "messages"; got None'),
+        (openai() | {"method": "GET", "url": "/v1/embeddings"}, "method must be POST; got 'GET'; url must be /v1/chat"),
+        (openai() | {"priority": 1}, "unknown priority; allowed are custom_id"),
+        (openai(messages="hi"), "messages must be"),
+        (openai(model=3), "model must be a string; got 3"),
+        (openai(frequency_penalty=0.5, n=2, stream=True), "leave out: frequency_penalty, n, stream"),
+        (openai(temprature=1), "leave out: temprature"),
+        (openai(max_tokens=1, max_completion_tokens=2), "max_completion_tokens is 2, but .* says 1"),
+        (openai(max_tokens="1"), "max_tokens must be a whole number; got '1'"),
+        (openai(max_new_tokens=1), "leave out: max_new_tokens"),
+        (openai(logprobs=3), "logprobs must be true or false"),
+        (openai(top_logprobs=3), "top_logprobs needs logprobs: true"),
+        (openai(logprobs=True, top_logprobs=-1), "top_logprobs must be a whole number"),
+    ],
+)
+def test_a_bad_line_is_a_bad_record_and_the_run_goes_on(tmp_path, line, message):
+    bad, good = read(tmp_path, line, {"id": "next", "prompt": "x"})
+    assert isinstance(bad, BadRecord)
+    assert re.search(message, bad.message), bad.message
+    assert len(bad.message) < 400
+    assert good == Record("next", 2, "plain", {}, prompt="x")
+
+
+def test_a_bad_record_keeps_its_id_and_form(tmp_path):
+    bad = read(tmp_path, {"id": "a", "prompt": 3}, openai("c", n=2), b"{", {"id": [], "prompt": "x"})
+    assert [(record.id, record.line_number, record.form) for record in bad] == [
+        ("a", 1, "plain"),
+        ("c", 2, "openai"),
+        ("line-3", 3, "openai"),  # in the form of the line before
+        ("line-4", 4, "plain"),
+    ]
+
+
+def test_duplicate_ids(tmp_path):
+    first, second, other, implied = read(
+        tmp_path,
+        {"id": "line-4", "prompt": "x"},
+        {"id": "line-4", "prompt": "y"},
+        {"id": 1, "prompt": "x"},
+        {"prompt": "z"},
+    )
+    assert isinstance(first, Record) and isinstance(other, Record)
+    assert isinstance(second, BadRecord) and "'line-4' is already that of an earlier line" in second.message
+    assert isinstance(implied, BadRecord) and implied.id == "line-4"
+
+
+@given(st.binary(max_size=60))
+def test_no_bytes_stop_the_reading(tmp_path_factory, line):
+    path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
+    path.write_bytes(line + b'\n{"id": "last", "prompt": "x"}')
+    assert list(read_records(path))[-1].id == "last"
+
+
+def test_lines_are_read_as_they_are_asked_for():
+    read_end, write_end = os.pipe()
+    os.write(write_end, b'{"prompt": "x"}\n')
+    records = read_records(f"/dev/fd/{read_end}")
+    os.close(write_end)
+    assert next(records).prompt == "x"
+    assert next(records, None) is None
+    os.close(read_end)
+
+
+def test_an_input_that_is_not_there_is_an_error_at_once(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read the input .*nothing: No such file"):
+        read_records(tmp_path / "nothing")
+
+
+def test_plain_lines_out():
+    record = Record(7, 3, "plain", {}, prompt="x")
+    usage = {"prompt_tokens": 4, "completion_tokens": 2}
+    expected = {"id": 7, "text": "Hi", "finish_reason": "stop", "usage": usage}
+    assert result_line(record, "Hi", "stop", 4, 2) == expected
+    logprobs = [{"token": "Hi", "logprob": -0.5, "bytes": [72, 105], "top_logprobs": []}]
+    assert result_line(record, "Hi", "stop", 4, 2, logprobs) == expected | {"logprobs": logprobs}
+    assert error_line(record, "too long", "prompt_too_long") == {
+        "id": 7,
+        "error": {"code": "prompt_too_long", "message": "too long", "line": 3},
+    }
+
+
+def test_openai_lines_out():
+    record = Record("c", 3, "openai", {}, messages=MESSAGES, model="qwen")
+    logprobs = [{"token": "Hi", "logprob": -0.5, "bytes": [72, 105], "top_logprobs": []}]
+    line = result_line(record, "Hi", "length", 4, 2, logprobs)
+    assert (line["custom_id"], line["error"], line["response"]["status_code"]) == ("c", None, 200)
+    body = line["response"]["body"]
+    assert (body["object"], body["model"]) == ("chat.completion", "qwen")
+    assert body["usage"] == {"prompt_tokens": 4, "completion_tokens": 2, "total_tokens": 6}
+    (choice,) = body["choices"]
+    assert choice["message"] == {"role": "assistant", "content": "Hi", "refusal": None}
+    assert (choice["index"], choice["finish_reason"], choice["logprobs"]["content"]) == (0, "length", logprobs)
+
+    failed = error_line(BadRecord("c", 3, "openai", "no"), "no")
+    assert (failed["custom_id"], failed["response"]["status_code"]) == ("c", 400)
+    assert failed["error"] == {"code": "invalid_request", "message": "no", "line": 3}
+    assert failed["response"]["body"]["error"]["message"] == "no"
+    assert line["id"] == failed["id"] == "batch_req_3"
+
+
+def test_writer_writes_each_line_at_once(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with ResultWriter(path) as writer:
+        writer.write({"text": "日\n\u2028"})
+        assert path.read_bytes() == '{"text": "日\\n\u2028"}\n'.encode()
+        writer.write({"id": "\ud83d"})
+    assert [json.loads(line) for line in path.read_bytes().splitlines()] == [{"text": "日\n\u2028"}, {"id": "\ud83d"}]
+
+
+def test_writer_overwrites_results_only_when_told(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_text("old\n")
+    with pytest.raises(UserError, match="holds results already"):
+        ResultWriter(path)
+    assert path.read_text() == "old\n"
+    with ResultWriter(path, overwrite=True) as writer:
+        writer.write({"a": 1})
+    assert path.read_text() == '{"a": 1}\n'
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    ResultWriter(empty).close()
+
+
+@pytest.mark.parametrize("name", ["", "missing/out.jsonl"])
+def test_writer_says_where_it_cannot_write(tmp_path, name):
+    with pytest.raises(UserError, match="cannot write the output"):
+        ResultWriter(tmp_path / name)
+
+
+def test_full_device():
+    with ResultWriter("/dev/full") as writer, pytest.raises(UserError, match=r"No space left on device; .* 0 results"):
+        writer.write({"a": 1})
+
+
+FILE_LIMIT = """
+import resource, sys
+from qwen_dist.batch.jsonl import ResultWriter
+from qwen_dist.errors import UserError
+
+writer = ResultWriter(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+try:
+    for number in range(100):
+        writer.write({"id": number, "text": "x" * 20})
+except UserError as error:
+    print(error)
+writer.close()
+"""
+
+
+def test_a_file_that_can_grow_no_more_keeps_whole_lines(tmp_path):
+    path = tmp_path / "out.jsonl"
+    # Python ignores SIGXFSZ, so the write at the limit is cut short and the next one fails, as on a full disk.
+    done = subprocess.run([sys.executable, "-c", FILE_LIMIT, path], capture_output=True, text=True, check=True)
+    assert "File too large; it holds the 2 results before, whole: make room" in done.stdout
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == [0, 1]
+    assert path.read_text().endswith("}\n")
+
+
+def test_importing_the_records_imports_no_jax():
+    code = (
+        "import sys, qwen_dist.batch.jsonl, qwen_dist.tokenizer as _; sys.exit(bool({'jax', 'torch'} & {*sys.modules}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
