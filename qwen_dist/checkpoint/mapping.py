@@ -1,0 +1,147 @@
+"""Which bytes of the checkpoint make up each parameter: names, and the two verbs *view* and *stack*.
+
+A parameter, flattened in row-major order, is a sequence of equally long segments, each a contiguous part of one tensor on
+disk. One segment is a **view**: the tensor's own bytes under another shape (`q_proj.weight` [N*H, D] seen as [N, H, D]).
+Many are a **stack**: the experts' tensors [F, D], one after the other, are [E, F, D]. Nothing is ever transposed.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from qwen_dist.checkpoint.format import TensorInfo
+from qwen_dist.errors import CheckpointError
+
+# (prefix of the text model, prefix of lm_head) as the releases write them: text models, multimodal ones, the older
+# multimodal order, and a bare text model.
+PREFIXES = (("model.", ""), ("model.language_model.", ""), ("language_model.model.", "language_model."), ("", ""))
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+SCALE_SUFFIX = "_scale_inv"
+# Parts of a release that are not the text model (vision tower, multi-token prediction), and a buffer that old files carry.
+_SKIPPED = re.compile(r"(model\.)?visual\.|mtp\.|.*\.rotary_emb\.inv_freq$")
+_EXPERTS = re.compile(r"(.*\.experts\.)(gate_up_proj|gate_proj|up_proj|down_proj)(?:\.weight)?$")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`size` elements of one tensor, from element `start` on; `shape` is what the tensor must have on disk."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class NameMap:
+    """Where every parameter comes from.
+
+    Attributes:
+        segments: the segments of each parameter, in row-major order.
+        scales: the tensors that are block scales of a quantised weight, by the weight's name on disk.
+        skipped: tensors of the checkpoint that are knowingly not loaded.
+        tied_head: the name of a stored `lm_head.weight` that must equal the embedding it is tied to, if there is one.
+        embedding: the name of the embedding on disk.
+    """
+
+    segments: Mapping[str, tuple[Segment, ...]]
+    scales: Mapping[str, str]
+    skipped: tuple[str, ...]
+    tied_head: str | None
+    embedding: str
+
+
+def map_names(
+    disk_shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorInfo], *, tied: bool = False
+) -> NameMap:
+    """Finds the tensors of every parameter.
+
+    Args:
+        disk_shapes: for each parameter of the model the shape its tensor has on disk (experts: with the leading E).
+        tensors: the tensors of the checkpoint.
+        tied: the model has no head of its own; a stored `lm_head.weight` is set aside.
+
+    Raises:
+        CheckpointError: missing tensors, unexpected tensors, tensors of another shape: all of them in one message.
+    """
+    prefix, head_prefix = find_prefix(disk_shapes, tensors)
+    segments = {
+        name: _segments((head_prefix if name == HEAD else prefix) + name, shape, tensors)
+        for name, shape in disk_shapes.items()
+    }
+    used = {segment.tensor: segment.shape for parts in segments.values() for segment in parts}
+    scales = {name: name + SCALE_SUFFIX for name in used if name + SCALE_SUFFIX in tensors}
+    skipped = {name for name in tensors if _SKIPPED.match(name)}
+    tied_head = head_prefix + HEAD if tied and HEAD not in disk_shapes and head_prefix + HEAD in tensors else None
+    missing = [name for name in used if name not in tensors]
+    unexpected = [name for name in tensors if name not in {*used, *scales.values(), *skipped, tied_head}]
+    misshaped = [
+        f"{name}: the model expects {list(shape)}, the checkpoint has {list(tensors[name].shape)}"
+        for name, shape in used.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    problems = [f"missing: {line}" for line in summarize(missing)]
+    problems += [f"unexpected: {line}" for line in summarize(unexpected)]
+    problems += [f"wrong shape: {line}" for line in misshaped]
+    if problems:
+        raise CheckpointError(
+            "The checkpoint does not fit the model (a tensor's name and shape must be as config.json implies):\n"
+            + "\n".join(f"  - {problem}" for problem in problems)
+        )
+    return NameMap(segments, scales, tuple(sorted(skipped)), tied_head, prefix + EMBEDDING)
+
+
+def find_prefix(parameters: Iterable[str], tensors: Iterable[str]) -> tuple[str, str]:
+    """The pair of `PREFIXES` under which most of the parameters are found."""
+    stored, wanted = set(tensors), list(parameters)
+    return max(PREFIXES, key=lambda pair: sum((pair[name == HEAD] + name) in stored for name in wanted))
+
+
+def _segments(name: str, shape: tuple[int, ...], tensors: Mapping[str, TensorInfo]) -> tuple[Segment, ...]:
+    experts = _EXPERTS.match(name)
+    if experts is None or name in tensors and len(shape) < 3:
+        return (Segment(name, shape, 0, math.prod(shape)),)
+    start, kind = experts.groups()
+    num_experts, rows, columns = shape
+    fused_rows = {"gate_up_proj": 1, "down_proj": 1, "gate_proj": 2, "up_proj": 2}[kind]
+    fused = start + ("down_proj" if kind == "down_proj" else "gate_up_proj")
+    if fused in tensors:
+        offset = rows * columns if kind == "up_proj" else 0
+        fused_shape = (num_experts, rows * fused_rows, columns)
+        stride = math.prod(fused_shape[1:])
+        return tuple(Segment(fused, fused_shape, e * stride + offset, rows * columns) for e in range(num_experts))
+    parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+    part_shape = (rows // len(parts), columns)
+    return tuple(
+        Segment(f"{start}{e}.{part}.weight", part_shape, 0, math.prod(part_shape))
+        for e in range(num_experts)
+        for part in parts
+    )
+
+
+def summarize(names: Iterable[str]) -> list[str]:
+    """Names that differ only in layer or expert numbers, folded into one line: `layers.{0-23}.mlp.up_proj.weight (24)`."""
+    groups: dict[str, list[list[int]]] = defaultdict(list)
+    for name in names:
+        template = re.sub(r"(?<=\.)\d+(?=\.)", "{}", name)
+        groups[template].append([int(number) for number in re.findall(r"(?<=\.)\d+(?=\.)", name)])
+    lines = []
+    for template, numbers in groups.items():
+        text = template
+        for column in zip(*numbers, strict=True):
+            text = text.replace("{}", _ranges(column), 1)
+        lines.append(text if len(numbers) == 1 else f"{text} ({len(numbers)} tensors)")
+    return lines
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    parts: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    text = ",".join(str(low) if low == high else f"{low}-{high}" for low, high in parts)
+    return text if text.isdigit() else "{" + text + "}"
