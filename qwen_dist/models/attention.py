@@ -1,0 +1,124 @@
+"""Grouped-query attention (arXiv:2305.13245): N query heads share K key/value heads, G = N / K each."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from qwen_dist.models import cache as kv_cache
+from qwen_dist.models.capture import scope, tap
+from qwen_dist.models.config import LayerConfig, ModelConfig
+from qwen_dist.models.layers import Linear, RMSNorm, at_least_float32
+from qwen_dist.models.rope import rotate
+from qwen_dist.sharding import constrain
+
+# Queries are taken in blocks so that the scores of a block stay in a CPU's cache and keys after the block are not touched.
+QUERY_BLOCK = 128
+
+
+class Attention(nnx.Module):
+    """Self-attention with rotary embedding, optional q/k normalisation (before the rotation) and optional biases."""
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig, *, dtype: DTypeLike):
+        embed = {"embed": config.hidden_size}
+        q_heads = {"q_heads": config.num_attention_heads, "head_dim": config.head_dim}
+        kv_heads = {"kv_heads": config.num_key_value_heads, "head_dim": config.head_dim}
+        std = config.initializer_range
+        self.q_proj = Linear(q_heads, embed, bias=config.qkv_bias, dtype=dtype, std=std)
+        self.k_proj = Linear(kv_heads, embed, bias=config.qkv_bias, dtype=dtype, std=std)
+        self.v_proj = Linear(kv_heads, embed, bias=config.qkv_bias, dtype=dtype, std=std)
+        self.o_proj = Linear(embed, q_heads, bias=config.o_bias, dtype=dtype, std=std)
+        norm = functools.partial(RMSNorm, "head_dim", config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
+        self.q_norm = norm() if config.qk_norm else None
+        self.k_norm = norm() if config.qk_norm else None
+        self.sliding_window = layer.sliding_window
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        positions_BT: jax.Array,
+        cache: kv_cache.LayerCache | None,
+        num_live: int | None,
+    ) -> tuple[jax.Array, kv_cache.LayerCache | None]:
+        q_BTNH = tap("q_proj", self.q_proj(x_BTD))
+        k_BTKH = tap("k_proj", self.k_proj(x_BTD))
+        v_BTKH = tap("v_proj", self.v_proj(x_BTD))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTNH = tap("q_norm", self.q_norm(q_BTNH))
+            k_BTKH = tap("k_norm", self.k_norm(k_BTKH))
+        q_BTNH = constrain(tap("q_rope", rotate(q_BTNH, *rope)), "batch", "length", "q_heads", "head_dim")
+        k_BTKH = constrain(tap("k_rope", rotate(k_BTKH, *rope)), "batch", "length", "kv_heads", "head_dim")
+
+        k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+        kv_positions_BS = positions_BT
+        if cache is not None:
+            cache = kv_cache.write(cache, k_BKSH, v_BKSH, positions_BT[:, 0])
+            k_BKSH, v_BKSH = kv_cache.read(cache, num_live)
+            kv_positions_BS = jnp.broadcast_to(jnp.arange(k_BKSH.shape[2]), (x_BTD.shape[0], k_BKSH.shape[2]))
+        mixed_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, positions_BT, kv_positions_BS, self.sliding_window)
+        mixed_BTNH = constrain(tap("mixed", mixed_BTNH), "batch", "length", "q_heads", "head_dim")
+        return tap("o_proj", self.o_proj(mixed_BTNH)), cache
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    q_positions_BT: jax.Array,
+    kv_positions_BS: jax.Array,
+    sliding_window: int | None = None,
+) -> jax.Array:
+    """softmax(q·k / √H) v over the keys each query may see, [B, T, N, H] in q's dtype; the softmax in at least float32.
+
+    A query at position p sees the keys at positions 0 … p, or the last `sliding_window` of them; a negative position is
+    padding, seen by nobody. Keys come in order: the last T of the S slots are the queries' own, so query t needs no slot
+    after S - T + t, whatever its position; a block of queries does not touch the rest.
+    """
+    num_queries, num_keys = q_BTNH.shape[1], k_BKSH.shape[2]
+    outputs = []
+    for start in range(0, num_queries, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, num_queries)
+        end = num_keys - num_queries + stop
+        with scope(f"queries_{start}"):
+            outputs.append(
+                _attend_block(
+                    q_BTNH[:, start:stop],
+                    k_BKSH[:, :, :end],
+                    v_BKSH[:, :, :end],
+                    visible(q_positions_BT[:, start:stop], kv_positions_BS[:, :end], sliding_window),
+                )
+            )
+    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+
+
+def visible(q_positions_BT: jax.Array, kv_positions_BS: jax.Array, sliding_window: int | None) -> jax.Array:
+    """Which keys each query may see, bool [B, T, S]."""
+    distance_BTS = q_positions_BT[:, :, None] - kv_positions_BS[:, None, :]
+    seen_BTS = (distance_BTS >= 0) & (kv_positions_BS >= 0)[:, None, :]
+    return seen_BTS if sliding_window is None else seen_BTS & (distance_BTS < sliding_window)
+
+
+def _attend_block(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible_BTS: jax.Array) -> jax.Array:
+    B, T, N, H = q_BTNH.shape
+    K, S = k_BKSH.shape[1:3]
+    wide = at_least_float32(q_BTNH.dtype)
+    # All of a key head's queries are rows of one matrix: [B, K] products of [G·T, H] and [S, H].
+    q_BKRH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * T, H)
+    batch = ((0, 1), (0, 1))
+    scores_BKRS = jax.lax.dot_general(q_BKRH, k_BKSH, (((3,), (3,)), batch), preferred_element_type=wide)
+    scores_BKGTS = scores_BKRS.reshape(B, K, N // K, T, S) * H**-0.5
+    # A finite number, so that a row which sees nothing (padding) stays finite.
+    scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, jnp.finfo(wide).min)
+    weights_BKGTS = jnp.exp(scores_BKGTS - scores_BKGTS.max(axis=-1, keepdims=True))
+    total_BKGT1 = weights_BKGTS.sum(axis=-1, keepdims=True)
+    tap("weights", (weights_BKGTS / total_BKGT1).reshape(B, N, T, S))
+    # Dividing after the product touches H numbers a row instead of S.
+    weights_BKRS = weights_BKGTS.astype(v_BKSH.dtype).reshape(scores_BKRS.shape)
+    mixed_BKRH = jax.lax.dot_general(weights_BKRS, v_BKSH, (((3,), (2,)), batch), preferred_element_type=wide)
+    mixed_BKGTH = mixed_BKRH.reshape(B, K, N // K, T, H) / total_BKGT1
+    return mixed_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)

@@ -1,0 +1,327 @@
+"""What to compute, read strictly from a checkpoint's `config.json`.
+
+`ModelConfig.from_hf` understands both generations of the file (transformers 4: `rope_theta` and `rope_scaling`;
+transformers 5: `rope_parameters`). Every key either sets something here, is known not to change the computation, or is an
+error: a model that runs with a key it did not understand gives answers that look right and are not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from qwen_dist.errors import CheckpointError
+
+FAMILIES = ("qwen2", "qwen3")
+RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding, as in `modeling_rope_utils.py` of transformers.
+
+    `original_max_positions` is the length the frequencies were trained for, in tokens; the fields behind it belong to the
+    types named beside them and are None elsewhere.
+    """
+
+    type: RopeType
+    theta: float
+    original_max_positions: int
+    factor: float = 1.0  # linear, dynamic, yarn, llama3
+    attention_factor: float = 1.0  # yarn: multiplies cos and sin
+    beta_fast: float | None = None  # yarn
+    beta_slow: float | None = None  # yarn
+    truncate: bool | None = None  # yarn
+    low_freq_factor: float | None = None  # llama3
+    high_freq_factor: float | None = None  # llama3
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerConfig:
+    """One block: how it mixes positions, how it mixes channels, and how far back it sees (tokens; None: everything)."""
+
+    mixer: Literal["attention"] = "attention"
+    ffn: Literal["mlp"] = "mlp"
+    sliding_window: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A Qwen text model, complete: nothing that changes the computation is decided anywhere else."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    initializer_range: float
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    qk_norm: bool
+    rope: RopeConfig
+    layers: tuple[LayerConfig, ...]
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any], ignored_keys: Iterable[str] = ()) -> ModelConfig:
+        """Read the contents of a Hugging Face `config.json`.
+
+        Args:
+          hf: the parsed file.
+          ignored_keys: keys the user vouches for: they may be present and are not read.
+
+        Raises:
+          CheckpointError: listing everything that is missing, mistyped, unknown or not supported.
+        """
+        return _Reader(hf, ignored_keys).model()
+
+    @classmethod
+    def from_directory(cls, directory: str | pathlib.Path, ignored_keys: Iterable[str] = ()) -> ModelConfig:
+        """Read `config.json` in `directory` (or that file itself). Raises CheckpointError as `from_hf` does."""
+        path = pathlib.Path(directory)
+        path = path if path.suffix == ".json" else path / "config.json"
+        try:
+            hf = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{path.parent} is not a checkpoint: it has no config.json. "
+                "Pass the directory of a Qwen checkpoint in the Hugging Face format."
+            ) from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+        if not isinstance(hf, dict):
+            raise CheckpointError(f"{path} holds a JSON {type(hf).__name__}; a model configuration is an object.")
+        return cls.from_hf(hf, ignored_keys)
+
+
+# Keys that a saved configuration may carry and that do not change what inference or fine-tuning computes.
+_HARMLESS = frozenset(
+    """_name_or_path architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id
+    id2label label2id model_type output_attentions output_hidden_states pad_token_id problem_type return_dict
+    sep_token_id task_specific_params tokenizer_class torch_dtype transformers_version use_cache _attn_implementation
+    _attn_implementation_autoset unsloth_fixed unsloth_version""".split()
+)
+# Keys that would change the computation unless they have this value.
+_NEUTRAL = {
+    "hidden_act": "silu",
+    "is_encoder_decoder": False,
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "cross_attention_hidden_size": None,
+    "tie_encoder_decoder": False,
+    "use_mrope": False,
+    "use_bidirectional_attention": False,
+    "quantization_config": None,
+    "pruned_heads": {},
+}
+_ROPE_KEYS: dict[str, frozenset[str]] = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "dynamic": frozenset({"factor"}),
+    "yarn": frozenset(
+        "factor attention_factor beta_fast beta_slow truncate mscale mscale_all_dim "
+        "original_max_position_embeddings".split()
+    ),
+    "llama3": frozenset("factor low_freq_factor high_freq_factor original_max_position_embeddings".split()),
+}
+_ROPE_REQUIRED: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": (),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+_ROPE_ALWAYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+_REQUIRED = object()
+
+
+class _Reader:
+    """Takes keys out of the parsed file one by one, so that what is left over at the end was not understood."""
+
+    def __init__(self, hf: Mapping[str, Any], ignored_keys: Iterable[str]):
+        self.left = dict(hf)
+        self.problems: list[str] = []
+        self.ignored = set(ignored_keys)
+
+    def take(self, key: str, kinds: tuple[type, ...], default: Any = _REQUIRED, minimum: float | None = None) -> Any:
+        value: Any = self.left.pop(key, None)
+        if value is None:
+            if default is _REQUIRED:
+                self.problems.append(f"{key} is missing")
+                return minimum or 1
+            return default
+        wrong_bool = isinstance(value, bool) and bool not in kinds
+        if wrong_bool or not isinstance(value, kinds):
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            self.problems.append(f"{key} is {value!r}; it must be {wanted}")
+            return minimum or 1 if default in (_REQUIRED, None) else default
+        if minimum is not None and not value >= minimum:
+            self.problems.append(f"{key} is {value!r}; it must be at least {minimum}")
+            return minimum
+        return value
+
+    def model(self) -> ModelConfig:
+        family = self.left.get("model_type")
+        if family not in FAMILIES:
+            raise CheckpointError(f"model_type {family!r} is not supported yet; supported are {', '.join(FAMILIES)}.")
+        heads = self.take("num_attention_heads", (int,), minimum=1)
+        kv_heads = self.take("num_key_value_heads", (int,), default=heads, minimum=1)
+        hidden = self.take("hidden_size", (int,), minimum=1)
+        head_dim = self.head_dim(family, hidden, heads)
+        max_positions = self.take("max_position_embeddings", (int,), minimum=1)
+        attention_bias = self.take("attention_bias", (bool,), default=family == "qwen2")
+        if family == "qwen2" and not attention_bias:
+            self.problems.append("attention_bias is False; a qwen2 model always has q, k and v biases")
+        config = ModelConfig(
+            family=family,
+            vocab_size=self.take("vocab_size", (int,), minimum=1),
+            hidden_size=hidden,
+            intermediate_size=self.take("intermediate_size", (int,), minimum=1),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=max_positions,
+            rms_norm_eps=float(self.take("rms_norm_eps", (int, float), minimum=0.0)),
+            initializer_range=float(self.take("initializer_range", (int, float), default=0.02, minimum=0.0)),
+            tie_word_embeddings=self.take("tie_word_embeddings", (bool,), default=False),
+            qkv_bias=attention_bias,
+            o_bias=attention_bias and family == "qwen3",
+            qk_norm=family == "qwen3",
+            rope=self.rope(head_dim, max_positions),
+            layers=self.layers(),
+        )
+        if heads % kv_heads:
+            self.problems.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+        self.leftovers()
+        if self.problems:
+            raise CheckpointError("config.json cannot be used:\n  - " + "\n  - ".join(self.problems))
+        return config
+
+    def head_dim(self, family: str, hidden: int, heads: int) -> int:
+        given = self.take("head_dim", (int,), default=None, minimum=1)
+        if given is not None:
+            head_dim = given
+        elif family == "qwen3":
+            head_dim = 128  # the default of the Qwen3Config class, whatever hidden_size is
+        else:
+            head_dim = hidden // heads
+            if hidden % heads:
+                self.problems.append(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+        if head_dim % 2:
+            self.problems.append(f"head_dim is {head_dim}; rotary embedding needs an even one")
+        return head_dim
+
+    def layers(self) -> tuple[LayerConfig, ...]:
+        """`layer_types` where it is given, else the rule of qwen2 and qwen3: windows from `max_window_layers` on."""
+        count = self.take("num_hidden_layers", (int,), minimum=1)
+        window = self.take("sliding_window", (int,), default=None, minimum=1)
+        used = self.take("use_sliding_window", (bool,), default=False)
+        first_windowed = self.take("max_window_layers", (int,), default=28, minimum=0)
+        kinds = self.take("layer_types", (list,), default=None)
+        window = window if used else None
+        if kinds is None:
+            windowed = [window is not None and index >= first_windowed for index in range(count)]
+        else:
+            allowed = ("full_attention", "sliding_attention")
+            if unknown := sorted({repr(kind) for kind in kinds if kind not in allowed}):
+                self.problems.append(f"layer_types has {', '.join(unknown)}; allowed are {', '.join(allowed)}")
+            if len(kinds) != count:
+                self.problems.append(f"layer_types has {len(kinds)} entries for num_hidden_layers {count}")
+            windowed = [kind == "sliding_attention" for kind in kinds]
+            if any(windowed) and window is None:
+                self.problems.append("layer_types has sliding_attention, but no sliding window is set and in use")
+        return tuple(LayerConfig(sliding_window=window if is_windowed else None) for is_windowed in windowed)
+
+    def rope(self, head_dim: int, max_positions: int) -> RopeConfig:
+        legacy = self.take("rope_scaling", (dict,), default={})
+        given: dict[str, Any] = legacy | self.take("rope_parameters", (dict,), default={})
+        if any(given[key] != value for key, value in legacy.items()):
+            self.problems.append("rope_scaling and rope_parameters differ")
+        theta = given.get("rope_theta", self.left.get("rope_theta"))
+        if "rope_theta" in self.left and self.left.pop("rope_theta") != theta:
+            self.problems.append("rope_theta and rope_parameters.rope_theta differ")
+        partial = given.get("partial_rotary_factor", self.left.get("partial_rotary_factor", 1.0))
+        self.left.pop("partial_rotary_factor", None)
+        kind = given.get("rope_type", given.get("type", "default"))
+        if kind not in _ROPE_KEYS:
+            self.problems.append(f"rope type {kind!r} is not supported; supported are {', '.join(_ROPE_KEYS)}")
+            return RopeConfig("default", 1.0, max_positions)
+        if unknown := sorted(set(given) - _ROPE_KEYS[kind] - _ROPE_ALWAYS):
+            self.problems.append(f"rope type {kind!r} does not know {', '.join(unknown)}")
+        if partial != 1.0:
+            self.problems.append(f"partial_rotary_factor is {partial}; this family rotates whole heads")
+        numbers: dict[str, Any] = {
+            key: value for key, value in given.items() if key not in ("rope_type", "type", "truncate")
+        }
+        numbers["rope_theta"] = 10_000.0 if theta is None else theta
+        for key, value in numbers.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
+                self.problems.append(f"rope {key} is {value!r}; it must be a positive number")
+                numbers[key] = 1.0
+        if missing := [key for key in _ROPE_REQUIRED[kind] if numbers.get(key) is None]:
+            self.problems.append(f"rope type {kind!r} needs {', '.join(missing)}")
+            numbers |= dict.fromkeys(missing, 1.0)
+        return _rope_config(kind, numbers, given.get("truncate", True), max_positions)
+
+    def leftovers(self) -> None:
+        for key, value in self.left.items():
+            if key in _HARMLESS or key in self.ignored:
+                continue
+            if key in _NEUTRAL:
+                if value not in (_NEUTRAL[key], None):
+                    self.problems.append(f"{key} is {value!r}, which is not supported; supported is {_NEUTRAL[key]!r}")
+            elif value not in (None, False):
+                self.problems.append(
+                    f"{key} = {json.dumps(value)[:80]} is not understood and may change the computation "
+                    f"(if it does not: --config.model.ignored_config_keys={key})"
+                )
+
+
+def _rope_config(kind: RopeType, numbers: Mapping[str, Any], truncate: bool, max_positions: int) -> RopeConfig:
+    original = numbers.get("original_max_position_embeddings")
+    theta = float(numbers["rope_theta"])
+    factor = numbers.get("factor")
+    if kind == "yarn":
+        original = original or max_positions
+        factor = factor or max_positions / original
+        return RopeConfig(
+            type=kind,
+            theta=theta,
+            original_max_positions=original,
+            factor=factor,
+            attention_factor=_yarn_attention_factor(numbers, factor),
+            beta_fast=numbers.get("beta_fast") or 32,
+            beta_slow=numbers.get("beta_slow") or 1,
+            truncate=truncate,
+        )
+    if kind == "llama3":
+        return RopeConfig(
+            type=kind,
+            theta=theta,
+            original_max_positions=original or max_positions,
+            factor=numbers["factor"],
+            low_freq_factor=numbers["low_freq_factor"],
+            high_freq_factor=numbers["high_freq_factor"],
+        )
+    return RopeConfig(kind, theta, max_positions, factor=factor or 1.0)
+
+
+def _yarn_attention_factor(numbers: Mapping[str, Any], factor: float) -> float:
+    """The temperature of YaRN (arXiv:2309.00071, eq. 15), with DeepSeek's two-sided form when both scales are given."""
+
+    def scale(mscale: float = 1.0) -> float:
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+    if numbers.get("attention_factor") is not None:
+        return float(numbers["attention_factor"])
+    if numbers.get("mscale") and numbers.get("mscale_all_dim"):
+        return scale(numbers["mscale"]) / scale(numbers["mscale_all_dim"])
+    return scale()

@@ -1,0 +1,88 @@
+"""Linear, embedding and normalisation layers, with their parameters in the checkpoint's names and memory order."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from qwen_dist.sharding import annotate
+
+
+def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
+    """The type to accumulate, normalise and rotate in: float32, or float64 when the model runs in float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def parameter(shape: dict[str, int], dtype: DTypeLike, std: float | None = None) -> nnx.Param:
+    """A parameter still without a value: the size of each logical dimension, and how a random value is drawn.
+
+    `std` is the standard deviation of the normal distribution to draw from; None means ones.
+    """
+    return annotate(jax.ShapeDtypeStruct(tuple(shape.values()), dtype), tuple(shape), std)
+
+
+def contract(x: jax.Array, weight: jax.Array, num_contracted: int = 1) -> jax.Array:
+    """Multiply the last `num_contracted` dims of `x` with the last ones of an out-features-first `weight`.
+
+    Accumulates and returns in at least float32: on XLA's CPU backend a bfloat16 result is 10 times slower, and PyTorch's
+    kernels round once, at the end, too. A single row of a 16-bit type would fall off that backend's fast path, so it is
+    doubled here; for other backends the second row is free.
+    """
+    rows = math.prod(x.shape[: x.ndim - num_contracted])
+    if rows == 1 and x.dtype.itemsize < 4:
+        two_rows = jnp.concatenate([x, jnp.zeros_like(x)], axis=0)
+        return contract(two_rows, weight, num_contracted)[:1]
+    x_dims = tuple(range(x.ndim - num_contracted, x.ndim))
+    w_dims = tuple(range(weight.ndim - num_contracted, weight.ndim))
+    return jax.lax.dot_general(x, weight, ((x_dims, w_dims), ((), ())), preferred_element_type=at_least_float32(x.dtype))
+
+
+class Linear(nnx.Module):
+    """y = x Wᵀ + b, with `weight` [*out, *in] and `bias` [*out]; rounds once, after the bias.
+
+    `out` and `inp` map each dimension's logical name to its size, so heads are dimensions of their own although the
+    checkpoint stores them flattened: the bytes are the same.
+    """
+
+    def __init__(self, out: dict[str, int], inp: dict[str, int], *, bias: bool, dtype: DTypeLike, std: float):
+        self.weight = parameter(out | inp, dtype, std)
+        self.bias = parameter(out, dtype, std) if bias else None
+        self.num_contracted = len(inp)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.unrounded(x).astype(x.dtype)
+
+    def unrounded(self, x: jax.Array) -> jax.Array:
+        """The same in at least float32, before the rounding to x's dtype."""
+        y = contract(x, self.weight[...], self.num_contracted)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table [V, D]: `__call__` looks token ids up, `attend` scores vectors against every row (tied output weights)."""
+
+    def __init__(self, vocab: int, embed: int, *, dtype: DTypeLike, std: float):
+        self.weight = parameter({"vocab": vocab, "embed": embed}, dtype, std)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        return jnp.take(self.weight[...], tokens_BT, axis=0, mode="clip")
+
+    def attend(self, x_BTD: jax.Array) -> jax.Array:
+        return contract(x_BTD, self.weight[...])
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · weight over the last dimension (arXiv:1910.07467); cast back *before* the weight, as Qwen's is."""
+
+    def __init__(self, axis: str, size: int, *, eps: float, dtype: DTypeLike):
+        self.weight = parameter({axis: size}, dtype)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(at_least_float32(x.dtype))
+        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        return self.weight[...] * (wide * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)

@@ -1,0 +1,108 @@
+"""The decoder: one forward for training, prefill and decoding."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+
+from qwen_dist.models.attention import Attention
+from qwen_dist.models.cache import Cache, LayerCache
+from qwen_dist.models.capture import scope, tap
+from qwen_dist.models.config import LayerConfig, ModelConfig
+from qwen_dist.models.layers import Embedding, Linear, RMSNorm
+from qwen_dist.models.rope import rope_table
+from qwen_dist.sharding import constrain
+
+
+class MLP(nnx.Module):
+    """SwiGLU (arXiv:2002.05202): down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike):
+        embed, mlp = {"embed": config.hidden_size}, {"mlp": config.intermediate_size}
+        std = config.initializer_range
+        self.gate_proj = Linear(mlp, embed, bias=False, dtype=dtype, std=std)
+        self.up_proj = Linear(mlp, embed, bias=False, dtype=dtype, std=std)
+        self.down_proj = Linear(embed, mlp, bias=False, dtype=dtype, std=std)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        gate_BTF = tap("gate_proj", self.gate_proj(x_BTD))
+        up_BTF = tap("up_proj", self.up_proj(x_BTD))
+        hidden_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, "batch", "length", "mlp")
+        return tap("down_proj", self.down_proj(hidden_BTF))
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig, *, dtype: DTypeLike):
+        norm = functools.partial(RMSNorm, "embed", config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.input_layernorm = norm()
+        self.self_attn = Attention(config, layer, dtype=dtype)
+        self.post_attention_layernorm = norm()
+        self.mlp = MLP(config, dtype=dtype)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        positions_BT: jax.Array,
+        cache: LayerCache | None,
+        num_live: int | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        normed_BTD = tap("input_layernorm", self.input_layernorm(x_BTD))
+        with scope("self_attn"):
+            mixed_BTD, cache = self.self_attn(normed_BTD, rope, positions_BT, cache, num_live)
+        x_BTD = constrain(x_BTD + mixed_BTD, "batch", "length", "embed")
+        normed_BTD = tap("post_attention_layernorm", self.post_attention_layernorm(x_BTD))
+        with scope("mlp"):
+            x_BTD = constrain(x_BTD + self.mlp(normed_BTD), "batch", "length", "embed")
+        return x_BTD, cache
+
+
+class Transformer(nnx.Module):
+    """A Qwen text model whose parameters carry the checkpoint's names (without its prefix) and bytes."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike):
+        std = config.initializer_range
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, std=std)
+        self.layers = nnx.List([Block(config, layer, dtype=dtype) for layer in config.layers])
+        self.norm = RMSNorm("embed", config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        vocab, embed = {"vocab": config.vocab_size}, {"embed": config.hidden_size}
+        is_tied = config.tie_word_embeddings
+        self.lm_head = None if is_tied else Linear(vocab, embed, bias=False, dtype=dtype, std=std)
+
+    def __call__(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache | None = None, num_live: int | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Run tokens through every block; returns the normalised hidden states [B, T, D] and the cache.
+
+        Args:
+          tokens_BT: token ids, int32.
+          positions_BT: each token's position in its sequence, int32; negative for padding, which nothing sees. Without a
+            cache, padding may stand on either side. With one, a row's tokens are consecutive, padding (of any position)
+            stands behind them, and a row whose first position is negative is left as it is.
+          cache: keys and values of earlier positions (see `cache.empty`); these tokens' are added.
+          num_live: how many slots of the cache to attend to, at least the highest position + 1 of these tokens
+            including padding; all when None.
+        """
+        x_BTD = constrain(tap("embed_tokens", self.embed_tokens(tokens_BT)), "batch", "length", "embed")
+        rope = rope_table(self.config.rope, self.config.head_dim, positions_BT, x_BTD.dtype)
+        caches = (None,) * len(self.layers) if cache is None else cache
+        updated: list[Any] = []
+        for index, (block, layer_cache) in enumerate(zip(self.layers, caches, strict=True)):
+            with scope(f"layers.{index}"):
+                x_BTD, layer_cache = block(x_BTD, rope, positions_BT, layer_cache, num_live)
+                tap("output", x_BTD)
+                updated.append(layer_cache)
+        return tap("norm", self.norm(x_BTD)), None if cache is None else tuple(updated)
+
+    def unembed(self, x_BTD: jax.Array) -> jax.Array:
+        """The next token's logits [B, T, V] from hidden states, in at least float32."""
+        # Never rounded to the model's dtype: a bfloat16 logit has 3 digits, and the choice of token hangs on it.
+        logits_BTV = self.embed_tokens.attend(x_BTD) if self.lm_head is None else self.lm_head.unrounded(x_BTD)
+        return constrain(tap("logits", logits_BTV), "batch", "length", "vocab")

@@ -1,0 +1,207 @@
+"""Where every array lives: logical axis names, the rule sets that map them to mesh axes, and the checks in between.
+
+Parameters and activations name their dimensions (`embed`, `q_heads`, …). A rule set says which mesh axes each name is
+split over; nothing else in the project mentions a mesh axis. Flax checks neither unknown names, nor one mesh axis used
+twice, nor divisibility, so `Resolver` does, and all calls to flax's sharding interface are in this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qwen_dist.errors import UsageError
+
+LOGICAL_AXES = frozenset("batch length kv_length embed vocab q_heads kv_heads head_dim mlp experts lora_rank".split())
+
+
+@dataclasses.dataclass(frozen=True)
+class RuleSet:
+    """Mesh axes of each logical axis, for parameters and for activations; a name without a rule is not split."""
+
+    name: str
+    parameters: Mapping[str, tuple[str, ...]]
+    activations: Mapping[str, tuple[str, ...]]
+
+
+_WEIGHTS = {
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "q_heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "experts": ("expert",),
+}
+_SPLIT_CHANNELS = {axis: ("tensor",) for axis in ("vocab", "q_heads", "kv_heads", "mlp")}
+
+# Training: the batch goes over data and fsdp, and each layer's weights are gathered over fsdp when it is their turn.
+TRAIN = RuleSet("train", _WEIGHTS, {"batch": ("data", "fsdp"), **_SPLIT_CHANNELS})
+# Inference: the weights stay where they are. Activations are small, so they are what travels over fsdp.
+INFERENCE = RuleSet("inference", _WEIGHTS, {"batch": ("data",), "embed": ("fsdp",), **_SPLIT_CHANNELS})
+RULE_SETS = {rules.name: rules for rules in (TRAIN, INFERENCE)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolver:
+    """Logical names to shardings on one mesh under one rule set."""
+
+    mesh: Mesh
+    rules: RuleSet
+
+    def parameter(self, what: str, shape: Sequence[int], axes: Sequence[str]) -> NamedSharding:
+        """The sharding of a parameter. Raises UsageError when a name, a mesh axis or a size does not fit."""
+        return self._resolve(what, shape, axes, self.rules.parameters)
+
+    def activation(self, what: str, shape: Sequence[int], axes: Sequence[str]) -> NamedSharding:
+        """The sharding of an activation or a cache. Raises UsageError as `parameter` does."""
+        return self._resolve(what, shape, axes, self.rules.activations)
+
+    def batch_multiple(self) -> int:
+        """What the number of rows in a batch must be a multiple of."""
+        return math.prod(self.mesh.shape[axis] for axis in self.rules.activations.get("batch", ()))
+
+    def replicated(self) -> NamedSharding:
+        """Every device has the whole array."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def _resolve(
+        self, what: str, shape: Sequence[int], axes: Sequence[str], table: Mapping[str, tuple[str, ...]]
+    ) -> NamedSharding:
+        assert len(shape) == len(axes), f"{what}: {len(shape)} dimensions and {len(axes)} names"
+        problems = []
+        spec: list[tuple[str, ...] | None] = []
+        used: dict[str, str] = {}
+        for size, axis in zip(shape, axes, strict=True):
+            if axis not in LOGICAL_AXES:
+                problems.append(f"{axis!r} is not a logical axis; there are {', '.join(sorted(LOGICAL_AXES))}")
+                continue
+            mesh_axes = table.get(axis, ())
+            if unknown := [name for name in mesh_axes if name not in self.mesh.shape]:
+                problems.append(f"the rules split {axis} over {', '.join(unknown)}, which the mesh does not have")
+                continue
+            mesh_axes = tuple(name for name in mesh_axes if self.mesh.shape[name] > 1)
+            for name in mesh_axes:
+                if name in used:
+                    problems.append(f"mesh axis {name} would split both {used[name]} and {axis}")
+                used[name] = axis
+            parts = math.prod(self.mesh.shape[name] for name in mesh_axes)
+            if size % parts:
+                if axis == "kv_heads" and parts % size == 0:
+                    mesh_axes = ()  # fewer key/value heads than devices: each device has them all
+                else:
+                    problems.append(_does_not_divide(axis, size, mesh_axes, parts))
+            spec.append(mesh_axes or None)
+        if problems:
+            raise UsageError(f"{what} {tuple(shape)} does not fit mesh {_sizes(self.mesh)}: {'; '.join(problems)}")
+        return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+
+def _does_not_divide(axis: str, size: int, mesh_axes: tuple[str, ...], parts: int) -> str:
+    legal = [n for n in range(1, size + 1) if size % n == 0 and n <= 4096]
+    also = f", or a multiple of {size}" if axis == "kv_heads" else ""
+    return (
+        f"{axis} is {size}, which the {parts} parts of {'×'.join(mesh_axes)} do not divide "
+        f"(legal: {', '.join(map(str, legal))}{also})"
+    )
+
+
+def _sizes(mesh: Mesh) -> str:
+    return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "data=1"
+
+
+_active: contextvars.ContextVar[Resolver | None] = contextvars.ContextVar("resolver", default=None)
+
+
+@contextlib.contextmanager
+def resolving(resolver: Resolver) -> Iterator[None]:
+    """Make `constrain` place activations by `resolver` in functions traced in this block."""
+    token = _active.set(resolver)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """Lay an activation out as the active rules say of its dimensions' names; without active rules, as it comes."""
+    resolver = _active.get()
+    if resolver is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, resolver.activation("activation", x.shape, axes))
+
+
+def annotate(value: jax.ShapeDtypeStruct, axes: tuple[str, ...], std: float | None) -> nnx.Param:
+    """A parameter whose dimensions have these logical names; where it lives is decided later, by a `Resolver`."""
+    assert len(value.shape) == len(axes), f"{value.shape} and {axes}"
+    return nnx.Param(value, out_sharding=axes, eager_sharding=False, std=std)
+
+
+def abstract_parameters(model: nnx.Module, resolver: Resolver) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape, dtype and sharding of every parameter of a model, by its checkpoint name; no memory is used.
+
+    Raises UsageError listing every parameter that does not fit the mesh.
+    """
+    leaves, problems = {}, []
+    for name, parameter in _parameters(model).items():
+        value = parameter.get_value()
+        try:
+            sharding = resolver.parameter(name, value.shape, parameter.get_metadata()["out_sharding"])
+            leaves[name] = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+        except UsageError as error:
+            problems.append(str(error))
+    if problems:
+        shown = problems[:12]  # 64 layers that fail alike need not be read 64 times
+        if len(problems) > len(shown):
+            shown.append(f"… and {len(problems) - len(shown)} more parameters")
+        raise UsageError("the model does not fit the mesh:\n  - " + "\n  - ".join(shown))
+    return leaves
+
+
+def random_parameters(model: nnx.Module, resolver: Resolver, seed: int = 0) -> dict[str, jax.Array]:
+    """Random parameters for a model, made by each device for itself; the same values on every mesh.
+
+    Raises UsageError as `abstract_parameters` does.
+    """
+    key = jax.random.key(seed)
+    declared, values = _parameters(model), {}
+    for name, leaf in abstract_parameters(model, resolver).items():
+        std = declared[name].get_metadata()["std"]
+        draw = _draw(leaf.shape, leaf.dtype, leaf.sharding, std)
+        values[name] = draw(jax.random.fold_in(key, zlib.crc32(name.encode())))
+    return values
+
+
+@functools.lru_cache
+def _draw(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding, std: float | None) -> Callable[..., jax.Array]:
+    """One program for all parameters that are alike."""
+
+    def draw(key: jax.Array) -> jax.Array:
+        return jnp.ones(shape, dtype) if std is None else (std * jax.random.normal(key, shape)).astype(dtype)
+
+    return jax.jit(draw, out_shardings=sharding)
+
+
+def bind(model: nnx.Module, parameters: Mapping[str, jax.Array]) -> Any:
+    """The model with these parameters (by checkpoint name) in it; for use inside `jax.jit`."""
+    graph, state = nnx.split(model)
+    bound = [(path, variable.replace(parameters[_name(path)])) for path, variable in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(bound))
+
+
+def _parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
+    return {_name(path): variable for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def _name(path: Iterable[Any]) -> str:
+    return ".".join(map(str, path))
