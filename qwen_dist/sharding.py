@@ -141,10 +141,20 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, resolver.activation("activation", x.shape, axes))
 
 
-def annotate(value: jax.ShapeDtypeStruct, axes: tuple[str, ...], std: float | None) -> nnx.Param:
-    """A parameter whose dimensions have these logical names; where it lives is decided later, by a `Resolver`."""
+def annotate(
+    value: jax.ShapeDtypeStruct, axes: tuple[str, ...], *, std: float | None, disk_shape: tuple[int, ...]
+) -> nnx.Param:
+    """A parameter whose dimensions have these logical names; where it lives is decided later, by a `Resolver`.
+
+    `std` says how random values are drawn (see `random_parameters`), `disk_shape` how the checkpoint stores the bytes.
+    """
     assert len(value.shape) == len(axes), f"{value.shape} and {axes}"
-    return nnx.Param(value, out_sharding=axes, eager_sharding=False, std=std)
+    return nnx.Param(value, out_sharding=axes, eager_sharding=False, std=std, disk_shape=disk_shape)
+
+
+def disk_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """The shape in which a checkpoint stores each parameter: the same bytes, with heads flattened."""
+    return {name: parameter.get_metadata()["disk_shape"] for name, parameter in _parameters(model).items()}
 
 
 def abstract_parameters(model: nnx.Module, resolver: Resolver) -> dict[str, jax.ShapeDtypeStruct]:

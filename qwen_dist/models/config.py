@@ -12,7 +12,7 @@ import json
 import math
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from qwen_dist.errors import CheckpointError
 
@@ -163,7 +163,7 @@ class _Reader:
             wanted = " or ".join(kind.__name__ for kind in kinds)
             self.problems.append(f"{key} is {value!r}; it must be {wanted}")
             return minimum or 1 if default in (_REQUIRED, None) else default
-        if minimum is not None and not value >= minimum:
+        if minimum is not None and not cast(float, value) >= minimum:
             self.problems.append(f"{key} is {value!r}; it must be at least {minimum}")
             return minimum
         return value

@@ -17,12 +17,17 @@ def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def parameter(shape: dict[str, int], dtype: DTypeLike, std: float | None = None) -> nnx.Param:
-    """A parameter still without a value: the size of each logical dimension, and how a random value is drawn.
+def parameter(
+    out: dict[str, int], inp: dict[str, int] | None = None, *, dtype: DTypeLike, std: float | None = None
+) -> nnx.Param:
+    """A parameter [*out, *inp] still without a value: the logical name and size of each dimension.
 
-    `std` is the standard deviation of the normal distribution to draw from; None means ones.
+    On disk `out` is one dimension and `inp` another. `std` is the standard deviation of the normal distribution that
+    random values are drawn from; None means ones.
     """
-    return annotate(jax.ShapeDtypeStruct(tuple(shape.values()), dtype), tuple(shape), std)
+    sizes = out | (inp or {})
+    disk_shape = tuple(math.prod(part.values()) for part in (out, inp) if part)
+    return annotate(jax.ShapeDtypeStruct(tuple(sizes.values()), dtype), tuple(sizes), std=std, disk_shape=disk_shape)
 
 
 def contract(x: jax.Array, weight: jax.Array, num_contracted: int = 1) -> jax.Array:
@@ -49,8 +54,8 @@ class Linear(nnx.Module):
     """
 
     def __init__(self, out: dict[str, int], inp: dict[str, int], *, bias: bool, dtype: DTypeLike, std: float):
-        self.weight = parameter(out | inp, dtype, std)
-        self.bias = parameter(out, dtype, std) if bias else None
+        self.weight = parameter(out, inp, dtype=dtype, std=std)
+        self.bias = parameter(out, dtype=dtype, std=std) if bias else None
         self.num_contracted = len(inp)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -66,7 +71,7 @@ class Embedding(nnx.Module):
     """A table [V, D]: `__call__` looks token ids up, `attend` scores vectors against every row (tied output weights)."""
 
     def __init__(self, vocab: int, embed: int, *, dtype: DTypeLike, std: float):
-        self.weight = parameter({"vocab": vocab, "embed": embed}, dtype, std)
+        self.weight = parameter({"vocab": vocab}, {"embed": embed}, dtype=dtype, std=std)
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         return jnp.take(self.weight[...], tokens_BT, axis=0, mode="clip")
@@ -79,7 +84,7 @@ class RMSNorm(nnx.Module):
     """x / rms(x) · weight over the last dimension (arXiv:1910.07467); cast back *before* the weight, as Qwen's is."""
 
     def __init__(self, axis: str, size: int, *, eps: float, dtype: DTypeLike):
-        self.weight = parameter({axis: size}, dtype)
+        self.weight = parameter({axis: size}, dtype=dtype)
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
