@@ -7,29 +7,37 @@ compiled program never knows; inside, the values are collected by name and can b
         with capture() as taps:
             x, _ = model(tokens, positions)
         return x, taps                       # {"layers.0.self_attn.q_rope": Array [B, T, N, H], ...}
+
+`capture(replacing={name: value, ...})` also makes the model go on with the given values in place of its own, so that each
+component can be measured on another implementation's inputs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 
 _taps: contextvars.ContextVar[dict[str, jax.Array] | None] = contextvars.ContextVar("taps", default=None)
+_replacing: contextvars.ContextVar[Mapping[str, jax.Array]] = contextvars.ContextVar("replacing", default={})  # noqa: B039
 _scope: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("scope", default=())
 
 
 @contextlib.contextmanager
-def capture() -> Iterator[dict[str, jax.Array]]:
-    """Collect every tapped value in the block, by its full name, into the dictionary this yields."""
+def capture(replacing: Mapping[str, jax.Array] | None = None) -> Iterator[dict[str, jax.Array]]:
+    """Collect every tapped value in the block, by its full name, into the dictionary this yields.
+
+    The computation goes on with `replacing[name]` where there is one; the value collected is always the model's own.
+    """
     taps: dict[str, jax.Array] = {}
-    token = _taps.set(taps)
+    token, replacing_token = _taps.set(taps), _replacing.set(replacing or {})
     try:
         yield taps
     finally:
         _taps.reset(token)
+        _replacing.reset(replacing_token)
 
 
 @contextlib.contextmanager
@@ -46,8 +54,11 @@ def scope(name: str) -> Iterator[None]:
 def tap(name: str, value: jax.Array) -> jax.Array:
     """Return `value`; inside `capture()` also remember it under the enclosing scopes' names and `name`."""
     taps = _taps.get()
-    if taps is not None:
-        full = ".".join((*_scope.get(), name))
-        assert full not in taps, f"two values are tapped as {full}"
-        taps[full] = value
-    return value
+    if taps is None:
+        return value
+    full = ".".join((*_scope.get(), name))
+    assert full not in taps, f"two values are tapped as {full}"
+    taps[full] = value
+    replacement = _replacing.get().get(full, value)
+    assert replacement.shape == value.shape, f"{full} is {value.shape}; its replacement {replacement.shape}"
+    return replacement

@@ -56,7 +56,7 @@ class Block(nnx.Module):
         normed_BTD = tap("input_layernorm", self.input_layernorm(x_BTD))
         with scope("self_attn"):
             mixed_BTD, cache = self.self_attn(normed_BTD, rope, positions_BT, cache, num_live)
-        x_BTD = constrain(x_BTD + mixed_BTD, "batch", "length", "embed")
+        x_BTD = constrain(tap("residual", x_BTD + mixed_BTD), "batch", "length", "embed")
         normed_BTD = tap("post_attention_layernorm", self.post_attention_layernorm(x_BTD))
         with scope("mlp"):
             x_BTD = constrain(x_BTD + self.mlp(normed_BTD), "batch", "length", "embed")
@@ -97,7 +97,7 @@ class Transformer(nnx.Module):
         for index, (block, layer_cache) in enumerate(zip(self.layers, caches, strict=True)):
             with scope(f"layers.{index}"):
                 x_BTD, layer_cache = block(x_BTD, rope, positions_BT, layer_cache, num_live)
-                tap("output", x_BTD)
+                x_BTD = tap("output", x_BTD)
                 updated.append(layer_cache)
         return tap("norm", self.norm(x_BTD)), None if cache is None else tuple(updated)
 
