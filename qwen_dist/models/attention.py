@@ -58,7 +58,7 @@ class Attention(nnx.Module):
         kv_positions_BS = positions_BT
         if cache is not None:
             cache = kv_cache.write(cache, k_BKSH, v_BKSH, positions_BT[:, 0])
-            k_BKSH, v_BKSH = kv_cache.read(cache, num_live)
+            k_BKSH, v_BKSH = kv_cache.read(cache, num_live, x_BTD.dtype)
             kv_positions_BS = jnp.broadcast_to(jnp.arange(k_BKSH.shape[2]), (x_BTD.shape[0], k_BKSH.shape[2]))
         mixed_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, positions_BT, kv_positions_BS, self.sliding_window)
         mixed_BTNH = constrain(tap("mixed", mixed_BTNH), "batch", "length", "q_heads", "head_dim")

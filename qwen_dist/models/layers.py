@@ -30,20 +30,18 @@ def parameter(
     return annotate(jax.ShapeDtypeStruct(tuple(sizes.values()), dtype), tuple(sizes), std=std, disk_shape=disk_shape)
 
 
-def contract(x: jax.Array, weight: jax.Array, num_contracted: int = 1) -> jax.Array:
-    """Multiply the last `num_contracted` dims of `x` with the last ones of an out-features-first `weight`.
+def contract(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Multiply [..., in] with an out-features-first [out, in]: [..., out] in at least float32.
 
-    Accumulates and returns in at least float32: on XLA's CPU backend a bfloat16 result is 10 times slower, and PyTorch's
-    kernels round once, at the end, too. A single row of a 16-bit type would fall off that backend's fast path, so it is
-    doubled here; for other backends the second row is free.
+    A narrower result would be rounded twice by PyTorch's measure, and is 10 times slower on XLA's CPU backend. A single
+    row of a 16-bit type would fall off that backend's fast path, so it gets company; elsewhere a second row is free.
     """
-    rows = math.prod(x.shape[: x.ndim - num_contracted])
-    if rows == 1 and x.dtype.itemsize < 4:
+    if x.size == x.shape[-1] and x.dtype.itemsize < 4:
         two_rows = jnp.concatenate([x, jnp.zeros_like(x)], axis=0)
-        return contract(two_rows, weight, num_contracted)[:1]
-    x_dims = tuple(range(x.ndim - num_contracted, x.ndim))
-    w_dims = tuple(range(weight.ndim - num_contracted, weight.ndim))
-    return jax.lax.dot_general(x, weight, ((x_dims, w_dims), ((), ())), preferred_element_type=at_least_float32(x.dtype))
+        return contract(two_rows, weight)[:1]
+    return jax.lax.dot_general(
+        x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=at_least_float32(x.dtype)
+    )
 
 
 class Linear(nnx.Module):
@@ -56,6 +54,7 @@ class Linear(nnx.Module):
     def __init__(self, out: dict[str, int], inp: dict[str, int], *, bias: bool, dtype: DTypeLike, std: float):
         self.weight = parameter(out, inp, dtype=dtype, std=std)
         self.bias = parameter(out, dtype=dtype, std=std) if bias else None
+        self.out, self.num_in = tuple(out.values()), math.prod(inp.values())
         self.num_contracted = len(inp)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -63,7 +62,9 @@ class Linear(nnx.Module):
 
     def unrounded(self, x: jax.Array) -> jax.Array:
         """The same in at least float32, before the rounding to x's dtype."""
-        y = contract(x, self.weight[...], self.num_contracted)
+        x = x.reshape(*x.shape[: x.ndim - self.num_contracted], self.num_in)
+        y = contract(x, self.weight[...].reshape(-1, self.num_in))
+        y = y.reshape(*y.shape[:-1], *self.out)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
