@@ -5,42 +5,54 @@ copy (so it is never used again here). Elsewhere a piece is read into a buffer, 
 shard larger than a piece is filled on its device by donated in-place updates.
 """
 
+import math
+import os
 import threading
-from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwen_dist.checkpoint.agree import together
+from qwen_dist.checkpoint.boxes import Box, box_shape, contains, intersect, relative
 from qwen_dist.checkpoint.mapping import map_names
 from qwen_dist.checkpoint.plan import (
-    Box,
+    COPIES_PER_PIECE,
     Parameter,
     Piece,
     Plan,
     Read,
     Shard,
-    box_shape,
-    intersect,
+    make_digest,
     make_parameters,
     make_reads,
-    relative,
 )
-from qwen_dist.checkpoint.source import Checkpoint
+from qwen_dist.checkpoint.quantized import dequantize, read_block_size
+from qwen_dist.checkpoint.source import Access, Checkpoint
 from qwen_dist.errors import CheckpointError
+
+T = TypeVar("T")
 
 # XLA adopts a host buffer without copying only if it starts on this boundary.
 BUFFER_ALIGNMENT = 64
-NUM_THREADS = 8
-MAX_PIECE_BYTES = 16 * 2**20
+# On the host a piece should stay in cache while it is divided; towards a device it should be worth a transfer.
+MAX_HOST_PIECE_BYTES = 4 * 2**20
+MAX_DEVICE_PIECE_BYTES = 64 * 2**20
 MIN_PIECE_BYTES = 64 * 1024
-# Bytes that are cheaper to read and drop than to skip, on a local disk.
-LOCAL_GAP_BYTES = 16 * 1024
 
 Progress = Callable[[int, int], None]
+
+
+class Blocks(NamedTuple):
+    """Scales of a quantised box: [row blocks, column blocks], and the block of each row [R] and column [C]."""
+
+    scale: np.ndarray
+    row_blocks: np.ndarray
+    column_blocks: np.ndarray
 
 
 def load(
@@ -54,20 +66,27 @@ def load(
 ) -> dict[str, jax.Array]:
     """Loads a checkpoint into arrays of the shapes, dtypes and shardings of `target`.
 
+    With several processes all of them call this with the same arguments; each reads what its own devices hold.
+
     Args:
         checkpoint: an opened checkpoint.
         target: the abstract model: parameter name (the checkpoint's, without prefix) -> shape, dtype and sharding.
         disk_shapes: the shape on disk of the parameters whose target shape is a view of it, such as [N*H, D] for
             `q_proj.weight` [N, H, D]; parameters not named have their target shape on disk.
         tied: the model's output head is its embedding.
-        host_memory_budget: bytes of host memory for buffers, beyond the arrays themselves where these live on the host.
+        host_memory_budget: bytes of host memory for buffers, beyond the arrays themselves where these live on the host;
+            by default a sixteenth of the machine's memory.
         progress: called with (bytes done, bytes in all), from any thread, one call at a time.
 
     Raises:
-        CheckpointError: checkpoint and model do not fit, or a file cannot be read; no array is returned then.
+        CheckpointError: checkpoint and model do not fit, a file cannot be read, or another process failed; no array is
+            returned then.
     """
-    plan = make_plan(checkpoint, target, disk_shapes=disk_shapes, tied=tied, host_memory_budget=host_memory_budget)
-    return execute(plan, checkpoint, progress)
+    with together("planning the load") as step:
+        plan = make_plan(checkpoint, target, disk_shapes=disk_shapes, tied=tied, host_memory_budget=host_memory_budget)
+        step.digest = plan.digest
+    with together("loading"):
+        return execute(plan, checkpoint, progress)
 
 
 def make_plan(
@@ -78,183 +97,263 @@ def make_plan(
     tied: bool = False,
     host_memory_budget: int | None = None,
 ) -> Plan:
-    """The plan that `load` executes; arguments and errors as there."""
+    """The plan that `load` executes on this process; nothing is read. Arguments and errors as there."""
+    tensors = checkpoint.tensors
     shapes = {name: tuple(struct.shape) for name, struct in target.items()} | dict(disk_shapes or {})
-    names = map_names(shapes, checkpoint.tensors, tied=tied)
-    parameters = make_parameters(target, names, checkpoint.tensors)
-    piece_bytes = _piece_bytes(host_memory_budget)
-    reads = make_reads(parameters, checkpoint.tensors, piece_bytes=piece_bytes, max_gap=LOCAL_GAP_BYTES)
-    return Plan(parameters, reads, names, piece_bytes)
+    block = read_block_size(checkpoint.config)
+    names = map_names(shapes, tensors, tied=tied)
+    parameters = make_parameters(target, names, tensors, block)
+    num_threads, piece_bytes = _sizes(checkpoint.access, parameters, host_memory_budget)
+    reads = make_reads(parameters, names, tensors, piece_bytes=piece_bytes, max_gap=checkpoint.access.max_gap)
+    checked = sum(tensors[name].nbytes for name in names.tied_head or ()) if jax.process_index() == 0 else 0
+    digest = make_digest(parameters, tensors)
+    return Plan(parameters, reads, names, piece_bytes, num_threads, checked, digest)
 
 
-def _piece_bytes(budget: int | None) -> int:
+def _sizes(access: Access, parameters: Iterable[Parameter], budget: int | None) -> tuple[int, int]:
+    """Threads, and bytes of a piece, such that all threads together stay within the budget."""
     if budget is None:
-        return MAX_PIECE_BYTES
-    # A thread holds the piece it reads and, while it divides or casts it, one copy.
-    piece = min(MAX_PIECE_BYTES, budget // (2 * NUM_THREADS))
-    if piece < MIN_PIECE_BYTES:
-        least = 2 * NUM_THREADS * MIN_PIECE_BYTES
+        budget = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 16
+    num_threads = min(access.num_threads, budget // (COPIES_PER_PIECE * MIN_PIECE_BYTES))
+    if num_threads == 0:
+        least = COPIES_PER_PIECE * MIN_PIECE_BYTES
         raise CheckpointError(f"A host memory budget of {budget} bytes is too small; give at least {least} bytes.")
-    return piece
+    on_host = all(map(is_on_host, parameters))
+    limit = access.piece_bytes or (MAX_HOST_PIECE_BYTES if on_host else MAX_DEVICE_PIECE_BYTES)
+    return num_threads, min(limit, budget // (COPIES_PER_PIECE * num_threads))
 
 
 def execute(plan: Plan, checkpoint: Checkpoint, progress: Progress | None = None) -> dict[str, jax.Array]:
     """Reads everything the plan says and returns the arrays by parameter name."""
-    sinks = {parameter.name: [_make_sink(parameter, shard) for shard in parameter.shards] for parameter in plan.parameters}
-    for read in plan.reads:
-        for piece in read.pieces:
-            for sink in sinks[piece.parameter.name]:
-                sink.pending += intersect(piece.box, sink.shard.box) is not None
-    done, lock, stop = 0, threading.Lock(), threading.Event()
+    if plan.check_bytes:
+        _check_tied_head(plan, checkpoint)
+    sinks = {parameter.name: make_sinks(parameter) for parameter in plan.parameters}
+    done, lock, scratch = plan.check_bytes, threading.Lock(), threading.local()
 
     def run(read: Read) -> None:
         nonlocal done
-        if stop.is_set():
-            return
-        _perform(read, checkpoint, sinks)
+        if not hasattr(scratch, "buffer"):
+            scratch.buffer = np.empty(plan.piece_bytes, np.uint8)
+        _perform(read, checkpoint, sinks, scratch.buffer)
         with lock:
             done += read.nbytes
             if progress is not None:
                 progress(done, plan.bytes_read)
 
-    with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="load") as pool:
-        futures = [pool.submit(run, read) for read in plan.reads]
-        try:
-            finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in finished:
-                future.result()
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
+    run_all(run, plan.reads, plan.num_threads)
     return {parameter.name: _assemble(parameter, sinks.pop(parameter.name)) for parameter in plan.parameters}
 
 
-def _perform(read: Read, checkpoint: Checkpoint, sinks: Mapping[str, list["Sink"]]) -> None:
+def run_all(function: Callable[[T], None], items: Sequence[T], num_threads: int) -> None:
+    """Calls the function for every item on a few threads; the first exception (or Ctrl-C) stops them all and is raised."""
+    stop, queue, lock = threading.Event(), iter(items), threading.Lock()
+
+    def work() -> None:
+        while not stop.is_set():
+            with lock:
+                item = next(queue, None)
+            if item is None:
+                return
+            function(item)
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        try:
+            for future in as_completed([pool.submit(work) for _ in range(num_threads)]):
+                future.result()
+        finally:
+            stop.set()
+
+
+def _check_tied_head(plan: Plan, checkpoint: Checkpoint) -> None:
+    """Compares a stored head, byte by byte, with the embedding it is said to be tied to."""
+    assert plan.names.tied_head is not None
+    head, embedding = (checkpoint.tensors[name] for name in plan.names.tied_head)
+    size = head.nbytes
+    if (head.dtype, head.shape) == (embedding.dtype, embedding.shape):
+        one, other = (np.empty(plan.piece_bytes, np.uint8) for _ in range(2))
+        for start in range(0, size, plan.piece_bytes):
+            length = min(plan.piece_bytes, size - start)
+            checkpoint.files[head.file].read_into(head.begin + start, one.data[:length])
+            checkpoint.files[embedding.file].read_into(embedding.begin + start, other.data[:length])
+            if not np.array_equal(one[:length], other[:length]):
+                break
+        else:
+            return
+    raise CheckpointError(
+        f"config.json ties the output head to the embedding, but {head.name} ({head.dtype.name} {list(head.shape)}) and "
+        f"{embedding.name} ({embedding.dtype.name} {list(embedding.shape)}) differ; set tie_word_embeddings to false, or "
+        f"remove {head.name}, whichever is right for this model."
+    )
+
+
+def _perform(read: Read, checkpoint: Checkpoint, sinks: Mapping[str, list["Sink"]], scratch: np.ndarray) -> None:
+    """Reads one byte range and hands each of its pieces to the shards that it meets."""
     file = checkpoint.files[read.file]
-    if len(read.pieces) == 1:
-        (piece,) = read.pieces
-        direct = next((view for sink in sinks[piece.parameter.name] if (view := sink.direct(piece)) is not None), None)
-        data = np.empty(piece.nbytes, np.uint8) if direct is None else direct
-        for position, offset in zip(range(0, piece.nbytes, piece.run_bytes), piece.offsets(), strict=True):
-            file.read_into(offset, memoryview(data)[position : position + piece.run_bytes])
-        _deliver(piece, None if direct is not None else data, sinks)
+    if len(read.pieces) > 1:
+        file.read_into(read.begin, scratch.data[: read.nbytes])
+        for piece in read.pieces:
+            start = next(piece.offsets()) - read.begin
+            _deliver(piece, scratch[start : start + piece.nbytes], None, sinks, in_place=False)
         return
-    data = np.empty(read.nbytes, np.uint8)
-    file.read_into(read.begin, memoryview(data))
-    for piece in read.pieces:
-        start = next(piece.offsets()) - read.begin
-        _deliver(piece, data[start : start + piece.nbytes], sinks)
+    (piece,) = read.pieces
+    scale = None if piece.scale is None else _read_scale(piece, checkpoint)
+    place = next((place for sink in sinks[piece.parameter.name] if (place := sink.place(piece)) is not None), None)
+    data = scratch[: piece.nbytes] if place is None else place
+    for position, offset in zip(range(0, piece.nbytes, piece.run_bytes), piece.offsets(), strict=True):
+        file.read_into(offset, data.data[position : position + piece.run_bytes])
+    _deliver(piece, data, scale, sinks, in_place=place is not None)
 
 
-def _deliver(piece: Piece, data: np.ndarray | None, sinks: Mapping[str, list["Sink"]]) -> None:
-    """Hands a piece's bytes to every shard it meets; None: they were read in place."""
+def _read_scale(piece: Piece, checkpoint: Checkpoint) -> np.ndarray:
+    """The rows of the scale that a quantised piece needs."""
+    assert piece.scale is not None
+    scale, (start, _) = piece.scale, piece.scale_rows()
+    row_bytes = scale.nbytes // math.prod(scale.shape[:-1])
+    data = np.empty(piece.scale_bytes, np.uint8)
+    checkpoint.files[scale.file].read_into(scale.begin + start * row_bytes, data.data)
+    return data.view(scale.dtype.numpy).reshape(-1, scale.shape[-1])
+
+
+def _deliver(
+    piece: Piece, data: np.ndarray, scale: np.ndarray | None, sinks: Mapping[str, list["Sink"]], *, in_place: bool
+) -> None:
+    values = data.view(piece.parameter.disk_dtype).reshape(piece.shape)
     for sink in sinks[piece.parameter.name]:
         common = intersect(piece.box, sink.shard.box)
         if common is not None:
-            if data is not None:
-                values = data.view(piece.parameter.disk_dtype).reshape(piece.shape)[relative(common, piece.box)]
-                sink.write(common, values)
-            sink.arrived()
+            blocks = None if scale is None else _blocks(piece, common, scale)
+            sink.write(common, values[relative(common, piece.box)], blocks, in_place=in_place)
+
+
+def _blocks(piece: Piece, box: Box, scale: np.ndarray) -> Blocks:
+    """The scale of a box of a quantised piece, and the block of each of its rows and columns."""
+    assert piece.parameter.block is not None
+    rows, columns = piece.parameter.matrix_indices(box)
+    first_row = piece.parameter.matrix_indices(piece.box)[0][0] // piece.parameter.block[0]
+    return Blocks(scale, rows // piece.parameter.block[0] - first_row, columns // piece.parameter.block[1])
 
 
 class Sink(Protocol):
-    """Takes the pieces of one shard and turns them into arrays on its devices."""
+    """Takes the pieces of one shard and makes the arrays of its devices."""
 
     shard: Shard
-    pending: int
 
-    def direct(self, piece: Piece) -> np.ndarray | None:
-        """The bytes to read the piece into when they are its final place, else None."""
+    def place(self, piece: Piece) -> np.ndarray | None:
+        """Memory to read the piece into, if all of it belongs to this shard, in this order; else None."""
         ...
 
-    def write(self, box: Box, values: np.ndarray) -> None: ...
+    def write(self, box: Box, values: np.ndarray, blocks: Blocks | None, *, in_place: bool) -> None:
+        """Takes the values of a box, and the scales of quantised ones.
 
-    def arrived(self) -> None:
-        """Counts a piece; with the last one the arrays are made."""
+        `in_place`: the values lie in memory that `place` gave; otherwise in memory that will be used again.
+        """
         ...
 
     def arrays(self) -> list[jax.Array]: ...
 
 
 class HostSink:
-    """A shard on a CPU backend: one buffer that the devices' arrays alias."""
+    """A shard on a CPU backend: one host buffer that the arrays of its devices adopt."""
 
-    def __init__(self, parameter: Parameter, shard: Shard):
-        self.parameter, self.shard, self.pending = parameter, shard, 0
-        self._lock = threading.Lock()
-        self._values: np.ndarray | None = None
+    def __init__(self, parameter: Parameter, shard: Shard, memory: "Memory"):
+        self.parameter, self.shard, self._memory = parameter, shard, memory
 
-    def _buffer(self) -> np.ndarray:
-        with self._lock:
-            if self._values is None:
-                self._values = aligned_empty(box_shape(self.shard.box), self.parameter.dtype)
-            return self._values
+    @property
+    def _values(self) -> np.ndarray:
+        return self._memory.of(self.shard)
 
-    def direct(self, piece: Piece) -> np.ndarray | None:
-        if self.parameter.dtype != self.parameter.disk_dtype or intersect(piece.box, self.shard.box) != piece.box:
+    def place(self, piece: Piece) -> np.ndarray | None:
+        if self.parameter.dtype != self.parameter.disk_dtype or not contains(self.shard.box, piece.box):
             return None
-        place = self._buffer()[relative(piece.box, self.shard.box)]
+        place = self._values[relative(piece.box, self.shard.box)]
         return place.reshape(-1).view(np.uint8) if place.flags.c_contiguous else None
 
-    def write(self, box: Box, values: np.ndarray) -> None:
-        np.copyto(self._buffer()[relative(box, self.shard.box)], values, casting="unsafe")
-
-    def arrived(self) -> None:
-        with self._lock:
-            self.pending -= 1
+    def write(self, box: Box, values: np.ndarray, blocks: Blocks | None, *, in_place: bool) -> None:
+        if blocks is not None:
+            values = dequantize(values, *blocks, self.parameter.dtype)
+        if not in_place:
+            np.copyto(self._values[relative(box, self.shard.box)], values, casting="unsafe")
 
     def arrays(self) -> list[jax.Array]:
-        assert self.pending == 0
-        values = self._buffer()
-        return [jax.device_put(values, device) for device in self.shard.devices]
+        return [jax.device_put(self._values, device) for device in self.shard.devices]
+
+
+class Memory:
+    """The host memory of all shards of a parameter: one allocation (so that the system can use huge pages), made late."""
+
+    def __init__(self, parameter: Parameter):
+        self._dtype, self._lock = parameter.dtype, threading.Lock()
+        self._memory: np.ndarray | None = None
+        self._starts: dict[Box, int] = {}
+        self._size = 0
+        for shard in parameter.shards:
+            self._starts[shard.box] = self._size
+            nbytes = math.prod(box_shape(shard.box)) * self._dtype.itemsize
+            self._size += nbytes + -nbytes % BUFFER_ALIGNMENT
+
+    def of(self, shard: Shard) -> np.ndarray:
+        with self._lock:
+            if self._memory is None:
+                self._memory = aligned_empty(self._size)
+        shape = box_shape(shard.box)
+        start = self._starts[shard.box]
+        return self._memory[start : start + math.prod(shape) * self._dtype.itemsize].view(self._dtype).reshape(shape)
 
 
 @partial(jax.jit, donate_argnums=0)
-def _update(whole: jax.Array, part: jax.Array, start: tuple[jax.Array, ...]) -> jax.Array:
+def _update(whole: jax.Array, part: jax.Array, start: tuple[int, ...]) -> jax.Array:
     return jax.lax.dynamic_update_slice(whole, part.astype(whole.dtype), start)
 
 
+_dequantize = jax.jit(dequantize, static_argnames="dtype")
+
+
 class DeviceSink:
-    """A shard on an accelerator: pieces are transferred and, if there is more than one, written into it in place."""
+    """A shard on accelerators: pieces are transferred and, if there is more than one, written into it in place."""
 
     def __init__(self, parameter: Parameter, shard: Shard):
-        self.parameter, self.shard, self.pending = parameter, shard, 0
-        self._lock = threading.Lock()
+        self.parameter, self.shard, self._lock = parameter, shard, threading.Lock()
         self._arrays: list[jax.Array] | None = None
 
-    def direct(self, piece: Piece) -> np.ndarray | None:
-        return None
+    def place(self, piece: Piece) -> np.ndarray | None:
+        return aligned_empty(piece.nbytes) if contains(self.shard.box, piece.box) else None
 
-    def write(self, box: Box, values: np.ndarray) -> None:
+    def write(self, box: Box, values: np.ndarray, blocks: Blocks | None, *, in_place: bool) -> None:
         dtype = self.parameter.dtype
-        # Narrow before the transfer, widen after it.
-        values = np.ascontiguousarray(values, dtype if dtype.itemsize < values.dtype.itemsize else None)
+        # Narrow before the transfer, widen after it; what is transferred is never memory that is used again.
+        narrow = dtype if dtype.itemsize < values.dtype.itemsize else values.dtype
+        values = values.astype(narrow, order="C", copy=not in_place)
         parts = [jax.device_put(values, device) for device in self.shard.devices]
+        if blocks is not None:
+            parts = [_dequantize(part, *jax.device_put(blocks, part.device), dtype=dtype) for part in parts]
         with self._lock:
             if box == self.shard.box:
                 self._arrays = [part.astype(dtype) for part in parts]
             else:
-                start = tuple(part.start for part in relative(box, self.shard.box))
-                wholes = self._arrays or [self._empty(device) for device in self.shard.devices]
+                start = tuple(index.start for index in relative(box, self.shard.box))
+                wholes = self._arrays or self._zeros()
                 self._arrays = [_update(whole, part, start) for whole, part in zip(wholes, parts, strict=True)]
+            # The piece's memory counts against the budget until it has arrived.
             jax.block_until_ready(self._arrays)
 
-    def _empty(self, device: jax.Device) -> jax.Array:
-        return jnp.zeros(box_shape(self.shard.box), self.parameter.dtype, device=device)
-
-    def arrived(self) -> None:
-        with self._lock:
-            self.pending -= 1
+    def _zeros(self) -> list[jax.Array]:
+        shape = box_shape(self.shard.box)
+        return [jnp.zeros(shape, self.parameter.dtype, device=device) for device in self.shard.devices]
 
     def arrays(self) -> list[jax.Array]:
-        assert self.pending == 0
-        return self._arrays or [self._empty(device) for device in self.shard.devices]
+        return self._arrays or self._zeros()
 
 
-def _make_sink(parameter: Parameter, shard: Shard) -> Sink:
-    on_host = all(device.platform == "cpu" for device in shard.devices)
-    return HostSink(parameter, shard) if on_host else DeviceSink(parameter, shard)
+def make_sinks(parameter: Parameter) -> list[Sink]:
+    if is_on_host(parameter):
+        memory = Memory(parameter)
+        return [HostSink(parameter, shard, memory) for shard in parameter.shards]
+    return [DeviceSink(parameter, shard) for shard in parameter.shards]
+
+
+def is_on_host(parameter: Parameter) -> bool:
+    """Whether the parameter's arrays live in host memory, so that their buffers can be filled directly."""
+    return all(device.platform == "cpu" for shard in parameter.shards for device in shard.devices)
 
 
 def _assemble(parameter: Parameter, sinks: list[Sink]) -> jax.Array:
@@ -262,9 +361,8 @@ def _assemble(parameter: Parameter, sinks: list[Sink]) -> jax.Array:
     return jax.make_array_from_single_device_arrays(parameter.shape, parameter.sharding, arrays)
 
 
-def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """A fresh uninitialised array whose memory jax's CPU backend adopts as it is."""
-    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+def aligned_empty(nbytes: int) -> np.ndarray:
+    """Fresh uninitialised bytes that jax's CPU backend adopts without a copy."""
     memory = np.empty(nbytes + BUFFER_ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % BUFFER_ALIGNMENT
-    return memory[start : start + nbytes].view(dtype).reshape(shape)
+    return memory[start : start + nbytes]

@@ -8,8 +8,8 @@ Many are a **stack**: the experts' tensors [F, D], one after the other, are [E, 
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from qwen_dist.checkpoint.format import TensorInfo
 from qwen_dist.errors import CheckpointError
@@ -36,89 +36,107 @@ class Segment:
 
 @dataclass(frozen=True)
 class NameMap:
-    """Where every parameter comes from.
+    """Where every parameter comes from, and where it goes back to.
 
     Attributes:
         segments: the segments of each parameter, in row-major order.
-        scales: the tensors that are block scales of a quantised weight, by the weight's name on disk.
+        scales: the block scales of quantised weights, by the weight's name on disk.
         skipped: tensors of the checkpoint that are knowingly not loaded.
-        tied_head: the name of a stored `lm_head.weight` that must equal the embedding it is tied to, if there is one.
-        embedding: the name of the embedding on disk.
+        tied_head: a stored `lm_head.weight` of a model without one, and the embedding that it must equal.
     """
 
     segments: Mapping[str, tuple[Segment, ...]]
-    scales: Mapping[str, str]
-    skipped: tuple[str, ...]
-    tied_head: str | None
-    embedding: str
+    scales: Mapping[str, str] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
+    tied_head: tuple[str, str] | None = None
+
+
+def name_tensors(
+    disk_shapes: Mapping[str, tuple[int, ...]], *, prefix: tuple[str, str] = PREFIXES[0], fused_experts: bool = False
+) -> NameMap:
+    """The names a model's tensors have on disk, by convention alone.
+
+    Args:
+        disk_shapes: for each parameter of the model the shape its tensor has on disk (experts: with the leading E).
+        prefix: one of `PREFIXES`.
+        fused_experts: experts lie in one tensor per kind rather than in one per expert.
+    """
+    return NameMap(
+        {
+            name: _segments(prefix[name == HEAD] + name, shape, fused_experts=fused_experts)
+            for name, shape in disk_shapes.items()
+        }
+    )
 
 
 def map_names(
     disk_shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorInfo], *, tied: bool = False
 ) -> NameMap:
-    """Finds the tensors of every parameter.
+    """Finds the tensors of every parameter in a checkpoint.
 
     Args:
-        disk_shapes: for each parameter of the model the shape its tensor has on disk (experts: with the leading E).
+        disk_shapes: as in `name_tensors`.
         tensors: the tensors of the checkpoint.
-        tied: the model has no head of its own; a stored `lm_head.weight` is set aside.
+        tied: the model's head is its embedding; a stored `lm_head.weight` is set aside.
 
     Raises:
         CheckpointError: missing tensors, unexpected tensors, tensors of another shape: all of them in one message.
     """
-    prefix, head_prefix = find_prefix(disk_shapes, tensors)
-    segments = {
-        name: _segments((head_prefix if name == HEAD else prefix) + name, shape, tensors)
-        for name, shape in disk_shapes.items()
-    }
+    prefix = find_prefix(disk_shapes, tensors)
+    fused = any(name.endswith((".experts.gate_up_proj", ".experts.down_proj")) for name in tensors)
+    segments = name_tensors(disk_shapes, prefix=prefix, fused_experts=fused).segments
     used = {segment.tensor: segment.shape for parts in segments.values() for segment in parts}
     scales = {name: name + SCALE_SUFFIX for name in used if name + SCALE_SUFFIX in tensors}
     skipped = {name for name in tensors if _SKIPPED.match(name)}
-    tied_head = head_prefix + HEAD if tied and HEAD not in disk_shapes and head_prefix + HEAD in tensors else None
-    missing = [name for name in used if name not in tensors]
-    unexpected = [name for name in tensors if name not in {*used, *scales.values(), *skipped, tied_head}]
-    misshaped = [
-        f"{name}: the model expects {list(shape)}, the checkpoint has {list(tensors[name].shape)}"
+    head, embedding = prefix[1] + HEAD, prefix[0] + EMBEDDING
+    tied_head = (head, embedding) if tied and HEAD not in disk_shapes and {head, embedding} <= set(tensors) else None
+    known = {*used, *scales.values(), *skipped, *(tied_head or ())}
+    problems = [f"missing: {line}" for line in summarize(name for name in used if name not in tensors)]
+    problems += [f"unexpected: {line}" for line in summarize(name for name in tensors if name not in known)]
+    problems += [
+        f"wrong shape: {name}: the model expects {list(shape)}, the checkpoint has {list(tensors[name].shape)}"
         for name, shape in used.items()
         if name in tensors and tensors[name].shape != shape
     ]
-    problems = [f"missing: {line}" for line in summarize(missing)]
-    problems += [f"unexpected: {line}" for line in summarize(unexpected)]
-    problems += [f"wrong shape: {line}" for line in misshaped]
     if problems:
         raise CheckpointError(
-            "The checkpoint does not fit the model (a tensor's name and shape must be as config.json implies):\n"
+            "The checkpoint does not fit the model (names and shapes must be as config.json implies):\n"
             + "\n".join(f"  - {problem}" for problem in problems)
         )
-    return NameMap(segments, scales, tuple(sorted(skipped)), tied_head, prefix + EMBEDDING)
+    return NameMap(segments, scales, tuple(sorted(skipped)), tied_head)
 
 
 def find_prefix(parameters: Iterable[str], tensors: Iterable[str]) -> tuple[str, str]:
     """The pair of `PREFIXES` under which most of the parameters are found."""
     stored, wanted = set(tensors), list(parameters)
-    return max(PREFIXES, key=lambda pair: sum((pair[name == HEAD] + name) in stored for name in wanted))
+    return max(PREFIXES, key=lambda prefix: sum((prefix[name == HEAD] + name) in stored for name in wanted))
 
 
-def _segments(name: str, shape: tuple[int, ...], tensors: Mapping[str, TensorInfo]) -> tuple[Segment, ...]:
+def _segments(name: str, shape: tuple[int, ...], *, fused_experts: bool) -> tuple[Segment, ...]:
     experts = _EXPERTS.match(name)
-    if experts is None or name in tensors and len(shape) < 3:
+    if experts is None:
         return (Segment(name, shape, 0, math.prod(shape)),)
     start, kind = experts.groups()
     num_experts, rows, columns = shape
-    fused_rows = {"gate_up_proj": 1, "down_proj": 1, "gate_proj": 2, "up_proj": 2}[kind]
-    fused = start + ("down_proj" if kind == "down_proj" else "gate_up_proj")
-    if fused in tensors:
-        offset = rows * columns if kind == "up_proj" else 0
-        fused_shape = (num_experts, rows * fused_rows, columns)
-        stride = math.prod(fused_shape[1:])
-        return tuple(Segment(fused, fused_shape, e * stride + offset, rows * columns) for e in range(num_experts))
+    if fused_experts:
+        return tuple(_fused_experts(start, kind, num_experts, rows, columns))
     parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
     part_shape = (rows // len(parts), columns)
     return tuple(
-        Segment(f"{start}{e}.{part}.weight", part_shape, 0, math.prod(part_shape))
-        for e in range(num_experts)
+        Segment(f"{start}{expert}.{part}.weight", part_shape, 0, math.prod(part_shape))
+        for expert in range(num_experts)
         for part in parts
     )
+
+
+def _fused_experts(start: str, kind: str, num_experts: int, rows: int, columns: int) -> Iterator[Segment]:
+    """One segment per expert: all of its rows, or the gate's or the up projection's half of `gate_up_proj` [E, 2F, D]."""
+    is_half = kind in ("gate_proj", "up_proj")
+    tensor = start + ("gate_up_proj" if is_half else kind)
+    shape = (num_experts, 2 * rows if is_half else rows, columns)
+    offset = rows * columns if kind == "up_proj" else 0
+    for expert in range(num_experts):
+        yield Segment(tensor, shape, expert * math.prod(shape[1:]) + offset, rows * columns)
 
 
 def summarize(names: Iterable[str]) -> list[str]:

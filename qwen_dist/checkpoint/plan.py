@@ -17,20 +17,35 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qwen_dist.checkpoint.boxes import (
+    Box,
+    box_shape,
+    first_index,
+    flat_indices,
+    merge,
+    run_dim,
+    run_length,
+    split,
+    widen,
+)
 from qwen_dist.checkpoint.format import DTYPES, TensorInfo
 from qwen_dist.checkpoint.mapping import NameMap, Segment
+from qwen_dist.checkpoint.quantized import FP8_DTYPES, SCALE_DTYPES, scale_shape
 from qwen_dist.errors import CheckpointError
 
 if TYPE_CHECKING:
     import jax
-
-Box = tuple[tuple[int, int], ...]
 
 # A shard whose bytes lie in runs at least this long is read straight to where it belongs. One with shorter runs (a column
 # shard) is read as whole rows together with its neighbours, and divided in memory.
 LONG_RUN_BYTES = 256 * 1024
 # Neighbouring pieces below this size share one read.
 SMALL_PIECE_BYTES = 256 * 1024
+# A thread holds the piece it reads and, while it divides, casts or dequantises it, at most one copy of the same size
+# (pieces whose copy would be larger are planned smaller).
+COPIES_PER_PIECE = 2
+# Among these a value is converted: widened exactly, or rounded once.
+FLOAT_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,7 @@ class Parameter:
         segments: its parts on disk in row-major order.
         stack_dims: how many leading dimensions count the segments; 0 for a view.
         shards: what the devices of this process hold of it.
+        block: the block size of quantised weights, else None.
     """
 
     name: str
@@ -61,6 +77,27 @@ class Parameter:
     segments: tuple[Segment, ...]
     stack_dims: int
     shards: tuple[Shard, ...]
+    block: tuple[int, int] | None = None
+
+    @property
+    def nbytes_on_disk(self) -> int:
+        """Bytes of this process's shards on disk, each once: the least that any plan could read."""
+        return sum(math.prod(box_shape(shard.box)) for shard in self.shards) * self.disk_dtype.itemsize
+
+    def matrix_indices(self, box: Box) -> tuple[np.ndarray, np.ndarray]:
+        """The rows and columns of the tensor on disk (its last two dimensions) that a box within one segment takes."""
+        dims = range(self.stack_dims, len(self.shape))
+        segment = self.segments[0]
+        rows = segment.size // segment.shape[-1]
+        cut = next(dim for dim in dims if math.prod(self.shape[self.stack_dims : dim + 1]) == rows) + 1
+        start = self.segments[self.segment_of(box)].start // segment.shape[-1] % segment.shape[-2]
+        return start + flat_indices(box, self.shape, self.stack_dims, cut), flat_indices(
+            box, self.shape, cut, len(self.shape)
+        )
+
+    def segment_of(self, box: Box) -> int:
+        """The index of the segment that a box lies in."""
+        return first_index(box, self.shape) // self.segments[0].size
 
 
 @dataclass(frozen=True)
@@ -70,6 +107,7 @@ class Piece:
     parameter: Parameter
     box: Box
     tensor: TensorInfo
+    scale: TensorInfo | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -88,17 +126,33 @@ class Piece:
         """Byte offsets in the file of the piece's runs, in row-major order of its box."""
         shape, itemsize = self.parameter.shape, self.parameter.disk_dtype.itemsize
         strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-        first = sum(start * stride for (start, _), stride in zip(self.box, strides, strict=True))
-        index, within = divmod(first, self.parameter.segments[0].size)
-        base = self.tensor.begin + (self.parameter.segments[index].start + within) * itemsize
-        outer = [range(stop - start) for start, stop in self.box[: _run_dim(self.box, shape)]]
+        segment = self.parameter.segments[self.parameter.segment_of(self.box)]
+        within = first_index(self.box, shape) % segment.size
+        base = self.tensor.begin + (segment.start + within) * itemsize
+        outer = [range(stop - start) for start, stop in self.box[: run_dim(self.box, shape)]]
         for position in itertools.product(*outer):
             yield base + sum(i * stride for i, stride in zip(position, strides, strict=False)) * itemsize
+
+    def scale_rows(self) -> tuple[int, int]:
+        """The rows of the scale, as a matrix, that belong to the rows of a quantised piece."""
+        assert self.scale is not None and self.parameter.block is not None
+        rows, _ = self.parameter.matrix_indices(self.box)
+        segment = self.parameter.segments[self.parameter.segment_of(self.box)]
+        matrix = segment.start // math.prod(segment.shape[-2:])
+        first = matrix * self.scale.shape[-2]
+        return first + int(rows[0]) // self.parameter.block[0], first + int(rows[-1]) // self.parameter.block[0] + 1
+
+    @property
+    def scale_bytes(self) -> int:
+        if self.scale is None:
+            return 0
+        start, stop = self.scale_rows()
+        return (stop - start) * self.scale.nbytes // math.prod(self.scale.shape[:-1])
 
 
 @dataclass(frozen=True)
 class Read:
-    """Bytes [begin, end) of a file. A read of several pieces, or of a piece with one run, takes all of the range."""
+    """Bytes [begin, end) of a file and the pieces they bring; a single piece may take only its runs out of them."""
 
     file: str
     begin: int
@@ -107,8 +161,9 @@ class Read:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are really read."""
-        return self.pieces[0].nbytes if len(self.pieces) == 1 else self.end - self.begin
+        """Bytes that are really read, with the scales."""
+        data = self.pieces[0].nbytes if len(self.pieces) == 1 else self.end - self.begin
+        return data + sum(piece.scale_bytes for piece in self.pieces)
 
 
 @dataclass(frozen=True)
@@ -116,70 +171,133 @@ class Plan:
     """Everything one process does to load a checkpoint.
 
     Attributes:
-        parameters: the arrays to be made.
+        parameters: the arrays to be made, by name.
         reads: what to read, in the order of the files.
         names: the mapping of names, with what is skipped.
         piece_bytes: the largest piece.
+        num_threads: how many reads are under way at a time.
+        check_bytes: what the comparison of a stored head with its embedding reads.
+        digest: the same on every process that loads the same checkpoint onto the same mesh.
     """
 
     parameters: tuple[Parameter, ...]
     reads: tuple[Read, ...]
     names: NameMap
     piece_bytes: int
+    num_threads: int
+    check_bytes: int
+    digest: str
 
     @property
     def bytes_read(self) -> int:
-        return sum(read.nbytes for read in self.reads)
+        return sum(read.nbytes for read in self.reads) + self.check_bytes
 
     @property
     def bytes_needed(self) -> int:
-        """The least any plan could read: every byte of this process's shards once."""
-        return sum(
-            math.prod(box_shape(shard.box)) * parameter.disk_dtype.itemsize
-            for parameter in self.parameters
-            for shard in parameter.shards
+        return sum(parameter.nbytes_on_disk for parameter in self.parameters)
+
+    @property
+    def over_read(self) -> float:
+        """Bytes read over the least possible; 1.0 is perfect."""
+        return self.bytes_read / max(1, self.bytes_needed)
+
+    @property
+    def host_memory(self) -> int:
+        """The most bytes of buffers held at a time, beyond arrays that live on the host themselves."""
+        return COPIES_PER_PIECE * self.piece_bytes * self.num_threads
+
+    def bytes_per_device(self) -> dict["jax.Device", int]:
+        """What each local device holds in the end."""
+        totals: dict[jax.Device, int] = defaultdict(int)
+        for parameter in self.parameters:
+            for shard in parameter.shards:
+                for device in shard.devices:
+                    totals[device] += math.prod(box_shape(shard.box)) * parameter.dtype.itemsize
+        return dict(sorted(totals.items(), key=lambda item: item[0].id))
+
+    def __str__(self) -> str:
+        per_device = self.bytes_per_device().values()
+        files = {read.file for read in self.reads}
+        return (
+            f"{len(self.parameters)} parameters from {len(files)} files in {len(self.reads)} reads: "
+            f"{self.bytes_read / 1e9:.3f} GB read ({self.over_read:.3f} x the least), "
+            f"{min(per_device) / 1e9:.3f}-{max(per_device) / 1e9:.3f} GB on each of {len(per_device)} local devices, "
+            f"at most {self.host_memory / 1e6:.0f} MB of host buffers, {len(self.names.skipped)} tensors skipped, "
+            f"plan {self.digest[:12]}"
         )
 
 
 def make_parameters(
-    target: Mapping[str, "jax.ShapeDtypeStruct"], names: NameMap, tensors: Mapping[str, TensorInfo]
+    target: Mapping[str, "jax.ShapeDtypeStruct"],
+    names: NameMap,
+    tensors: Mapping[str, TensorInfo],
+    block: tuple[int, int] | None,
 ) -> tuple[Parameter, ...]:
     """Binds names, tensors on disk and shardings, in sorted order.
 
     Raises:
-        CheckpointError: a tensor's dtype cannot become the parameter's; all of them in one message.
+        CheckpointError: a tensor's dtype cannot become the parameter's, or a scale does not fit its weight; all of them
+            in one message.
     """
     parameters, problems = [], []
     for name in sorted(target):
         struct, segments = target[name], names.segments[name]
-        dtypes = {tensors[segment.tensor].dtype for segment in segments}
-        dtype = np.dtype(struct.dtype)
-        if problem := _dtype_problem(dtypes, dtype):
-            problems.append(f"{segments[0].tensor}: {problem}")
+        parts = [tensors[segment.tensor] for segment in segments]
+        scales = [tensors[names.scales[part.name]] if part.name in names.scales else None for part in parts]
+        if problem := _dtype_problem(parts, scales, np.dtype(struct.dtype), block):
+            problems.append(f"{parts[0].name}: {problem}")
             continue
-        (disk,) = dtypes
-        stack_dims = _stack_dims(name, struct.shape, len(segments))
-        shards = make_shards(struct.shape, struct.sharding)
+        assert parts[0].dtype.numpy is not None
         parameters.append(
-            Parameter(name, tuple(struct.shape), dtype, struct.sharding, disk.numpy, segments, stack_dims, shards)
+            Parameter(
+                name,
+                tuple(struct.shape),
+                np.dtype(struct.dtype),
+                struct.sharding,
+                parts[0].dtype.numpy,
+                segments,
+                _stack_dims(name, struct.shape, len(segments)),
+                make_shards(struct.shape, struct.sharding),
+                block if scales[0] is not None else None,
+            )
         )
     if problems:
-        raise CheckpointError("Tensors of a dtype that cannot be loaded:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise CheckpointError("Tensors that cannot be loaded:\n" + "\n".join(f"  - {text}" for text in problems))
     return tuple(parameters)
 
 
-_FLOATS = {"F16", "BF16", "F32", "F64"}
-
-
-def _dtype_problem(dtypes: set[Any], wanted: np.dtype) -> str | None:
+def _dtype_problem(
+    parts: list[TensorInfo], scales: list[TensorInfo | None], wanted: np.dtype, block: tuple[int, int] | None
+) -> str | None:
+    """Why these tensors cannot become an array of dtype `wanted`; None if they can."""
+    dtypes = sorted({part.dtype.name for part in parts})
+    disk = parts[0].dtype
+    wanted_is_float = any(wanted == DTYPES[name].numpy for name in FLOAT_DTYPES)
     if len(dtypes) > 1:
-        return f"its parts have different dtypes ({', '.join(sorted(dtype.name for dtype in dtypes))})"
-    (disk,) = dtypes
+        return f"its parts have different dtypes: {', '.join(dtypes)}"
     if disk.numpy is None:
-        return f"dtype {disk.name} is known but not supported"
-    wanted_is_float = any(wanted == np.dtype(DTYPES[name].numpy) for name in _FLOATS)
-    if disk.numpy != wanted and not (disk.name in _FLOATS and wanted_is_float):
-        return f"dtype {disk.name} on disk is never converted to {wanted}"
+        return f"dtype {disk.name} is known, but loading it is not supported"
+    if any(scale is not None for scale in scales):
+        return _scale_problem(parts, scales, block) if wanted_is_float else f"FP8 cannot become {wanted}"
+    if disk.numpy == wanted or (disk.name in FLOAT_DTYPES and wanted_is_float):
+        return None
+    hint = "; its weight_scale_inv is missing" if disk.name in FP8_DTYPES else ""
+    return f"dtype {disk.name} on disk is never converted to {wanted}{hint}"
+
+
+def _scale_problem(parts: list[TensorInfo], scales: list[TensorInfo | None], block: tuple[int, int] | None) -> str | None:
+    for part, scale in zip(parts, scales, strict=True):
+        if scale is None:
+            return f"{part.name} has no scale though other parts have one"
+        if part.dtype.name not in FP8_DTYPES:
+            return f"{scale.name} would go unused: the weight is {part.dtype.name}, not FP8"
+        if block is None:
+            return f"{scale.name} is there, but config.json has no quantization_config to say its block size"
+        if len(part.shape) < 2 or scale.shape != scale_shape(part.shape, block) or scale.dtype.name not in SCALE_DTYPES:
+            return (
+                f"{scale.name} is {scale.dtype.name} {list(scale.shape)}; blocks of {list(block)} over "
+                f"{list(part.shape)} need {list(scale_shape(part.shape, block))}"
+            )
     return None
 
 
@@ -202,124 +320,70 @@ def make_shards(shape: tuple[int, ...], sharding: Any) -> tuple[Shard, ...]:
 
 
 def make_reads(
-    parameters: Iterable[Parameter], tensors: Mapping[str, TensorInfo], *, piece_bytes: int, max_gap: int
+    parameters: Iterable[Parameter],
+    names: NameMap,
+    tensors: Mapping[str, TensorInfo],
+    *,
+    piece_bytes: int,
+    max_gap: int,
 ) -> tuple[Read, ...]:
     """Divides every parameter into pieces of at most `piece_bytes` and joins small neighbours, in file order.
 
     `max_gap` is the number of bytes that are cheaper to read and drop than to skip.
     """
-    pieces = [piece for parameter in parameters for piece in make_pieces(parameter, tensors, piece_bytes, max_gap)]
-    starts = sorted(((piece.tensor.file, next(piece.offsets())), index) for index, piece in enumerate(pieces))
+    pieces = []
+    for parameter in parameters:
+        # float32 values, float32 factors, their product and its rounding: 14 bytes for one of FP8.
+        limit = piece_bytes if parameter.block is None else piece_bytes // 8
+        for box in make_pieces(parameter, piece_bytes=limit, max_gap=max_gap):
+            tensor = parameter.segments[parameter.segment_of(box)].tensor
+            scale = tensors[names.scales[tensor]] if parameter.block is not None else None
+            pieces.append(Piece(parameter, box, tensors[tensor], scale))
     reads: list[Read] = []
-    for (file, begin), index in starts:
-        piece = pieces[index]
-        is_small = piece.nbytes <= SMALL_PIECE_BYTES and piece.run_bytes == piece.nbytes
-        end = begin + piece.nbytes
-        last = reads[-1] if reads else None
-        if is_small and last is not None and _joins(last, file, begin, end, piece_bytes, max_gap):
-            reads[-1] = Read(file, last.begin, max(end, last.end), (*last.pieces, piece))
+    for piece in sorted(pieces, key=lambda piece: (piece.tensor.file, next(piece.offsets()))):
+        begin = next(piece.offsets())
+        read = Read(piece.tensor.file, begin, begin + piece.nbytes, (piece,))
+        joined = _join_reads(reads[-1], read, piece_bytes, max_gap) if reads else None
+        if joined is not None:
+            reads[-1] = joined
         else:
-            reads.append(Read(file, begin, end, (piece,)))
+            reads.append(read)
     return tuple(reads)
 
 
-def _joins(last: Read, file: str, begin: int, end: int, piece_bytes: int, max_gap: int) -> bool:
-    first = last.pieces[0]
-    is_joinable = first.nbytes <= SMALL_PIECE_BYTES and first.run_bytes == first.nbytes
-    return is_joinable and last.file == file and begin - last.end <= max_gap and end - last.begin <= piece_bytes
+def _join_reads(last: Read, read: Read, piece_bytes: int, max_gap: int) -> Read | None:
+    end = max(last.end, read.end)
+    is_near = last.file == read.file and read.begin - last.end <= max_gap and end - last.begin <= piece_bytes
+    if not (is_near and _is_joinable(last.pieces[0]) and _is_joinable(read.pieces[0])):
+        return None
+    return Read(last.file, last.begin, end, (*last.pieces, *read.pieces))
 
 
-def make_pieces(parameter: Parameter, tensors: Mapping[str, TensorInfo], piece_bytes: int, max_gap: int) -> Iterator[Piece]:
+def _is_joinable(piece: Piece) -> bool:
+    return piece.nbytes <= SMALL_PIECE_BYTES and piece.run_bytes == piece.nbytes and piece.scale is None
+
+
+def make_pieces(parameter: Parameter, *, piece_bytes: int, max_gap: int) -> Iterator[Box]:
+    """Boxes of at most `piece_bytes` that together hold all local shards of a parameter."""
     itemsize = parameter.disk_dtype.itemsize
     boxes = [shard.box for shard in parameter.shards if math.prod(box_shape(shard.box))]
     if any(run_length(box, parameter.shape) * itemsize < LONG_RUN_BYTES for box in boxes):
         boxes = [widen(box, parameter.shape, max_gap // itemsize) for box in merge(boxes)]
-    strides = [math.prod(parameter.shape[dim + 1 :]) for dim in range(len(parameter.shape))]
     for box in boxes:
-        for part in split(box, piece_bytes // itemsize, parameter.stack_dims):
-            first = sum(start * stride for (start, _), stride in zip(part, strides, strict=True))
-            segment = parameter.segments[first // parameter.segments[0].size]
-            yield Piece(parameter, part, tensors[segment.tensor])
+        yield from split(box, piece_bytes // itemsize, parameter.stack_dims)
 
 
-# --- boxes ---------------------------------------------------------------------------------------------------------------
+def make_digest(parameters: Iterable[Parameter], tensors: Mapping[str, TensorInfo]) -> str:
+    """A hash of all that the processes of one load must agree on."""
+    digest = hashlib.sha256()
+    for tensor in sorted(tensors.values(), key=lambda tensor: tensor.name):
+        digest.update(repr((tensor.name, tensor.file, tensor.dtype.name, tensor.shape, tensor.begin)).encode())
+    for parameter in parameters:
+        devices = [(device.id, device.process_index) for device in sorted(parameter.sharding.device_set, key=_device_id)]
+        layout = (parameter.name, parameter.shape, str(parameter.dtype), str(parameter.sharding), devices)
+        digest.update(repr(layout).encode())
+    return digest.hexdigest()
 
 
-def box_shape(box: Box) -> tuple[int, ...]:
-    return tuple(stop - start for start, stop in box)
-
-
-def intersect(one: Box, other: Box) -> Box | None:
-    """The common part of two boxes, or None."""
-    common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
-    return common if all(start < stop for start, stop in common) else None
-
-
-def relative(box: Box, origin: Box) -> tuple[slice, ...]:
-    """The box as an index into an array that holds the box `origin`."""
-    return tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(box, origin, strict=True))
-
-
-def _run_dim(box: Box, shape: tuple[int, ...]) -> int:
-    """The outermost dimension along which the box is contiguous in an array of that shape."""
-    dim = len(shape)
-    while dim > 0 and (dim == len(shape) or box[dim] == (0, shape[dim])):
-        dim -= 1
-    return dim
-
-
-def run_length(box: Box, shape: tuple[int, ...]) -> int:
-    """How many consecutive elements of a row-major array of that shape the box takes at a time."""
-    return math.prod(box_shape(box)[_run_dim(box, shape) :])
-
-
-def merge(boxes: Iterable[Box]) -> list[Box]:
-    """Joins boxes that are neighbours along one dimension until none are: eight column shards become the whole matrix."""
-    merged = sorted(set(boxes))
-    for dim in reversed(range(len(merged[0]) if merged else 0)):
-        lines: dict[tuple[Any, ...], list[tuple[int, int]]] = defaultdict(list)
-        for box in merged:
-            lines[box[:dim] + box[dim + 1 :]].append(box[dim])
-        merged = [
-            line[:dim] + (interval,) + line[dim:] for line, intervals in lines.items() for interval in _join(intervals)
-        ]
-    return sorted(merged)
-
-
-def _join(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    joined: list[tuple[int, int]] = []
-    for start, stop in sorted(intervals):
-        if joined and start <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
-        else:
-            joined.append((start, stop))
-    return joined
-
-
-def widen(box: Box, shape: tuple[int, ...], max_gap: int) -> Box:
-    """The box extended to whole rows wherever the gap between its runs is at most `max_gap` elements."""
-    for dim in reversed(range(1, len(shape))):
-        gap = (shape[dim] - (box[dim][1] - box[dim][0])) * math.prod(box_shape(box)[dim + 1 :])
-        if gap > max_gap:
-            break
-        box = (*box[:dim], (0, shape[dim]), *box[dim + 1 :])
-    return box
-
-
-def split(box: Box, limit: int, first_dim: int) -> Iterator[Box]:
-    """Divides a box into boxes of at most `limit` elements (at least one), in row-major order.
-
-    Dimensions before `first_dim` are always cut into single indices.
-    """
-    extents = box_shape(box)
-    dim = first_dim
-    while dim < len(box) - 1 and math.prod(extents[dim + 1 :]) > limit:
-        dim += 1
-    if not box:
-        yield box
-        return
-    rows = max(1, limit // max(1, math.prod(extents[dim + 1 :])))
-    for index in itertools.product(*(range(start, stop) for start, stop in box[:dim])):
-        fixed = tuple((i, i + 1) for i in index)
-        for start in range(box[dim][0], box[dim][1], rows):
-            yield (*fixed, (start, min(start + rows, box[dim][1])), *box[dim + 1 :])
+def _device_id(device: "jax.Device") -> int:
+    return device.id

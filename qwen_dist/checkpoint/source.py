@@ -16,6 +16,24 @@ SINGLE_NAME = "model.safetensors"
 _FIRST_READ_BYTES = 128 * 1024
 
 
+@dataclass(frozen=True)
+class Access:
+    """How a kind of storage is best read.
+
+    Attributes:
+        num_threads: reads under way at a time.
+        max_gap: bytes that are cheaper to read and drop than to skip.
+        piece_bytes: the size of a read; None where only the destination matters.
+    """
+
+    num_threads: int
+    max_gap: int
+    piece_bytes: int | None = None
+
+
+LOCAL_ACCESS = Access(num_threads=8, max_gap=16 * 1024)
+
+
 class ByteFile(Protocol):
     """A file that can be read by byte range from many threads at once."""
 
@@ -78,6 +96,7 @@ class Checkpoint:
         config: the parsed `config.json`.
         files: the safetensors files by name.
         tensors: every tensor by its name on disk.
+        access: how the files are best read.
         warnings: oddities that do not make the weights doubtful.
     """
 
@@ -85,6 +104,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     files: Mapping[str, ByteFile]
     tensors: Mapping[str, TensorInfo]
+    access: Access = LOCAL_ACCESS
     warnings: tuple[str, ...] = ()
 
     @property
@@ -153,7 +173,8 @@ def _read_index(root: Path) -> dict[str, str] | None:
     bad = sorted({repr(value) for value in weight_map.values() if not is_shard_name(value)})
     if bad:
         raise CheckpointError(
-            f"{root / INDEX_NAME}: weight_map may only name *.safetensors files of the same directory; found {', '.join(bad)}."
+            f"{root / INDEX_NAME}: weight_map may only name *.safetensors files of the same directory, "
+            f"found {', '.join(bad)}."
         )
     return weight_map
 
@@ -165,7 +186,7 @@ def is_shard_name(value: object) -> bool:
 
 def _only_file(root: Path) -> str:
     names = sorted(entry.name for entry in root.glob("*.safetensors"))
-    if SINGLE_NAME in names[:1] and len(names) == 1 or len(names) == 1:
+    if (SINGLE_NAME in names[:1] and len(names) == 1) or len(names) == 1:
         return names[0]
     if names:
         raise CheckpointError(

@@ -94,14 +94,15 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize("sink", [loading.HostSink, loading.DeviceSink])
-@pytest.mark.parametrize("long_run", [16, loading.MAX_PIECE_BYTES])
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("long_run", [16, loading.MAX_HOST_PIECE_BYTES])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("mesh_shape", "row", "column"), MESHES)
-def test_equals_safetensors_on_every_mesh(checkpoint_dir, monkeypatch, mesh_shape, row, column, dtype, long_run, sink):
-    monkeypatch.setattr(loading, "_make_sink", sink)
+def test_equals_safetensors_on_every_mesh(checkpoint_dir, monkeypatch, mesh_shape, row, column, dtype, long_run, on_device):
+    if on_device:
+        monkeypatch.setattr(loading, "make_sinks", lambda p: [loading.DeviceSink(p, shard) for shard in p.shards])
     monkeypatch.setattr("qwen_dist.checkpoint.plan.LONG_RUN_BYTES", long_run)
-    monkeypatch.setattr(loading, "MAX_PIECE_BYTES", 1000)
+    monkeypatch.setattr(loading, "MAX_HOST_PIECE_BYTES", 1000)
     mesh = jax.make_mesh(mesh_shape, ("row", "column"), devices=jax.devices()[: mesh_shape[0] * mesh_shape[1]])
     expected = expected_arrays(checkpoint_dir)
     target = {

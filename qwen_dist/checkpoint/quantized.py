@@ -1,0 +1,57 @@
+"""Block-wise FP8 weights, as Qwen publishes them: which scale belongs to which element, and the product of the two.
+
+A matrix [O, I] of float8 comes with `weight_scale_inv` [ceil(O / o), ceil(I / i)]; the block size (o, i) is in
+`config.json`. The last block of a row or column may be partial, so blocks are found by index, never by a ratio of shapes.
+The value is `float32(weight) * float32(scale)`, rounded once to the wanted dtype, as in transformers' `FineGrainedFP8`.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from qwen_dist.errors import CheckpointError
+
+FP8_DTYPES = frozenset({"F8_E4M3", "F8_E5M2"})
+SCALE_DTYPES = frozenset({"F32", "BF16", "F16"})
+
+
+def read_block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The block size of an FP8 checkpoint; None when the checkpoint is not quantised.
+
+    Raises:
+        CheckpointError: a quantisation that is not supported (GPTQ, AWQ, per-tensor FP8 and all others).
+    """
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
+    if method != "fp8":
+        raise CheckpointError(
+            f"config.json: quantization {str(method)!r} is not supported; use the original checkpoint or its FP8 release."
+        )
+    if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
+        raise CheckpointError(f"config.json: FP8 needs weight_block_size as two positive integers, found {block!r}.")
+    return block[0], block[1]
+
+
+def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+    """The shape of the scales of a tensor [..., O, I]."""
+    *leading, rows, columns = shape
+    return (*leading, math.ceil(rows / block[0]), math.ceil(columns / block[1]))
+
+
+def dequantize(values: Any, scale: Any, row_blocks: Any, column_blocks: Any, dtype: np.dtype) -> Any:
+    """Float8 values times the scales of their blocks; numpy and jax arrays alike.
+
+    Args:
+        values: float8, R * C elements under any shape; row r and column c of the matrix lie in row-major order.
+        scale: [row blocks, column blocks].
+        row_blocks, column_blocks: [R] and [C], the block of each row and column.
+        dtype: of the result, which has the shape of `values`.
+    """
+    matrix = values.reshape(len(row_blocks), len(column_blocks)).astype(np.float32)
+    factors = scale.astype(np.float32)[row_blocks][:, column_blocks]
+    return (matrix * factors).astype(dtype).reshape(values.shape)
