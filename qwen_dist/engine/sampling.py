@@ -24,21 +24,21 @@ class SamplingArrays(NamedTuple):
 
     @classmethod
     def from_params(cls, params: Sequence[SamplingParams]) -> SamplingArrays:
-        """Host arrays of the rows' parameters."""
+        """The rows' parameters, on the default device."""
 
-        def column(name: str, dtype: type) -> np.ndarray:
-            return np.array([getattr(row, name) for row in params], dtype)
+        def column(name: str, dtype: type) -> jax.Array:
+            return jnp.asarray(np.array([getattr(row, name) for row in params], dtype))
 
         # Both halves of a 64-bit seed count; jax without x64 has 32-bit integers.
         seed = np.array([row.seed % 2**64 for row in params], np.uint64)
         return cls(
             temperature=column("temperature", np.float32),
-            top_k=np.minimum(column("top_k", np.int64), 2**31 - 1).astype(np.int32),
+            top_k=jnp.asarray(np.array([min(row.top_k, 2**31 - 1) for row in params], np.int32)),
             top_p=column("top_p", np.float32),
             min_p=column("min_p", np.float32),
             repetition_penalty=column("repetition_penalty", np.float32),
-            seed=np.stack([seed >> 32, seed & 0xFFFFFFFF], axis=1).astype(np.uint32),
-        )  # type: ignore[arg-type]
+            seed=jnp.asarray(np.stack([seed >> 32, seed & 0xFFFFFFFF], axis=1).astype(np.uint32)),
+        )
 
 
 def choose(logits_BV: jax.Array, params: SamplingArrays, seen_BV: jax.Array, positions_B: jax.Array) -> jax.Array:

@@ -1,0 +1,136 @@
+"""Offline inference: every line of a file is answered once, and a line that cannot be is answered with its error."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from qwen_dist.batch.jsonl import BadRecord, Record, ResultWriter, error_line, read_records, result_line
+from qwen_dist.engine.engine import Engine
+from qwen_dist.engine.request import Request, SamplingParams, TokenLogprob, Update
+from qwen_dist.errors import UsageError, UserError
+from qwen_dist.tokenizer import Tokenizer
+
+# Records sorted by length together, in batches: enough to make batches of like lengths, few enough to hold in memory.
+BATCHES_AT_ONCE = 8
+
+
+@dataclasses.dataclass
+class Summary:
+    """What has been done so far; seconds are of the whole run after loading."""
+
+    num_answered: int = 0
+    num_errors: int = 0
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass
+class _Answer:
+    """The text and log-probabilities of one record, as they come."""
+
+    record: Record
+    text: str = ""
+    logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
+
+
+def check_paths(input: str, output: str) -> None:
+    """Raises UsageError if writing the output would destroy the input."""
+    if os.path.exists(output) and os.path.exists(input) and os.path.samefile(input, output):
+        raise UsageError(f"input and output are the same file, {input}; name another output")
+
+
+def run_batch(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    defaults: SamplingParams,
+    records: Iterator[Record | BadRecord],
+    writer: ResultWriter,
+    *,
+    raw: bool = False,
+    report: Callable[[Summary], None] = lambda summary: None,
+) -> Summary:
+    """Answer every record, writing each as it is finished.
+
+    Args:
+      engine, tokenizer, defaults: from `open_engine`; a record's own parameters come before the defaults.
+      records: from `read_records`.
+      writer: takes the results.
+      raw: give prompts to the model as they are, without the chat template.
+      report: called after every step with the counts so far.
+
+    Raises:
+      UserError: the output cannot be written; what was written before is whole.
+    """
+    summary, start = Summary(), time.monotonic()
+    window = engine.max_batch_size * BATCHES_AT_ONCE
+    while some := list(itertools.islice(records, window)):
+        requests = []
+        for record in some:
+            try:
+                requests.append(_request(record, engine, tokenizer, defaults, raw))
+            except UserError as error:
+                writer.write(error_line(record, str(error)))
+                summary.num_errors += 1
+        for update in engine.run(requests):
+            answer: _Answer = update.request.key
+            answer.text += update.text
+            answer.logprobs += update.logprobs
+            summary.num_generated_tokens += len(update.tokens)
+            summary.seconds = time.monotonic() - start
+            if update.finish_reason is not None:
+                writer.write(_result(answer, update, tokenizer))
+                summary.num_answered += 1
+                summary.num_prompt_tokens += len(update.request.prompt)
+            report(summary)
+    summary.seconds = time.monotonic() - start
+    report(summary)
+    return summary
+
+
+def open_files(input: str, output: str, overwrite: bool) -> tuple[Iterator[Record | BadRecord], ResultWriter]:
+    """The records of `input` and a writer to `output`; raises UserError before any model is loaded."""
+    check_paths(input, output)
+    records = read_records(input)
+    return records, ResultWriter(output, overwrite=overwrite)
+
+
+def _request(
+    record: Record | BadRecord, engine: Engine, tokenizer: Tokenizer, defaults: SamplingParams, raw: bool
+) -> Request:
+    if isinstance(record, BadRecord):
+        raise UserError(record.message)
+    if record.messages is not None:
+        prompt = tokenizer.apply_chat_template(record.messages)
+    elif raw:
+        prompt = tokenizer.encode(record.prompt or "")
+    else:
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": record.prompt}])
+    request = Request(_Answer(record), tuple(prompt), defaults.override(record.params))
+    engine.check(request)
+    return request
+
+
+def _result(answer: _Answer, update: Update, tokenizer: Tokenizer) -> dict[str, Any]:
+    assert update.finish_reason is not None
+    logprobs = None
+    if update.request.params.logprobs is not None:
+        logprobs = [logprob_json(token, tokenizer) for token in answer.logprobs]
+    num_prompt = len(update.request.prompt)
+    return result_line(answer.record, answer.text, update.finish_reason, num_prompt, update.num_generated, logprobs)
+
+
+def logprob_json(logprob: TokenLogprob, tokenizer: Tokenizer) -> dict[str, Any]:
+    """A token's log-probability in the form of the OpenAI API."""
+
+    def entry(token: int, value: float) -> dict[str, Any]:
+        raw = tokenizer.token_bytes(token)
+        return {"token": raw.decode("utf-8", "replace"), "logprob": value, "bytes": list(raw)}
+
+    top = [entry(token, value) for token, value in logprob.top]
+    return entry(logprob.token, logprob.logprob) | {"top_logprobs": top}

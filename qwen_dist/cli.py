@@ -1,0 +1,324 @@
+"""One door to everything: `qwen-dist VERB …`. Thin: flags in, a configuration out, and what the verb says printed.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import qwen_dist
+from qwen_dist.config import BatchConfig, GenerateConfig, load_config
+from qwen_dist.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qwen_dist.engine.engine import Engine
+    from qwen_dist.engine.request import SamplingParams, Update
+    from qwen_dist.tokenizer import Tokenizer
+
+# Flags that are short for a configuration key: (flag, key, type, metavar, help).
+_FLAGS: tuple[tuple[str, str, type, str, str], ...] = (
+    ("--model", "model.path", str, "DIR_OR_HUB_ID", "checkpoint in the Hugging Face format"),
+    ("--dtype", "model.dtype", str, "DTYPE", "bfloat16 (default), float32 or float64"),
+    ("--load-format", "model.load_format", str, "FORMAT", "safetensors (default) or dummy: random weights"),
+    ("--mesh", "mesh", str, "AXES", "devices by axis, such as fsdp=2,tensor=4"),
+    ("--max-new-tokens", "sampling.max_new_tokens", int, "N", "end an answer after so many tokens (512)"),
+    ("--temperature", "sampling.temperature", float, "T", "0 always takes the most probable token"),
+    ("--top-k", "sampling.top_k", int, "K", "draw from the K most probable tokens; 0 from all"),
+    ("--top-p", "sampling.top_p", float, "P", "draw from the fewest tokens with probability P"),
+    ("--min-p", "sampling.min_p", float, "P", "drop tokens below P times the best one's probability"),
+    ("--repetition-penalty", "sampling.repetition_penalty", float, "R", "above 1 avoids tokens seen before"),
+    ("--seed", "sampling.seed", int, "N", "what is drawn; the same again with the same seed"),
+    ("--stop", "sampling.stop", str, "TEXT", "end an answer before this text; may be repeated"),
+    ("--logprobs", "sampling.logprobs", int, "N", "log-probabilities, with the N best alternatives"),
+)
+
+_GENERATE_EXAMPLE = """\
+examples:
+  qwen-dist generate --model ~/qwen3-0.6b --prompt "Why is the sky blue?"
+  qwen-dist generate --model ~/qwen3-0.6b                 a chat; Ctrl-D ends it
+  echo "Say hi" | qwen-dist generate --model Qwen/Qwen3-0.6B --temperature 0 --json
+  qwen-dist generate --model ~/qwen3-8b --mesh tensor=4 --config.sampling.top_k=20
+sampling flags that are not given come from the checkpoint's generation_config.json"""
+
+_BATCH_EXAMPLE = """\
+example:
+  qwen-dist batch --config configs/batch.py --model ~/qwen3-0.6b --input in.jsonl --output out.jsonl
+input lines: {"id","prompt"}, {"id","messages"} or OpenAI batch lines; output in the same form"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    options, unknown = parser.parse_known_args(given)
+    overrides = [argument for argument in unknown if argument.startswith("--config.")]
+    if wrong := [argument for argument in unknown if argument not in overrides]:
+        options.verb_parser.error(f"unknown argument {' '.join(wrong)}; `qwen-dist {options.verb} --help` lists all")
+    try:
+        return options.run(options, overrides)
+    except UserError as error:
+        if options.debug:
+            raise
+        print(f"qwen-dist {options.verb}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader has gone (`| head`): nothing is left to say, not even at interpreter exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qwen-dist", description="Run and fine-tune Qwen text models in JAX.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"qwen-dist {qwen_dist.__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    generate = _add_verb(verbs, "generate", _generate, "answer a prompt, or chat", _GENERATE_EXAMPLE)
+    generate.add_argument("--prompt", metavar="TEXT", help="without it: standard input, or a chat in a terminal")
+    generate.add_argument("--system", metavar="TEXT", help="the system message")
+    generate.add_argument("--raw", action="store_true", help="give the prompt as it is, without the chat template")
+    _add_run_flags(generate)
+
+    batch = _add_verb(verbs, "batch", _batch, "answer every line of a file", _BATCH_EXAMPLE)
+    batch.add_argument("--input", metavar="FILE", help="JSON lines")
+    batch.add_argument("--output", metavar="FILE", help="JSON lines")
+    batch.add_argument("--max-batch-size", type=int, metavar="N", help="answer so many at a time (32)")
+    batch.add_argument("--raw", action="store_true", default=None, help="prompts without the chat template")
+    batch.add_argument("--overwrite", action="store_true", default=None, help="replace an output that exists")
+    _add_run_flags(batch)
+    return parser
+
+
+def _add_verb(verbs: Any, name: str, run: Callable[..., int], description: str, example: str) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(
+        name,
+        help=description,
+        description=description,
+        epilog=example,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=110),
+        usage=f"qwen-dist {name} --model DIR_OR_HUB_ID [flags]",
+    )
+    verb.set_defaults(run=run, verb_parser=verb)
+    return verb
+
+
+def _add_run_flags(verb: argparse.ArgumentParser) -> None:
+    for flag, key, kind, metavar, help in _FLAGS:
+        action = "append" if flag == "--stop" else "store"
+        verb.add_argument(flag, dest=key, type=kind, metavar=metavar, help=help, action=action)
+    verb.add_argument("--num-cpu-devices", type=int, metavar="N", help="run on N CPU devices of this machine")
+    verb.add_argument("--config", metavar="FILE[:ARG]", help="a configuration; --config.key=value changes a key")
+    verb.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+    verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _config_values(options: argparse.Namespace, *more: str) -> dict[str, Any]:
+    keys = [key for _, key, *_ in _FLAGS] + list(more)
+    return {key: value for key in keys if (value := getattr(options, key)) is not None}
+
+
+def _start_jax(options: argparse.Namespace, dtype: str) -> None:
+    """The only place that changes jax's settings: before any device is used.
+
+    Compiled programs are kept in JAX_COMPILATION_CACHE_DIR, by default ~/.cache/qwen_dist/compiled: the second start of
+    the same model on the same machine compiles nothing.
+    """
+    import jax
+
+    if options.num_cpu_devices is not None:
+        if options.num_cpu_devices < 1:
+            raise UsageError(f"--num-cpu-devices {options.num_cpu_devices}: give at least 1")
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", options.num_cpu_devices)
+    if dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache/qwen_dist/compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+# --- generate ---
+
+
+def _generate(options: argparse.Namespace, overrides: list[str]) -> int:
+    config = load_config(GenerateConfig, options.config, overrides, _config_values(options))
+    prompt = options.prompt
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read()
+    if prompt is None and options.json:
+        raise UsageError("--json needs --prompt, or the prompt on standard input")
+    _start_jax(options, config.model.dtype)
+    from qwen_dist.engine.open import open_engine
+
+    with _loading(quiet=options.json) as progress:
+        engine, tokenizer, sampling = open_engine(
+            config.model, config.mesh, config.sampling, max_batch_size=1, progress=progress
+        )
+    if prompt is None:
+        return _chat(engine, tokenizer, sampling, options.system)
+    if options.raw:
+        ids = tokenizer.encode(prompt)
+    else:
+        ids = tokenizer.apply_chat_template([*_system(options.system), {"role": "user", "content": prompt}])
+    _answer(engine, tokenizer, sampling, ids, as_json=options.json)
+    return 0
+
+
+def _chat(engine: Engine, tokenizer: Tokenizer, sampling: SamplingParams, system: str | None) -> int:
+    messages = _system(system)
+    print("Chat. An empty line or Ctrl-D ends it, Ctrl-C stops an answer.", file=sys.stderr)
+    while True:
+        try:
+            text = input("\n> ")
+        except EOFError:
+            return 0
+        if not text.strip():
+            return 0
+        messages.append({"role": "user", "content": text})
+        try:
+            answer = _answer(engine, tokenizer, sampling, tokenizer.apply_chat_template(messages), as_json=False)
+            messages.append({"role": "assistant", "content": answer})
+        except KeyboardInterrupt:
+            print("\n(stopped)", file=sys.stderr)
+            messages.pop()
+        except UserError as error:
+            print(error, file=sys.stderr)
+            messages.pop()
+
+
+def _system(text: str | None) -> list[dict[str, str]]:
+    return [] if text is None else [{"role": "system", "content": text}]
+
+
+def _answer(engine: Engine, tokenizer: Tokenizer, sampling: SamplingParams, ids: Sequence[int], *, as_json: bool) -> str:
+    """Stream one answer to standard output, or print it as one JSON object; returns its text."""
+    from qwen_dist.engine.request import Request
+
+    updates: list[Update] = []
+    start, first = time.monotonic(), 0.0
+    for update in engine.run([Request(None, tuple(ids), sampling)]):
+        first = first or time.monotonic()
+        updates.append(update)
+        if not as_json:
+            print(update.text, end="", flush=True)
+    last, end = updates[-1], time.monotonic()
+    text = "".join(update.text for update in updates)
+    if as_json:
+        print(json.dumps(_answer_json(text, updates, tokenizer), ensure_ascii=False))
+        return text
+    print()
+    if sys.stderr.isatty():
+        speed = (last.num_generated - 1) / max(end - first, 1e-9)
+        print(
+            f"[{len(ids)} tokens read, {last.num_generated} written, {first - start:.1f} s to the first, "
+            f"then {speed:.1f} a second; ended by {last.finish_reason}]",
+            file=sys.stderr,
+        )
+    return text
+
+
+def _answer_json(text: str, updates: list[Update], tokenizer: Tokenizer) -> dict[str, Any]:
+    from qwen_dist.batch.run import logprob_json
+
+    last = updates[-1]
+    answer: dict[str, Any] = {
+        "text": text,
+        "finish_reason": last.finish_reason,
+        "token_ids": [token for update in updates for token in update.tokens],
+        "usage": {"prompt_tokens": len(last.request.prompt), "completion_tokens": last.num_generated},
+    }
+    if last.request.params.logprobs is not None:
+        answer["logprobs"] = [logprob_json(token, tokenizer) for update in updates for token in update.logprobs]
+    return answer
+
+
+# --- batch ---
+
+
+def _batch(options: argparse.Namespace, overrides: list[str]) -> int:
+    values = _config_values(options, "input", "output", "max_batch_size", "raw", "overwrite")
+    config = load_config(BatchConfig, options.config, overrides, values)
+    _start_jax(options, config.model.dtype)
+    from qwen_dist.batch.run import Summary, open_files, run_batch
+    from qwen_dist.engine.open import open_engine
+
+    records, writer = open_files(config.input, config.output, config.overwrite)
+    with writer:
+        with _loading(quiet=options.json) as progress:
+            engine, tokenizer, sampling = open_engine(
+                config.model, config.mesh, config.sampling, max_batch_size=config.max_batch_size, progress=progress
+            )
+        with _batch_progress(config.input, quiet=options.json) as report:
+            summary: Summary = run_batch(engine, tokenizer, sampling, records, writer, raw=config.raw, report=report)
+    if options.json:
+        print(json.dumps({"output": config.output, **vars(summary)}))
+    else:
+        speed = summary.num_generated_tokens / max(summary.seconds, 1e-9)
+        print(
+            f"{summary.num_answered} answered, {summary.num_errors} with an error; {summary.num_prompt_tokens} tokens "
+            f"read and {summary.num_generated_tokens} written in {summary.seconds:.1f} s ({speed:.1f} a second): "
+            f"{config.output}"
+        )
+    return 0
+
+
+@contextlib.contextmanager
+def _batch_progress(input: str, *, quiet: bool) -> Iterator[Callable[[Any], None]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("answering"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with open(input, "rb") as lines:
+        total = sum(1 for line in lines if line.strip())
+    with Progress(*columns, console=_stderr(), disable=quiet) as bar:
+        task = bar.add_task("", total=total, speed="")
+
+        def report(summary: Any) -> None:
+            speed = summary.num_generated_tokens / max(summary.seconds, 1e-9)
+            done = summary.num_answered + summary.num_errors
+            bar.update(task, completed=done, speed=f"{speed:.1f} tokens/s")
+
+        yield report
+
+
+@contextlib.contextmanager
+def _loading(*, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar for the weights, in bytes."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=_stderr(), disable=quiet, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
