@@ -1,28 +1,71 @@
 """Eight CPU devices for every test, set before jax starts."""
 
+import json
 import os
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-import pathlib
-from collections.abc import Callable
-from typing import Any
-
-import pytest
-
 REAL_CHECKPOINT = pathlib.Path.home() / ".cache/qwen_dist/qwen2.5-coder-0.5b-instruct"
 
-# Sizes that hide nothing: heads × head_dim is not hidden_size, one key/value head or several, a vocabulary that is not even.
+# Sizes that hide nothing: heads × head_dim is not hidden_size, several key/value heads, a vocabulary that is not even.
 TINY_SIZES: dict[str, dict[str, Any]] = {
     "qwen2": {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32},
     "qwen3": {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 40, "head_dim": 16},
 }
+
+
+TOKEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SENTENCES = ["the quick brown fox jumps over the lazy dog", "def is_prime(n):\n    return n > 1", "日本語 und Größe 😀"]
+CHAT_TEMPLATE = """{%- if tools %}
+    {{- '<|im_start|>system\\n# Tools\\n' }}
+    {%- for tool in tools %}
+        {{- tool | tojson }}
+        {{- '\\n' }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- set ns = namespace(turns=0) %}
+{% for message in messages %}
+    {%- if message.role == 'secret' %}
+        {%- continue %}
+    {%- elif message.role not in ['system', 'user', 'assistant', 'tool'] %}
+        {{- raise_exception('Unexpected role ' ~ message.role) }}
+    {%- endif %}
+    {%- set ns.turns = ns.turns + 1 %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' %}
+        {% generation %}
+        {{- message.content }}
+        {%- for call in message.tool_calls or [] %}
+            {{- '<tool_call>' + (call.function | tojson(indent=1)) + '</tool_call>' }}
+        {%- endfor %}
+        {% endgeneration %}
+    {%- else %}
+        {{- message.content }}
+    {%- endif %}
+    {{- eos_token + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and not enable_thinking %}
+        {{- '<think>\\n\\n</think>\\n' ~ ns.turns }}
+    {%- endif %}
+{%- endif %}
+"""
 
 
 @pytest.fixture(scope="session")
@@ -56,5 +99,62 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., p
             made[key] = tmp_path_factory.mktemp(family)
             model.save_pretrained(made[key])
         return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A directory with a byte-level BPE of Qwen's form, trained here to an unusual size and with odd added tokens."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(TOKEN_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=331, initial_alphabet=alphabet))
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    backend.add_tokens([AddedToken(token, normalized=False) for token in ("<think>", "</think>", "é", "日é")])
+    directory = tmp_path_factory.mktemp("small")
+    backend.save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "pad_token": {"content": "<|endoftext|>", "__type": "AddedToken"},
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    end, im_end = backend.token_to_id("<|endoftext|>"), backend.token_to_id("<|im_end|>")
+    (directory / "config.json").write_text(json.dumps({"model_type": "qwen2", "eos_token_id": end}))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [im_end, end]}))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(
+    tiny_checkpoint: Callable[..., pathlib.Path],
+    small_tokenizer: pathlib.Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., pathlib.Path]:
+    """A function (family, generation settings, **config values) -> new directory of a whole checkpoint.
+
+    It has the weights of `tiny_checkpoint` and the tokenizer of `small_tokenizer`, with every file its own to change.
+    """
+
+    def make(family: str, generation: Mapping[str, Any] | None = None, **values: Any) -> pathlib.Path:
+        directory = tmp_path_factory.mktemp("whole")
+        # 344 holds the tokenizer's ids, and 8 devices divide it.
+        for source in (small_tokenizer, tiny_checkpoint(family, **({"vocab_size": 344} | values))):
+            shutil.copytree(source, directory, dirs_exist_ok=True)
+        ends = json.loads((small_tokenizer / "generation_config.json").read_text())
+        (directory / "generation_config.json").write_text(json.dumps(ends | dict(generation or {})))
+        return directory
 
     return make

@@ -8,54 +8,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
 from qwen_dist.errors import CheckpointError, UserError
 from qwen_dist.tokenizer import StopStrings, StreamDecoder, Tokenizer
 
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-SENTENCES = ["the quick brown fox jumps over the lazy dog", "def is_prime(n):\n    return n > 1", "日本語 und Größe 😀"]
-TEMPLATE = """{%- if tools %}
-    {{- '<|im_start|>system\\n# Tools\\n' }}
-    {%- for tool in tools %}
-        {{- tool | tojson }}
-        {{- '\\n' }}
-    {%- endfor %}
-    {{- '<|im_end|>\\n' }}
-{%- endif %}
-{%- set ns = namespace(turns=0) %}
-{% for message in messages %}
-    {%- if message.role == 'secret' %}
-        {%- continue %}
-    {%- elif message.role not in ['system', 'user', 'assistant', 'tool'] %}
-        {{- raise_exception('Unexpected role ' ~ message.role) }}
-    {%- endif %}
-    {%- set ns.turns = ns.turns + 1 %}
-    {{- '<|im_start|>' + message.role + '\\n' }}
-    {%- if message.role == 'assistant' %}
-        {% generation %}
-        {{- message.content }}
-        {%- for call in message.tool_calls or [] %}
-            {{- '<tool_call>' + (call.function | tojson(indent=1)) + '</tool_call>' }}
-        {%- endfor %}
-        {% endgeneration %}
-    {%- else %}
-        {{- message.content }}
-    {%- endif %}
-    {{- eos_token + '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and not enable_thinking %}
-        {{- '<think>\\n\\n</think>\\n' ~ ns.turns }}
-    {%- endif %}
-{%- endif %}
-"""
 TEXTS = [
     "",
     "Hello, world!  Two spaces .",
@@ -82,51 +40,19 @@ CHATS = [
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint directory with a byte-level BPE of Qwen's form, as an unusual size and with odd added tokens."""
-    backend = Backend(models.BPE())
-    backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=331, initial_alphabet=alphabet))
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    backend.add_tokens([AddedToken(token, normalized=False) for token in ("<think>", "</think>", "é", "日é")])
-    directory = tmp_path_factory.mktemp("small")
-    backend.save(str(directory / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "eos_token": "<|im_end|>",
-        "pad_token": {"content": "<|endoftext|>", "__type": "AddedToken"},
-        "chat_template": TEMPLATE,
-    }
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    end, im_end = backend.token_to_id("<|endoftext|>"), backend.token_to_id("<|im_end|>")
-    (directory / "config.json").write_text(json.dumps({"model_type": "qwen2", "eos_token_id": end}))
-    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [im_end, end]}))
-    return directory
+def tokenizer(small_tokenizer: Path) -> Tokenizer:
+    return Tokenizer.from_directory(small_tokenizer)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(small: Path) -> Tokenizer:
-    return Tokenizer.from_directory(small)
+def reference(small_tokenizer: Path):
+    return AutoTokenizer.from_pretrained(small_tokenizer)
 
 
-@pytest.fixture(scope="module")
-def reference(small: Path):
-    return AutoTokenizer.from_pretrained(small)
-
-
-def copy_of(small: Path, tmp_path: Path, **changes: object) -> Path:
+def copy_of(small_tokenizer: Path, tmp_path: Path, **changes: object) -> Path:
     """A copy of the checkpoint directory: `name__json=content` writes a file, None removes it."""
     directory = tmp_path / "copy"
-    shutil.copytree(small, directory)
+    shutil.copytree(small_tokenizer, directory)
     for name, content in changes.items():
         file = directory / name.replace("__", ".")
         if content is None:
@@ -136,8 +62,8 @@ def copy_of(small: Path, tmp_path: Path, **changes: object) -> Path:
     return directory
 
 
-def settings_of(small: Path, **changes: object) -> dict:
-    return json.loads((small / "tokenizer_config.json").read_text()) | changes
+def settings_of(small_tokenizer: Path, **changes: object) -> dict:
+    return json.loads((small_tokenizer / "tokenizer_config.json").read_text()) | changes
 
 
 def assert_same_as(reference, tokenizer: Tokenizer) -> None:
@@ -251,15 +177,15 @@ def test_stop_strings_must_be_strings(stops):
         StopStrings(stops)
 
 
-def test_stop_ids(small, tmp_path, tokenizer):
+def test_stop_ids(small_tokenizer, tmp_path, tokenizer):
     end, im_end = (tokenizer.encode(token)[0] for token in ("<|endoftext|>", "<|im_end|>"))
     assert tokenizer.stop_ids == {end, im_end}
-    one = copy_of(small, tmp_path / "one", generation_config__json={"eos_token_id": end})
+    one = copy_of(small_tokenizer, tmp_path / "one", generation_config__json={"eos_token_id": end})
     assert Tokenizer.from_directory(one).stop_ids == {end}
-    none = copy_of(small, tmp_path / "none", generation_config__json=None)
+    none = copy_of(small_tokenizer, tmp_path / "none", generation_config__json=None)
     assert Tokenizer.from_directory(none).stop_ids == {end, im_end}
     nested = {"text_config": {"eos_token_id": 7}}
-    nested_dir = copy_of(small, tmp_path / "nested", generation_config__json={"top_k": 1}, config__json=nested)
+    nested_dir = copy_of(small_tokenizer, tmp_path / "nested", generation_config__json={"top_k": 1}, config__json=nested)
     assert Tokenizer.from_directory(nested_dir).stop_ids == {7, im_end}
 
 
@@ -284,21 +210,21 @@ def test_stop_ids(small, tmp_path, tokenizer):
         ),
     ],
 )
-def test_unusable_directories_are_refused_by_name(small, tmp_path, changes, message):
+def test_unusable_directories_are_refused_by_name(small_tokenizer, tmp_path, changes, message):
     with pytest.raises(CheckpointError, match=message):
-        Tokenizer.from_directory(copy_of(small, tmp_path, **changes))
+        Tokenizer.from_directory(copy_of(small_tokenizer, tmp_path, **changes))
 
 
-def test_decoder_that_is_not_byte_level_is_refused(small, tmp_path):
-    backend = json.loads((small / "tokenizer.json").read_text()) | {"decoder": {"type": "Fuse"}}
+def test_decoder_that_is_not_byte_level_is_refused(small_tokenizer, tmp_path):
+    backend = json.loads((small_tokenizer / "tokenizer.json").read_text()) | {"decoder": {"type": "Fuse"}}
     with pytest.raises(CheckpointError, match="byte-level"):
-        Tokenizer.from_directory(copy_of(small, tmp_path, tokenizer__json=backend))
+        Tokenizer.from_directory(copy_of(small_tokenizer, tmp_path, tokenizer__json=backend))
 
 
-def test_truncation_in_tokenizer_json_does_not_cut_prompts(small, tmp_path, tokenizer):
-    backend = Backend.from_file(str(small / "tokenizer.json"))
+def test_truncation_in_tokenizer_json_does_not_cut_prompts(small_tokenizer, tmp_path, tokenizer):
+    backend = Backend.from_file(str(small_tokenizer / "tokenizer.json"))
     backend.enable_truncation(2)
-    directory = copy_of(small, tmp_path, tokenizer__json=backend.to_str())
+    directory = copy_of(small_tokenizer, tmp_path, tokenizer__json=backend.to_str())
     assert Tokenizer.from_directory(directory).encode(TEXTS[1]) == tokenizer.encode(TEXTS[1])
 
 
@@ -307,9 +233,9 @@ def test_half_a_surrogate_pair_is_refused(tokenizer):
         tokenizer.encode("ab\ud83d")
 
 
-def test_homes_of_the_chat_template(small, tmp_path):
+def test_homes_of_the_chat_template(small_tokenizer, tmp_path):
     named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
-    directory = copy_of(small, tmp_path, tokenizer_config__json=settings_of(small, chat_template=named))
+    directory = copy_of(small_tokenizer, tmp_path, tokenizer_config__json=settings_of(small_tokenizer, chat_template=named))
     chat = CHATS[0]
     assert Tokenizer.from_directory(directory).render_chat(chat) == "D"
     assert Tokenizer.from_directory(directory).render_chat(chat, tools=TOOLS) == "T"
@@ -329,8 +255,10 @@ def test_homes_of_the_chat_template(small, tmp_path):
         ("{{ messages[0].content + 1 }}", "cannot be rendered"),
     ],
 )
-def test_bad_chat_templates(small, tmp_path, template, message):
-    directory = copy_of(small, tmp_path, tokenizer_config__json=settings_of(small, chat_template=template))
+def test_bad_chat_templates(small_tokenizer, tmp_path, template, message):
+    directory = copy_of(
+        small_tokenizer, tmp_path, tokenizer_config__json=settings_of(small_tokenizer, chat_template=template)
+    )
     with pytest.raises(UserError, match=message):
         Tokenizer.from_directory(directory).render_chat(CHATS[0])
 
