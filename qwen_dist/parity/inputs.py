@@ -1,0 +1,77 @@
+"""What both sides are asked to compute: rows of token ids, left-padded to one length."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+# Code, prose, dialogue and arithmetic in several scripts: what a text model meets, eight prompts for a statistic.
+PROMPTS = (
+    "def quicksort(items):\n    if len(items) <= 1:\n        return items\n    pivot = items[len(items) // 2]\n"
+    "    left = [x for x in items if x < pivot]\n    middle = [x for x in items if x == pivot]\n",
+    "The harbour was quiet in the early morning. A single boat moved slowly between the piers, and the man at the oars "
+    "looked neither left nor right, for he had made the same journey every day for thirty years, and",
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nWrite a SQL query that lists the five "
+    "customers with the highest total order value in 2023.<|im_end|>\n<|im_start|>assistant\n",
+    "import jax\nimport jax.numpy as jnp\n\n\ndef softmax(x):\n    x = x - jnp.max(x, axis=-1, keepdims=True)\n"
+    "    return jnp.exp(x) / jnp.sum(jnp.exp(x), axis=-1, keepdims=True)\n\n\ndef layer_norm(x, weight, bias, eps=1e-5):\n",
+    "质数是只能被一和它本身整除的自然数。请用简单的语言解释为什么质数有无穷多个。首先假设质数只有有限个，",
+    "| year | births | deaths |\n|------|--------|--------|\n| 1990 | 41,231 | 30,118 |\n| 1991 | 40,904 | 30,562 |\n"
+    "| 1992 | 39,877 | 31,004 |\n",
+    "Question: A train leaves at 9:40 and travels 210 km at 84 km/h. When does it arrive?\nAnswer: The journey takes 210 / 84 "
+    "= 2.5 hours, so",
+    "#include <stdio.h>\n\nint main(void) {\n    int counts[256] = {0};\n    int c;\n    while ((c = getchar()) != EOF) {\n"
+    "        counts[(unsigned char)c]++;\n    }\n    for (int i = 0; i < 256; i++) {\n",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Rows of tokens, int32 [B, T], padded on the left; row b's tokens are its last `lengths[b]`."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Sequence[int]]) -> Inputs:
+        """Left-pad rows of token ids with 0."""
+        longest = max(map(len, rows))
+        tokens = np.array([[0] * (longest - len(row)) + list(row) for row in rows], np.int32)
+        return cls(tokens, np.array([len(row) for row in rows]))
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Each token's position in its row, int32 [B, T]; negative for padding."""
+        length = self.tokens.shape[1]
+        return (np.arange(length)[None] - (length - self.lengths)[:, None]).astype(np.int32)
+
+    @property
+    def is_real(self) -> np.ndarray:
+        """True where there is a token and not padding, bool [B, T]."""
+        return self.positions >= 0
+
+    def rows(self) -> list[list[int]]:
+        """The token ids without the padding."""
+        return [row[len(row) - length :].tolist() for row, length in zip(self.tokens, self.lengths, strict=True)]
+
+    def last(self, count: int) -> Inputs:
+        """The last `count` tokens of each row as inputs of their own."""
+        return Inputs.from_rows([row[-count:] for row in self.rows()])
+
+
+def from_text(checkpoint: str | pathlib.Path, prompts: Sequence[str]) -> Inputs:
+    """Prompts as the checkpoint's own tokenizer reads them. Raises CheckpointError when it has none."""
+    from qwen_dist.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_directory(checkpoint)
+    return Inputs.from_rows([tokenizer.encode(prompt) for prompt in prompts])
+
+
+def random_tokens(vocab_size: int, length: int, num_rows: int, seed: int = 0) -> Inputs:
+    """Rows of uniformly random ids; the first has `length` tokens, each following one about a fifth less."""
+    rng = np.random.default_rng(seed)
+    lengths = [max(1, round(length * 0.8**row)) for row in range(num_rows)]
+    return Inputs.from_rows([rng.integers(0, vocab_size, size).tolist() for size in lengths])

@@ -1,0 +1,160 @@
+"""This project's side: the model as everybody else runs it, with its own intermediates captured."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_dist.checkpoint.model import LoadedModel
+from qwen_dist.models import cache as kv_cache
+from qwen_dist.models.capture import capture
+from qwen_dist.parity.inputs import Inputs
+from qwen_dist.sharding import TRAIN, Resolver, bind, resolving
+
+_WEIGHTS_OF_A_BLOCK = re.compile(r"(.*)\.queries_(\d+)\.weights$")
+
+
+class Subject:
+    """A loaded model, asked the same questions as `reference.Reference`."""
+
+    def __init__(self, loaded: LoadedModel):
+        self.loaded = loaded
+
+    def forward(
+        self, inputs: Inputs, columns: np.ndarray, replacing: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, jax.Array | np.ndarray]:
+        """Every intermediate at these columns of [B, T], and the logits.
+
+        With `replacing`, each component works on these values instead of what the components before it gave: then what a
+        value differs by is the fault of its own component alone.
+        """
+        tokens, positions = self._padded(inputs)
+
+        def run(parameters: Mapping[str, jax.Array], replacing: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+            with resolving(self.loaded.resolver), capture(replacing) as taps:
+                model = bind(self.loaded.module, parameters)
+                hidden_BTD, _ = model(tokens, positions)
+                model.unembed(hidden_BTD[:, columns])
+            return {name: _at_columns(name, value, columns)[: len(inputs.tokens)] for name, value in taps.items()}
+
+        padded = {name: self._with_padding_rows(value, 0) for name, value in (replacing or {}).items()}
+        return _with_whole_weights(jax.jit(run)(self.loaded.parameters, padded), inputs.tokens.shape[1], columns)
+
+    def decode(self, inputs: Inputs, continuation: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+        """The logits before each token of `continuation` [B, steps], computed in two ways: float [B, steps, V] each.
+
+        First as in decoding: the prompts are put into the cache in chunks of `chunk` tokens and then each token of the
+        continuation in a step of its own. Then in one forward of the whole, without a cache.
+        """
+        num_steps = continuation.shape[1]
+        cached = self._decode_with_cache(inputs, continuation, chunk)
+        whole = Inputs.from_rows([a + b.tolist() for a, b in zip(inputs.rows(), continuation[:, :-1], strict=True)])
+        tokens, positions = self._padded(whole)
+
+        def run(parameters: Mapping[str, jax.Array]) -> jax.Array:
+            with resolving(self.loaded.resolver):
+                model = bind(self.loaded.module, parameters)
+                hidden_BTD, _ = model(tokens, positions)
+                return model.unembed(hidden_BTD[:, -num_steps:])
+
+        return cached, np.asarray(jax.jit(run)(self.loaded.parameters))[: len(inputs.tokens)]
+
+    def _decode_with_cache(self, inputs: Inputs, continuation: np.ndarray, chunk: int) -> np.ndarray:
+        resolver, config = self.loaded.resolver, self.loaded.config
+        num_rows, num_steps = continuation.shape
+        longest = int(inputs.lengths.max())
+        num_slots = -(-longest // chunk) * chunk + num_steps
+
+        def run(
+            parameters: Mapping[str, jax.Array], tokens: jax.Array, positions: jax.Array, last: jax.Array, cache: kv_cache.Cache
+        ) -> tuple[jax.Array, kv_cache.Cache]:
+            with resolving(resolver):
+                model = bind(self.loaded.module, parameters)
+                hidden_BTD, cache_after = model(tokens, positions, cache)
+                assert cache_after is not None
+                return model.unembed(jnp.take_along_axis(hidden_BTD, last[:, None, None], axis=1))[:, 0], cache_after
+
+        step = jax.jit(run)
+        padded_rows = len(self._with_padding_rows(inputs.lengths, 0))
+        cache = kv_cache.empty(config, padded_rows, num_slots, self.loaded.dtype)
+        logits = np.zeros((num_rows, num_steps, config.vocab_size), jnp.promote_types(self.loaded.dtype, jnp.float32))
+        for start in range(0, longest, chunk):
+            tokens, positions, last = _chunk_of(inputs, start, chunk)
+            scores, cache = step(self.loaded.parameters, *map(self._with_padding_rows, (tokens, positions, last), (0, -1, 0)), cache)
+            ends_here = (start < inputs.lengths) & (inputs.lengths <= start + chunk)
+            logits[ends_here, 0] = np.asarray(scores)[:num_rows][ends_here]
+        for index in range(num_steps - 1):
+            arguments = continuation[:, index : index + 1], (inputs.lengths + index)[:, None], np.zeros(num_rows)
+            tokens, positions, last = (array.astype(np.int32) for array in arguments)
+            scores, cache = step(self.loaded.parameters, *map(self._with_padding_rows, (tokens, positions, last), (0, -1, 0)), cache)
+            logits[:, index + 1] = np.asarray(scores)[:num_rows]
+        return logits
+
+    def gradient(self, inputs: Inputs) -> tuple[float, dict[str, jax.Array]]:
+        """The mean cross-entropy of each next token, and its gradient by every parameter, under the training rules."""
+        resolver = Resolver(self.loaded.resolver.mesh, TRAIN)
+        tokens, positions = self._padded(inputs, resolver)
+
+        def loss(parameters: Mapping[str, jax.Array]) -> jax.Array:
+            with resolving(resolver):
+                model = bind(self.loaded.module, parameters)
+                hidden_BTD, _ = model(tokens, positions)
+                log_probabilities_BTV = jax.nn.log_softmax(model.unembed(hidden_BTD[:, :-1]))
+            picked_BT = jnp.take_along_axis(log_probabilities_BTV, tokens[:, 1:, None], axis=-1)[..., 0]
+            is_predicted_BT = positions[:, 1:] > 0
+            return -jnp.where(is_predicted_BT, picked_BT, 0).sum() / is_predicted_BT.sum()
+
+        shardings = {name: value.sharding for name, value in self.loaded.parameters.items()}
+        value, gradients = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings))(self.loaded.parameters)
+        return float(value), gradients
+
+    def _padded(self, inputs: Inputs, resolver: Resolver | None = None) -> tuple[jax.Array, jax.Array]:
+        tokens, positions = (self._with_padding_rows(x, y, resolver) for x, y in ((inputs.tokens, 0), (inputs.positions, -1)))
+        return jnp.asarray(tokens), jnp.asarray(positions)
+
+    def _with_padding_rows(self, rows: np.ndarray, value: int, resolver: Resolver | None = None) -> np.ndarray:
+        """Append rows of padding until the mesh can split the batch."""
+        missing = -len(rows) % (resolver or self.loaded.resolver).batch_multiple()
+        return np.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1), constant_values=value)
+
+
+def _chunk_of(inputs: Inputs, start: int, chunk: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens and positions of one chunk [B, chunk], padded behind, and where each row's last token is in it [B]."""
+    tokens = np.zeros((len(inputs.tokens), chunk), np.int32)
+    for row, ids in enumerate(inputs.rows()):
+        part = ids[start : start + chunk]
+        tokens[row, : len(part)] = part
+    count = np.clip(inputs.lengths - start, 0, chunk)
+    positions = np.where(count[:, None] > 0, start + np.arange(chunk), -1)
+    return tokens, positions.astype(np.int32), np.maximum(count - 1, 0).astype(np.int32)
+
+
+def _at_columns(name: str, value: jax.Array, columns: np.ndarray) -> jax.Array:
+    if name == "logits":
+        return value
+    block = _WEIGHTS_OF_A_BLOCK.match(name)
+    if block is None:
+        return value[:, columns]
+    inside = columns - int(block[2])
+    return value[:, :, inside[(0 <= inside) & (inside < value.shape[2])]]
+
+
+def _with_whole_weights(
+    taps: dict[str, jax.Array], num_keys: int, columns: np.ndarray
+) -> dict[str, jax.Array | np.ndarray]:
+    """Attention weights are computed for one block of queries at a time, without the keys after it: put them together."""
+    whole: dict[str, jax.Array | np.ndarray] = {}
+    for name, value in taps.items():
+        block = _WEIGHTS_OF_A_BLOCK.match(name)
+        if block is None:
+            whole[name] = value
+            continue
+        shape = (*value.shape[:2], len(columns), num_keys)
+        weights = whole.setdefault(f"{block[1]}.weights", np.zeros(shape, value.dtype))
+        first = int(np.searchsorted(columns, int(block[2])))
+        weights[:, :, first : first + value.shape[2], : value.shape[3]] = value
+    return whole
