@@ -103,14 +103,14 @@ def make_plan(
     block = read_block_size(checkpoint.config)
     names = map_names(shapes, tensors, tied=tied)
     parameters = make_parameters(target, names, tensors, block)
-    num_threads, piece_bytes = _sizes(checkpoint.access, parameters, host_memory_budget)
+    num_threads, piece_bytes = budget_sizes(checkpoint.access, parameters, host_memory_budget)
     reads = make_reads(parameters, names, tensors, piece_bytes=piece_bytes, max_gap=checkpoint.access.max_gap)
     checked = sum(tensors[name].nbytes for name in names.tied_head or ()) if jax.process_index() == 0 else 0
     digest = make_digest(parameters, tensors)
     return Plan(parameters, reads, names, piece_bytes, num_threads, checked, digest)
 
 
-def _sizes(access: Access, parameters: Iterable[Parameter], budget: int | None) -> tuple[int, int]:
+def budget_sizes(access: Access, parameters: Iterable[Parameter], budget: int | None) -> tuple[int, int]:
     """Threads, and bytes of a piece, such that all threads together stay within the budget."""
     if budget is None:
         budget = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 16
@@ -128,20 +128,29 @@ def execute(plan: Plan, checkpoint: Checkpoint, progress: Progress | None = None
     if plan.check_bytes:
         _check_tied_head(plan, checkpoint)
     sinks = {parameter.name: make_sinks(parameter) for parameter in plan.parameters}
-    done, lock, scratch = plan.check_bytes, threading.Lock(), threading.local()
+    counter, scratch = Counter(plan.bytes_read, progress, plan.check_bytes), threading.local()
 
     def run(read: Read) -> None:
-        nonlocal done
         if not hasattr(scratch, "buffer"):
             scratch.buffer = np.empty(plan.piece_bytes, np.uint8)
         _perform(read, checkpoint, sinks, scratch.buffer)
-        with lock:
-            done += read.nbytes
-            if progress is not None:
-                progress(done, plan.bytes_read)
+        counter.add(read.nbytes)
 
     run_all(run, plan.reads, plan.num_threads)
     return {parameter.name: _assemble(parameter, sinks.pop(parameter.name)) for parameter in plan.parameters}
+
+
+class Counter:
+    """Counts bytes from many threads and tells the progress function, one call at a time."""
+
+    def __init__(self, total: int, progress: Progress | None, done: int = 0):
+        self._total, self._progress, self._done, self._lock = total, progress, done, threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self._done += nbytes
+            if self._progress is not None:
+                self._progress(self._done, self._total)
 
 
 def run_all(function: Callable[[T], None], items: Sequence[T], num_threads: int) -> None:
@@ -211,7 +220,7 @@ def _read_scale(piece: Piece, checkpoint: Checkpoint) -> np.ndarray:
     row_bytes = scale.nbytes // math.prod(scale.shape[:-1])
     data = np.empty(piece.scale_bytes, np.uint8)
     checkpoint.files[scale.file].read_into(scale.begin + start * row_bytes, data.data)
-    return data.view(scale.dtype.numpy).reshape(-1, scale.shape[-1])
+    return data.view(np.dtype(scale.dtype.numpy)).reshape(-1, scale.shape[-1])
 
 
 def _deliver(

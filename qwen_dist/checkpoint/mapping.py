@@ -21,6 +21,7 @@ EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 SCALE_SUFFIX = "_scale_inv"
 # Parts of a release that are not the text model (vision tower, multi-token prediction), and a buffer that old files carry.
 _SKIPPED = re.compile(r"(model\.)?visual\.|mtp\.|.*\.rotary_emb\.inv_freq$")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _EXPERTS = re.compile(r"(.*\.experts\.)(gate_up_proj|gate_proj|up_proj|down_proj)(?:\.weight)?$")
 
 
@@ -82,9 +83,8 @@ def map_names(
     Raises:
         CheckpointError: missing tensors, unexpected tensors, tensors of another shape: all of them in one message.
     """
-    prefix = find_prefix(disk_shapes, tensors)
-    fused = any(name.endswith((".experts.gate_up_proj", ".experts.down_proj")) for name in tensors)
-    segments = name_tensors(disk_shapes, prefix=prefix, fused_experts=fused).segments
+    prefix, fused_experts = find_layout(disk_shapes, tensors)
+    segments = name_tensors(disk_shapes, prefix=prefix, fused_experts=fused_experts).segments
     used = {segment.tensor: segment.shape for parts in segments.values() for segment in parts}
     scales = {name: name + SCALE_SUFFIX for name in used if name + SCALE_SUFFIX in tensors}
     skipped = {name for name in tensors if _SKIPPED.match(name)}
@@ -106,10 +106,11 @@ def map_names(
     return NameMap(segments, scales, tuple(sorted(skipped)), tied_head)
 
 
-def find_prefix(parameters: Iterable[str], tensors: Iterable[str]) -> tuple[str, str]:
-    """The pair of `PREFIXES` under which most of the parameters are found."""
+def find_layout(parameters: Iterable[str], tensors: Iterable[str]) -> tuple[tuple[str, str], bool]:
+    """The prefix under which most of the parameters are found in a checkpoint, and whether its experts are fused."""
     stored, wanted = set(tensors), list(parameters)
-    return max(PREFIXES, key=lambda prefix: sum((prefix[name == HEAD] + name) in stored for name in wanted))
+    prefix = max(PREFIXES, key=lambda prefix: sum((prefix[name == HEAD] + name) in stored for name in wanted))
+    return prefix, any(name.endswith((".experts.gate_up_proj", ".experts.down_proj")) for name in stored)
 
 
 def _segments(name: str, shape: tuple[int, ...], *, fused_experts: bool) -> tuple[Segment, ...]:
@@ -140,18 +141,22 @@ def _fused_experts(start: str, kind: str, num_experts: int, rows: int, columns: 
 
 
 def summarize(names: Iterable[str]) -> list[str]:
-    """Names that differ only in layer or expert numbers, folded into one line: `layers.{0-23}.mlp.up_proj.weight (24)`."""
-    groups: dict[str, list[list[int]]] = defaultdict(list)
+    """Names that differ only in layer or expert numbers, in one line: `layers.{0-23}.mlp.up_proj.weight (24 tensors)`."""
+    return [label if len(group) == 1 else f"{label} ({len(group)} tensors)" for label, group in fold(names).items()]
+
+
+def fold(names: Iterable[str]) -> dict[str, list[str]]:
+    """Groups names that differ only in numbers; each group is labelled with the ranges of its numbers."""
+    groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        template = re.sub(r"(?<=\.)\d+(?=\.)", "{}", name)
-        groups[template].append([int(number) for number in re.findall(r"(?<=\.)\d+(?=\.)", name)])
-    lines = []
-    for template, numbers in groups.items():
-        text = template
-        for column in zip(*numbers, strict=True):
-            text = text.replace("{}", _ranges(column), 1)
-        lines.append(text if len(numbers) == 1 else f"{text} ({len(numbers)} tensors)")
-    return lines
+        groups[_NUMBER.sub("{}", name)].append(name)
+    folded = {}
+    for template, group in groups.items():
+        label = template
+        for column in zip(*(_NUMBER.findall(name) for name in group), strict=True):
+            label = label.replace("{}", _ranges(map(int, column)), 1)
+        folded[label] = group
+    return folded
 
 
 def _ranges(numbers: Iterable[int]) -> str:

@@ -13,9 +13,11 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from qwen_dist.checkpoint.boxes import (
     Box,
@@ -32,9 +34,6 @@ from qwen_dist.checkpoint.format import DTYPES, TensorInfo
 from qwen_dist.checkpoint.mapping import NameMap, Segment
 from qwen_dist.checkpoint.quantized import FP8_DTYPES, SCALE_DTYPES, scale_shape
 from qwen_dist.errors import CheckpointError
-
-if TYPE_CHECKING:
-    import jax
 
 # A shard whose bytes lie in runs at least this long is read straight to where it belongs. One with shorter runs (a column
 # shard) is read as whole rows together with its neighbours, and divided in memory.
@@ -53,7 +52,7 @@ class Shard:
     """A box of a parameter and the local devices that hold it."""
 
     box: Box
-    devices: tuple["jax.Device", ...]
+    devices: tuple[jax.Device, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +205,7 @@ class Plan:
         """The most bytes of buffers held at a time, beyond arrays that live on the host themselves."""
         return COPIES_PER_PIECE * self.piece_bytes * self.num_threads
 
-    def bytes_per_device(self) -> dict["jax.Device", int]:
+    def bytes_per_device(self) -> dict[jax.Device, int]:
         """What each local device holds in the end."""
         totals: dict[jax.Device, int] = defaultdict(int)
         for parameter in self.parameters:
@@ -228,7 +227,7 @@ class Plan:
 
 
 def make_parameters(
-    target: Mapping[str, "jax.ShapeDtypeStruct"],
+    target: Mapping[str, jax.ShapeDtypeStruct],
     names: NameMap,
     tensors: Mapping[str, TensorInfo],
     block: tuple[int, int] | None,
@@ -256,7 +255,7 @@ def make_parameters(
                 struct.sharding,
                 parts[0].dtype.numpy,
                 segments,
-                _stack_dims(name, struct.shape, len(segments)),
+                stack_dims(name, struct.shape, len(segments)),
                 make_shards(struct.shape, struct.sharding),
                 block if scales[0] is not None else None,
             )
@@ -301,7 +300,8 @@ def _scale_problem(parts: list[TensorInfo], scales: list[TensorInfo | None], blo
     return None
 
 
-def _stack_dims(name: str, shape: tuple[int, ...], num_segments: int) -> int:
+def stack_dims(name: str, shape: tuple[int, ...], num_segments: int) -> int:
+    """How many leading dimensions of a parameter count its segments on disk."""
     if num_segments == 1:
         return 0
     for dims in range(1, len(shape)):
@@ -378,12 +378,14 @@ def make_digest(parameters: Iterable[Parameter], tensors: Mapping[str, TensorInf
     digest = hashlib.sha256()
     for tensor in sorted(tensors.values(), key=lambda tensor: tensor.name):
         digest.update(repr((tensor.name, tensor.file, tensor.dtype.name, tensor.shape, tensor.begin)).encode())
+    meshes: dict[Any, str] = {}
     for parameter in parameters:
-        devices = [(device.id, device.process_index) for device in sorted(parameter.sharding.device_set, key=_device_id)]
-        layout = (parameter.name, parameter.shape, str(parameter.dtype), str(parameter.sharding), devices)
-        digest.update(repr(layout).encode())
+        sharding = parameter.sharding
+        placement: object = sorted(device.id for device in sharding.device_set)
+        if isinstance(sharding, NamedSharding):
+            if sharding.mesh not in meshes:
+                ids = [(device.id, device.process_index) for device in sharding.mesh.devices.flat]
+                meshes[sharding.mesh] = repr((sharding.mesh.shape, ids))
+            placement = (meshes[sharding.mesh], tuple(sharding.spec))
+        digest.update(repr((parameter.name, parameter.shape, str(parameter.dtype), placement)).encode())
     return digest.hexdigest()
-
-
-def _device_id(device: "jax.Device") -> int:
-    return device.id

@@ -2,11 +2,14 @@
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from qwen_dist.checkpoint.agree import together
 from qwen_dist.checkpoint.format import LENGTH_BYTES, Header, TensorInfo, header_length, parse_header
 from qwen_dist.errors import CheckpointError
 
@@ -14,6 +17,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # One read usually covers the whole header of a shard (Qwen's are 10-100 kB).
 _FIRST_READ_BYTES = 128 * 1024
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
@@ -87,56 +91,154 @@ def _io_error(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{path} cannot be read: {error.strerror or error}.")
 
 
+class Folder(Protocol):
+    """A place that holds a checkpoint's files."""
+
+    @property
+    def access(self) -> Access: ...
+    def read(self, name: str) -> bytes | None:
+        """The content of a small file; None if there is no such file."""
+        ...
+
+    def open(self, name: str) -> ByteFile:
+        """A weight file by its (already validated) name; raises CheckpointError if it cannot be opened."""
+        ...
+
+    def weight_files(self) -> list[str]:
+        """The safetensors files that a folder without an index holds."""
+        ...
+
+
+class LocalFolder:
+    """A directory on this machine."""
+
+    access = LOCAL_ACCESS
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return (self.root / name).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _io_error(self.root / name, error) from error
+
+    def open(self, name: str) -> ByteFile:
+        """Refuses a symbolic link that leads out of the checkpoint.
+
+        The hub's cache links `snapshots/<revision>/x` to `blobs/<hash>`, beside `snapshots`: that one way out is allowed.
+        """
+        path, root = self.root / name, self.root.resolve()
+        allowed = (root, root.parent.parent / "blobs")
+        if path.is_symlink() and not any(path.resolve().is_relative_to(folder) for folder in allowed):
+            raise CheckpointError(f"{path} is a symbolic link to {path.resolve()}, outside of the checkpoint.")
+        return LocalFile(path)
+
+    def weight_files(self) -> list[str]:
+        return sorted(path.name for path in self.root.glob("*.safetensors"))
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint: every header parsed and validated, no tensor data read.
 
     Attributes:
-        name: what the user gave.
+        folder: where it lies.
         config: the parsed `config.json`.
         files: the safetensors files by name.
         tensors: every tensor by its name on disk.
-        access: how the files are best read.
         warnings: oddities that do not make the weights doubtful.
     """
 
-    name: str
+    folder: Folder
     config: Mapping[str, Any]
     files: Mapping[str, ByteFile]
     tensors: Mapping[str, TensorInfo]
-    access: Access = LOCAL_ACCESS
     warnings: tuple[str, ...] = ()
+
+    @property
+    def access(self) -> Access:
+        return self.folder.access
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Opens a Hugging Face directory of safetensors files and validates all headers.
+def open_checkpoint(location: str | os.PathLike[str]) -> Checkpoint:
+    """Opens a Hugging Face checkpoint and validates all its headers; with several processes, on all of them or none.
+
+    Args:
+        location: a directory, a hub id (`Qwen/Qwen3-8B`, `Qwen/Qwen3-8B@revision`), or the `http(s)://`, `gs://` or
+            `s3://` address of a directory.
 
     Raises:
         CheckpointError: nothing to load there, or an index or a header is wrong; one message lists every problem.
     """
-    root = Path(path)
-    if not root.is_dir():
-        raise CheckpointError(f"{root} is not a directory; give a Hugging Face checkpoint directory.")
-    config = _read_json(root / "config.json")
-    weight_map = _read_index(root)
-    names = sorted(set(weight_map.values())) if weight_map is not None else [_only_file(root)]
-    problems: list[str] = []
+    with together(f"opening {location}"):
+        return open_folder_checkpoint(open_folder(location))
+
+
+def open_folder(location: str | os.PathLike[str]) -> Folder:
+    """The folder at a location, as in `open_checkpoint`."""
+    text = os.fspath(location)
+    if "://" in text:
+        from qwen_dist.checkpoint.remote import open_url
+
+        return open_url(text)
+    if os.path.isdir(text):
+        return LocalFolder(Path(text))
+    if _HUB_ID.fullmatch(text) and not os.path.exists(text):
+        from qwen_dist.checkpoint.remote import open_hub
+
+        return open_hub(text)
+    raise CheckpointError(
+        f"{text} is neither a directory nor a hub id (organisation/name) nor an http(s)://, gs:// or s3:// address."
+    )
+
+
+def open_folder_checkpoint(folder: Folder) -> Checkpoint:
+    """Reads index, headers and configuration of a folder."""
+    config = read_json(folder, "config.json")
+    if config is None:
+        raise CheckpointError(f"{folder} has no config.json; it is not a checkpoint.")
+    index = read_json(folder, INDEX_NAME)
+    weight_map = None if index is None else _check_weight_map(folder, index)
+    names = [_only_file(folder)] if weight_map is None else sorted(set(weight_map.values()))
     files: dict[str, ByteFile] = {}
     headers: dict[str, Header] = {}
-    for name in names:
+    problems: list[str] = []
+
+    def open_one(name: str) -> tuple[ByteFile, Header] | CheckpointError:
         try:
-            files[name] = LocalFile(_contained(root, name))
-            headers[name] = read_header(files[name])
+            file = folder.open(name)
+            return file, read_header(file)
         except CheckpointError as error:
-            problems.append(str(error))
+            return error
+
+    with ThreadPoolExecutor(folder.access.num_threads) as pool:
+        for name, opened in zip(names, pool.map(open_one, names), strict=True):
+            if isinstance(opened, CheckpointError):
+                problems.append(str(opened))
+            else:
+                files[name], headers[name] = opened
     tensors = _join(headers, weight_map, problems)
     if problems:
-        raise CheckpointError(f"{root} cannot be loaded:\n" + "\n".join(f"  - {problem}" for problem in problems))
-    return Checkpoint(str(path), config, files, tensors)
+        raise CheckpointError(f"{folder} cannot be loaded:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    return Checkpoint(folder, config, files, tensors, tuple(_warn(index, tensors)))
+
+
+def _warn(index: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    metadata = (index or {}).get("metadata")
+    claimed = metadata.get("total_size") if isinstance(metadata, dict) else None
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    if claimed is not None and claimed != total:
+        yield f"the index claims a total_size of {claimed} bytes; the files hold {total}"
 
 
 def read_header(file: ByteFile) -> Header:
@@ -151,29 +253,33 @@ def read_header(file: ByteFile) -> Header:
     return parse_header(file.name, file.size, bytes(raw))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(folder: Folder, name: str) -> dict[str, Any] | None:
+    """A JSON object of a folder; None if there is no such file.
+
+    Raises:
+        CheckpointError: the file is not a JSON object, or cannot be read.
+    """
+    raw = folder.read(name)
+    if raw is None:
+        return None
     try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; a checkpoint directory needs it.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
+        content = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder}: {name} is not JSON: {type(error).__name__}: {error}.") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found a {type(content).__name__}.")
+        raise CheckpointError(f"{folder}: {name}: expected a JSON object, found a {type(content).__name__}.")
     return content
 
 
-def _read_index(root: Path) -> dict[str, str] | None:
-    """Tensor name -> file name, validated before any of the files is opened; None without an index."""
-    if not (root / INDEX_NAME).exists():
-        return None
-    weight_map = _read_json(root / INDEX_NAME).get("weight_map")
+def _check_weight_map(folder: Folder, index: Mapping[str, Any]) -> dict[str, str]:
+    """Tensor name -> file name, validated before any of the files is opened."""
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{root / INDEX_NAME}: expected a non-empty object under weight_map.")
+        raise CheckpointError(f"{folder}: {INDEX_NAME}: expected a non-empty object under weight_map.")
     bad = sorted({repr(value) for value in weight_map.values() if not is_shard_name(value)})
     if bad:
         raise CheckpointError(
-            f"{root / INDEX_NAME}: weight_map may only name *.safetensors files of the same directory, "
+            f"{folder}: {INDEX_NAME}: weight_map may only name *.safetensors files of the same directory, "
             f"found {', '.join(bad)}."
         )
     return weight_map
@@ -184,27 +290,14 @@ def is_shard_name(value: object) -> bool:
     return isinstance(value, str) and value.endswith(".safetensors") and not set(value) & set("/\\:\0?#%")
 
 
-def _only_file(root: Path) -> str:
-    names = sorted(entry.name for entry in root.glob("*.safetensors"))
-    if (SINGLE_NAME in names[:1] and len(names) == 1) or len(names) == 1:
+def _only_file(folder: Folder) -> str:
+    names = folder.weight_files()
+    if len(names) == 1:
         return names[0]
     if names:
-        raise CheckpointError(
-            f"{root} has {len(names)} safetensors files ({', '.join(names)}) but no {INDEX_NAME} to say which to load."
-        )
-    raise CheckpointError(f"{root} has no safetensors file; other weight formats are not read.")
-
-
-def _contained(root: Path, name: str) -> Path:
-    """The path of a shard, refused when a symbolic link takes it out of the checkpoint.
-
-    The hub's cache links `snapshots/<revision>/x` to `blobs/<hash>`, beside `snapshots`: that one way out is allowed.
-    """
-    path = root / name
-    allowed = [root.resolve(), root.resolve().parent.parent / "blobs"]
-    if path.is_symlink() and not any(path.resolve().is_relative_to(folder) for folder in allowed):
-        raise CheckpointError(f"{path} is a symbolic link to {path.resolve()}, outside of the checkpoint.")
-    return path
+        found = ", ".join(names)
+        raise CheckpointError(f"{folder} has {len(names)} safetensors files ({found}) but no {INDEX_NAME} to choose by.")
+    raise CheckpointError(f"{folder} has no safetensors file; other weight formats are not read.")
 
 
 def _join(

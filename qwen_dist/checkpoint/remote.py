@@ -1,0 +1,320 @@
+"""Checkpoints that are not on this machine, read by byte range: web servers, the Hugging Face hub, object stores.
+
+What comes over a network is trusted only as far as it is checked: the answer must be exactly the range that was asked for,
+of the version of the file that was there at the start. Whatever may pass (a reset, a stall, an overloaded server) is tried
+again, a limited number of times, from where the bytes stopped.
+"""
+
+import importlib
+import re
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+from qwen_dist.checkpoint.source import INDEX_NAME, SINGLE_NAME, Access, ByteFile, Folder, LocalFolder, read_json
+from qwen_dist.errors import CheckpointError
+
+# Requests cost a round trip: more of them at a time, larger, and gaps of a megabyte are read rather than skipped.
+REMOTE_ACCESS = Access(num_threads=16, max_gap=2**20, piece_bytes=8 * 2**20)
+CONNECT_TIMEOUT_S = 10.0
+STALL_TIMEOUT_S = 30.0
+MAX_ATTEMPTS = 6
+FIRST_DELAY_S = 0.25
+MAX_DELAY_S = 20.0
+MAX_REDIRECTS = 5
+# config.json, tokenizer.json and the index are far below this.
+MAX_SMALL_FILE_BYTES = 256 * 2**20
+_CHUNK_BYTES = 2**20
+_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
+_EXPIRED = frozenset({401, 403, 410})
+
+
+def open_url(url: str) -> Folder:
+    """The folder at an `http(s)://`, `gs://` or `s3://` address."""
+    scheme = urlsplit(url).scheme
+    if scheme in ("http", "https"):
+        return HttpFolder(url.rstrip("/") + "/")
+    if scheme in ("gs", "s3"):
+        return ObjectFolder(url)
+    raise CheckpointError(f"{url}: addresses begin with http://, https://, gs:// or s3://.")
+
+
+def open_hub(hub_id: str) -> Folder:
+    """A repository of the Hugging Face hub: its local cache if that is complete, else streamed, at one fixed commit."""
+    import huggingface_hub
+    from huggingface_hub.utils import build_hf_headers
+
+    name, _, revision = hub_id.partition("@")
+    try:
+        cached = LocalFolder(
+            Path(huggingface_hub.snapshot_download(name, revision=revision or None, local_files_only=True))
+        )
+        if _is_complete(cached):
+            return cached
+    except (OSError, ValueError):  # nothing of it is in the cache
+        pass
+    try:
+        commit = huggingface_hub.HfApi().model_info(name, revision=revision or None).sha
+    except Exception as error:
+        # The hub's client raises errors of several libraries; all mean that the repository cannot be reached.
+        raise CheckpointError(f"{hub_id} is not a local directory and cannot be opened on the hub: {error}") from error
+    url = huggingface_hub.hf_hub_url(name, "config.json", revision=commit).removesuffix("config.json")
+    return HttpFolder(url, build_hf_headers())
+
+
+def _is_complete(folder: LocalFolder) -> bool:
+    """Whether a cached snapshot has its configuration and every file of its index."""
+    index = read_json(folder, INDEX_NAME)
+    names = {SINGLE_NAME} if index is None else set(index.get("weight_map", {}).values())
+    return all((folder.root / name).is_file() for name in {"config.json", *names})
+
+
+class _Passing(Exception):
+    """A failure that may pass; `received` bytes had arrived before it."""
+
+    def __init__(self, message: str, received: int = 0, delay_s: float = 0.0):
+        super().__init__(message)
+        self.received, self.delay_s = received, delay_s
+
+
+class HttpFolder:
+    """A directory on a web server; `headers` (credentials) are sent to its own host only."""
+
+    access = REMOTE_ACCESS
+
+    def __init__(self, url: str, headers: dict[str, str] | None = None):
+        urllib3 = _require("urllib3", "urllib3")
+        self.url, self.headers = url, headers or {}
+        timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=STALL_TIMEOUT_S)
+        retries = urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=MAX_REDIRECTS)
+        self.pool = urllib3.PoolManager(maxsize=self.access.num_threads, timeout=timeout, retries=retries)
+
+    def __str__(self) -> str:
+        return self.url
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            file = HttpFile(self, name)
+        except FileNotFoundError:
+            return None
+        if file.size > MAX_SMALL_FILE_BYTES:
+            raise CheckpointError(f"{file.url} has {file.size} bytes; at most {MAX_SMALL_FILE_BYTES} were expected.")
+        content = bytearray(file.size)
+        file.read_into(0, memoryview(content))
+        return bytes(content)
+
+    def open(self, name: str) -> ByteFile:
+        try:
+            return HttpFile(self, name)
+        except FileNotFoundError as error:
+            raise CheckpointError(str(error)) from None
+
+    def weight_files(self) -> list[str]:
+        # A web server has no listing: without an index there can only be the one file.
+        return [SINGLE_NAME]
+
+
+class HttpFile:
+    """A file on a web server. Opening it asks for its first byte, which tells its size, its version and its final address.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the server cannot be reached, or does not serve byte ranges.
+    """
+
+    def __init__(self, folder: HttpFolder, name: str):
+        self.name, self.url, self._folder = name, urljoin(folder.url, name), folder
+        # A redirect often leads to a signed address that expires; it is used while it lasts.
+        self._final_url = self.url
+        self._version: tuple[str | None, str | None] | None = None
+        self.size = -1
+        self.size = self._retry(self._probe, "its first byte")
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        received = 0
+
+        def attempt() -> None:
+            nonlocal received
+            try:
+                self._get(offset + received, buffer[received:])
+            except _Passing as failure:
+                received += failure.received
+                raise
+
+        if len(buffer):
+            self._retry(attempt, f"bytes [{offset}, {offset + len(buffer)})")
+
+    def _retry(self, attempt: Any, what: str) -> Any:
+        for number in range(1, MAX_ATTEMPTS + 1):
+            try:
+                return attempt()
+            except _Passing as failure:
+                if number == MAX_ATTEMPTS:
+                    raise CheckpointError(f"{self.url}: {what}: {failure}; given up after {number} attempts.") from failure
+                time.sleep(min(MAX_DELAY_S, max(failure.delay_s, FIRST_DELAY_S * 2 ** (number - 1))))
+
+    def _probe(self) -> int:
+        """Asks for one byte; sets version and final address, returns the size. An empty file has no byte to give (416)."""
+        response = self._request(0, 1, self.url)
+        try:
+            if response.status == 416:
+                return 0
+            self._check_status(response, self.url)
+            self._final_url = urljoin(self.url, response.geturl() or self.url)
+            self._version = _version(response)
+            return _content_range(response, self.url, 0, 1)
+        finally:
+            response.close()
+
+    def _get(self, offset: int, buffer: memoryview) -> None:
+        response = self._request(offset, offset + len(buffer), self._final_url)
+        if response.status in _EXPIRED and self._final_url != self.url:
+            # The signed address has expired: go through the original one, once.
+            response.close()
+            self._final_url = self.url
+            response = self._request(offset, offset + len(buffer), self.url)
+        received = 0
+        try:
+            self._check_status(response, self.url)
+            total = _content_range(response, self.url, offset, offset + len(buffer))
+            if total != self.size or _version(response) != self._version:
+                raise CheckpointError(f"{self.url} was changed while it was being read; load it again.")
+            while received < len(buffer):
+                count = response.readinto(buffer[received : received + _CHUNK_BYTES])
+                if not count:
+                    raise _Passing(f"the server sent only {received} of {len(buffer)} bytes", received)
+                received += count
+        except self._errors() as error:
+            raise _Passing(f"{type(error).__name__} after {received} bytes", received) from error
+        finally:
+            if received == len(buffer):
+                response.drain_conn()
+                response.release_conn()
+            else:
+                response.close()
+
+    def _request(self, start: int, stop: int, url: str) -> Any:
+        headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        if urlsplit(url).netloc == urlsplit(self._folder.url).netloc:
+            headers |= self._folder.headers
+        try:
+            return self._folder.pool.request("GET", url, headers=headers, preload_content=False)
+        except self._errors() as error:
+            raise _Passing(str(error)) from error
+
+    @staticmethod
+    def _errors() -> type[Exception]:
+        error: type[Exception] = importlib.import_module("urllib3.exceptions").HTTPError
+        return error
+
+    @staticmethod
+    def _check_status(response: Any, url: str) -> None:
+        status = response.status
+        if status in _PASSING:
+            delay = response.headers.get("Retry-After", "")
+            raise _Passing(f"HTTP status {status}", delay_s=float(delay) if delay.isdigit() else 0.0)
+        if status == 404:
+            raise FileNotFoundError(f"{url} does not exist (HTTP status 404).")
+        if status in _EXPIRED:
+            raise CheckpointError(f"{url}: access is refused (HTTP status {status}); check credentials and permissions.")
+        if status in (412, 416):
+            raise CheckpointError(f"{url} was changed while it was being read (HTTP status {status}); load it again.")
+        if status == 200:
+            raise CheckpointError(f"{url}: the server ignores byte ranges; download the checkpoint and load it locally.")
+        if status != 206:
+            raise CheckpointError(f"{url}: HTTP status {status} where 206 was expected.")
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise CheckpointError(f"{url}: the server compresses byte ranges; download the checkpoint and load it locally.")
+
+
+def _version(response: Any) -> tuple[str | None, str | None]:
+    """What identifies the content: the entity tag, else the time of modification."""
+    tag = response.headers.get("ETag")
+    return (tag, None) if tag is not None else (None, response.headers.get("Last-Modified"))
+
+
+def _content_range(response: Any, url: str, start: int, stop: int) -> int:
+    """Checks that the answer is the range that was asked for; returns the size of the whole file."""
+    text = response.headers.get("Content-Range", "")
+    match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", text.strip())
+    if match is None or (int(match[1]), int(match[2]) + 1) != (start, stop):
+        raise CheckpointError(f"{url}: asked for bytes {start}-{stop - 1}, the server answered with {text!r}.")
+    return int(match[3])
+
+
+class ObjectFolder:
+    """A directory in an object store, through obstore, which signs, retries and checks ranges itself."""
+
+    access = REMOTE_ACCESS
+
+    def __init__(self, url: str):
+        _require("obstore", "qwen-dist[remote]")
+        from obstore.store import from_url
+
+        self.url = url
+        self.store = from_url(url)
+
+    def __str__(self) -> str:
+        return self.url
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            file = ObjectFile(self, name)
+        except FileNotFoundError:
+            return None
+        content = bytearray(file.size)
+        file.read_into(0, memoryview(content))
+        return bytes(content)
+
+    def open(self, name: str) -> ByteFile:
+        try:
+            return ObjectFile(self, name)
+        except FileNotFoundError as error:
+            raise CheckpointError(str(error)) from None
+
+    def weight_files(self) -> list[str]:
+        import obstore
+
+        listing = obstore.list_with_delimiter(self.store)["objects"]
+        return sorted(entry["path"] for entry in listing if entry["path"].endswith(".safetensors"))
+
+
+class ObjectFile:
+    """An object, of the version it had when it was opened."""
+
+    def __init__(self, folder: ObjectFolder, name: str):
+        import obstore
+
+        self.name, self._folder = name, folder
+        try:
+            meta = obstore.head(folder.store, name)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{folder}/{name} does not exist.") from None
+        except obstore.exceptions.BaseError as error:
+            raise CheckpointError(f"{folder}/{name} cannot be opened: {error}") from error
+        self.size, self._tag = meta["size"], meta["e_tag"]
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        import obstore
+
+        if not len(buffer):
+            return
+        options: Any = {"range": (offset, offset + len(buffer))}
+        if self._tag is not None:
+            options["if_match"] = self._tag
+        try:
+            content = memoryview(obstore.get(self._folder.store, self.name, options=options).bytes())
+        except (obstore.exceptions.BaseError, OSError) as error:
+            raise CheckpointError(f"{self._folder}/{self.name}: bytes from {offset} cannot be read: {error}") from error
+        if len(content) != len(buffer):
+            found = f"{len(content)} bytes instead of {len(buffer)}"
+            raise CheckpointError(f"{self._folder}/{self.name}: from {offset} the store sent {found}.")
+        buffer[:] = content
+
+
+def _require(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise CheckpointError(f"This address needs {module}: pip install '{package}'.") from error

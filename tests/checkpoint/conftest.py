@@ -1,0 +1,36 @@
+"""Small checkpoints to break, and the count of the fault cases that were tried."""
+
+import json
+
+import pytest
+import safetensors.numpy
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "fault: one way a checkpoint, a disk, a network or a process can fail")
+
+
+def pytest_terminal_summary(terminalreporter):
+    reports = terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", [])
+    tried = [report for report in reports if report.when == "call" and "fault" in report.keywords]
+    passed = sum(report.passed for report in tried)
+    if tried:
+        terminalreporter.write_line(f"loader fault cases: {passed} of {len(tried)} handled as they should be")
+
+
+@pytest.fixture
+def write_checkpoint(tmp_path):
+    """Writes {file name: {tensor name: array}} with an index (one file: without) and a config.json; returns the folder."""
+
+    def write(files, config=None, folder=tmp_path / "checkpoint", index=None):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, tensors in files.items():
+            safetensors.numpy.save_file(tensors, folder / name)
+        if index is None and len(files) > 1:
+            index = {"weight_map": {tensor: name for name, tensors in files.items() for tensor in tensors}}
+        if index is not None:
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / "config.json").write_text(json.dumps(config or {"model_type": "qwen3"}))
+        return folder
+
+    return write
