@@ -42,7 +42,7 @@ def together(what: str) -> Iterator[Step]:
     if client is None:
         yield step
         return
-    key = f"qwen_dist/{next(_steps)}/{what}"
+    key = f"qwen_dist/step/{next(_steps)}"
     try:
         yield step
     except BaseException as error:
