@@ -73,10 +73,11 @@ def _yarn(rope: RopeConfig, head_dim: int, periods: np.ndarray, dtype: type) -> 
 def _llama3(rope: RopeConfig, plain: np.ndarray, dtype: type) -> np.ndarray:
     """Llama 3.1: like YaRN with a ramp in wavelengths instead of pairs."""
     assert rope.low_freq_factor is not None and rope.high_freq_factor is not None
-    wavelengths = dtype(2 * math.pi) / plain
+    # PyTorch divides a number by a tensor as the tensor's reciprocal times the number, which rounds twice.
+    wavelengths = dtype(1) / plain * dtype(2 * math.pi)
     longest = rope.original_max_positions / rope.low_freq_factor
     shortest = rope.original_max_positions / rope.high_freq_factor
-    smooth = dtype(rope.original_max_positions) / wavelengths - dtype(rope.low_freq_factor)
+    smooth = dtype(1) / wavelengths * dtype(rope.original_max_positions) - dtype(rope.low_freq_factor)
     smooth = smooth / dtype(rope.high_freq_factor - rope.low_freq_factor)
     slow = plain / dtype(rope.factor)
     between = (dtype(1) - smooth) * plain / dtype(rope.factor) + smooth * plain
