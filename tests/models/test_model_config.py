@@ -1,0 +1,284 @@
+"""`config.json` read strictly: both generations of the file, released shapes, and every problem in one error."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import transformers
+
+from qwen_dist.errors import CheckpointError
+from qwen_dist.models.config import LayerConfig, ModelConfig, RopeConfig
+
+# As published, key for key (the weights' own config.json).
+QWEN2_5_7B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "initializer_range": 0.02,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 28,
+    "model_type": "qwen2",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.40.1",
+    "use_cache": True,
+    "use_mrope": False,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+QWEN3_0_6B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "model_type": "qwen3",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+RELEASED = {"qwen2": QWEN2_5_7B, "qwen3": QWEN3_0_6B}
+
+# What a user changes in a v4 file, for each way of computing.
+V4_CHANGES = {
+    "as released": {},
+    "yarn": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
+    "rope_type": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "windows": {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 20},
+    "one kv head": {"num_key_value_heads": 1},
+}
+
+
+def test_released_configurations():
+    qwen2, qwen3 = ModelConfig.from_hf(QWEN2_5_7B), ModelConfig.from_hf(QWEN3_0_6B)
+    assert qwen2 == ModelConfig(
+        family="qwen2",
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        head_dim=128,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-6,
+        initializer_range=0.02,
+        tie_word_embeddings=False,
+        qkv_bias=True,
+        o_bias=False,
+        qk_norm=False,
+        rope=RopeConfig("default", 1e6, 131072),
+        layers=(LayerConfig(),) * 28,
+    )
+    assert (qwen3.qkv_bias, qwen3.o_bias, qwen3.qk_norm, qwen3.head_dim) == (False, False, True, 128)
+    assert (qwen3.tie_word_embeddings, qwen3.hidden_size, len(qwen3.layers)) == (True, 1024, 28)
+    assert qwen3.rope == RopeConfig("default", 1e6, 40960)
+
+
+@pytest.mark.parametrize("change", V4_CHANGES)
+@pytest.mark.parametrize("family", RELEASED)
+def test_both_generations_of_the_file_say_the_same(tmp_path, family, change):
+    """The v4 file as published, and the v5 file that transformers 5 writes after reading it."""
+    old = RELEASED[family] | V4_CHANGES[change]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    transformers.AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "new")
+    new = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert "rope_parameters" in new and "rope_theta" not in new and "layer_types" in new
+    assert ModelConfig.from_directory(tmp_path) == ModelConfig.from_directory(tmp_path / "new")
+    windows = [layer.sliding_window for layer in ModelConfig.from_hf(old).layers]
+    assert windows == ([None] * 20 + [4096] * 8 if change == "windows" else [None] * 28)
+
+
+@pytest.mark.parametrize("family", RELEASED)
+def test_transformers_own_defaults_are_ours(family):
+    """A file that leaves out all it may is read as transformers reads it."""
+    given = {key: RELEASED[family][key] for key in ("model_type", "max_position_embeddings")}
+    needed = "vocab_size hidden_size intermediate_size num_attention_heads num_hidden_layers rms_norm_eps".split()
+    minimal = given | {key: RELEASED[family][key] for key in needed} | {"num_key_value_heads": 4}
+    written = transformers.AutoConfig.for_model(**minimal).to_dict()
+    assert ModelConfig.from_hf(minimal) == ModelConfig.from_hf(written)
+
+
+def test_every_problem_is_listed_at_once():
+    broken = copy.deepcopy(QWEN3_0_6B) | {
+        "hidden_size": "1024",
+        "num_attention_heads": 15,
+        "head_dim": 127,
+        "vocab_size": 0,
+        "tie_word_embeddings": 1,
+        "rms_norm_eps": True,
+        "hidden_act": "gelu",
+        "rope_scaling": {"rope_type": "yarn", "factor": -1, "low_freq_factor": 2},
+        "partial_rotary_factor": 0.25,
+        "layer_types": ["full_attention", "chunked_attention"],
+        "logit_scale": 0.5,
+        "use_sliding_window": "yes",
+    }
+    del broken["intermediate_size"]
+    with pytest.raises(CheckpointError) as error:
+        ModelConfig.from_hf(broken)
+    expected = {
+        "hidden_size is '1024'; it must be int",
+        "num_attention_heads 15 is not a multiple of num_key_value_heads 8",
+        "head_dim is 127; rotary embedding needs an even one",
+        "vocab_size is 0; it must be at least 1",
+        "tie_word_embeddings is 1; it must be bool",
+        "rms_norm_eps is True; it must be int or float",
+        "hidden_act is 'gelu', which is not supported; supported is 'silu'",
+        "rope factor is -1; it must be a positive number",
+        "rope type 'yarn' does not know low_freq_factor",
+        "partial_rotary_factor is 0.25; this family rotates whole heads",
+        "layer_types has 'chunked_attention'; allowed are full_attention, sliding_attention",
+        "layer_types has 2 entries for num_hidden_layers 28",
+        "logit_scale = 0.5 is not understood and may change the computation "
+        "(if it does not: --config.model.ignored_config_keys=logit_scale)",
+        "use_sliding_window is 'yes'; it must be bool",
+        "intermediate_size is missing",
+    }
+    lines = str(error.value).splitlines()
+    assert lines[0] == "config.json cannot be used:"
+    assert {line.removeprefix("  - ") for line in lines[1:]} == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "model_type 'llama' is not supported yet; supported are qwen2, qwen3"),
+        ({"model_type": None}, "model_type None is not supported yet"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is"),
+        ({"use_mrope": True}, "use_mrope is True"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
+            "rope type 'longrope' is not supported; supported are",
+        ),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "needs low_freq_factor, high_freq_factor"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
+            "rope_theta and rope_parameters.rope_theta differ",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"type": "linear", "factor": 3.0}},
+            "rope_scaling and rope_parameters differ",
+        ),
+        ({"layer_types": ["sliding_attention"] * 28}, "no sliding window is set and in use"),
+        ({"num_key_value_heads": 5}, "num_attention_heads 16 is not a multiple of num_key_value_heads 5"),
+    ],
+)
+def test_what_is_not_computed_is_refused(changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        ModelConfig.from_hf(QWEN3_0_6B | changes)
+
+
+def test_qwen2_cannot_be_without_its_biases():
+    with pytest.raises(CheckpointError, match="a qwen2 model always has q, k and v biases"):
+        ModelConfig.from_hf(QWEN2_5_7B | {"attention_bias": False})
+
+
+def test_heads_that_do_not_divide_hidden_size_need_a_head_dim():
+    odd = QWEN2_5_7B | {"hidden_size": 3580, "num_attention_heads": 24}
+    with pytest.raises(CheckpointError, match="hidden_size 3580 is not a multiple of num_attention_heads 24"):
+        ModelConfig.from_hf(odd)
+    assert ModelConfig.from_hf(odd | {"head_dim": 64}).head_dim == 64
+
+
+def test_keys_the_user_vouches_for():
+    given = QWEN3_0_6B | {"logit_scale": 0.5, "my_note": "x"}
+    assert ModelConfig.from_hf(given, ["logit_scale", "my_note"]) == ModelConfig.from_hf(QWEN3_0_6B)
+    with pytest.raises(CheckpointError, match="my_note") as error:
+        ModelConfig.from_hf(given, ["logit_scale"])
+    assert "logit_scale" not in str(error.value)
+
+
+def test_reading_does_not_change_what_was_given():
+    given = copy.deepcopy(QWEN2_5_7B)
+    ModelConfig.from_hf(given)
+    assert given == QWEN2_5_7B
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is not a checkpoint: it has no config.json"),
+        ("{", "cannot be read as JSON"),
+        ("[1]", "holds a JSON list; a model configuration is an object"),
+    ],
+)
+def test_directories_without_a_usable_file(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        ModelConfig.from_directory(tmp_path)
+
+
+# One change of `config.json` for every field of the three classes.
+CHANGES = {
+    "family": {"model_type": "qwen2", "attention_bias": True},
+    "vocab_size": {"vocab_size": 7},
+    "hidden_size": {"hidden_size": 512},
+    "intermediate_size": {"intermediate_size": 5},
+    "num_attention_heads": {"num_attention_heads": 32},
+    "num_key_value_heads": {"num_key_value_heads": 2},
+    "head_dim": {"head_dim": 64},
+    "max_position_embeddings": {"max_position_embeddings": 100},
+    "rms_norm_eps": {"rms_norm_eps": 1e-5},
+    "initializer_range": {"initializer_range": 0.1},
+    "tie_word_embeddings": {"tie_word_embeddings": False},
+    "qkv_bias": {"attention_bias": True},
+    "o_bias": {"attention_bias": True},
+    "qk_norm": {"model_type": "qwen2", "attention_bias": True},
+    "rope": {"rope_theta": 10000.0},
+    "layers": {"num_hidden_layers": 3},
+    "rope.type": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "rope.theta": {"rope_theta": 10000.0},
+    "rope.original_max_positions": {"max_position_embeddings": 100},
+    "rope.factor": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    "rope.attention_factor": {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+    "rope.beta_fast": {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 30}},
+    "rope.beta_slow": {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_slow": 2}},
+    "rope.truncate": {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}},
+    "rope.low_freq_factor": {
+        "rope_scaling": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1, "high_freq_factor": 4}
+    },
+    "rope.high_freq_factor": {
+        "rope_scaling": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1, "high_freq_factor": 4}
+    },
+}
+
+
+def test_every_field_is_read_from_the_file():
+    fields = [field.name for field in dataclasses.fields(ModelConfig)]
+    fields += [f"rope.{field.name}" for field in dataclasses.fields(RopeConfig)]
+    assert sorted(CHANGES) == sorted(fields)
+    released = ModelConfig.from_hf(QWEN3_0_6B)
+    for field, change in CHANGES.items():
+        changed = ModelConfig.from_hf(QWEN3_0_6B | change)
+        before, after = (released.rope, changed.rope) if field.startswith("rope.") else (released, changed)
+        name = field.removeprefix("rope.")
+        assert getattr(before, name) != getattr(after, name), field
