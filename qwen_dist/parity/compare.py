@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-Section = Literal["parameters", "same inputs", "whole model", "decode", "gradient"]
-Metric = Literal["max_abs", "relative", "differing", "ratio", "kl"]
+from qwen_dist.parity.bounds import Bound, Metric, Section
 
 # What is compared, in the order in which a fault should be looked for.
 SECTIONS: dict[Section, str] = {
@@ -87,7 +86,8 @@ def first_beyond(ours: np.ndarray, reference: np.ndarray, threshold: float) -> t
 def _pieces(ours: np.ndarray, reference: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     a, b = ours.reshape(-1), reference.reshape(-1)
     for start in range(0, a.size, _PIECE):
-        yield start, *(x[start : start + _PIECE].astype(np.float64) for x in (a, b))
+        stop = start + _PIECE
+        yield start, a[start:stop].astype(np.float64), b[start:stop].astype(np.float64)
 
 
 def _worst(so_far: float, values: np.ndarray) -> float:
@@ -99,14 +99,6 @@ def _last_place(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     info = ml_dtypes.finfo(dtype)
     _, exponents = np.frexp(values)
     return np.ldexp(1.0, np.maximum(exponents - 1, info.minexp) - info.nmant)
-
-
-@dataclasses.dataclass(frozen=True)
-class Bound:
-    """The largest value that a metric may have; None: it is reported and not judged."""
-
-    metric: Metric
-    limit: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +185,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class ParityReport:
-    """Everything a run found. `facts` describe the run (checkpoint, versions, sizes) and carry the figures without a bound."""
+    """Everything a run found. `facts` describe the run (checkpoint, versions, sizes) and hold figures without a bound."""
 
     facts: dict[str, str]
     rows: list[Row]
@@ -207,7 +199,9 @@ class ParityReport:
     @property
     def first_fault(self) -> Row | None:
         """The first row beyond its bound, in the order in which to look for a fault."""
-        return next((row for section in SECTIONS for row in self.rows if row.section == section and not row.is_within), None)
+        return next(
+            (row for section in SECTIONS for row in self.rows if row.section == section and not row.is_within), None
+        )
 
     def verdict(self) -> str:
         """One line: all within bounds, or the first component that is off and by how much."""

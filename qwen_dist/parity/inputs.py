@@ -1,4 +1,4 @@
-"""What both sides are asked to compute: rows of token ids, left-padded to one length."""
+"""What is compared, and what both sides are asked to compute: rows of token ids, left-padded to one length."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
+
+from qwen_dist.errors import UsageError
+from qwen_dist.models.config import ModelConfig
+from qwen_dist.parity.bounds import DTYPES
 
 # Code, prose, dialogue and arithmetic in several scripts: what a text model meets, eight prompts for a statistic.
 PROMPTS = (
@@ -21,11 +25,42 @@ PROMPTS = (
     "质数是只能被一和它本身整除的自然数。请用简单的语言解释为什么质数有无穷多个。首先假设质数只有有限个，",
     "| year | births | deaths |\n|------|--------|--------|\n| 1990 | 41,231 | 30,118 |\n| 1991 | 40,904 | 30,562 |\n"
     "| 1992 | 39,877 | 31,004 |\n",
-    "Question: A train leaves at 9:40 and travels 210 km at 84 km/h. When does it arrive?\nAnswer: The journey takes 210 / 84 "
-    "= 2.5 hours, so",
+    "Question: A train leaves at 9:40 and travels 210 km at 84 km/h. When does it arrive?\nAnswer: The journey takes "
+    "210 / 84 = 2.5 hours, so",
     "#include <stdio.h>\n\nint main(void) {\n    int counts[256] = {0};\n    int c;\n    while ((c = getchar()) != EOF) {\n"
     "        counts[(unsigned char)c]++;\n    }\n    for (int i = 0; i < 256; i++) {\n",
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class ParityOptions:
+    """What to compare.
+
+    model: directory of a checkpoint. dtype: of parameters and computation on both sides. prompts: texts to run; or
+    tokens: how many random token ids a row has; neither: built-in texts, or 64 random ids for a checkpoint without a
+    tokenizer. mesh: this side's mesh, such as `fsdp=2,tensor=4`. decode_steps: tokens decoded greedily after the prompt.
+    max_columns: intermediates of longer inputs are compared at this many tokens, evenly spread, and the gradient is that of
+    the last so many tokens.
+    """
+
+    model: str | pathlib.Path
+    dtype: str = "float32"
+    prompts: tuple[str, ...] = ()
+    tokens: int | None = None
+    mesh: str = ""
+    decode_steps: int = 16
+    max_columns: int = 256
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.dtype not in DTYPES:
+            problems.append(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.prompts and self.tokens is not None:
+            problems.append("prompts and tokens are both given; give one of them")
+        if self.tokens is not None and self.tokens < 2:
+            problems.append(f"tokens is {self.tokens}; at least 2 are needed, so that one predicts the other")
+        if problems:
+            raise UsageError("parity: " + "; ".join(problems))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +97,17 @@ class Inputs:
         return Inputs.from_rows([row[-count:] for row in self.rows()])
 
 
-def from_text(checkpoint: str | pathlib.Path, prompts: Sequence[str]) -> Inputs:
+def make_inputs(options: ParityOptions, config: ModelConfig) -> Inputs:
+    """The rows of tokens that the options ask for."""
+    num_rows = 8 if options.dtype == "bfloat16" else 2  # what bfloat16 is judged by is a statistic over the rows
+    if options.prompts:
+        return _from_text(options.model, options.prompts)
+    if options.tokens is None and (pathlib.Path(options.model) / "tokenizer.json").exists():
+        return _from_text(options.model, PROMPTS[:num_rows])
+    return random_tokens(config.vocab_size, options.tokens or 64, num_rows)
+
+
+def _from_text(checkpoint: str | pathlib.Path, prompts: Sequence[str]) -> Inputs:
     """Prompts as the checkpoint's own tokenizer reads them. Raises CheckpointError when it has none."""
     from qwen_dist.tokenizer import Tokenizer
 

@@ -121,13 +121,20 @@ class Reference:
 
     def decode(self, inputs: Inputs, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
         """Greedy decoding with the cache: the tokens chosen, int32 [B, steps], and the logits they were chosen from."""
+        return self._decode(inputs, num_steps, None)
+
+    def follow(self, inputs: Inputs, continuation: np.ndarray) -> np.ndarray:
+        """Decoding with the cache, but fed these tokens [B, steps]: the logits before each, [B, steps, V]."""
+        return self._decode(inputs, continuation.shape[1], torch.from_numpy(continuation).long())[1]
+
+    def _decode(self, inputs: Inputs, num_steps: int, continuation: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray]:
         tokens, logits = [], []
         with torch.no_grad(), self._computing():
             arguments = _arguments(inputs)
-            for _ in range(num_steps):
+            for step in range(num_steps):
                 output = self.model(**arguments, use_cache=True, logits_to_keep=1)
                 logits.append(output.logits[:, -1])
-                tokens.append(logits[-1].argmax(-1))
+                tokens.append(logits[-1].argmax(-1) if continuation is None else continuation[:, step])
                 arguments = {
                     "input_ids": tokens[-1][:, None],
                     "attention_mask": torch.nn.functional.pad(arguments["attention_mask"], (0, 1), value=1),
@@ -219,4 +226,3 @@ def to_numpy(value: torch.Tensor) -> np.ndarray:
 def versions() -> dict[str, str]:
     """The versions of the packages that the comparison is with."""
     return {"torch": torch.__version__, "transformers": transformers.__version__}
-

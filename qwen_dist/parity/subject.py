@@ -70,7 +70,11 @@ class Subject:
         num_slots = -(-longest // chunk) * chunk + num_steps
 
         def run(
-            parameters: Mapping[str, jax.Array], tokens: jax.Array, positions: jax.Array, last: jax.Array, cache: kv_cache.Cache
+            parameters: Mapping[str, jax.Array],
+            tokens: jax.Array,
+            positions: jax.Array,
+            last: jax.Array,
+            cache: kv_cache.Cache,
         ) -> tuple[jax.Array, kv_cache.Cache]:
             with resolving(resolver):
                 model = bind(self.loaded.module, parameters)
@@ -84,13 +88,17 @@ class Subject:
         logits = np.zeros((num_rows, num_steps, config.vocab_size), jnp.promote_types(self.loaded.dtype, jnp.float32))
         for start in range(0, longest, chunk):
             tokens, positions, last = _chunk_of(inputs, start, chunk)
-            scores, cache = step(self.loaded.parameters, *map(self._with_padding_rows, (tokens, positions, last), (0, -1, 0)), cache)
+            scores, cache = step(
+                self.loaded.parameters, *map(self._with_padding_rows, (tokens, positions, last), (0, -1, 0)), cache
+            )
             ends_here = (start < inputs.lengths) & (inputs.lengths <= start + chunk)
             logits[ends_here, 0] = np.asarray(scores)[:num_rows][ends_here]
         for index in range(num_steps - 1):
             arguments = continuation[:, index : index + 1], (inputs.lengths + index)[:, None], np.zeros(num_rows)
             tokens, positions, last = (array.astype(np.int32) for array in arguments)
-            scores, cache = step(self.loaded.parameters, *map(self._with_padding_rows, (tokens, positions, last), (0, -1, 0)), cache)
+            scores, cache = step(
+                self.loaded.parameters, *map(self._with_padding_rows, (tokens, positions, last), (0, -1, 0)), cache
+            )
             logits[:, index + 1] = np.asarray(scores)[:num_rows]
         return logits
 
@@ -113,7 +121,9 @@ class Subject:
         return float(value), gradients
 
     def _padded(self, inputs: Inputs, resolver: Resolver | None = None) -> tuple[jax.Array, jax.Array]:
-        tokens, positions = (self._with_padding_rows(x, y, resolver) for x, y in ((inputs.tokens, 0), (inputs.positions, -1)))
+        tokens, positions = (
+            self._with_padding_rows(x, y, resolver) for x, y in ((inputs.tokens, 0), (inputs.positions, -1))
+        )
         return jnp.asarray(tokens), jnp.asarray(positions)
 
     def _with_padding_rows(self, rows: np.ndarray, value: int, resolver: Resolver | None = None) -> np.ndarray:
@@ -140,7 +150,7 @@ def _at_columns(name: str, value: jax.Array, columns: np.ndarray) -> jax.Array:
     if block is None:
         return value[:, columns]
     inside = columns - int(block[2])
-    return value[:, :, inside[(0 <= inside) & (inside < value.shape[2])]]
+    return value[:, :, inside[(inside >= 0) & (inside < value.shape[2])]]
 
 
 def _with_whole_weights(

@@ -1,0 +1,188 @@
+"""One comparison from beginning to end, for a checkpoint that fits into memory on both sides."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from qwen_dist.checkpoint.model import load_model
+from qwen_dist.mesh import MeshConfig, make_mesh
+from qwen_dist.models.config import ModelConfig
+from qwen_dist.parity.bounds import EXACT, Section, bound_of
+from qwen_dist.parity.compare import Distributions, ParityReport, Row, missing, row
+from qwen_dist.parity.inputs import Inputs, ParityOptions, make_inputs
+from qwen_dist.parity.reference import Reference, versions
+from qwen_dist.parity.subject import Subject
+from qwen_dist.sharding import INFERENCE, Resolver, disk_shapes
+
+Values = Mapping[str, Any]
+Progress = Callable[[str], None]
+
+
+def compare_in_one_dtype(comparison: Comparison) -> ParityReport:
+    """Float64 and float32: both sides compute in it, and every intermediate must be the same but for rounding."""
+    options, inputs, columns = comparison.options, comparison.inputs, comparison.columns
+    comparison.progress("loading the checkpoint on both sides")
+    reference, subject = Reference(options.model, options.dtype), comparison.load()
+    comparison.compare_parameters(reference, subject)
+    comparison.progress("intermediates and logits")
+    expected = reference.forward(inputs, columns)
+    if comparison.has_all_columns:
+        found = subject.forward(inputs, columns, replacing=without_logits(expected))
+        comparison.compare_intermediates("same inputs", found, expected)
+    found = subject.forward(inputs, columns)
+    comparison.compare_intermediates("whole model", found, expected)
+    logits = comparison.tokens_of("logits", found), comparison.tokens_of("logits", expected)
+    del found, expected
+    comparison.progress("greedy decoding")
+    chosen, expected_logits = reference.decode(inputs, options.decode_steps)
+    comparison.compare_decoding(subject, chosen, expected_logits)
+    comparison.progress("gradients")
+    short = inputs.last(options.max_columns)
+    expected_loss, expected_gradients = reference.gradient(short)
+    del reference  # a large model's gradients need the room
+    comparison.compare_gradients(subject.gradient(short), expected_loss, expected_gradients)
+    return comparison.finish(*logits)
+
+
+class Comparison:
+    """One run: what is asked, and the rows found so far. Intermediates are compared at `columns` of [B, T]."""
+
+    def __init__(self, options: ParityOptions, config: ModelConfig, progress: Progress):
+        self.options, self.config, self.progress = options, config, progress
+        self.inputs = make_inputs(options, config)
+        self.columns = spread(self.inputs.tokens.shape[1], options.max_columns)
+        self.rows: list[Row] = []
+        self.facts = self._facts()
+
+    @property
+    def has_all_columns(self) -> bool:
+        """Only then are the reference's inputs there to be given to this side."""
+        return len(self.columns) == self.inputs.tokens.shape[1]
+
+    def load(self) -> Subject:
+        """The checkpoint on this side."""
+        resolver = Resolver(make_mesh(MeshConfig.parse(self.options.mesh)), INFERENCE)
+        return Subject(load_model(self.options.model, resolver, dtype=self.options.dtype))
+
+    def compare_parameters(self, reference: Reference, subject: Subject) -> None:
+        """Equal names, equal shapes on disk, equal bits."""
+        expected, found = reference.parameters(), subject.loaded.parameters
+        shapes = disk_shapes(subject.loaded.module)
+        for name in [*expected, *(name for name in found if name not in expected)]:
+            if name not in found or name not in expected:
+                self.rows.append(missing("parameters", name, EXACT, _whose(name in expected)))
+            elif shapes[name] != expected[name].shape:
+                whose = f"shape {list(shapes[name])}, PyTorch has {list(expected[name].shape)}"
+                self.rows.append(missing("parameters", name, EXACT, whose))
+            else:
+                ours = np.asarray(found[name]).reshape(shapes[name])
+                self.rows.append(row("parameters", name, ours, expected[name], EXACT))
+
+    def compare_intermediates(self, section: Section, found: Values, expected: Values) -> None:
+        """A row for every intermediate, in the reference's order, at the tokens that are not padding."""
+        tokens = self._token_names()
+        for name in [*expected, *(name for name in found if name not in expected)]:
+            bound = bound_of(self.options.dtype, section, name)
+            if name in found and name in expected:
+                ours, reference = self.tokens_of(name, found), self.tokens_of(name, expected)
+                self.rows.append(row(section, name, ours, reference, bound, tokens))
+            else:
+                self.rows.append(missing(section, name, bound, _whose(name in expected)))
+
+    def compare_decoding(self, subject: Subject, chosen: np.ndarray, expected: np.ndarray) -> np.ndarray:
+        """Each step's logits [B, steps, V] against the reference's, and against a forward without a cache.
+
+        Both sides are fed the tokens that the reference chose. Returns this side's logits.
+        """
+        cached, whole = subject.decode(self.inputs, chosen, prefill_chunk(self.inputs))
+        bound = bound_of(self.options.dtype, "decode", "logits")
+        rows = [f"row {index}" for index in range(len(chosen))]
+        for other, suffix in ((expected, ""), (whole, ".against_full_forward")):
+            for step in range(chosen.shape[1]):
+                name = (f"decode.step_{step}" if step else "decode.prefill") + suffix
+                self.rows.append(row("decode", name, cached[:, step], other[:, step], bound, rows))
+        self.facts["greedy tokens that agree"] = f"{np.mean(cached.argmax(-1) == chosen):.1%} of {chosen.size}"
+        return cached
+
+    def compare_gradients(self, found: tuple[float, Values], loss: float, gradients: dict[str, np.ndarray]) -> None:
+        """The loss, and the gradient by every parameter that both sides have: one that only one has is reported there."""
+        bound = bound_of(self.options.dtype, "gradient", "loss")
+        self.rows.append(row("gradient", "loss", *_loss_pair(found[0], loss, self.options.dtype), bound))
+        for name, gradient in gradients.items():
+            if name in found[1]:
+                ours = np.asarray(found[1][name]).reshape(gradient.shape)
+                self.rows.append(row("gradient", name, ours, gradient, bound))
+
+    def by_token(self, name: str, values: Values) -> np.ndarray:
+        """An intermediate as [B, columns, ...]."""
+        array = np.asarray(values[name])
+        return array.swapaxes(1, 2) if name.endswith(".weights") else array
+
+    def tokens_of(self, name: str, values: Values) -> np.ndarray:
+        """An intermediate at the tokens that are compared, [tokens, ...], without padding, which may hold anything."""
+        return self.by_token(name, values)[self.is_compared]
+
+    @property
+    def is_compared(self) -> np.ndarray:
+        """Which of the compared columns hold a token, bool [B, columns]."""
+        return self.inputs.is_real[:, self.columns]
+
+    def _token_names(self) -> list[str]:
+        rows, columns = np.nonzero(self.is_compared)
+        positions = self.inputs.positions[rows, self.columns[columns]]
+        return [f"row {r}, position {p}" for r, p in zip(rows.tolist(), positions.tolist(), strict=True)]
+
+    def finish(self, ours: np.ndarray, reference: np.ndarray) -> ParityReport:
+        """The report, with what the two sides' logits [tokens, V] say of the next token."""
+        distributions = Distributions.of(ours, reference, self.inputs.positions[:, self.columns][self.is_compared])
+        self.facts["mean KL of the next token"] = f"{distributions.kl.mean():.3g} nats"
+        self.facts["top-1 agreement"] = f"{distributions.same_top1.mean():.2%} of {len(distributions.kl)} tokens"
+        self.facts["top-5 agreement"] = f"{distributions.same_top5.mean():.2%}"
+        return ParityReport(self.facts, self.rows, distributions, _some_logits(ours, reference))
+
+    def _facts(self) -> dict[str, str]:
+        rows = self.inputs.lengths.tolist()
+        compared = "" if len(self.columns) == max(rows) else f", compared at {len(self.columns)} columns"
+        return {
+            "checkpoint": pathlib.Path(self.options.model).name,
+            "family": f"{self.config.family}, {len(self.config.layers)} layers",
+            "dtype": self.options.dtype,
+            "mesh": self.options.mesh or "one device",
+            "rows": f"{len(rows)} of {min(rows)} to {max(rows)} tokens{compared}",
+            "versions": ", ".join(f"{name} {version}" for name, version in ({"jax": jax.__version__} | versions()).items()),
+        }
+
+
+def spread(length: int, count: int) -> np.ndarray:
+    """At most `count` of `length` columns, evenly spread, the last among them."""
+    return np.unique(np.linspace(length - 1, 0, min(length, count)).round().astype(int))
+
+
+def prefill_chunk(inputs: Inputs) -> int:
+    """A chunk length that takes three steps for the longest row and divides it unevenly, where it is long enough."""
+    return int(inputs.lengths.max()) * 2 // 5 + 1
+
+
+def _loss_pair(ours: float, reference: float, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    wide = np.promote_types(dtype, np.float32)
+    return np.array([ours], wide), np.array([reference], wide)
+
+
+def _whose(is_expected: bool) -> str:
+    return "only PyTorch has it" if is_expected else "PyTorch does not have it"
+
+
+def without_logits(values: Values) -> dict[str, Any]:
+    """The intermediates that the model goes on computing with."""
+    return {name: value for name, value in values.items() if name != "logits"}
+
+
+def _some_logits(ours: np.ndarray, reference: np.ndarray, count: int = 1500) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    chosen = rng.integers(0, ours.size, count)
+    return np.stack([reference.reshape(-1)[chosen], ours.reshape(-1)[chosen]], axis=1).astype(np.float64)

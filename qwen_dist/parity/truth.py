@@ -1,0 +1,126 @@
+"""bfloat16, where equal numbers cannot be asked for: whose error is larger, measured against float64?"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+from typing import Any
+
+import numpy as np
+
+from qwen_dist.parity.bounds import MAX_MEAN_KL
+from qwen_dist.parity.compare import ParityReport, Row, difference
+from qwen_dist.parity.comparison import Comparison, Values, without_logits
+from qwen_dist.parity.inputs import Inputs
+from qwen_dist.parity.reference import Reference
+
+# Fewer rows give no standard error to speak of: then the ratios are reported and not judged.
+MIN_ROWS = 8
+GRADIENT_ROWS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What one PyTorch model said: intermediates, the logits of decoding [B, steps, V], the loss and its gradient."""
+
+    values: Values
+    decoded: np.ndarray
+    loss: float
+    gradients: dict[str, np.ndarray]
+
+
+def compare_with_truth(comparison: Comparison) -> ParityReport:
+    """This project's bfloat16 error against PyTorch's own, both measured from the float64 model.
+
+    PyTorch runs with its default attention (`sdpa`) and with `eager`; the default is what this side is judged by. What
+    both sides round at the same places (norms) must also be the same numbers, given the same inputs.
+    """
+    model, inputs, columns = comparison.options.model, comparison.inputs, comparison.columns
+    comparison.progress("PyTorch in float64")
+    truth_model = Reference(model, "float64")
+    chosen, _ = truth_model.decode(inputs, comparison.options.decode_steps)
+    truth = _ask(truth_model, comparison, chosen)
+    del truth_model
+    gc.collect()
+    comparison.progress("PyTorch in bfloat16")
+    sdpa = _ask(Reference(model, "bfloat16", "sdpa"), comparison, chosen)
+    eager_model = Reference(model, "bfloat16", "eager")
+    eager = _ask(eager_model, comparison, chosen)
+    comparison.progress("this project in bfloat16")
+    subject = comparison.load()
+    comparison.compare_parameters(eager_model, subject)
+    del eager_model
+    if comparison.has_all_columns:
+        found = subject.forward(inputs, columns, replacing=without_logits(eager.values))
+        comparison.compare_intermediates("same inputs", found, eager.values)
+    found = subject.forward(inputs, columns)
+    _judge_components(comparison, found, truth, sdpa, eager)
+    _judge_decoding(comparison, comparison.compare_decoding(subject, chosen, sdpa.decoded), truth, sdpa)
+    _report_gradients(comparison, subject.gradient(_gradient_inputs(comparison)), truth, sdpa)
+    report = comparison.finish(*(comparison.tokens_of("logits", values) for values in (found, truth.values)))
+    mean_kl = float(report.distributions.kl.mean())
+    comparison.rows.append(Row("whole model", "next token", "kl", mean_kl, MAX_MEAN_KL))
+    return report
+
+
+def _ask(reference: Reference, comparison: Comparison, chosen: np.ndarray) -> Answers:
+    values = reference.forward(comparison.inputs, comparison.columns)
+    decoded = reference.follow(comparison.inputs, chosen)
+    return Answers(values, decoded, *reference.gradient(_gradient_inputs(comparison)))
+
+
+def _gradient_inputs(comparison: Comparison) -> Inputs:
+    return Inputs.from_rows(comparison.inputs.rows()[:GRADIENT_ROWS]).last(comparison.options.max_columns)
+
+
+def _judge_components(comparison: Comparison, found: Values, truth: Answers, sdpa: Answers, eager: Answers) -> None:
+    """How much larger than PyTorch's each component's error is; only that of the logits has a bound."""
+    for name in truth.values:
+        rival = sdpa if name in sdpa.values else eager  # attention weights are never there under sdpa
+        ratio, error = _error_ratio_of(comparison, name, found, rival.values, truth.values)
+        limit = _limit(comparison, error) if name == "logits" else None
+        far = difference(comparison.tokens_of(name, found), comparison.tokens_of(name, truth.values))
+        comparison.rows.append(Row("whole model", name, "ratio", ratio, limit, far))
+    ratio, error = _error_ratio_of(comparison, "logits", found, eager.values, truth.values)
+    comparison.facts["logits, error ÷ PyTorch's with eager attention"] = f"{ratio:.3f} ± {error:.3f}"
+
+
+def _error_ratio_of(comparison: Comparison, name: str, found: Values, rival: Values, truth: Values) -> tuple[float, float]:
+    ours, other, exact = (comparison.by_token(name, values) for values in (found, rival, truth))
+    return error_ratio(ours, other, exact, comparison.is_compared)
+
+
+def _judge_decoding(comparison: Comparison, decoded: np.ndarray, truth: Answers, sdpa: Answers) -> None:
+    everything = np.ones(decoded.shape[:2], bool)
+    ratio, error = error_ratio(decoded, sdpa.decoded, truth.decoded, everything)
+    comparison.rows.append(Row("decode", "decode.all_steps", "ratio", ratio, _limit(comparison, error)))
+
+
+def _limit(comparison: Comparison, error: float) -> float | None:
+    """1, and twice the standard error of a ratio that would be 1."""
+    return math.exp(2 * error) if len(comparison.inputs.tokens) >= MIN_ROWS else None
+
+
+def _report_gradients(comparison: Comparison, found: tuple[float, Any], truth: Answers, sdpa: Answers) -> None:
+    ratio = abs(found[0] - truth.loss) / abs(sdpa.loss - truth.loss) if sdpa.loss != truth.loss else math.nan
+    comparison.rows.append(Row("gradient", "loss", "ratio", ratio, None))
+    for name, exact in truth.gradients.items():
+        far = difference(np.asarray(found[1][name]).reshape(exact.shape), exact)
+        rival = difference(sdpa.gradients[name], exact)
+        comparison.rows.append(Row("gradient", name, "ratio", far.relative / rival.relative, None, far))
+
+
+def error_ratio(ours: np.ndarray, rival: np.ndarray, truth: np.ndarray, is_real: np.ndarray) -> tuple[float, float]:
+    """‖ours - truth‖ / ‖rival - truth‖: the geometric mean over rows and the standard error of its logarithm.
+
+    Arrays are [B, T, ...], `is_real` [B, T]. Where neither has an error the ratio is 1.
+    """
+    logs = []
+    for row in range(len(truth)):
+        exact = truth[row][is_real[row]].astype(np.float64)
+        own, other = (np.linalg.norm(side[row][is_real[row]].astype(np.float64) - exact) for side in (ours, rival))
+        with np.errstate(divide="ignore"):
+            logs.append(0.0 if own == other else float(np.log(own / other)))
+    error = float(np.std(logs, ddof=1) / math.sqrt(len(logs))) if len(logs) > 1 else math.nan
+    return math.exp(np.mean(logs)), error
