@@ -42,9 +42,9 @@ def contains(one: Box, other: Box) -> bool:
     return all(a <= c and d <= b for (a, b), (c, d) in zip(one, other, strict=True))
 
 
-def relative(box: Box, origin: Box) -> tuple[slice, ...]:
-    """The box as an index into an array that holds the box `origin`."""
-    return tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(box, origin, strict=True))
+def relative(box: Box, origin: Box) -> tuple[Any, ...]:
+    """The box as an index into an array that holds the box `origin`; always a view, also of a scalar."""
+    return (*(slice(a - c, b - c) for (a, b), (c, _) in zip(box, origin, strict=True)), ...)
 
 
 def run_dim(box: Box, shape: tuple[int, ...]) -> int:

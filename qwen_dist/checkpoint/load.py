@@ -163,7 +163,11 @@ def run_all(function: Callable[[T], None], items: Sequence[T], num_threads: int)
                 item = next(queue, None)
             if item is None:
                 return
-            function(item)
+            try:
+                function(item)
+            except BaseException:
+                stop.set()
+                raise
 
     with ThreadPoolExecutor(num_threads) as pool:
         try:
@@ -339,7 +343,7 @@ class DeviceSink:
             if box == self.shard.box:
                 self._arrays = [part.astype(dtype) for part in parts]
             else:
-                start = tuple(index.start for index in relative(box, self.shard.box))
+                start = tuple(start - origin for (start, _), (origin, _) in zip(box, self.shard.box, strict=True))
                 wholes = self._arrays or self._zeros()
                 self._arrays = [_update(whole, part, start) for whole, part in zip(wholes, parts, strict=True)]
             # The piece's memory counts against the budget until it has arrived.

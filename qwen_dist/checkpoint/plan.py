@@ -235,8 +235,8 @@ def make_parameters(
     """Binds names, tensors on disk and shardings, in sorted order.
 
     Raises:
-        CheckpointError: a tensor's dtype cannot become the parameter's, or a scale does not fit its weight; all of them
-            in one message.
+        CheckpointError: a tensor's dtype cannot become the parameter's, a scale does not fit its weight, or a shape does
+            not divide by its sharding; all of them in one message.
     """
     parameters, problems = [], []
     for name in sorted(target):
@@ -245,6 +245,11 @@ def make_parameters(
         scales = [tensors[names.scales[part.name]] if part.name in names.scales else None for part in parts]
         if problem := _dtype_problem(parts, scales, np.dtype(struct.dtype), block):
             problems.append(f"{parts[0].name}: {problem}")
+            continue
+        try:
+            shards = make_shards(struct.shape, struct.sharding)
+        except ValueError as error:  # jax says which dimension does not divide by which axis
+            problems.append(f"{name}: {error}")
             continue
         assert parts[0].dtype.numpy is not None
         parameters.append(
@@ -256,12 +261,12 @@ def make_parameters(
                 parts[0].dtype.numpy,
                 segments,
                 stack_dims(name, struct.shape, len(segments)),
-                make_shards(struct.shape, struct.sharding),
+                shards,
                 block if scales[0] is not None else None,
             )
         )
     if problems:
-        raise CheckpointError("Tensors that cannot be loaded:\n" + "\n".join(f"  - {text}" for text in problems))
+        raise CheckpointError("Parameters that cannot be loaded:\n" + "\n".join(f"  - {text}" for text in problems))
     return tuple(parameters)
 
 

@@ -1,15 +1,23 @@
 """The streamed load gives the same bits as safetensors.numpy, on every mesh, dtype and memory budget."""
 
+import itertools
+import os
+import signal
+import threading
+import time
+from types import SimpleNamespace
+
 import jax
-import ml_dtypes  # noqa: F401 - numpy learns bfloat16
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from qwen_dist.checkpoint import load as loading
 from qwen_dist.checkpoint.load import load
-from qwen_dist.checkpoint.source import open_checkpoint
+from qwen_dist.checkpoint.source import LocalFile, open_checkpoint
+from qwen_dist.errors import CheckpointError
 
 EMBED, HEADS, HEAD_DIM, MLP, EXPERTS, VOCAB = 64, 8, 16, 96, 4, 250
 
@@ -94,28 +102,49 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize("on_device", [False, True])
-@pytest.mark.parametrize("long_run", [16, loading.MAX_HOST_PIECE_BYTES])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize(("mesh_shape", "row", "column"), MESHES)
-def test_equals_safetensors_on_every_mesh(checkpoint_dir, monkeypatch, mesh_shape, row, column, dtype, long_run, on_device):
-    if on_device:
-        monkeypatch.setattr(loading, "make_sinks", lambda p: [loading.DeviceSink(p, shard) for shard in p.shards])
-    monkeypatch.setattr("qwen_dist.checkpoint.plan.LONG_RUN_BYTES", long_run)
-    monkeypatch.setattr(loading, "MAX_HOST_PIECE_BYTES", 1000)
-    mesh = jax.make_mesh(mesh_shape, ("row", "column"), devices=jax.devices()[: mesh_shape[0] * mesh_shape[1]])
-    expected = expected_arrays(checkpoint_dir)
+def check_load(folder, mesh, row, column, dtype):
+    expected = expected_arrays(folder)
     target = {
         name: jax.ShapeDtypeStruct(value.shape, dtype, sharding=NamedSharding(mesh, spec(name, row, column)))
         for name, value in expected.items()
     }
-    arrays = load(open_checkpoint(checkpoint_dir), target, disk_shapes=DISK_SHAPES)
+    arrays = load(open_checkpoint(folder), target, disk_shapes=DISK_SHAPES)
     assert sorted(arrays) == sorted(expected)
     for name, value in expected.items():
         assert arrays[name].sharding == target[name].sharding
         np.testing.assert_array_equal(np.asarray(arrays[name]), value.astype(dtype), strict=True)
         for shard in arrays[name].addressable_shards:
             np.testing.assert_array_equal(np.asarray(shard.data), value.astype(dtype)[shard.index])
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("long_run", [16, loading.MAX_HOST_PIECE_BYTES])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("mesh_shape", "row", "column"), MESHES)
+def test_equals_safetensors_on_every_mesh(checkpoint_dir, monkeypatch, mesh_shape, row, column, dtype, long_run, axis_type):
+    """`long_run` makes shards be read straight into place or as rows divided in memory; pieces are tiny."""
+    monkeypatch.setattr("qwen_dist.checkpoint.plan.LONG_RUN_BYTES", long_run)
+    monkeypatch.setattr(loading, "MAX_HOST_PIECE_BYTES", 1000)
+    devices = jax.devices()[: mesh_shape[0] * mesh_shape[1]]
+    mesh = jax.make_mesh(mesh_shape, ("row", "column"), (axis_type,) * 2, devices=devices)
+    check_load(checkpoint_dir, mesh, row, column, dtype)
+
+
+@pytest.fixture
+def as_accelerators(monkeypatch):
+    """Loads through transfers and in-place updates, as onto devices that have memory of their own."""
+    monkeypatch.setattr(loading, "is_on_host", lambda parameter: False)
+
+
+@pytest.mark.parametrize("piece_bytes", [4096, loading.MAX_DEVICE_PIECE_BYTES])
+@pytest.mark.parametrize(("dtype", "row", "column"), [("bfloat16", None, "row"), ("float32", "row", None)])
+def test_equals_safetensors_through_transfers(
+    checkpoint_dir, monkeypatch, as_accelerators, dtype, row, column, piece_bytes
+):
+    """With pieces smaller than a shard, and with whole shards."""
+    monkeypatch.setattr(loading, "MAX_DEVICE_PIECE_BYTES", piece_bytes)
+    mesh = jax.make_mesh((2,), ("row",), (AxisType.Auto,), devices=jax.devices()[:2])
+    check_load(checkpoint_dir, mesh, row, column, dtype)
 
 
 def test_single_device_sharding(checkpoint_dir):
@@ -125,3 +154,160 @@ def test_single_device_sharding(checkpoint_dir):
     arrays = load(open_checkpoint(checkpoint_dir), target, disk_shapes=DISK_SHAPES)
     for name, value in expected.items():
         np.testing.assert_array_equal(np.asarray(arrays[name]), value, strict=True)
+
+
+def one_device(arrays, dtype=None):
+    """A target of these arrays' shapes on one device."""
+    device = SingleDeviceSharding(jax.devices()[0])
+    return {
+        name.removeprefix("model."): jax.ShapeDtypeStruct(value.shape, dtype or value.dtype, sharding=device)
+        for name, value in arrays.items()
+    }
+
+
+def test_cpu_arrays_adopt_their_buffers(checkpoint_dir):
+    """Replicas share one buffer, it is aligned, and what is loaded later never touches it."""
+    mesh = jax.make_mesh((4,), ("row",), (AxisType.Auto,), devices=jax.devices()[:4])
+    expected = expected_arrays(checkpoint_dir)
+    target = {
+        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+        for name, value in expected.items()
+    }
+    first = load(open_checkpoint(checkpoint_dir), target, disk_shapes=DISK_SHAPES)
+    for array in first.values():
+        pointers = {shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards}
+        assert len(pointers) == 1 and pointers.pop() % loading.BUFFER_ALIGNMENT == 0
+    for _ in range(3):
+        load(open_checkpoint(checkpoint_dir), target, disk_shapes=DISK_SHAPES)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(np.asarray(first[name]), value)
+
+
+def test_donating_an_adopted_buffer_leaves_its_replica_alone(checkpoint_dir):
+    mesh = jax.make_mesh((2,), ("row",), (AxisType.Auto,), devices=jax.devices()[:2])
+    expected = expected_arrays(checkpoint_dir)
+    target = {
+        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+        for name, value in expected.items()
+    }
+    array = load(open_checkpoint(checkpoint_dir), target, disk_shapes=DISK_SHAPES)["embed_tokens.weight"]
+    one, other = (shard.data for shard in array.addressable_shards)
+    jax.block_until_ready(jax.jit(lambda x: x * 0, donate_argnums=0)(one))
+    np.testing.assert_array_equal(np.asarray(other), expected["embed_tokens.weight"])
+
+
+def test_empty_and_scalar_tensors(write_checkpoint):
+    arrays = {"model.embed_tokens.weight": np.zeros((0, 4), "float32"), "model.scale": np.array(3, "float32")}
+    loaded = load(open_checkpoint(write_checkpoint({"model.safetensors": arrays})), one_device(arrays))
+    assert loaded["embed_tokens.weight"].shape == (0, 4) and loaded["scale"] == 3
+
+
+def test_mixed_dtypes_in_one_file(write_checkpoint):
+    rng = np.random.default_rng(0)
+    dtypes = ["bfloat16", "float16", "float32", "int32", "uint8", ml_dtypes.float8_e4m3fn]
+    arrays = {f"model.x{i}.weight": rng.uniform(0, 9, (7, 3)).astype(dtype) for i, dtype in enumerate(dtypes)}
+    loaded = load(open_checkpoint(write_checkpoint({"model.safetensors": arrays})), one_device(arrays))
+    for name, value in arrays.items():
+        np.testing.assert_array_equal(np.asarray(loaded[name.removeprefix("model.")]), value, strict=True)
+
+
+@pytest.mark.fault
+def test_dtypes_are_never_reinterpreted(write_checkpoint):
+    """All tensors that cannot become what is wanted are in one message."""
+    arrays = {
+        "model.a.weight": np.ones(4, "int32"),
+        "model.b.weight": np.ones(4, bool),
+        "model.c.weight": np.ones(4, ml_dtypes.float8_e4m3fn),
+        "model.d.weight": np.ones(4, "float16"),
+    }
+    with pytest.raises(CheckpointError) as error:
+        load(open_checkpoint(write_checkpoint({"model.safetensors": arrays})), one_device(arrays, "float32"))
+    text = str(error.value)
+    assert "model.a.weight: dtype I32 on disk is never converted to float32" in text
+    assert "model.b.weight: dtype BOOL is known, but loading it is not supported" in text
+    assert "model.c.weight: dtype F8_E4M3 on disk is never converted to float32; its weight_scale_inv is missing" in text
+    assert "model.d" not in text
+
+
+TABLE = np.arange(12, dtype="float32").reshape(3, 4)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("head", "is_equal"), [(TABLE, True), (TABLE + 1, False), (TABLE.astype("float16"), False), (TABLE[:2], False)]
+)
+def test_stored_head_of_a_tied_model(write_checkpoint, head, is_equal):
+    arrays = {"model.embed_tokens.weight": TABLE}
+    checkpoint = open_checkpoint(write_checkpoint({"model.safetensors": arrays | {"lm_head.weight": head}}))
+    if is_equal:
+        assert list(load(checkpoint, one_device(arrays), tied=True)) == ["embed_tokens.weight"]
+    else:
+        with pytest.raises(CheckpointError, match=r"lm_head\.weight .* and model\.embed_tokens\.weight .* differ"):
+            load(checkpoint, one_device(arrays), tied=True)
+
+
+@pytest.mark.fault
+def test_failure_in_one_thread_stops_all(checkpoint_dir, monkeypatch):
+    checkpoint, target = open_checkpoint(checkpoint_dir), one_device(expected_arrays(checkpoint_dir))
+    monkeypatch.setattr(loading, "MAX_HOST_PIECE_BYTES", 1000)
+    reads = itertools.count()
+    whole = LocalFile.read_into
+
+    def fail(self, offset, buffer):
+        if next(reads) == 20:
+            raise CheckpointError("the disk is gone")
+        whole(self, offset, buffer)
+
+    monkeypatch.setattr(LocalFile, "read_into", fail)
+    planned = len(loading.make_plan(checkpoint, target, disk_shapes=DISK_SHAPES).reads)
+    with pytest.raises(CheckpointError, match="the disk is gone"):
+        load(checkpoint, target, disk_shapes=DISK_SHAPES)
+    assert next(reads) < planned
+    assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
+
+
+@pytest.mark.fault
+def test_interrupt_stops_all(checkpoint_dir, monkeypatch):
+    """Ctrl-C during a load ends it, with no thread and no descriptor left behind."""
+    checkpoint, target = open_checkpoint(checkpoint_dir), one_device(expected_arrays(checkpoint_dir))
+    monkeypatch.setattr(loading, "MAX_HOST_PIECE_BYTES", 1000)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    calls = []
+
+    def progress(done, total):
+        calls.append(done)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+    with pytest.raises(KeyboardInterrupt):
+        load(checkpoint, target, disk_shapes=DISK_SHAPES, progress=progress)
+    assert len(calls) < 50
+    assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_progress_counts_every_byte(checkpoint_dir):
+    calls = []
+    target = one_device(expected_arrays(checkpoint_dir))
+    checkpoint = open_checkpoint(checkpoint_dir)
+    load(checkpoint, target, disk_shapes=DISK_SHAPES, progress=lambda done, total: calls.append((done, total)))
+    done, totals = zip(*calls, strict=True)
+    assert list(done) == sorted(done) and set(totals) == {done[-1]} and done[-1] == checkpoint.nbytes
+
+
+@pytest.mark.fault
+def test_shards_that_do_not_divide(write_checkpoint, monkeypatch):
+    """An uneven sharding is refused by name before anything is read."""
+    arrays = {"model.embed_tokens.weight": np.ones((6, 4), "float32"), "model.k_proj.weight": np.ones((3, 4), "float32")}
+    checkpoint = open_checkpoint(write_checkpoint({"model.safetensors": arrays}))
+    mesh = jax.make_mesh((4,), ("tensor",), (AxisType.Auto,), devices=jax.devices()[:4])
+    sharding = NamedSharding(mesh, PartitionSpec("tensor"))
+    target = {
+        name.removeprefix("model."): SimpleNamespace(shape=value.shape, dtype=value.dtype, sharding=sharding)
+        for name, value in arrays.items()
+    }
+    monkeypatch.setattr(LocalFile, "read_into", lambda *_: pytest.fail("something was read"))
+    with pytest.raises(CheckpointError) as error:
+        load(checkpoint, target)
+    assert "embed_tokens.weight" in str(error.value) and "k_proj.weight" in str(error.value)
