@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,34 +20,38 @@ from qwen_dist.parity.reference import Reference, versions
 from qwen_dist.parity.subject import Subject
 from qwen_dist.sharding import INFERENCE, Resolver, disk_shapes
 
+# A gradient needs room for logits [B, T, V] several times over; two rows show whatever eight do.
+GRADIENT_ROWS = 2
 Values = Mapping[str, Any]
 Progress = Callable[[str], None]
 
 
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What a PyTorch model said.
+
+    values: intermediates and logits by name. chosen: the tokens [B, steps] it was fed after the prompts, and decoded: the
+    logits [B, steps, V] before each. loss and gradients: of the last tokens of each row.
+    """
+
+    values: Values
+    chosen: np.ndarray
+    decoded: np.ndarray
+    loss: float
+    gradients: dict[str, np.ndarray]
+
+
 def compare_in_one_dtype(comparison: Comparison) -> ParityReport:
     """Float64 and float32: both sides compute in it, and every intermediate must be the same but for rounding."""
-    options, inputs, columns = comparison.options, comparison.inputs, comparison.columns
     comparison.progress("loading the checkpoint on both sides")
-    reference, subject = Reference(options.model, options.dtype), comparison.load()
-    comparison.compare_parameters(reference, subject)
-    comparison.progress("intermediates and logits")
-    expected = reference.forward(inputs, columns)
-    if comparison.has_all_columns:
-        found = subject.forward(inputs, columns, replacing=without_logits(expected))
-        comparison.compare_intermediates("same inputs", found, expected)
-    found = subject.forward(inputs, columns)
-    comparison.compare_intermediates("whole model", found, expected)
-    logits = comparison.tokens_of("logits", found), comparison.tokens_of("logits", expected)
-    del found, expected
-    comparison.progress("greedy decoding")
-    chosen, expected_logits = reference.decode(inputs, options.decode_steps)
-    comparison.compare_decoding(subject, chosen, expected_logits)
-    comparison.progress("gradients")
-    short = inputs.last(options.max_columns)
-    expected_loss, expected_gradients = reference.gradient(short)
+    reference, subject = Reference(comparison.options.model, comparison.options.dtype), comparison.load()
+    comparison.compare_parameters(subject, reference.parameters())
+    comparison.progress("PyTorch")
+    answers = comparison.ask(reference)
     del reference  # a large model's gradients need the room
-    comparison.compare_gradients(subject.gradient(short), expected_loss, expected_gradients)
-    return comparison.finish(*logits)
+    for stage in comparison.stages(subject, answers):
+        comparison.progress(stage)
+    return comparison.report()
 
 
 class Comparison:
@@ -56,8 +61,11 @@ class Comparison:
         self.options, self.config, self.progress = options, config, progress
         self.inputs = make_inputs(options, config)
         self.columns = spread(self.inputs.tokens.shape[1], options.max_columns)
+        self.gradient_inputs = self.inputs.first_rows(GRADIENT_ROWS).last(options.max_columns)
         self.rows: list[Row] = []
         self.facts = self._facts()
+        self.distributions: Distributions | None = None
+        self.scatter = np.zeros((0, 2))
 
     @property
     def has_all_columns(self) -> bool:
@@ -69,10 +77,31 @@ class Comparison:
         resolver = Resolver(make_mesh(MeshConfig.parse(self.options.mesh)), INFERENCE)
         return Subject(load_model(self.options.model, resolver, dtype=self.options.dtype))
 
-    def compare_parameters(self, reference: Reference, subject: Subject) -> None:
+    def ask(self, reference: Reference, chosen: np.ndarray | None = None) -> Answers:
+        """Everything the reference is asked; it decodes greedily where it is not told which tokens to take."""
+        values = reference.forward(self.inputs, self.columns)
+        chosen, decoded = reference.decode(self.inputs, self.options.decode_steps, chosen)
+        return Answers(values, chosen, decoded, *reference.gradient(self.gradient_inputs))
+
+    def stages(self, subject: Subject, answers: Answers) -> Iterator[str]:
+        """Compare in the order in which a fault should be looked for; yields what comes next."""
+        if self.has_all_columns:
+            yield "each component, given PyTorch's inputs"
+            found = subject.forward(self.inputs, self.columns, replacing=without_logits(answers.values))
+            self.compare_intermediates("same inputs", found, answers.values)
+        yield "the whole model"
+        found = subject.forward(self.inputs, self.columns)
+        self.compare_intermediates("whole model", found, answers.values)
+        self.compare_next_token(found, answers.values)
+        del found
+        yield "decoding"
+        self.compare_decoding(subject, answers)
+        yield "gradients"
+        self.compare_gradients(subject.gradient(self.gradient_inputs), answers)
+
+    def compare_parameters(self, subject: Subject, expected: Mapping[str, np.ndarray]) -> None:
         """Equal names, equal shapes on disk, equal bits."""
-        expected, found = reference.parameters(), subject.loaded.parameters
-        shapes = disk_shapes(subject.loaded.module)
+        found, shapes = subject.loaded.parameters, disk_shapes(subject.loaded.module)
         for name in [*expected, *(name for name in found if name not in expected)]:
             if name not in found or name not in expected:
                 self.rows.append(missing("parameters", name, EXACT, _whose(name in expected)))
@@ -94,26 +123,27 @@ class Comparison:
             else:
                 self.rows.append(missing(section, name, bound, _whose(name in expected)))
 
-    def compare_decoding(self, subject: Subject, chosen: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    def compare_decoding(self, subject: Subject, answers: Answers) -> np.ndarray:
         """Each step's logits [B, steps, V] against the reference's, and against a forward without a cache.
 
         Both sides are fed the tokens that the reference chose. Returns this side's logits.
         """
+        chosen = answers.chosen
         cached, whole = subject.decode(self.inputs, chosen, prefill_chunk(self.inputs))
         bound = bound_of(self.options.dtype, "decode", "logits")
         rows = [f"row {index}" for index in range(len(chosen))]
-        for other, suffix in ((expected, ""), (whole, ".against_full_forward")):
+        for other, suffix in ((answers.decoded, ""), (whole, ".against_full_forward")):
             for step in range(chosen.shape[1]):
                 name = (f"decode.step_{step}" if step else "decode.prefill") + suffix
                 self.rows.append(row("decode", name, cached[:, step], other[:, step], bound, rows))
         self.facts["greedy tokens that agree"] = f"{np.mean(cached.argmax(-1) == chosen):.1%} of {chosen.size}"
         return cached
 
-    def compare_gradients(self, found: tuple[float, Values], loss: float, gradients: dict[str, np.ndarray]) -> None:
+    def compare_gradients(self, found: tuple[float, Values], answers: Answers) -> None:
         """The loss, and the gradient by every parameter that both sides have: one that only one has is reported there."""
         bound = bound_of(self.options.dtype, "gradient", "loss")
-        self.rows.append(row("gradient", "loss", *_loss_pair(found[0], loss, self.options.dtype), bound))
-        for name, gradient in gradients.items():
+        self.rows.append(row("gradient", "loss", *_loss_pair(found[0], answers.loss, self.options.dtype), bound))
+        for name, gradient in answers.gradients.items():
             if name in found[1]:
                 ours = np.asarray(found[1][name]).reshape(gradient.shape)
                 self.rows.append(row("gradient", name, ours, gradient, bound))
@@ -137,13 +167,20 @@ class Comparison:
         positions = self.inputs.positions[rows, self.columns[columns]]
         return [f"row {r}, position {p}" for r, p in zip(rows.tolist(), positions.tolist(), strict=True)]
 
-    def finish(self, ours: np.ndarray, reference: np.ndarray) -> ParityReport:
-        """The report, with what the two sides' logits [tokens, V] say of the next token."""
-        distributions = Distributions.of(ours, reference, self.inputs.positions[:, self.columns][self.is_compared])
-        self.facts["mean KL of the next token"] = f"{distributions.kl.mean():.3g} nats"
-        self.facts["top-1 agreement"] = f"{distributions.same_top1.mean():.2%} of {len(distributions.kl)} tokens"
-        self.facts["top-5 agreement"] = f"{distributions.same_top5.mean():.2%}"
-        return ParityReport(self.facts, self.rows, distributions, _some_logits(ours, reference))
+    def compare_next_token(self, found: Values, expected: Values) -> None:
+        """What the two sides' logits say of the next token."""
+        ours, reference = self.tokens_of("logits", found), self.tokens_of("logits", expected)
+        positions = self.inputs.positions[:, self.columns][self.is_compared]
+        self.distributions = Distributions.of(ours, reference, positions)
+        self.scatter = _some_logits(ours, reference)
+        self.facts["mean KL of the next token"] = f"{self.distributions.kl.mean():.3g} nats"
+        self.facts["top-1 agreement"] = f"{self.distributions.same_top1.mean():.2%} of {len(positions)} tokens"
+        self.facts["top-5 agreement"] = f"{self.distributions.same_top5.mean():.2%}"
+
+    def report(self) -> ParityReport:
+        """All that was found."""
+        assert self.distributions is not None, "the whole model has not been compared"
+        return ParityReport(self.facts, self.rows, self.distributions, self.scatter)
 
     def _facts(self) -> dict[str, str]:
         rows = self.inputs.lengths.tolist()

@@ -92,6 +92,10 @@ class Inputs:
         """The token ids without the padding."""
         return [row[len(row) - length :].tolist() for row, length in zip(self.tokens, self.lengths, strict=True)]
 
+    def first_rows(self, count: int) -> Inputs:
+        """The first `count` rows as inputs of their own."""
+        return Inputs.from_rows(self.rows()[:count])
+
     def last(self, count: int) -> Inputs:
         """The last `count` tokens of each row as inputs of their own."""
         return Inputs.from_rows([row[-count:] for row in self.rows()])

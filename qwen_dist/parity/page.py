@@ -177,9 +177,7 @@ def _along_the_model(report: ParityReport) -> str:
     legend = " · ".join(f'<span style="color:{color}">●</span> {name}' for name, _, color in _GROUPS)
     metric = "max |Δ|" if report.facts["dtype"] == "float64" else "‖Δ‖/‖ref‖"
     versus = "the float64 model" if report.facts["dtype"] == "bfloat16" else "PyTorch"
-    text = (
-        f"{metric} against {versus}, logarithmic, in the order of computation. No error at all lies on the floor. {legend}"
-    )
+    text = f"{metric} against {versus}, logarithmic, in the order of computation; no error lies on the floor. {legend}"
     return _section("Error along the model", text, body)
 
 

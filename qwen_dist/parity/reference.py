@@ -10,7 +10,7 @@ import contextvars
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -20,6 +20,7 @@ import transformers
 from torch.overrides import TorchFunctionMode
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
 from qwen_dist.parity.inputs import Inputs
 
@@ -68,9 +69,10 @@ class Reference:
 
     def __init__(self, checkpoint: str | pathlib.Path, dtype: str, attention: str = "eager"):
         self.is_lifted = dtype == "float64"
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=getattr(torch, dtype), attn_implementation=_observable(attention), local_files_only=True
-        ).eval()
+        with _without_progress_bars():
+            self.model = transformers.AutoModelForCausalLM.from_pretrained(
+                checkpoint, dtype=getattr(torch, dtype), attn_implementation=_observable(attention), local_files_only=True
+            ).eval()
         if self.is_lifted:
             self._rebuild_rotary_tables()
         self._prefix = next(name for name, _ in self.model.named_modules() if name.endswith("embed_tokens"))
@@ -119,22 +121,18 @@ class Reference:
             _recording.reset(token)
         return {name: to_numpy(value) for name, value in (recording.values | {"logits": output.logits}).items()}
 
-    def decode(self, inputs: Inputs, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """Greedy decoding with the cache: the tokens chosen, int32 [B, steps], and the logits they were chosen from."""
-        return self._decode(inputs, num_steps, None)
+    def decode(self, inputs: Inputs, num_steps: int, chosen: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Decode with the cache, greedily or along the tokens `chosen` [B, steps].
 
-    def follow(self, inputs: Inputs, continuation: np.ndarray) -> np.ndarray:
-        """Decoding with the cache, but fed these tokens [B, steps]: the logits before each, [B, steps, V]."""
-        return self._decode(inputs, continuation.shape[1], torch.from_numpy(continuation).long())[1]
-
-    def _decode(self, inputs: Inputs, num_steps: int, continuation: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+        Returns the tokens taken, int32 [B, steps], and the logits before each, [B, steps, V].
+        """
         tokens, logits = [], []
         with torch.no_grad(), self._computing():
             arguments = _arguments(inputs)
             for step in range(num_steps):
                 output = self.model(**arguments, use_cache=True, logits_to_keep=1)
                 logits.append(output.logits[:, -1])
-                tokens.append(logits[-1].argmax(-1) if continuation is None else continuation[:, step])
+                tokens.append(logits[-1].argmax(-1) if chosen is None else torch.from_numpy(chosen[:, step]).long())
                 arguments = {
                     "input_ids": tokens[-1][:, None],
                     "attention_mask": torch.nn.functional.pad(arguments["attention_mask"], (0, 1), value=1),
@@ -205,6 +203,17 @@ def _observable(attention: str) -> str:
     ALL_ATTENTION_FUNCTIONS.register(name, observed)
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[attention])
     return name
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
 
 
 def _arguments(inputs: Inputs) -> dict[str, Any]:

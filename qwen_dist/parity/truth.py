@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import gc
 import math
 from typing import Any
 
@@ -11,23 +9,11 @@ import numpy as np
 
 from qwen_dist.parity.bounds import MAX_MEAN_KL
 from qwen_dist.parity.compare import ParityReport, Row, difference
-from qwen_dist.parity.comparison import Comparison, Values, without_logits
-from qwen_dist.parity.inputs import Inputs
+from qwen_dist.parity.comparison import Answers, Comparison, Values, without_logits
 from qwen_dist.parity.reference import Reference
 
 # Fewer rows give no standard error to speak of: then the ratios are reported and not judged.
 MIN_ROWS = 8
-GRADIENT_ROWS = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Answers:
-    """What one PyTorch model said: intermediates, the logits of decoding [B, steps, V], the loss and its gradient."""
-
-    values: Values
-    decoded: np.ndarray
-    loss: float
-    gradients: dict[str, np.ndarray]
 
 
 def compare_with_truth(comparison: Comparison) -> ParityReport:
@@ -38,40 +24,24 @@ def compare_with_truth(comparison: Comparison) -> ParityReport:
     """
     model, inputs, columns = comparison.options.model, comparison.inputs, comparison.columns
     comparison.progress("PyTorch in float64")
-    truth_model = Reference(model, "float64")
-    chosen, _ = truth_model.decode(inputs, comparison.options.decode_steps)
-    truth = _ask(truth_model, comparison, chosen)
-    del truth_model
-    gc.collect()
+    truth = comparison.ask(Reference(model, "float64"))
     comparison.progress("PyTorch in bfloat16")
-    sdpa = _ask(Reference(model, "bfloat16", "sdpa"), comparison, chosen)
+    sdpa = comparison.ask(Reference(model, "bfloat16", "sdpa"), truth.chosen)
     eager_model = Reference(model, "bfloat16", "eager")
-    eager = _ask(eager_model, comparison, chosen)
+    eager = comparison.ask(eager_model, truth.chosen)
     comparison.progress("this project in bfloat16")
     subject = comparison.load()
-    comparison.compare_parameters(eager_model, subject)
-    del eager_model
+    comparison.compare_parameters(subject, eager_model.parameters())
     if comparison.has_all_columns:
         found = subject.forward(inputs, columns, replacing=without_logits(eager.values))
         comparison.compare_intermediates("same inputs", found, eager.values)
     found = subject.forward(inputs, columns)
     _judge_components(comparison, found, truth, sdpa, eager)
-    _judge_decoding(comparison, comparison.compare_decoding(subject, chosen, sdpa.decoded), truth, sdpa)
-    _report_gradients(comparison, subject.gradient(_gradient_inputs(comparison)), truth, sdpa)
-    report = comparison.finish(*(comparison.tokens_of("logits", values) for values in (found, truth.values)))
-    mean_kl = float(report.distributions.kl.mean())
-    comparison.rows.append(Row("whole model", "next token", "kl", mean_kl, MAX_MEAN_KL))
-    return report
-
-
-def _ask(reference: Reference, comparison: Comparison, chosen: np.ndarray) -> Answers:
-    values = reference.forward(comparison.inputs, comparison.columns)
-    decoded = reference.follow(comparison.inputs, chosen)
-    return Answers(values, decoded, *reference.gradient(_gradient_inputs(comparison)))
-
-
-def _gradient_inputs(comparison: Comparison) -> Inputs:
-    return Inputs.from_rows(comparison.inputs.rows()[:GRADIENT_ROWS]).last(comparison.options.max_columns)
+    comparison.compare_next_token(found, truth.values)
+    _judge_next_token(comparison)
+    _judge_decoding(comparison, comparison.compare_decoding(subject, sdpa), truth, sdpa)
+    _report_gradients(comparison, subject.gradient(comparison.gradient_inputs), truth, sdpa)
+    return comparison.report()
 
 
 def _judge_components(comparison: Comparison, found: Values, truth: Answers, sdpa: Answers, eager: Answers) -> None:
@@ -89,6 +59,12 @@ def _judge_components(comparison: Comparison, found: Values, truth: Answers, sdp
 def _error_ratio_of(comparison: Comparison, name: str, found: Values, rival: Values, truth: Values) -> tuple[float, float]:
     ours, other, exact = (comparison.by_token(name, values) for values in (found, rival, truth))
     return error_ratio(ours, other, exact, comparison.is_compared)
+
+
+def _judge_next_token(comparison: Comparison) -> None:
+    assert comparison.distributions is not None
+    mean_kl = float(comparison.distributions.kl.mean())
+    comparison.rows.append(Row("whole model", "next token", "kl", mean_kl, MAX_MEAN_KL))
 
 
 def _judge_decoding(comparison: Comparison, decoded: np.ndarray, truth: Answers, sdpa: Answers) -> None:
