@@ -16,7 +16,13 @@ CONFIG = {
     "model_type": "qwen3",
     "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(BLOCK)},
 }
-EMBED, HEADS, HEAD_DIM, MLP, EXPERTS = 40, 4, 12, 72, 2  # 48 = 3 blocks of heads that end elsewhere than blocks; 40 and 72 are not multiples of 16
+EMBED, HEADS, HEAD_DIM, MLP, EXPERTS = (
+    40,
+    4,
+    12,
+    72,
+    2,
+)  # 48 = 3 blocks of heads that end elsewhere than blocks; 40 and 72 are not multiples of 16
 
 
 def quantized(rng, *shape, scale_dtype="float32"):
@@ -155,7 +161,11 @@ W, S = np.ones((20, 20), ml_dtypes.float8_e4m3fn), np.ones((2, 3), "float32")
     [
         ({"quantization_config": {"quant_method": "gptq"}}, {"w": W}, "quantization 'gptq' is not supported"),
         ({"quantization_config": {"quant_method": "awq"}}, {"w": W}, "quantization 'awq' is not supported"),
-        ({"quantization_config": {"quant_method": "fp8"}}, {"w": W}, "weight_block_size as two positive integers, found None"),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            {"w": W},
+            "weight_block_size as two positive integers, found None",
+        ),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 8]}}, {"w": W}, r"found \[0, 8\]"),
         (CONFIG, {"w": W}, "its weight_scale_inv is missing"),
         (CONFIG, {"w": W, "w_scale_inv": S[:1]}, r"F32 \[1, 3\]; blocks of \[16, 8\] over \[20, 20\] need \[2, 3\]"),
@@ -166,7 +176,9 @@ W, S = np.ones((20, 20), ml_dtypes.float8_e4m3fn), np.ones((2, 3), "float32")
     ],
 )
 def test_refused(write_checkpoint, config, tensors, message):
-    folder = write_checkpoint({"model.safetensors": {"model." + key: value for key, value in tensors.items()}}, config or {"a": 1})
+    folder = write_checkpoint(
+        {"model.safetensors": {"model." + key: value for key, value in tensors.items()}}, config or {"a": 1}
+    )
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with pytest.raises(CheckpointError, match=message):
         load(open_checkpoint(folder), {"w": jax.ShapeDtypeStruct((20, 20), "float32", sharding=device)})

@@ -1,0 +1,70 @@
+"""The budget of host memory is a bound: the peak of a process that loads is measured by the system."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen_dist.checkpoint.format import build_header
+
+MB = 10**6
+# What a load may take beyond its budget: code, threads, the plan.
+CONSTANT = 100 * MB
+
+
+@pytest.fixture
+def write_zeros(tmp_path):
+    """A checkpoint of about so many bytes in files with holes, which take no space on the disk."""
+
+    def write(nbytes, embed=2048, mlp=11008, vocab=151_936):
+        tensors = {"model.embed_tokens.weight": ("BF16", (vocab, embed)), "model.norm.weight": ("BF16", (embed,))}
+        layer, size = 0, 2 * vocab * embed
+        while size < nbytes:
+            for name, shape in {
+                "mlp.up_proj": (mlp, embed),
+                "mlp.down_proj": (embed, mlp),
+                "o_proj": (embed, embed),
+            }.items():
+                tensors[f"model.layers.{layer}.{name}.weight"] = ("BF16", shape)
+                size += 2 * shape[0] * shape[1]
+            layer += 1
+        header = build_header(tensors, {})
+        with open(tmp_path / "model.safetensors", "wb") as file:
+            file.write(header)
+            file.truncate(len(header) + size + 2 * embed)
+        (tmp_path / "config.json").write_text("{}")
+        return tmp_path
+
+    return write
+
+
+def measure(folder, budget, kind, where):
+    worker = Path(__file__).with_name("memory_worker.py")
+    environment = os.environ | {"PYTHONPATH": str(worker.parents[2])}
+    command = [sys.executable, worker, folder, str(budget), kind, where]
+    output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(output)
+
+
+def check(folder, budget, kind, where):
+    found = measure(folder, budget, kind, where)
+    # Replicas alias one buffer: the arrays take the checkpoint's bytes once, the budget comes on top.
+    assert found["arrays"] <= found["bytes"] * 1.01 + MB
+    assert found["growth"] - found["arrays"] <= budget + CONSTANT, found
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "where"), [("rows", "host"), ("columns", "host"), ("replicated", "host"), ("columns", "devices")]
+)
+def test_600_megabytes_within_32(write_zeros, kind, where):
+    check(write_zeros(600 * MB, vocab=50_000), 32 * MB, kind, where)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+def test_6_gigabytes_within_256_megabytes(write_zeros, kind):
+    check(write_zeros(6000 * MB), 256 * MB, kind, "host")
