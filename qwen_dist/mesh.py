@@ -38,7 +38,7 @@ class MeshConfig:
                 problems.append(f"{axis!r} is not an axis; axes are {', '.join(AXES)}")
             elif axis in sizes:
                 problems.append(f"{axis} is given twice")
-            elif not size.removeprefix("-").isdigit() or (int(size) < 1 and int(size) != -1):
+            elif not size.removeprefix("-").isdecimal() or (int(size) < 1 and int(size) != -1):
                 problems.append(f"{part!r}: a size is a positive number, or -1 for all devices that are left")
             elif axis in ("expert", "context") and int(size) != 1:
                 problems.append(f"{axis} can only be 1 for the models supported so far")
