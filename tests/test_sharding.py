@@ -1,0 +1,218 @@
+"""Where arrays live: the resolver's refusals, the rules on real parameters, and the same logits on every mesh."""
+
+import functools
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from qwen_dist.checkpoint.model import load_model
+from qwen_dist.errors import UsageError
+from qwen_dist.mesh import MeshConfig, make_mesh
+from qwen_dist.models.config import ModelConfig
+from qwen_dist.models.transformer import Transformer
+from qwen_dist.sharding import (
+    INFERENCE,
+    LOGICAL_AXES,
+    RULE_SETS,
+    TRAIN,
+    Resolver,
+    RuleSet,
+    abstract_parameters,
+    bind,
+    random_parameters,
+    resolving,
+)
+
+# Sizes that 8 divides, but for the 2 key/value heads.
+SIZES = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 10, "vocab_size": 344, "num_hidden_layers": 2}
+# Sums are taken in another order: measured 3.6e-7 to 5.0e-7.
+TOLERANCE = 2e-6
+
+MESHES = ["tensor=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2", "fsdp=8", "data=8"]
+PARAMETER_SPECS = {
+    "embed_tokens.weight": P("tensor", "fsdp"),
+    "lm_head.weight": P("tensor", "fsdp"),
+    "norm.weight": P("fsdp"),
+    "layers.0.input_layernorm.weight": P("fsdp"),
+    "layers.0.post_attention_layernorm.weight": P("fsdp"),
+    "layers.0.self_attn.q_proj.weight": P("tensor", None, "fsdp"),
+    "layers.0.self_attn.k_proj.weight": P("tensor", None, "fsdp"),
+    "layers.0.self_attn.v_proj.weight": P("tensor", None, "fsdp"),
+    "layers.0.self_attn.o_proj.weight": P("fsdp", "tensor", None),
+    "layers.0.self_attn.q_norm.weight": P(None),
+    "layers.0.self_attn.k_norm.weight": P(None),
+    "layers.0.mlp.gate_proj.weight": P("tensor", "fsdp"),
+    "layers.0.mlp.up_proj.weight": P("tensor", "fsdp"),
+    "layers.0.mlp.down_proj.weight": P("fsdp", "tensor"),
+}
+
+
+def resolver(mesh: str, rules: RuleSet = INFERENCE) -> Resolver:
+    return Resolver(make_mesh(MeshConfig.parse(mesh)), rules)
+
+
+def parts(spec: P, mesh: jax.sharding.Mesh, ndim: int) -> tuple[tuple[str, ...], ...]:
+    """The mesh axes that split each dimension, without those of size 1, which split nothing."""
+    entries = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec]
+    entries += [()] * (ndim - len(entries))
+    return tuple(tuple(axis for axis in entry if mesh.shape[axis] > 1) for entry in entries)
+
+
+# --- the resolver ---
+
+
+@pytest.mark.parametrize("rules", RULE_SETS.values(), ids=RULE_SETS)
+def test_rules_only_name_logical_axes_and_axes_of_the_mesh(rules):
+    for table in (rules.parameters, rules.activations):
+        assert table.keys() <= LOGICAL_AXES
+        assert {axis for axes in table.values() for axis in axes} <= set(make_mesh(MeshConfig()).axis_names)
+
+
+def test_unknown_logical_names():
+    with pytest.raises(UsageError, match=r"w \(4, 4\) .*'heads' is not a logical axis; there are batch, embed"):
+        resolver("").parameter("w", (4, 4), ("heads", "embed"))
+
+
+def test_rules_for_axes_that_the_mesh_does_not_have():
+    rules = RuleSet("pipelined", {"embed": ("stage",)}, {})
+    with pytest.raises(UsageError, match="the rules split embed over stage, which the mesh does not have"):
+        resolver("tensor=2", rules).parameter("w", (4,), ("embed",))
+
+
+def test_one_mesh_axis_for_two_dimensions():
+    with pytest.raises(UsageError, match="mesh axis tensor would split both vocab and mlp"):
+        resolver("tensor=2").parameter("w", (4, 4), ("vocab", "mlp"))
+    sharding = resolver("fsdp=2").parameter("w", (4, 4), ("vocab", "mlp"))  # an axis of size 1 splits nothing
+    assert sharding.spec == P(None, None)
+
+
+def test_sizes_that_do_not_divide_name_everything_and_the_legal_sizes():
+    with pytest.raises(UsageError) as error:
+        resolver("fsdp=4,tensor=2").parameter("layers.0.mlp.up_proj.weight", (45, 30), ("mlp", "embed"))
+    assert str(error.value) == (
+        "layers.0.mlp.up_proj.weight (45, 30) does not fit mesh fsdp=4,tensor=2: "
+        "mlp is 45, which the 2 parts of tensor do not divide (legal: 1, 3, 5, 9, 15, 45); "
+        "embed is 30, which the 4 parts of fsdp do not divide (legal: 1, 2, 3, 5, 6, 10, 15, 30)"
+    )
+
+
+def test_activations_have_rules_of_their_own():
+    shape, axes = (8, 16, 32), ("batch", "length", "embed")
+    mesh = "data=2,fsdp=2,tensor=2"
+    assert resolver(mesh, TRAIN).activation("x", shape, axes).spec == P(("data", "fsdp"), None, None)
+    assert resolver(mesh, INFERENCE).activation("x", shape, axes).spec == P("data", None, "fsdp")
+    assert (resolver(mesh, TRAIN).batch_multiple(), resolver(mesh, INFERENCE).batch_multiple()) == (4, 2)
+    with pytest.raises(UsageError, match="batch is 6, which the 4 parts of data×fsdp do not divide"):
+        resolver(mesh, TRAIN).activation("x", (6, 16, 32), axes)
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "mesh", "split"),
+    [(8, "tensor=4", "tensor"), (4, "tensor=4", "tensor"), (2, "tensor=4", None), (1, "tensor=8", None)],
+)
+def test_key_value_heads_are_split_or_everywhere(kv_heads, mesh, split):
+    sharding = resolver(mesh).parameter("k", (kv_heads, 16, 32), ("kv_heads", "head_dim", "embed"))
+    assert sharding.spec == P(split, None, None)
+
+
+@pytest.mark.parametrize(("kv_heads", "mesh"), [(3, "tensor=4"), (6, "tensor=4"), (5, "tensor=2")])
+def test_key_value_heads_that_fit_neither_way(kv_heads, mesh):
+    with pytest.raises(UsageError, match=rf"kv_heads is {kv_heads}, .* \(legal: 1, .*, or a multiple of {kv_heads}\)"):
+        resolver(mesh).parameter("k", (kv_heads, 16, 32), ("kv_heads", "head_dim", "embed"))
+
+
+def test_a_model_that_does_not_fit_is_refused_before_a_byte_is_read(tmp_path, tiny_checkpoint):
+    """The directory has no weights at all: reading any would be another error."""
+    config = json.loads((tiny_checkpoint("qwen3", **SIZES) / "config.json").read_text())
+    config |= {"num_attention_heads": 6, "num_key_value_heads": 3, "vocab_size": 345}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError) as error:
+        load_model(tmp_path, resolver("tensor=4"), dtype="float32")
+    message = str(error.value)
+    assert message.startswith("the model does not fit the mesh:\n  - ")
+    assert "embed_tokens.weight (345, 40) does not fit mesh tensor=4: vocab is 345, which the 4 parts of tensor" in message
+    assert "layers.1.self_attn.q_proj.weight (6, 10, 40) does not fit" in message
+    assert re.search(r"layers.0.self_attn.k_proj.weight \(3, 10, 40\) .* kv_heads is 3, .*or a multiple of 3\)", message)
+    assert "norm.weight" not in message
+
+
+def test_a_deep_model_that_does_not_fit_is_a_short_error(tiny_checkpoint):
+    config = ModelConfig.from_directory(
+        tiny_checkpoint("qwen3", **(SIZES | {"num_hidden_layers": 9, "intermediate_size": 45}))
+    )
+    with pytest.raises(UsageError, match=r"… and 15 more parameters$"):
+        abstract_parameters(Transformer(config, dtype="float32"), resolver("tensor=2"))
+
+
+# --- the model on meshes ---
+
+
+@pytest.fixture(scope="module")
+def run(tiny_checkpoint):
+    """(mesh, rules) -> parameters and logits of the same four prompts, loaded and computed there."""
+    directory = tiny_checkpoint("qwen3", **SIZES)
+    tokens = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (8, 24), dtype=np.int32)
+    positions = np.tile(np.arange(24, dtype=np.int32), (8, 1))
+    positions[1, :7] = -1
+
+    @functools.cache
+    def on(mesh: str, rules: str):
+        model = load_model(directory, resolver(mesh, RULE_SETS[rules]), dtype="float32")
+
+        @jax.jit
+        def logits(parameters):
+            with resolving(model.resolver):
+                module = bind(model.module, parameters)
+                return module.unembed(module(tokens, positions)[0])
+
+        return model.parameters, logits(model.parameters)
+
+    return on
+
+
+@pytest.mark.parametrize("rules", RULE_SETS)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_logits_on_a_mesh_are_those_of_one_device(run, mesh, rules):
+    _, expected = run("", "inference")
+    _, logits = run(mesh, rules)
+    ours, one = np.asarray(logits), np.asarray(expected)
+    ours, one = np.delete(ours, 1, axis=0), np.delete(one, 1, axis=0)
+    assert np.linalg.norm(ours - one) / np.linalg.norm(one) < TOLERANCE
+    batch = {"inference": ("data",), "train": ("data", "fsdp")}[rules]
+    jax_mesh = logits.sharding.mesh
+    assert parts(logits.sharding.spec, jax_mesh, 3) == parts(P(batch, None, "tensor"), jax_mesh, 3)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_parameters_live_where_the_rules_say(run, mesh):
+    parameters, _ = run(mesh, "inference")
+    kinds = {re.sub(r"layers\.\d+", "layers.0", name) for name in parameters}
+    assert kinds == PARAMETER_SPECS.keys()
+    for name, value in parameters.items():
+        expected = PARAMETER_SPECS[re.sub(r"layers\.\d+", "layers.0", name)]
+        if mesh == "tensor=8" and re.search("[kv]_proj", name):
+            expected = P(None, None, "fsdp")  # 2 heads for 8 devices: every device has both
+        assert parts(value.sharding.spec, value.sharding.mesh, value.ndim) == parts(
+            expected, value.sharding.mesh, value.ndim
+        ), name
+
+
+def test_random_parameters_are_the_same_on_every_mesh(tiny_checkpoint):
+    config = ModelConfig.from_directory(tiny_checkpoint("qwen3", **SIZES))
+    module = Transformer(config, dtype="float32")
+    alone, spread = (random_parameters(module, resolver(mesh)) for mesh in ("", "fsdp=2,tensor=2"))
+    assert alone.keys() == spread.keys() == abstract_parameters(module, resolver("")).keys()
+    for name, value in alone.items():
+        np.testing.assert_array_equal(value, spread[name])
+        if name.endswith("norm.weight"):
+            assert np.all(np.asarray(value) == 1)
+        else:
+            # 400 to 13,760 draws: the sample's deviation is within 4 of its own deviations.
+            assert abs(np.std(value) / config.initializer_range - 1) < 4 / np.sqrt(2 * value.size)
+    values = [np.asarray(value).ravel()[:400] for name, value in alone.items() if not name.endswith("norm.weight")]
+    for index, one in enumerate(values):
+        assert not any(np.array_equal(one[: other.size], other[: one.size]) for other in values[:index])
