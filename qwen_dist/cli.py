@@ -133,19 +133,19 @@ def _config_values(options: argparse.Namespace, *more: str) -> dict[str, Any]:
     return {key: value for key in keys if (value := getattr(options, key)) is not None}
 
 
-def _start_jax(options: argparse.Namespace, dtype: str) -> None:
-    """The only place that changes jax's settings: before any device is used.
+def start_jax(num_cpu_devices: int | None, dtype: str) -> None:
+    """The only place that changes jax's settings, before any device is used.
 
     Compiled programs are kept in JAX_COMPILATION_CACHE_DIR, by default ~/.cache/qwen_dist/compiled: the second start of
     the same model on the same machine compiles nothing.
     """
     import jax
 
-    if options.num_cpu_devices is not None:
-        if options.num_cpu_devices < 1:
-            raise UsageError(f"--num-cpu-devices {options.num_cpu_devices}: give at least 1")
+    if num_cpu_devices is not None:
+        if num_cpu_devices < 1:
+            raise UsageError(f"--num-cpu-devices {num_cpu_devices}: give at least 1")
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", options.num_cpu_devices)
+        jax.config.update("jax_num_cpu_devices", num_cpu_devices)
     if dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -163,7 +163,7 @@ def _generate(options: argparse.Namespace, overrides: list[str]) -> int:
         prompt = sys.stdin.read()
     if prompt is None and options.json:
         raise UsageError("--json needs --prompt, or the prompt on standard input")
-    _start_jax(options, config.model.dtype)
+    start_jax(options.num_cpu_devices, config.model.dtype)
     from qwen_dist.engine.open import open_engine
 
     with _loading(quiet=options.json) as progress:
@@ -254,7 +254,7 @@ def _answer_json(text: str, updates: list[Update], tokenizer: Tokenizer) -> dict
 def _batch(options: argparse.Namespace, overrides: list[str]) -> int:
     values = _config_values(options, "input", "output", "max_batch_size", "raw", "overwrite")
     config = load_config(BatchConfig, options.config, overrides, values)
-    _start_jax(options, config.model.dtype)
+    start_jax(options.num_cpu_devices, config.model.dtype)
     from qwen_dist.batch.run import Summary, open_files, run_batch
     from qwen_dist.engine.open import open_engine
 

@@ -1,0 +1,164 @@
+"""This project beside transformers (PyTorch): loading, first token, prefill, decoding, memory; one table, one run.
+
+    python benchmarks/inference.py --model CHECKPOINT_DIR [--dtypes bfloat16,float32] [--rounds 3]
+
+Every measurement runs in a fresh process, the two systems in turn, `--rounds` times; the table has medians. An extra
+first round is thrown away: it fills the page cache and the compilation cache. "first token" is from the start of the
+process to the first token of a 38-token chat prompt; "decode" is the time between the first and the last of
+`--steps` + 1 tokens, prompts of 32 tokens; a ratio above 1 means that this project is better.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+
+SYSTEMS = ("qwen_dist", "transformers")
+QUESTION = "Write a Python function that checks whether a number is prime."
+UNITS = {"load": "s", "first token": "s", "peak memory": "GB"}  # lower is better; all others are tokens a second
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="checkpoint directory")
+    parser.add_argument("--dtypes", default="bfloat16,float32")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prefill", default="512", help="prompt lengths, separated by commas")
+    parser.add_argument("--decode", default="1,8,32", help="batch sizes, separated by commas")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--json", help="also write every measurement to this file")
+    parser.add_argument("--worker", nargs=2, metavar=("SYSTEM", "DTYPE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(work(options)))
+        return
+    measured = {dtype: {system: [] for system in SYSTEMS} for dtype in options.dtypes.split(",")}
+    for dtype, systems in measured.items():
+        for round_number in range(options.rounds + 1):
+            for system, rounds in systems.items():
+                result = run_worker(options, system, dtype)
+                if round_number > 0:
+                    rounds.append(result)
+                print(f"{dtype} round {round_number} {system}: {result}", file=sys.stderr)
+    print_table(measured)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(measured, file)
+
+
+def run_worker(options: argparse.Namespace, system: str, dtype: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--model", options.model, "--worker", system, dtype]
+    command += ["--prefill", options.prefill, "--decode", options.decode, "--steps", str(options.steps)]
+    environment = os.environ | {"BENCHMARK_STARTED": repr(time.time()), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def work(options: argparse.Namespace) -> dict[str, float]:
+    """One system's measurements in this process, by name."""
+    system, dtype = options.worker
+    started = float(os.environ["BENCHMARK_STARTED"])
+    open_system = open_qwen_dist if system == "qwen_dist" else open_transformers
+    generate, load_seconds = open_system(options.model, dtype)
+    result = {"load": load_seconds}
+    generate(None, 1)
+    result["first token"] = time.time() - started
+    for length in map(int, options.prefill.split(",")):
+        generate([list(range(1000, 1000 + length))], 1)
+        begin = time.perf_counter()
+        generate([list(range(2000, 2000 + length))], 1)
+        result[f"prefill {length}"] = length / (time.perf_counter() - begin)
+    for batch in map(int, options.decode.split(",")):
+        prompts = [list(range(1000 + 50 * row, 1032 + 50 * row)) for row in range(batch)]
+        generate(prompts, 3)
+        times = generate(prompts, options.steps + 1)
+        result[f"decode B={batch}"] = batch * options.steps / (times[-1] - times[0])
+    result["peak memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return result
+
+
+# A system: prompts (token ids; None for the question) and a number of tokens -> the time at which each step's came.
+Generate = Callable[[list[list[int]] | None, int], list[float]]
+
+
+def open_qwen_dist(path: str, dtype: str) -> tuple[Generate, float]:
+    from qwen_dist.cli import start_jax
+    from qwen_dist.config import ModelOptions, SamplingOptions
+    from qwen_dist.engine.open import open_engine
+    from qwen_dist.engine.request import Request, SamplingParams
+
+    start_jax(None, dtype)
+    begin = time.perf_counter()
+    engine, tokenizer, _ = open_engine(ModelOptions(path, dtype), "", SamplingOptions())
+    seconds = time.perf_counter() - begin
+    tokenizer.stop_ids = frozenset()
+
+    def generate(prompts: list[list[int]] | None, num_tokens: int) -> list[float]:
+        prompts = prompts or [tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}])]
+        params = SamplingParams(max_new_tokens=num_tokens)
+        requests = [Request(row, tuple(prompt), params) for row, prompt in enumerate(prompts)]
+        return [time.perf_counter() for update in engine.run(requests) if update.request.key == 0]
+
+    return generate, seconds
+
+
+def open_transformers(path: str, dtype: str) -> tuple[Generate, float]:
+    import torch
+    import transformers
+
+    begin = time.perf_counter()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    seconds = time.perf_counter() - begin
+
+    class Clock(transformers.StoppingCriteria):
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def __call__(self, input_ids, scores, **kwargs):  # type: ignore[no-untyped-def]
+            self.times.append(time.perf_counter())
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    def generate(prompts: list[list[int]] | None, num_tokens: int) -> list[float]:
+        clock = Clock()
+        if prompts is None:
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": QUESTION}], add_generation_prompt=True, tokenize=False
+            )
+            prompts = [tokenizer(text)["input_ids"]]
+        model.generate(
+            torch.tensor(prompts),
+            attention_mask=torch.ones(len(prompts), len(prompts[0]), dtype=torch.long),
+            do_sample=False,
+            repetition_penalty=1.0,
+            min_new_tokens=num_tokens,
+            max_new_tokens=num_tokens,
+            stopping_criteria=transformers.StoppingCriteriaList([clock]),
+        )
+        return clock.times
+
+    return generate, seconds
+
+
+def print_table(measured: dict[str, dict[str, list[dict[str, float]]]]) -> None:
+    packages = ("jax", "flax", "torch", "transformers")
+    print(f"{platform.machine()}, {os.cpu_count()} cores; {', '.join(f'{name} {version(name)}' for name in packages)}")
+    print(f"{'':24}{'qwen_dist':>12}{'transformers':>14}{'ratio':>8}")
+    for dtype, systems in measured.items():
+        for name in systems[SYSTEMS[0]][0]:
+            ours, theirs = (statistics.median(result[name] for result in systems[system]) for system in SYSTEMS)
+            ratio = theirs / ours if name in UNITS else ours / theirs
+            print(f"{dtype:10}{name:14}{ours:12.2f}{theirs:14.2f}{ratio:7.2f}×  {UNITS.get(name, 'tokens/s')}")
+
+
+if __name__ == "__main__":
+    main()
