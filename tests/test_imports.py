@@ -1,0 +1,168 @@
+"""Who may import whom: every room looks only at the rooms below it, and importing the package does nothing."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import qwen_dist
+
+ROOT = pathlib.Path(qwen_dist.__file__).parent
+PACKAGES = sorted(ROOT.rglob("__init__.py"))
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in sorted(ROOT.rglob("*.py"))
+    if path not in PACKAGES
+}
+
+# A module may import those of a lower level; a room (`models`, `checkpoint`, …) also its own. Longest prefix counts.
+LEVELS = {
+    "errors": 0,
+    "config": 1,
+    "engine.request": 1,
+    "batch.jsonl": 1,
+    "models.config": 1,
+    "mesh": 2,
+    "sharding": 2,
+    "tokenizer": 2,
+    "engine.scheduler": 2,
+    "models": 3,
+    "checkpoint": 4,
+    "engine": 5,
+    "train": 5,
+    "batch": 6,
+    "planning": 6,
+    "parity": 6,
+    "cli": 7,
+}
+WITHOUT_JAX = {"errors", "config", "tokenizer", "engine.request", "engine.scheduler", "batch.jsonl", "models.config"}
+MESH_AXES = {"data", "fsdp", "tensor", "expert", "context"}
+
+
+def room(module: str) -> str:
+    """The entry of LEVELS that a module belongs to."""
+    parts = module.split(".")
+    prefixes = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+    return next(prefix for prefix in prefixes if prefix in LEVELS)
+
+
+def imports(path: pathlib.Path, *, types_too: bool = False) -> set[str]:
+    """Every module that a file imports, in functions too; those for types only when asked for."""
+    tree = ast.parse(path.read_text())
+    if not types_too:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+                node.body = []
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            assert node.module is not None
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own(names: set[str]) -> set[str]:
+    """The modules of this package among imported names."""
+    return {name.removeprefix("qwen_dist.") for name in names if name.removeprefix("qwen_dist.") in MODULES}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down(module):
+    here = room(module)
+    for other in own(imports(MODULES[module], types_too=True)):
+        there = room(other)
+        same_room = module.split(".")[0] == other.split(".")[0]
+        assert LEVELS[there] < LEVELS[here] or (same_room and LEVELS[there] <= LEVELS[here]), f"{module} imports {other}"
+
+
+def test_packages_are_empty():
+    """An `__init__` that imports its modules would undo the directions."""
+    for path in PACKAGES:
+        assert not imports(path, types_too=True), path
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room(module) in WITHOUT_JAX])
+def test_leaves_know_no_jax(module):
+    reached, todo = set(), [module]
+    while todo:
+        names = imports(MODULES[todo.pop()])
+        assert not {name for name in names if name.split(".")[0] in ("jax", "flax", "torch", "transformers")}
+        new = own(names) - reached
+        reached |= new
+        todo += new
+
+
+def test_torch_and_transformers_stay_in_the_reference():
+    users = {m for m, path in MODULES.items() if {name.split(".")[0] for name in imports(path)} & {"torch", "transformers"}}
+    assert users <= {"parity.reference"}
+
+
+def test_flax_is_nnx_without_its_own_transformations():
+    forbidden = {"jit", "grad", "value_and_grad", "scan", "vmap", "pmap", "remat", "cond", "while_loop", "shard_map"}
+    for module, path in MODULES.items():
+        assert not {name for name in imports(path, types_too=True) if name.startswith("flax.linen")}, module
+        used = {
+            node.attr
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "nnx"
+        }
+        assert not used & forbidden, module
+
+
+def test_only_mesh_and_sharding_name_the_mesh_axes():
+    """The models above all: they name the dimensions of tensors, and rules say what splits them."""
+    for module, path in MODULES.items():
+        if room(module) in ("models", "checkpoint", "engine", "batch"):
+            constants = {
+                node.value
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            }
+            assert not constants & (MESH_AXES - {"data"}), module  # "data" is also a field of formats
+            if room(module) == "models":
+                assert not constants & MESH_AXES, module
+                assert not {name for name in imports(path) if "PartitionSpec" in name or "Mesh" in name}, module
+
+
+def test_modules_without_a_name_for_what_they_do_do_not_exist():
+    assert not {module for module in MODULES if {"utils", "common", "helpers", "misc"} & set(module.split("."))}
+
+
+def test_configurations_import_ml_collections_only():
+    for path in (ROOT.parent / "configs").glob("*.py"):
+        assert {name.split(".")[0] for name in imports(path)} <= {"ml_collections"}, path
+
+
+def test_importing_touches_nothing():
+    program = """
+import logging, os, sys
+environment, handlers = dict(os.environ), list(logging.root.handlers)
+import qwen_dist, qwen_dist.cli
+assert dict(os.environ) == environment
+assert logging.root.handlers == handlers
+heavy = {"jax", "flax", "torch", "transformers", "numpy", "ml_collections", "tokenizers", "rich", "huggingface_hub"}
+print(sorted(heavy & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_importing_every_module_starts_no_device_and_changes_no_setting():
+    modules = [f"qwen_dist.{module}" for module in MODULES if module != "parity.reference"]
+    program = f"""
+import importlib, os
+import jax
+settings, environment = dict(jax.config.values), dict(os.environ)
+for module in {modules!r}:
+    importlib.import_module(module)
+assert dict(jax.config.values) == settings
+assert dict(os.environ) == environment
+assert not jax._src.xla_bridge.backends_are_initialized()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
