@@ -153,14 +153,16 @@ print(sorted(heavy & sys.modules.keys()))
 
 
 def test_importing_every_module_starts_no_device_and_changes_no_setting():
-    modules = [f"qwen_dist.{module}" for module in MODULES if module != "parity.reference"]
+    # The comparison with PyTorch imports PyTorch, which does set environment variables.
+    modules = [f"qwen_dist.{module}" for module in MODULES if room(module) != "parity"]
     program = f"""
 import importlib, os
 import jax
 settings, environment = dict(jax.config.values), dict(os.environ)
 for module in {modules!r}:
     importlib.import_module(module)
-assert dict(jax.config.values) == settings
+changed = {{key for key, value in jax.config.values.items() if settings.get(key) != value}}
+assert not changed, changed
 assert dict(os.environ) == environment
 assert not jax._src.xla_bridge.backends_are_initialized()
 """
