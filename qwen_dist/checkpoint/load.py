@@ -6,6 +6,7 @@ shard larger than a piece is filled on its device by donated in-place updates.
 """
 
 import math
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,10 +40,12 @@ T = TypeVar("T")
 
 # XLA adopts a host buffer without copying only if it starts on this boundary.
 BUFFER_ALIGNMENT = 64
-# On the host a piece should stay in cache while it is divided; towards a device it should be worth a transfer.
+# On the host a piece should stay in cache while it is divided. Towards a device it should rather hold all of a shard: every
+# shape of an in-place update is a program to compile.
 MAX_HOST_PIECE_BYTES = 4 * 2**20
-MAX_DEVICE_PIECE_BYTES = 64 * 2**20
+MAX_DEVICE_PIECE_BYTES = 256 * 2**20
 MIN_PIECE_BYTES = 64 * 1024
+_LARGE_BYTES = 2**20
 
 Progress = Callable[[int, int], None]
 
@@ -132,7 +135,7 @@ def execute(plan: Plan, checkpoint: Checkpoint, progress: Progress | None = None
 
     def run(read: Read) -> None:
         if not hasattr(scratch, "buffer"):
-            scratch.buffer = np.empty(plan.piece_bytes, np.uint8)
+            scratch.buffer = aligned_empty(plan.piece_bytes)
         _perform(read, checkpoint, sinks, scratch.buffer)
         counter.add(read.nbytes)
 
@@ -335,7 +338,10 @@ class DeviceSink:
         dtype = self.parameter.dtype
         # Narrow before the transfer, widen after it; what is transferred is never memory that is used again.
         narrow = dtype if dtype.itemsize < values.dtype.itemsize else values.dtype
-        values = values.astype(narrow, order="C", copy=not in_place)
+        if not in_place or narrow != values.dtype:
+            copy = aligned_empty(values.size * narrow.itemsize).view(narrow).reshape(values.shape)
+            np.copyto(copy, values, casting="unsafe")
+            values = copy
         parts = [jax.device_put(values, device) for device in self.shard.devices]
         if blocks is not None:
             parts = [_dequantize(part, *jax.device_put(blocks, part.device), dtype=dtype) for part in parts]
@@ -375,7 +381,15 @@ def _assemble(parameter: Parameter, sinks: list[Sink]) -> jax.Array:
 
 
 def aligned_empty(nbytes: int) -> np.ndarray:
-    """Fresh uninitialised bytes that jax's CPU backend adopts without a copy."""
+    """Fresh uninitialised bytes that jax's CPU backend adopts without a copy.
+
+    Large ones come from the system rather than from malloc, which would keep them when they are freed.
+    """
+    if nbytes >= _LARGE_BYTES:
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        return np.frombuffer(pages, np.uint8)
     memory = np.empty(nbytes + BUFFER_ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % BUFFER_ALIGNMENT
     return memory[start : start + nbytes]
