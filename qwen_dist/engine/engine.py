@@ -19,9 +19,9 @@ from qwen_dist.tokenizer import StopStrings, StreamDecoder, Tokenizer
 # Tokens of all rows read at a time: enough to keep the devices busy, few enough to bound the activations.
 PREFILL_TOKENS = 8192
 MIN_CHUNK, MAX_CHUNK = 128, 512
-# Each number of attended slots is a program to compile, so it grows by doubling from here.
-MIN_LIVE = 256
-MIN_WIDTH = 16
+# Each size is a program to compile, so sizes grow by doubling, from these: tokens read at a time, positions a row has room
+# for, and positions that a step attends to (of those there is room for).
+MIN_WIDTH, MIN_SLOTS, MIN_LIVE = 16, 64, 256
 
 
 class Engine:
@@ -79,12 +79,13 @@ class Engine:
         num_top = max(wanted, default=None)
         chunk = min(MAX_CHUNK, max(MIN_CHUNK, PREFILL_TOKENS // len(prompts)))
         longest = max(len(row.request.prompt) + row.max_new_tokens for row in rows)
-        num_slots = _live(max(longest, chunk * -(-len(prompts[0]) // chunk)))
+        pieces = list(_pieces(prompts, chunk))
+        num_slots = max(_next_power_of_two(longest, MIN_SLOTS), pieces[-1].num_live)
         state = self._runner.start(prompts, params, num_slots)
 
-        for pieces in _pieces(prompts, chunk):
-            state, chosen = self._runner.prefill(state, *pieces.arrays, num_live=pieces.num_live, num_top=num_top)
-            yield from self._deliver(rows, chosen, pieces.last_B >= 0)
+        for piece in pieces:
+            state, chosen = self._runner.prefill(state, *piece.arrays, num_live=piece.num_live, num_top=num_top)
+            yield from self._deliver(rows, chosen, piece.last_B >= 0)
         yield from self._decode(rows, state, num_slots, num_top)
 
     def _decode(self, rows: list[_Row], state: State, num_slots: int, num_top: int | None) -> Iterator[Update]:
@@ -93,7 +94,7 @@ class Engine:
         reached = max(len(row.request.prompt) for row in rows) + 1
         running: Chosen | None = None
         while any(row.is_running for row in rows):
-            num_live = min(_live(reached), num_slots)
+            num_live = min(_next_power_of_two(reached, MIN_LIVE), num_slots)
             ahead = None
             if any(row.is_running and row.num_generated + (running is not None) < row.max_new_tokens for row in rows):
                 state, ahead = self._runner.decode(state, num_live=num_live, num_top=num_top)
@@ -148,7 +149,7 @@ class _Piece:
         self.tokens_BT = np.zeros((len(prompts), width), np.int32)
         self.positions_BT = np.full((len(prompts), width), -1, np.int32)
         self.last_B = np.full(len(prompts), -1, np.int32)
-        self.num_live = _live(start + width)
+        self.num_live = _next_power_of_two(start + width, MIN_SLOTS)
         for row, prompt in enumerate(prompts):
             part = prompt[start : start + width]
             self.tokens_BT[row, : len(part)] = part
@@ -178,10 +179,6 @@ def _logprob(chosen: Chosen, index: int, num_top: int | None) -> TokenLogprob | 
 def _batch_size(num_rows: int, multiple: int) -> int:
     size = _next_power_of_two(num_rows, 1)
     return -(-size // multiple) * multiple
-
-
-def _live(num_positions: int) -> int:
-    return _next_power_of_two(num_positions, MIN_LIVE)
 
 
 def _next_power_of_two(number: int, minimum: int) -> int:
