@@ -32,21 +32,24 @@ class LoadedModel:
 
 
 def load_model(
-    path: str | pathlib.Path,
+    directory: str | pathlib.Path,
     resolver: Resolver,
     *,
     dtype: DTypeLike,
+    weights: str | None = None,
     load_format: Literal["safetensors", "dummy"] = "safetensors",
     ignored_config_keys: Iterable[str] = (),
     host_memory_budget: int | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
-    """Load the checkpoint in directory `path` onto the resolver's mesh.
+    """Load a checkpoint onto the resolver's mesh.
 
     Args:
-      path: a checkpoint directory; for load_format "dummy" a directory with a `config.json`, or such a file, is enough.
+      directory: a checkpoint directory; for load_format "dummy" a directory with a `config.json`, or such a file, is
+        enough.
       resolver: the mesh and the rules.
       dtype: of the parameters and the computation.
+      weights: where the weights are if not in `directory`: any location that `open_checkpoint` takes.
       load_format: "dummy" makes random weights on the devices instead of reading any.
       ignored_config_keys: keys of config.json that the user vouches for.
       host_memory_budget: see `checkpoint.load.load`.
@@ -56,13 +59,13 @@ def load_model(
       CheckpointError: the checkpoint cannot be used; every problem of the failing step is listed.
       UsageError: the model does not fit the mesh; nothing has been read then.
     """
-    config = ModelConfig.from_directory(path, ignored_config_keys)
+    config = ModelConfig.from_directory(directory, ignored_config_keys)
     module = Transformer(config, dtype=dtype)
     target = abstract_parameters(module, resolver)
     if load_format == "dummy":
         return LoadedModel(config, module, random_parameters(module, resolver), resolver)
     parameters = load(
-        open_checkpoint(path),
+        open_checkpoint(weights or directory),
         target,
         disk_shapes=disk_shapes(module),
         tied=config.tie_word_embeddings,

@@ -158,6 +158,8 @@ class HttpFile:
         """Asks for one byte; sets version and final address, returns the size. An empty file has no byte to give (416)."""
         response = self._request(0, 1, self.url)
         try:
+            if response.status == 404:
+                raise FileNotFoundError(f"{self.url} does not exist (HTTP status 404).")
             if response.status == 416:
                 return 0
             self._check_status(response, self.url)
@@ -215,7 +217,7 @@ class HttpFile:
             delay = response.headers.get("Retry-After", "")
             raise _Passing(f"HTTP status {status}", delay_s=float(delay) if delay.isdigit() else 0.0)
         if status == 404:
-            raise FileNotFoundError(f"{url} does not exist (HTTP status 404).")
+            raise CheckpointError(f"{url} was removed while it was being read (HTTP status 404).")
         if status in _EXPIRED:
             raise CheckpointError(f"{url}: access is refused (HTTP status {status}); check credentials and permissions.")
         if status in (412, 416):

@@ -1,0 +1,161 @@
+"""A web server for directories that can be told to misbehave, and that counts what it was asked."""
+
+import http.server
+import re
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `root` by byte range. `faults` are functions(request) -> bool, tried in turn for every range of weights; one
+    that returns True has answered (or broken) the request itself."""
+
+    daemon_threads = True
+
+    def __init__(self, root):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.root, self.faults, self.requests, self.lock = Path(root), [], [], threading.Lock()
+        self.etag = '"version-1"'
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request, client_address):
+        """Broken connections are what the tests are about."""
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = unquote(urlsplit(self.path).path)
+        with self.server.lock:
+            self.server.requests.append((self.command, self.path, dict(self.headers)))
+        file = self.server.root / path.lstrip("/")
+        if not file.is_file():
+            return self.answer(404)
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        size = file.stat().st_size
+        self.start, self.stop = (int(match[1]), min(int(match[2]) + 1, size)) if match else (0, size)
+        if match and self.start >= size:
+            return self.answer(416)
+        with open(file, "rb") as handle:
+            handle.seek(self.start)
+            self.body = handle.read(self.stop - self.start)
+        self.size, self.is_range = size, match is not None
+        is_weight = path.endswith(".safetensors") and self.start > 0
+        if is_weight and any(fault(self) for fault in list(self.server.faults)):
+            return None
+        return self.answer(206 if match else 200, self.body, self.range_headers())
+
+    def range_headers(self):
+        headers = {"ETag": self.server.etag, "Last-Modified": "Mon, 05 Jan 2026 10:00:00 GMT", "Accept-Ranges": "bytes"}
+        if self.is_range:
+            headers["Content-Range"] = f"bytes {self.start}-{self.stop - 1}/{self.size}"
+        return headers
+
+    def answer(self, status, body=b"", headers=None, sent=None):
+        """Answers with that body; `sent` bytes of it arrive before the connection breaks."""
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body if sent is None else body[:sent])
+        if sent is not None:
+            self.close_connection = True
+        return True
+
+
+@contextmanager
+def serve(root):
+    server = Server(root)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def sometimes(every, fault):
+    """The fault on every n-th request."""
+    count = iter(range(10**9))
+    lock = threading.Lock()
+
+    def maybe(request):
+        with lock:
+            number = next(count)
+        return number % every == 0 and fault(request)
+
+    return maybe
+
+
+def status(code, headers=None):
+    return lambda request: request.answer(code, b"busy", headers)
+
+
+def cut(request):
+    """Half of the bytes, then the connection is closed."""
+    return request.answer(206, request.body, request.range_headers(), sent=len(request.body) // 2)
+
+
+def reset(request):
+    request.connection.shutdown(2)
+    request.close_connection = True
+    return True
+
+
+def stall(seconds):
+    def fault(request):
+        request.send_response(206)
+        for name, value in (request.range_headers() | {"Content-Length": str(len(request.body))}).items():
+            request.send_header(name, value)
+        request.end_headers()
+        request.wfile.write(request.body[:10])
+        request.wfile.flush()
+        time.sleep(seconds)
+        request.close_connection = True
+        return True
+
+    return fault
+
+
+def ignores_range(request):
+    return request.answer(200, request.body, {"ETag": request.server.etag})
+
+
+def wrong_range(request):
+    headers = request.range_headers() | {"Content-Range": f"bytes {request.start + 1}-{request.stop}/{request.size}"}
+    return request.answer(206, request.body, headers)
+
+
+def no_range_header(request):
+    headers = request.range_headers()
+    del headers["Content-Range"]
+    return request.answer(206, request.body, headers)
+
+
+def changed(request):
+    return request.answer(206, request.body, request.range_headers() | {"ETag": '"version-2"'})
+
+
+def grown(request):
+    content_range = f"bytes {request.start}-{request.stop - 1}/{request.size + 1}"
+    return request.answer(206, request.body, request.range_headers() | {"Content-Range": content_range})
+
+
+def compressed(request):
+    return request.answer(206, request.body, request.range_headers() | {"Content-Encoding": "gzip"})

@@ -1,0 +1,317 @@
+"""Checkpoints over a network: whatever the server does, either every byte is right or a clear error comes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import server as faults
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from server import serve, sometimes
+
+from qwen_dist.checkpoint import remote
+from qwen_dist.checkpoint.load import load, make_plan
+from qwen_dist.checkpoint.source import Access, open_checkpoint
+from qwen_dist.errors import CheckpointError
+
+pytest.importorskip("urllib3")
+
+
+@pytest.fixture
+def folder(write_checkpoint):
+    rng = np.random.default_rng(0)
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(6)]
+    tensors = {name: rng.standard_normal((200, 64)).astype("bfloat16") for name in names}
+    tensors["model.norm.weight"] = rng.standard_normal(64).astype("bfloat16")
+    return write_checkpoint(
+        {
+            "1.safetensors": {k: tensors[k] for k in names[:3]},
+            "2.safetensors": {k: tensors[k] for k in [*names[3:], "model.norm.weight"]},
+        }
+    )
+
+
+@pytest.fixture
+def server(folder, monkeypatch):
+    """Pieces are small, so that there are many requests; delays are short."""
+    monkeypatch.setattr(remote, "REMOTE_ACCESS", Access(num_threads=4, max_gap=1000, piece_bytes=8000))
+    monkeypatch.setattr(remote.HttpFolder, "access", remote.REMOTE_ACCESS)
+    monkeypatch.setattr(remote, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(remote, "STALL_TIMEOUT_S", 0.3)
+    with serve(folder) as running:
+        yield running
+
+
+COLUMNS = PartitionSpec(None, "x")
+
+
+def load_from(location, spec=COLUMNS):
+    checkpoint = open_checkpoint(location)
+    mesh = jax.make_mesh((4,), ("x",), (AxisType.Auto,), devices=jax.devices()[:4])
+    target = {
+        name.removeprefix("model."): jax.ShapeDtypeStruct(
+            info.shape, info.dtype.numpy, sharding=NamedSharding(mesh, spec if len(info.shape) > 1 else PartitionSpec())
+        )
+        for name, info in checkpoint.tensors.items()
+    }
+    return load(checkpoint, target), make_plan(checkpoint, target)
+
+
+def check(folder, arrays):
+    expected = {}
+    for path in folder.glob("*.safetensors"):
+        expected |= safetensors.numpy.load_file(path)
+    assert arrays.keys() == {name.removeprefix("model.") for name in expected}
+    for name, value in expected.items():
+        np.testing.assert_array_equal(np.asarray(arrays[name.removeprefix("model.")]), value, strict=True)
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec("x"), COLUMNS, PartitionSpec()])
+def test_streamed_by_byte_range(folder, server, spec):
+    arrays, plan = load_from(server.url, spec)
+    check(folder, arrays)
+    ranges = [headers["Range"][6:].split("-") for _, path, headers in server.requests if path.endswith(".safetensors")]
+    asked = sum(int(stop) + 1 - int(start) for start, stop in ranges)
+    # Opening takes a first byte and a first read, which here is all of these small files.
+    headers = sum(1 + path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert plan.bytes_read <= asked <= plan.bytes_read + headers
+    assert plan.over_read <= 1.05
+
+
+PASSING = {
+    "503": faults.status(503),
+    "503 with Retry-After": faults.status(503, {"Retry-After": "0"}),
+    "429": faults.status(429),
+    "500": faults.status(500),
+    "cut in the middle": faults.cut,
+    "reset": faults.reset,
+    "stalled": faults.stall(1.0),
+}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("case", PASSING)
+def test_what_passes_is_tried_again(folder, server, case):
+    server.faults = [sometimes(9, PASSING[case])]
+    arrays, plan = load_from(server.url)
+    check(folder, arrays)
+    assert len(plan.reads) > 9
+
+
+@pytest.mark.fault
+def test_all_faults_together(folder, server):
+    """Several kinds at once, each now and then: not a wrong byte."""
+    server.faults = [sometimes(11 + i, fault) for i, fault in enumerate(PASSING.values())]
+    for _ in range(3):
+        check(folder, load_from(server.url)[0])
+
+
+FINAL = {
+    "503 for ever": (faults.status(503), r"HTTP status 503; given up after 3 attempts"),
+    "cut for ever": (lambda r: r.answer(206, r.body, r.range_headers(), sent=0), "given up after 3 attempts"),
+    "stalled for ever": (faults.stall(1.0), "given up after 3 attempts"),
+    "range ignored": (faults.ignores_range, "ignores byte ranges"),
+    "wrong range": (faults.wrong_range, "asked for bytes .* the server answered with 'bytes"),
+    "no Content-Range": (faults.no_range_header, "the server answered with ''"),
+    "changed entity tag": (faults.changed, "was changed while it was being read"),
+    "changed size": (faults.grown, "was changed while it was being read"),
+    "412": (faults.status(412), "was changed while it was being read"),
+    "416": (faults.status(416), "was changed while it was being read"),
+    "compressed": (faults.compressed, "compresses byte ranges"),
+    "403": (faults.status(403), "access is refused"),
+    "removed": (faults.status(404), "was removed while"),
+    "teapot": (faults.status(418), "HTTP status 418 where 206 was expected"),
+}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("case", FINAL)
+def test_what_does_not_pass_is_told(server, monkeypatch, case):
+    monkeypatch.setattr(remote, "MAX_ATTEMPTS", 3)
+    fault, message = FINAL[case]
+    checkpoint = open_checkpoint(server.url)
+    server.faults = [fault]
+    file = checkpoint.files["1.safetensors"]
+    with pytest.raises(CheckpointError, match=message) as error:
+        file.read_into(1000, memoryview(bytearray(5000)))
+    assert server.url in str(error.value)
+
+
+@pytest.mark.fault
+def test_stalls_end_in_time(server, monkeypatch):
+    monkeypatch.setattr(remote, "MAX_ATTEMPTS", 2)
+    checkpoint = open_checkpoint(server.url)
+    server.faults = [faults.stall(5.0)]
+    start = time.monotonic()
+    with pytest.raises(CheckpointError):
+        checkpoint.files["1.safetensors"].read_into(1000, memoryview(bytearray(5000)))
+    assert time.monotonic() - start < 3
+
+
+@pytest.mark.fault
+def test_missing_files(server, folder):
+    (folder / "2.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"2\.safetensors does not exist \(HTTP status 404\)"):
+        open_checkpoint(server.url)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        open_checkpoint(server.url)
+
+
+@pytest.mark.fault
+def test_nobody_there(monkeypatch):
+    monkeypatch.setattr(remote, "FIRST_DELAY_S", 0.01)
+    with pytest.raises(CheckpointError, match="given up after 6 attempts"):
+        open_checkpoint("http://127.0.0.1:9/model")
+
+
+@pytest.mark.fault
+def test_index_cannot_lead_elsewhere(server, folder):
+    """A poisoned index makes no request, least of all one with credentials."""
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "http://evil/x.safetensors"}}))
+    with pytest.raises(CheckpointError, match="weight_map may only name"):
+        open_checkpoint(server.url)
+    assert not any("evil" in path or path.endswith(".safetensors") for _, path, _ in server.requests)
+
+
+@pytest.mark.fault
+def test_expired_address_is_renewed_once_and_credentials_stay_home(folder, server):
+    """The hub redirects to signed addresses of another host that expire: the first one is asked again, once."""
+    issued = []
+
+    class Redirect(faults.Handler):
+        def do_GET(self):
+            name = self.path.rpartition("/")[2]
+            if "Authorization" not in self.headers:
+                return self.answer(401)
+            issued.append(name)
+            return self.answer(302, headers={"Location": f"{server.url}/{name}?signature={len(issued)}"})
+
+    def expired(request):
+        return request.path.endswith(f"={expires}") and request.answer(403)
+
+    with serve(folder) as hub:
+        hub.RequestHandlerClass = Redirect
+        from qwen_dist.checkpoint.source import open_folder_checkpoint
+
+        # Two names for this machine, as two hosts would be.
+        url = hub.url.replace("127.0.0.1", "localhost")
+        checkpoint = open_folder_checkpoint(remote.HttpFolder(f"{url}/org/name/", {"Authorization": "Bearer secret"}))
+        expires = next(i for i, name in enumerate(issued, 1) if name == "1.safetensors")
+        server.faults = [expired]
+        before = len(issued)
+        buffer = bytearray(5000)
+        checkpoint.files["1.safetensors"].read_into(1000, memoryview(buffer))
+        assert buffer == (folder / "1.safetensors").read_bytes()[1000:6000]
+        assert issued[before:] == ["1.safetensors"]
+    assert not any("Authorization" in headers for _, _, headers in server.requests)
+
+
+HUB_SCRIPT = """
+import json, sys
+from qwen_dist.checkpoint.source import open_checkpoint
+checkpoint = open_checkpoint(sys.argv[1])
+tensor = checkpoint.tensors["model.norm.weight"]
+buffer = bytearray(tensor.nbytes)
+checkpoint.files[tensor.file].read_into(tensor.begin, memoryview(buffer))
+print(json.dumps({"folder": str(checkpoint.folder), "bytes": buffer.hex()}))
+"""
+
+
+def open_in_a_process(hub_id, **environment):
+    """In a process of its own: the hub's library reads its environment when it is imported."""
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | environment
+    variables["PYTHONPATH"] = str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", HUB_SCRIPT, hub_id]
+    return subprocess.run(command, env=variables, capture_output=True, text=True)
+
+
+def test_hub_id(folder, tmp_path):
+    """Streamed at the commit that the name stood for, with the token; then from the cache, if it is complete."""
+    commit = "c" * 40
+
+    class Hub(faults.Handler):
+        def do_GET(self):
+            if self.path.startswith("/api/models/org/name"):
+                content = json.dumps({"id": "org/name", "modelId": "org/name", "sha": commit, "siblings": []}).encode()
+                with self.server.lock:
+                    self.server.requests.append((self.command, self.path, dict(self.headers)))
+                return self.answer(200, content, {"Content-Type": "application/json"})
+            self.path = self.path.replace(f"/org/name/resolve/{commit}/", "/")
+            return super().do_GET()
+
+    value = safetensors.numpy.load_file(folder / "2.safetensors")["model.norm.weight"].tobytes().hex()
+    cache = tmp_path / "cache"
+    with serve(folder) as hub:
+        hub.RequestHandlerClass = Hub
+        for hub_id in ("org/name", "org/name@some-branch"):
+            done = open_in_a_process(hub_id, HF_ENDPOINT=hub.url, HF_HOME=str(cache), HF_TOKEN="hf_secret")
+            assert done.returncode == 0, done.stderr
+            found = json.loads(done.stdout)
+            assert found == {"folder": f"{hub.url}/org/name/resolve/{commit}/", "bytes": value}
+        assert any(path.endswith("/revision/some-branch") for _, path, _ in hub.requests)
+        files = [headers for _, path, headers in hub.requests if path.endswith((".json", ".safetensors"))]
+        assert files and all("authorization" in map(str.lower, headers) for headers in files)
+        missing = open_in_a_process("org/unknown", HF_ENDPOINT=hub.url, HF_HOME=str(cache))
+        assert "org/unknown is not a local directory and cannot be opened on the hub" in missing.stderr
+    repository = cache / "hub" / "models--org--name"
+    (repository / "snapshots").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    folder.rename(repository / "snapshots" / commit)
+    done = open_in_a_process("org/name", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(cache), HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["bytes"] == value and found["folder"].endswith(commit)
+    (repository / "snapshots" / commit / "2.safetensors").unlink()
+    done = open_in_a_process("org/name", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(cache), HF_HUB_OFFLINE="1")
+    assert "cannot be opened on the hub" in done.stderr
+
+
+@pytest.fixture
+def bucket(folder, monkeypatch):
+    """An object store that speaks as much S3 as reading takes."""
+    pytest.importorskip("obstore")
+    with serve(folder.parent) as store:
+        for name, value in {
+            "AWS_ENDPOINT_URL": store.url,
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_SKIP_SIGNATURE": "true",
+            "AWS_REGION": "us-east-1",
+            "AWS_VIRTUAL_HOSTED_STYLE_REQUEST": "false",
+        }.items():
+            monkeypatch.setenv(name, value)
+        yield store
+
+
+def test_object_store(folder, bucket):
+    arrays, _ = load_from(f"s3://{folder.name}")
+    check(folder, arrays)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("case", ["503", "429", "500", "reset"])
+def test_object_store_tries_again(folder, bucket, case):
+    bucket.faults = [sometimes(3, PASSING[case])]
+    check(folder, load_from(f"s3://{folder.name}")[0])
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("case", ["wrong range", "range ignored", "412", "403"])
+def test_object_store_errors_are_told(folder, bucket, case):
+    checkpoint = open_checkpoint(f"s3://{folder.name}")
+    bucket.faults = [FINAL[case][0]]
+    with pytest.raises(CheckpointError, match=r"1\.safetensors: bytes from 1000 cannot be read"):
+        checkpoint.files["1.safetensors"].read_into(1000, memoryview(bytearray(5000)))
+
+
+@pytest.mark.fault
+def test_unknown_addresses():
+    with pytest.raises(CheckpointError, match="addresses begin with"):
+        open_checkpoint("ftp://host/model")
