@@ -151,6 +151,11 @@ def missing(section: Section, name: str, bound: Bound, whose: str) -> Row:
     return Row(section, name, bound.metric, math.inf, bound.limit if bound.limit is not None else 0.0, None, whose)
 
 
+def first_fault(rows: Sequence[Row]) -> Row | None:
+    """The first row beyond its bound, in the order in which a fault should be looked for."""
+    return next((row for section in SECTIONS for row in rows if row.section == section and not row.is_within), None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Distributions:
     """The next-token distributions of both sides, at every token that was compared: one entry each.
@@ -199,9 +204,7 @@ class ParityReport:
     @property
     def first_fault(self) -> Row | None:
         """The first row beyond its bound, in the order in which to look for a fault."""
-        return next(
-            (row for section in SECTIONS for row in self.rows if row.section == section and not row.is_within), None
-        )
+        return first_fault(self.rows)
 
     def verdict(self) -> str:
         """One line: all within bounds, or the first component that is off and by how much."""

@@ -14,7 +14,7 @@ from qwen_dist.checkpoint.model import load_model
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.parity.bounds import EXACT, Section, bound_of
-from qwen_dist.parity.compare import Distributions, ParityReport, Row, missing, row
+from qwen_dist.parity.compare import Distributions, ParityReport, Row, first_fault, missing, row
 from qwen_dist.parity.inputs import Inputs, ParityOptions, make_inputs
 from qwen_dist.parity.reference import Reference, versions
 from qwen_dist.parity.subject import Subject
@@ -76,6 +76,11 @@ class Comparison:
         """The checkpoint on this side."""
         resolver = Resolver(make_mesh(MeshConfig.parse(self.options.mesh)), INFERENCE)
         return Subject(load_model(self.options.model, resolver, dtype=self.options.dtype))
+
+    @property
+    def first_fault(self) -> Row | None:
+        """The first row beyond its bound, in the order in which to look for a fault."""
+        return first_fault(self.rows)
 
     def ask(self, reference: Reference, chosen: np.ndarray | None = None) -> Answers:
         """Everything the reference is asked; it decodes greedily where it is not told which tokens to take."""
@@ -140,13 +145,16 @@ class Comparison:
         return cached
 
     def compare_gradients(self, found: tuple[float, Values], answers: Answers) -> None:
-        """The loss, and the gradient by every parameter that both sides have: one that only one has is reported there."""
+        """The loss, and the gradient by every parameter that both sides have: one that only one has is reported there.
+
+        From the loss backwards, as gradients flow: the first that is off is the nearest to the fault.
+        """
         bound = bound_of(self.options.dtype, "gradient", "loss")
         self.rows.append(row("gradient", "loss", *_loss_pair(found[0], answers.loss, self.options.dtype), bound))
-        for name, gradient in answers.gradients.items():
-            if name in found[1]:
-                ours = np.asarray(found[1][name]).reshape(gradient.shape)
-                self.rows.append(row("gradient", name, ours, gradient, bound))
+        for name in filter(found[1].__contains__, backwards(answers)):
+            gradient = answers.gradients[name]
+            ours = np.asarray(found[1][name]).reshape(gradient.shape)
+            self.rows.append(row("gradient", name, ours, gradient, bound))
 
     def by_token(self, name: str, values: Values) -> np.ndarray:
         """An intermediate as [B, columns, ...]."""
@@ -212,6 +220,12 @@ def _loss_pair(ours: float, reference: float, dtype: str) -> tuple[np.ndarray, n
 
 def _whose(is_expected: bool) -> str:
     return "only PyTorch has it" if is_expected else "PyTorch does not have it"
+
+
+def backwards(answers: Answers) -> list[str]:
+    """The parameters in the order in which a gradient reaches them: that of their modules' outputs, reversed."""
+    computed = {name: index for index, name in enumerate(answers.values)}
+    return sorted(answers.gradients, key=lambda name: -computed.get(name.rpartition(".")[0], len(computed)))
 
 
 def without_logits(values: Values) -> dict[str, Any]:

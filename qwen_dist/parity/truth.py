@@ -9,7 +9,7 @@ import numpy as np
 
 from qwen_dist.parity.bounds import MAX_MEAN_KL
 from qwen_dist.parity.compare import ParityReport, Row, difference
-from qwen_dist.parity.comparison import Answers, Comparison, Values, without_logits
+from qwen_dist.parity.comparison import Answers, Comparison, Values, backwards, without_logits
 from qwen_dist.parity.reference import Reference
 
 # Fewer rows give no standard error to speak of: then the ratios are reported and not judged.
@@ -81,7 +81,8 @@ def _limit(comparison: Comparison, error: float) -> float | None:
 def _report_gradients(comparison: Comparison, found: tuple[float, Any], truth: Answers, sdpa: Answers) -> None:
     ratio = abs(found[0] - truth.loss) / abs(sdpa.loss - truth.loss) if sdpa.loss != truth.loss else math.nan
     comparison.rows.append(Row("gradient", "loss", "ratio", ratio, None))
-    for name, exact in truth.gradients.items():
+    for name in backwards(truth):
+        exact = truth.gradients[name]
         far = difference(np.asarray(found[1][name]).reshape(exact.shape), exact)
         rival = difference(sdpa.gradients[name], exact)
         comparison.rows.append(Row("gradient", name, "ratio", far.relative / rival.relative, None, far))

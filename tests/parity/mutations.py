@@ -1,0 +1,346 @@
+"""Break the model in one place at a time and see which component the comparison with PyTorch names.
+
+    python tests/parity/mutations.py          prints the table: mutation, the component named, by how much it is off
+
+A mutation replaces a piece of a function's source, so it is what a slip of a developer's hand would be; the function keeps
+its identity, and everybody who imported it runs the broken code.
+"""
+
+from __future__ import annotations
+import __future__
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import inspect
+import pathlib
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from qwen_dist.models.config import ModelConfig
+from qwen_dist.parity.compare import Row
+from qwen_dist.parity.comparison import Answers, Comparison
+from qwen_dist.parity.inputs import ParityOptions
+from qwen_dist.parity.reference import Reference
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """`edits` to the source of `function` ("module:qualified.name"), and the component that must be named for them."""
+
+    what: str
+    function: str
+    edits: tuple[tuple[str, str], ...]
+    named: str
+    scenario: str = "qwen2"
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The function's code replaced for the block."""
+        module, _, path = self.function.partition(":")
+        function = functools.reduce(getattr, path.split("."), importlib.import_module(module))
+        original = function.__code__
+        function.__code__ = self._mutated(function).__code__
+        try:
+            yield
+        finally:
+            function.__code__ = original
+
+    def _mutated(self, function: Any) -> Any:
+        assert function.__closure__ is None, f"{self.function} has a closure, which its code cannot be replaced under"
+        source = textwrap.dedent(inspect.getsource(function))
+        for old, new in self.edits:
+            assert source.count(old) == 1, f"{self.what}: {old!r} is {source.count(old)} times in {self.function}"
+            source = source.replace(old, new)
+        code = compile(source, self.function, "exec", flags=__future__.annotations.compiler_flag)
+        namespace: dict[str, Any] = {}
+        exec(code, function.__globals__, namespace)
+        return namespace[function.__name__]
+
+
+def _mutation(what: str, function: str, *edits: str, named: str, scenario: str = "qwen2") -> Mutation:
+    pairs = tuple(zip(edits[::2], edits[1::2], strict=True))
+    return Mutation(what, f"qwen_dist.{function}", pairs, named, scenario)
+
+
+ROPE, LAYERS, ATTENTION = "models.rope:", "models.layers:", "models.attention:"
+ATTEND, MODEL, CACHE = "models.attention:_attend_block", "models.transformer:", "models.cache:"
+FIRST = "layers.0.self_attn."
+MUTATIONS = [
+    _mutation(
+        "rope base",
+        ROPE + "inverse_frequencies",
+        "rope.theta)",
+        "rope.theta + 1)",
+        named=FIRST + "q_rope",
+        scenario="qwen3",
+    ),
+    _mutation(
+        "rope pairs neighbours (2i, 2i+1)",
+        ROPE + "rotate",
+        "jnp.split(x_BTNH.astype(cos.dtype), 2, axis=-1)",
+        "(x_BTNH[..., ::2], x_BTNH[..., 1::2])",
+        named=FIRST + "q_rope",
+    ),
+    _mutation(
+        "rope turns the other way",
+        ROPE + "rotate",
+        "first * cos - second * sin",
+        "first * cos + second * sin",
+        named=FIRST + "q_rope",
+    ),
+    _mutation(
+        "rope in float32 whatever the model",
+        ROPE + "rope_table",
+        "at_least_float32(dtype)",
+        "jnp.dtype('float32')",
+        named=FIRST + "q_rope",
+    ),
+    _mutation(
+        "rope stops at position 493",
+        ROPE + "rope_table",
+        "positions_BT[..., None].astype",
+        "jnp.minimum(positions_BT, 493)[..., None].astype",
+        named=FIRST + "q_rope",
+        scenario="long",
+    ),
+    _mutation(
+        "yarn without its attention scale",
+        ROPE + "rope_table",
+        "jnp.cos(angles) * rope.attention_factor",
+        "jnp.cos(angles)",
+        named=FIRST + "q_rope",
+    ),
+    _mutation("yarn ramp reversed", ROPE + "_yarn", "dtype(1) - ramp", "ramp", named=FIRST + "q_rope"),
+    _mutation(
+        "missing bias",
+        LAYERS + "Linear.unrounded",
+        "y if self.bias is None else y + self.bias[...].astype(y.dtype)",
+        "y",
+        named=FIRST + "q_proj",
+    ),
+    _mutation(
+        "q/k norm after rope",
+        ATTENTION + "Attention.__call__",
+        "self.q_norm(q_BTNH)",
+        "self.q_norm(rotate(q_BTNH, *rope))",
+        'tap("q_rope", rotate(q_BTNH, *rope))',
+        'tap("q_rope", q_BTNH)',
+        named=FIRST + "q_norm",
+        scenario="qwen3",
+    ),
+    _mutation(
+        "k norm with q norm's weight",
+        ATTENTION + "Attention.__call__",
+        "self.k_norm(k_BTKH)",
+        "self.q_norm(k_BTKH)",
+        named=FIRST + "k_norm",
+        scenario="qwen3",
+    ),
+    _mutation(
+        "norm in float32 whatever the model",
+        LAYERS + "RMSNorm.__call__",
+        "at_least_float32(x.dtype)",
+        "jnp.float32",
+        named="layers.0.input_layernorm",
+    ),
+    _mutation(
+        "norm without upcast",
+        LAYERS + "RMSNorm.__call__",
+        "x.astype(at_least_float32(x.dtype))",
+        "x",
+        named="layers.0.input_layernorm",
+        scenario="bfloat16",
+    ),
+    _mutation(
+        "norm weight before the cast back",
+        LAYERS + "RMSNorm.__call__",
+        "self.weight[...] * (wide * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)",
+        "(self.weight[...] * (wide * jax.lax.rsqrt(variance + self.eps))).astype(x.dtype)",
+        named="layers.0.input_layernorm",
+        scenario="bfloat16",
+    ),
+    _mutation("norm eps", LAYERS + "RMSNorm.__call__", "+ self.eps", "+ 10 * self.eps", named="layers.0.input_layernorm"),
+    _mutation(
+        "norm weight is 1 + w",
+        LAYERS + "RMSNorm.__call__",
+        "self.weight[...] *",
+        "(1 + self.weight[...]) *",
+        named="layers.0.input_layernorm",
+    ),
+    _mutation(
+        "transposed o_proj",
+        "sharding:bind",
+        "parameters[_name(path)]",
+        "(lambda w: w.reshape(w.shape[0], -1).T.reshape(w.shape) if 'o_proj' in path else w)(parameters[_name(path)])",
+        named=FIRST + "o_proj",
+    ),
+    _mutation(
+        "query heads of a key head interleaved",
+        ATTEND,
+        "q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)",
+        "q_BTNH.reshape(B, T, N // K, K, H).transpose(0, 3, 2, 1, 4)",
+        named=FIRST + "weights",
+    ),
+    _mutation("softmax scale", ATTEND, "H**-0.5", "K**-0.5", named=FIRST + "weights"),
+    _mutation(
+        "softmax in float32 whatever the model",
+        ATTEND,
+        "scores_BKGTS - scores_BKGTS.max(axis=-1, keepdims=True)",
+        "(scores_BKGTS - scores_BKGTS.max(axis=-1, keepdims=True)).astype(jnp.float32)",
+        named=FIRST + "weights",
+    ),
+    _mutation(
+        "mask lets one future key through",
+        ATTENTION + "visible",
+        "distance_BTS >= 0",
+        "distance_BTS >= -1",
+        named=FIRST + "weights",
+    ),
+    _mutation(
+        "mask hides the query's own key",
+        ATTENTION + "visible",
+        "distance_BTS >= 0",
+        "distance_BTS > 0",
+        named=FIRST + "weights",
+    ),
+    _mutation(
+        "padding is seen",
+        ATTENTION + "visible",
+        "(distance_BTS >= 0) & (kv_positions_BS >= 0)[:, None, :]",
+        "distance_BTS >= 0",
+        named=FIRST + "weights",
+    ),
+    _mutation(
+        "sliding window off by one",
+        ATTENTION + "visible",
+        "distance_BTS < sliding_window",
+        "distance_BTS <= sliding_window",
+        named="layers.1.self_attn.weights",
+    ),
+    _mutation(
+        "second query block sees as the first",
+        ATTENTION + "attend",
+        "q_positions_BT[:, start:stop]",
+        "q_positions_BT[:, : stop - start]",
+        named=FIRST + "weights",
+        scenario="long",
+    ),
+    _mutation(
+        "attention without its residual",
+        MODEL + "Block.__call__",
+        "x_BTD + mixed_BTD",
+        "mixed_BTD",
+        named="layers.0.residual",
+    ),
+    _mutation(
+        "gate and up swapped",
+        MODEL + "MLP.__call__",
+        "jax.nn.silu(gate_BTF) * up_BTF",
+        "jax.nn.silu(up_BTF) * gate_BTF",
+        named="layers.0.mlp.down_proj",
+    ),
+    _mutation(
+        "up computed with gate's weight",
+        MODEL + "MLP.__call__",
+        "self.up_proj(x_BTD)",
+        "self.gate_proj(x_BTD)",
+        named="layers.0.mlp.up_proj",
+    ),
+    _mutation("gelu for silu", MODEL + "MLP.__call__", "jax.nn.silu", "jax.nn.gelu", named="layers.0.mlp.down_proj"),
+    _mutation("no final norm", MODEL + "Transformer.__call__", "self.norm(x_BTD)", "x_BTD", named="norm"),
+    _mutation(
+        "tied head untied",
+        MODEL + "Transformer.unembed",
+        "self.embed_tokens.attend(x_BTD)",
+        "self.embed_tokens.attend(x_BTD[..., ::-1])",
+        named="logits",
+    ),
+    _mutation("token ids off by one", LAYERS + "Embedding.__call__", "tokens_BT,", "tokens_BT + 1,", named="embed_tokens"),
+    _mutation(
+        "a loaded weight is rounded",
+        "checkpoint.model:load_model",
+        "return LoadedModel(config, module, parameters, resolver)",
+        "bits = {n: p.astype('bfloat16').astype(dtype) for n, p in parameters.items()}\n"
+        "    return LoadedModel(config, module, bits, resolver)",
+        named="embed_tokens.weight",
+    ),
+    _mutation(
+        "decoding: position off by one",
+        MODEL + "Transformer.__call__",
+        "self.config.head_dim, positions_BT,",
+        "self.config.head_dim, positions_BT + (positions_BT.shape[1] == 1),",
+        named="decode.step_1",
+    ),
+    _mutation(
+        "decoding: written one slot too far",
+        CACHE + "write",
+        "jnp.where(start_B < 0, num_slots, start_B)",
+        "jnp.where(start_B < 0, num_slots, start_B + (k_BKTH.shape[2] == 1))",
+        named="decode.step_1",
+    ),
+    _mutation(
+        "chunked prefill: each chunk from slot 0",
+        CACHE + "write",
+        "jnp.where(start_B < 0, num_slots, start_B)",
+        "jnp.where(start_B < 0, num_slots, start_B * (k_BKTH.shape[2] == 1))",
+        named="decode.prefill",
+    ),
+    _mutation(
+        "no gradient through the gate",
+        MODEL + "MLP.__call__",
+        "jax.nn.silu(gate_BTF)",
+        "jax.lax.stop_gradient(jax.nn.silu(gate_BTF))",
+        named="layers.1.mlp.gate_proj.weight",
+    ),
+]
+
+# What the mutations are run on: everything that a family can have on, and inputs short enough for a second each.
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+_TINY = {"num_hidden_layers": 2, "max_position_embeddings": 64}
+_WINDOWS = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "tie_word_embeddings": True}
+SCENARIOS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "qwen2": ("qwen2", _TINY | _WINDOWS | {"rope_parameters": YARN}, {"dtype": "float64", "tokens": 40}),
+    "qwen3": ("qwen3", _TINY, {"dtype": "float64", "tokens": 24}),
+    "long": ("qwen3", {"num_hidden_layers": 1}, {"dtype": "float64", "tokens": 500, "max_columns": 500}),
+    "bfloat16": ("qwen3", _TINY, {"dtype": "bfloat16", "tokens": 40}),
+}
+MakeCheckpoint = Callable[..., pathlib.Path]
+
+
+class Bench:
+    """The reference's answers for one scenario, to be compared with as often as there are mutations."""
+
+    def __init__(self, scenario: str, make_checkpoint: MakeCheckpoint):
+        family, values, options = SCENARIOS[scenario]
+        self.options = ParityOptions(make_checkpoint(family, **values), decode_steps=3, **options)
+        self.config = ModelConfig.from_directory(self.options.model)
+        reference = Reference(self.options.model, self.options.dtype)
+        self.parameters = reference.parameters()
+        self.answers: Answers = self._comparison().ask(reference)
+
+    def _comparison(self) -> Comparison:
+        return Comparison(self.options, self.config, progress=lambda stage: None)
+
+    def first_fault(self) -> Row | None:
+        """The first component beyond its bound; the search ends with the stage that has one."""
+        comparison = self._comparison()
+        with jax.enable_x64(self.options.dtype == "float64"):
+            subject = comparison.load()
+            comparison.compare_parameters(subject, self.parameters)
+            stages = comparison.stages(subject, self.answers)
+            while comparison.first_fault is None and next(stages, None) is not None:
+                pass
+        return comparison.first_fault
+
+
+if __name__ == "__main__":
+    import pytest
+
+    tests = pathlib.Path(__file__).with_name("test_parity_mutations.py")
+    sys.exit(pytest.main([str(tests), "-q", "-s", "-p", "no:cacheprovider"]))

@@ -1,0 +1,37 @@
+"""The comparison catches every mutation and names the component that was broken."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+from mutations import MUTATIONS, SCENARIOS, Bench
+
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def bench(tiny_checkpoint):
+    return functools.lru_cache(lambda scenario: Bench(scenario, tiny_checkpoint))
+
+
+@pytest.fixture(scope="module")
+def table():
+    """Lines collected by the tests, printed (under -s) when all are through."""
+    lines: list[str] = []
+    yield lines
+    print("\n" + "\n".join([f"{'mutation':40} {'named':32} off by", *lines]))
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_without_a_mutation_nothing_is_beyond(bench, scenario):
+    assert bench(scenario).first_fault() is None
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what.replace(" ", "_"))
+def test_mutation_is_caught_and_named(bench, table, mutation):
+    with mutation.applied():
+        fault = bench(mutation.scenario).first_fault()
+    table.append(f"{mutation.what:40} {fault.name if fault else 'NOT CAUGHT':32} {fault.measured if fault else 0:.2g}")
+    assert fault is not None, f"{mutation.what} was not caught"
+    assert fault.name == mutation.named, str(fault)
