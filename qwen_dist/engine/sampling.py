@@ -84,7 +84,8 @@ def _truncate(logits_BV: jax.Array, params: SamplingArrays) -> jax.Array:
         kth_B1 = jnp.take_along_axis(sorted_BV, last[:, None], axis=-1)
         within_k_BV = jnp.where(sorted_BV >= kth_B1, sorted_BV, -jnp.inf)
         probs_BV = jax.nn.softmax(within_k_BV, axis=-1)
-        more_probable_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
+        # A sum of rounded numbers can reach 1 before the last token, but a row without top-p keeps them all.
+        more_probable_BV = jnp.where(params.top_p[:, None] < 1, jnp.cumsum(probs_BV, axis=-1) - probs_BV, 0)
         kept_BV = (within_k_BV > -jnp.inf) & (more_probable_BV < params.top_p[:, None])
         return jnp.min(jnp.where(kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
 
