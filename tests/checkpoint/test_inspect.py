@@ -1,0 +1,88 @@
+"""The report says what is there, what loading would take, and everything that is wrong."""
+
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from rich.console import Console
+
+from qwen_dist.checkpoint.inspect import inspect
+from qwen_dist.errors import UsageError
+
+
+@pytest.fixture
+def folder(write_checkpoint):
+    one = {f"model.layers.{i}.mlp.up_proj.weight": np.zeros((8, 4), "float16") for i in range(3)}
+    two = {"model.embed_tokens.weight": np.zeros((100, 4), "float32"), "model.visual.x": np.zeros(3, "float16")}
+    return write_checkpoint(
+        {"1.safetensors": one, "2.safetensors": two}, {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    )
+
+
+def make_target(config):
+    """The abstract model of the checkpoint above on eight devices."""
+    assert config["model_type"] == "qwen3"
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), (AxisType.Auto,) * 2)
+    shapes = {f"layers.{i}.mlp.up_proj.weight": (8, 4) for i in range(3)} | {"embed_tokens.weight": (100, 4)}
+    sharding = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+    return {name: jax.ShapeDtypeStruct(shape, "float16", sharding=sharding) for name, shape in shapes.items()}, {}, False
+
+
+def printed(report):
+    out = io.StringIO()
+    report.print(Console(file=out, width=120))
+    return out.getvalue()
+
+
+def test_report(folder):
+    report = inspect(str(folder), make_target)
+    assert (report.architecture, report.parameters, report.bytes) == ("Qwen3ForCausalLM", 499, 1798)
+    assert report.dtypes == {"F16": 198, "F32": 1600} and report.files == {"1.safetensors": 192, "2.safetensors": 1606}
+    assert report.load.skipped == ("model.visual.x",) and report.load.bytes_read == 1792
+    assert set(report.load.bytes_per_device.values()) == {(400 + 96) * 2 // 8}
+    assert not report.problems
+    text = printed(report)
+    for part in (
+        "Qwen3ForCausalLM",
+        "up_proj.weight  3 x F16 [8, 4]",
+        "{0-2}",
+        "embed_tokens.weight  F32 [100, 4]",
+        "load",
+    ):
+        assert part in text
+    again = json.loads(report.to_json())
+    assert again["parameters"] == 499 and again["load"]["digest"] == report.load.digest
+    assert [group["tensors"] for group in again["groups"]] == [3, 1, 1]
+
+
+def test_nothing_but_headers_is_read(folder, monkeypatch):
+    monkeypatch.setattr("qwen_dist.checkpoint.load.execute", lambda *_: pytest.fail("data was read"))
+    assert inspect(str(folder), make_target).load.over_read == 1.0
+
+
+def test_all_problems_are_listed(folder):
+    (folder / "1.safetensors").write_bytes(b"<html>" * 10)
+    (folder / "2.safetensors").unlink()
+    report = inspect(str(folder), make_target)
+    assert len(report.problems) == 2 and report.load is None
+    assert "HTML" in report.problems[0] and "No such file" in report.problems[1]
+    assert printed(report).count("\nproblem  ") == 2
+    assert inspect(str(folder / "nowhere")).problems
+
+
+def test_a_model_that_does_not_fit_is_a_problem(folder):
+    def too_small(config):
+        target, shapes, tied = make_target(config)
+        del target["layers.1.mlp.up_proj.weight"]
+        return target, shapes, tied
+
+    report = inspect(str(folder), too_small)
+    assert report.problems == ["unexpected: model.layers.1.mlp.up_proj.weight"] and report.parameters == 499
+
+    def refuse(config):
+        raise UsageError("tensor=3 does not divide 8 heads")
+
+    assert inspect(str(folder), refuse).problems == ["tensor=3 does not divide 8 heads"]
