@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import qwen_dist
-from qwen_dist.config import BatchConfig, GenerateConfig, load_config
+from qwen_dist.config import BatchConfig, GenerateConfig, ModelOptions, load_config, parse_bytes
 from qwen_dist.errors import UsageError, UserError
 
 if TYPE_CHECKING:
@@ -26,12 +27,16 @@ if TYPE_CHECKING:
     from qwen_dist.engine.request import SamplingParams, Update
     from qwen_dist.tokenizer import Tokenizer
 
+_Flag = tuple[str, str, type, str, str]
 # Flags that are short for a configuration key: (flag, key, type, metavar, help).
-_FLAGS: tuple[tuple[str, str, type, str, str], ...] = (
+_MODEL_FLAGS: tuple[_Flag, ...] = (
     ("--model", "model.path", str, "DIR_OR_HUB_ID", "checkpoint in the Hugging Face format"),
     ("--dtype", "model.dtype", str, "DTYPE", "bfloat16 (default), float32 or float64"),
-    ("--load-format", "model.load_format", str, "FORMAT", "safetensors (default) or dummy: random weights"),
     ("--mesh", "mesh", str, "AXES", "devices by axis, such as fsdp=2,tensor=4"),
+    ("--host-memory-budget", "model.host_memory_budget", str, "SIZE", "for the loader's buffers, such as 256MB"),
+)
+_ANSWER_FLAGS: tuple[_Flag, ...] = (
+    ("--load-format", "model.load_format", str, "FORMAT", "safetensors (default) or dummy: random weights"),
     ("--max-new-tokens", "sampling.max_new_tokens", int, "N", "end an answer after so many tokens (512)"),
     ("--temperature", "sampling.temperature", float, "T", "0 always takes the most probable token"),
     ("--top-k", "sampling.top_k", int, "K", "draw from the K most probable tokens; 0 from all"),
@@ -42,6 +47,8 @@ _FLAGS: tuple[tuple[str, str, type, str, str], ...] = (
     ("--stop", "sampling.stop", str, "TEXT", "end an answer before this text; may be repeated"),
     ("--logprobs", "sampling.logprobs", int, "N", "log-probabilities, with the N best alternatives"),
 )
+
+_DEVICES = "run on N CPU devices of this machine"
 
 _GENERATE_EXAMPLE = """\
 examples:
@@ -55,6 +62,23 @@ _BATCH_EXAMPLE = """\
 example:
   qwen-dist batch --config configs/batch.py --model ~/qwen3-0.6b --input in.jsonl --output out.jsonl
 input lines: {"id","prompt"}, {"id","messages"} or OpenAI batch lines; output in the same form"""
+
+
+_INSPECT_EXAMPLE = """\
+examples:
+  qwen-dist inspect ~/qwen3-0.6b
+  qwen-dist inspect Qwen/Qwen3-8B --mesh fsdp=4,tensor=2 --json
+reads headers and configuration only; exit code 1 when there are problems"""
+
+_EXPORT_EXAMPLE = """\
+example:
+  qwen-dist export --model ~/qwen3-8b --output ~/qwen3-8b-float32 --dtype float32 --max-shard-size 2GB"""
+
+_PARITY_EXAMPLE = """\
+examples:
+  qwen-dist parity --model ~/qwen3-0.6b --dtype float32
+  qwen-dist parity --model ~/qwen3-0.6b --dtype bfloat16 --prompt "Why is the sky blue?" --report parity.html
+exit code 1 names the first component beyond its bound; needs the extra: pip install 'qwen-dist[parity]'"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,6 +125,25 @@ def _parser() -> argparse.ArgumentParser:
     batch.add_argument("--raw", action="store_true", default=None, help="prompts without the chat template")
     batch.add_argument("--overwrite", action="store_true", default=None, help="replace an output that exists")
     _add_run_flags(batch)
+
+    inspect = _add_verb(verbs, "inspect", _inspect, "what a checkpoint holds and what loading it takes", _INSPECT_EXAMPLE)
+    inspect.usage = "qwen-dist inspect DIR_OR_HUB_ID [flags]"
+    inspect.add_argument("model.path", metavar="DIR_OR_HUB_ID", help="checkpoint in the Hugging Face format")
+    _add_flags(inspect, _MODEL_FLAGS[1:])
+
+    export = _add_verb(
+        verbs, "export", _export, "load a checkpoint and save it again, as transformers does", _EXPORT_EXAMPLE
+    )
+    export.add_argument("--output", metavar="DIR", required=True, help="the new checkpoint; complete or absent, never half")
+    export.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="of each weight file (5GB)")
+    export.add_argument("--overwrite", action="store_true", help="replace a checkpoint that exists")
+    _add_flags(export, _MODEL_FLAGS)
+
+    parity = _add_verb(verbs, "parity", _parity, "compare with PyTorch, component by component", _PARITY_EXAMPLE)
+    parity.add_argument("--prompt", action="append", metavar="TEXT", help="a text to compare on; may be repeated")
+    parity.add_argument("--tokens", type=int, metavar="N", help="instead of prompts: N random tokens")
+    parity.add_argument("--report", metavar="FILE", help="also write an HTML page")
+    _add_flags(parity, _MODEL_FLAGS[:3])
     return parser
 
 
@@ -119,18 +162,22 @@ def _add_verb(verbs: Any, name: str, run: Callable[..., int], description: str, 
 
 
 def _add_run_flags(verb: argparse.ArgumentParser) -> None:
-    for flag, key, kind, metavar, help in _FLAGS:
+    _add_flags(verb, _MODEL_FLAGS + _ANSWER_FLAGS)
+    verb.add_argument("--config", metavar="FILE[:ARG]", help="a configuration; --config.key=value changes a key")
+
+
+def _add_flags(verb: argparse.ArgumentParser, flags: Sequence[_Flag]) -> None:
+    for flag, key, kind, metavar, help in flags:
         action = "append" if flag == "--stop" else "store"
         verb.add_argument(flag, dest=key, type=kind, metavar=metavar, help=help, action=action)
-    verb.add_argument("--num-cpu-devices", type=int, metavar="N", help="run on N CPU devices of this machine")
-    verb.add_argument("--config", metavar="FILE[:ARG]", help="a configuration; --config.key=value changes a key")
+    verb.add_argument("--num-cpu-devices", type=int, metavar="N", help=_DEVICES)
     verb.add_argument("--json", action="store_true", help="print one JSON object, for programs")
     verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def _config_values(options: argparse.Namespace, *more: str) -> dict[str, Any]:
-    keys = [key for _, key, *_ in _FLAGS] + list(more)
-    return {key: value for key in keys if (value := getattr(options, key)) is not None}
+    keys = [key for _, key, *_ in _MODEL_FLAGS + _ANSWER_FLAGS] + list(more)
+    return {key: value for key in keys if (value := getattr(options, key, None)) is not None}
 
 
 def start_jax(num_cpu_devices: int | None, dtype: str) -> None:
@@ -292,7 +339,7 @@ def _batch_progress(input: str, *, quiet: bool) -> Iterator[Callable[[Any], None
     )
     with open(input, "rb") as lines:
         total = sum(1 for line in lines if line.strip())
-    with Progress(*columns, console=_stderr(), disable=quiet) as bar:
+    with Progress(*columns, console=_console(stderr=True, quiet=quiet)) as bar:
         task = bar.add_task("", total=total, speed="")
 
         def report(summary: Any) -> None:
@@ -303,21 +350,103 @@ def _batch_progress(input: str, *, quiet: bool) -> Iterator[Callable[[Any], None
         yield report
 
 
-@contextlib.contextmanager
-def _loading(*, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar for the weights, in bytes."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=_stderr(), disable=quiet, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+# --- inspect, export, parity ---
 
 
-def _stderr() -> Console:
+@dataclasses.dataclass(frozen=True)
+class _ModelConfig:
+    """What the verbs that only handle a checkpoint are told."""
+
+    model: ModelOptions
+    mesh: str = ""
+
+
+def _inspect(options: argparse.Namespace, overrides: list[str]) -> int:
+    config = load_config(_ModelConfig, None, overrides, _config_values(options))
+    from qwen_dist.mesh import MeshConfig, make_mesh
+
+    mesh = MeshConfig.parse(config.mesh)
+    # Nothing is computed, so devices can be had for the asking.
+    start_jax(options.num_cpu_devices or mesh.num_devices, config.model.dtype)
+    from qwen_dist.checkpoint.inspect import inspect
+    from qwen_dist.checkpoint.model import abstract_model
+    from qwen_dist.sharding import INFERENCE, Resolver
+
+    resolver = Resolver(make_mesh(mesh), INFERENCE)
+    report = inspect(
+        config.model.path,
+        lambda hf: abstract_model(hf, resolver, config.model.dtype, config.model.ignored_keys),
+        host_memory_budget=config.model.host_memory_bytes,
+    )
+    if options.json:
+        print(report.to_json())
+    else:
+        report.print(_console())
+    return 1 if report.problems else 0
+
+
+def _export(options: argparse.Namespace, overrides: list[str]) -> int:
+    values = _config_values(options)
+    config = load_config(_ModelConfig, None, overrides, values)
+    start_jax(options.num_cpu_devices, config.model.dtype)
+    from qwen_dist.checkpoint.model import export_model
+    from qwen_dist.mesh import MeshConfig, make_mesh
+    from qwen_dist.sharding import INFERENCE, Resolver
+
+    with _loading("exporting", quiet=options.json) as progress:
+        export_model(
+            config.model.path,
+            Resolver(make_mesh(MeshConfig.parse(config.mesh)), INFERENCE),
+            options.output,
+            dtype=values.get("model.dtype"),
+            ignored_config_keys=config.model.ignored_keys,
+            max_shard_bytes=parse_bytes(options.max_shard_size),
+            overwrite=options.overwrite,
+            host_memory_budget=config.model.host_memory_bytes,
+            progress=progress,
+        )
+    print(json.dumps({"output": options.output}) if options.json else f"saved: {options.output}")
+    return 0
+
+
+def _parity(options: argparse.Namespace, overrides: list[str]) -> int:
+    config = load_config(_ModelConfig, None, overrides, {"model.dtype": "float32"} | _config_values(options))
+    start_jax(options.num_cpu_devices, config.model.dtype)
+    from qwen_dist.parity.page import write_html
+    from qwen_dist.parity.report import print_report
+    from qwen_dist.parity.run import ParityOptions, run_parity
+
+    asked = ParityOptions(
+        model=config.model.path,
+        dtype=config.model.dtype,
+        prompts=tuple(options.prompt or ()),
+        tokens=options.tokens,
+        mesh=config.mesh,
+    )
+    report = run_parity(asked, progress=lambda stage: print(stage, file=sys.stderr))
+    if options.json:
+        print(json.dumps(report.to_json()))
+    else:
+        print_report(report)
+    if options.report:
+        write_html(report, options.report)
+    return 0 if report.ok else 1
+
+
+# --- what people see ---
+
+
+def _loading(description: str = "loading", *, quiet: bool) -> contextlib.AbstractContextManager[Callable[[int, int], None]]:
+    """A progress bar in bytes on standard error."""
+    from qwen_dist.checkpoint.progress import progress_bar
+
+    return progress_bar(description, _console(stderr=True, quiet=quiet))
+
+
+def _console(*, stderr: bool = False, quiet: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=True)
+    return Console(stderr=stderr, quiet=quiet)
 
 
 if __name__ == "__main__":

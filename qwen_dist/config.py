@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import importlib.util
 import pathlib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -25,13 +26,23 @@ class ModelOptions:
     """Which weights, and how they are held. `path` is a checkpoint directory or a hub id.
 
     load_format "dummy" makes random weights on the devices, for which a directory with a `config.json` is enough.
-    `ignored_config_keys`, separated by commas, are keys of config.json that you vouch for.
+    `ignored_config_keys`, separated by commas, are keys of config.json that you vouch for. `host_memory_budget`, such as
+    256MB, bounds the loader's buffers; empty leaves it to the loader.
     """
 
     path: str
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     ignored_config_keys: str = ""
+    host_memory_budget: str = ""
+
+    @property
+    def host_memory_bytes(self) -> int | None:
+        return parse_bytes(self.host_memory_budget) if self.host_memory_budget else None
+
+    @property
+    def ignored_keys(self) -> list[str]:
+        return [key.strip() for key in self.ignored_config_keys.split(",") if key.strip()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +104,15 @@ def load_config(cls: type[T], file: str | None, overrides: Sequence[str], values
     for key, value in values.items():
         _assign(config, key, value)
     return bind(cls, config.to_dict())
+
+
+def parse_bytes(text: str) -> int:
+    """`256MB` or `2GiB` as a number of bytes. Raises UsageError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"{text!r} is not a size; examples are 256MB, 1.5GB and 2GiB")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
 
 
 def bind(cls: type[T], given: Mapping[str, Any]) -> T:

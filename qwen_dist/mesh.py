@@ -50,6 +50,11 @@ class MeshConfig:
             raise UsageError(f"mesh {text!r}: {'; '.join(problems)}. Example: fsdp=2,tensor=4.")
         return cls(**sizes)
 
+    @property
+    def num_devices(self) -> int:
+        """How many devices the axes that have a size span together."""
+        return math.prod(size for size in dataclasses.astuple(self) if size != -1)
+
     def sizes(self, num_devices: int) -> dict[str, int]:
         """Each axis's size on `num_devices` devices. Raises UsageError when they do not fit."""
         sizes = {axis: getattr(self, axis) for axis in AXES}

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import jax
 from jax.typing import DTypeLike
 
 from qwen_dist.checkpoint.load import Progress, load
-from qwen_dist.checkpoint.source import open_checkpoint
+from qwen_dist.checkpoint.save import export
+from qwen_dist.checkpoint.source import Checkpoint, open_checkpoint
+from qwen_dist.errors import UsageError
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.sharding import Resolver, abstract_parameters, disk_shapes, random_parameters
@@ -61,7 +63,7 @@ def load_model(
     """
     config = ModelConfig.from_directory(directory, ignored_config_keys)
     module = Transformer(config, dtype=dtype)
-    target = abstract_parameters(module, resolver)
+    target = abstract_parameters(module, resolver)  # refuses a mesh that does not fit before anything is read
     if load_format == "dummy":
         return LoadedModel(config, module, random_parameters(module, resolver), resolver)
     parameters = load(
@@ -73,3 +75,62 @@ def load_model(
         progress=progress,
     )
     return LoadedModel(config, module, parameters, resolver)
+
+
+AbstractModel = tuple[dict[str, jax.ShapeDtypeStruct], dict[str, tuple[int, ...]], bool]
+
+
+def abstract_model(
+    hf: Mapping[str, Any], resolver: Resolver, dtype: DTypeLike, ignored_config_keys: Iterable[str] = ()
+) -> AbstractModel:
+    """What `load` needs to know of the model of a `config.json`: target, shapes on disk, and whether the head is tied.
+
+    Raises CheckpointError and UsageError as `load_model` does.
+    """
+    config = ModelConfig.from_hf(hf, ignored_config_keys)
+    module = Transformer(config, dtype=dtype)
+    return abstract_parameters(module, resolver), disk_shapes(module), config.tie_word_embeddings
+
+
+def export_model(
+    location: str,
+    resolver: Resolver,
+    output: str,
+    *,
+    dtype: DTypeLike | None = None,
+    ignored_config_keys: Iterable[str] = (),
+    max_shard_bytes: int,
+    overwrite: bool = False,
+    host_memory_budget: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Load the checkpoint at `location` onto the mesh and save it as a Hugging Face directory.
+
+    `dtype` None keeps that of the checkpoint (bfloat16 for a quantised one). Other arguments and errors as for
+    `load_model` and `checkpoint.save.save`.
+    """
+    checkpoint = open_checkpoint(location)
+    target, shapes, is_tied = abstract_model(
+        checkpoint.config, resolver, dtype or _stored_dtype(checkpoint), ignored_config_keys
+    )
+    arrays = load(checkpoint, target, disk_shapes=shapes, tied=is_tied, host_memory_budget=host_memory_budget)
+    export(
+        checkpoint,
+        arrays,
+        output,
+        disk_shapes=shapes,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+        host_memory_budget=host_memory_budget,
+        progress=progress,
+    )
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> str:
+    names = {"BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+    stored = {tensor.dtype.name for tensor in checkpoint.tensors.values()}
+    if checkpoint.config.get("quantization_config"):
+        return "bfloat16"
+    if len(stored) != 1 or not stored <= names.keys():
+        raise UsageError(f"the checkpoint has {', '.join(sorted(stored))}; say with --dtype what to save")
+    return names[stored.pop()]

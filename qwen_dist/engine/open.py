@@ -38,8 +38,10 @@ def open_engine(
         directory,
         resolver,
         dtype=options.dtype,
+        weights=options.path if "://" in options.path else None,
         load_format=options.load_format,
-        ignored_config_keys=filter(None, options.ignored_config_keys.split(",")),
+        ignored_config_keys=options.ignored_keys,
+        host_memory_budget=options.host_memory_bytes,
         progress=progress,
     )
     return Engine(model, tokenizer, max_batch_size=max_batch_size), tokenizer, defaults

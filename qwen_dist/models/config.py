@@ -102,11 +102,12 @@ class ModelConfig:
         return cls.from_hf(hf, ignored_keys)
 
 
-# Keys that a saved configuration may carry and that do not change what inference or fine-tuning computes.
+# Keys that a saved configuration may carry and that do not change what inference or fine-tuning computes
+# (quantization_config says how the weights are stored, which is the loader's business).
 _HARMLESS = frozenset(
     """_name_or_path architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id
-    id2label label2id model_type output_attentions output_hidden_states pad_token_id problem_type return_dict
-    sep_token_id task_specific_params tokenizer_class torch_dtype transformers_version use_cache _attn_implementation
+    id2label label2id model_type output_attentions output_hidden_states pad_token_id problem_type quantization_config
+    return_dict sep_token_id task_specific_params tokenizer_class torch_dtype transformers_version use_cache _attn_implementation
     _attn_implementation_autoset unsloth_fixed unsloth_version""".split()
 )
 # Keys that would change the computation unless they have this value.
@@ -119,7 +120,6 @@ _NEUTRAL = {
     "tie_encoder_decoder": False,
     "use_mrope": False,
     "use_bidirectional_attention": False,
-    "quantization_config": None,
     "pruned_heads": {},
 }
 _ROPE_KEYS: dict[str, frozenset[str]] = {
