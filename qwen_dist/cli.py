@@ -31,7 +31,7 @@ _Flag = tuple[str, str, type, str, str]
 # Flags that are short for a configuration key: (flag, key, type, metavar, help).
 _MODEL_FLAGS: tuple[_Flag, ...] = (
     ("--model", "model.path", str, "DIR_OR_HUB_ID", "checkpoint in the Hugging Face format"),
-    ("--dtype", "model.dtype", str, "DTYPE", "bfloat16 (default), float32 or float64"),
+    ("--dtype", "model.dtype", str, "DTYPE", "bfloat16, float32 or float64 (bfloat16; parity: float32; export: as stored)"),
     ("--mesh", "mesh", str, "AXES", "devices by axis, such as fsdp=2,tensor=4"),
     ("--host-memory-budget", "model.host_memory_budget", str, "SIZE", "for the loader's buffers, such as 256MB"),
 )

@@ -107,8 +107,8 @@ class ModelConfig:
 _HARMLESS = frozenset(
     """_name_or_path architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id
     id2label label2id model_type output_attentions output_hidden_states pad_token_id problem_type quantization_config
-    return_dict sep_token_id task_specific_params tokenizer_class torch_dtype transformers_version use_cache _attn_implementation
-    _attn_implementation_autoset unsloth_fixed unsloth_version""".split()
+    return_dict sep_token_id task_specific_params tokenizer_class torch_dtype transformers_version use_cache
+    _attn_implementation _attn_implementation_autoset unsloth_fixed unsloth_version""".split()
 )
 # Keys that would change the computation unless they have this value.
 _NEUTRAL = {
