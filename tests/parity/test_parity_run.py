@@ -1,0 +1,146 @@
+"""The tool on random checkpoints of every family: what `qwen-dist parity` does, and what it prints."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+
+from qwen_dist.errors import CheckpointError, UserError
+from qwen_dist.models.config import FAMILIES
+from qwen_dist.parity.page import to_html, write_html
+from qwen_dist.parity.report import print_report
+from qwen_dist.parity.run import ParityOptions, run_parity
+
+pytestmark = pytest.mark.parity
+
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 1024}
+LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+WINDOWS = {"use_sliding_window": True, "max_window_layers": 1, "num_hidden_layers": 2}
+COMPONENTS = """input_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.q_rope self_attn.k_rope
+    self_attn.weights self_attn.mixed self_attn.o_proj residual post_attention_layernorm mlp.gate_proj mlp.up_proj
+    mlp.down_proj output""".split()
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def report(request, tiny_checkpoint):
+    checkpoint = tiny_checkpoint(request.param, num_hidden_layers=2)
+    return run_parity(ParityOptions(checkpoint, dtype="float64", tokens=40, decode_steps=4))
+
+
+def test_float64_is_within_bounds(report):
+    assert report.ok, report.verdict()
+    assert max(row.measured for row in report.rows) < 1e-11  # the bound leaves room for sizes, not for faults
+    assert report.distributions.same_top1.all()
+
+
+def test_every_component_is_compared(report):
+    names = {
+        section: {row.name for row in report.rows if row.section == section} for section in ("same inputs", "whole model")
+    }
+    expected = {f"layers.{layer}.{name}" for layer in range(2) for name in COMPONENTS} | {"embed_tokens", "norm", "logits"}
+    qk_norms = {f"layers.{layer}.self_attn.{name}_norm" for layer in range(2) for name in "qk"}
+    expected |= qk_norms if "qwen3" in report.facts["family"] else set()
+    assert names["same inputs"] == names["whole model"] == expected
+    parameters = {row.name for row in report.rows if row.section == "parameters"}
+    assert {row.name for row in report.rows if row.section == "gradient"} == parameters | {"loss"}
+    steps = {row.name for row in report.rows if row.section == "decode"}
+    assert {"decode.prefill", "decode.step_3", "decode.step_3.against_full_forward"} <= steps
+
+
+def test_terminal_json_and_page_tell_the_same(report, tmp_path):
+    text = io.StringIO()
+    print_report(report, text)
+    assert report.verdict() in text.getvalue()
+    assert "layers.*.self_attn.q_rope" in text.getvalue()
+    found = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert found["ok"] and len(found["rows"]) == len(report.rows) and len(found["tokens"]["kl"]) == 72
+    write_html(report, tmp_path / "out.html")
+    page = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert "Within bounds" in page and page == to_html(report)
+    assert not re.search(r"<script|<link|https?://|src=|url\(", page), "the page must need nothing but itself"
+    with pytest.raises(UserError, match="No such file"):
+        write_html(report, tmp_path / "missing" / "out.html")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_is_within_bounds(tiny_checkpoint, family):
+    report = run_parity(ParityOptions(tiny_checkpoint(family), dtype="float32", decode_steps=4))
+    assert report.ok, report.verdict()
+    # The bounds that the tool has to leave wider for real checkpoints are not needed here.
+    assert max(row.measured for row in report.rows) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_errs_no_more_than_pytorch(tiny_checkpoint, family):
+    report = run_parity(ParityOptions(tiny_checkpoint(family), dtype="bfloat16", decode_steps=4))
+    assert report.ok, report.verdict()
+    judged = {row.name for row in report.rows if row.limit is not None and row.metric in ("ratio", "kl")}
+    assert judged == {"logits", "next token", "decode.all_steps"}
+
+
+VARIANTS = {
+    "windows": ("qwen3", WINDOWS | {"sliding_window": 7}, {"tokens": 40}),
+    "linear rope, one key head": (
+        "qwen2",
+        {"num_key_value_heads": 1, "rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}},
+        {"tokens": 40},
+    ),
+    "llama3 rope beyond its length, tied": (
+        "qwen3",
+        {"tie_word_embeddings": True, "rope_parameters": LLAMA3 | {"original_max_position_embeddings": 16}},
+        {"tokens": 40},
+    ),
+    "attention bias": ("qwen3", {"attention_bias": True}, {"tokens": 40}),
+    "8 devices": (
+        "qwen2",
+        {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 64, "vocab_size": 320},
+        {"tokens": 40, "mesh": "data=2,fsdp=2,tensor=2"},
+    ),
+    "600 tokens": ("qwen2", {}, {"tokens": 600, "max_columns": 600}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_in_float64(tiny_checkpoint, variant):
+    family, values, options = VARIANTS[variant]
+    checkpoint = tiny_checkpoint(family, **{"num_hidden_layers": 2} | values)
+    report = run_parity(ParityOptions(checkpoint, dtype="float64", decode_steps=3, **options))
+    assert report.ok, report.verdict()
+
+
+@pytest.mark.slow
+def test_4000_tokens_with_windows_and_yarn_beyond_its_length(tiny_checkpoint):
+    values = WINDOWS | {"sliding_window": 700, "max_position_embeddings": 4096, "rope_parameters": YARN}
+    checkpoint = tiny_checkpoint("qwen2", **values)
+    report = run_parity(ParityOptions(checkpoint, dtype="float32", tokens=4000, decode_steps=2))
+    assert report.ok, report.verdict()
+    assert report.distributions.position.max() == 3999
+    assert "compared at 256 columns" in report.facts["rows"]
+
+
+def test_a_checkpoint_that_is_none_is_a_readable_error(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        run_parity(ParityOptions(tmp_path))
+
+
+def test_reports_of_faults_name_the_component(report):
+    """A fault put into the rows is what the verdict, the table and the page lead with."""
+    import dataclasses
+
+    rows = [
+        dataclasses.replace(row, measured=np.inf, where="row 0, position 3")
+        if row.name.endswith("0.self_attn.q_rope")
+        else row
+        for row in report.rows
+    ]
+    broken = dataclasses.replace(report, rows=rows)
+    assert not broken.ok
+    assert broken.verdict().startswith("beyond bounds: layers.0.self_attn.q_rope (same inputs): max |Δ| is inf")
+    assert "Beyond bounds" in to_html(broken) and "row 0, position 3" in to_html(broken)

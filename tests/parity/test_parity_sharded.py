@@ -1,0 +1,92 @@
+"""A sharded run is the same program: logits and gradients of one device, on every kind of mesh, under every rule set."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen_dist.checkpoint.model import load_model
+from qwen_dist.mesh import MeshConfig, make_mesh
+from qwen_dist.parity.inputs import random_tokens
+from qwen_dist.sharding import RULE_SETS, Resolver, bind, resolving
+
+pytestmark = pytest.mark.parity
+
+# Every size divides by 8, except the key/value heads, of which each device then has all.
+SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64, "head_dim": 8, "vocab_size": 320}
+MESHES = ["data=8", "fsdp=8", "tensor=8", "data=4,fsdp=2", "data=2,tensor=4", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2"]
+QUICK = "data=2,fsdp=2,tensor=2"
+INPUTS = random_tokens(320, 20, 8)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_checkpoint):
+    checkpoint = tiny_checkpoint("qwen3", num_hidden_layers=2, **SIZES)
+
+    @functools.lru_cache
+    def run(mesh, rules, dtype):
+        """Logits, and the gradient of a loss that weighs them all, by every parameter."""
+        resolver = Resolver(make_mesh(MeshConfig.parse(mesh)), RULE_SETS[rules])
+        tokens, positions = jnp.asarray(INPUTS.tokens), jnp.asarray(INPUTS.positions)
+
+        def loss(parameters, module):
+            with resolving(resolver):
+                model = bind(module, parameters)
+                hidden, _ = model(tokens, positions)
+                logits = model.unembed(hidden)
+            real = jnp.where((positions >= 0)[..., None], jax.nn.log_softmax(logits), 0)
+            return jnp.mean(jnp.square(real)), logits
+
+        with jax.enable_x64(dtype == "float64"):
+            loaded = load_model(checkpoint, resolver, dtype=dtype)
+            differentiate = jax.grad(functools.partial(loss, module=loaded.module), has_aux=True)
+            shardings = {name: value.sharding for name, value in loaded.parameters.items()}
+            gradients, logits = jax.jit(differentiate, out_shardings=(shardings, None))(loaded.parameters)
+        return resolver, loaded, logits, gradients
+
+    return run
+
+
+def relative(ours, reference):
+    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
+    return np.linalg.norm(ours - reference) / np.linalg.norm(reference)
+
+
+def check(run, mesh, rules, dtype, bound):
+    _, _, expected_logits, expected_gradients = run("", rules, dtype)
+    resolver, loaded, logits, gradients = run(mesh, rules, dtype)
+    real = INPUTS.is_real
+    assert relative(np.asarray(logits)[real], np.asarray(expected_logits)[real]) <= bound
+    if dtype == "float64":
+        assert np.abs(np.asarray(logits)[real] - np.asarray(expected_logits)[real]).max() <= bound
+    for name, gradient in gradients.items():
+        assert relative(gradient, expected_gradients[name]) <= bound, name
+        assert gradient.sharding == loaded.parameters[name].sharding
+    said = resolver.activation("logits", logits.shape, ("batch", "length", "vocab"))
+    assert logits.sharding.spec == said.spec
+    assert logits.sharding.is_equivalent_to(said, logits.ndim)
+
+
+@pytest.mark.parametrize("rules", RULE_SETS)
+@pytest.mark.parametrize("mesh", [pytest.param(mesh, marks=[] if mesh == QUICK else pytest.mark.slow) for mesh in MESHES])
+def test_float64_equals_one_device(run, mesh, rules):
+    check(run, mesh, rules, "float64", 1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rules", RULE_SETS)
+@pytest.mark.parametrize("mesh", ["tensor=8", "fsdp=4,tensor=2", QUICK])
+def test_float32_equals_one_device(run, mesh, rules):
+    check(run, mesh, rules, "float32", 1e-5)
+
+
+def test_parameters_are_really_split(run):
+    """Otherwise the tests above would compare one device with itself."""
+    _, loaded, logits, _ = run(QUICK, "train", "float64")
+    weight = loaded.parameters["layers.0.mlp.gate_proj.weight"]
+    assert weight.addressable_shards[0].data.size == weight.size // 4  # fsdp and tensor; data repeats it
+    assert logits.addressable_shards[0].data.size == logits.size // 8
