@@ -172,7 +172,6 @@ def test_every_problem_is_listed_at_once():
     [
         ({"model_type": "llama"}, "model_type 'llama' is not supported yet; supported are qwen2, qwen3"),
         ({"model_type": None}, "model_type None is not supported yet"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is"),
         ({"use_mrope": True}, "use_mrope is True"),
         (
             {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
