@@ -6,6 +6,8 @@ and nowhere else. A misspelt, missing or mistyped key is one `UsageError` that l
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
@@ -13,7 +15,7 @@ import pathlib
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from qwen_dist.errors import UsageError
@@ -25,7 +27,7 @@ T = TypeVar("T")
 class ModelOptions:
     """Which weights, and how they are held. `path` is a checkpoint directory or a hub id.
 
-    load_format "dummy" makes random weights on the devices, for which a directory with a `config.json` is enough.
+    load_format "dummy" makes random weights on the devices: the directory needs none.
     `ignored_config_keys`, separated by commas, are keys of config.json that you vouch for. `host_memory_budget`, such as
     256MB, bounds the loader's buffers; empty leaves it to the loader.
     """
@@ -82,6 +84,10 @@ class BatchConfig:
     raw: bool = False
     overwrite: bool = False
 
+    def __post_init__(self) -> None:
+        if self.max_batch_size < 1:
+            raise UsageError(f"max_batch_size is {self.max_batch_size}; it must be at least 1")
+
 
 def load_config(cls: type[T], file: str | None, overrides: Sequence[str], values: Mapping[str, Any]) -> T:
     """Read a configuration: defaults, then `file`, then `overrides`, then `values`.
@@ -95,15 +101,17 @@ def load_config(cls: type[T], file: str | None, overrides: Sequence[str], values
     Raises:
       UsageError: listing every key that is unknown, missing or mistyped.
     """
-    from ml_collections import config_dict
-
-    config = config_dict.ConfigDict(_defaults(cls))
-    if file is not None:
-        _update(config, _read(file), file)
-    _override(config, overrides)
+    given: dict[str, Any] = {} if file is None else _read(file)
+    problems: list[str] = []
+    for override in overrides:
+        key, equals, text = override.removeprefix("--config.").partition("=")
+        if equals:
+            _set(given, key, _Text(text), problems)
+        else:
+            problems.append(f"--config.{key} has no value: write --config.{key}=VALUE")
     for key, value in values.items():
-        _assign(config, key, value)
-    return bind(cls, config.to_dict())
+        _set(given, key, value, problems)
+    return bind(cls, given, problems)
 
 
 def parse_bytes(text: str) -> int:
@@ -115,19 +123,29 @@ def parse_bytes(text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
 
 
-def bind(cls: type[T], given: Mapping[str, Any]) -> T:
-    """An instance of the dataclass `cls` from nested dictionaries. Raises UsageError listing every problem."""
-    problems: list[str] = []
+def bind(cls: type[T], given: Mapping[str, Any], problems: Iterable[str] = ()) -> T:
+    """An instance of the dataclass `cls` from nested dictionaries.
+
+    Raises UsageError listing every problem, after those known before.
+    """
+    problems = list(problems)
     bound = _bind(cls, given, "", problems)
     if problems:
         raise UsageError("the configuration cannot be used:\n  - " + "\n  - ".join(problems))
     return bound
 
 
-def _bind(cls: Any, given: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+class _Text(str):
+    """A value from the command line, still to be read as its field's type."""
+
+
+def _bind(cls: Any, given: Any, prefix: str, problems: list[str]) -> Any:
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    for key in given.keys() - fields.keys():
+    if not isinstance(given, Mapping):
+        problems.append(f"{prefix[:-1]} is {given!r}; it must hold fields: {', '.join(fields)}")
+        return None
+    for key in sorted(given.keys() - fields.keys()):
         close = difflib.get_close_matches(key, fields, n=1)
         meant = f"; did you mean {prefix}{close[0]}?" if close else f"; there are {', '.join(fields)}"
         problems.append(f"{prefix}{key} is not a field{meant}")
@@ -147,6 +165,8 @@ def _bind(cls: Any, given: Mapping[str, Any], prefix: str, problems: list[str]) 
 
 def _convert(kind: Any, value: Any, name: str, problems: list[str]) -> Any:
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if isinstance(value, _Text):
+        value = _read_text(kinds, value)
     for one in kinds:
         if typing.get_origin(one) is Literal:
             if value in typing.get_args(one):
@@ -162,69 +182,54 @@ def _convert(kind: Any, value: Any, name: str, problems: list[str]) -> Any:
     return None
 
 
+def _read_text(kinds: Iterable[Any], text: str) -> Any:
+    """What a text stands for in a field of one of these types; the text itself where it fits none."""
+    for kind in kinds:
+        if kind is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if kind is types.NoneType and text.lower() == "none":
+            return None
+        with contextlib.suppress(ValueError, SyntaxError):
+            if kind in (int, float):
+                return kind(text)
+            if typing.get_origin(kind) is tuple:
+                return ast.literal_eval(text)
+    return str(text)
+
+
 def _describe(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return " or ".join(map(repr, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:
-        return "a tuple of strings"
+        return "a tuple of strings, such as ('a', 'b')"
     return "None" if kind is types.NoneType else kind.__name__
 
 
-def _defaults(cls: Any) -> dict[str, Any]:
-    """The dataclass's defaults as a nested dictionary; a field without one is an empty placeholder of its type."""
+def _read(file: str) -> dict[str, Any]:
     from ml_collections import config_dict
 
-    defaults: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):
-        kind = typing.get_type_hints(cls)[field.name]
-        if dataclasses.is_dataclass(kind):
-            defaults[field.name] = _defaults(kind)
-        elif field.default in (None, dataclasses.MISSING):
-            plain = next(one for one in (*typing.get_args(kind), kind) if one is not types.NoneType)
-            defaults[field.name] = config_dict.placeholder(typing.get_origin(plain) or plain)
-        else:
-            defaults[field.name] = field.default
-    return defaults
-
-
-def _read(file: str) -> Mapping[str, Any]:
     path, _, argument = file.partition(":")
     if not pathlib.Path(path).is_file():
         raise UsageError(f"--config {file}: there is no file {path}")
     spec = importlib.util.spec_from_file_location("qwen_dist_run_config", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UsageError(f"--config {file}: {path} has no function get_config(arg)")
-    return module.get_config(argument)
-
-
-def _update(config: Any, given: Mapping[str, Any], file: str) -> None:
-    for key, value in given.items():
-        if key in config and isinstance(config[key], Mapping) and isinstance(value, Mapping):
-            _update(config[key], value, file)
-        else:
-            with config.unlocked(), config.ignore_type():
-                config[key] = value  # `bind` judges names and types, all at once
-
-
-def _override(config: Any, overrides: Sequence[str]) -> None:
-    from absl import flags
-    from ml_collections.config_flags import config_flags
-
-    values = flags.FlagValues()
-    arguments = ["qwen-dist", *overrides]
     try:
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
-        values(arguments)
-    except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
-        raise UsageError(" ".join(str(error).strip("'\"").split())) from None
+        spec.loader.exec_module(module)
+        config = module.get_config(argument) if hasattr(module, "get_config") else None
+    except Exception as error:  # whatever the user's own code can raise
+        raise UsageError(f"--config {file} fails with {type(error).__name__}: {error}; --debug shows where") from error
+    if not isinstance(config, config_dict.ConfigDict):
+        raise UsageError(f"--config {file}: {path} must have a function get_config(arg) that returns a ConfigDict")
+    return config.to_dict()
 
 
-def _assign(config: Any, key: str, value: Any) -> None:
+def _set(given: dict[str, Any], key: str, value: Any, problems: list[str]) -> None:
+    """Put a value at a dotted key; whether there is such a field and what type it has is for `bind` to judge."""
     *parents, name = key.split(".")
     for parent in parents:
-        config = config[parent]
-    with config.ignore_type():
-        config[name] = value
+        given = given.setdefault(parent, {})
+        if not isinstance(given, dict):
+            problems.append(f"{key} cannot be set: {parent} is {given!r} and has no fields")
+            return
+    given[name] = value

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from qwen_dist.errors import UserError
+from qwen_dist.errors import UsageError
 
 MAX_TOP_LOGPROBS = 20
 
@@ -47,13 +47,13 @@ class SamplingParams:
         }
         wrong = [f"{name} is {getattr(self, name)!r}; it must be {rule}" for name, (ok, rule) in checks.items() if not ok]
         if wrong:
-            raise UserError("; ".join(wrong))
+            raise UsageError("; ".join(wrong))
 
     @classmethod
     def from_generation_config(cls, generation: Mapping[str, Any]) -> SamplingParams:
         """What a checkpoint's `generation_config.json` asks for, read as transformers reads it.
 
-        Without `do_sample` it is greedy, whatever the temperature. Raises UserError for values out of range.
+        Without `do_sample` it is greedy, whatever the temperature. Raises UsageError for values out of range.
         """
         is_greedy = not generation.get("do_sample", False)
         defaults = {"temperature": 1.0, "top_k": 50}  # of transformers, where the file is silent
@@ -64,7 +64,7 @@ class SamplingParams:
         return cls(**{name: value for name, value in values.items() if value is not None})
 
     def override(self, params: Mapping[str, Any]) -> SamplingParams:
-        """These with others in their place; None keeps what is here. Raises UserError for values out of range."""
+        """These with others in their place; None keeps what is here. Raises UsageError for values out of range."""
         given = {name: value for name, value in params.items() if value is not None}
         if "stop" in given:
             given["stop"] = tuple(given["stop"])
