@@ -358,8 +358,8 @@ class ResultWriter:
         if status.st_size and not overwrite:
             os.close(self._file)
             raise UserError(f"the output {self._path} holds results already: name another file, or ask to overwrite it")
-        if self._is_regular:
-            os.ftruncate(self._file, 0)
+        # Old results go with the first new one: a model that then cannot be loaded must not cost them.
+        self._holds_old = self._is_regular and status.st_size > 0
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Appends one result.
@@ -369,6 +369,7 @@ class ResultWriter:
         """
         # backslashreplace writes half a surrogate pair as JSON does, `\\ud83d`.
         data = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
+        self._drop_old()
         try:
             rest = data
             while rest:  # A nearly full disk takes a part first and says why with the next write.
@@ -397,8 +398,15 @@ class ResultWriter:
     def __enter__(self) -> "ResultWriter":
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, exception: object, *more: object) -> None:
+        if exception is None:
+            self._drop_old()
         self.close()
+
+    def _drop_old(self) -> None:
+        if self._holds_old:
+            os.ftruncate(self._file, 0)
+            self._holds_old = False
 
     def _failure(self, error: OSError) -> UserError:
         return UserError(

@@ -43,9 +43,7 @@ def test_the_three_kinds_of_line(tmp_path):
 
 
 def test_bom_blank_lines_crlf_and_missing_ids(tmp_path):
-    records = read(
-        tmp_path, b'\xef\xbb\xbf{"prompt": "a"}\r', b"", b"  \r", b'{"prompt"', b'{"prompt": "\xe6\x97\xa5"}'
-    )
+    records = read(tmp_path, b'\xef\xbb\xbf{"prompt": "a"}\r', b"", b"  \r", b'{"prompt"', b'{"prompt": "\xe6\x97\xa5"}')
     assert records[0] == Record("line-1", 1, "plain", {}, prompt="a")
     assert (records[1].id, records[1].line_number) == ("line-4", 4)
     assert records[2] == Record("line-5", 5, "plain", {}, prompt="日")
@@ -229,6 +227,17 @@ def test_writer_overwrites_results_only_when_told(tmp_path):
     ResultWriter(empty).close()
 
 
+def test_writer_keeps_old_results_until_there_is_a_new_one(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_text("old\n")
+    with pytest.raises(UserError, match="no model"), ResultWriter(path, overwrite=True):
+        raise UserError("no model")
+    assert path.read_text() == "old\n"
+    with ResultWriter(path, overwrite=True):
+        pass  # no record, no result: a run that is done
+    assert path.read_text() == ""
+
+
 @pytest.mark.parametrize("name", ["", "missing/out.jsonl"])
 def test_writer_says_where_it_cannot_write(tmp_path, name):
     with pytest.raises(UserError, match="cannot write the output"):
@@ -266,7 +275,5 @@ def test_a_file_that_can_grow_no_more_keeps_whole_lines(tmp_path):
 
 
 def test_importing_the_records_imports_no_jax():
-    code = (
-        "import sys, qwen_dist.batch.jsonl, qwen_dist.tokenizer as _; sys.exit(bool({'jax', 'torch'} & {*sys.modules}))"
-    )
+    code = "import sys, qwen_dist.batch.jsonl, qwen_dist.tokenizer as _; sys.exit(bool({'jax', 'torch'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
