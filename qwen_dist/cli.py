@@ -228,6 +228,8 @@ def _generate(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _chat(engine: Engine, tokenizer: Tokenizer, sampling: SamplingParams, system: str | None) -> int:
+    with contextlib.suppress(ImportError):  # line editing and history, where Python has them
+        import readline  # noqa: F401
     messages = _system(system)
     print("Chat. An empty line or Ctrl-D ends it, Ctrl-C stops an answer.", file=sys.stderr)
     while True:
