@@ -439,10 +439,10 @@ def _parity(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _loading(description: str = "loading", *, quiet: bool) -> contextlib.AbstractContextManager[Callable[[int, int], None]]:
-    """A progress bar in bytes on standard error."""
+    """A progress bar in bytes on standard error, where someone watches: in a log it would only be a stray line."""
     from qwen_dist.checkpoint.progress import progress_bar
 
-    return progress_bar(description, _console(stderr=True, quiet=quiet))
+    return progress_bar(description, _console(stderr=True, quiet=quiet or not sys.stderr.isatty()))
 
 
 def _console(*, stderr: bool = False, quiet: bool = False) -> Console:
