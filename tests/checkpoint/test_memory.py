@@ -61,15 +61,11 @@ def test_600_megabytes_within_32(write_zeros, kind):
     check(write_zeros(600 * MB, vocab=50_000), 32 * MB, kind, "host")
 
 
-def test_memory_of_transfers_does_not_grow_with_the_checkpoint(write_zeros):
-    """As onto accelerators, in pieces: beside the arrays only the budget and the programs of the updates are held."""
-    budget = 32 * MB
-    beyond = []
-    for size in (150 * MB, 600 * MB):
-        found = measure(write_zeros(size, embed=2048, mlp=2048, vocab=2048), budget, "columns", "devices")
-        beyond.append(found["growth"] - found["arrays"])
-    assert beyond[1] - beyond[0] <= budget, beyond
-    assert beyond[1] <= budget + 2 * CONSTANT, beyond
+def test_600_megabytes_within_32_through_transfers(write_zeros, monkeypatch):
+    """As onto accelerators, in pieces. The CPU stands in for their memory, so malloc must not keep what they free."""
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    check(write_zeros(600 * MB, embed=2048, mlp=2048, vocab=2048), 32 * MB, "columns", "devices")
 
 
 @pytest.mark.slow
