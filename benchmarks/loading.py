@@ -82,7 +82,7 @@ def make_checkpoint(folder, gigabytes):
     return total
 
 
-# --- the ways: folder, number of devices, sharded dimension -> something that holds all values --------------
+# --- the ways: folder, number of devices, sharded dimension -> something that holds all values ---------------
 
 
 def sharding_of(devices, dim):

@@ -1,4 +1,4 @@
-"""Loads a checkpoint in a process of its own and reports by how much its memory grew; for test_memory.py."""
+"""Loads a checkpoint, or saves it again, and reports by how much the process grew; for test_memory.py."""
 
 import json
 import sys
@@ -7,6 +7,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qwen_dist.checkpoint import load as loading
+from qwen_dist.checkpoint.save import export
 from qwen_dist.checkpoint.source import open_checkpoint
 
 
@@ -16,8 +17,15 @@ def status(key):
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
 
+def start_measuring():
+    """Lets the peak start anew; returns the memory in use."""
+    with open("/proc/self/clear_refs", "w") as refs:
+        refs.write("5")
+    return status("VmRSS")
+
+
 def main():
-    folder, budget, kind, where = sys.argv[1:]
+    folder, budget, kind, where, *output = sys.argv[1:]
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     mesh = jax.make_mesh((8,), ("x",), (AxisType.Auto,))
@@ -32,11 +40,14 @@ def main():
         for name, info in checkpoint.tensors.items()
     }
     jax.block_until_ready([jax.device_put(0.0, device) for device in jax.devices()])
-    with open("/proc/self/clear_refs", "w") as refs:
-        refs.write("5")  # the peak starts anew
-    before = status("VmRSS")
+    before = start_measuring()
     arrays = loading.load(checkpoint, target, host_memory_budget=int(budget))
     growth = status("VmHWM") - before
+    if output:
+        before = start_measuring()
+        export(checkpoint, arrays, output[0], host_memory_budget=int(budget))
+        print(json.dumps({"growth": status("VmHWM") - before}))
+        return
     distinct = {
         shard.data.unsafe_buffer_pointer(): shard.data.nbytes for a in arrays.values() for shard in a.addressable_shards
     }

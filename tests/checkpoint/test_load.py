@@ -1,5 +1,6 @@
 """The streamed load gives the same bits as safetensors.numpy, on every mesh, dtype and memory budget."""
 
+import io
 import itertools
 import os
 import signal
@@ -13,9 +14,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+from rich.console import Console
 
 from qwen_dist.checkpoint import load as loading
 from qwen_dist.checkpoint.load import load
+from qwen_dist.checkpoint.progress import progress_bar
 from qwen_dist.checkpoint.source import LocalFile, open_checkpoint
 from qwen_dist.errors import CheckpointError
 
@@ -145,6 +148,12 @@ def test_equals_safetensors_through_transfers(
     monkeypatch.setattr(loading, "MAX_DEVICE_PIECE_BYTES", piece_bytes)
     mesh = jax.make_mesh((2,), ("row",), (AxisType.Auto,), devices=jax.devices()[:2])
     check_load(checkpoint_dir, mesh, row, column, dtype)
+
+
+def test_mesh_of_three_axes(checkpoint_dir):
+    """Rows over two axes, columns over the third, which is not the innermost."""
+    mesh = jax.make_mesh((2, 2, 2), ("a", "column", "b"), (AxisType.Auto,) * 3)
+    check_load(checkpoint_dir, mesh, ("b", "a"), "column", "bfloat16")
 
 
 def test_single_device_sharding(checkpoint_dir):
@@ -294,6 +303,19 @@ def test_progress_counts_every_byte(checkpoint_dir):
     load(checkpoint, target, disk_shapes=DISK_SHAPES, progress=lambda done, total: calls.append((done, total)))
     done, totals = zip(*calls, strict=True)
     assert list(done) == sorted(done) and set(totals) == {done[-1]} and done[-1] == checkpoint.nbytes
+
+
+def test_progress_bar(checkpoint_dir):
+    out = io.StringIO()
+    console = Console(file=out, width=100, force_terminal=True)
+    with progress_bar("loading", console) as progress:
+        load(
+            open_checkpoint(checkpoint_dir),
+            one_device(expected_arrays(checkpoint_dir)),
+            disk_shapes=DISK_SHAPES,
+            progress=progress,
+        )
+    assert "loading" in out.getvalue() and "kB" in out.getvalue()
 
 
 @pytest.mark.fault

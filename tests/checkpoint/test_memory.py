@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,10 +42,10 @@ def write_zeros(tmp_path):
     return write
 
 
-def measure(folder, budget, kind, where):
+def measure(folder, budget, kind, where, *output):
     worker = Path(__file__).with_name("memory_worker.py")
     environment = os.environ | {"PYTHONPATH": str(worker.parents[2])}
-    command = [sys.executable, worker, folder, str(budget), kind, where]
+    command = [sys.executable, worker, folder, str(budget), kind, where, *output]
     output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
     return json.loads(output)
 
@@ -66,6 +67,16 @@ def test_600_megabytes_within_32_through_transfers(write_zeros, monkeypatch):
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     check(write_zeros(600 * MB, embed=2048, mlp=2048, vocab=2048), 32 * MB, "columns", "devices")
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+def test_saving_stays_within_the_budget_too(write_zeros, tmp_path, kind):
+    folder, output = write_zeros(300 * MB, vocab=50_000), tmp_path / "saved"
+    try:
+        assert measure(folder, 32 * MB, kind, "host", output)["growth"] <= 32 * MB + CONSTANT
+        assert sum(path.stat().st_size for path in output.iterdir()) > 300 * MB
+    finally:
+        shutil.rmtree(output)
 
 
 @pytest.mark.slow
