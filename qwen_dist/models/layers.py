@@ -91,4 +91,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(at_least_float32(x.dtype))
         variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        return self.weight[...] * (wide * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
+        normed = (wide * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
+        # Repeated while it is wide: then its gradient, the sum over all tokens, is taken in float32 and rounded once.
+        weight = jnp.broadcast_to(self.weight[...].astype(wide.dtype), x.shape)
+        return weight.astype(x.dtype) * normed

@@ -82,11 +82,17 @@ class Comparison:
         """The first row beyond its bound, in the order in which to look for a fault."""
         return first_fault(self.rows)
 
-    def ask(self, reference: Reference, chosen: np.ndarray | None = None) -> Answers:
-        """Everything the reference is asked; it decodes greedily where it is not told which tokens to take."""
-        values = reference.forward(self.inputs, self.columns)
+    def ask(self, reference: Reference, chosen: np.ndarray | None = None, *, in_float32: bool = False) -> Answers:
+        """Everything the reference is asked; it decodes greedily where it is not told which tokens to take.
+
+        With `in_float32` the answers are rounded to it: half the memory, for who compares with something much coarser.
+        """
+        kept = _to_float32 if in_float32 else dict  # a large model's answers are gigabytes: one kind at a time
+        loss, gradients = reference.gradient(self.gradient_inputs)
+        gradients = kept(gradients)
+        values = kept(reference.forward(self.inputs, self.columns))
         chosen, decoded = reference.decode(self.inputs, self.options.decode_steps, chosen)
-        return Answers(values, chosen, decoded, *reference.gradient(self.gradient_inputs))
+        return Answers(values, chosen, decoded, loss, gradients)
 
     def stages(self, subject: Subject, answers: Answers) -> Iterator[str]:
         """Compare in the order in which a fault should be looked for; yields what comes next."""
@@ -220,6 +226,11 @@ def _loss_pair(ours: float, reference: float, dtype: str) -> tuple[np.ndarray, n
 
 def _whose(is_expected: bool) -> str:
     return "only PyTorch has it" if is_expected else "PyTorch does not have it"
+
+
+def _to_float32(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Rounded one by one, each freed before the next."""
+    return {name: values.pop(name).astype(np.float32) for name in list(values)}
 
 
 def backwards(answers: Answers) -> list[str]:

@@ -82,4 +82,4 @@ def worst_of(group: list[Row]) -> Row:
 
 def number(value: float) -> str:
     """Three digits at most."""
-    return "0" if value == 0 else f"{value:.2g}" if 1e-3 <= abs(value) < 1e4 else f"{value:.1e}"
+    return "0" if value == 0 else f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 else f"{value:.1e}"

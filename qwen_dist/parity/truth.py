@@ -24,7 +24,7 @@ def compare_with_truth(comparison: Comparison) -> ParityReport:
     """
     model, inputs, columns = comparison.options.model, comparison.inputs, comparison.columns
     comparison.progress("PyTorch in float64")
-    truth = comparison.ask(Reference(model, "float64"))
+    truth = comparison.ask(Reference(model, "float64"), in_float32=True)
     comparison.progress("PyTorch in bfloat16")
     sdpa = comparison.ask(Reference(model, "bfloat16", "sdpa"), truth.chosen)
     eager_model = Reference(model, "bfloat16", "eager")
@@ -81,11 +81,14 @@ def _limit(comparison: Comparison, error: float) -> float | None:
 def _report_gradients(comparison: Comparison, found: tuple[float, Any], truth: Answers, sdpa: Answers) -> None:
     ratio = abs(found[0] - truth.loss) / abs(sdpa.loss - truth.loss) if sdpa.loss != truth.loss else math.nan
     comparison.rows.append(Row("gradient", "loss", "ratio", ratio, None))
+    squares = np.zeros(2)
     for name in backwards(truth):
         exact = truth.gradients[name]
         far = difference(np.asarray(found[1][name]).reshape(exact.shape), exact)
         rival = difference(sdpa.gradients[name], exact)
         comparison.rows.append(Row("gradient", name, "ratio", far.relative / rival.relative, None, far))
+        squares += np.square([far.relative, rival.relative]) * float(np.sum(np.square(exact, dtype=np.float64)))
+    comparison.facts["gradient, error ÷ PyTorch's, all parameters together"] = f"{math.sqrt(squares[0] / squares[1]):.3f}"
 
 
 def error_ratio(ours: np.ndarray, rival: np.ndarray, truth: np.ndarray, is_real: np.ndarray) -> tuple[float, float]:

@@ -160,8 +160,10 @@ MUTATIONS = [
     _mutation(
         "norm weight before the cast back",
         LAYERS + "RMSNorm.__call__",
-        "self.weight[...] * (wide * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)",
-        "(self.weight[...] * (wide * jax.lax.rsqrt(variance + self.eps))).astype(x.dtype)",
+        "normed = (wide * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)",
+        "normed = wide * jax.lax.rsqrt(variance + self.eps)",
+        "return weight.astype(x.dtype) * normed",
+        "return (weight * normed).astype(x.dtype)",
         named="layers.0.input_layernorm",
         scenario="bfloat16",
     ),
@@ -169,8 +171,8 @@ MUTATIONS = [
     _mutation(
         "norm weight is 1 + w",
         LAYERS + "RMSNorm.__call__",
-        "self.weight[...] *",
-        "(1 + self.weight[...]) *",
+        "self.weight[...].astype",
+        "(1 + self.weight[...]).astype",
         named="layers.0.input_layernorm",
     ),
     _mutation(
@@ -343,4 +345,4 @@ if __name__ == "__main__":
     import pytest
 
     tests = pathlib.Path(__file__).with_name("test_parity_mutations.py")
-    sys.exit(pytest.main([str(tests), "-q", "-s", "-p", "no:cacheprovider"]))
+    sys.exit(pytest.main([str(tests), "-q", "-s", "-m", "parity", "-p", "no:cacheprovider"]))
