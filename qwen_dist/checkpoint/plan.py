@@ -277,6 +277,8 @@ def _dtype_problem(
     dtypes = sorted({part.dtype.name for part in parts})
     disk = parts[0].dtype
     wanted_is_float = any(wanted == DTYPES[name].numpy for name in FLOAT_DTYPES)
+    if jax.dtypes.canonicalize_dtype(wanted) != wanted:
+        return f"{wanted} arrays need jax_enable_x64"
     if len(dtypes) > 1:
         return f"its parts have different dtypes: {', '.join(dtypes)}"
     if disk.numpy is None:

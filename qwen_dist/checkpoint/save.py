@@ -23,9 +23,10 @@ import numpy as np
 from qwen_dist.checkpoint.agree import together
 from qwen_dist.checkpoint.boxes import Box, contains, intersect, relative
 from qwen_dist.checkpoint.format import LENGTH_BYTES, TensorInfo, build_header, dtype_name, parse_header
-from qwen_dist.checkpoint.load import Counter, Progress, budget_sizes, is_on_host, run_all
+from qwen_dist.checkpoint.load import Counter, Progress, budget_sizes, run_all
 from qwen_dist.checkpoint.mapping import PREFIXES, NameMap, find_layout, name_tensors
 from qwen_dist.checkpoint.plan import Parameter, Piece, Shard, make_pieces, stack_dims
+from qwen_dist.checkpoint.sinks import is_on_host
 from qwen_dist.checkpoint.source import INDEX_NAME, LOCAL_ACCESS, SINGLE_NAME, Checkpoint, LocalFile, read_header
 from qwen_dist.errors import CheckpointError
 

@@ -7,6 +7,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qwen_dist.checkpoint import load as loading
+from qwen_dist.checkpoint import sinks
 from qwen_dist.checkpoint.save import export
 from qwen_dist.checkpoint.source import open_checkpoint
 
@@ -30,7 +31,7 @@ def main():
     jax.config.update("jax_num_cpu_devices", 8)
     mesh = jax.make_mesh((8,), ("x",), (AxisType.Auto,))
     if where == "devices":
-        loading.is_on_host = lambda parameter: False
+        loading.is_on_host = sinks.is_on_host = lambda parameter: False
     checkpoint = open_checkpoint(folder)
     spec = {"rows": PartitionSpec("x"), "columns": PartitionSpec(None, "x"), "replicated": PartitionSpec()}[kind]
     target = {

@@ -19,6 +19,7 @@ from rich.console import Console
 from qwen_dist.checkpoint import load as loading
 from qwen_dist.checkpoint.load import load
 from qwen_dist.checkpoint.progress import progress_bar
+from qwen_dist.checkpoint.sinks import BUFFER_ALIGNMENT
 from qwen_dist.checkpoint.source import LocalFile, open_checkpoint
 from qwen_dist.errors import CheckpointError
 
@@ -137,6 +138,7 @@ def test_equals_safetensors_on_every_mesh(checkpoint_dir, monkeypatch, mesh_shap
 def as_accelerators(monkeypatch):
     """Loads through transfers and in-place updates, as onto devices that have memory of their own."""
     monkeypatch.setattr(loading, "is_on_host", lambda parameter: False)
+    monkeypatch.setattr("qwen_dist.checkpoint.sinks.is_on_host", lambda parameter: False)
 
 
 @pytest.mark.parametrize("piece_bytes", [4096, loading.MAX_DEVICE_PIECE_BYTES])
@@ -185,7 +187,7 @@ def test_cpu_arrays_adopt_their_buffers(checkpoint_dir):
     first = load(open_checkpoint(checkpoint_dir), target, disk_shapes=DISK_SHAPES)
     for array in first.values():
         pointers = {shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards}
-        assert len(pointers) == 1 and pointers.pop() % loading.BUFFER_ALIGNMENT == 0
+        assert len(pointers) == 1 and pointers.pop() % BUFFER_ALIGNMENT == 0
     for _ in range(3):
         load(open_checkpoint(checkpoint_dir), target, disk_shapes=DISK_SHAPES)
     for name, value in expected.items():
@@ -236,6 +238,13 @@ def test_dtypes_are_never_reinterpreted(write_checkpoint):
     assert "model.b.weight: dtype BOOL is known, but loading it is not supported" in text
     assert "model.c.weight: dtype F8_E4M3 on disk is never converted to float32; its weight_scale_inv is missing" in text
     assert "model.d" not in text
+
+
+@pytest.mark.fault
+def test_sixty_four_bits_are_not_cut_silently(write_checkpoint):
+    arrays = {"model.a.weight": np.ones(4, "float64")}
+    with pytest.raises(CheckpointError, match=r"model\.a\.weight: float64 arrays need jax_enable_x64"):
+        load(open_checkpoint(write_checkpoint({"model.safetensors": arrays})), one_device(arrays))
 
 
 TABLE = np.arange(12, dtype="float32").reshape(3, 4)

@@ -99,6 +99,7 @@ def test_dequantised_after_the_transfer(write_checkpoint, monkeypatch, made):
     disk, expected, shapes = made
     folder = write_checkpoint({"model.safetensors": disk}, CONFIG)
     monkeypatch.setattr(loading, "is_on_host", lambda parameter: False)
+    monkeypatch.setattr("qwen_dist.checkpoint.sinks.is_on_host", lambda parameter: False)
     plan = check(folder, expected, shapes, None, "column", "bfloat16")
     assert plan.bytes_read <= 1.05 * sum(value.nbytes for value in disk.values())
 

@@ -105,6 +105,7 @@ def test_saved_through_transfers(checkpoint_dir, tmp_path, monkeypatch):
     """As from accelerators: only the part that is wanted leaves the device."""
     monkeypatch.setattr("qwen_dist.checkpoint.save.is_on_host", lambda parameter: False)
     monkeypatch.setattr(loading, "is_on_host", lambda parameter: False)
+    monkeypatch.setattr("qwen_dist.checkpoint.sinks.is_on_host", lambda parameter: False)
     mesh = jax.make_mesh((2,), ("row",), (AxisType.Auto,), devices=jax.devices()[:2])
     checkpoint = open_checkpoint(checkpoint_dir)
     export(checkpoint, load(checkpoint, target_of(checkpoint, mesh, None, "row")), tmp_path / "saved")
