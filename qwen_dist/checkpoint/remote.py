@@ -8,11 +8,21 @@ again, a limited number of times, from where the bytes stopped.
 import importlib
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from qwen_dist.checkpoint.source import INDEX_NAME, SINGLE_NAME, Access, ByteFile, Folder, LocalFolder, read_json
+from qwen_dist.checkpoint.source import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    Access,
+    ByteFile,
+    Folder,
+    LocalFolder,
+    check_weight_map,
+    read_json,
+)
 from qwen_dist.errors import CheckpointError
 
 # Requests cost a round trip: more of them at a time, larger, and gaps of a megabyte are read rather than skipped.
@@ -66,7 +76,7 @@ def open_hub(hub_id: str) -> Folder:
 def _is_complete(folder: LocalFolder) -> bool:
     """Whether a cached snapshot has its configuration and every file of its index."""
     index = read_json(folder, INDEX_NAME)
-    names = {SINGLE_NAME} if index is None else set(index.get("weight_map", {}).values())
+    names = {SINGLE_NAME} if index is None else set(check_weight_map(folder, index).values())
     return all((folder.root / name).is_file() for name in {"config.json", *names})
 
 
@@ -94,15 +104,37 @@ class HttpFolder:
         return self.url
 
     def read(self, name: str) -> bytes | None:
+        """Reads a small file whole, since servers that serve ranges of weights may not serve them of text."""
+        url = urljoin(self.url, name)
+
+        def attempt() -> bytes | None:
+            response = self.request(url)
+            try:
+                if response.status == 404:
+                    return None
+                if response.status != 200:
+                    _raise_status(response, url, wanted=200)
+                content: bytes = response.read(MAX_SMALL_FILE_BYTES)
+                if len(content) == MAX_SMALL_FILE_BYTES:
+                    raise CheckpointError(f"{url}: less than {MAX_SMALL_FILE_BYTES} bytes were expected.")
+                return content
+            except _network_error() as error:
+                raise _Passing(str(error)) from error
+            finally:
+                response.close()
+
+        content: bytes | None = _retry(attempt, url)
+        return content
+
+    def request(self, url: str, headers: dict[str, str] | None = None) -> Any:
+        """An answer whose body has not been read yet."""
+        headers = {"Accept-Encoding": "identity"} | (headers or {})
+        if urlsplit(url).netloc == urlsplit(self.url).netloc:
+            headers |= self.headers
         try:
-            file = HttpFile(self, name)
-        except FileNotFoundError:
-            return None
-        if file.size > MAX_SMALL_FILE_BYTES:
-            raise CheckpointError(f"{file.url} has {file.size} bytes; at most {MAX_SMALL_FILE_BYTES} were expected.")
-        content = bytearray(file.size)
-        file.read_into(0, memoryview(content))
-        return bytes(content)
+            return self.pool.request("GET", url, headers=headers, preload_content=False)
+        except _network_error() as error:
+            raise _Passing(str(error)) from error
 
     def open(self, name: str) -> ByteFile:
         try:
@@ -128,8 +160,7 @@ class HttpFile:
         # A redirect often leads to a signed address that expires; it is used while it lasts.
         self._final_url = self.url
         self._version: tuple[str | None, str | None] | None = None
-        self.size = -1
-        self.size = self._retry(self._probe, "its first byte")
+        self.size: int = _retry(self._probe, self.url)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         received = 0
@@ -143,26 +174,17 @@ class HttpFile:
                 raise
 
         if len(buffer):
-            self._retry(attempt, f"bytes [{offset}, {offset + len(buffer)})")
-
-    def _retry(self, attempt: Any, what: str) -> Any:
-        for number in range(1, MAX_ATTEMPTS + 1):
-            try:
-                return attempt()
-            except _Passing as failure:
-                if number == MAX_ATTEMPTS:
-                    raise CheckpointError(f"{self.url}: {what}: {failure}; given up after {number} attempts.") from failure
-                time.sleep(min(MAX_DELAY_S, max(failure.delay_s, FIRST_DELAY_S * 2 ** (number - 1))))
+            _retry(attempt, f"{self.url}, bytes [{offset}, {offset + len(buffer)})")
 
     def _probe(self) -> int:
-        """Asks for one byte; sets version and final address, returns the size. An empty file has no byte to give (416)."""
+        """Asks for one byte; notes version and final address, returns the size. An empty file has no byte to give (416)."""
         response = self._request(0, 1, self.url)
         try:
             if response.status == 404:
                 raise FileNotFoundError(f"{self.url} does not exist (HTTP status 404).")
             if response.status == 416:
                 return 0
-            self._check_status(response, self.url)
+            _check_partial(response, self.url)
             self._final_url = urljoin(self.url, response.geturl() or self.url)
             self._version = _version(response)
             return _content_range(response, self.url, 0, 1)
@@ -174,11 +196,11 @@ class HttpFile:
         if response.status in _EXPIRED and self._final_url != self.url:
             # The signed address has expired: go through the original one, once.
             response.close()
-            self._final_url = self.url
             response = self._request(offset, offset + len(buffer), self.url)
+            self._final_url = urljoin(self.url, response.geturl() or self.url)
         received = 0
         try:
-            self._check_status(response, self.url)
+            _check_partial(response, self.url)
             total = _content_range(response, self.url, offset, offset + len(buffer))
             if total != self.size or _version(response) != self._version:
                 raise CheckpointError(f"{self.url} was changed while it was being read; load it again.")
@@ -187,7 +209,7 @@ class HttpFile:
                 if not count:
                     raise _Passing(f"the server sent only {received} of {len(buffer)} bytes", received)
                 received += count
-        except self._errors() as error:
+        except _network_error() as error:
             raise _Passing(f"{type(error).__name__} after {received} bytes", received) from error
         finally:
             if received == len(buffer):
@@ -197,37 +219,50 @@ class HttpFile:
                 response.close()
 
     def _request(self, start: int, stop: int, url: str) -> Any:
-        headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        if urlsplit(url).netloc == urlsplit(self._folder.url).netloc:
-            headers |= self._folder.headers
+        return self._folder.request(url, {"Range": f"bytes={start}-{stop - 1}"})
+
+
+def _retry(attempt: Callable[[], Any], what: str) -> Any:
+    """The result of the first attempt that does not fail in a way that may pass."""
+    for number in range(1, MAX_ATTEMPTS + 1):
         try:
-            return self._folder.pool.request("GET", url, headers=headers, preload_content=False)
-        except self._errors() as error:
-            raise _Passing(str(error)) from error
+            return attempt()
+        except _Passing as failure:
+            if number == MAX_ATTEMPTS:
+                raise CheckpointError(f"{what}: {failure}; given up after {number} attempts.") from failure
+            time.sleep(min(MAX_DELAY_S, max(failure.delay_s, FIRST_DELAY_S * 2 ** (number - 1))))
+    raise AssertionError("MAX_ATTEMPTS is at least 1")
 
-    @staticmethod
-    def _errors() -> type[Exception]:
-        error: type[Exception] = importlib.import_module("urllib3.exceptions").HTTPError
-        return error
 
-    @staticmethod
-    def _check_status(response: Any, url: str) -> None:
-        status = response.status
-        if status in _PASSING:
-            delay = response.headers.get("Retry-After", "")
-            raise _Passing(f"HTTP status {status}", delay_s=float(delay) if delay.isdigit() else 0.0)
-        if status == 404:
-            raise CheckpointError(f"{url} was removed while it was being read (HTTP status 404).")
-        if status in _EXPIRED:
-            raise CheckpointError(f"{url}: access is refused (HTTP status {status}); check credentials and permissions.")
-        if status in (412, 416):
-            raise CheckpointError(f"{url} was changed while it was being read (HTTP status {status}); load it again.")
-        if status == 200:
-            raise CheckpointError(f"{url}: the server ignores byte ranges; download the checkpoint and load it locally.")
-        if status != 206:
-            raise CheckpointError(f"{url}: HTTP status {status} where 206 was expected.")
-        if response.headers.get("Content-Encoding", "identity") != "identity":
-            raise CheckpointError(f"{url}: the server compresses byte ranges; download the checkpoint and load it locally.")
+def _network_error() -> type[Exception]:
+    """The base of what urllib3 raises; it is imported only when a network is used."""
+    error: type[Exception] = importlib.import_module("urllib3.exceptions").HTTPError
+    return error
+
+
+def _check_partial(response: Any, url: str) -> None:
+    """Raises unless the answer is a byte range as it is stored."""
+    if response.status in (412, 416):
+        raise CheckpointError(f"{url} was changed while it was being read (HTTP status {response.status}); load it again.")
+    if response.status == 404:
+        raise CheckpointError(f"{url} was removed while it was being read (HTTP status 404).")
+    if response.status == 200:
+        raise CheckpointError(f"{url}: the server ignores byte ranges; download the checkpoint and load it locally.")
+    if response.status != 206:
+        _raise_status(response, url, wanted=206)
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        raise CheckpointError(f"{url}: the server compresses byte ranges; download the checkpoint and load it locally.")
+
+
+def _raise_status(response: Any, url: str, *, wanted: int) -> None:
+    """Raises what a status other than the wanted one means."""
+    status = response.status
+    if status in _PASSING:
+        delay = response.headers.get("Retry-After", "")
+        raise _Passing(f"HTTP status {status}", delay_s=float(delay) if delay.isdigit() else 0.0)
+    if status in _EXPIRED:
+        raise CheckpointError(f"{url}: access is refused (HTTP status {status}); check credentials and permissions.")
+    raise CheckpointError(f"{url}: HTTP status {status} where {wanted} was expected.")
 
 
 def _version(response: Any) -> tuple[str | None, str | None]:

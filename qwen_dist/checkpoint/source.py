@@ -208,7 +208,7 @@ def open_folder_checkpoint(folder: Folder) -> Checkpoint:
     if config is None:
         raise CheckpointError(f"{folder} has no config.json; it is not a checkpoint.")
     index = read_json(folder, INDEX_NAME)
-    weight_map = None if index is None else _check_weight_map(folder, index)
+    weight_map = None if index is None else check_weight_map(folder, index)
     names = [_only_file(folder)] if weight_map is None else sorted(set(weight_map.values()))
     files: dict[str, ByteFile] = {}
     headers: dict[str, Header] = {}
@@ -271,8 +271,8 @@ def read_json(folder: Folder, name: str) -> dict[str, Any] | None:
     return content
 
 
-def _check_weight_map(folder: Folder, index: Mapping[str, Any]) -> dict[str, str]:
-    """Tensor name -> file name, validated before any of the files is opened."""
+def check_weight_map(folder: Folder, index: Mapping[str, Any]) -> dict[str, str]:
+    """Tensor name -> file name out of an index, validated before any of the files is opened."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder}: {INDEX_NAME}: expected a non-empty object under weight_map.")

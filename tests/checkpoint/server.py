@@ -10,14 +10,17 @@ from urllib.parse import unquote, urlsplit
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `root` by byte range. `faults` are functions(request) -> bool, tried in turn for every range of weights; one
-    that returns True has answered (or broken) the request itself."""
+    """Serves `root` by byte range. `faults` are functions(request) -> bool, tried in turn for every range of weights but
+    the first, and `text_faults` for other files; one that returns True has answered (or broken) the request itself."""
 
     daemon_threads = True
 
     def __init__(self, root):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.root, self.faults, self.requests, self.lock = Path(root), [], [], threading.Lock()
+        self.root, self.requests, self.lock = Path(root), [], threading.Lock()
+        self.faults, self.text_faults = [], []
+        # Some servers, the hub perhaps, give text whole whatever was asked for; object stores never do.
+        self.serves_text_ranges = False
         self.etag = '"version-1"'
 
     @property
@@ -44,7 +47,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         file = self.server.root / path.lstrip("/")
         if not file.is_file():
             return self.answer(404)
-        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        is_weight = path.endswith(".safetensors")
+        has_ranges = is_weight or self.server.serves_text_ranges
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")) if has_ranges else None
         size = file.stat().st_size
         self.start, self.stop = (int(match[1]), min(int(match[2]) + 1, size)) if match else (0, size)
         if match and self.start >= size:
@@ -53,8 +58,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             handle.seek(self.start)
             self.body = handle.read(self.stop - self.start)
         self.size, self.is_range = size, match is not None
-        is_weight = path.endswith(".safetensors") and self.start > 0
-        if is_weight and any(fault(self) for fault in list(self.server.faults)):
+        faults = self.server.faults if self.start > 0 else self.server.text_faults if not is_weight else []
+        if any(fault(self) for fault in list(faults)):
             return None
         return self.answer(206 if match else 200, self.body, self.range_headers())
 

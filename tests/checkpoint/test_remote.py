@@ -143,6 +143,27 @@ def test_what_does_not_pass_is_told(server, monkeypatch, case):
     assert server.url in str(error.value)
 
 
+def cut_text(request):
+    return request.answer(200, request.body, sent=5)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("fault", [faults.status(503), cut_text, faults.reset], ids=["503", "cut", "reset"])
+def test_small_files_are_tried_again_too(folder, server, fault):
+    server.text_faults = [sometimes(2, fault)]
+    check(folder, load_from(server.url)[0])
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("status", "message"), [(403, "access is refused"), (418, "418 where 200"), (500, "given up after 6")]
+)
+def test_small_files_that_cannot_be_read(server, status, message):
+    server.text_faults = [faults.status(status)]
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(server.url)
+
+
 @pytest.mark.fault
 def test_stalls_end_in_time(server, monkeypatch):
     monkeypatch.setattr(remote, "MAX_ATTEMPTS", 2)
