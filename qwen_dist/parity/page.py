@@ -176,7 +176,7 @@ def _along_the_model(report: ParityReport) -> str:
         body += f"<h3>{section}: {SECTIONS[section]}</h3>" + chart.svg(frame, marks, lines, dots)
     legend = " · ".join(f'<span style="color:{color}">●</span> {name}' for name, _, color in _GROUPS)
     metric = "max |Δ|" if report.facts["dtype"] == "float64" else "‖Δ‖/‖ref‖"
-    versus = "the float64 model" if report.facts["dtype"] == "bfloat16" else "PyTorch"
+    versus = "PyTorch (whole model: in float64)" if report.facts["dtype"] == "bfloat16" else "PyTorch"
     text = f"{metric} against {versus}, logarithmic, in the order of computation; no error lies on the floor. {legend}"
     return _section("Error along the model", text, body)
 
@@ -194,7 +194,8 @@ def _heat_map(rows: Sequence[Row], value: Callable[[Row], float]) -> str:
     kinds = list(dict.fromkeys(kind for kind, _, _ in cells))
     if not cells:
         return ""
-    low, high, _ = _decades(value(row) for _, _, row in cells)
+    shown = [value(row) for _, _, row in cells if 0 < value(row) < math.inf] or [1e-16]
+    low, high = min(shown), max(max(shown), 2 * min(shown))
     num_layers = max(layer for _, layer, _ in cells) + 1
     left, size = 210, 16
     width = (1060 - left - 90) / max(num_layers, 8)

@@ -57,7 +57,8 @@ def _cells(group: list[Row]) -> list[str]:
     worst = worst_of(group)
     found = [row.difference for row in group if row.difference is not None]
     # Where terms cancel, the distance in units of the last place says nothing.
-    has_ulps = worst.name.endswith(("norm", ".weights", "embed_tokens")) or worst.section == "parameters"
+    is_smooth = worst.metric != "ratio" and worst.name.endswith(("norm", ".weights", "embed_tokens"))
+    has_ulps = is_smooth or worst.section == "parameters"
     ulps = [each.max_ulp for each in found if each.max_ulp is not None and has_ulps]
     numbers = [
         number(max(values)) if values else ""

@@ -28,13 +28,13 @@ def compare_with_truth(comparison: Comparison) -> ParityReport:
     comparison.progress("PyTorch in bfloat16")
     sdpa = comparison.ask(Reference(model, "bfloat16", "sdpa"), truth.chosen)
     eager_model = Reference(model, "bfloat16", "eager")
-    eager = comparison.ask(eager_model, truth.chosen)
+    eager = eager_model.forward(inputs, columns)
     comparison.progress("this project in bfloat16")
     subject = comparison.load()
     comparison.compare_parameters(subject, eager_model.parameters())
     if comparison.has_all_columns:
-        found = subject.forward(inputs, columns, replacing=without_logits(eager.values))
-        comparison.compare_intermediates("same inputs", found, eager.values)
+        found = subject.forward(inputs, columns, replacing=without_logits(eager))
+        comparison.compare_intermediates("same inputs", found, eager)
     found = subject.forward(inputs, columns)
     _judge_components(comparison, found, truth, sdpa, eager)
     comparison.compare_next_token(found, truth.values)
@@ -44,15 +44,15 @@ def compare_with_truth(comparison: Comparison) -> ParityReport:
     return comparison.report()
 
 
-def _judge_components(comparison: Comparison, found: Values, truth: Answers, sdpa: Answers, eager: Answers) -> None:
+def _judge_components(comparison: Comparison, found: Values, truth: Answers, sdpa: Answers, eager: Values) -> None:
     """How much larger than PyTorch's each component's error is; only that of the logits has a bound."""
     for name in truth.values:
-        rival = sdpa if name in sdpa.values else eager  # attention weights are never there under sdpa
-        ratio, error = _error_ratio_of(comparison, name, found, rival.values, truth.values)
+        rival = sdpa.values if name in sdpa.values else eager  # attention weights are never there under sdpa
+        ratio, error = _error_ratio_of(comparison, name, found, rival, truth.values)
         limit = _limit(comparison, error) if name == "logits" else None
         far = difference(comparison.tokens_of(name, found), comparison.tokens_of(name, truth.values))
         comparison.rows.append(Row("whole model", name, "ratio", ratio, limit, far))
-    ratio, error = _error_ratio_of(comparison, "logits", found, eager.values, truth.values)
+    ratio, error = _error_ratio_of(comparison, "logits", found, eager, truth.values)
     comparison.facts["logits, error ÷ PyTorch's with eager attention"] = f"{ratio:.3f} ± {error:.3f}"
 
 
