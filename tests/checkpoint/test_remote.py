@@ -300,6 +300,7 @@ def bucket(folder, monkeypatch):
     """An object store that speaks as much S3 as reading takes."""
     pytest.importorskip("obstore")
     with serve(folder.parent) as store:
+        store.serves_text_ranges = True
         for name, value in {
             "AWS_ENDPOINT_URL": store.url,
             "AWS_ALLOW_HTTP": "true",
