@@ -109,7 +109,7 @@ class Report:
 
 
 def _size(parameters: int, nbytes: int) -> str:
-    return f"{_human(parameters)} parameters, {_human(nbytes)}B"
+    return f"{_human(parameters).strip()}, {_human(nbytes)}B"
 
 
 def _human(number: float) -> str:
