@@ -308,7 +308,9 @@ def run_all(folder, repeats, is_cold):
                 if done.returncode:
                     print(f"{way}, {layout}: failed\n{done.stderr[-2000:]}", file=sys.stderr)
                     continue
-                results.setdefault((layout, way), []).append(json.loads(done.stdout.splitlines()[-1]))
+                run = json.loads(done.stdout.splitlines()[-1])
+                results.setdefault((layout, way), []).append(run)
+                print(f"{layout}, {way}: {run['seconds']:.2f} s", file=sys.stderr, flush=True)
     return results
 
 
