@@ -113,3 +113,19 @@ def test_folding():
     names = [f"layers.{i}.experts.{j}.w" for i in (0, 1, 3) for j in range(2)] + ["norm"]
     assert summarize(names) == ["layers.{0-1,3}.experts.{0-1}.w (6 tensors)", "norm"]
     assert len(fold(names)["layers.{0-1,3}.experts.{0-1}.w"]) == 6
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("stored_experts", "message"),
+    [
+        ([0, 1], r"missing: model\.layers\.0\.mlp\.experts\.2\.up_proj\.weight"),
+        ([0, 1, 2, 3], r"unexpected: model\.layers\.0\.mlp\.experts\.3\.up_proj\.weight"),
+        ([0, 2], r"missing: model\.layers\.0\.mlp\.experts\.1\.up_proj\.weight"),
+    ],
+    ids=["fewer", "more", "gap"],
+)
+def test_another_number_of_experts(stored_experts, message):
+    tensors = {f"model.layers.0.mlp.experts.{expert}.up_proj.weight": (6, 4) for expert in stored_experts}
+    with pytest.raises(CheckpointError, match=message):
+        map_names({"layers.0.mlp.experts.up_proj": (3, 6, 4)}, stored(tensors))
