@@ -1,0 +1,457 @@
+"""The command line as people use it: answers, chats, exit codes, and one readable line when something is wrong."""
+
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import typing
+from typing import NamedTuple
+
+import jax
+import pytest
+import safetensors.numpy
+import torch
+import transformers
+from jax.experimental.compilation_cache import compilation_cache
+
+from qwen_dist.cli import main
+from qwen_dist.config import BatchConfig
+from qwen_dist.tokenizer import Tokenizer
+
+SIZES = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 10, "num_hidden_layers": 1}
+# 42 tokens, and 59 with the chat template: every run of one prompt is read by the same program.
+PROMPT = "the quick brown fox jumps over the lazy dog; " * 4
+# What most runs here ask for; the rest comes from generation_config.json: greedy, with a penalty.
+ASK = ("--dtype", "float32", "--max-new-tokens", "12")
+
+
+class Result(NamedTuple):
+    """What a run left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs(tmp_path_factory):
+    """Compiled programs are kept between runs, as a user's are, but not among the user's."""
+    directory = str(tmp_path_factory.mktemp("compiled"))
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_enable_x64")
+    before = {name: jax.config.values[name] for name in names}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", directory)
+        jax.config.update("jax_compilation_cache_dir", directory)
+        compilation_cache.reset_cache()
+        yield directory
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def model(tiny_directory) -> pathlib.Path:
+    return tiny_directory("qwen3", {"repetition_penalty": 1.1}, **SIZES)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """A function (*arguments, stdin="", terminal=False) -> Result."""
+
+    def run(*arguments, stdin: str = "", terminal: bool = False) -> Result:
+        given = io.StringIO(stdin)
+        given.isatty = lambda: terminal
+        monkeypatch.setattr("sys.stdin", given)
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as exit:  # argparse
+            code = exit.code
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return Result(code, out, err)
+
+    return run
+
+
+def changed(directory: pathlib.Path, name: str, **values) -> None:
+    """Change keys of a JSON file in a checkpoint directory."""
+    content = json.loads((directory / name).read_text())
+    (directory / name).write_text(json.dumps(content | values))
+
+
+# --- generate ---
+
+
+def test_an_answer_is_transformers(run, model):
+    """The chat template, the settings of generation_config.json, the text and the counts."""
+    result = run("generate", "--model", model, "--prompt", PROMPT, *ASK, "--json")
+    assert (result.code, result.err) == (0, "")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    chat = [{"role": "user", "content": PROMPT}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+    expected = reference.generate(**ids, max_new_tokens=12)[0, ids["input_ids"].shape[1] :].tolist()
+    assert result.json == {
+        "text": tokenizer.decode(expected, skip_special_tokens=True),
+        "finish_reason": "length",
+        "token_ids": expected,
+        "usage": {"prompt_tokens": ids["input_ids"].shape[1], "completion_tokens": 12},
+    }
+
+
+def test_every_way_to_give_a_prompt(run, model):
+    base = ("generate", "--model", model, *ASK)
+    whole = run(*base, "--prompt", PROMPT, "--json").json
+    assert run(*base, "--prompt", PROMPT) == (0, whole["text"] + "\n", "")
+    assert run(*base, stdin=PROMPT) == (0, whole["text"] + "\n", "")
+    chat = Tokenizer.from_directory(model).render_chat([{"role": "user", "content": PROMPT}])
+    assert run(*base, "--raw", "--prompt", chat, "--json").json == whole
+    raw = run(*base, "--raw", "--prompt", PROMPT, "--json").json
+    assert raw["usage"]["prompt_tokens"] == len(Tokenizer.from_directory(model).encode(PROMPT))
+    assert raw["token_ids"] != whole["token_ids"]
+
+
+def test_the_same_answer_on_a_mesh(run, model):
+    base = ("generate", "--model", model, *ASK, "--prompt", PROMPT, "--json")
+    alone = run(*base)
+    assert run(*base, "--mesh", "data=2,fsdp=2,tensor=2") == alone
+
+
+def test_log_probabilities_are_listed_as_openai_does(run, model):
+    answer = run("generate", "--model", model, *ASK, "--prompt", PROMPT, "--json", "--logprobs", "2").json
+    tokenizer = Tokenizer.from_directory(model)
+    assert len(answer["logprobs"]) == 12
+    for token, entry in zip(answer["token_ids"], answer["logprobs"], strict=True):
+        assert bytes(entry["bytes"]) == tokenizer.token_bytes(token)
+        assert entry["token"] == tokenizer.token_bytes(token).decode(errors="replace")
+        first, second = (top["logprob"] for top in entry["top_logprobs"])
+        assert 0 > first >= second and entry["logprob"] <= first
+
+
+def test_stop_strings_end_an_answer(run, model):
+    base = ("generate", "--model", model, *ASK, "--prompt", PROMPT, "--json")
+    text = run(*base).json["text"]
+    stops = text[7:9], text[4:6]
+    answer = run(*base, "--stop", stops[0], "--stop", stops[1]).json
+    assert answer["finish_reason"] == "stop"
+    assert answer["text"] == text[: min(text.index(stop) for stop in stops)]
+
+
+def test_the_seed_decides_what_is_drawn(run, model):
+    base = ("generate", "--model", model, *ASK, "--prompt", PROMPT, "--json", "--temperature", "1")
+    one, again, other = (run(*base, "--seed", seed).json["token_ids"] for seed in (1, 1, 2))
+    assert one == again != other
+
+
+def test_random_weights_need_no_weights(run, model, tiny_directory):
+    empty = tiny_directory("qwen3", **SIZES)
+    (empty / "model.safetensors").unlink()
+    answer = run("generate", "--model", empty, *ASK, "--prompt", PROMPT, "--load-format", "dummy", "--json")
+    assert answer.code == 0 and answer.json["usage"]["completion_tokens"] == 12
+    assert run("generate", "--model", empty, *ASK, "--prompt", PROMPT).code == 1
+
+
+def test_a_chat_remembers_what_was_said(run, model):
+    base = ("generate", "--model", model, *ASK, "--system", "Be brief.")
+    chat = run(*base, stdin="fox\nlazy dog\n\nnot read\n", terminal=True)
+    assert chat.code == 0
+    assert "Chat. An empty line or Ctrl-D ends it" in chat.err
+    first, second = (answer.removeprefix("\n> ") for answer in chat.out.split("\n\n> ")[:2])
+    first, second = first.removesuffix("\n"), second.removesuffix("\n")
+    tokenizer = Tokenizer.from_directory(model)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "fox"}]
+    raw = ("generate", "--model", model, *ASK, "--raw", "--json", "--prompt")
+    assert run(*raw, tokenizer.render_chat(messages)).json["text"] == first
+    messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "lazy dog"}]
+    assert run(*raw, tokenizer.render_chat(messages)).json["text"] == second
+    assert run(*base, stdin="", terminal=True).code == 0  # Ctrl-D
+
+
+def test_a_chat_goes_on_after_an_error(run, tiny_directory):
+    model = tiny_directory("qwen3", **SIZES, max_position_embeddings=64)
+    chat = run("generate", "--model", model, *ASK, stdin="a b " * 40 + "\nfox\n", terminal=True)
+    assert chat.code == 0
+    assert "the model's context 64" in chat.err
+    assert run("generate", "--model", model, *ASK, "--prompt", "fox").out in chat.out
+
+
+# --- what can be wrong ---
+
+
+def _remove(*names):
+    return lambda directory: [(directory / name).unlink() for name in names]
+
+
+def _change(name, **values):
+    return lambda directory: changed(directory, name, **values)
+
+
+def _split(directory: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """Store the weights in two shards with an index, as large checkpoints are."""
+    tensors = safetensors.numpy.load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    names, shards = sorted(tensors), ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    parts = (names[: len(names) // 2], names[len(names) // 2 :])
+    for shard, part in zip(shards, parts, strict=True):
+        safetensors.numpy.save_file({name: tensors[name] for name in part}, directory / shard)
+    weight_map = {name: shard for shard, part in zip(shards, parts, strict=True) for name in part}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return directory / shards[0], directory / shards[1]
+
+
+def _lose_shard(directory):
+    _split(directory)[1].unlink()
+
+
+def _cut_shard(directory):
+    shard = _split(directory)[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def _lose_tensor(directory):
+    path = directory / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    del tensors["model.norm.weight"]
+    tensors["model.surprise.weight"] = tensors["lm_head.weight"]
+    safetensors.numpy.save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (_remove("config.json", "tokenizer.json"), ["has no tokenizer.json, config.json", "whole checkpoint"]),
+        (_change("config.json", model_type="llama"), ["model_type 'llama' is not supported yet", "qwen2, qwen3"]),
+        (_change("config.json", logit_scale=2.0), ["logit_scale = 2.0", "--config.model.ignored_config_keys=logit_scale"]),
+        (_change("config.json", vocab_size=300), ["embed_tokens.weight", "300", "344"]),
+        (lambda directory: (directory / "generation_config.json").write_text("{"), ["generation_config.json", "JSON"]),
+        (_remove("model.safetensors"), ["has no safetensors file"]),
+        (_lose_shard, ["model-00002-of-00002.safetensors"]),
+        (_cut_shard, ["model-00002-of-00002.safetensors"]),
+        (_lose_tensor, ["norm.weight", "surprise"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_checkpoints_that_cannot_be_used(run, tiny_directory, damage, expected):
+    directory = tiny_directory("qwen3", **SIZES)
+    damage(directory)
+    result = run("generate", "--model", directory, *ASK, "--prompt", PROMPT)
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("qwen-dist generate: ")
+    for part in expected:
+        assert part in result.err
+
+
+def test_two_shards_are_as_good_as_one(run, model, tiny_directory):
+    directory = tiny_directory("qwen3", {"repetition_penalty": 1.1}, **SIZES)
+    _split(directory)
+    ask = (*ASK, "--prompt", PROMPT, "--json")
+    assert run("generate", "--model", directory, *ask) == run("generate", "--model", model, *ask)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("no/such/directory", "is neither a directory nor a hub id such as Qwen/Qwen3-0.6B. Pass --model"),
+        ("Qwen/No-Such-Model", "cannot be downloaded from the hub (.*). Without a network, pass --model the directory"),
+    ],
+)
+def test_models_that_are_not_there(run, tmp_path, monkeypatch, name, expected):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    result = run("generate", "--model", name, "--prompt", PROMPT)
+    assert (result.code, result.out, len(result.err.splitlines())) == (1, "", 1)
+    assert result.err.startswith(f"qwen-dist generate: {name!r}" if name.count("/") > 1 else f"qwen-dist generate: {name}")
+    for part in expected.split("(.*)"):
+        assert part in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--mesh", "tensor=16"], "mesh tensor=16 needs 16 devices and there are 8"),
+        (["--mesh", "model=2"], "'model' is not an axis; axes are data, fsdp, expert, context, tensor"),
+        (["--mesh", "tensor=3"], "vocab is 344, which the 3 parts of tensor do not divide"),
+        (["--num-cpu-devices", "0"], "--num-cpu-devices 0: give at least 1"),
+        (["--dtype", "float16"], "model.dtype is 'float16'; it must be 'bfloat16' or 'float32' or 'float64'"),
+        (["--temperature", "-1", "--top-p", "2"], "temperature is -1.0; it must be 0 or more; top_p is 2.0"),
+        (["--temperature", "hot"], "argument --temperature: invalid float value: 'hot'"),
+        (["--logprobs", "21"], "logprobs is 21; it must be 0 to 20"),
+        (["--stop", ""], "stop is ('',); it must be non-empty strings"),
+        (["--bogus", "--also"], "unknown argument --bogus --also; `qwen-dist generate --help` lists all"),
+        (["--config", "no/such.py"], "there is no file no/such.py"),
+        (["--config.sampling.top_q=1", "--config.sampling.seed=x"], "did you mean sampling.top_p?"),
+        (["--config.sampling.top_q=1", "--config.sampling.seed=x"], "sampling.seed is 'x'; it must be int or None"),
+    ],
+)
+def test_wrong_usage_exits_with_2(run, model, arguments, expected):
+    result = run("generate", "--model", model, "--prompt", PROMPT, *arguments)
+    assert (result.code, result.out) == (2, "")
+    assert expected in result.err
+
+
+def test_a_verb_and_a_model_are_needed(run):
+    assert run().code == run("genrate").code == 2
+    missing = run("generate", "--prompt", PROMPT)
+    assert (missing.code, "model.path is missing" in missing.err) == (2, True)
+    asked = run("generate", "--model", "x", "--json", terminal=True)
+    assert (asked.code, "--json needs --prompt" in asked.err) == (2, True)
+
+
+def test_a_prompt_longer_than_the_context(run, model):
+    result = run("generate", "--model", model, *ASK, "--prompt", "a " * 2000)
+    assert (result.code, result.out, len(result.err.splitlines())) == (1, "", 1)
+    assert "tokens and the model's context 2048" in result.err and "shorten the prompt" in result.err
+    empty = run("generate", "--model", model, *ASK, "--raw", "--prompt", "")
+    assert (empty.code, "the prompt is empty" in empty.err) == (1, True)
+
+
+def test_debug_shows_the_traceback(model):
+    with pytest.raises(ValueError, match="is not an axis"):
+        main(["generate", "--model", str(model), "--prompt", "x", "--mesh", "model=2", "--debug"])
+
+
+# --- help ---
+
+
+@pytest.mark.parametrize("verb", ["generate", "batch", "inspect", "export", "parity"])
+def test_help_fits_a_screen_and_shows_an_example(run, verb):
+    result = run(verb, "--help")
+    assert result.code == 0
+    assert len(result.out.splitlines()) <= 40
+    assert max(map(len, result.out.splitlines())) <= 124
+    assert "example" in result.out and f"  qwen-dist {verb} " in result.out
+    assert f" {verb} " in run("--help").out
+
+
+def test_version(run):
+    import qwen_dist
+
+    assert run("--version") == (0, f"qwen-dist {qwen_dist.__version__}\n", "")
+
+
+# --- every field of the configuration changes something ---
+
+
+def _fields(cls, prefix: str = "") -> list[str]:
+    names = []
+    for name, kind in typing.get_type_hints(cls).items():
+        names += _fields(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [prefix + name]
+    return names
+
+
+# A run that draws; what each field is changed to. None: the test says how.
+PERTURBED = {
+    "model.path": None,
+    "model.dtype": "bfloat16",
+    "model.load_format": "dummy",
+    "model.ignored_config_keys": None,
+    "model.host_memory_budget": "1B",
+    "input": None,
+    "output": None,
+    "mesh": "tensor=16",
+    "sampling.max_new_tokens": "3",
+    "sampling.temperature": "0",
+    "sampling.top_k": "1",
+    "sampling.top_p": "1e-6",
+    "sampling.min_p": "1.0",
+    "sampling.repetition_penalty": "0.01",
+    "sampling.seed": "1",
+    "sampling.stop": None,
+    "sampling.logprobs": "0",
+    "max_batch_size": "1",
+    "raw": "true",
+    "overwrite": "true",
+}
+
+
+def test_every_field_of_the_configuration_changes_something(run, model, tiny_directory, tmp_path):
+    assert sorted(PERTURBED) == sorted(_fields(BatchConfig))
+    input, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    # The longer prompt is answered first when they go one by one, and last when they go together.
+    records = [{"id": 1, "prompt": PROMPT, "max_new_tokens": 7}, {"id": 2, "prompt": PROMPT + "."}]
+    input.write_text("\n".join(map(json.dumps, records)))
+    base = {"model.path": model, "model.dtype": "float32", "input": input, "output": output}
+    base |= {"sampling.max_new_tokens": 12, "sampling.temperature": 1}
+
+    def outcome(**changes) -> tuple[int, str, str]:
+        output.unlink(missing_ok=True)
+        values = base | changes
+        result = run("batch", *(f"--config.{key}={value}" for key, value in values.items()))
+        return result.code, result.err if result.code else "", output.read_text() if output.exists() else ""
+
+    before = outcome()
+    assert before[0] == 0 and len(before[2].splitlines()) == 2
+    assert outcome() == before  # else everything would seem to change something
+    for field, value in PERTURBED.items():
+        if value is not None and field != "overwrite":
+            assert outcome(**{field: value}) != before, field
+
+    other = tiny_directory("qwen3", **SIZES, initializer_range=0.3)
+    assert outcome(**{"model.path": other}) != before
+    odd = tiny_directory("qwen3", {"repetition_penalty": 1.1}, **SIZES)
+    changed(odd, "config.json", my_note=1)
+    assert outcome(**{"model.path": odd})[0] == 1
+    assert outcome(**{"model.path": odd, "model.ignored_config_keys": "other, my_note"}) == before
+    short = tmp_path / "short.jsonl"
+    short.write_text(input.read_text().splitlines()[0])
+    assert outcome(input=short) != before
+    assert outcome(output=tmp_path / "elsewhere.jsonl") != before
+    assert (tmp_path / "elsewhere.jsonl").read_text() == before[2]
+    seen = json.loads(before[2].splitlines()[0])["text"]
+    assert outcome(**{"sampling.stop": (seen[2:4],)}) != before
+    again = ["batch", *(f"--config.{key}={value}" for key, value in base.items())]
+    output.write_text("old\n")
+    assert run(*again).code == 1 and output.read_text() == "old\n"
+    assert run(*again, "--config.overwrite=true").code == 0 and output.read_text() == before[2]
+
+
+# --- as a process ---
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A function (*arguments) -> the command line in a process of its own."""
+    home = tmp_path_factory.mktemp("home")
+
+    def start(*arguments) -> subprocess.Popen:
+        environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+        command = [sys.executable, "-m", "qwen_dist.cli", *map(str, arguments)]
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, env=environment | {"HOME": str(home)}, **pipes)
+
+    start.home = home
+    return start
+
+
+def test_devices_can_be_made_and_programs_are_kept(run, start, model):
+    """With float64, a setting of the whole process."""
+    ask = ("generate", "--model", model, *ASK, "--prompt", PROMPT, "--json")
+    process = start(*ask, "--num-cpu-devices", "4", "--mesh", "fsdp=2,tensor=2", "--dtype", "float64")
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, b"")
+    assert json.loads(out) == run(*ask).json
+    assert any((start.home / ".cache/qwen_dist/compiled").iterdir())
+
+
+def test_interrupting_is_no_traceback(start, model):
+    long = ("--max-new-tokens", "1900", "--temperature", "3", "--dtype", "float32")
+    process = start("generate", "--model", model, "--prompt", PROMPT, *long)
+    assert process.stdout.read(1)  # it is answering
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (130, b"interrupted\n")
+
+
+def test_a_reader_that_leaves_is_no_traceback(start, model):
+    process = start("generate", "--model", model, *ASK, "--prompt", PROMPT)
+    process.stdout.close()
+    assert process.wait(timeout=300) == 1
+    assert process.stderr.read() == b""
