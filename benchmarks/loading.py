@@ -30,7 +30,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def make_checkpoint(folder, gigabytes):
-    """Writes the checkpoint; returns its size in bytes."""
+    """Writes the checkpoint in files of half a gigabyte (the library holds several copies); returns its size in bytes."""
     import ml_dtypes
     import numpy as np
     import safetensors.numpy
@@ -62,7 +62,7 @@ def make_checkpoint(folder, gigabytes):
     while tensors:
         name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
         size = sum(value.nbytes for value in tensors.values())
-        while size < 2e9 and total + size < gigabytes * 1e9:
+        while size < 5e8 and total + size < gigabytes * 1e9:
             tensors |= layer(f"model.layers.{layers}.")
             layers += 1
             size = sum(value.nbytes for value in tensors.values())
