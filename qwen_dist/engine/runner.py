@@ -88,6 +88,31 @@ class Runner:
         """Choose one more token in every row; arguments as for `prefill`."""
         return self._decode(self._model.parameters, state, num_live=num_live, num_top=num_top)
 
+    def lower(self, batch: int, num_slots: int, *, width: int | None, num_live: int) -> jax.stages.Lowered:
+        """The program of `prefill` for pieces of `width` tokens, or with None that of `decode`, to be compiled but not run.
+
+        The model's parameters may be abstract, and the devices of its mesh mere descriptions.
+        """
+        state, replicated = self._abstract_state(batch, num_slots), self._model.resolver.replicated()
+        parameters, static = self._model.parameters, {"num_live": num_live, "num_top": None}
+        if width is None:
+            return self._decode.lower(parameters, state, **static)
+        tokens_BT = jax.ShapeDtypeStruct((batch, width), np.int32, sharding=replicated)
+        last_B = jax.ShapeDtypeStruct((batch,), np.int32, sharding=replicated)
+        return self._prefill.lower(parameters, state, tokens_BT, tokens_BT, last_B, **static)
+
+    def _abstract_state(self, batch: int, num_slots: int) -> State:
+        """Shapes and shardings of what `start` makes."""
+        model = self._model
+        cache = jax.eval_shape(lambda: kv_cache.empty(model.config, batch, num_slots, model.dtype))
+        sampling = jax.eval_shape(lambda: SamplingArrays.from_params([SamplingParams()] * batch))
+        zeros_B = jax.ShapeDtypeStruct((batch,), np.int32)
+        seen_BV = jax.ShapeDtypeStruct((batch, model.config.vocab_size), np.bool_)
+        in_cache = model.resolver.activation("cache", cache[0].k.shape, kv_cache.CACHE_AXES)
+        everywhere = model.resolver.replicated()
+        small = jax.tree.map(lambda x: x.update(sharding=everywhere), (zeros_B, zeros_B, seen_BV, sampling))
+        return State(jax.tree.map(lambda x: x.update(sharding=in_cache), cache), *small)
+
     def _prefill_step(self, parameters, state, tokens_BT, positions_BT, last_B, *, num_live, num_top):  # type: ignore[no-untyped-def]
         with resolving(self._model.resolver):
             module = bind(self._model.module, parameters)
