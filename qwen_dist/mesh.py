@@ -1,16 +1,29 @@
-"""The device mesh: five named axes, and how large each is."""
+"""The device mesh: five named axes, how large each is, and which of them cross from one machine room network to another.
+
+ICI is the fast network inside a TPU slice or a host with several GPUs, DCN the slower one between them. `fsdp=dcn2*ici8`
+spans 2 slices and 8 devices of each.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from collections.abc import Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 
 from qwen_dist.errors import UsageError
+from qwen_dist.models.config import ModelConfig
 
 # From the slowest network to the fastest: neighbours along the last axis are neighbours in the machine.
 AXES = ("data", "fsdp", "expert", "context", "tensor")
+# Beyond this many parts the exchanges of tensor parallelism cost more than the smaller products save.
+MAX_DEFAULT_TENSOR = 8
+
+_SIZE = re.compile(r"(?:dcn([1-9][0-9]*))?(?:(?:^|(?<=[0-9])\*)(?:ici)?(-1|[1-9][0-9]*))?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +31,8 @@ class MeshConfig:
     """How many devices each axis spans; -1, once, means all that are left.
 
     data: whole replicas of the model, each with its share of the batch. fsdp: weights spread over replicas of the
-    computation. tensor: heads, MLP channels and vocabulary split. expert and context: reserved, 1.
+    computation. tensor: heads, MLP channels and vocabulary split. expert and context: reserved, 1. `dcn` has, for the
+    axes that cross the slower network, how many parts of the axis are on different sides of it.
     """
 
     data: int = 1
@@ -26,56 +40,131 @@ class MeshConfig:
     expert: int = 1
     context: int = 1
     tensor: int = 1
+    dcn: tuple[tuple[str, int], ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> MeshConfig:
-        """Read `fsdp=2,tensor=4`. Raises UsageError listing every problem."""
+        """Read `fsdp=2,tensor=4` or `data=dcn2,fsdp=dcn2*ici8`. Raises UsageError listing every problem."""
         sizes: dict[str, int] = {}
+        dcn: dict[str, int] = {}
         problems = []
         for part in filter(None, text.replace(" ", "").split(",")):
             axis, _, size = part.partition("=")
+            match = _SIZE.fullmatch(size) if size else None
             if axis not in AXES:
                 problems.append(f"{axis!r} is not an axis; axes are {', '.join(AXES)}")
             elif axis in sizes:
                 problems.append(f"{axis} is given twice")
-            elif not size.removeprefix("-").isdecimal() or (int(size) < 1 and int(size) != -1):
+            elif match is None:
                 problems.append(f"{part!r}: a size is a positive number, or -1 for all devices that are left")
-            elif axis in ("expert", "context") and int(size) != 1:
+            elif axis in ("expert", "context") and size != "1":
                 problems.append(f"{axis} can only be 1 for the models supported so far")
             else:
-                sizes[axis] = int(size)
+                outer, inner = int(match[1] or 1), int(match[2] or 1)
+                sizes[axis] = -1 if inner == -1 else outer * inner
+                if outer > 1:
+                    dcn[axis] = outer
         if list(sizes.values()).count(-1) > 1:
             problems.append("only one axis can be -1")
         if problems:
             raise UsageError(f"mesh {text!r}: {'; '.join(problems)}. Example: fsdp=2,tensor=4.")
-        return cls(**sizes)
+        return cls(**sizes, dcn=tuple(sorted(dcn.items())))
+
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        dcn, parts = dict(self.dcn), []
+        for axis in AXES:
+            size, outer = getattr(self, axis), dcn.get(axis, 1)
+            if outer > 1:
+                parts.append(f"{axis}=dcn{outer}*ici{size if size == -1 else size // outer}")
+            elif size != 1:
+                parts.append(f"{axis}={size}")
+        return ",".join(parts) or "data=1"
 
     @property
     def num_devices(self) -> int:
         """How many devices the axes that have a size span together."""
-        return math.prod(size for size in dataclasses.astuple(self) if size != -1)
+        return math.prod(size for axis in AXES if (size := getattr(self, axis)) != -1)
 
     def sizes(self, num_devices: int) -> dict[str, int]:
         """Each axis's size on `num_devices` devices. Raises UsageError when they do not fit."""
         sizes = {axis: getattr(self, axis) for axis in AXES}
-        known = math.prod(size for size in sizes.values() if size != -1)
+        known = self.num_devices
+        open_axis = next((axis for axis, size in sizes.items() if size == -1), None)
         sizes = {axis: num_devices // known if size == -1 else size for axis, size in sizes.items()}
         wanted = math.prod(sizes.values())
-        given = ",".join(f"{axis}={getattr(self, axis)}" for axis in AXES if getattr(self, axis) != 1) or "data=1"
-        if -1 in dataclasses.astuple(self) and wanted != num_devices:
-            raise UsageError(f"mesh {given}: {known} does not divide the {num_devices} devices there are.")
+        if open_axis is not None and wanted != num_devices:
+            raise UsageError(f"mesh {self}: {known} does not divide the {num_devices} devices there are.")
         if wanted > num_devices:
             raise UsageError(
-                f"mesh {given} needs {wanted} devices and there are {num_devices}. "
+                f"mesh {self} needs {wanted} devices and there are {num_devices}. "
                 f"On a CPU, --num-cpu-devices {wanted} makes as many."
+            )
+        if open_axis is not None and sizes[open_axis] % dict(self.dcn).get(open_axis, 1):
+            raise UsageError(
+                f"mesh {self}: {open_axis} would span {sizes[open_axis]} devices, which its dcn part does not divide."
             )
         return sizes
 
 
-def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
-    """The mesh of `config` over the first devices of this run; every axis of `AXES` is in it. Raises UsageError."""
-    devices = jax.devices()
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The mesh of `config` over the first of `devices`, by default all of this run; every axis of `AXES` is in it.
+
+    With several processes every device of each must be in it. Raises UsageError.
+    """
+    devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
-    auto = (jax.sharding.AxisType.Auto,) * len(AXES)
     used = devices[: math.prod(sizes.values())]
+    if len(used) < len(devices) and len({device.process_index for device in devices}) > 1:
+        raise UsageError(
+            f"mesh {config} uses {len(used)} of the {len(devices)} devices; with several processes it must use all: "
+            "give one axis the size -1."
+        )
+    auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+    if config.dcn:
+        return jax.sharding.Mesh(_hybrid_devices(config, sizes, used), AXES, axis_types=auto)
+    if len(slices := {_slice(device) for device in used}) > 1:
+        raise UsageError(
+            f"mesh {config}: the {len(used)} devices are in {len(slices)} slices, with a slower network between them; say "
+            f"which axis crosses it, for example data=dcn{len(slices)}."
+        )
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto, devices=used)
+
+
+def default_mesh(model: ModelConfig, devices: Sequence[jax.Device]) -> MeshConfig:
+    """A mesh for a model when none is asked for: what can fit fits, and the most frequent exchanges stay in a host.
+
+    `tensor` takes as many devices of a process as the heads, MLP channels and vocabulary can be divided by, `fsdp` the rest
+    of a slice if the embedding can be divided by it, and `data`, which repeats the weights, what is left: each slice has a
+    copy.
+    """
+    granules = len({_slice(device) for device in devices})
+    per_granule = len(devices) // granules
+    local = sum(device.process_index == devices[0].process_index for device in devices)
+    split = math.gcd(local, model.num_attention_heads, model.intermediate_size, model.vocab_size)
+    kv_heads = model.num_key_value_heads
+    tensor = max(n for n in range(1, MAX_DEFAULT_TENSOR + 1) if split % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0))
+    fsdp = math.gcd(per_granule // tensor, model.hidden_size)
+    data = len(devices) // (fsdp * tensor)
+    return MeshConfig(data=data, fsdp=fsdp, tensor=tensor, dcn=(("data", granules),) if granules > 1 else ())
+
+
+def _slice(device: jax.Device) -> int:
+    """The TPU slice of a device; other devices are all in one."""
+    return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
+
+
+def _hybrid_devices(config: MeshConfig, sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices with the sides of the DCN (TPU slices; elsewhere processes) along the `dcn` part of each axis."""
+    is_tpu = devices[0].platform == "tpu"
+    granules = {_slice(device) if is_tpu else device.process_index for device in devices}
+    outer = [dict(config.dcn).get(axis, 1) for axis in AXES]
+    inner = [size // part for size, part in zip(sizes.values(), outer, strict=True)]
+    if math.prod(outer) != len(granules):
+        raise UsageError(
+            f"mesh {config}: the dcn parts make {math.prod(outer)}, and the devices are in {len(granules)} "
+            f"{'slices' if is_tpu else 'processes'}; their product must be the same."
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        inner, outer, devices, process_is_granule=not is_tpu, allow_split_physical_axes=True
+    )

@@ -75,6 +75,14 @@ class Resolver:
         """Every device has the whole array."""
         return NamedSharding(self.mesh, PartitionSpec())
 
+    def replicate(self, tree: Any) -> Any:
+        """The tree's host arrays, whole on every device; every process must give the same values.
+
+        `jax.device_put` would have all processes exchange the values to compare them.
+        """
+        sharding = self.replicated()
+        return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
+
     def _resolve(
         self, what: str, shape: Sequence[int], axes: Sequence[str], table: Mapping[str, tuple[str, ...]]
     ) -> NamedSharding:

@@ -24,6 +24,10 @@ LEVELS = {
     "engine.request": 1,
     "batch.jsonl": 1,
     "models.config": 1,
+    "hosts.cluster": 1,
+    "hosts.lifeline": 2,
+    "hosts.preflight": 2,
+    "hosts.join": 3,
     "mesh": 2,
     "sharding": 2,
     "tokenizer": 2,
@@ -37,7 +41,18 @@ LEVELS = {
     "parity": 6,
     "cli": 7,
 }
-WITHOUT_JAX = {"errors", "config", "tokenizer", "engine.request", "engine.scheduler", "batch.jsonl", "models.config"}
+WITHOUT_JAX = {
+    "errors",
+    "config",
+    "hosts.cluster",
+    "hosts.lifeline",
+    "hosts.preflight",
+    "tokenizer",
+    "engine.request",
+    "engine.scheduler",
+    "batch.jsonl",
+    "models.config",
+}
 MESH_AXES = {"data", "fsdp", "tensor", "expert", "context"}
 
 

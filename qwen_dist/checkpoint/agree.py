@@ -8,7 +8,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,10 +29,11 @@ class Step:
 
 
 @contextmanager
-def together(what: str) -> Iterator[Step]:
+def together(what: str, processes: Collection[int] | None = None) -> Iterator[Step]:
     """Runs the block on every process; leaves it only when all processes have, and raises on all if it failed on one.
 
-    Every process must take the same steps in the same order. Without `jax.distributed` this does nothing.
+    Every process must take the same steps in the same order; `processes` are those that take this one together, by default
+    all. Without `jax.distributed` this does nothing.
 
     Raises:
         CheckpointError: another process failed, is missing after `TIMEOUT_S`, or gave another digest.
@@ -49,7 +50,7 @@ def together(what: str) -> Iterator[Step]:
         _publish(client, key, {"error": str(error) or type(error).__name__})
         raise
     _publish(client, key, {"digest": step.digest})
-    _check(what, _collect(client, key, what))
+    _check(what, _collect(client, key, what, processes))
 
 
 def _client() -> Any:
@@ -65,17 +66,19 @@ def _publish(client: Any, key: str, status: dict[str, str]) -> None:
     client.key_value_set(f"{key}/{jax.process_index()}", json.dumps(status))
 
 
-def _collect(client: Any, key: str, what: str) -> dict[int, dict[str, str]]:
+def _collect(client: Any, key: str, what: str, processes: Collection[int] | None) -> dict[int, dict[str, str]]:
     import jax
 
     statuses: dict[int, dict[str, str]] = {}
-    waiting = set(range(jax.process_count()))
+    wanted = set(range(jax.process_count()) if processes is None else processes)
+    waiting = set(wanted)
     start = reported = time.monotonic()
     while waiting:
         for path, value in client.key_value_dir_get(key + "/"):
             process = int(path.rpartition("/")[2])
-            statuses[process] = json.loads(value)
-            waiting.discard(process)
+            if process in wanted:
+                statuses[process] = json.loads(value)
+                waiting.discard(process)
         if any("error" in status for status in statuses.values()):
             break
         now = time.monotonic()

@@ -53,7 +53,8 @@ def load(
 ) -> dict[str, jax.Array]:
     """Loads a checkpoint into arrays of the shapes, dtypes and shardings of `target`.
 
-    With several processes all of them call this with the same arguments; each reads what its own devices hold.
+    With several processes all of them call this with the same arguments; each reads what its own devices hold. Groups of
+    processes may each load for a mesh of their own.
 
     Args:
         checkpoint: an opened checkpoint.
@@ -69,10 +70,11 @@ def load(
         CheckpointError: checkpoint and model do not fit, a file cannot be read, or another process failed; no array is
             returned then.
     """
-    with together("planning the load") as step:
+    processes = {device.process_index for leaf in target.values() for device in leaf.sharding.device_set}
+    with together("planning the load", processes) as step:
         plan = make_plan(checkpoint, target, disk_shapes=disk_shapes, tied=tied, host_memory_budget=host_memory_budget)
         step.digest = plan.digest
-    with together("loading"):
+    with together("loading", processes):
         return execute(plan, checkpoint, progress)
 
 

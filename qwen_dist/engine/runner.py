@@ -57,7 +57,7 @@ class Runner:
             seen_BV[row, list(prompt)] = True
         zeros_B = np.zeros(len(prompts), np.int32)
         on_host = (zeros_B, zeros_B, seen_BV, SamplingArrays.from_params(params))
-        tokens_B, positions_B, seen, sampling = jax.device_put(on_host, self._model.resolver.replicated())
+        tokens_B, positions_B, seen, sampling = self._model.resolver.replicate(on_host)
         return State(self._empty_cache(len(prompts), num_slots), tokens_B, positions_B, seen, sampling)
 
     def prefill(

@@ -15,29 +15,29 @@ from qwen_dist.engine.request import SamplingParams
 class SamplingArrays(NamedTuple):
     """`SamplingParams` of every row, as arrays [B], so that no value of theirs means compiling again."""
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    min_p: jax.Array
-    repetition_penalty: jax.Array
-    seed: jax.Array
+    temperature: jax.Array | np.ndarray
+    top_k: jax.Array | np.ndarray
+    top_p: jax.Array | np.ndarray
+    min_p: jax.Array | np.ndarray
+    repetition_penalty: jax.Array | np.ndarray
+    seed: jax.Array | np.ndarray
 
     @classmethod
     def from_params(cls, params: Sequence[SamplingParams]) -> SamplingArrays:
-        """The rows' parameters, on the default device."""
+        """The rows' parameters, on the host."""
 
-        def column(name: str, dtype: type) -> jax.Array:
-            return jnp.asarray(np.array([getattr(row, name) for row in params], dtype))
+        def column(name: str, dtype: type) -> np.ndarray:
+            return np.array([getattr(row, name) for row in params], dtype)
 
         # Both halves of a 64-bit seed count; jax without x64 has 32-bit integers.
         seed = np.array([row.seed % 2**64 for row in params], np.uint64)
         return cls(
             temperature=column("temperature", np.float32),
-            top_k=jnp.asarray(np.array([min(row.top_k, 2**31 - 1) for row in params], np.int32)),
+            top_k=np.array([min(row.top_k, 2**31 - 1) for row in params], np.int32),
             top_p=column("top_p", np.float32),
             min_p=column("min_p", np.float32),
             repetition_penalty=column("repetition_penalty", np.float32),
-            seed=jnp.asarray(np.stack([seed >> 32, seed & 0xFFFFFFFF], axis=1).astype(np.uint32)),
+            seed=np.stack([seed >> 32, seed & 0xFFFFFFFF], axis=1).astype(np.uint32),
         )
 
 
@@ -98,11 +98,11 @@ def _truncate(logits_BV: jax.Array, params: SamplingArrays) -> jax.Array:
     return jnp.where(logits_BV >= jnp.maximum(lowest_B1, min_p_B1), logits_BV, -jnp.inf)
 
 
-def _gumbel(seed: jax.Array, positions_B: jax.Array, like_BV: jax.Array) -> jax.Array:
+def _gumbel(seed: jax.Array | np.ndarray, positions_B: jax.Array, like_BV: jax.Array) -> jax.Array:
     """Noise whose maximum, added to logits, falls on each token with its probability; one stream a seed and position."""
 
     def row(seed: jax.Array, position: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
         return jax.random.gumbel(key, like_BV.shape[1:], like_BV.dtype)
 
-    return jax.vmap(row)(seed, positions_B)
+    return jax.vmap(row)(jnp.asarray(seed), positions_B)
