@@ -23,7 +23,7 @@ from qwen_dist.config import BatchConfig
 from qwen_dist.tokenizer import Tokenizer
 
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 10, "num_hidden_layers": 1}
-# 42 tokens, and 59 with the chat template: every run of one prompt is read by the same program.
+# 41 tokens, and 58 with the chat template: every run of one prompt is read by the same program.
 PROMPT = "the quick brown fox jumps over the lazy dog; " * 4
 # What most runs here ask for; the rest comes from generation_config.json: greedy, with a penalty.
 ASK = ("--dtype", "float32", "--max-new-tokens", "12")
@@ -182,6 +182,82 @@ def test_a_chat_goes_on_after_an_error(run, tiny_directory):
     assert chat.code == 0
     assert "the model's context 64" in chat.err
     assert run("generate", "--model", model, *ASK, "--prompt", "fox").out in chat.out
+
+
+# --- batch ---
+
+
+@pytest.fixture
+def prompts(tmp_path) -> pathlib.Path:
+    path = tmp_path / "in.jsonl"
+    lines = [{"id": 1, "prompt": PROMPT}, {"id": 2, "messages": [{"role": "user", "content": PROMPT + "."}]}]
+    path.write_text("\n".join([*map(json.dumps, lines), "not JSON"]))
+    return path
+
+
+def test_a_batch_is_answered_and_told_about(run, model, prompts, tmp_path):
+    base = ("batch", "--model", model, *ASK, "--input", prompts)
+    result = run(*base, "--output", tmp_path / "out.jsonl", "--json")
+    assert (result.code, result.err) == (0, "")
+    summary = result.json
+    assert summary.pop("seconds") > 0
+    assert summary == {
+        "output": str(tmp_path / "out.jsonl"),
+        "num_answered": 2,
+        "num_errors": 1,
+        "num_prompt_tokens": 117,
+        "num_generated_tokens": 24,
+    }
+    answers = {line["id"]: line for line in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
+    assert "not JSON" in answers["line-3"]["error"]["message"]
+    for id, prompt in ((1, PROMPT), (2, PROMPT + ".")):
+        one = run("generate", "--model", model, *ASK, "--prompt", prompt, "--json").json
+        assert answers[id] == {"id": id} | {key: one[key] for key in ("text", "finish_reason", "usage")}
+
+    told = run(*base, "--output", tmp_path / "again.jsonl")
+    assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "out.jsonl").read_text()
+    assert told.out.startswith("2 answered, 1 with an error; 117 tokens read and 24 written in ")
+    assert "3/3" in told.err
+
+
+def test_a_configuration_file_and_a_mesh(run, model, prompts, tmp_path):
+    """The file names the model and the length, an override changes the file, a flag has the last word."""
+    config = pathlib.Path(__file__).parent.parent / "configs" / "batch.py"
+    base = ("batch", "--config", f"{config}:{model}", "--dtype", "float32", "--input", prompts, "--json")
+    overrides = ("--config.sampling.max_new_tokens=4", "--config.mesh=data=2,fsdp=2,tensor=2", "--max-new-tokens", "3")
+    result = run(*base, *overrides, "--output", tmp_path / "out.jsonl")
+    assert (result.code, result.json["num_generated_tokens"]) == (0, 6)
+
+
+def test_results_are_not_overwritten_unasked(run, model, prompts, tmp_path):
+    output = tmp_path / "out.jsonl"
+    output.write_text("old\n")
+    base = ("batch", "--model", model, *ASK, "--input", prompts, "--output", output)
+    refused = run(*base)
+    assert (refused.code, len(refused.err.splitlines())) == (1, 1)
+    assert "holds results already" in refused.err
+    lost = run(*base, "--overwrite", "--model", "no/such/model")
+    assert (lost.code, output.read_text()) == (1, "old\n")
+    assert run(*base, "--overwrite").code == 0
+    assert len(output.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("input", "output", "code", "expected"),
+    [
+        ("in.jsonl", "in.jsonl", 2, "input and output are the same file"),
+        ("missing.jsonl", "out.jsonl", 1, "cannot read the input"),
+        ("in.jsonl", "missing/out.jsonl", 1, "cannot write the output"),
+        ("in.jsonl", "/dev/full", 1, "No space left on device; it holds the 0 results before, whole: make room"),
+    ],
+)
+def test_files_that_cannot_be_used(run, model, prompts, tmp_path, input, output, code, expected):
+    before = prompts.read_text()
+    files = ("--input", tmp_path / input, "--output", tmp_path / output)
+    result = run("batch", "--model", model, *ASK, *files, "--overwrite", "--json")
+    assert (result.code, result.out, len(result.err.splitlines())) == (code, "", 1)
+    assert result.err.startswith("qwen-dist batch: ") and expected in result.err
+    assert prompts.read_text() == before
 
 
 # --- what can be wrong ---

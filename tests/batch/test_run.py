@@ -1,0 +1,194 @@
+"""A file of prompts, answered: every line once, each as if it were alone, whatever the other lines are."""
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+
+from qwen_dist.batch import run as batch_run
+from qwen_dist.batch.jsonl import ResultWriter, read_records
+from qwen_dist.batch.run import Summary, check_paths, open_files, run_batch
+from qwen_dist.config import ModelOptions, SamplingOptions
+from qwen_dist.engine.open import open_engine
+from qwen_dist.engine.request import Request
+from qwen_dist.errors import UsageError, UserError
+
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "def is_prime(n):"}]
+LINES = [
+    {"id": "plain", "prompt": "the quick brown fox"},
+    {"id": 7, "prompt": "日本語 😀", "max_new_tokens": 3},
+    {"id": "chat", "messages": MESSAGES, "logprobs": 2},
+    {"custom_id": "openai", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "m", "messages": MESSAGES}},
+    {
+        "custom_id": "openai drawn",
+        "body": {"messages": MESSAGES, "max_tokens": 4, "temperature": 1, "seed": 3, "logprobs": True, "top_logprobs": 1},
+    },
+    {"id": "one char", "prompt": "a", "repetition_penalty": 1.5},
+]
+BAD = {
+    "no prompt": ({"id": "no prompt"}, "give either prompt or messages"),
+    "too long": ({"id": "too long", "prompt": "a " * 200}, "tokens and the model's context 128"),
+    "out of range": ({"id": "out of range", "prompt": "a", "top_p": 7}, "top_p is 7; it must be above 0 and at most 1"),
+    "misspelt": ({"id": "misspelt", "prompt": "a", "temprature": 1}, "unknown temprature"),
+    "poet": ({"id": "poet", "messages": [{"role": "poet", "content": "x"}]}, "Unexpected role poet"),
+    "image": ({"id": "image", "messages": [{"role": "user", "content": [{"type": "image"}]}]}, "reads text only"),
+    "line-7": ("{", "the line is not JSON"),
+    "openai bad": (
+        {"custom_id": "openai bad", "body": {"messages": MESSAGES, "n": 3}},
+        "cannot be honoured, so leave out: n",
+    ),
+    "plain": ({"id": "plain", "prompt": "again"}, "the id 'plain' is already that of an earlier line"),
+}
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_directory):
+    """Engine, tokenizer and default sampling of a tiny checkpoint; answers of six tokens, eight at a time."""
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 8, "head_dim": 10, "max_position_embeddings": 128}
+    options = ModelOptions(str(tiny_directory("qwen3", **sizes)), dtype="float32")
+    return open_engine(options, "", SamplingOptions(max_new_tokens=6), max_batch_size=8)
+
+
+@pytest.fixture
+def answer(opened, tmp_path):
+    """A function (lines, **options of run_batch) -> the results as they were written, and the summary."""
+
+    def answer(lines, **options) -> tuple[list[dict], Summary]:
+        input, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+        input.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+        with ResultWriter(output, overwrite=True) as writer:
+            summary = run_batch(*opened, read_records(input), writer, **options)
+        return [json.loads(line) for line in output.read_text().splitlines()], summary
+
+    return answer
+
+
+def by_id(results: list[dict]) -> dict:
+    named = {result.get("custom_id", result["id"]): result for result in results}
+    assert len(named) == len(results)
+    return named
+
+
+def alone(opened, prompt: list[int], **params) -> dict:
+    """The prompt's answer when the engine has nothing else to do."""
+    engine, _, defaults = opened
+    *_, last = updates = list(engine.run([Request(None, tuple(prompt), defaults.override(params))]))
+    return {
+        "text": "".join(update.text for update in updates),
+        "finish_reason": last.finish_reason,
+        "usage": {"prompt_tokens": len(prompt), "completion_tokens": last.num_generated},
+    }
+
+
+def test_every_form_is_answered_in_its_own_as_if_alone(opened, answer):
+    _, tokenizer, _ = opened
+    results, summary = answer(LINES)
+    named = by_id(results)
+    assert named.keys() == {"plain", 7, "chat", "openai", "openai drawn", "one char"}
+
+    def chat(text: str) -> list[int]:
+        return tokenizer.apply_chat_template([{"role": "user", "content": text}])
+
+    conversation = tokenizer.apply_chat_template(MESSAGES)
+    assert named["plain"] == {"id": "plain"} | alone(opened, chat("the quick brown fox"))
+    assert named[7] == {"id": 7} | alone(opened, chat("日本語 😀"), max_new_tokens=3)
+    assert named["one char"] == {"id": "one char"} | alone(opened, chat("a"), repetition_penalty=1.5)
+
+    logprobs = named["chat"].pop("logprobs")
+    assert named["chat"] == {"id": "chat"} | alone(opened, conversation)
+    assert len(logprobs) == 6
+    assert all(len(entry["top_logprobs"]) == 2 and entry["logprob"] < 0 for entry in logprobs)
+    assert logprobs[0]["logprob"] == logprobs[0]["top_logprobs"][0]["logprob"]  # greedy takes the best
+
+    for name, params in (("openai", {}), ("openai drawn", {"max_new_tokens": 4, "temperature": 1, "seed": 3})):
+        line, expected = named[name], alone(opened, conversation, **params)
+        assert (line["response"]["status_code"], line["error"]) == (200, None)
+        (choice,) = line["response"]["body"]["choices"]
+        assert choice["message"]["content"] == expected["text"]
+        assert choice["finish_reason"] == expected["finish_reason"]
+        total = sum(expected["usage"].values())
+        assert line["response"]["body"]["usage"] == expected["usage"] | {"total_tokens": total}
+    assert len(named["openai drawn"]["response"]["body"]["choices"][0]["logprobs"]["content"]) == 4
+    assert named["openai"]["response"]["body"]["choices"][0]["logprobs"] is None
+
+    assert (summary.num_answered, summary.num_errors) == (6, 0)
+    counts = [result["usage"] if "usage" in result else result["response"]["body"]["usage"] for result in results]
+    assert summary.num_prompt_tokens == sum(usage["prompt_tokens"] for usage in counts)
+    assert summary.num_generated_tokens == sum(usage["completion_tokens"] for usage in counts)
+
+
+def test_bad_lines_get_their_error_and_the_run_goes_on(opened, answer):
+    good, _ = answer(LINES)
+    bad_lines = [line for line, _ in BAD.values()]
+    results, summary = answer([LINES[0], *bad_lines[:5], bad_lines[6], bad_lines[5], *bad_lines[7:], *LINES[1:]])
+    assert (summary.num_answered, summary.num_errors) == (len(LINES), len(BAD))
+    errors = {}
+    for result in results:
+        error = result.get("error")
+        if error is not None:
+            errors.setdefault(result.get("custom_id", result["id"]), error["message"])
+            if "custom_id" in result:
+                assert result["response"]["status_code"] == 400
+    assert errors.keys() == BAD.keys()
+    for name, (_, message) in BAD.items():
+        assert message in errors[name]
+
+    def stable(results):
+        """Without what tells the time or the place in the file."""
+        kept = []
+        for result in results:
+            if "custom_id" not in result:
+                kept.append(result)
+            elif result["error"] is None:
+                kept.append((result["custom_id"], result["response"]["body"]["choices"]))
+        return sorted(map(json.dumps, kept))
+
+    assert stable(good) == stable([result for result in results if result.get("error") is None])
+
+
+def test_raw_prompts_go_to_the_model_as_they_are(opened, answer):
+    _, tokenizer, _ = opened
+    (result,), _ = answer([LINES[0]], raw=True)
+    assert result == {"id": "plain"} | alone(opened, tokenizer.encode("the quick brown fox"))
+    (result,), _ = answer([{"id": "x", "prompt": ""}], raw=True)
+    assert "the prompt is empty" in result["error"]["message"]
+
+
+def test_long_files_are_answered_window_by_window(opened, answer, monkeypatch):
+    """Seventeen lines, eight in a window: what has been read ahead is bounded, and nothing is lost at the borders."""
+    monkeypatch.setattr(batch_run, "BATCHES_AT_ONCE", 1)
+    results, _ = answer([{"id": index, "prompt": "fox " * (index % 5)} for index in range(17)])
+    windows = [{result["id"] for result in results[start : start + 8]} for start in (0, 8, 16)]
+    assert windows == [set(range(8)), set(range(8, 16)), {16}]
+    same = [result for result in results if result["id"] % 5 == 2]
+    assert len(same) == 3
+    assert all(result | {"id": None} == same[0] | {"id": None} for result in same)
+
+
+def test_progress_only_grows(answer):
+    reports: list[Summary] = []
+    _, summary = answer([*LINES, "{"], report=lambda summary: reports.append(dataclasses.replace(summary)))
+    assert reports[-1] == summary
+    for before, after in itertools.pairwise(reports):
+        assert all(old <= new for old, new in zip(vars(before).values(), vars(after).values(), strict=True))
+    assert len(reports) > summary.num_generated_tokens
+
+
+def test_a_file_without_lines(answer):
+    assert answer([""]) == ([], Summary(seconds=pytest.approx(0, abs=1)))
+
+
+def test_writing_over_the_input_is_refused(tmp_path):
+    input = tmp_path / "in.jsonl"
+    input.write_text("{}\n")
+    (tmp_path / "link.jsonl").symlink_to(input)
+    for output in (input, tmp_path / "link.jsonl", tmp_path / "." / "in.jsonl"):
+        with pytest.raises(UsageError, match="input and output are the same file"):
+            check_paths(str(input), str(output))
+        with pytest.raises(UsageError):
+            open_files(str(input), str(output), True)
+    assert input.read_text() == "{}\n"
+    with pytest.raises(UserError, match="cannot read the input"):
+        open_files(str(tmp_path / "missing.jsonl"), str(tmp_path / "out.jsonl"), False)
+    assert not (tmp_path / "out.jsonl").exists()
