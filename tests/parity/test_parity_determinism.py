@@ -33,7 +33,8 @@ def digests(checkpoint: str, dtype: str) -> dict[str, str]:
     return {name: hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest() for name, value in values.items()}
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_same_bits_again_and_in_a_new_process(tiny_checkpoint, dtype):
     checkpoint = str(tiny_checkpoint("qwen3", num_hidden_layers=1))
     first = digests(checkpoint, dtype)

@@ -25,7 +25,7 @@ INPUTS = random_tokens(320, 20, 8)
 
 @pytest.fixture(scope="module")
 def run(tiny_checkpoint):
-    checkpoint = tiny_checkpoint("qwen3", num_hidden_layers=2, **SIZES)
+    checkpoint = tiny_checkpoint("qwen3", num_hidden_layers=1, **SIZES)
 
     @functools.lru_cache
     def run(mesh, rules, dtype):
