@@ -81,6 +81,14 @@ examples:
 exit code 1 names the first component beyond its bound; needs the extra: pip install 'qwen-dist[parity]'"""
 
 
+_PLAN_EXAMPLE = """\
+examples:
+  qwen-dist plan --model ~/qwen3-32b --topology v5e:8x8 --verb batch --batch 64 --context 4096
+  qwen-dist plan --model config.json --topology v6e:4x4 --mesh fsdp=16 --verb finetune --compile 1,3 --chart plan.html
+  qwen-dist plan --model ~/qwen3-0.6b --topology cpu:8 --mesh data=2,tensor=4 --compile
+only config.json is read; --compile for a TPU needs libtpu (pip install libtpu), and no TPU; exit code 1: does not fit"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -144,6 +152,17 @@ def _parser() -> argparse.ArgumentParser:
     parity.add_argument("--tokens", type=int, metavar="N", help="instead of prompts: N random tokens")
     parity.add_argument("--report", metavar="FILE", help="also write an HTML page")
     _add_flags(parity, _MODEL_FLAGS[:3])
+
+    plan = _add_verb(verbs, "plan", _plan, "whether a model fits on devices that are not here, and how fast", _PLAN_EXAMPLE)
+    plan.usage = "qwen-dist plan --model DIR_OR_CONFIG_JSON --topology KIND:SIZES [flags]"
+    plan.add_argument("--topology", metavar="KIND:SIZES", required=True, help="such as v5e:8x8, v5p:4x4x4 or cpu:8")
+    plan.add_argument("--verb", dest="planned", choices=("batch", "finetune"), default="batch", help="what to run (batch)")
+    plan.add_argument("--batch", type=int, metavar="N", default=32, help="rows at a time, on all devices together (32)")
+    plan.add_argument("--context", type=int, metavar="N", default=4096, help="tokens a row, with the answer (4096)")
+    plan.add_argument("--remat", choices=("none", "block"), default="block", help="finetune: compute blocks twice (block)")
+    plan.add_argument("--compile", nargs="?", const="all", metavar="A,B", help="ask the compiler; A,B: from so many layers")
+    plan.add_argument("--chart", metavar="FILE", help="also write an HTML page with the memory of each device")
+    _add_flags(plan, _MODEL_FLAGS[:3])
     return parser
 
 
@@ -352,7 +371,7 @@ def _batch_progress(input: str, *, quiet: bool) -> Iterator[Callable[[Any], None
         yield report
 
 
-# --- inspect, export, parity ---
+# --- inspect, export, parity, plan ---
 
 
 @dataclasses.dataclass(frozen=True)
@@ -433,6 +452,31 @@ def _parity(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.report:
         write_html(report, options.report)
     return 0 if report.ok else 1
+
+
+def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
+    config = load_config(_ModelConfig, None, overrides, _config_values(options))
+    from qwen_dist.models.config import ModelConfig
+    from qwen_dist.planning.chips import Topology
+
+    topology = Topology.parse(options.topology)
+    start_jax(topology.num_devices if topology.is_cpu else 1, config.model.dtype)
+    from qwen_dist.planning.plan import compiled_layers, make_plan, with_compiled
+    from qwen_dist.planning.report import print_plan, to_json, write_chart
+    from qwen_dist.planning.workload import Workload
+
+    model = ModelConfig.from_directory(config.model.path, config.model.ignored_keys)
+    workload = Workload(options.planned, options.batch, options.context, config.model.dtype, options.remat)
+    plan = make_plan(config.model.path, model, topology, workload, config.mesh or None)
+    if options.compile is not None:
+        plan = with_compiled(plan, model, compiled_layers(options.compile, len(model.layers)))
+    if options.json:
+        print(to_json(plan))
+    else:
+        print_plan(plan, _console())
+    if options.chart:
+        write_chart(plan, options.chart)
+    return 0 if plan.chosen.fits else 1
 
 
 # --- what people see ---

@@ -1,0 +1,73 @@
+"""Data sheets of the devices that a plan can be made for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+
+from qwen_dist.errors import UsageError
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device as jax counts them; None where there is no data sheet, and then no estimate of time.
+
+    memory_bytes: what the compiler lets a program use, a little less than the sheet says. bytes_per_second: of that memory.
+    flops_per_second: dense, bfloat16. ici_bytes_per_second: what a device receives from both neighbours along one axis of
+    the torus, and at the same time sends. devices_per_chip: how many devices jax makes of a chip; dims: of the torus.
+    """
+
+    memory_bytes: int
+    dims: int
+    bytes_per_second: float | None = None
+    flops_per_second: float | None = None
+    ici_bytes_per_second: float | None = None
+    devices_per_chip: int = 1
+
+
+# Bandwidths and rates: https://cloud.google.com/tpu/docs, one page a chip ("key specifications"). ICI is given there for
+# all ports of a chip (v4 to v6e: 2,400, 1,600, 4,800 and 3,584 Gb/s one way; tpu7x: 1,200 GB/s both ways), here for the
+# two ports of one axis. Memory: the limit that libtpu 0.0.42 names when it refuses a program.
+CHIPS = {
+    "v4": Chip(int(30.75 * GIB), 3, 1228e9, 275e12, 100e9),
+    "v5e": Chip(int(15.75 * GIB), 2, 819e9, 197e12, 100e9),
+    "v5p": Chip(int(95.74 * GIB), 3, 2765e9, 459e12, 200e9),
+    "v6e": Chip(int(31.25 * GIB), 2, 1640e9, 918e12, 224e9),
+    "tpu7x": Chip(int(94.75 * GIB), 3, 3690e9, 1153.5e12, 100e9, devices_per_chip=2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A number of devices of one kind; `name` is as libtpu knows it, such as v5e:16x16, or cpu:8."""
+
+    name: str
+    chip: Chip
+    num_devices: int
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.name.startswith("cpu:")
+
+    @classmethod
+    def parse(cls, text: str) -> Topology:
+        """Read `v5e:16x16`, `v5p:16x16x16` (chips along each axis of the torus) or `cpu:8`. Raises UsageError."""
+        match = re.fullmatch(r"(\w+):([1-9]\d{0,3}(?:x[1-9]\d{0,3}){0,2})", text)
+        kind, dims = match.groups() if match else ("", "")
+        sizes = [int(size) for size in dims.split("x") if size]
+        if kind == "cpu" and len(sizes) == 1:
+            return cls(text, _this_machine(sizes[0]), sizes[0])
+        if kind not in CHIPS or len(sizes) != CHIPS[kind].dims:
+            kinds = ", ".join(f"{name}:{'x'.join('AB' if chip.dims == 2 else 'ABC')}" for name, chip in CHIPS.items())
+            raise UsageError(f"topology {text!r} is not known; there are {kinds} and cpu:N, with A, B, C chips an axis.")
+        return cls(text, CHIPS[kind], math.prod(sizes) * CHIPS[kind].devices_per_chip)
+
+
+def _this_machine(num_devices: int) -> Chip:
+    """The CPU devices of this machine share its memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Chip(memory // num_devices, 1)

@@ -1,0 +1,232 @@
+"""The real compiler's word on a program, without the hardware: bytes, flops and collectives of each device.
+
+`libtpu` compiles for any TPU topology on a machine that has none; CPU devices are those of this process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import mesh_utils, topologies
+
+from qwen_dist.checkpoint.model import LoadedModel
+from qwen_dist.engine.runner import Runner
+from qwen_dist.errors import UserError
+from qwen_dist.mesh import AXES, MeshConfig
+from qwen_dist.models.config import ModelConfig
+from qwen_dist.models.transformer import Transformer
+from qwen_dist.planning.chips import Topology
+from qwen_dist.planning.workload import Phase, Workload
+from qwen_dist.sharding import Resolver, abstract_parameters, bind, resolving
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_SHAPE = re.compile(r"\b(pred|[a-z]+?(\d+)\w*)\[([\d,]*)\]")
+_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\}|mesh\[(.*?)\] \{(.*?)\})")
+_COLLECTIVE = re.compile(rf"= (\([^()]*(?:\([^()]*\)[^()]*)*\)|\S+) ({'|'.join(COLLECTIVES)})(-start)?\(")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """`count` operations of one kind; `bytes` is what one device receives from the others in all of them."""
+
+    kind: str
+    count: float
+    bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler reports of one program, for each device. `seconds` is how long it took.
+
+    `flops` and `bytes_accessed` count a loop's body once, as XLA does; the programs of this project have no loops.
+    """
+
+    seconds: float
+    argument_bytes: float
+    output_bytes: float
+    alias_bytes: float
+    temporary_bytes: float
+    flops: float
+    bytes_accessed: float
+    collectives: tuple[Collective, ...]
+
+    @property
+    def device_bytes(self) -> float:
+        """All that must be in memory at once; donated arguments are outputs too and count once."""
+        return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temporary_bytes
+
+
+def extrapolate(two: Sequence[Compiled], layers: Sequence[int], num_layers: int) -> Compiled:
+    """What a program of `num_layers` layers would be, from two of fewer: each layer adds the same of everything."""
+    shallow, deep = two
+
+    def line(low: float, high: float) -> float:
+        return low + (high - low) * (num_layers - layers[0]) / (layers[1] - layers[0])
+
+    numbers = {
+        field.name: line(getattr(shallow, field.name), getattr(deep, field.name))
+        for field in dataclasses.fields(Compiled)
+        if field.name != "collectives"
+    }
+    low, high = ({one.kind: one for one in compiled.collectives} for compiled in (shallow, deep))
+    none = Collective("", 0, 0)
+    both = [(kind, low.get(kind, none), high.get(kind, none)) for kind in COLLECTIVES if kind in low | high]
+    sums = tuple(Collective(kind, line(a.count, b.count), line(a.bytes, b.bytes)) for kind, a, b in both)
+    return Compiled(**numbers, collectives=sums)
+
+
+class DoesNotFit(UserError):
+    """The compiler refuses the program for its size; the message is the compiler's."""
+
+
+def topology_mesh(topology: Topology, config: MeshConfig) -> jax.sharding.Mesh:
+    """A mesh over the first devices of a topology, or over descriptions of them. Raises UserError."""
+    devices = _devices(topology)
+    sizes = config.sizes(len(devices))
+    used = devices[: math.prod(sizes.values())]
+    # A mesh axis may be part of an axis of the torus: tensor=8 on 4x4.
+    array = mesh_utils.create_device_mesh(tuple(sizes.values()), used, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(array, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def _devices(topology: Topology) -> Any:
+    if topology.is_cpu:
+        return jax.devices("cpu")[: topology.num_devices]
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server tells of a TPU that is not there
+    # On a v4 the two cores of a chip are one device, as they are by default when it runs.
+    options = {"chip_config_name": "megacore"} if topology.name.startswith("v4:") else {}
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
+    except (RuntimeError, ValueError, ImportError) as error:
+        hint = "this needs libtpu: pip install libtpu"
+        if "lockfile" in str(error):
+            hint = "another process uses libtpu: wait for it, or set ALLOW_MULTIPLE_LIBTPU_LOAD=1"
+        raise UserError(f"no devices for {topology.name}: {' '.join(str(error).split())[:300]} ({hint})") from None
+
+
+def lower(config: ModelConfig, resolver: Resolver, workload: Workload, phase: Phase) -> jax.stages.Lowered:
+    """The program of one phase, exactly as it would run, for parameters that are not there."""
+    module = Transformer(config, dtype=workload.dtype)
+    model = LoadedModel(config, module, abstract_parameters(module, resolver), resolver)  # type: ignore[arg-type]
+    if phase == "train":
+        return _lower_gradient(model, workload)
+    width = workload.prefill_width if phase == "prefill" else None
+    return Runner(model).lower(workload.batch, workload.num_slots, width=width, num_live=workload.num_slots)
+
+
+def compile_program(lowered: jax.stages.Lowered) -> Compiled:
+    """Compile, and read what the compiler says. Raises DoesNotFit."""
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFit(str(error).partition("\n")[0]) from None
+    seconds = time.perf_counter() - start
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    assert memory is not None
+    return Compiled(
+        seconds=seconds,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        flops=cost.get("flops", 0.0),
+        bytes_accessed=cost.get("bytes accessed", 0.0),
+        collectives=count_collectives(compiled.as_text() or ""),
+    )
+
+
+def count_collectives(text: str) -> tuple[Collective, ...]:
+    """The collectives of a compiled program's text, by kind."""
+    found: dict[str, list[float]] = {kind: [] for kind in COLLECTIVES}
+    for one in collectives(text):
+        found[one.kind].append(one.bytes)
+    return tuple(Collective(kind, len(sizes), sum(sizes)) for kind, sizes in found.items() if sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What one collective makes: arrays as (elements, bits of each), by groups of so many devices."""
+
+    kind: str
+    arrays: tuple[tuple[int, int], ...]
+    group: int
+
+    @property
+    def bytes(self) -> float:
+        """What a device receives, in the fewest exchanges: a sum is scattered and then gathered."""
+        whole = sum(elements * bits for elements, bits in self.arrays) / 8
+        others = self.group - 1
+        return whole * {
+            "all-reduce": 2 * others / self.group,
+            "reduce-scatter": others,
+            "collective-permute": 1,
+        }.get(self.kind, others / self.group)
+
+
+def collectives(text: str) -> Iterator[Result]:
+    """Every collective in a compiled program's text."""
+    for line in text.splitlines():
+        if (match := _COLLECTIVE.search(line)) is None:
+            continue
+        result, kind, is_started = match.groups()
+        arrays = [
+            (math.prod(int(size) for size in dims.split(",") if size), int(bits or 8))
+            for _, bits, dims in _SHAPE.findall(result)
+        ]
+        if is_started and kind in ("all-gather", "collective-permute"):
+            arrays = [max(arrays)]  # of operand, result and what the two ends tell each other
+        yield Result(kind, tuple(arrays), _group_size(line))
+
+
+def _group_size(line: str) -> int:
+    """How many devices exchange with each other: [number,size]<=…, {{0,1,…},…} or mesh['a'=2,'b'=4] {'b'}."""
+    match = _GROUPS.search(line)
+    if match is None:
+        return 1  # a collective-permute names pairs
+    size, listed, mesh, axes = match.groups()
+    if size:
+        return int(size)
+    if listed:
+        return listed.count(",") + 1
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh))
+    # An axis may be there in part: 'a':(1)2 is 2 of it.
+    parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", axes)
+    return math.prod(int(part or sizes[axis]) for axis, part in parts)
+
+
+def _lower_gradient(model: LoadedModel, workload: Workload) -> jax.stages.Lowered:
+    """The mean loss of the next tokens and its gradient by every parameter."""
+    shape = (workload.batch, workload.context)
+    tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=model.resolver.activation("tokens", shape, ("batch", "length")))
+
+    def loss(parameters: Mapping[str, jax.Array], tokens_BT: jax.Array) -> jax.Array:
+        with resolving(model.resolver):
+            module = bind(model.module, parameters)
+            positions_BT = jnp.broadcast_to(jnp.arange(shape[1], dtype=np.int32), shape)
+            hidden_BTD, _ = module(tokens_BT, positions_BT)
+            log_probabilities_BTV = jax.nn.log_softmax(module.unembed(hidden_BTD[:, :-1]))
+        return -jnp.take_along_axis(log_probabilities_BTV, tokens_BT[:, 1:, None], axis=-1).mean()
+
+    if workload.remat == "block":
+        # What the model lays out as its residual stream is kept; the backward pass computes the rest again.
+        stream = (*shape, model.config.hidden_size)
+
+        def is_stream(primitive: Any, *operands: Any, **_: Any) -> bool:
+            return primitive.name == "sharding_constraint" and operands[0].shape == stream
+
+        loss = jax.checkpoint(loss, policy=is_stream)
+    shardings = {name: leaf.sharding for name, leaf in model.parameters.items()}
+    step = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings))
+    return step.lower(model.parameters, tokens)

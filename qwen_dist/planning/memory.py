@@ -1,0 +1,228 @@
+"""What each device must hold, and what each step costs, by arithmetic: no weights, no devices and no compiler.
+
+Every size is that of an array of the real model, or of its activations, cut as the real rules cut it: the same `Resolver`
+places them here, on a mesh of numbers.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import cast
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+
+from qwen_dist.mesh import AXES, MeshConfig
+from qwen_dist.models.attention import QUERY_BLOCK
+from qwen_dist.models.config import LayerConfig, ModelConfig
+from qwen_dist.models.transformer import Transformer
+from qwen_dist.planning.workload import Phase, Workload
+from qwen_dist.sharding import Resolver, abstract_parameters
+
+WIDE = 4  # bytes of a float32: scores, logits, the optimiser's numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one step of a program takes of each device: flops, bytes of its memory that must be read or written at least
+    once, and bytes that it receives from the others, by kind of collective."""
+
+    flops: float
+    bytes: float
+    collectives: Mapping[str, float]
+
+
+def abstract_resolver(mesh: MeshConfig, num_devices: int, workload: Workload) -> Resolver:
+    """The workload's rules on a mesh of numbers. Raises UsageError when the mesh does not fit the devices."""
+    sizes = mesh.sizes(num_devices)
+    # A resolver asks a mesh for the sizes of its axes only.
+    return Resolver(cast(Mesh, AbstractMesh(tuple(sizes.values()), AXES)), workload.rules)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arithmetic:
+    """A model under a workload on a mesh; `Arithmetic.of` makes one."""
+
+    config: ModelConfig
+    resolver: Resolver
+    workload: Workload
+    num_parameters: int
+    local_parameters: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, resolver: Resolver, workload: Workload) -> Arithmetic:
+        """Raises UsageError when the model or the batch does not fit the mesh."""
+        everywhere, local = _count_parameters(config, resolver, workload.dtype)
+        arithmetic = cls(config, resolver, workload, everywhere, local)
+        arithmetic._local("batch")
+        return arithmetic
+
+    @property
+    def _width(self) -> int:
+        return jax.numpy.dtype(self.workload.dtype).itemsize
+
+    @functools.cached_property
+    def _sizes(self) -> dict[str, int]:
+        config, workload = self.config, self.workload
+        return {
+            "batch": workload.batch,
+            "length": workload.context,
+            "kv_length": workload.num_slots,
+            "q_heads": config.num_attention_heads,
+            "kv_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+            "embed": config.hidden_size,
+            "mlp": config.intermediate_size,
+            "vocab": config.vocab_size,
+        }
+
+    def memory(self, phase: Phase) -> dict[str, int]:
+        """Bytes on each device while the program of a phase runs, by kind; their sum is the peak."""
+        parameters = self.local_parameters * self._width
+        if phase == "train":
+            saved = self._saved()
+            return {
+                "parameters": parameters,
+                "gradients": parameters,
+                "optimizer": self.local_parameters * WIDE * (2 if self._width > 2 else 3),
+                "saved activations": saved,
+                "working set": self._training_set(),
+            }
+        cache = 2 * self._local("batch", "kv_heads", "kv_length", "head_dim") * self._width * len(self.config.layers)
+        seen = self.workload.batch * self.config.vocab_size  # on every device
+        return {"parameters": parameters, "cache": cache, "sampling": seen, "working set": self._inference_set(phase)}
+
+    def cost(self, phase: Phase) -> Cost:
+        """What one step of a phase takes: all of prefill is as many steps as pieces of `prefill_width` tokens."""
+        tokens = {"train": self.workload.context, "prefill": self.workload.prefill_width, "decode": 1}[phase]
+        forward = self._forward_flops(tokens)
+        parameters = self.local_parameters * self._width
+        if phase == "train":
+            passes = 4 if self.workload.remat == "block" else 3
+            moved = passes * self._gathered_layers() + 3 * self.local_parameters * WIDE + 2 * self._saved()
+            return Cost(passes * forward, moved, _nonzero(self._training_collectives()))
+        cache = self.memory(phase)["cache"]
+        return Cost(forward, parameters + cache, _nonzero(self._inference_collectives(tokens)))
+
+    def _local(self, *axes: str, **replaced: int) -> int:
+        """Elements that one device has of an activation with these dimensions."""
+        shape = tuple(replaced.get(axis, self._sizes.get(axis, 0)) for axis in axes)
+        return math.prod(self.resolver.activation("activation", shape, axes).shard_shape(shape))
+
+    # --- memory ---
+
+    def _inference_set(self, phase: Phase) -> int:
+        length = self.workload.prefill_width if phase == "prefill" else 1
+        stream = self._local("batch", "length", "embed", length=length) * self._width
+        heads = self._local("batch", "length", "q_heads", "head_dim", length=length) * self._width
+        keys = 2 * self._local("batch", "kv_heads", "kv_length", "head_dim") * self._width
+        # Of one block of queries: the scores, and what becomes of them under the softmax.
+        scores = 2 * self._local("batch", "length", "q_heads", "kv_length", length=min(QUERY_BLOCK, length)) * WIDE
+        channels = 3 * self._local("batch", "length", "mlp", length=length) * self._width
+        # The sampler sorts: logits as they are, with the penalty, scaled, sorted, and with noise.
+        logits = 5 * self._local("batch", "vocab") * WIDE
+        return max(2 * stream + 2 * heads + keys + scores, 2 * stream + channels, logits)
+
+    def _saved(self) -> int:
+        """What the forward pass leaves for the backward pass."""
+        stream = self._local("batch", "length", "embed") * self._width
+        layers = len(self.config.layers)
+        if self.workload.remat == "block":
+            return (2 * layers + 1) * stream
+        return layers * (2 * stream + self._of_one_block()) + stream
+
+    def _of_one_block(self) -> int:
+        """What a block computes and its gradient needs, of which nothing is kept with remat."""
+        width = self._width
+        normed = 2 * self._local("batch", "length", "embed")
+        queries = 3 * self._local("batch", "length", "q_heads", "head_dim")
+        keys = 3 * self._local("batch", "length", "kv_heads", "head_dim")
+        channels = 3 * self._local("batch", "length", "mlp")
+        # Blocks of queries do not touch the keys after them.
+        seen = (self.workload.context + min(QUERY_BLOCK, self.workload.context)) / 2 / self.workload.context
+        scores = seen * self._local("batch", "length", "q_heads", "kv_length", kv_length=self.workload.context)
+        return (normed + queries + keys + channels) * width + int(scores * (WIDE + width))
+
+    def _training_set(self) -> int:
+        """The larger of: one block's backward pass, with its weights and their gradients whole; the loss, likewise."""
+        weights = self._gathered(self._block_weights()) * self._width
+        head = self._gathered({"head": ("vocab", "embed")}) * self._width
+        logits = 3 * self._local("batch", "length", "vocab") * WIDE
+        return max(2 * self._of_one_block() + 2 * weights, logits + 2 * head)
+
+    def _block_weights(self) -> dict[str, tuple[str, ...]]:
+        q, kv, mlp = ("q_heads", "head_dim", "embed"), ("kv_heads", "head_dim", "embed"), ("mlp", "embed")
+        return {"q": q, "k": kv, "v": kv, "o": q, "gate": mlp, "up": mlp, "down": mlp}
+
+    def _gathered(self, weights: Mapping[str, tuple[str, ...]]) -> int:
+        """Elements of weights as they are multiplied: cut as the activations are, whole otherwise."""
+        return sum(self._local(*axes) for axes in weights.values())
+
+    def _gathered_layers(self) -> int:
+        block = self._gathered(self._block_weights()) * len(self.config.layers)
+        return (block + self._gathered({"head": ("vocab", "embed")})) * self._width
+
+    # --- flops and bytes ---
+
+    def _forward_flops(self, tokens: int) -> float:
+        """2 a weight and token, 4 an element of queries and key; of prefill only the last token meets the vocabulary."""
+        config, workload = self.config, self.workload
+        in_blocks = len(config.layers) * self._whole(self._block_weights())
+        unembedded = tokens if workload.verb == "finetune" else 1
+        keys = workload.num_slots if workload.verb == "batch" else workload.context / 2
+        attention = 4 * tokens * keys * config.num_attention_heads * config.head_dim * len(config.layers)
+        head = config.vocab_size * config.hidden_size
+        total = workload.batch * (2 * tokens * in_blocks + 2 * unembedded * head + attention)
+        return total / math.prod(self.resolver.mesh.shape.values())
+
+    def _whole(self, weights: Mapping[str, tuple[str, ...]]) -> int:
+        return sum(math.prod(self._sizes[axis] for axis in axes) for axes in weights.values())
+
+    def _inference_collectives(self, tokens: int) -> Iterator[tuple[str, float]]:
+        """Two sums a layer over the shards of heads and channels, and one for the embedding; five over those of embed."""
+        layers = len(self.config.layers)
+        stream = self._local("batch", "length", "embed", length=tokens) * self._width
+        heads = self._local("batch", "length", "q_heads", "head_dim", length=tokens)
+        keys = 2 * self._local("batch", "length", "kv_heads", "head_dim", length=tokens)
+        channels = 2 * self._local("batch", "length", "mlp", length=tokens)
+        inputs = layers * (heads + keys + channels) * self._width + self._local("batch", "vocab") * WIDE
+        yield "all-reduce", 2 * (self._others("tensor") * (2 * layers + 1) * stream + self._others("fsdp") * inputs)
+
+    def _training_collectives(self) -> Iterator[tuple[str, float]]:
+        """Weights gathered for each pass, gradients summed and cut again; sums of the stream as in inference, each pass."""
+        passes = 3 if self.workload.remat == "block" else 2
+        stream = self._local("batch", "length", "embed") * self._width
+        gradients = self.local_parameters * self._width
+        yield "all-gather", self._others("fsdp") * passes * self._gathered_layers()
+        yield "reduce-scatter", self._others("fsdp") * self._gathered_layers()
+        sums = self._others("tensor") * passes * (2 * len(self.config.layers) + 1) * stream
+        yield "all-reduce", 2 * (sums + self._others("data") * gradients)
+
+    def _others(self, axis: str) -> float:
+        """The part of a result that a device gets from the others along a mesh axis."""
+        size = self.resolver.mesh.shape[axis]
+        return (size - 1) / size
+
+
+def _count_parameters(config: ModelConfig, resolver: Resolver, dtype: str) -> tuple[int, int]:
+    """In all, and on each device. Layers of one kind are alike, so one of each is placed."""
+
+    def count(layers: tuple[LayerConfig, ...]) -> np.ndarray:
+        module = Transformer(dataclasses.replace(config, layers=layers), dtype=dtype)
+        leaves = abstract_parameters(module, resolver).values()
+        local = (leaf.sharding.shard_shape(leaf.shape) for leaf in leaves)
+        return np.array([sum(math.prod(leaf.shape) for leaf in leaves), sum(map(math.prod, local))])
+
+    outside = count(())
+    kinds = collections.Counter(config.layers)
+    total, local = outside + sum(number * (count((kind,)) - outside) for kind, number in kinds.items())
+    return int(total), int(local)
+
+
+def _nonzero(collectives: Iterator[tuple[str, float]]) -> dict[str, float]:
+    return {kind: size for kind, size in collectives if size}

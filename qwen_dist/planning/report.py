@@ -1,0 +1,186 @@
+"""A plan as tables for people, JSON for programs and a chart of memory as one HTML page."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from qwen_dist.planning.plan import MeshPlan, PhasePlan, Plan, StepTime
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#a463f2", "#9c6b4e")
+
+
+def to_json(plan: Plan) -> str:
+    """Everything, with sums and totals beside what they are of; bytes and seconds."""
+    content = dataclasses.asdict(plan)
+    for phase, given in zip(plan.chosen.phases, content["chosen"]["phases"], strict=True):
+        given["device_bytes"] = phase.device_bytes
+        for name, step in (("step", phase.step), ("compiled_step", phase.compiled_step)):
+            if step is not None:
+                given[name]["total"] = step.total
+        if phase.compiled is not None:
+            given["compiled"]["device_bytes"] = phase.compiled.device_bytes
+    return json.dumps(content, indent=2)
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """The plan as a person reads it."""
+    chosen, chip = plan.chosen, plan.topology.chip
+    work = chosen.workload
+    console.print(
+        f"[bold]{_plain(plan.model)}[/]  {chosen.num_parameters / 1e9:.2f} B parameters, {work.dtype}; "
+        f"{plan.topology.num_devices} devices of {plan.topology.name}, {_gb(chip.memory_bytes)} each; mesh "
+        f"[bold]{chosen.mesh or 'data=1'}[/]; {work.verb}, {work.batch} rows of {work.context} tokens",
+        highlight=False,
+    )
+    console.print(_memory_table(plan))
+    if any(phase.step for phase in chosen.phases):
+        console.print(_time_table(chosen.phases))
+    for phase in chosen.phases:
+        if phase.refused:
+            console.print(f"[red]{phase.phase} does not compile[/]  {_plain(phase.refused)}", highlight=False)
+        if phase.compiled is not None:
+            console.print(_compiled_line(phase, plan), highlight=False)
+    console.print(
+        f"largest batch at this context: {plan.largest_batch or 'none'}; largest context at this batch: "
+        f"{plan.largest_context or 'none'}; "
+        + "; ".join(f"{axis} alone may be {', '.join(map(str, sizes))}" for axis, sizes in plan.divisors.items()),
+        highlight=False,
+    )
+    if plan.proposals:
+        console.print(_proposal_table(plan.proposals))
+    fits = "[green]fits[/]" if chosen.fits else "[red]does not fit[/]"
+    console.print(f"{fits}: {_gb(chosen.device_bytes)} of {_gb(chip.memory_bytes)} a device", highlight=False)
+
+
+def _plain(text: str) -> str:
+    """Text that the console must not read as markup."""
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _memory_table(plan: Plan) -> Table:
+    phases = plan.chosen.phases
+    table = _table("memory, GB a device", (phase.phase for phase in phases))
+    kinds = dict.fromkeys(kind for phase in phases for kind in phase.memory)
+    for kind in kinds:
+        table.add_row(kind, *(_number(phase.memory.get(kind), 1e9) for phase in phases))
+    table.add_row("[bold]sum[/]", *(f"[bold]{_number(phase.device_bytes, 1e9)}[/]" for phase in phases))
+    if any(phase.compiled for phase in phases):
+        table.add_row("compiler", *(_number(compiled_bytes(phase), 1e9) for phase in phases))
+        table.add_row("the same by arithmetic", *(_number(comparable_bytes(phase), 1e9) for phase in phases))
+    return table
+
+
+def compiled_bytes(phase: PhasePlan) -> float | None:
+    """Bytes that the compiled program holds on each device."""
+    return None if phase.compiled is None else phase.compiled.device_bytes
+
+
+def comparable_bytes(phase: PhasePlan) -> int:
+    """The arithmetic of what is in the compiled program; the optimiser is not."""
+    return phase.device_bytes - phase.memory.get("optimizer", 0)
+
+
+def _time_table(phases: Iterable[PhasePlan]) -> Table:
+    table = _table("one step, ms", ("compute", "memory", "collectives", "step", "floor"))
+    for phase in phases:
+        floor = None if phase.step is None else dataclasses.replace(phase.step, collectives=0).total
+        for name, step in ((f"{phase.phase}, arithmetic", phase.step), (f"{phase.phase}, compiled", phase.compiled_step)):
+            if step is not None:
+                table.add_row(name, *_milliseconds(step), _number(floor, 1e-3))
+    return table
+
+
+def _milliseconds(step: StepTime) -> list[str]:
+    return [_number(seconds, 1e-3) for seconds in (step.compute, step.memory, step.collectives, step.total)]
+
+
+def _compiled_line(phase: PhasePlan, plan: Plan) -> str:
+    compiled = phase.compiled
+    assert compiled is not None
+    exchanged = ", ".join(f"{one.count:.0f} {one.kind} {_gb(one.bytes)}" for one in compiled.collectives) or "none"
+    how = f"from {' and '.join(map(str, plan.compiled_layers))} layers, " if len(plan.compiled_layers) > 1 else ""
+    return (
+        f"{phase.phase} compiled ({how}{compiled.seconds:.0f} s): arguments {_gb(compiled.argument_bytes)}, temporaries "
+        f"{_gb(compiled.temporary_bytes)}, {compiled.flops:.3g} flops, {_gb(compiled.bytes_accessed)} accessed; "
+        f"collectives: {exchanged}"
+    )
+
+
+def _proposal_table(proposals: Iterable[MeshPlan]) -> Table:
+    table = _table("mesh", ("batch", "GB a device", "fits", "µs a token"))
+    for plan in proposals:
+        numbers = (_number(plan.device_bytes, 1e9), _yes(plan.fits), _number(plan.seconds_per_token, 1e-6))
+        table.add_row(plan.mesh or "data=1", str(plan.workload.batch), *numbers)
+    return table
+
+
+def _table(first: str, columns: Iterable[str]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(first, box=box.SIMPLE)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _yes(is_so: bool) -> str:
+    return "yes" if is_so else "no"
+
+
+def _number(value: float | None, unit: float) -> str:
+    return "–" if value is None else f"{value / unit:.3g}" if value < 100 * unit else f"{value / unit:,.0f}"
+
+
+def _gb(size: float) -> str:
+    return f"{_number(size, 1e9)} GB"
+
+
+def write_chart(plan: Plan, path: str) -> None:
+    """Memory of each device by kind, one bar a program, beside the device's memory; a page that needs nothing else."""
+    limit = plan.topology.chip.memory_bytes
+    bars: list[tuple[str, dict[str, float]]] = []
+    for phase in plan.chosen.phases:
+        bars.append((f"{phase.phase}, arithmetic", dict(phase.memory)))
+        if (compiled := phase.compiled) is not None:
+            donated = {"arguments": compiled.argument_bytes, "temporaries": compiled.temporary_bytes}
+            results = {"results": compiled.output_bytes - compiled.alias_bytes}
+            bars.append((f"{phase.phase}, compiled", donated | results))
+    widest = max(limit, *(sum(bar.values()) for _, bar in bars))
+    kinds = dict.fromkeys(kind for _, bar in bars for kind in bar)
+    color = {kind: COLORS[index % len(COLORS)] for index, kind in enumerate(kinds)}
+    title = html.escape(f"{plan.model} on {plan.topology.name}, mesh {plan.chosen.mesh or 'data=1'}")
+    rows = "".join(_bar(name, bar, widest, limit, color) for name, bar in bars)
+    legend = "".join(f'<span><i style="background:{color[kind]}"></i>{html.escape(kind)}</span>' for kind in kinds)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(_PAGE.format(title=title, rows=rows, legend=legend, limit=_gb(limit)))
+
+
+def _bar(name: str, bar: dict[str, float], widest: float, limit: float, color: dict[str, str]) -> str:
+    parts = "".join(
+        f'<b style="width:{100 * size / widest:.3f}%;background:{color[kind]}" title="{html.escape(kind)} {_gb(size)}"></b>'
+        for kind, size in bar.items()
+    )
+    mark = f'<u style="left:{100 * limit / widest:.3f}%"></u>'
+    return f"<p>{html.escape(name)}: {_gb(sum(bar.values()))}</p><div>{parts}{mark}</div>"
+
+
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 15px system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; background: #fff }}
+div {{ position: relative; display: flex; height: 2rem; background: #eee }} b {{ height: 100% }}
+u {{ position: absolute; top: -4px; bottom: -4px; border-left: 3px solid #222 }} p {{ margin: 1rem 0 .2rem }}
+span {{ margin-right: 1.2rem; white-space: nowrap }}
+i {{ display: inline-block; width: .8em; height: .8em; margin-right: .3em }}
+</style><h1 style="font-size:1.3rem">{title}</h1>{rows}<p>{legend}</p>
+<p>GB a device; the line is what a device has, {limit}.</p></html>
+"""

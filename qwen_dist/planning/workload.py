@@ -1,0 +1,50 @@
+"""What is planned: the verb, how many rows of how many tokens, and the programs that follow from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from qwen_dist.engine.engine import MAX_CHUNK, MIN_CHUNK, MIN_SLOTS, PREFILL_TOKENS
+from qwen_dist.errors import UsageError
+from qwen_dist.sharding import INFERENCE, TRAIN, RuleSet
+
+Phase = Literal["prefill", "decode", "train"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """`batch` rows at a time on all devices together, `context` tokens each, prompt and answer together.
+
+    remat, of finetune: "block" keeps the residual stream for the backward pass and computes the rest of each block again;
+    "none" keeps everything.
+    """
+
+    verb: Literal["batch", "finetune"]
+    batch: int
+    context: int
+    dtype: str = "bfloat16"
+    remat: Literal["none", "block"] = "block"
+
+    def __post_init__(self) -> None:
+        sizes = {"batch": self.batch, "context": self.context}
+        if wrong := [f"--{name} {size}: give at least 1" for name, size in sizes.items() if size < 1]:
+            raise UsageError("; ".join(wrong))
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return ("prefill", "decode") if self.verb == "batch" else ("train",)
+
+    @property
+    def rules(self) -> RuleSet:
+        return INFERENCE if self.verb == "batch" else TRAIN
+
+    @property
+    def num_slots(self) -> int:
+        """Positions of the cache a row, as the engine makes them."""
+        return max(MIN_SLOTS, 1 << (self.context - 1).bit_length())
+
+    @property
+    def prefill_width(self) -> int:
+        """Tokens of each row that the engine reads at a time."""
+        return min(MAX_CHUNK, max(MIN_CHUNK, PREFILL_TOKENS // self.batch), self.num_slots)
