@@ -5,7 +5,8 @@
 Makes a checkpoint of random bytes in the shape of Qwen2.5-3B, with as many layers as the size asks for. Every run is a
 process of its own; the ways take turns, and the table holds the medians. A run is over when every page of every array has
 been touched once, so that a lazy memory map is not counted as a load. *Memory* is the growth of the process's peak
-resident size; the arrays themselves are part of it, and so are mapped pages of files. *Read* counts the bytes that system
+resident size; the arrays themselves are part of it, and so are mapped pages of files. *Processor seconds* are those of
+the process (on a machine that others use too they say more than the clock). *Read* counts the bytes that system
 calls returned (mapped files are read without any). `--cold` drops the files from the page cache before every run.
 """
 
@@ -211,11 +212,12 @@ def run_once(folder, way, layout):
     warm_up(way, devices)
     Path("/proc/self/clear_refs").write_text("5")
     memory, read = status("VmRSS"), bytes_read()
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     values = WAYS[way](folder, devices, dim)
     touch(values)
-    seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "read": bytes_read() - read, "memory": status("VmHWM") - memory}))
+    seconds, busy = time.perf_counter() - start, time.process_time() - busy
+    found = {"seconds": seconds, "busy": busy, "read": bytes_read() - read, "memory": status("VmHWM") - memory}
+    print(json.dumps(found))
 
 
 def warm_up(way, devices):
@@ -320,11 +322,17 @@ def print_table(results, nbytes, cache):
     print(
         f"{nbytes / 1e9:.2f} GB, {cache} page cache, {os.cpu_count()} cores, Python {sys.version.split()[0]}, {versions}\n"
     )
-    print("| placement | way | seconds | GB/s | GB read | memory beyond the arrays, MB |")
-    print("|---|---|---|---|---|---|")
+    print("| placement | way | seconds | GB/s | processor seconds | GB read | memory beyond the arrays, MB |")
+    print("|---|---|---|---|---|---|---|")
     for (layout, way), runs in results.items():
-        seconds, read, memory = (statistics.median(run[key] for run in runs) for key in ("seconds", "read", "memory"))
-        cells = [f"{seconds:.2f}", f"{nbytes / seconds / 1e9:.2f}", f"{read / 1e9:.2f}", f"{(memory - nbytes) / 1e6:.0f}"]
+        middle = {key: statistics.median(run[key] for run in runs) for key in ("seconds", "busy", "read", "memory")}
+        cells = [
+            f"{middle['seconds']:.2f}",
+            f"{nbytes / middle['seconds'] / 1e9:.2f}",
+            f"{middle['busy']:.2f}",
+            f"{middle['read'] / 1e9:.2f}",
+            f"{(middle['memory'] - nbytes) / 1e6:.0f}",
+        ]
         print("| " + " | ".join([layout, way, *cells]) + " |")
 
 
