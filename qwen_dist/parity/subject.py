@@ -64,43 +64,44 @@ class Subject:
         return cached, np.asarray(jax.jit(run)(self.loaded.parameters))[: len(inputs.tokens)]
 
     def _decode_with_cache(self, inputs: Inputs, continuation: np.ndarray, chunk: int) -> np.ndarray:
-        resolver, config = self.loaded.resolver, self.loaded.config
+        config, dtype = self.loaded.config, self.loaded.dtype
         num_rows, num_steps = continuation.shape
         longest = int(inputs.lengths.max())
         num_slots = -(-longest // chunk) * chunk + num_steps
+        cache = kv_cache.empty(config, len(self._with_padding_rows(inputs.lengths, 0)), num_slots, dtype)
+        step = jax.jit(self._cached_step)
 
-        def run(
-            parameters: Mapping[str, jax.Array],
-            tokens: jax.Array,
-            positions: jax.Array,
-            last: jax.Array,
-            cache: kv_cache.Cache,
-        ) -> tuple[jax.Array, kv_cache.Cache]:
-            with resolving(resolver):
-                model = bind(self.loaded.module, parameters)
-                hidden_BTD, cache_after = model(tokens, positions, cache)
-                assert cache_after is not None
-                return model.unembed(jnp.take_along_axis(hidden_BTD, last[:, None, None], axis=1))[:, 0], cache_after
+        def feed(tokens: np.ndarray, positions: np.ndarray, last: np.ndarray) -> np.ndarray:
+            nonlocal cache
+            padded = (self._with_padding_rows(x, y) for x, y in ((tokens, 0), (positions, -1), (last, 0)))
+            scores, cache = step(self.loaded.parameters, *padded, cache)
+            return np.asarray(scores)[:num_rows]
 
-        step = jax.jit(run)
-        padded_rows = len(self._with_padding_rows(inputs.lengths, 0))
-        cache = kv_cache.empty(config, padded_rows, num_slots, self.loaded.dtype)
-        logits = np.zeros((num_rows, num_steps, config.vocab_size), jnp.promote_types(self.loaded.dtype, jnp.float32))
+        logits = np.zeros((num_rows, num_steps, config.vocab_size), jnp.promote_types(dtype, jnp.float32))
         for start in range(0, longest, chunk):
-            tokens, positions, last = _chunk_of(inputs, start, chunk)
-            scores, cache = step(
-                self.loaded.parameters, *map(self._with_padding_rows, (tokens, positions, last), (0, -1, 0)), cache
-            )
+            scores = feed(*_chunk_of(inputs, start, chunk))
             ends_here = (start < inputs.lengths) & (inputs.lengths <= start + chunk)
-            logits[ends_here, 0] = np.asarray(scores)[:num_rows][ends_here]
+            logits[ends_here, 0] = scores[ends_here]
         for index in range(num_steps - 1):
-            arguments = continuation[:, index : index + 1], (inputs.lengths + index)[:, None], np.zeros(num_rows)
-            tokens, positions, last = (array.astype(np.int32) for array in arguments)
-            scores, cache = step(
-                self.loaded.parameters, *map(self._with_padding_rows, (tokens, positions, last), (0, -1, 0)), cache
-            )
-            logits[:, index + 1] = np.asarray(scores)[:num_rows]
+            positions = (inputs.lengths[:, None] + index).astype(np.int32)
+            logits[:, index + 1] = feed(continuation[:, index : index + 1], positions, np.zeros(num_rows, np.int32))
         return logits
+
+    def _cached_step(
+        self,
+        parameters: Mapping[str, jax.Array],
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        last_B: jax.Array,
+        cache: kv_cache.Cache,
+    ) -> tuple[jax.Array, kv_cache.Cache]:
+        """The logits [B, V] at each row's token `last`, and the cache with all tokens in it."""
+        with resolving(self.loaded.resolver):
+            model = bind(self.loaded.module, parameters)
+            hidden_BTD, cache_after = model(tokens_BT, positions_BT, cache)
+            assert cache_after is not None
+            hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
+            return model.unembed(hidden_B1D)[:, 0], cache_after
 
     def gradient(self, inputs: Inputs) -> tuple[float, dict[str, jax.Array]]:
         """The mean cross-entropy of each next token, and its gradient by every parameter, under the training rules."""

@@ -109,10 +109,11 @@ def test_mode_lifts_casts_constants_and_defaults_and_ends_with_its_block():
     assert half.float().dtype == torch.zeros(2).dtype == torch.float32
 
 
-def test_hooks_leave_the_model_alone(tiny_checkpoint):
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_hooks_leave_the_model_alone(tiny_checkpoint, attention):
     """What the observed reference computes is, bit for bit, what transformers computes without us."""
     checkpoint = tiny_checkpoint("qwen3")
-    plain = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager").eval()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation=attention).eval()
     inputs = random_tokens(311, 40, 2)
     with torch.no_grad():
         expected = plain(
@@ -120,5 +121,5 @@ def test_hooks_leave_the_model_alone(tiny_checkpoint):
             attention_mask=torch.from_numpy(inputs.is_real).long(),
             position_ids=torch.from_numpy(np.maximum(inputs.positions, 0)).long(),
         ).logits.numpy()
-    found = Reference(checkpoint, "float32").forward(inputs, COLUMNS)["logits"]
+    found = Reference(checkpoint, "float32", attention).forward(inputs, COLUMNS)["logits"]
     np.testing.assert_array_equal(found, expected)
