@@ -23,8 +23,10 @@ from qwen_dist.errors import UsageError, UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from qwen_dist.batch.run import Summary
     from qwen_dist.engine.engine import Engine
     from qwen_dist.engine.request import SamplingParams, Update
+    from qwen_dist.hosts.join import Hosts
     from qwen_dist.tokenizer import Tokenizer
 
 _Flag = tuple[str, str, type, str, str]
@@ -49,6 +51,9 @@ _ANSWER_FLAGS: tuple[_Flag, ...] = (
 )
 
 _DEVICES = "run on N CPU devices of this machine"
+# How long processes wait for each other before the preflight says who is missing.
+_START_TIMEOUT_S = 60.0
+_COMPILED = "~/.cache/qwen_dist/compiled"
 
 _GENERATE_EXAMPLE = """\
 examples:
@@ -63,6 +68,12 @@ example:
   qwen-dist batch --config configs/batch.py --model ~/qwen3-0.6b --input in.jsonl --output out.jsonl
 input lines: {"id","prompt"}, {"id","messages"} or OpenAI batch lines; output in the same form"""
 
+
+_PREFLIGHT_EXAMPLE = """\
+examples, the same command on every host:
+  qwen-dist preflight --model ~/qwen3-8b --mesh fsdp=2,tensor=8          on a TPU pod, GKE or Slurm
+  qwen-dist preflight --coordinator host-a:8482 --num-processes 2 --process-id 0
+the same checks come before every run of several processes"""
 
 _INSPECT_EXAMPLE = """\
 examples:
@@ -125,14 +136,19 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--system", metavar="TEXT", help="the system message")
     generate.add_argument("--raw", action="store_true", help="give the prompt as it is, without the chat template")
     _add_run_flags(generate)
+    _add_host_flags(generate)
 
     batch = _add_verb(verbs, "batch", _batch, "answer every line of a file", _BATCH_EXAMPLE)
     batch.add_argument("--input", metavar="FILE", help="JSON lines")
     batch.add_argument("--output", metavar="FILE", help="JSON lines")
     batch.add_argument("--max-batch-size", type=int, metavar="N", help="answer so many at a time (32)")
+    batch.add_argument(
+        "--groups", type=int, metavar="N", help="divide the processes into N groups, each with all weights (1)"
+    )
     batch.add_argument("--raw", action="store_true", default=None, help="prompts without the chat template")
     batch.add_argument("--overwrite", action="store_true", default=None, help="replace an output that exists")
     _add_run_flags(batch)
+    _add_host_flags(batch)
 
     inspect = _add_verb(verbs, "inspect", _inspect, "what a checkpoint holds and what loading it takes", _INSPECT_EXAMPLE)
     inspect.usage = "qwen-dist inspect DIR_OR_HUB_ID [flags]"
@@ -146,6 +162,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="of each weight file (5GB)")
     export.add_argument("--overwrite", action="store_true", help="replace a checkpoint that exists")
     _add_flags(export, _MODEL_FLAGS)
+    _add_host_flags(export)
+
+    preflight = _add_verb(verbs, "preflight", _preflight, "check hosts and devices before a run", _PREFLIGHT_EXAMPLE)
+    _add_flags(preflight, _MODEL_FLAGS)
+    _add_host_flags(preflight)
 
     parity = _add_verb(verbs, "parity", _parity, "compare with PyTorch, component by component", _PARITY_EXAMPLE)
     parity.add_argument("--prompt", action="append", metavar="TEXT", help="a text to compare on; may be repeated")
@@ -185,6 +206,16 @@ def _add_run_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--config", metavar="FILE[:ARG]", help="a configuration; --config.key=value changes a key")
 
 
+def _add_host_flags(verb: argparse.ArgumentParser) -> None:
+    """Who this process is among several; on TPU pods, GKE and Slurm the cluster says it."""
+    verb.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens (else the cluster says it)")
+    verb.add_argument("--num-processes", type=int, metavar="N", help="how many processes run this command")
+    verb.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+    verb.add_argument(
+        "--start-timeout", type=float, default=_START_TIMEOUT_S, metavar="S", help="wait for them so long (60)"
+    )
+
+
 def _add_flags(verb: argparse.ArgumentParser, flags: Sequence[_Flag]) -> None:
     for flag, key, kind, metavar, help in flags:
         action = "append" if flag == "--stop" else "store"
@@ -215,8 +246,52 @@ def start_jax(num_cpu_devices: int | None, dtype: str) -> None:
     if dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache/qwen_dist/compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(_COMPILED).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@contextlib.contextmanager
+def _joined(
+    options: argparse.Namespace, config: Any, *, groups: int = 1, input: str | None = None, **more: Any
+) -> Iterator[Hosts]:
+    """The block as one process of several, if it is: after the preflight, and with a standard output only on process 0.
+
+    `config` and `more` must be alike on all processes, and so must the content of the file `input`.
+    """
+    from qwen_dist.hosts.cluster import detect
+
+    cluster = detect(options.coordinator, options.num_processes, options.process_id, os.environ)
+    from qwen_dist.hosts.join import Hosts, join
+    from qwen_dist.hosts.preflight import gather
+
+    if cluster is None:
+        yield Hosts()
+        return
+    model: ModelOptions = config.model
+    on_host = bool(options.num_cpu_devices) or os.environ.get("JAX_PLATFORMS") == "cpu"
+    copies = {"bfloat16": 1, "float32": 2, "float64": 4}[model.dtype] * groups / cluster.num_processes
+    facts = gather(
+        {"verb": options.verb, **vars(config), **more},
+        checkpoint=model.path,
+        input=input,
+        disk=[os.environ.get("JAX_COMPILATION_CACHE_DIR") or _COMPILED],
+        weights_in_memory=copies if on_host and model.load_format != "dummy" else 0.0,
+    )
+    with _own_stdout(cluster.process_id), join(cluster, facts, options.start_timeout) as hosts:
+        yield hosts
+
+
+@contextlib.contextmanager
+def _own_stdout(process_id: int) -> Iterator[None]:
+    """What Python prints goes to the standard output, on process 0 alone; what libraries print there, to standard error.
+
+    The library of the collectives between CPU processes writes of its connections to file 1.
+    """
+    sys.stdout.flush()
+    answers = os.dup(1) if process_id == 0 else os.open(os.devnull, os.O_WRONLY)
+    os.dup2(2, 1)
+    with os.fdopen(answers, "w", encoding=sys.stdout.encoding) as out, contextlib.redirect_stdout(out):
+        yield
 
 
 # --- generate ---
@@ -229,20 +304,30 @@ def _generate(options: argparse.Namespace, overrides: list[str]) -> int:
         prompt = sys.stdin.read()
     if prompt is None and options.json:
         raise UsageError("--json needs --prompt, or the prompt on standard input")
-    start_jax(options.num_cpu_devices, config.model.dtype)
-    from qwen_dist.engine.open import open_engine
+    with _joined(options, config, prompt=prompt, system=options.system, raw=options.raw) as hosts:
+        if prompt is None and hosts.count > 1:
+            raise UsageError("a chat is for a single process; give --prompt to all of several")
+        start_jax(options.num_cpu_devices, config.model.dtype)
+        hosts.check_devices()
+        from qwen_dist.engine.open import open_engine
 
-    with _loading(quiet=options.json) as progress:
-        engine, tokenizer, sampling = open_engine(
-            config.model, config.mesh, config.sampling, max_batch_size=1, progress=progress
-        )
-    if prompt is None:
-        return _chat(engine, tokenizer, sampling, options.system)
-    if options.raw:
-        ids = tokenizer.encode(prompt)
-    else:
-        ids = tokenizer.apply_chat_template([*_system(options.system), {"role": "user", "content": prompt}])
-    _answer(engine, tokenizer, sampling, ids, as_json=options.json)
+        quiet = options.json or not hosts.is_first
+        with _loading(quiet=quiet) as progress:
+            engine, tokenizer, sampling = open_engine(
+                config.model,
+                config.mesh,
+                config.sampling,
+                max_batch_size=1,
+                progress=progress,
+                announce=_announcing(hosts, quiet=quiet),
+            )
+        if prompt is None:
+            return _chat(engine, tokenizer, sampling, options.system)
+        if options.raw:
+            ids = tokenizer.encode(prompt)
+        else:
+            ids = tokenizer.apply_chat_template([*_system(options.system), {"role": "user", "content": prompt}])
+        _answer(engine, tokenizer, sampling, ids, as_json=options.json)
     return 0
 
 
@@ -320,30 +405,55 @@ def _answer_json(text: str, updates: list[Update], tokenizer: Tokenizer) -> dict
 
 
 def _batch(options: argparse.Namespace, overrides: list[str]) -> int:
-    values = _config_values(options, "input", "output", "max_batch_size", "raw", "overwrite")
+    values = _config_values(options, "input", "output", "max_batch_size", "groups", "raw", "overwrite")
     config = load_config(BatchConfig, options.config, overrides, values)
-    start_jax(options.num_cpu_devices, config.model.dtype)
-    from qwen_dist.batch.run import Summary, open_files, run_batch
-    from qwen_dist.engine.open import open_engine
+    with _joined(options, config, groups=config.groups, input=config.input) as hosts:
+        start_jax(options.num_cpu_devices, config.model.dtype)
+        hosts.check_devices()
+        summary = _run_share(config, hosts, quiet=options.json or not hosts.is_first)
+        _print_summary(summary, config.output, as_json=options.json)
+    return 0
 
-    records, writer = open_files(config.input, config.output, config.overwrite)
-    with writer:
-        with _loading(quiet=options.json) as progress:
+
+def _run_share(config: BatchConfig, hosts: Hosts, *, quiet: bool) -> Summary:
+    """This process's part of a batch; on process 0 the counts of all."""
+    from qwen_dist.batch.run import run_batch
+    from qwen_dist.batch.share import open_share
+    from qwen_dist.engine.open import open_engine
+    from qwen_dist.hosts.join import group_of
+
+    group = group_of(hosts, config.groups)
+    with open_share(config.input, config.output, config.overwrite, hosts, group) as (records, results):
+        with _loading(quiet=quiet) as progress:
             engine, tokenizer, sampling = open_engine(
-                config.model, config.mesh, config.sampling, max_batch_size=config.max_batch_size, progress=progress
+                config.model,
+                config.mesh,
+                config.sampling,
+                max_batch_size=config.max_batch_size,
+                devices=group.devices(),
+                progress=progress,
+                announce=_announcing(hosts, quiet=quiet),
             )
-        with _batch_progress(config.input, quiet=options.json) as report:
-            summary: Summary = run_batch(engine, tokenizer, sampling, records, writer, raw=config.raw, report=report)
-    if options.json:
-        print(json.dumps({"output": config.output, **vars(summary)}))
+        with _batch_progress(config.input, quiet=quiet) as show:
+
+            def report(summary: Summary) -> None:
+                results.collect()
+                show(summary)
+
+            summary = run_batch(engine, tokenizer, sampling, records, results, raw=config.raw, report=report)
+        return results.finish(summary)
+
+
+def _print_summary(summary: Summary, output: str, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"output": output, **vars(summary)}))
     else:
         speed = summary.num_generated_tokens / max(summary.seconds, 1e-9)
         print(
             f"{summary.num_answered} answered, {summary.num_errors} with an error; {summary.num_prompt_tokens} tokens "
             f"read and {summary.num_generated_tokens} written in {summary.seconds:.1f} s ({speed:.1f} a second): "
-            f"{config.output}"
+            f"{output}"
         )
-    return 0
 
 
 @contextlib.contextmanager
@@ -409,24 +519,26 @@ def _inspect(options: argparse.Namespace, overrides: list[str]) -> int:
 def _export(options: argparse.Namespace, overrides: list[str]) -> int:
     values = _config_values(options)
     config = load_config(_ModelConfig, None, overrides, values)
-    start_jax(options.num_cpu_devices, config.model.dtype)
-    from qwen_dist.checkpoint.model import export_model
-    from qwen_dist.mesh import MeshConfig, make_mesh
-    from qwen_dist.sharding import INFERENCE, Resolver
+    with _joined(options, config, output=options.output) as hosts:
+        start_jax(options.num_cpu_devices, config.model.dtype)
+        hosts.check_devices()
+        from qwen_dist.checkpoint.model import export_model
+        from qwen_dist.mesh import MeshConfig, make_mesh
+        from qwen_dist.sharding import INFERENCE, Resolver
 
-    with _loading("exporting", quiet=options.json) as progress:
-        export_model(
-            config.model.path,
-            Resolver(make_mesh(MeshConfig.parse(config.mesh)), INFERENCE),
-            options.output,
-            dtype=values.get("model.dtype"),
-            ignored_config_keys=config.model.ignored_keys,
-            max_shard_bytes=parse_bytes(options.max_shard_size),
-            overwrite=options.overwrite,
-            host_memory_budget=config.model.host_memory_bytes,
-            progress=progress,
-        )
-    print(json.dumps({"output": options.output}) if options.json else f"saved: {options.output}")
+        with _loading("exporting", quiet=options.json or not hosts.is_first) as progress:
+            export_model(
+                config.model.path,
+                Resolver(make_mesh(MeshConfig.parse(config.mesh)), INFERENCE),
+                options.output,
+                dtype=values.get("model.dtype"),
+                ignored_config_keys=config.model.ignored_keys,
+                max_shard_bytes=parse_bytes(options.max_shard_size),
+                overwrite=options.overwrite,
+                host_memory_budget=config.model.host_memory_bytes,
+                progress=progress,
+            )
+        print(json.dumps({"output": options.output}) if options.json else f"saved: {options.output}")
     return 0
 
 
@@ -452,6 +564,45 @@ def _parity(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.report:
         write_html(report, options.report)
     return 0 if report.ok else 1
+
+
+# --- preflight ---
+
+
+def _preflight(options: argparse.Namespace, overrides: list[str]) -> int:
+    config = load_config(_ModelConfig, None, overrides, {"model.path": ""} | _config_values(options))
+    with _joined(options, config) as hosts:
+        start_jax(options.num_cpu_devices, config.model.dtype)
+        hosts.check_devices()
+        import jax
+
+        from qwen_dist.mesh import MeshConfig, add_over_all, make_mesh
+        from qwen_dist.sharding import INFERENCE, Resolver
+
+        devices = jax.devices()
+        resolver = Resolver(make_mesh(MeshConfig.parse(config.mesh or "fsdp=-1")), INFERENCE)
+        total = add_over_all(resolver.mesh)
+        if total != resolver.mesh.size:
+            raise UserError(
+                f"preflight: the sum of a 1 from each of {resolver.mesh.size} devices is {total}: the network or a "
+                "device is faulty"
+            )
+        report = {
+            "processes": list(hosts.names),
+            "devices": len(devices),
+            "kind": devices[0].device_kind,
+            "mesh": dict(resolver.mesh.shape),
+        }
+        if options.json:
+            print(json.dumps(report))
+        else:
+            for process, who in enumerate(hosts.names):
+                print(
+                    f"{who}: {sum(device.process_index == process for device in devices)} {devices[0].device_kind} devices"
+                )
+            print(resolver.describe())
+            print(f"all {hosts.count} processes and {len(devices)} devices answer")
+    return 0
 
 
 def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -480,6 +631,12 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 # --- what people see ---
+
+
+def _announcing(hosts: Hosts, *, quiet: bool) -> Callable[[str], None]:
+    """A function that prints to standard error, where somebody watches or logs of several processes are kept."""
+    is_read = hosts.count > 1 or sys.stderr.isatty()
+    return lambda text: print(text, file=sys.stderr) if is_read and not quiet else None
 
 
 def _loading(description: str = "loading", *, quiet: bool) -> contextlib.AbstractContextManager[Callable[[int, int], None]]:

@@ -64,7 +64,7 @@ class SamplingOptions:
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """`qwen-dist generate`. `mesh` as in `fsdp=2,tensor=4`; empty is one device."""
+    """`qwen-dist generate`. `mesh` as in `fsdp=2,tensor=4`; empty is the default of `mesh.default_mesh`."""
 
     model: ModelOptions
     mesh: str = ""
@@ -73,7 +73,11 @@ class GenerateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BatchConfig:
-    """`qwen-dist batch`: JSON lines in `input`, answers to `output`. `raw` leaves the chat template out."""
+    """`qwen-dist batch`: JSON lines in `input`, answers to `output`. `raw` leaves the chat template out.
+
+    `groups` divides the processes of a run into as many groups, each with the whole model on a `mesh` of its own devices
+    and its share of the records; 1 is one mesh over all.
+    """
 
     model: ModelOptions
     input: str
@@ -81,6 +85,7 @@ class BatchConfig:
     mesh: str = ""
     sampling: SamplingOptions = SamplingOptions()
     max_batch_size: int = 32
+    groups: int = 1
     raw: bool = False
     overwrite: bool = False
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 
@@ -129,6 +130,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"which axis crosses it, for example data=dcn{len(slices)}."
         )
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto, devices=used)
+
+
+def add_over_all(mesh: jax.sharding.Mesh) -> int:
+    """The sum of a 1 on each device, computed together: shows that all devices and the network between them work."""
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXES))
+    ones = jax.make_array_from_callback((mesh.size,), spread, lambda index: np.ones(mesh.size, np.int32)[index])
+    return int(jax.jit(jnp.sum, out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))(ones))
 
 
 def default_mesh(model: ModelConfig, devices: Sequence[jax.Device]) -> MeshConfig:

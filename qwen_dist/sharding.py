@@ -75,6 +75,18 @@ class Resolver:
         """Every device has the whole array."""
         return NamedSharding(self.mesh, PartitionSpec())
 
+    def describe(self) -> str:
+        """The mesh, and what the rules split over each of its axes that spans several devices."""
+        lines = [f"mesh {_sizes(self.mesh)} of {self.mesh.size} devices, rules for {self.rules.name}:"]
+        for axis, size in self.mesh.shape.items():
+            if size > 1:
+                weights, activations = (
+                    ", ".join(name for name, axes in table.items() if axis in axes) or "nothing"
+                    for table in (self.rules.parameters, self.rules.activations)
+                )
+                lines.append(f"  {axis} {size}: weights by {weights}; activations by {activations}")
+        return "\n".join(lines)
+
     def replicate(self, tree: Any) -> Any:
         """The tree's host arrays, whole on every device; every process must give the same values.
 

@@ -433,6 +433,7 @@ PERTURBED = {
     "input": None,
     "output": None,
     "mesh": "tensor=16",
+    "groups": "2",
     "sampling.max_new_tokens": "3",
     "sampling.temperature": "0",
     "sampling.top_k": "1",

@@ -6,8 +6,8 @@ import dataclasses
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 from qwen_dist.batch.jsonl import BadRecord, Record, ResultWriter, error_line, read_records, result_line
 from qwen_dist.engine.engine import Engine
@@ -30,6 +30,12 @@ class Summary:
     seconds: float = 0.0
 
 
+class Writer(Protocol):
+    """Takes results, one at a time."""
+
+    def write(self, line: Mapping[str, Any]) -> None: ...
+
+
 @dataclasses.dataclass
 class _Answer:
     """The text and log-probabilities of one record, as they come."""
@@ -50,7 +56,7 @@ def run_batch(
     tokenizer: Tokenizer,
     defaults: SamplingParams,
     records: Iterator[Record | BadRecord],
-    writer: ResultWriter,
+    writer: Writer,
     *,
     raw: bool = False,
     report: Callable[[Summary], None] = lambda summary: None,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Callable, Sequence
+
+import jax
 
 from qwen_dist.checkpoint.hub import local_directory
 from qwen_dist.checkpoint.load import Progress
@@ -12,7 +15,8 @@ from qwen_dist.config import ModelOptions, SamplingOptions
 from qwen_dist.engine.engine import Engine
 from qwen_dist.engine.request import SamplingParams
 from qwen_dist.errors import CheckpointError
-from qwen_dist.mesh import MeshConfig, make_mesh
+from qwen_dist.mesh import MeshConfig, default_mesh, make_mesh
+from qwen_dist.models.config import ModelConfig
 from qwen_dist.sharding import INFERENCE, Resolver
 from qwen_dist.tokenizer import Tokenizer
 
@@ -23,17 +27,32 @@ def open_engine(
     sampling: SamplingOptions,
     *,
     max_batch_size: int = 32,
+    devices: Sequence[jax.Device] | None = None,
     progress: Progress | None = None,
+    announce: Callable[[str], None] = lambda layout: None,
 ) -> tuple[Engine, Tokenizer, SamplingParams]:
     """Load tokenizer and model; also returns how to sample where a request does not say.
+
+    Args:
+      options, sampling: as configured.
+      mesh: as `MeshConfig.parse` reads it; empty is `default_mesh`.
+      max_batch_size: of the engine.
+      devices: what the mesh is made of, by default all of this run.
+      progress: see `checkpoint.load.load`.
+      announce: told what the mesh is and what it does, before the weights are read, if there are several devices.
 
     Raises:
       UserError: the mesh, the checkpoint or a sampling parameter cannot be used; cheap checks come before the weights.
     """
-    resolver = Resolver(make_mesh(MeshConfig.parse(mesh)), INFERENCE)
+    devices = jax.devices() if devices is None else devices
+    given = make_mesh(MeshConfig.parse(mesh), devices) if mesh else None
     directory = local_directory(options.path, weights=options.load_format != "dummy")
     tokenizer = Tokenizer.from_directory(directory)
     defaults = SamplingParams.from_generation_config(_generation_config(directory)).override(vars(sampling))
+    chosen = given or make_mesh(default_mesh(ModelConfig.from_directory(directory, options.ignored_keys), devices), devices)
+    resolver = Resolver(chosen, INFERENCE)
+    if len(devices) > 1:
+        announce(resolver.describe())
     model = load_model(
         directory,
         resolver,

@@ -51,7 +51,8 @@ class Cluster:
 def is_loopback(host: str) -> bool:
     """Whether a name or an address is the host itself for whoever uses it."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
+        return address.is_loopback or address.is_unspecified
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
 

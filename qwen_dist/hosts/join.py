@@ -120,8 +120,7 @@ def join(cluster: Cluster | None, facts: preflight.Facts, timeout_s: float) -> I
     except KeyboardInterrupt:
         lifeline.fail("interrupted")
     except BaseException as error:
-        traceback.print_exc()
-        lifeline.fail(f"{type(error).__name__}: {error}")
+        lifeline.fail(f"{type(error).__name__}: {error}", traceback.format_exc())
     _leave(lifeline)
 
 

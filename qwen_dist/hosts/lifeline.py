@@ -28,7 +28,7 @@ KEEPALIVE_IDLE_S, KEEPALIVE_EVERY_S, KEEPALIVE_PROBES = 10, 5, 4
 GREETING = "qwen-dist"
 _RETRY_S = 0.25
 # How long an end waits for the others to have read why.
-_LAST_WORDS_S = 3.0
+_LAST_WORDS_S = 1.0
 
 
 class Wire:
@@ -251,12 +251,13 @@ class Lifeline:
         if self._process == 0:
             tell(self._wires, {"finished": 0})
 
-    def fail(self, reason: str) -> NoReturn:
-        """End this process and all others; the reason is printed by all of them.
+    def fail(self, reason: str, details: str = "") -> NoReturn:
+        """End this process and all others; the reason is printed by all of them, `details` here only.
 
         A process that fails because another one died learns from the wire who that was, a moment later: it waits for that.
         """
-        time.sleep(_LAST_WORDS_S / 3)
+        time.sleep(_LAST_WORDS_S)
+        print(details, end="", file=sys.stderr)
         self._end(f"{self._names[self._process]} failed: {reason}")
 
     def _end(self, reason: str) -> NoReturn:
@@ -266,6 +267,6 @@ class Lifeline:
             for wire in self._wires.values():
                 wire.half_close()
             if self._process == 0:
-                time.sleep(_LAST_WORDS_S / 3)  # an end with unread input resets a connection and loses what was sent
+                time.sleep(_LAST_WORDS_S)  # an end with unread input resets a connection and loses what was sent
             sys.stdout.flush()
             os._exit(1)

@@ -40,17 +40,17 @@ def gather(
     """
     import importlib.metadata
 
-    directory = pathlib.Path(checkpoint).expanduser()
-    needed = MIN_FREE_MEMORY + weights_in_memory * sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    files = checkpoint_files(checkpoint)
+    weights = sum(file.stat().st_size for file in files if file.suffix == ".safetensors")
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "versions": {"qwen-dist": qwen_dist.__version__, "jax": importlib.metadata.version("jax")},
         "code": code_digest(),
         "settings": {key: repr(value) for key, value in settings.items()},
-        "checkpoint": checkpoint_digest(directory),
+        "checkpoint": checkpoint_digest(files),
         "input": "" if input is None else _file_digest(pathlib.Path(input)),
-        "memory": {"free": _free_memory(), "needed": int(needed)},
+        "memory": {"free": _free_memory(), "needed": int(MIN_FREE_MEMORY + weights_in_memory * weights)},
         "disk": {place: shutil.disk_usage(_existing(place)).free for place in disk},
     }
 
@@ -64,10 +64,17 @@ def code_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-def checkpoint_digest(directory: pathlib.Path) -> str:
-    """A hash of the JSON files whole, and of the size and some places of each weight file; empty for no directory."""
+def checkpoint_files(checkpoint: str) -> list[pathlib.Path]:
+    """The JSON and weight files of a checkpoint directory; none for another location."""
+    directory = pathlib.Path(checkpoint).expanduser()
+    if not checkpoint or not directory.is_dir():
+        return []
+    return sorted([*directory.glob("*.json"), *directory.glob("*.safetensors")])
+
+
+def checkpoint_digest(files: Sequence[pathlib.Path]) -> str:
+    """A hash of JSON files whole, and of the size and some places of each weight file; empty for no files."""
     digest = hashlib.sha256()
-    files = sorted([*directory.glob("*.json"), *directory.glob("*.safetensors")]) if directory.is_dir() else []
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())

@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Several processes on this machine, each with CPU devices of its own: the whole machinery of many hosts without the hosts.
+#
+#   launch/local.sh --processes 4 --devices 2 -- batch --model DIR --input in.jsonl --output out.jsonl
+#
+# Everything behind -- goes to qwen-dist unchanged. Standard output is that of process 0; every process has a log. When one
+# process fails, all are stopped, and the exit code is that of the first to fail.
+set -euo pipefail
+
+usage() {
+    echo "usage: launch/local.sh [--processes N] [--devices M] [--port P] [--logs DIR] [--dry-run] -- VERB [ARGUMENTS]" >&2
+    exit 2
+}
+
+processes=2 devices=1 port=$((20000 + RANDOM % 20000)) logs="" dry_run=""
+while [ $# -gt 0 ] && [ "$1" != "--" ]; do
+    case $1 in
+        --processes) processes=${2:?} && shift ;;
+        --devices) devices=${2:?} && shift ;;
+        --port) port=${2:?} && shift ;;
+        --logs) logs=${2:?} && shift ;;
+        --dry-run) dry_run=yes ;;
+        *) usage ;;
+    esac
+    shift
+done
+[ $# -ge 2 ] || usage
+shift
+logs=${logs:-logs/local-$(date +%Y%m%d-%H%M%S)}
+
+environment() {
+    printf '%s\n' JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$devices" "QWEN_DIST_COORDINATOR=127.0.0.1:$port" \
+        "QWEN_DIST_NUM_PROCESSES=$processes" "QWEN_DIST_PROCESS_ID=$1"
+}
+
+if [ -n "$dry_run" ]; then
+    for ((i = 0; i < processes; i++)); do
+        mapfile -t variables < <(environment "$i")
+        printf '%q ' env "${variables[@]}" qwen-dist "$@"
+        printf '> %q\n' "$logs/$i.log"
+    done
+    exit 0
+fi
+
+mkdir -p "$logs"
+declare -A running=()
+stop_all() {
+    for pid in "${!running[@]}"; do kill -TERM "$pid" 2>/dev/null || true; done
+    sleep 2
+    for pid in "${!running[@]}"; do kill -KILL "$pid" 2>/dev/null || true; done
+}
+trap 'stop_all; exit 130' INT TERM
+
+for ((i = 0; i < processes; i++)); do
+    mapfile -t variables < <(environment "$i")
+    if [ "$i" = 0 ]; then
+        env "${variables[@]}" qwen-dist "$@" </dev/null 2>"$logs/$i.log" &
+    else
+        env "${variables[@]}" qwen-dist "$@" </dev/null >"$logs/$i.log" 2>&1 &
+    fi
+    running[$!]=$i
+done
+
+status=0
+while [ ${#running[@]} -gt 0 ] && [ "$status" = 0 ]; do
+    wait -n -p ended "${!running[@]}" || status=$?
+    unset "running[$ended]"
+done
+if [ "$status" != 0 ]; then
+    # The others learn of it by themselves; whoever has not stopped after a minute is stopped.
+    for ((tenths = 0; tenths < 600; tenths++)); do
+        alive=""
+        for pid in "${!running[@]}"; do ! kill -0 "$pid" 2>/dev/null || alive=yes; done
+        [ -n "$alive" ] || break
+        sleep 0.1
+    done
+    [ -z "$alive" ] || stop_all
+    grep -h "^qwen-dist" "$logs"/*.log | sort -u >&2 || true
+    echo "launch/local.sh: failed with exit code $status; the logs are in $logs" >&2
+fi
+exit "$status"

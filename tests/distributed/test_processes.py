@@ -1,0 +1,180 @@
+"""Several real processes give the numbers of one, and end together when one of them ends."""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+
+WORKER = pathlib.Path(__file__).with_name("worker.py")
+MESHES = ("fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2")
+HYBRID = "data=dcn{processes},fsdp=-1,tensor=2"
+BOUND = 1e-12
+
+
+def run_worker(start, directory, output, port, processes, meshes):
+    """The arrays that `processes` processes with eight devices in all compute on each mesh."""
+    started = [
+        start(
+            [sys.executable, WORKER, directory, output, *meshes],
+            JAX_NUM_CPU_DEVICES=str(8 // processes),
+            **({} if processes == 1 else variables(port, processes, number)),
+        )
+        for number in range(processes)
+    ]
+    for process in started:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors[-3000:]
+    with np.load(output) as file:
+        return dict(file)
+
+
+def variables(port, processes, number):
+    values = {"COORDINATOR": f"127.0.0.1:{port}", "NUM_PROCESSES": str(processes), "PROCESS_ID": str(number)}
+    return {f"QWEN_DIST_{key}": value for key, value in values.items()}
+
+
+@pytest.fixture
+def one_process(start, directory, tmp_path, port, _kept={}):  # noqa: B006 (one computation for all tests)
+    if not _kept:
+        _kept.update(run_worker(start, directory, tmp_path / "one.npz", port, 1, ("data=1", *MESHES)))
+    return _kept
+
+
+def assert_equal(found, expected, meshes, of):
+    names = [key.removeprefix(f"{of} ") for key in expected if key.startswith(f"{of} ")]
+    assert len(names) > 10 and "logits" in names
+    for mesh in meshes:
+        for name in names:
+            ours, theirs = found[f"{mesh} {name}"], expected[f"{of} {name}"]
+            assert ours.dtype == theirs.dtype
+            if name == "tokens":
+                np.testing.assert_array_equal(ours, theirs)
+            else:
+                scale = np.abs(theirs).max()
+                assert scale > 0 and np.abs(ours - theirs).max() <= BOUND * max(1, scale), (mesh, name)
+
+
+def test_eight_devices_of_one_process_give_the_numbers_of_one_device(one_process):
+    assert_equal(one_process, one_process, MESHES, "data=1")
+    assert len(np.unique(one_process["data=1 tokens"])) > 8
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_give_the_numbers_of_one(start, directory, one_process, tmp_path, port, processes):
+    meshes = (MESHES[0], HYBRID.format(processes=processes))
+    found = run_worker(start, directory, tmp_path / "several.npz", port, processes, meshes)
+    assert_equal(found, one_process, meshes, "data=1")
+    assert_equal(found, one_process, meshes[:1], MESHES[0])
+
+
+# --- batch ---
+
+
+def write_input(path, count, max_new_tokens):
+    lines = [json.dumps({"id": i, "prompt": "the fox " * (i % 5), "max_new_tokens": max_new_tokens}) for i in range(count)]
+    path.write_text("\n".join([*lines, "no JSON", ""]))
+    return path
+
+
+def batch(directory, input, output, *flags):
+    paths = ["--model", str(directory), "--input", str(input), "--output", str(output)]
+    return ["batch", *paths, "--dtype", "float32", "--json", *flags]
+
+
+@pytest.fixture
+def alone(qwen_dist, directory, tmp_path):
+    """What one process with one device answers."""
+    input = write_input(tmp_path / "in.jsonl", 9, 5)
+    process = qwen_dist(batch(directory, input, tmp_path / "alone.jsonl", "--num-cpu-devices", "1"))
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return sorted((tmp_path / "alone.jsonl").read_text().splitlines()), json.loads(out)
+
+
+@pytest.mark.parametrize(
+    ("processes", "flags"),
+    [
+        (2, ["--mesh", "fsdp=2,tensor=2"]),
+        pytest.param(4, ["--groups", "2", "--mesh", "tensor=4"], marks=pytest.mark.slow),
+        pytest.param(3, ["--groups", "3"], marks=pytest.mark.slow),
+    ],
+)
+def test_every_record_is_answered_once(start, launch, directory, tmp_path, alone, processes, flags):
+    lines, counts = alone
+    output = tmp_path / "out.jsonl"
+    command = [launch / "local.sh", "--processes", processes, "--devices", "2", "--logs", tmp_path / "logs", "--"]
+    process = start([*command, *batch(directory, tmp_path / "in.jsonl", output, *flags)])
+    out, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    assert sorted(output.read_text().splitlines()) == lines
+    said = json.loads(out)
+    assert {key: value for key, value in said.items() if key not in ("seconds", "output")} == {
+        key: value for key, value in counts.items() if key not in ("seconds", "output")
+    }
+
+
+def processes_of(marker):
+    """{QWEN_DIST_PROCESS_ID: pid} of the running programs that have `marker` among their arguments."""
+    found = {}
+    for entry in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            arguments = (entry / "cmdline").read_bytes().split(b"\0")
+            if any(marker in argument for argument in arguments) and b"python" in arguments[0]:
+                values = dict(item.partition(b"=")[::2] for item in (entry / "environ").read_bytes().split(b"\0"))
+                found[int(values[b"QWEN_DIST_PROCESS_ID"])] = int(entry.name)
+    return found
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_one_that_is_killed_ends_all_by_name(start, launch, directory, tmp_path, victim):
+    input, output = write_input(tmp_path / "in.jsonl", 500, 100), tmp_path / "out.jsonl"
+    command = [launch / "local.sh", "--processes", "3", "--devices", "1", "--logs", tmp_path / "logs", "--"]
+    process = start([*command, *batch(directory, input, output)])
+    marker = os.fsencode(output)
+    deadline = time.monotonic() + 120
+    while not (output.exists() and output.stat().st_size):  # answers come: all are in the middle
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.1)
+    pids = processes_of(marker)
+    assert sorted(pids) == [0, 1, 2]
+    os.kill(pids[victim], signal.SIGKILL)
+    start_of_end = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - start_of_end < 60
+    assert process.returncode == 128 + signal.SIGKILL
+    assert processes_of(marker) == {}
+    for number in {0, 1, 2} - {victim}:
+        assert f"process {number} on" in errors
+        log = (tmp_path / "logs" / f"{number}.log").read_text()
+        assert f"stops: process {victim} on " in log and f"(pid {pids[victim]}) is gone" in log
+    for line in output.read_text().splitlines():
+        json.loads(line)
+
+
+def test_one_that_fails_ends_all_by_name(start, launch, directory, tmp_path):
+    """Only process 0 opens the output, which holds results already."""
+    input, output = write_input(tmp_path / "in.jsonl", 3, 3), tmp_path / "out.jsonl"
+    output.write_text("{}\n")
+    command = [launch / "local.sh", "--processes", "2", "--devices", "1", "--logs", tmp_path / "logs", "--"]
+    process = start([*command, *batch(directory, input, output)])
+    process.communicate(timeout=100)
+    assert process.returncode == 1
+    for number in (0, 1):
+        log = (tmp_path / "logs" / f"{number}.log").read_text()
+        assert f"process {number} on" in log and "holds results already: name another file, or ask to overwrite it" in log
+        assert "Traceback" not in log
+
+
+def test_generate_prints_once(start, launch, directory, tmp_path):
+    command = [launch / "local.sh", "--processes", "2", "--devices", "2", "--logs", tmp_path / "logs", "--"]
+    flags = ["--model", str(directory), "--dtype", "float32", "--prompt", "the fox", "--max-new-tokens", "6", "--json"]
+    process = start([*command, "generate", *flags])
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert len(json.loads(out)["token_ids"]) == 6
