@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -43,11 +44,12 @@ class Answers:
 
 def compare_in_one_dtype(comparison: Comparison) -> ParityReport:
     """Float64 and float32: both sides compute in it, and every intermediate must be the same but for rounding."""
-    comparison.progress("loading the checkpoint on both sides")
-    reference, subject = Reference(comparison.options.model, comparison.options.dtype), comparison.load()
-    comparison.compare_parameters(subject, reference.parameters())
     comparison.progress("PyTorch")
+    reference = Reference(comparison.options.model, comparison.options.dtype)
     answers = comparison.ask(reference)
+    comparison.progress("loading the checkpoint here, and its parameters")
+    subject = comparison.load()
+    comparison.compare_parameters(subject, reference.parameters())
     del reference  # a large model's gradients need the room
     for stage in comparison.stages(subject, answers):
         comparison.progress(stage)
@@ -87,10 +89,10 @@ class Comparison:
 
         With `in_float32` the answers are rounded to it: half the memory, for who compares with something much coarser.
         """
-        kept = _to_float32 if in_float32 else dict  # a large model's answers are gigabytes: one kind at a time
         loss, gradients = reference.gradient(self.gradient_inputs)
-        gradients = kept(gradients)
-        values = kept(reference.forward(self.inputs, self.columns))
+        gradients = _on_disk(gradients, in_float32)  # as large as the model: there may be no room for both, twice
+        values = reference.forward(self.inputs, self.columns)
+        values = {name: values.pop(name).astype(np.float32) for name in list(values)} if in_float32 else values
         chosen, decoded = reference.decode(self.inputs, self.options.decode_steps, chosen)
         return Answers(values, chosen, decoded, loss, gradients)
 
@@ -228,9 +230,16 @@ def _whose(is_expected: bool) -> str:
     return "only PyTorch has it" if is_expected else "PyTorch does not have it"
 
 
-def _to_float32(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Rounded one by one, each freed before the next."""
-    return {name: values.pop(name).astype(np.float32) for name in list(values)}
+def _on_disk(values: dict[str, np.ndarray], in_float32: bool) -> dict[str, np.ndarray]:
+    """The same arrays in temporary files without a name, each freed before the next is written."""
+    moved: dict[str, np.ndarray] = {}
+    for name in list(values):
+        value = values.pop(name)
+        dtype = np.dtype(np.float32) if in_float32 else value.dtype
+        with tempfile.TemporaryFile() as file:
+            moved[name] = np.memmap(file, dtype, "w+", shape=value.shape)
+        moved[name][...] = value
+    return moved
 
 
 def backwards(answers: Answers) -> list[str]:
