@@ -211,9 +211,8 @@ def _add_host_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens (else the cluster says it)")
     verb.add_argument("--num-processes", type=int, metavar="N", help="how many processes run this command")
     verb.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
-    verb.add_argument(
-        "--start-timeout", type=float, default=_START_TIMEOUT_S, metavar="S", help="wait for them so long (60)"
-    )
+    wait = os.environ.get("QWEN_DIST_START_TIMEOUT", _START_TIMEOUT_S)
+    verb.add_argument("--start-timeout", type=float, default=wait, metavar="S", help="wait for them so long (60)")
 
 
 def _add_flags(verb: argparse.ArgumentParser, flags: Sequence[_Flag]) -> None:

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# One process on each node of a Slurm job, with all of the node's GPUs.
+#
+#   launch/slurm.sh --nodes 4 --gpus-per-node 8 --partition gpu -- batch --model DIR --input in.jsonl --output out.jsonl
+#
+# Everything behind -- goes to qwen-dist unchanged. Run it on a login node, where it makes an allocation, or inside one. What
+# qwen-dist needs to know of the nodes it reads from Slurm's variables. When one process fails, Slurm stops all.
+set -euo pipefail
+
+usage() {
+    cat >&2 <<'TEXT'
+usage: launch/slurm.sh --nodes N [--gpus-per-node G] [--partition P] [--time T] [--logs DIR] [--dry-run] -- VERB [ARGUMENTS]
+TEXT
+    exit 2
+}
+
+nodes="" logs="" dry_run="" options=()
+while [ $# -gt 0 ] && [ "$1" != "--" ]; do
+    case $1 in
+        --nodes) nodes=${2:?} && shift ;;
+        --gpus-per-node | --partition | --time) options+=("$1=${2:?}") && shift ;;
+        --logs) logs=${2:?} && shift ;;
+        --dry-run) dry_run=yes ;;
+        *) usage ;;
+    esac
+    shift
+done
+if [ $# -lt 2 ] || [ -z "$nodes" ]; then usage; fi
+shift
+logs=${logs:-logs/slurm-$(date +%Y%m%d-%H%M%S)}
+
+command=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 "${options[@]}"
+    --kill-on-bad-exit=1 --wait=60 --output="$logs/%t.log" qwen-dist "$@")
+if [ -n "$dry_run" ]; then
+    printf '%q ' "${command[@]}"
+    echo
+    exit 0
+fi
+mkdir -p "$logs"
+status=0
+"${command[@]}" || status=$?
+if [ "$status" = 0 ]; then
+    cat "$logs/0.log"
+else
+    grep -h "^qwen-dist" "$logs"/*.log | sort -u >&2 || true
+    echo "launch/slurm.sh: failed with exit code $status; the logs are in $logs" >&2
+fi
+exit "$status"
