@@ -4,7 +4,8 @@ import jax
 import pytest
 
 from qwen_dist.errors import UsageError
-from qwen_dist.mesh import AXES, MeshConfig, make_mesh
+from qwen_dist.mesh import AXES, MeshConfig, default_mesh, make_mesh
+from qwen_dist.models.config import ModelConfig
 
 
 @pytest.mark.parametrize(
@@ -66,3 +67,60 @@ def test_meshes_have_every_axis_and_the_first_devices(text):
     assert dict(mesh.shape) == MeshConfig.parse(text).sizes(8)
     assert set(mesh.devices.flat) == set(jax.devices()[: mesh.size])
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+
+
+# --- DCN factors and the default ---
+
+
+@pytest.mark.parametrize(
+    ("text", "config", "shown"),
+    [
+        ("fsdp=dcn2*ici8", MeshConfig(fsdp=16, dcn=(("fsdp", 2),)), "fsdp=dcn2*ici8"),
+        ("fsdp=dcn2*8", MeshConfig(fsdp=16, dcn=(("fsdp", 2),)), "fsdp=dcn2*ici8"),
+        ("tensor=ici4,data=dcn2", MeshConfig(data=2, tensor=4, dcn=(("data", 2),)), "data=dcn2*ici1,tensor=4"),
+        (
+            "data=dcn2,fsdp=dcn2*ici-1",
+            MeshConfig(data=2, fsdp=-1, dcn=(("data", 2), ("fsdp", 2))),
+            "data=dcn2*ici1,fsdp=dcn2*ici-1",
+        ),
+    ],
+)
+def test_parts_on_both_networks(text, config, shown):
+    assert MeshConfig.parse(text) == config
+    assert str(config) == shown and MeshConfig.parse(shown) == config
+
+
+@pytest.mark.parametrize(
+    "text", ["fsdp=dcn", "fsdp=dcn0", "fsdp=dcn2*", "fsdp=dcn2ici2", "fsdp=ici2*dcn2", "fsdp=*2", "fsdp=dcn-1"]
+)
+def test_malformed_parts_on_both_networks(text):
+    with pytest.raises(UsageError, match="a size is a positive number"):
+        MeshConfig.parse(text)
+
+
+def test_parts_that_do_not_fit():
+    with pytest.raises(UsageError, match=r"fsdp would span 3 devices, which its dcn part does not divide"):
+        MeshConfig.parse("fsdp=dcn2*ici-1,tensor=2").sizes(6)
+    with pytest.raises(UsageError, match=r"the dcn parts make 2, and the devices are in 1 processes"):
+        make_mesh(MeshConfig.parse("data=dcn2,fsdp=4"))
+
+
+def model(heads, kv_heads, channels, vocab, hidden):
+    hf = {"model_type": "qwen3", "hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    sizes = {"intermediate_size": channels, "vocab_size": vocab, "head_dim": 8, "num_hidden_layers": 1}
+    other = {"max_position_embeddings": 64, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 1e4}
+    return ModelConfig.from_hf(hf | sizes | other | {"hidden_act": "silu", "attention_bias": False})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((16, 8, 128, 512, 64), MeshConfig(tensor=8)),
+        ((14, 2, 128, 512, 64), MeshConfig(fsdp=4, tensor=2)),
+        ((12, 3, 128, 512, 64), MeshConfig(fsdp=8)),  # four parts would split a group of query heads
+        ((7, 7, 128, 512, 36), MeshConfig(data=2, fsdp=4)),
+    ],
+)
+def test_the_default_fits_the_model(sizes, expected):
+    assert default_mesh(model(*sizes), jax.devices()) == expected
+    assert default_mesh(model(*sizes), jax.devices()[:1]) == MeshConfig()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 WORKER = pathlib.Path(__file__).with_name("worker.py")
-MESHES = ("fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2")
+MESHES = ("fsdp=4,tensor=2",)
 HYBRID = "data=dcn{processes},fsdp=-1,tensor=2"
 BOUND = 1e-12
 
