@@ -171,6 +171,7 @@ def test_one_that_fails_ends_all_by_name(start, launch, directory, tmp_path):
         assert "Traceback" not in log
 
 
+@pytest.mark.slow
 def test_generate_prints_once(start, launch, directory, tmp_path):
     command = [launch / "local.sh", "--processes", "2", "--devices", "2", "--logs", tmp_path / "logs", "--"]
     flags = ["--model", str(directory), "--dtype", "float32", "--prompt", "the fox", "--max-new-tokens", "6", "--json"]
