@@ -134,8 +134,8 @@ def test_every_prompt_alone_gets_the_same_answer(engine, expected):
 
 def test_fewer_key_value_heads_than_devices(engine, expected):
     """2 heads on 8 devices: each has both, and 8 query heads are split."""
-    updates = answers(engine("tensor=8"), PROMPTS[1:3], GREEDY)
-    assert [tokens_of(row) for row in updates] == expected(1.0)[1:3]
+    updates = answers(engine("tensor=8"), PROMPTS[:2], GREEDY)
+    assert [tokens_of(row) for row in updates] == expected(1.0)[:2]
 
 
 def test_rows_with_parameters_of_their_own(engine, expected):
@@ -146,9 +146,9 @@ def test_rows_with_parameters_of_their_own(engine, expected):
 
 
 def test_more_requests_than_a_batch_holds(engine, expected):
-    """Nine requests, four at a time; the answers come by batch and carry their requests."""
-    updates = answers(engine(""), [*PROMPTS, *PROMPTS, PROMPTS[1]], GREEDY)
-    assert [tokens_of(row) for row in updates] == [*expected(1.0), *expected(1.0), expected(1.0)[1]]
+    """Five requests, four at a time; every answer carries its request."""
+    updates = answers(engine(""), [*PROMPTS, PROMPTS[3]], GREEDY)
+    assert [tokens_of(row) for row in updates] == [*expected(1.0), expected(1.0)[3]]
 
 
 def test_a_batch_that_is_never_full(engine, expected):
@@ -240,18 +240,24 @@ def test_a_tokenizer_of_another_checkpoint(model, directory):
 # --- log-probabilities ---
 
 
+ASKED = (3, None, 0, 5)
+INDICES = (0, 1, 1, 0)
+
+
+def ask_for_log_probabilities(engine) -> list[list[Update]]:
+    params = [SamplingParams(NUM_NEW, repetition_penalty=1.3, logprobs=number) for number in ASKED]
+    return answers(engine(""), [PROMPTS[index] for index in INDICES], params)
+
+
 def test_log_probabilities(engine, reference, expected):
     """Of the unmodified distribution, also where a penalty chose the token; each row as many as it asked for."""
-    asked = [3, None, 0, 5]
-    params = [SamplingParams(NUM_NEW, repetition_penalty=1.3, logprobs=number) for number in asked]
-    updates = answers(engine(""), PROMPTS, params)
-    assert [tokens_of(row) for row in updates] == expected(1.3)
-    for prompt, number, row in zip(PROMPTS, asked, updates, strict=True):
-        logprobs = [logprob for update in row for logprob in update.logprobs]
+    for index, number, row in zip(INDICES, ASKED, ask_for_log_probabilities(engine), strict=True):
+        tokens, logprobs = tokens_of(row), [logprob for update in row for logprob in update.logprobs]
+        assert tokens == expected(1.3)[index]
         if number is None:
             assert logprobs == []
             continue
-        tokens = tokens_of(row)
+        prompt = PROMPTS[index]
         with torch.no_grad():
             logits = reference(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
         log_probs = torch.log_softmax(logits.double(), dim=-1).numpy()
@@ -264,10 +270,10 @@ def test_log_probabilities(engine, reference, expected):
 
 
 def test_no_log_probability_of_the_stop_token(engine, expected, tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "stop_ids", frozenset({expected(1.0)[1][4]}))
-    (row,) = answers(engine(""), PROMPTS[1:2], SamplingParams(NUM_NEW, logprobs=1))
+    monkeypatch.setattr(tokenizer, "stop_ids", frozenset({expected(1.3)[0][4]}))
+    row = ask_for_log_probabilities(engine)[0]
     shown = [logprob.token for update in row for logprob in update.logprobs]
-    assert shown == tokens_of(row)[:-1]
+    assert shown == tokens_of(row)[:-1] == expected(1.3)[0][:4]
 
 
 # --- drawing ---
