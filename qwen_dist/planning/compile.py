@@ -26,7 +26,7 @@ from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.planning.chips import Topology
 from qwen_dist.planning.workload import Phase, Workload
-from qwen_dist.sharding import Resolver, abstract_parameters, bind, resolving
+from qwen_dist.sharding import Resolver, RuleSet, abstract_parameters, bind, resolving
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _SHAPE = re.compile(r"\b(pred|[a-z]+?(\d+)\w*)\[([\d,]*)\]")
@@ -207,13 +207,21 @@ def _group_size(line: str) -> int:
 
 
 def _lower_gradient(model: LoadedModel, workload: Workload) -> jax.stages.Lowered:
-    """The mean loss of the next tokens and its gradient by every parameter."""
+    """The mean loss of the next tokens and its gradient by every parameter.
+
+    Weights are used as their activations are cut: gathered over fsdp, and gradients summed and cut again likewise. Left to
+    itself the compiler gathers the gradient of the logits, which is larger than any weight.
+    """
+    rules = model.resolver.rules
+    used = Resolver(model.resolver.mesh, RuleSet("used", rules.activations, rules.activations))
+    gathered = {name: leaf.sharding for name, leaf in abstract_parameters(model.module, used).items()}
     shape = (workload.batch, workload.context)
     tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=model.resolver.activation("tokens", shape, ("batch", "length")))
 
     def loss(parameters: Mapping[str, jax.Array], tokens_BT: jax.Array) -> jax.Array:
         with resolving(model.resolver):
-            module = bind(model.module, parameters)
+            whole = jax.lax.with_sharding_constraint(dict(parameters), gathered)
+            module = bind(model.module, whole)
             positions_BT = jnp.broadcast_to(jnp.arange(shape[1], dtype=np.int32), shape)
             hidden_BTD, _ = module(tokens_BT, positions_BT)
             log_probabilities_BTV = jax.nn.log_softmax(module.unembed(hidden_BTD[:, :-1]))

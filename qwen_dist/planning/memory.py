@@ -149,11 +149,14 @@ class Arithmetic:
         return (normed + queries + keys + channels) * width + int(scores * (WIDE + width))
 
     def _training_set(self) -> int:
-        """The larger of: one block's backward pass, with its weights and their gradients whole; the loss, likewise."""
-        weights = self._gathered(self._block_weights()) * self._width
-        head = self._gathered({"head": ("vocab", "embed")}) * self._width
-        logits = 3 * self._local("batch", "length", "vocab") * WIDE
-        return max(2 * self._of_one_block() + 2 * weights, logits + 2 * head)
+        """The larger of one block's backward pass and the loss's.
+
+        Each has its weights whole, and their gradients twice: summed in float32, and rounded.
+        """
+        weight = 2 * self._width + WIDE
+        block = 2 * self._of_one_block() + self._gathered(self._block_weights()) * weight
+        logits = self._local("batch", "length", "vocab") * WIDE
+        return max(block, logits + self._gathered({"head": ("vocab", "embed")}) * weight)
 
     def _block_weights(self) -> dict[str, tuple[str, ...]]:
         q, kv, mlp = ("q_heads", "head_dim", "embed"), ("kv_heads", "head_dim", "embed"), ("mlp", "embed")

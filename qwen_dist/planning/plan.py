@@ -139,9 +139,7 @@ def compiled_layers(text: str, num_layers: int) -> tuple[int, ...]:
         return ()
     layers = tuple(int(part) if part.isdecimal() else 0 for part in text.split(","))
     if len(layers) != 2 or not 0 < layers[0] < layers[1] <= num_layers:
-        raise UsageError(
-            f"--compile {text}: give two numbers, rising, of at most {num_layers} layers, such as 1,3; or none"
-        )
+        raise UsageError(f"--compile {text}: give two rising numbers up to {num_layers}, such as 1,3, or none")
     return layers
 
 
