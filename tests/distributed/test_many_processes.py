@@ -131,8 +131,15 @@ def processes_of(marker):
     return found
 
 
-@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_one_that_is_killed_ends_all_by_name(start, launch, directory, tmp_path, victim):
+@pytest.mark.parametrize(
+    ("victim", "how"),
+    [
+        (1, signal.SIGKILL),
+        pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_one_that_is_killed_ends_all_by_name(start, launch, directory, tmp_path, victim, how):
     input, output = write_input(tmp_path / "in.jsonl", 500, 100), tmp_path / "out.jsonl"
     command = [launch / "local.sh", "--processes", "3", "--devices", "1", "--logs", tmp_path / "logs", "--"]
     process = start([*command, *batch(directory, input, output)])
@@ -143,11 +150,11 @@ def test_one_that_is_killed_ends_all_by_name(start, launch, directory, tmp_path,
         time.sleep(0.1)
     pids = processes_of(marker)
     assert sorted(pids) == [0, 1, 2]
-    os.kill(pids[victim], signal.SIGKILL)
+    os.kill(pids[victim], how)
     start_of_end = time.monotonic()
     _, errors = process.communicate(timeout=60)
     assert time.monotonic() - start_of_end < 60
-    assert process.returncode == 128 + signal.SIGKILL
+    assert process.returncode == 128 + how
     assert processes_of(marker) == {}
     for number in {0, 1, 2} - {victim}:
         assert f"process {number} on" in errors
