@@ -149,6 +149,8 @@ def _start_jax_distributed(cluster: Cluster) -> None:
     import jax
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # It would catch SIGTERM and go on: a process that is told to end shall end, and the lifeline tells the others.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         cluster.coordinator,
         cluster.num_processes,
