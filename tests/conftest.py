@@ -4,12 +4,15 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 from collections.abc import Callable, Mapping
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# A shell that starts the tests in the background has them ignore Ctrl-C, and the programs they start would, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 import pytest

@@ -70,7 +70,7 @@ def test_written_headers_are_aligned_and_readable():
     header = reader.build_header(tensors, {"format": "pt"})
     assert len(header) % reader.DATA_ALIGNMENT == 0
     content = header + bytes(26)
-    assert [name for name, _ in safetensors.deserialize(content)] == ["a", "b"]
+    assert sorted(name for name, _ in safetensors.deserialize(content)) == ["a", "b"]
     assert reader.parse_header("f", len(content), header[8:]).tensors["b"].begin == len(header) + 6
 
 
