@@ -11,13 +11,13 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# A shell that starts the tests in the background has them ignore Ctrl-C, and the programs they start would, too.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+# A shell that starts the tests in the background has them ignore Ctrl-C, and the programs they start would, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REAL_CHECKPOINT = pathlib.Path.home() / ".cache/qwen_dist/qwen2.5-coder-0.5b-instruct"
 
