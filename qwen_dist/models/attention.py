@@ -44,6 +44,7 @@ class Attention(nnx.Module):
         positions_BT: jax.Array,
         cache: kv_cache.LayerCache | None,
         num_live: int | None,
+        segments_BT: jax.Array | None,
     ) -> tuple[jax.Array, kv_cache.LayerCache | None]:
         q_BTNH = tap("q_proj", self.q_proj(x_BTD))
         k_BTKH = tap("k_proj", self.k_proj(x_BTD))
@@ -60,7 +61,7 @@ class Attention(nnx.Module):
             cache = kv_cache.write(cache, k_BKSH, v_BKSH, positions_BT[:, 0])
             k_BKSH, v_BKSH = kv_cache.read(cache, num_live, x_BTD.dtype)
             kv_positions_BS = jnp.broadcast_to(jnp.arange(k_BKSH.shape[2]), (x_BTD.shape[0], k_BKSH.shape[2]))
-        mixed_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, positions_BT, kv_positions_BS, self.sliding_window)
+        mixed_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, positions_BT, kv_positions_BS, self.sliding_window, segments_BT)
         mixed_BTNH = constrain(tap("mixed", mixed_BTNH), "batch", "length", "q_heads", "head_dim")
         return tap("o_proj", self.o_proj(mixed_BTNH)), cache
 
@@ -72,27 +73,25 @@ def attend(
     q_positions_BT: jax.Array,
     kv_positions_BS: jax.Array,
     sliding_window: int | None = None,
+    segments_BT: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(q·k / √H) v over the keys each query may see, [B, T, N, H] in q's dtype; the softmax in at least float32.
 
-    A query at position p sees the keys at positions 0 … p, or the last `sliding_window` of them; a negative position is
-    padding, seen by nobody. Keys come in order: the last T of the S slots are the queries' own, so query t needs no slot
-    after S - T + t, whatever its position; a block of queries does not touch the rest.
+    A query at position p sees the keys at positions 0 … p, or the last `sliding_window` of them, and with `segments_BT`
+    (queries and keys are then the same tokens) only those of its own segment; a negative position is padding, seen by none.
+    Keys come in order: the last T of the S slots are the queries' own, so query t needs no slot after S - T + t, whatever
+    its position; a block of queries does not touch the rest.
     """
     num_queries, num_keys = q_BTNH.shape[1], k_BKSH.shape[2]
     outputs = []
     for start in range(0, num_queries, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, num_queries)
         end = num_keys - num_queries + stop
+        seen_BTS = visible(q_positions_BT[:, start:stop], kv_positions_BS[:, :end], sliding_window)
+        if segments_BT is not None:
+            seen_BTS &= segments_BT[:, start:stop, None] == segments_BT[:, None, :end]
         with scope(f"queries_{start}"):
-            outputs.append(
-                _attend_block(
-                    q_BTNH[:, start:stop],
-                    k_BKSH[:, :, :end],
-                    v_BKSH[:, :, :end],
-                    visible(q_positions_BT[:, start:stop], kv_positions_BS[:, :end], sliding_window),
-                )
-            )
+            outputs.append(_attend_block(q_BTNH[:, start:stop], k_BKSH[:, :, :end], v_BKSH[:, :, :end], seen_BTS))
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
 

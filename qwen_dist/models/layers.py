@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from qwen_dist.sharding import annotate
+from qwen_dist.sharding import annotate, constrain
 
 
 def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
@@ -39,9 +39,32 @@ def contract(x: jax.Array, weight: jax.Array) -> jax.Array:
     if x.size == x.shape[-1] and x.dtype.itemsize < 4:
         two_rows = jnp.concatenate([x, jnp.zeros_like(x)], axis=0)
         return contract(two_rows, weight)[:1]
-    return jax.lax.dot_general(
-        x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=at_least_float32(x.dtype)
-    )
+    return _product(x, weight)
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return _dot(x, weight, x.ndim - 1, 1)
+
+
+def _product_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(x, weight), (x, weight)
+
+
+def _product_backward(operands: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Products of the operands' own type, as PyTorch's are; by default jax would widen them, at half the speed."""
+    x, weight = operands
+    gradient = gradient.astype(x.dtype)
+    rows, of_rows = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+    return _dot(gradient, weight, x.ndim - 1, 0).astype(x.dtype), _dot(of_rows, rows, 0, 0).astype(weight.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _dot(x: jax.Array, y: jax.Array, x_dim: int, y_dim: int) -> jax.Array:
+    """Sum over one dimension of each, in at least float32."""
+    return jax.lax.dot_general(x, y, (((x_dim,), (y_dim,)), ((), ())), preferred_element_type=at_least_float32(x.dtype))
 
 
 class Linear(nnx.Module):
@@ -49,36 +72,54 @@ class Linear(nnx.Module):
 
     `out` and `inp` map each dimension's logical name to its size, so heads are dimensions of their own although the
     checkpoint stores them flattened: the bytes are the same.
+
+    The weight is used as activations are cut: what training spreads over more devices is gathered here, where it is needed.
     """
 
     def __init__(self, out: dict[str, int], inp: dict[str, int], *, bias: bool, dtype: DTypeLike, std: float):
         self.weight = parameter(out, inp, dtype=dtype, std=std)
         self.bias = parameter(out, dtype=dtype, std=std) if bias else None
-        self.out, self.num_in = tuple(out.values()), math.prod(inp.values())
-        self.num_contracted = len(inp)
+        self.out_sizes, self.in_sizes = tuple(out.items()), tuple(inp.items())
+        self.lora_A: Linear | None = None
+        self.lora_B: Linear | None = None
+        self.lora_scale = 0.0
+
+    def add_lora(self, rank: int, scale: float, *, dtype: DTypeLike) -> None:
+        """Add a low-rank adapter (arXiv:2106.09685): y = x Wᵀ + b + scale · (x Aᵀ) Bᵀ, with A [R, *in] and B [*out, R].
+
+        Random values leave y as it is: A is drawn as peft draws it, by its variance, and B is 0.
+        """
+        in_features = math.prod(size for _, size in self.in_sizes)
+        narrow, std = {"lora_rank": rank}, (3 * in_features) ** -0.5
+        self.lora_A = nnx.data(Linear(narrow, dict(self.in_sizes), bias=False, dtype=dtype, std=std))
+        self.lora_B = nnx.data(Linear(dict(self.out_sizes), narrow, bias=False, dtype=dtype, std=0.0))
+        self.lora_scale = scale
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.unrounded(x).astype(x.dtype)
 
     def unrounded(self, x: jax.Array) -> jax.Array:
         """The same in at least float32, before the rounding to x's dtype."""
-        x = x.reshape(*x.shape[: x.ndim - self.num_contracted], self.num_in)
-        y = contract(x, self.weight[...].reshape(-1, self.num_in))
-        y = y.reshape(*y.shape[:-1], *self.out)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        weight = constrain(self.weight[...], *dict(self.out_sizes + self.in_sizes))
+        in_shape, out_shape = ([size for _, size in sizes] for sizes in (self.in_sizes, self.out_sizes))
+        rows = x.reshape(*x.shape[: x.ndim - len(in_shape)], -1)
+        y = contract(rows, weight.reshape(-1, rows.shape[-1]))
+        y = y.reshape(*y.shape[:-1], *out_shape)
+        if self.bias is not None:
+            y = y + constrain(self.bias[...], *dict(self.out_sizes)).astype(y.dtype)
+        if self.lora_A is not None and self.lora_B is not None:
+            y = y + self.lora_scale * self.lora_B.unrounded(self.lora_A(x))
+        return y
 
 
 class Embedding(nnx.Module):
-    """A table [V, D]: `__call__` looks token ids up, `attend` scores vectors against every row (tied output weights)."""
+    """A table [V, D] in which token ids are looked up; tied output weights are the same table."""
 
     def __init__(self, vocab: int, embed: int, *, dtype: DTypeLike, std: float):
         self.weight = parameter({"vocab": vocab}, {"embed": embed}, dtype=dtype, std=std)
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        return jnp.take(self.weight[...], tokens_BT, axis=0, mode="clip")
-
-    def attend(self, x_BTD: jax.Array) -> jax.Array:
-        return contract(x_BTD, self.weight[...])
+        return jnp.take(constrain(self.weight[...], "vocab", "embed"), tokens_BT, axis=0, mode="clip")
 
 
 class RMSNorm(nnx.Module):
@@ -86,12 +127,12 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, axis: str, size: int, *, eps: float, dtype: DTypeLike):
         self.weight = parameter({axis: size}, dtype=dtype)
-        self.eps = eps
+        self.axis, self.eps = axis, eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(at_least_float32(x.dtype))
         variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         normed = (wide * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
         # Repeated while it is wide: then its gradient, the sum over all tokens, is taken in float32 and rounded once.
-        weight = jnp.broadcast_to(self.weight[...].astype(wide.dtype), x.shape)
+        weight = jnp.broadcast_to(constrain(self.weight[...], self.axis).astype(wide.dtype), x.shape)
         return weight.astype(x.dtype) * normed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,9 +14,12 @@ from qwen_dist.models.attention import Attention
 from qwen_dist.models.cache import Cache, LayerCache
 from qwen_dist.models.capture import scope, tap
 from qwen_dist.models.config import LayerConfig, ModelConfig
-from qwen_dist.models.layers import Embedding, Linear, RMSNorm
+from qwen_dist.models.layers import Embedding, Linear, RMSNorm, contract
 from qwen_dist.models.rope import rope_table
 from qwen_dist.sharding import constrain
+
+# A policy of `jax.checkpoint`, such as `jax.checkpoint_policies.nothing_saveable`.
+Remat = Callable[..., bool]
 
 
 class MLP(nnx.Module):
@@ -52,10 +56,11 @@ class Block(nnx.Module):
         positions_BT: jax.Array,
         cache: LayerCache | None,
         num_live: int | None,
+        segments_BT: jax.Array | None,
     ) -> tuple[jax.Array, LayerCache | None]:
         normed_BTD = tap("input_layernorm", self.input_layernorm(x_BTD))
         with scope("self_attn"):
-            mixed_BTD, cache = self.self_attn(normed_BTD, rope, positions_BT, cache, num_live)
+            mixed_BTD, cache = self.self_attn(normed_BTD, rope, positions_BT, cache, num_live, segments_BT)
         x_BTD = constrain(tap("residual", x_BTD + mixed_BTD), "batch", "length", "embed")
         normed_BTD = tap("post_attention_layernorm", self.post_attention_layernorm(x_BTD))
         with scope("mlp"):
@@ -77,7 +82,14 @@ class Transformer(nnx.Module):
         self.lm_head = None if is_tied else Linear(vocab, embed, bias=False, dtype=dtype, std=std)
 
     def __call__(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache | None = None, num_live: int | None = None
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        cache: Cache | None = None,
+        num_live: int | None = None,
+        *,
+        segments_BT: jax.Array | None = None,
+        remat: Remat | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Run tokens through every block; returns the normalised hidden states [B, T, D] and the cache.
 
@@ -89,20 +101,33 @@ class Transformer(nnx.Module):
           cache: keys and values of earlier positions (see `cache.empty`); these tokens' are added.
           num_live: how many slots of the cache to attend to, at least the highest position + 1 of these tokens
             including padding; all when None.
+          segments_BT: without a cache: where a row holds several sequences, one after the other, the number of the one that
+            each token is of. Positions begin at 0 in each of them, and none sees another.
+          remat: what the forward pass keeps of each block for the backward pass, which computes the rest again: a policy of
+            `jax.checkpoint`; everything when None.
         """
         x_BTD = constrain(tap("embed_tokens", self.embed_tokens(tokens_BT)), "batch", "length", "embed")
         rope = rope_table(self.config.rope, self.config.head_dim, positions_BT, x_BTD.dtype)
         caches = (None,) * len(self.layers) if cache is None else cache
         updated: list[Any] = []
+        run: Any = Block.__call__ if remat is None else jax.checkpoint(Block.__call__, policy=remat)
         for index, (block, layer_cache) in enumerate(zip(self.layers, caches, strict=True)):
             with scope(f"layers.{index}"):
-                x_BTD, layer_cache = block(x_BTD, rope, positions_BT, layer_cache, num_live)
+                x_BTD, layer_cache = run(block, x_BTD, rope, positions_BT, layer_cache, num_live, segments_BT)
                 x_BTD = tap("output", x_BTD)
                 updated.append(layer_cache)
         return tap("norm", self.norm(x_BTD)), None if cache is None else tuple(updated)
 
     def unembed(self, x_BTD: jax.Array) -> jax.Array:
         """The next token's logits [B, T, V] from hidden states, in at least float32."""
-        # Never rounded to the model's dtype: a bfloat16 logit has 3 digits, and the choice of token hangs on it.
-        logits_BTV = self.embed_tokens.attend(x_BTD) if self.lm_head is None else self.lm_head.unrounded(x_BTD)
-        return constrain(tap("logits", logits_BTV), "batch", "length", "vocab")
+        return logits(x_BTD, self.head())
+
+    def head(self) -> jax.Array:
+        """The output weights [V, D], of which a tied model's are its embedding's, as activations are cut."""
+        return constrain((self.lm_head or self.embed_tokens).weight[...], "vocab", "embed")
+
+
+def logits(x_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
+    """Hidden states against the weight of every token: logits [B, T, V] in at least float32."""
+    # Never rounded to the model's dtype: a bfloat16 logit has 3 digits, and the choice of token hangs on it.
+    return constrain(tap("logits", contract(x_BTD, head_VD)), "batch", "length", "vocab")

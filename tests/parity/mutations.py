@@ -120,7 +120,7 @@ MUTATIONS = [
     _mutation(
         "missing bias",
         LAYERS + "Linear.unrounded",
-        "y if self.bias is None else y + self.bias[...].astype(y.dtype)",
+        "y + constrain(self.bias[...], *dict(self.out_sizes)).astype(y.dtype)",
         "y",
         named=FIRST + "q_proj",
     ),
@@ -171,7 +171,7 @@ MUTATIONS = [
     _mutation(
         "norm weight is 1 + w",
         LAYERS + "RMSNorm.__call__",
-        "self.weight[...].astype",
+        "constrain(self.weight[...], self.axis).astype",
         "(1 + self.weight[...]).astype",
         named="layers.0.input_layernorm",
     ),
@@ -259,8 +259,8 @@ MUTATIONS = [
     _mutation(
         "tied head untied",
         MODEL + "Transformer.unembed",
-        "self.embed_tokens.attend(x_BTD)",
-        "self.embed_tokens.attend(x_BTD[..., ::-1])",
+        "self.head()",
+        "self.head()[:, ::-1]",
         named="logits",
     ),
     _mutation("token ids off by one", LAYERS + "Embedding.__call__", "tokens_BT,", "tokens_BT + 1,", named="embed_tokens"),
