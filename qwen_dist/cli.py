@@ -54,6 +54,7 @@ _DEVICES = "run on N CPU devices of this machine"
 # How long processes wait for each other before the preflight says who is missing.
 _START_TIMEOUT_S = 60.0
 _COMPILED = "~/.cache/qwen_dist/compiled"
+_TABLE_WIDTH = 160
 
 _GENERATE_EXAMPLE = """\
 examples:
@@ -559,7 +560,7 @@ def _parity(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.json:
         print(json.dumps(report.to_json()))
     else:
-        print_report(report)
+        print_report(report, _console())
     if options.report:
         write_html(report, options.report)
     return 0 if report.ok else 1
@@ -648,7 +649,9 @@ def _loading(description: str = "loading", *, quiet: bool) -> contextlib.Abstrac
 def _console(*, stderr: bool = False, quiet: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr, quiet=quiet)
+    # A file or a pipe has no width of its own, and rich would cut the tables to 80 columns.
+    has_width = (sys.stderr if stderr else sys.stdout).isatty() or "COLUMNS" in os.environ
+    return Console(stderr=stderr, quiet=quiet, highlight=False, width=None if has_width else _TABLE_WIDTH)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,11 @@ import numpy as np
 Box = tuple[tuple[int, int], ...]
 
 
+def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+    """The box that an index of slices takes of an array of that shape."""
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
 def box_shape(box: Box) -> tuple[int, ...]:
     return tuple(stop - start for start, stop in box)
 

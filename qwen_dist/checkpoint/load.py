@@ -27,7 +27,7 @@ from qwen_dist.checkpoint.plan import (
     make_reads,
 )
 from qwen_dist.checkpoint.quantized import read_block_size
-from qwen_dist.checkpoint.sinks import Blocks, Sink, aligned_empty, is_on_host, make_sinks
+from qwen_dist.checkpoint.sinks import Blocks, Sink, aligned_empty, is_on_host, make_array
 from qwen_dist.checkpoint.source import Access, Checkpoint
 from qwen_dist.errors import CheckpointError
 
@@ -116,7 +116,8 @@ def execute(plan: Plan, checkpoint: Checkpoint, progress: Progress | None = None
     """Reads everything the plan says and returns the arrays by parameter name."""
     if plan.check_bytes:
         _check_tied_head(plan, checkpoint)
-    sinks = {parameter.name: make_sinks(parameter) for parameter in plan.parameters}
+    arrays = {parameter.name: make_array(parameter) for parameter in plan.parameters}
+    sinks = {name: array.sinks for name, array in arrays.items()}
     counter, scratch = Counter(plan.bytes_read, progress, plan.check_bytes), threading.local()
 
     def run(read: Read) -> None:
@@ -126,7 +127,7 @@ def execute(plan: Plan, checkpoint: Checkpoint, progress: Progress | None = None
         counter.add(read.nbytes)
 
     run_all(run, plan.reads, plan.num_threads)
-    return {parameter.name: _assemble(parameter, sinks.pop(parameter.name)) for parameter in plan.parameters}
+    return {name: array.array() for name, array in arrays.items()}
 
 
 class Counter:
@@ -188,7 +189,7 @@ def _check_tied_head(plan: Plan, checkpoint: Checkpoint) -> None:
     )
 
 
-def _perform(read: Read, checkpoint: Checkpoint, sinks: Mapping[str, list[Sink]], scratch: np.ndarray) -> None:
+def _perform(read: Read, checkpoint: Checkpoint, sinks: Mapping[str, Sequence[Sink]], scratch: np.ndarray) -> None:
     """Reads one byte range and hands each of its pieces to the shards that it meets."""
     file = checkpoint.files[read.file]
     if len(read.pieces) > 1:
@@ -217,7 +218,7 @@ def _read_scale(piece: Piece, checkpoint: Checkpoint) -> np.ndarray:
 
 
 def _deliver(
-    piece: Piece, data: np.ndarray, scale: np.ndarray | None, sinks: Mapping[str, list[Sink]], *, in_place: bool
+    piece: Piece, data: np.ndarray, scale: np.ndarray | None, sinks: Mapping[str, Sequence[Sink]], *, in_place: bool
 ) -> None:
     values = data.view(piece.parameter.disk_dtype).reshape(piece.shape)
     for sink in sinks[piece.parameter.name]:
@@ -233,8 +234,3 @@ def _blocks(piece: Piece, box: Box, scale: np.ndarray) -> Blocks:
     rows, columns = piece.parameter.matrix_indices(box)
     first_row = piece.parameter.matrix_indices(piece.box)[0][0] // piece.parameter.block[0]
     return Blocks(scale, rows // piece.parameter.block[0] - first_row, columns // piece.parameter.block[1])
-
-
-def _assemble(parameter: Parameter, sinks: list[Sink]) -> jax.Array:
-    arrays = [array for sink in sinks for array in sink.arrays()]
-    return jax.make_array_from_single_device_arrays(parameter.shape, parameter.sharding, arrays)

@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 
 from qwen_dist.checkpoint.boxes import (
     Box,
+    box_of,
     box_shape,
     first_index,
     flat_indices,
@@ -321,8 +322,7 @@ def make_shards(shape: tuple[int, ...], sharding: Any) -> tuple[Shard, ...]:
     """The distinct boxes that this process's devices hold, each with its devices."""
     holders: dict[Box, list[Any]] = defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(tuple(shape)).items():
-        box = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-        holders[box].append(device)
+        holders[box_of(index, shape)].append(device)
     return tuple(Shard(box, tuple(devices)) for box, devices in sorted(holders.items()))
 
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from qwen_dist.parity.bounds import Section
 from qwen_dist.parity.compare import METRICS, SECTIONS, ParityReport, Row
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 
-def print_report(report: ParityReport, file: IO[str] | None = None) -> None:
-    """Print one line for each kind of component, with the worst of its layers, and the verdict; to stdout by default."""
-    from rich.console import Console
-
-    console = Console(file=file, highlight=False)
+def print_report(report: ParityReport, console: Console) -> None:
+    """Print one line for each kind of component, with the worst of its layers, and the verdict."""
     for name, fact in report.facts.items():
         console.print(f"[dim]{name}:[/] {fact}", soft_wrap=True)
     for section, title in SECTIONS.items():

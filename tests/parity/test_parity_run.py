@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from qwen_dist.errors import CheckpointError, UserError
 from qwen_dist.models.config import FAMILIES
@@ -53,7 +54,7 @@ def test_every_component_is_compared(report):
 
 def test_terminal_json_and_page_tell_the_same(report, tmp_path):
     text = io.StringIO()
-    print_report(report, text)
+    print_report(report, Console(file=text, width=160))
     assert report.verdict() in text.getvalue()
     assert "layers.*.self_attn.q_rope" in text.getvalue()
     found = json.loads(json.dumps(report.to_json(), allow_nan=False))
