@@ -347,6 +347,8 @@ def main():
     if args.run:
         run_once(args.folder, *args.run)
         return
+    if args.folder:
+        args.folder.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="loading-", dir=args.folder))
     try:
         nbytes = make_checkpoint(folder, args.gigabytes)
