@@ -32,8 +32,9 @@ class MeshConfig:
     """How many devices each axis spans; -1, once, means all that are left.
 
     data: whole replicas of the model, each with its share of the batch. fsdp: weights spread over replicas of the
-    computation. tensor: heads, MLP channels and vocabulary split. expert and context: reserved, 1. `dcn` has, for the
-    axes that cross the slower network, how many parts of the axis are on different sides of it.
+    computation. context: the tokens of each row split. tensor: heads, MLP channels and vocabulary split. expert:
+    reserved, 1. `dcn` has, for the axes that cross the slower network, how many parts of the axis are on different sides
+    of it.
     """
 
     data: int = 1
@@ -58,7 +59,7 @@ class MeshConfig:
                 problems.append(f"{axis} is given twice")
             elif match is None:
                 problems.append(f"{part!r}: a size is a positive number, or -1 for all devices that are left")
-            elif axis in ("expert", "context") and size != "1":
+            elif axis == "expert" and size != "1":
                 problems.append(f"{axis} can only be 1 for the models supported so far")
             else:
                 outer, inner = int(match[1] or 1), int(match[2] or 1)

@@ -45,10 +45,13 @@ _WEIGHTS = {
 }
 _SPLIT_CHANNELS = {axis: ("tensor",) for axis in ("vocab", "q_heads", "kv_heads", "mlp")}
 
+# Tokens of one row are split over context; of keys and values, whose length is kv_length, every device has all.
+_SPLIT_ROWS = {"length": ("context",)}
+
 # Training: the batch goes over data and fsdp, and each layer's weights are gathered over fsdp when it is their turn.
-TRAIN = RuleSet("train", _WEIGHTS, {"batch": ("data", "fsdp"), **_SPLIT_CHANNELS})
+TRAIN = RuleSet("train", _WEIGHTS, {"batch": ("data", "fsdp"), **_SPLIT_ROWS, **_SPLIT_CHANNELS})
 # Inference: the weights stay where they are. Activations are small, so they are what travels over fsdp.
-INFERENCE = RuleSet("inference", _WEIGHTS, {"batch": ("data",), "embed": ("fsdp",), **_SPLIT_CHANNELS})
+INFERENCE = RuleSet("inference", _WEIGHTS, {"batch": ("data",), "embed": ("fsdp",), **_SPLIT_ROWS, **_SPLIT_CHANNELS})
 RULE_SETS = {rules.name: rules for rules in (TRAIN, INFERENCE)}
 
 
@@ -116,7 +119,9 @@ class Resolver:
                     problems.append(f"mesh axis {name} would split both {used[name]} and {axis}")
                 used[name] = axis
             parts = math.prod(self.mesh.shape[name] for name in mesh_axes)
-            if size % parts:
+            if axis == "length" and size == 1:
+                mesh_axes = ()  # a decoding step
+            elif size % parts:
                 if axis == "kv_heads" and parts % size == 0:
                     mesh_axes = ()  # fewer key/value heads than devices: each device has them all
                 else:
@@ -159,6 +164,12 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     if resolver is None:
         return x
     return jax.lax.with_sharding_constraint(x, resolver.activation("activation", x.shape, axes))
+
+
+def num_parts(axis: str, size: int) -> int:
+    """Into how many parts the active rules split a dimension of an activation."""
+    resolver = _active.get()
+    return 1 if resolver is None else size // resolver.activation("activation", (size,), (axis,)).shard_shape((size,))[0]
 
 
 def annotate(

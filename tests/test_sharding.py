@@ -32,7 +32,7 @@ SIZES = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 10, "vo
 # Sums are taken in another order: measured 3.6e-7 to 5.0e-7.
 TOLERANCE = 2e-6
 
-MESHES = ["tensor=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2", "fsdp=8", "data=8"]
+MESHES = ["tensor=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2", "fsdp=8", "data=8", "data=2,context=2,tensor=2"]
 PARAMETER_SPECS = {
     "embed_tokens.weight": P("tensor", "fsdp"),
     "lm_head.weight": P("tensor", "fsdp"),
@@ -105,6 +105,8 @@ def test_activations_have_rules_of_their_own():
     mesh = "data=2,fsdp=2,tensor=2"
     assert resolver(mesh, TRAIN).activation("x", shape, axes).spec == P(("data", "fsdp"), None, None)
     assert resolver(mesh, INFERENCE).activation("x", shape, axes).spec == P("data", None, "fsdp")
+    assert resolver("context=4", TRAIN).activation("x", shape, axes).spec == P(None, "context", None)
+    assert resolver("context=4").activation("x", (8, 1, 32), axes).spec == P(None, None, None)  # a decoding step
     assert (resolver(mesh, TRAIN).batch_multiple(), resolver(mesh, INFERENCE).batch_multiple()) == (4, 2)
     with pytest.raises(UsageError, match="batch is 6, which the 4 parts of data×fsdp do not divide"):
         resolver(mesh, TRAIN).activation("x", (6, 16, 32), axes)
@@ -184,7 +186,7 @@ def test_logits_on_a_mesh_are_those_of_one_device(run, mesh, rules):
     assert np.linalg.norm(ours - one) / np.linalg.norm(one) < TOLERANCE
     batch = {"inference": ("data",), "train": ("data", "fsdp")}[rules]
     jax_mesh = logits.sharding.mesh
-    assert parts(logits.sharding.spec, jax_mesh, 3) == parts(P(batch, None, "tensor"), jax_mesh, 3)
+    assert parts(logits.sharding.spec, jax_mesh, 3) == parts(P(batch, "context", "tensor"), jax_mesh, 3)
 
 
 @pytest.mark.parametrize("mesh", MESHES)

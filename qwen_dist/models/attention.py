@@ -14,7 +14,7 @@ from qwen_dist.models.capture import scope, tap
 from qwen_dist.models.config import LayerConfig, ModelConfig
 from qwen_dist.models.layers import Linear, RMSNorm, at_least_float32
 from qwen_dist.models.rope import rotate
-from qwen_dist.sharding import constrain
+from qwen_dist.sharding import constrain, num_parts
 
 # Queries are taken in blocks so that the scores of a block stay in a CPU's cache and keys after the block are not touched.
 QUERY_BLOCK = 128
@@ -82,17 +82,37 @@ def attend(
     Keys come in order: the last T of the S slots are the queries' own, so query t needs no slot after S - T + t, whatever
     its position; a block of queries does not touch the rest.
     """
+    # With the length split over C devices (context parallelism) each has its own queries and all keys. A block then has as
+    # many queries of each device, of which the last device's see the most.
+    k_BKSH = constrain(k_BKSH, "batch", "kv_heads", "kv_length", "head_dim")
+    v_BKSH = constrain(v_BKSH, "batch", "kv_heads", "kv_length", "head_dim")
     num_queries, num_keys = q_BTNH.shape[1], k_BKSH.shape[2]
+    C = num_parts("length", num_queries)
+    q_BCTNH, positions_BCT = split(q_BTNH, C), split(q_positions_BT, C)
+    segments_BCT = None if segments_BT is None else split(segments_BT, C)
     outputs = []
-    for start in range(0, num_queries, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, num_queries)
-        end = num_keys - num_queries + stop
-        seen_BTS = visible(q_positions_BT[:, start:stop], kv_positions_BS[:, :end], sliding_window)
-        if segments_BT is not None:
-            seen_BTS &= segments_BT[:, start:stop, None] == segments_BT[:, None, :end]
+    for start in range(0, num_queries // C, QUERY_BLOCK):
+        block = slice(start, min(start + QUERY_BLOCK, num_queries // C))
+        end = num_keys - num_queries // C + block.stop
+        seen_BTS = visible(join(positions_BCT[:, :, block]), kv_positions_BS[:, :end], sliding_window)
+        if segments_BT is not None and segments_BCT is not None:
+            seen_BTS &= join(segments_BCT[:, :, block])[:, :, None] == segments_BT[:, None, :end]
         with scope(f"queries_{start}"):
-            outputs.append(_attend_block(q_BTNH[:, start:stop], k_BKSH[:, :, :end], v_BKSH[:, :, :end], seen_BTS))
-    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+            mixed_BTNH = _attend_block(join(q_BCTNH[:, :, block]), k_BKSH[:, :, :end], v_BKSH[:, :, :end], seen_BTS)
+            outputs.append(split(mixed_BTNH, C))
+    return join(outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=2))
+
+
+def split(x_BT: jax.Array, parts: int) -> jax.Array:
+    """[B, T, …] as [B, C, T/C, …]."""
+    B, T, *rest = x_BT.shape
+    return x_BT.reshape(B, parts, T // parts, *rest)
+
+
+def join(x_BCT: jax.Array) -> jax.Array:
+    """[B, C, T, …] as [B, C·T, …]."""
+    B, C, T, *rest = x_BCT.shape
+    return x_BCT.reshape(B, C * T, *rest)
 
 
 def visible(q_positions_BT: jax.Array, kv_positions_BS: jax.Array, sliding_window: int | None) -> jax.Array:
@@ -106,18 +126,18 @@ def _attend_block(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visib
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
     wide = at_least_float32(q_BTNH.dtype)
-    # All of a key head's queries are rows of one matrix: [B, K] products of [G·T, H] and [S, H].
-    q_BKRH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * T, H)
+    # All of a key head's queries are rows of one matrix: [B, K] products of [T·G, H] and [S, H].
+    q_BKRH = q_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B, K, T * N // K, H)
     batch = ((0, 1), (0, 1))
     scores_BKRS = jax.lax.dot_general(q_BKRH, k_BKSH, (((3,), (3,)), batch), preferred_element_type=wide)
-    scores_BKGTS = scores_BKRS.reshape(B, K, N // K, T, S) * H**-0.5
+    scores_BKTGS = scores_BKRS.reshape(B, K, T, N // K, S) * H**-0.5
     # A finite number, so that a row which sees nothing (padding) stays finite.
-    scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, jnp.finfo(wide).min)
-    weights_BKGTS = jnp.exp(scores_BKGTS - scores_BKGTS.max(axis=-1, keepdims=True))
-    total_BKGT1 = weights_BKGTS.sum(axis=-1, keepdims=True)
-    tap("weights", (weights_BKGTS / total_BKGT1).reshape(B, N, T, S))
+    scores_BKTGS = jnp.where(visible_BTS[:, None, :, None], scores_BKTGS, jnp.finfo(wide).min)
+    weights_BKTGS = jnp.exp(scores_BKTGS - scores_BKTGS.max(axis=-1, keepdims=True))
+    total_BKTG1 = weights_BKTGS.sum(axis=-1, keepdims=True)
+    tap("weights", (weights_BKTGS / total_BKTG1).swapaxes(2, 3).reshape(B, N, T, S))
     # Dividing after the product touches H numbers a row instead of S.
-    weights_BKRS = weights_BKGTS.astype(v_BKSH.dtype).reshape(scores_BKRS.shape)
+    weights_BKRS = weights_BKTGS.astype(v_BKSH.dtype).reshape(scores_BKRS.shape)
     mixed_BKRH = jax.lax.dot_general(weights_BKRS, v_BKSH, (((3,), (2,)), batch), preferred_element_type=wide)
-    mixed_BKGTH = mixed_BKRH.reshape(B, K, N // K, T, H) / total_BKGT1
-    return mixed_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
+    mixed_BKTGH = mixed_BKRH.reshape(B, K, T, N // K, H) / total_BKTG1
+    return mixed_BKTGH.swapaxes(1, 2).reshape(B, T, N, H).astype(q_BTNH.dtype)
