@@ -123,7 +123,9 @@ class Arithmetic:
         keys = 2 * self._local("batch", "kv_heads", "kv_length", "head_dim") * self._width
         # Of one block of queries: the scores, and what becomes of them under the softmax.
         scores = 2 * self._local("batch", "length", "q_heads", "kv_length", length=min(QUERY_BLOCK, length)) * WIDE
-        channels = 3 * self._local("batch", "length", "mlp", length=length) * self._width
+        # With the weights spread over fsdp, gate and up are summed between devices, together and in float32.
+        kept = 4 * WIDE if self.resolver.mesh.shape["fsdp"] > 1 else 3 * self._width
+        channels = kept * self._local("batch", "length", "mlp", length=length)
         # The sampler sorts: logits as they are, with the penalty, scaled, sorted, and with noise.
         logits = 5 * self._local("batch", "vocab") * WIDE
         return max(2 * stream + 2 * heads + keys + scores, 2 * stream + channels, logits)

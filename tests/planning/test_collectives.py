@@ -1,0 +1,82 @@
+"""What travels between devices, counted in the compiled text."""
+
+import pytest
+from shapes import SMALL, qwen3
+
+from qwen_dist.mesh import MeshConfig
+from qwen_dist.models.config import ModelConfig
+from qwen_dist.planning.chips import Topology
+from qwen_dist.planning.compile import collectives, count_collectives, lower, topology_mesh
+from qwen_dist.planning.workload import Workload
+from qwen_dist.sharding import Resolver
+
+ONE_LAYER = SMALL | {"num_hidden_layers": 1}
+TEXT = """
+  %all-reduce.5 = (f32[4]{0}, bf16[8,16]{1,0:T(8,128)(2,1)}) all-reduce(%a, %b), replica_groups={{0,1,2,3},{4,5,6,7}}
+  %ag = (bf16[4,2]{1,0}, bf16[4,16]{1,0}) all-gather-start(%x), replica_groups=[2,8]<=[16], dimensions={1}
+  %agd = bf16[4,16]{1,0} all-gather-done(%ag)
+  %rs = f32[10]{0} reduce-scatter(%y), replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4] {'axis_2'}, to_apply=%add
+  %q = f8e4m3fn[32]{0} all-gather(%c), replica_groups=mesh['a'=8] {'a':(1)2}, dimensions={0}
+  %a2a = (f32[1,512]{1,0}, /*index=1*/f32[1,512]{1,0}) all-to-all(%c, %d), replica_groups={{0,1}}
+  ROOT %cp = (f32[16,8]{0}, f32[16,8]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%y), pairs
+  %name = f32[2]{0} fusion(%all-reduce.5), calls=%all-gather.clone
+"""
+
+
+def test_collectives_of_a_compiled_text():
+    found = {one.kind: (one.count, one.bytes) for one in count_collectives(TEXT)}
+    assert found == {
+        "all-gather": (2, 64 * 2 * 7 / 8 + 32 / 2),
+        "all-reduce": (1, (4 * 4 + 128 * 2) * 2 * 3 / 4),
+        "reduce-scatter": (1, 40 * 3),
+        "all-to-all": (1, 1024 * 4 / 2),
+        "collective-permute": (1, 128 * 4),
+    }
+
+
+def text(topology: str, mesh: str, hf, verb: str, phase: str) -> str:
+    workload = Workload(verb, 8, 256)
+    resolver = Resolver(topology_mesh(Topology.parse(topology), MeshConfig.parse(mesh)), workload.rules)
+    return lower(ModelConfig.from_hf(hf), resolver, workload, phase).compile().as_text()
+
+
+def check_tensor_parallel(topology: str, mesh: str, hf, phase: str) -> None:
+    """Each layer sums twice, after attention and after the MLP, and nothing gathers as much as its smallest weight."""
+    one, three = (text(topology, mesh, hf | {"num_hidden_layers": depth}, "batch", phase) for depth in (1, 3))
+    sums = [sum(len(result.arrays) for result in collectives(it) if result.kind == "all-reduce") for it in (one, three)]
+    assert sums[1] - sums[0] == 2 * 2
+    smallest = hf["hidden_size"] * hf["num_key_value_heads"] * hf["head_dim"]
+    gathered = [result for result in collectives(three) if result.kind == "all-gather"]
+    assert all(elements < smallest for result in gathered for elements, _ in result.arrays), gathered
+
+
+@pytest.mark.parametrize(
+    ("mesh", "phase"), [("tensor=8", "decode"), pytest.param("data=2,tensor=4", "prefill", marks=pytest.mark.slow)]
+)
+def test_tensor_parallel_layers_sum_twice_and_gather_no_weight(mesh, phase):
+    check_tensor_parallel("cpu:8", mesh, SMALL, phase)
+
+
+def test_inference_over_fsdp_leaves_the_weights_where_they_are():
+    smallest = SMALL["hidden_size"] * SMALL["num_key_value_heads"] * SMALL["head_dim"]
+    for result in collectives(text("cpu:8", "fsdp=8", ONE_LAYER, "batch", "decode")):
+        if result.kind == "all-gather":
+            assert all(elements < smallest for elements, _ in result.arrays), result
+
+
+def test_training_over_fsdp_gathers_weights_and_nothing_larger():
+    """The gradient of the logits, [batch, length, vocab], stays where it is; so do all activations."""
+    largest = SMALL["vocab_size"] * SMALL["hidden_size"]
+    found = list(collectives(text("cpu:8", "fsdp=8", ONE_LAYER, "finetune", "train")))
+    gathered = [elements for result in found if result.kind == "all-gather" for elements, _ in result.arrays]
+    assert max(gathered) == largest
+    assert 8 * 256 * SMALL["vocab_size"] > largest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x4", "v5p:2x2x2"])
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_tensor_parallel_on_tpus(topology, phase):
+    pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: pip install libtpu")
+    hf = qwen3(1, 2048, 16, 6144, vocab_size=8192)
+    check_tensor_parallel(topology, "tensor=8", hf, phase)

@@ -1,0 +1,120 @@
+"""The arithmetic of a plan: counts that are known, sizes of arrays that exist, and the compiler's word."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+from shapes import QWEN3_8B, QWEN3_32B, SMALL, qwen3
+
+from qwen_dist.checkpoint.model import LoadedModel
+from qwen_dist.engine.request import SamplingParams
+from qwen_dist.engine.runner import Runner
+from qwen_dist.errors import UsageError
+from qwen_dist.mesh import MeshConfig, make_mesh
+from qwen_dist.models.config import ModelConfig
+from qwen_dist.models.transformer import Transformer
+from qwen_dist.planning.chips import Topology
+from qwen_dist.planning.compile import compile_program, extrapolate, lower, topology_mesh
+from qwen_dist.planning.memory import Arithmetic, abstract_resolver
+from qwen_dist.planning.workload import Workload
+from qwen_dist.sharding import Resolver, random_parameters
+
+CPU = Topology.parse("cpu:8")
+
+
+def arithmetic(hf, mesh: str, workload: Workload, num_devices: int = 8) -> Arithmetic:
+    resolver = abstract_resolver(MeshConfig.parse(mesh), num_devices, workload)
+    return Arithmetic.of(ModelConfig.from_hf(hf), resolver, workload)
+
+
+def compiled(hf, mesh: str, workload: Workload, phase: str):
+    resolver = Resolver(topology_mesh(CPU, MeshConfig.parse(mesh)), workload.rules)
+    return compile_program(lower(ModelConfig.from_hf(hf), resolver, workload, phase))
+
+
+def test_parameters_of_released_models():
+    """The counts that their pages state."""
+    workload = Workload("batch", 8, 1024)
+    assert arithmetic(QWEN3_8B, "", workload).num_parameters == 8_190_735_360
+    assert arithmetic(QWEN3_32B, "", workload).num_parameters == 32_762_123_264
+    tied = qwen3(28, 1024, 16, 3072, tie_word_embeddings=True)
+    assert arithmetic(tied, "", workload).num_parameters == 596_049_920
+
+
+@pytest.mark.parametrize(
+    "mesh", ["data=2,fsdp=2,tensor=2", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("", "tensor=8", "fsdp=8"))]
+)
+def test_parameters_and_cache_are_those_of_arrays_that_exist(mesh):
+    """Two kinds of layers, one of which the count must not forget."""
+    hf = SMALL | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+    config, workload = ModelConfig.from_hf(hf), Workload("batch", 8, 100)
+    resolver = Resolver(make_mesh(MeshConfig.parse(mesh)), workload.rules)
+    module = Transformer(config, dtype="bfloat16")
+    model = LoadedModel(config, module, random_parameters(module, resolver), resolver)
+    state = Runner(model).start([(1, 2)] * 8, [SamplingParams()] * 8, workload.num_slots)
+    memory = arithmetic(hf, mesh, workload).memory("decode")
+    assert memory["parameters"] == on_first_device(model.parameters)
+    assert memory["cache"] == on_first_device(state.cache)
+    assert memory["sampling"] == on_first_device(state.seen_BV)
+
+
+def on_first_device(tree) -> int:
+    return sum(array.addressable_shards[0].data.nbytes for array in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "phase"),
+    [
+        ("data=2,fsdp=2,tensor=2", "prefill"),
+        pytest.param("tensor=8", "prefill", marks=pytest.mark.slow),
+        pytest.param("data=4,tensor=2", "decode", marks=pytest.mark.slow),
+    ],
+)
+def test_inference_is_within_a_tenth_of_the_compilers_word(mesh, phase):
+    """Of its flops in prefill too; those of a decode step are as much of the sampler's."""
+    workload = Workload("batch", 8, 256)
+    plan, real = arithmetic(SMALL, mesh, workload), compiled(SMALL, mesh, workload, phase)
+    assert sum(plan.memory(phase).values()) == pytest.approx(real.device_bytes, rel=0.1)
+    if phase == "prefill":
+        assert plan.cost(phase).flops == pytest.approx(real.flops, rel=0.1)
+
+
+def test_optimizer_state_is_float32_and_a_copy_of_narrow_parameters():
+    narrow = arithmetic(SMALL, "fsdp=8", Workload("finetune", 8, 128)).memory("train")
+    wide = arithmetic(SMALL, "fsdp=8", Workload("finetune", 8, 128, dtype="float32")).memory("train")
+    assert narrow["optimizer"] == narrow["parameters"] // 2 * 4 * 3
+    assert wide["optimizer"] == wide["parameters"] * 2
+    assert wide["gradients"] == wide["parameters"] == 2 * narrow["parameters"]
+
+
+@pytest.mark.slow
+def test_more_layers_by_extrapolation():
+    workload = Workload("batch", 8, 128)
+    by_depth = {}
+    for depth in (1, 2, 3):
+        by_depth[depth] = compiled(SMALL | {"num_hidden_layers": depth}, "tensor=8", workload, "decode")
+    guess = extrapolate((by_depth[1], by_depth[2]), (1, 2), 3)
+    real = by_depth[3]
+    assert guess.argument_bytes == real.argument_bytes
+    assert guess.collectives == real.collectives
+    assert guess.flops == pytest.approx(real.flops, rel=0.01)
+    assert guess.device_bytes == pytest.approx(real.device_bytes, rel=0.02)
+
+
+def test_sizes_that_do_not_divide_are_refused():
+    with pytest.raises(UsageError, match="q_heads is 16, which the 32 parts of tensor do not divide"):
+        arithmetic(SMALL, "tensor=32", Workload("batch", 8, 128), num_devices=32)
+    with pytest.raises(UsageError, match="batch is 6, which the 4 parts of data do not divide"):
+        arithmetic(SMALL, "data=4", Workload("batch", 6, 128))
+
+
+def test_every_part_of_the_workload_counts():
+    base = Workload("finetune", 8, 256)
+    memory = arithmetic(SMALL, "fsdp=4,tensor=2", base).memory("train")
+    for changed in ({"batch": 16}, {"context": 512}, {"remat": "none"}):
+        more = arithmetic(SMALL, "fsdp=4,tensor=2", dataclasses.replace(base, **changed)).memory("train")
+        assert more["saved activations"] > memory["saved activations"], changed
+        assert math.isclose(more["parameters"], memory["parameters"])
+    assert not np.isclose(sum(arithmetic(SMALL, "fsdp=8", base).memory("train").values()), sum(memory.values()))
