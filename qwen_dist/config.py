@@ -27,6 +27,7 @@ T = TypeVar("T")
 class ModelOptions:
     """Which weights, and how they are held. `path` is a checkpoint directory or a hub id.
 
+    `adapter` is a directory in PEFT's layout whose low-rank adapter is added to the weights.
     load_format "dummy" makes random weights on the devices: the directory needs none.
     `ignored_config_keys`, separated by commas, are keys of config.json that you vouch for. `host_memory_budget`, such as
     256MB, bounds the loader's buffers; empty leaves it to the loader.
@@ -37,6 +38,7 @@ class ModelOptions:
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     ignored_config_keys: str = ""
     host_memory_budget: str = ""
+    adapter: str = ""
 
     @property
     def host_memory_bytes(self) -> int | None:
@@ -92,6 +94,109 @@ class BatchConfig:
     def __post_init__(self) -> None:
         if self.max_batch_size < 1:
             raise UsageError(f"max_batch_size is {self.max_batch_size}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """What to train on: see docs/finetune.md for the forms of files and records.
+
+    files, eval_files: paths, of which `*` may be a part. A sequence has at most `max_length` tokens. `packing` puts several
+    into a row. `raw` leaves the chat template out of prompts and completions. `bad_records`: stop at them, or leave them out.
+    """
+
+    files: tuple[str, ...]
+    eval_files: tuple[str, ...] = ()
+    max_length: int = 1024
+    packing: bool = True
+    raw: bool = False
+    bad_records: Literal["refuse", "skip"] = "refuse"
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraOptions:
+    """Low-rank adapters: on the linear layers whose name matches one of `targets` (a name or a regular expression).
+
+    An adapter's contribution is scaled by alpha / rank, or with `rslora` by alpha / √rank.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    rslora: bool = False
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerOptions:
+    """How parameters change. The learning rate rises linearly for `warmup_steps`, then follows `schedule`.
+
+    The linear and cosine schedules reach `final_fraction` of the learning rate at the last step. weight_decay: decoupled, on
+    matrices only. clip_norm: the largest norm of all gradients together; 0 for any. b1 is also Muon's momentum.
+    """
+
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
+    learning_rate: float = 1e-5
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int = 0
+    final_fraction: float = 0.0
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """`qwen-dist finetune`.
+
+    Attributes:
+      method: train all parameters, or adapters on some of them (`lora`).
+      output: a directory for checkpoints, metrics and, at the end, the model or the adapter.
+      batch_size: rows a step, on all devices together, taken in `accumulation` parts one after the other.
+      steps, epochs: how long; `steps` wins, and 0 means as many as `epochs` take.
+      remat: what the backward pass computes again: nothing, all but the products with weights, or whole blocks.
+      master_weights: keep what is trained in float32 at least, and compute in model.dtype; else train in model.dtype.
+      save_every: steps between checkpoints, 0 for one at the end; the newest `keep` stay, and with `keep_best` also the one
+        of the lowest evaluation loss.
+      eval_every: steps between evaluations, 0 for one at the end.
+    """
+
+    model: ModelOptions
+    data: DataOptions
+    output: str
+    method: Literal["full", "lora"] = "lora"
+    lora: LoraOptions = LoraOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    mesh: str = ""
+    batch_size: int = 8
+    accumulation: int = 1
+    steps: int = 0
+    epochs: float = 1.0
+    remat: Literal["none", "products", "blocks"] = "none"
+    master_weights: bool = True
+    save_every: int = 0
+    keep: int = 2
+    keep_best: bool = False
+    eval_every: int = 0
+    tensorboard: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        counts = {"data.max_length": (self.data.max_length, 2), "lora.rank": (self.lora.rank, 1)}
+        counts |= {name: (getattr(self, name), 1) for name in ("batch_size", "accumulation", "keep")}
+        counts |= {name: (getattr(self, name), 0) for name in ("steps", "save_every", "eval_every")}
+        problems = [f"{name} is {value}; it must be at least {least}" for name, (value, least) in counts.items() if value < least]
+        if not self.data.files:
+            problems.append("data.files is empty; give at least one file")
+        if self.accumulation > 0 and self.batch_size % self.accumulation:
+            problems.append(f"batch_size {self.batch_size} cannot be taken in {self.accumulation} equal parts (accumulation)")
+        if not self.steps and self.epochs <= 0:
+            problems.append(f"epochs is {self.epochs}; it must be above 0, or give steps")
+        if self.keep_best and not self.data.eval_files:
+            problems.append("keep_best needs data.eval_files to judge by")
+        if problems:
+            raise UsageError("the configuration cannot be used:\n  - " + "\n  - ".join(problems))
 
 
 def load_config(cls: type[T], file: str | None, overrides: Sequence[str], values: Mapping[str, Any]) -> T:

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -209,14 +209,18 @@ def abstract_parameters(model: nnx.Module, resolver: Resolver) -> dict[str, jax.
     return leaves
 
 
-def random_parameters(model: nnx.Module, resolver: Resolver, seed: int = 0) -> dict[str, jax.Array]:
-    """Random parameters for a model, made by each device for itself; the same values on every mesh.
+def random_parameters(
+    model: nnx.Module, resolver: Resolver, seed: int = 0, names: Container[str] | None = None
+) -> dict[str, jax.Array]:
+    """Random parameters for a model, or those of some names, made by each device for itself; the same on every mesh.
 
     Raises UsageError as `abstract_parameters` does.
     """
     key = jax.random.key(seed)
     declared, values = _parameters(model), {}
     for name, leaf in abstract_parameters(model, resolver).items():
+        if names is not None and name not in names:
+            continue
         std = declared[name].get_metadata()["std"]
         draw = _draw(leaf.shape, leaf.dtype, leaf.sharding, std)
         values[name] = draw(jax.random.fold_in(key, zlib.crc32(name.encode())))

@@ -38,6 +38,8 @@ class Tokenizer:
 
     Attributes:
       stop_ids: generation stops at any of these token ids.
+      stop_texts: those tokens as they stand in a rendered conversation.
+      end_id: the one of them that ends a text: the tokenizer's eos_token, if it has one.
       vocab_size: one more than the largest id that `encode` can return.
     """
 
@@ -56,6 +58,8 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self.stop_ids = stop_ids
+        self.stop_texts = tuple(token for id in sorted(stop_ids) if (token := backend.id_to_token(id)))
+        self.end_id = backend.token_to_id(template_tokens.get("eos_token", "")) or min(stop_ids)
         added = backend.get_added_tokens_decoder()
         self.vocab_size = max([backend.get_vocab_size(with_added_tokens=False), *(id + 1 for id in added)])
         self._backend = backend

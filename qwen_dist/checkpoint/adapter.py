@@ -1,0 +1,180 @@
+"""Low-rank adapters in PEFT's layout: a directory with `adapter_config.json` and `adapter_model.safetensors`.
+
+PEFT's names are this project's behind a prefix: `base_model.model.` and that of the checkpoint, mostly `model.`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from qwen_dist.checkpoint.agree import together
+from qwen_dist.checkpoint.mapping import PREFIXES
+from qwen_dist.checkpoint.model import LoadedModel
+from qwen_dist.errors import CheckpointError
+from qwen_dist.models.layers import at_least_float32
+
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+_PEFT = "base_model.model."
+# What would change the computation if it were anything else.
+_ONLY = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_dora": False}
+_EMPTY = ("modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication", "target_parameters", "trainable_token_indices")
+_NAME = re.compile(r"(layers\.\d+\.[\w.]+)\.(lora_[AB])\.weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """The matrices of an adapter: `layers.0.self_attn.q_proj.lora_A.weight` [R, in], `….lora_B.weight` [out, R]."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    arrays: Mapping[str, np.ndarray]
+
+    @property
+    def scale(self) -> float:
+        """By what the contribution is multiplied; rsLoRA (arXiv:2312.03732) divides by the root of the rank."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    @property
+    def layers(self) -> list[str]:
+        """The linear layers that have an adapter."""
+        return [name.removesuffix(".lora_A.weight") for name in self.arrays if name.endswith(".lora_A.weight")]
+
+
+def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
+    """Raises CheckpointError listing everything that is missing or is no plain LoRA."""
+    path = Path(directory)
+    missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (path / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{path} has no {' and no '.join(missing)}; give the directory of an adapter in PEFT's layout.")
+    try:
+        config = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+        rank, alpha, rslora = int(config["r"]), float(config["lora_alpha"]), bool(config.get("use_rslora", False))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / CONFIG_NAME} cannot be used: {type(error).__name__}: {error}") from None
+    problems = [f"{key} is {config[key]!r}, and only {value!r} is supported" for key, value in _ONLY.items() if config.get(key, value) != value]
+    problems += [f"{key} is {config[key]!r}, and only none is supported" for key in _EMPTY if config.get(key)]
+    arrays = {}
+    for stored, array in _read_arrays(path / WEIGHTS_NAME).items():
+        name = _own_name(stored)
+        if name is None:
+            problems.append(f"{stored} is no adapter of a linear layer of a block")
+        elif array.ndim != 2 or array.shape[0 if "lora_A" in name else 1] != rank:
+            problems.append(f"{stored} is {list(array.shape)}, which is not of rank {rank}")
+        else:
+            arrays[name] = array
+    others = {name.replace("lora_A", "lora_B") if "lora_A" in name else name.replace("lora_B", "lora_A") for name in arrays}
+    problems += [f"{name} is missing" for name in sorted(others - arrays.keys())]
+    if problems or not arrays:
+        raise CheckpointError(f"the adapter {path} cannot be used:\n  - " + "\n  - ".join(problems or ["it is empty"]))
+    return Adapter(rank, alpha, rslora, arrays)
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    import safetensors.numpy
+
+    try:
+        return safetensors.numpy.load_file(path)
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def _own_name(stored: str) -> str | None:
+    name = stored.removeprefix(_PEFT)
+    prefix = max((prefix for prefix, _ in PREFIXES if name.startswith(prefix)), key=len)
+    match = _NAME.fullmatch(name.removeprefix(prefix))
+    return match and match[0]
+
+
+def write_adapter(
+    directory: str | os.PathLike[str], adapter: Adapter, *, base: str, prefix: str = PREFIXES[0][0]
+) -> None:
+    """Write an adapter as PEFT does; the directory appears, or is replaced, as a whole.
+
+    Args:
+      directory: with several processes, only the first writes.
+      adapter: matrices of two dimensions.
+      base: the checkpoint that it belongs to. prefix: of that checkpoint's names.
+
+    Raises:
+      CheckpointError: it cannot be written.
+    """
+    import safetensors.numpy
+
+    target = Path(os.path.abspath(directory))
+    staging = target.with_name(f".{target.name}.saving")
+    with together("saving the adapter"):
+        if jax.process_index() > 0:
+            return
+        try:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+            arrays = {f"{_PEFT}{prefix}{name}": np.ascontiguousarray(array) for name, array in adapter.arrays.items()}
+            safetensors.numpy.save_file(arrays, staging / WEIGHTS_NAME, metadata={"format": "pt"})
+            (staging / CONFIG_NAME).write_text(json.dumps(_peft_config(adapter, base, prefix), indent=2) + "\n")
+            if target.exists():
+                shutil.rmtree(target)
+            staging.rename(target)
+        except OSError as error:
+            raise CheckpointError(f"{target} cannot be written: {error.strerror or error}.") from error
+
+
+def _peft_config(adapter: Adapter, base: str, prefix: str) -> dict[str, Any]:
+    rank_and_alpha = {"r": adapter.rank, "lora_alpha": adapter.alpha, "use_rslora": adapter.rslora, "lora_dropout": 0.0}
+    return {
+        **_ONLY,
+        **rank_and_alpha,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "task_type": "CAUSAL_LM",
+        "target_modules": sorted(prefix + name for name in adapter.layers),
+    }
+
+
+def merge_adapter(model: LoadedModel, adapter: Adapter) -> LoadedModel:
+    """The model with the adapter added to its weights, W + scale · B A, rounded once to the weights' type.
+
+    The arrays of the layers that have an adapter are used up. Raises CheckpointError when the adapter does not fit.
+    """
+    check_fits(adapter, {name: leaf.shape for name, leaf in model.parameters.items()})
+    parameters = dict(model.parameters)
+    for layer in adapter.layers:
+        name = f"{layer}.weight"
+        low = model.resolver.replicate([adapter.arrays[f"{layer}.lora_{side}.weight"] for side in "BA"])
+        parameters[name] = _adder(parameters[name].sharding)(parameters[name], *low, adapter.scale)
+    return dataclasses.replace(model, parameters=parameters)
+
+
+def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises CheckpointError listing the layers that the model does not have, or has in another size."""
+    problems = []
+    for layer in adapter.layers:
+        shape = shapes.get(f"{layer}.weight")
+        b, a = (adapter.arrays[f"{layer}.lora_{side}.weight"].shape for side in "BA")
+        if shape is None:
+            problems.append(f"the model has no linear layer {layer}")
+        elif int(np.prod(shape)) != b[0] * a[1]:
+            problems.append(f"{layer} is {list(shape)}, and the adapter's product {[b[0], a[1]]}")
+    if problems:
+        raise CheckpointError("the adapter is not of this model:\n  - " + "\n  - ".join(problems))
+
+
+@functools.lru_cache
+def _adder(sharding: jax.sharding.Sharding) -> Any:
+    def add(weight: jax.Array, b: jax.Array, a: jax.Array, scale: jax.Array) -> jax.Array:
+        wide = at_least_float32(weight.dtype)
+        product = scale.astype(wide) * (b.astype(wide) @ a.astype(wide))
+        return (weight.astype(wide) + product.reshape(weight.shape)).astype(weight.dtype)
+
+    return jax.jit(add, donate_argnums=0, out_shardings=sharding)

@@ -1,0 +1,82 @@
+"""Low-rank adapters (arXiv:2106.09685) on a model: which layers have them, what they begin as, and what becomes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Container, Iterator, Mapping
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from qwen_dist.checkpoint.adapter import Adapter, check_fits
+from qwen_dist.checkpoint.model import LoadedModel
+from qwen_dist.config import LoraOptions
+from qwen_dist.errors import UsageError
+from qwen_dist.models.layers import Linear
+from qwen_dist.models.transformer import Transformer
+from qwen_dist.sharding import Resolver, abstract_parameters, disk_shapes, random_parameters
+
+
+def new_adapter(model: LoadedModel, options: LoraOptions, *, dtype: DTypeLike) -> tuple[LoadedModel, list[str]]:
+    """The model with new adapters on its linear layers, which leave it as it is; and the names of their parameters.
+
+    Raises UsageError when a target matches no layer.
+    """
+    layers = [name for name, _ in linear_layers(model.module)]
+    matches = {target: [name for name in layers if _matches(target, name)] for target in options.targets}
+    if unused := [target for target, names in matches.items() if not names]:
+        kinds = sorted({name.rpartition(".")[2] for name in layers})
+        raise UsageError(f"lora.targets: {', '.join(unused)} matches no linear layer; there are {', '.join(kinds)}")
+    chosen = {name for names in matches.values() for name in names}
+    scale = Adapter(options.rank, options.alpha, options.rslora, {}).scale
+    trained = _attach(model.module, chosen, options.rank, scale, dtype)
+    parameters = model.parameters | random_parameters(model.module, model.resolver, names=trained)
+    return dataclasses.replace(model, parameters=parameters), trained
+
+
+def with_adapter(model: LoadedModel, adapter: Adapter, *, dtype: DTypeLike) -> tuple[LoadedModel, list[str]]:
+    """The model with an adapter that can be trained further; and the names of its parameters.
+
+    Raises CheckpointError when the adapter is not of this model.
+    """
+    check_fits(adapter, {name: leaf.shape for name, leaf in model.parameters.items()})
+    trained = _attach(model.module, adapter.layers, adapter.rank, adapter.scale, dtype)
+    places = abstract_parameters(model.module, model.resolver)
+    parameters = dict(model.parameters)
+    for name in trained:
+        place = places[name]
+        values = adapter.arrays[name].astype(place.dtype).reshape(place.shape)
+        parameters[name] = jax.make_array_from_callback(place.shape, place.sharding, values.__getitem__)
+    return dataclasses.replace(model, parameters=parameters), trained
+
+
+def adapter_of(parameters: Mapping[str, jax.Array], options: LoraOptions, resolver: Resolver) -> Adapter:
+    """The trained adapter on the host of every process, in matrices."""
+    everywhere = jax.jit(lambda x: x, out_shardings=resolver.replicated())
+    arrays = {}
+    for name, value in parameters.items():
+        whole = np.asarray(everywhere(value))
+        arrays[name] = whole.reshape(len(whole), -1) if ".lora_A." in name else whole.reshape(-1, whole.shape[-1])
+    return Adapter(options.rank, options.alpha, options.rslora, arrays)
+
+
+def _attach(module: Transformer, layers: Container[str], rank: int, scale: float, dtype: DTypeLike) -> list[str]:
+    for name, layer in list(linear_layers(module)):
+        if name in layers:
+            layer.add_lora(rank, scale, dtype=dtype)
+    return [name for name in disk_shapes(module) if ".lora_" in name]
+
+
+def linear_layers(module: Transformer) -> Iterator[tuple[str, Linear]]:
+    """The linear layers of the blocks by name, such as `layers.0.self_attn.q_proj`."""
+    for path, layer in nnx.iter_modules(module):
+        name = ".".join(map(str, path))
+        if isinstance(layer, Linear) and name.startswith("layers."):
+            yield name, layer
+
+
+def _matches(target: str, name: str) -> bool:
+    return name == target or name.endswith(f".{target}") or re.fullmatch(target, name) is not None

@@ -1,0 +1,87 @@
+"""How parameters change: optax's optimisers, by name, with the learning rate over the steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from qwen_dist.config import OptimizerOptions
+from qwen_dist.errors import UsageError
+
+Schedule = Callable[[jax.Array | int], jax.Array | float]
+
+
+def make_schedule(options: OptimizerOptions, num_steps: int) -> Schedule:
+    """The learning rate of each step, from 0; with the same values as transformers' schedulers of these names.
+
+    Raises UsageError when the warm-up is longer than the run.
+    """
+    rate, warmup = options.learning_rate, options.warmup_steps
+    if warmup > num_steps:
+        raise UsageError(f"optimizer.warmup_steps is {warmup}, and the run has {num_steps} steps")
+    rest, final = max(num_steps - warmup, 1), options.final_fraction
+    after: Schedule = {
+        "constant": lambda: optax.constant_schedule(rate),
+        "linear": lambda: optax.linear_schedule(rate, final * rate, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(rate, rest, final),
+    }[options.schedule]()
+    return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after], [warmup]) if warmup else after
+
+
+def make_optimizer(
+    options: OptimizerOptions,
+    schedule: Schedule,
+    shapes: Mapping[str, tuple[int, ...]],
+    disk_shapes: Mapping[str, tuple[int, ...]],
+) -> optax.GradientTransformation:
+    """The optimiser of parameters by checkpoint name.
+
+    Args:
+      options: as configured.
+      schedule: the learning rate.
+      shapes, disk_shapes: of the trained parameters, here and on disk. What has two dimensions on disk or more decays; norms
+        and biases do not.
+    """
+    decays = {name: len(disk_shapes[name]) > 1 for name in shapes}
+    b1, b2, eps, decay = options.b1, options.b2, options.eps, options.weight_decay
+    if options.name == "adamw":
+        return optax.adamw(schedule, b1, b2, eps, weight_decay=decay, mask=decays)
+    if options.name == "adafactor":
+        return optax.adafactor(schedule, weight_decay_rate=decay or None, weight_decay_mask=decays)
+    return optax.contrib.muon(
+        schedule,
+        beta=b1,
+        weight_decay=decay,
+        weight_decay_mask=decays,
+        adam_b1=b1,
+        adam_b2=b2,
+        eps=eps,
+        muon_weight_dimension_numbers={name: _matrix(name, shape, disk_shapes[name]) for name, shape in shapes.items()},
+    )
+
+
+def _matrix(
+    name: str, shape: tuple[int, ...], disk_shape: tuple[int, ...]
+) -> optax.contrib.MuonDimensionNumbers | None:
+    """Which dimensions are a matrix's rows (out) and columns (in); None for what Muon leaves to Adam."""
+    if len(disk_shape) != 2 or name in ("embed_tokens.weight", "lm_head.weight"):
+        return None
+    num_out = next(n for n in range(len(shape)) if math.prod(shape[:n]) == disk_shape[0])
+    dims = tuple(range(len(shape)))
+    return optax.contrib.MuonDimensionNumbers(reduction_axis=dims[num_out:], output_axis=dims[:num_out])
+
+
+def clip(gradients: dict[str, jax.Array], max_norm: float) -> tuple[dict[str, jax.Array], jax.Array]:
+    """The gradients, scaled down where their norm together is above `max_norm` (0: never), and that norm.
+
+    As `torch.nn.utils.clip_grad_norm_` computes it, which adds 1e-6 to the norm and optax does not.
+    """
+    norm = optax.tree.norm(gradients)
+    if not max_norm:
+        return gradients, norm
+    scale = jnp.minimum(max_norm / (norm + 1e-6), 1.0)
+    return {name: scale.astype(gradient.dtype) * gradient for name, gradient in gradients.items()}, norm

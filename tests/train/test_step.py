@@ -1,0 +1,128 @@
+"""One training step is the step of transformers and torch.optim.AdamW: in float64, by every gradient and parameter."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import peft
+import pytest
+import torch
+from torch_step import load_torch, made_examples, torch_steps
+
+from qwen_dist.checkpoint.adapter import read_adapter
+from qwen_dist.checkpoint.model import load_model
+from qwen_dist.config import DataOptions, OptimizerOptions
+from qwen_dist.mesh import MeshConfig, make_mesh
+from qwen_dist.parity.reference import LiftedToFloat64
+from qwen_dist.sharding import TRAIN, Resolver, disk_shapes
+from qwen_dist.train.batches import Batch, evaluation_batches
+from qwen_dist.train.lora import with_adapter
+from qwen_dist.train.optim import make_optimizer, make_schedule
+from qwen_dist.train.step import Trainer
+
+OPTIMIZER = OptimizerOptions(learning_rate=1e-2, schedule="constant", weight_decay=0.1, clip_norm=0.5)
+TORCH = {"rate": 1e-2, "weight_decay": 0.1, "clip_norm": 0.5}
+LOSS, NUMBERS = 1e-12, 1e-10
+QUICK = ((False, 1, "none"), (True, 4, "blocks"))
+
+
+def one_batch(examples, packing: bool) -> Batch:
+    """All examples in one batch, in a few rows with packing and a row each without."""
+    options = DataOptions(files=("made.jsonl",), max_length=48, packing=packing)
+    (batch,) = evaluation_batches(examples, options, 8)
+    return batch
+
+
+def remember() -> optax.GradientTransformation:
+    """Keeps the gradients that it sees as its state."""
+    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+    return optax.GradientTransformation(zeros, lambda gradients, state, parameters=None: (gradients, gradients))
+
+
+def make_trainer(loaded, trained, **options) -> Trainer:
+    shapes = {name: loaded.parameters[name].shape for name in trained}
+    schedule = make_schedule(OPTIMIZER, 100)
+    optimizer = optax.chain(remember(), make_optimizer(OPTIMIZER, schedule, shapes, disk_shapes(loaded.module)))
+    settings = {"dtype": loaded.dtype, "clip_norm": OPTIMIZER.clip_norm} | options
+    return Trainer(loaded, trained, optimizer, schedule, **settings)
+
+
+def load(directory, mesh="", dtype="float64"):
+    return load_model(directory, Resolver(make_mesh(MeshConfig.parse(mesh)), TRAIN), dtype=dtype)
+
+
+def far(found, wanted) -> float:
+    """The largest difference, beside the largest number."""
+    found, wanted = np.asarray(found, np.float64).reshape(wanted.shape), wanted.astype(np.float64)
+    return float(np.abs(found - wanted).max() / max(np.abs(wanted).max(), 1e-30))
+
+
+def torch_name(name: str) -> str:
+    name = name if name == "lm_head.weight" else f"model.{name}"
+    return f"base_model.model.{name.replace('.weight', '.default.weight')}" if ".lora_" in name else name
+
+
+def assert_same(found, wanted, bound):
+    assert {torch_name(name) for name in found} == wanted.keys()
+    differences = {name: far(value, wanted[torch_name(name)]) for name, value in found.items()}
+    assert max(differences.values()) < bound, max(differences.items(), key=lambda item: item[1])
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return made_examples()
+
+
+@pytest.fixture(scope="module")
+def full(tiny_checkpoint, examples):
+    """A checkpoint, and what PyTorch makes of it in a step."""
+    directory = tiny_checkpoint("qwen2", tie_word_embeddings=True, num_hidden_layers=2)
+    return directory, torch_steps(load_torch(directory, "float64"), examples.examples, **TORCH)
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny_checkpoint, examples, tmp_path_factory):
+    """A checkpoint, an adapter to it that peft wrote, and what a step makes of that."""
+    directory, adapter = tiny_checkpoint("qwen3", num_hidden_layers=2), tmp_path_factory.mktemp("adapter")
+    config = peft.LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=["q_proj", "o_proj", "gate_proj", "down_proj"])
+    with LiftedToFloat64():
+        model = peft.get_peft_model(load_torch(directory, "float64"), config, autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():  # B begins as zero, which would hide faults
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(adapter)
+    return directory, adapter, torch_steps(model, examples.examples, **TORCH)
+
+
+# Packed or not, parts of a batch, what is computed again. A few run by default; each compiles a program.
+CASES = [
+    pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
+    for case in [*itertools.product([False, True], [1, 4], ["none", "blocks"]), (True, 1, "products")]
+]
+
+
+@pytest.mark.parametrize(("packing", "accumulation", "remat"), CASES)
+def test_a_full_step_is_pytorchs(full, examples, packing, accumulation, remat):
+    directory, wanted = full
+    with jax.enable_x64(True):
+        loaded = load(directory)
+        check_step(loaded, loaded.parameters.keys(), wanted, one_batch(examples, packing).parts(accumulation), remat)
+
+
+@pytest.mark.parametrize(("packing", "accumulation", "remat"), CASES)
+def test_a_lora_step_is_pefts(adapted, examples, packing, accumulation, remat):
+    directory, adapter, wanted = adapted
+    with jax.enable_x64(True):
+        loaded, trained = with_adapter(load(directory), read_adapter(adapter), dtype="float64")
+        check_step(loaded, trained, wanted, one_batch(examples, packing).parts(accumulation), remat)
+
+
+def check_step(loaded, trained, wanted, parts, remat):
+    trainer = make_trainer(loaded, trained, remat=remat)
+    state, metrics = trainer.step(trainer.start(), parts)
+    assert far(metrics.loss, np.array(wanted.losses[0])) < LOSS
+    assert_same(state.optimizer[0], wanted.gradients, NUMBERS)
+    assert_same(state.parameters, wanted.parameters, NUMBERS)
