@@ -1,6 +1,6 @@
 """One door to everything: `qwen-dist VERB …`. Thin: flags in, a configuration out, and what the verb says printed.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 75 told to stop and saved (finetune), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import qwen_dist
-from qwen_dist.config import BatchConfig, GenerateConfig, ModelOptions, load_config, parse_bytes
+from qwen_dist.config import BatchConfig, FinetuneConfig, GenerateConfig, ModelOptions, load_config, parse_bytes
 from qwen_dist.errors import UsageError, UserError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ _MODEL_FLAGS: tuple[_Flag, ...] = (
     ("--mesh", "mesh", str, "AXES", "devices by axis, such as fsdp=2,tensor=4"),
     ("--host-memory-budget", "model.host_memory_budget", str, "SIZE", "for the loader's buffers, such as 256MB"),
 )
+_ADAPTER_FLAG: tuple[_Flag, ...] = (("--adapter", "model.adapter", str, "DIR", "a low-rank adapter in PEFT's layout"),)
 _ANSWER_FLAGS: tuple[_Flag, ...] = (
     ("--load-format", "model.load_format", str, "FORMAT", "safetensors (default) or dummy: random weights"),
     ("--max-new-tokens", "sampling.max_new_tokens", int, "N", "end an answer after so many tokens (512)"),
@@ -49,6 +50,19 @@ _ANSWER_FLAGS: tuple[_Flag, ...] = (
     ("--stop", "sampling.stop", str, "TEXT", "end an answer before this text; may be repeated"),
     ("--logprobs", "sampling.logprobs", int, "N", "log-probabilities, with the N best alternatives"),
 )
+
+_TRAINING_FLAGS: tuple[_Flag, ...] = (
+    ("--load-format", "model.load_format", str, "FORMAT", "safetensors (default) or dummy: from random weights"),
+    ("--data", "data.files", str, "FILE", "JSON lines, parquet or text; may be repeated, and hold *"),
+    ("--eval-data", "data.eval_files", str, "FILE", "the same, to judge by and not to learn"),
+    ("--output", "output", str, "DIR", "for checkpoints, numbers and the result; the same again goes on with the run"),
+    ("--method", "method", str, "METHOD", "lora (default) or full"),
+    ("--steps", "steps", int, "N", "instead of config.epochs (1)"),
+    ("--batch-size", "batch_size", int, "N", "rows a step, on all devices together (8)"),
+    ("--learning-rate", "optimizer.learning_rate", float, "R", "the highest of the run (1e-5)"),
+)
+
+_TOLD_TO_STOP = 75  # EX_TEMPFAIL: the same command again goes on
 
 _DEVICES = "run on N CPU devices of this machine"
 # How long processes wait for each other before the preflight says who is missing.
@@ -69,6 +83,14 @@ example:
   qwen-dist batch --config configs/batch.py --model ~/qwen3-0.6b --input in.jsonl --output out.jsonl
 input lines: {"id","prompt"}, {"id","messages"} or OpenAI batch lines; output in the same form"""
 
+
+_FINETUNE_EXAMPLE = """\
+examples:
+  qwen-dist finetune --config configs/finetune_lora.py --model ~/qwen3-0.6b --data chats.jsonl --output run --steps 100
+  qwen-dist finetune --config configs/finetune_full.py --model ~/qwen3-0.6b --data chats.jsonl --output run --dry-run
+  qwen-dist finetune --model ~/qwen3-0.6b --data chats.jsonl --output run --show-data 2
+  qwen-dist generate --model ~/qwen3-0.6b --adapter run/adapter
+a run that was cut off goes on from its newest checkpoint; SIGTERM saves first (exit code 75)"""
 
 _PREFLIGHT_EXAMPLE = """\
 examples, the same command on every host:
@@ -151,6 +173,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_run_flags(batch)
     _add_host_flags(batch)
 
+    finetune = _add_verb(verbs, "finetune", _finetune, "train a model or an adapter on your data", _FINETUNE_EXAMPLE)
+    finetune.add_argument("--show-data", type=int, metavar="N", help="print N examples with what is learnt marked, and end")
+    finetune.add_argument("--dry-run", action="store_true", help="say what would be trained, and end")
+    finetune.add_argument("--overwrite", action="store_true", default=None, help="begin a run that exists anew")
+    _add_flags(finetune, _MODEL_FLAGS + _ADAPTER_FLAG + _TRAINING_FLAGS)
+    finetune.add_argument("--config", metavar="FILE[:ARG]", help="a configuration; --config.key=value changes a key")
+    _add_host_flags(finetune)
+
     inspect = _add_verb(verbs, "inspect", _inspect, "what a checkpoint holds and what loading it takes", _INSPECT_EXAMPLE)
     inspect.usage = "qwen-dist inspect DIR_OR_HUB_ID [flags]"
     inspect.add_argument("model.path", metavar="DIR_OR_HUB_ID", help="checkpoint in the Hugging Face format")
@@ -162,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--output", metavar="DIR", required=True, help="the new checkpoint; complete or absent, never half")
     export.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="of each weight file (5GB)")
     export.add_argument("--overwrite", action="store_true", help="replace a checkpoint that exists")
-    _add_flags(export, _MODEL_FLAGS)
+    _add_flags(export, _MODEL_FLAGS + _ADAPTER_FLAG)
     _add_host_flags(export)
 
     preflight = _add_verb(verbs, "preflight", _preflight, "check hosts and devices before a run", _PREFLIGHT_EXAMPLE)
@@ -203,7 +233,7 @@ def _add_verb(verbs: Any, name: str, run: Callable[..., int], description: str, 
 
 
 def _add_run_flags(verb: argparse.ArgumentParser) -> None:
-    _add_flags(verb, _MODEL_FLAGS + _ANSWER_FLAGS)
+    _add_flags(verb, _MODEL_FLAGS + _ADAPTER_FLAG + _ANSWER_FLAGS)
     verb.add_argument("--config", metavar="FILE[:ARG]", help="a configuration; --config.key=value changes a key")
 
 
@@ -218,7 +248,7 @@ def _add_host_flags(verb: argparse.ArgumentParser) -> None:
 
 def _add_flags(verb: argparse.ArgumentParser, flags: Sequence[_Flag]) -> None:
     for flag, key, kind, metavar, help in flags:
-        action = "append" if flag == "--stop" else "store"
+        action = "append" if flag in ("--stop", "--data", "--eval-data") else "store"
         verb.add_argument(flag, dest=key, type=kind, metavar=metavar, help=help, action=action)
     verb.add_argument("--num-cpu-devices", type=int, metavar="N", help=_DEVICES)
     verb.add_argument("--json", action="store_true", help="print one JSON object, for programs")
@@ -226,7 +256,7 @@ def _add_flags(verb: argparse.ArgumentParser, flags: Sequence[_Flag]) -> None:
 
 
 def _config_values(options: argparse.Namespace, *more: str) -> dict[str, Any]:
-    keys = [key for _, key, *_ in _MODEL_FLAGS + _ANSWER_FLAGS] + list(more)
+    keys = [key for _, key, *_ in _MODEL_FLAGS + _ADAPTER_FLAG + _ANSWER_FLAGS] + list(more)
     return {key: value for key in keys if (value := getattr(options, key, None)) is not None}
 
 
@@ -481,6 +511,40 @@ def _batch_progress(input: str, *, quiet: bool) -> Iterator[Callable[[Any], None
         yield report
 
 
+# --- finetune ---
+
+
+def _finetune(options: argparse.Namespace, overrides: list[str]) -> int:
+    values = _config_values(options, *(key for _, key, *_ in _TRAINING_FLAGS), "overwrite")
+    config = load_config(FinetuneConfig, options.config, overrides, values)
+    with _joined(options, config) as hosts:
+        start_jax(options.num_cpu_devices, config.model.dtype)
+        hosts.check_devices()
+        from qwen_dist.train.console import describe_data, describe_training, show_data, watching
+        from qwen_dist.train.run import finetune, prepare, set_up_abstract
+
+        prepared = prepare(config)
+        if options.show_data is not None:
+            show_data(prepared, options.show_data, _console())
+            return 0
+        console = _console(stderr=True, quiet=options.json or not hosts.is_first)
+        if options.dry_run:
+            print(describe_data(prepared))
+            print(describe_training(set_up_abstract(prepared), prepared))
+            return 0
+        console.print(describe_data(prepared), highlight=False, soft_wrap=True)
+        with watching(console) as watch:
+            summary = finetune(prepared, watch=watch, announce=lambda text: console.print(text, highlight=False))
+        if options.json:
+            print(json.dumps(vars(summary)))
+        elif summary.is_stopped:
+            print(f"stopped after step {summary.steps}, which is saved; the same command goes on")
+        else:
+            loss = "" if summary.loss is None else f", loss {summary.loss:.4f}"
+            print(f"{summary.steps} steps{loss}: {summary.result}")
+    return _TOLD_TO_STOP if summary.is_stopped else 0
+
+
 # --- inspect, export, parity, plan ---
 
 
@@ -531,6 +595,7 @@ def _export(options: argparse.Namespace, overrides: list[str]) -> int:
                 config.model.path,
                 Resolver(make_mesh(MeshConfig.parse(config.mesh)), INFERENCE),
                 options.output,
+                adapter=config.model.adapter,
                 dtype=values.get("model.dtype"),
                 ignored_config_keys=config.model.ignored_keys,
                 max_shard_bytes=parse_bytes(options.max_shard_size),

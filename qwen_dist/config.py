@@ -101,7 +101,7 @@ class DataOptions:
     """What to train on: see docs/finetune.md for the forms of files and records.
 
     files, eval_files: paths, of which `*` may be a part. A sequence has at most `max_length` tokens. `packing` puts several
-    into a row. `raw` leaves the chat template out of prompts and completions. `bad_records`: stop at them, or leave them out.
+    into a row. `raw` leaves the chat template out of prompts and completions. `bad_records`: stop at them, or skip them.
     """
 
     files: tuple[str, ...]
@@ -130,8 +130,8 @@ class LoraOptions:
 class OptimizerOptions:
     """How parameters change. The learning rate rises linearly for `warmup_steps`, then follows `schedule`.
 
-    The linear and cosine schedules reach `final_fraction` of the learning rate at the last step. weight_decay: decoupled, on
-    matrices only. clip_norm: the largest norm of all gradients together; 0 for any. b1 is also Muon's momentum.
+    The linear and cosine schedules reach `final_fraction` of the learning rate at the last step. weight_decay: decoupled,
+    on matrices only. clip_norm: the largest norm of all gradients together; 0 for any. b1 is also Muon's momentum.
     """
 
     name: Literal["adamw", "adafactor", "muon"] = "adamw"
@@ -186,11 +186,15 @@ class FinetuneConfig:
         counts = {"data.max_length": (self.data.max_length, 2), "lora.rank": (self.lora.rank, 1)}
         counts |= {name: (getattr(self, name), 1) for name in ("batch_size", "accumulation", "keep")}
         counts |= {name: (getattr(self, name), 0) for name in ("steps", "save_every", "eval_every")}
-        problems = [f"{name} is {value}; it must be at least {least}" for name, (value, least) in counts.items() if value < least]
+        problems = [
+            f"{name} is {value}; it must be at least {least}" for name, (value, least) in counts.items() if value < least
+        ]
         if not self.data.files:
             problems.append("data.files is empty; give at least one file")
         if self.accumulation > 0 and self.batch_size % self.accumulation:
-            problems.append(f"batch_size {self.batch_size} cannot be taken in {self.accumulation} equal parts (accumulation)")
+            problems.append(
+                f"batch_size {self.batch_size} cannot be taken in {self.accumulation} equal parts (accumulation)"
+            )
         if not self.steps and self.epochs <= 0:
             problems.append(f"epochs is {self.epochs}; it must be above 0, or give steps")
         if self.keep_best and not self.data.eval_files:

@@ -158,6 +158,13 @@ def default_mesh(model: ModelConfig, devices: Sequence[jax.Device]) -> MeshConfi
     return MeshConfig(data=data, fsdp=fsdp, tensor=tensor, dcn=(("data", granules),) if granules > 1 else ())
 
 
+def training_mesh(model: ModelConfig, devices: Sequence[jax.Device]) -> MeshConfig:
+    """A mesh for training when none is asked for: `fsdp` takes what of a slice can divide the weights, `data` the rest."""
+    granules = len({_slice(device) for device in devices})
+    fsdp = math.gcd(len(devices) // granules, model.hidden_size)
+    return MeshConfig(data=len(devices) // fsdp, fsdp=fsdp, dcn=(("data", granules),) if granules > 1 else ())
+
+
 def _slice(device: jax.Device) -> int:
     """The TPU slice of a device; other devices are all in one."""
     return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0

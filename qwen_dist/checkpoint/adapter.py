@@ -16,19 +16,27 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qwen_dist.checkpoint.agree import together
 from qwen_dist.checkpoint.mapping import PREFIXES
-from qwen_dist.checkpoint.model import LoadedModel
 from qwen_dist.errors import CheckpointError
 from qwen_dist.models.layers import at_least_float32
+from qwen_dist.sharding import Resolver
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _PEFT = "base_model.model."
 # What would change the computation if it were anything else.
 _ONLY = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_dora": False}
-_EMPTY = ("modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication", "target_parameters", "trainable_token_indices")
+_EMPTY = (
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+)
 _NAME = re.compile(r"(layers\.\d+\.[\w.]+)\.(lora_[AB])\.weight")
 
 
@@ -57,13 +65,19 @@ def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
     path = Path(directory)
     missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (path / name).is_file()]
     if missing:
-        raise CheckpointError(f"{path} has no {' and no '.join(missing)}; give the directory of an adapter in PEFT's layout.")
+        raise CheckpointError(
+            f"{path} has no {' and no '.join(missing)}; give the directory of an adapter in PEFT's layout."
+        )
     try:
         config = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
         rank, alpha, rslora = int(config["r"]), float(config["lora_alpha"]), bool(config.get("use_rslora", False))
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / CONFIG_NAME} cannot be used: {type(error).__name__}: {error}") from None
-    problems = [f"{key} is {config[key]!r}, and only {value!r} is supported" for key, value in _ONLY.items() if config.get(key, value) != value]
+    problems = [
+        f"{key} is {config[key]!r}, and only {value!r} is supported"
+        for key, value in _ONLY.items()
+        if config.get(key, value) != value
+    ]
     problems += [f"{key} is {config[key]!r}, and only none is supported" for key in _EMPTY if config.get(key)]
     arrays = {}
     for stored, array in _read_arrays(path / WEIGHTS_NAME).items():
@@ -97,9 +111,7 @@ def _own_name(stored: str) -> str | None:
     return match and match[0]
 
 
-def write_adapter(
-    directory: str | os.PathLike[str], adapter: Adapter, *, base: str, prefix: str = PREFIXES[0][0]
-) -> None:
+def write_adapter(directory: str | os.PathLike[str], adapter: Adapter, *, base: str, prefix: str = PREFIXES[0][0]) -> None:
     """Write an adapter as PEFT does; the directory appears, or is replaced, as a whole.
 
     Args:
@@ -142,18 +154,18 @@ def _peft_config(adapter: Adapter, base: str, prefix: str) -> dict[str, Any]:
     }
 
 
-def merge_adapter(model: LoadedModel, adapter: Adapter) -> LoadedModel:
-    """The model with the adapter added to its weights, W + scale · B A, rounded once to the weights' type.
+def merge_adapter(parameters: Mapping[str, jax.Array], adapter: Adapter, resolver: Resolver) -> dict[str, jax.Array]:
+    """The parameters with the adapter added to the weights, W + scale · B A, rounded once to the weights' type.
 
     The arrays of the layers that have an adapter are used up. Raises CheckpointError when the adapter does not fit.
     """
-    check_fits(adapter, {name: leaf.shape for name, leaf in model.parameters.items()})
-    parameters = dict(model.parameters)
+    check_fits(adapter, {name: array.shape for name, array in parameters.items()})
+    merged = dict(parameters)
     for layer in adapter.layers:
         name = f"{layer}.weight"
-        low = model.resolver.replicate([adapter.arrays[f"{layer}.lora_{side}.weight"] for side in "BA"])
-        parameters[name] = _adder(parameters[name].sharding)(parameters[name], *low, adapter.scale)
-    return dataclasses.replace(model, parameters=parameters)
+        b, a = resolver.replicate([adapter.arrays[f"{layer}.lora_{side}.weight"] for side in "BA"])
+        merged[name] = _adder(merged[name].sharding)(merged[name], b, a, adapter.scale)
+    return merged
 
 
 def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -174,7 +186,7 @@ def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
 def _adder(sharding: jax.sharding.Sharding) -> Any:
     def add(weight: jax.Array, b: jax.Array, a: jax.Array, scale: jax.Array) -> jax.Array:
         wide = at_least_float32(weight.dtype)
-        product = scale.astype(wide) * (b.astype(wide) @ a.astype(wide))
+        product = jnp.asarray(scale, wide) * (b.astype(wide) @ a.astype(wide))
         return (weight.astype(wide) + product.reshape(weight.shape)).astype(weight.dtype)
 
     return jax.jit(add, donate_argnums=0, out_shardings=sharding)

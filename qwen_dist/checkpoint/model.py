@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 from jax.typing import DTypeLike
 
+from qwen_dist.checkpoint.adapter import merge_adapter, read_adapter
 from qwen_dist.checkpoint.load import Progress, load
 from qwen_dist.checkpoint.save import export
 from qwen_dist.checkpoint.source import Checkpoint, open_checkpoint
@@ -97,6 +98,7 @@ def export_model(
     resolver: Resolver,
     output: str,
     *,
+    adapter: str = "",
     dtype: DTypeLike | None = None,
     ignored_config_keys: Iterable[str] = (),
     max_shard_bytes: int,
@@ -106,14 +108,18 @@ def export_model(
 ) -> None:
     """Load the checkpoint at `location` onto the mesh and save it as a Hugging Face directory.
 
-    `dtype` None keeps that of the checkpoint (bfloat16 for a quantised one). Other arguments and errors as for
+    `adapter` is a directory in PEFT's layout, which is added to the weights. `dtype` None keeps that of the checkpoint
+    (bfloat16 for a quantised one). Other arguments and errors as for
     `load_model` and `checkpoint.save.save`.
     """
+    low_rank = read_adapter(adapter) if adapter else None
     checkpoint = open_checkpoint(location)
     target, shapes, is_tied = abstract_model(
         checkpoint.config, resolver, dtype or _stored_dtype(checkpoint), ignored_config_keys
     )
     arrays = load(checkpoint, target, disk_shapes=shapes, tied=is_tied, host_memory_budget=host_memory_budget)
+    if low_rank is not None:
+        arrays = merge_adapter(arrays, low_rank, resolver)
     export(
         checkpoint,
         arrays,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Sequence
 
 import jax
 
+from qwen_dist.checkpoint.adapter import merge_adapter, read_adapter
 from qwen_dist.checkpoint.hub import local_directory
 from qwen_dist.checkpoint.load import Progress
 from qwen_dist.checkpoint.model import load_model
@@ -45,6 +47,7 @@ def open_engine(
       UserError: the mesh, the checkpoint or a sampling parameter cannot be used; cheap checks come before the weights.
     """
     devices = jax.devices() if devices is None else devices
+    adapter = read_adapter(options.adapter) if options.adapter else None
     given = make_mesh(MeshConfig.parse(mesh), devices) if mesh else None
     directory = local_directory(options.path, weights=options.load_format != "dummy")
     tokenizer = Tokenizer.from_directory(directory)
@@ -63,6 +66,8 @@ def open_engine(
         host_memory_budget=options.host_memory_bytes,
         progress=progress,
     )
+    if adapter is not None:
+        model = dataclasses.replace(model, parameters=merge_adapter(model.parameters, adapter, resolver))
     return Engine(model, tokenizer, max_batch_size=max_batch_size), tokenizer, defaults
 
 

@@ -25,7 +25,7 @@ LENGTH_MULTIPLE = 64
 class Batch(NamedTuple):
     """Rows of tokens, int32 [B, T] each.
 
-    targets: what each token is followed by. is_learnt: 1 where the target counts. positions: in each example, -1 for padding.
+    targets: what each token is followed by. is_learnt: 1 where the target counts. positions: in an example, -1 for padding.
     segments: which example of its row a token is of, from 1; None where every row has only one.
     """
 

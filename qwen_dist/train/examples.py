@@ -89,7 +89,7 @@ def make_examples(
         else:
             examples.append(whole)
     if bad and bad_records == "refuse":
-        raise UserError(f'{describe_bad(bad)}\nCorrect them, or leave them out with --config.data.bad_records=skip.')
+        raise UserError(f"{describe_bad(bad)}\nCorrect them, or leave them out with --config.data.bad_records=skip.")
     if not examples:
         raise UserError("training data: there is nothing to train on" + (f": {describe_bad(bad)}" if bad else "."))
     return Examples(examples, bad)
@@ -108,7 +108,7 @@ def describe_bad(bad: Sequence[BadRecord]) -> str:
 def tokenize(record: Record, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     """The token ids of a record, and which are to be learnt.
 
-    What is learnt is tokenised by itself, as what a model writes always is, so that training and answering see the same ids.
+    What is learnt is tokenised by itself, as what a model writes always is: training and answering see the same ids.
     Raises UserError where the chat template does not take the messages.
     """
     if record.messages:
@@ -184,7 +184,7 @@ def _turn_end(text: str, start: int, tokenizer: Tokenizer) -> int:
 
 
 def _cut(example: Example, max_length: int) -> Iterator[Example]:
-    """Parts that take at most `max_length` positions; each begins with the token that the one before ended by predicting."""
+    """Parts that take at most `max_length` positions; each begins with the last token that the one before predicted."""
     for start in range(0, len(example), max_length):
         part = slice(start, start + max_length + 1)
         yield Example(example.source, example.tokens[part], example.is_learnt[part])

@@ -25,16 +25,23 @@ def new_adapter(model: LoadedModel, options: LoraOptions, *, dtype: DTypeLike) -
 
     Raises UsageError when a target matches no layer.
     """
-    layers = [name for name, _ in linear_layers(model.module)]
+    trained = attach(model.module, options, dtype=dtype)
+    parameters = model.parameters | random_parameters(model.module, model.resolver, names=trained)
+    return dataclasses.replace(model, parameters=parameters), trained
+
+
+def attach(module: Transformer, options: LoraOptions, *, dtype: DTypeLike) -> list[str]:
+    """Give the linear layers that match an adapter, still without values; returns the names of its parameters.
+
+    Raises UsageError when a target matches no layer.
+    """
+    layers = [name for name, _ in linear_layers(module)]
     matches = {target: [name for name in layers if _matches(target, name)] for target in options.targets}
     if unused := [target for target, names in matches.items() if not names]:
         kinds = sorted({name.rpartition(".")[2] for name in layers})
         raise UsageError(f"lora.targets: {', '.join(unused)} matches no linear layer; there are {', '.join(kinds)}")
     chosen = {name for names in matches.values() for name in names}
-    scale = Adapter(options.rank, options.alpha, options.rslora, {}).scale
-    trained = _attach(model.module, chosen, options.rank, scale, dtype)
-    parameters = model.parameters | random_parameters(model.module, model.resolver, names=trained)
-    return dataclasses.replace(model, parameters=parameters), trained
+    return _attach_to(module, chosen, options.rank, Adapter(options.rank, options.alpha, options.rslora, {}).scale, dtype)
 
 
 def with_adapter(model: LoadedModel, adapter: Adapter, *, dtype: DTypeLike) -> tuple[LoadedModel, list[str]]:
@@ -43,7 +50,7 @@ def with_adapter(model: LoadedModel, adapter: Adapter, *, dtype: DTypeLike) -> t
     Raises CheckpointError when the adapter is not of this model.
     """
     check_fits(adapter, {name: leaf.shape for name, leaf in model.parameters.items()})
-    trained = _attach(model.module, adapter.layers, adapter.rank, adapter.scale, dtype)
+    trained = _attach_to(model.module, adapter.layers, adapter.rank, adapter.scale, dtype)
     places = abstract_parameters(model.module, model.resolver)
     parameters = dict(model.parameters)
     for name in trained:
@@ -63,7 +70,7 @@ def adapter_of(parameters: Mapping[str, jax.Array], options: LoraOptions, resolv
     return Adapter(options.rank, options.alpha, options.rslora, arrays)
 
 
-def _attach(module: Transformer, layers: Container[str], rank: int, scale: float, dtype: DTypeLike) -> list[str]:
+def _attach_to(module: Transformer, layers: Container[str], rank: int, scale: float, dtype: DTypeLike) -> list[str]:
     for name, layer in list(linear_layers(module)):
         if name in layers:
             layer.add_lora(rank, scale, dtype=dtype)

@@ -17,7 +17,7 @@ def next_token_loss(
 ) -> jax.Array:
     """The sum of the targets' cross-entropies, each times its weight, in at least float32.
 
-    The gradient is computed together with the loss, a block of tokens at a time, so that no logits are computed twice or kept.
+    The gradient is computed together with the loss, a block of tokens at a time: no logits are computed twice, or kept.
 
     Args:
       x_BTD: hidden states. head_VD: the output weights.

@@ -43,8 +43,8 @@ def make_optimizer(
     Args:
       options: as configured.
       schedule: the learning rate.
-      shapes, disk_shapes: of the trained parameters, here and on disk. What has two dimensions on disk or more decays; norms
-        and biases do not.
+      shapes, disk_shapes: of the trained parameters, here and on disk. What has two dimensions on disk decays; norms and
+        biases do not.
     """
     decays = {name: len(disk_shapes[name]) > 1 for name in shapes}
     b1, b2, eps, decay = options.b1, options.b2, options.eps, options.weight_decay
@@ -64,9 +64,7 @@ def make_optimizer(
     )
 
 
-def _matrix(
-    name: str, shape: tuple[int, ...], disk_shape: tuple[int, ...]
-) -> optax.contrib.MuonDimensionNumbers | None:
+def _matrix(name: str, shape: tuple[int, ...], disk_shape: tuple[int, ...]) -> optax.contrib.MuonDimensionNumbers | None:
     """Which dimensions are a matrix's rows (out) and columns (in); None for what Muon leaves to Adam."""
     if len(disk_shape) != 2 or name in ("embed_tokens.weight", "lm_head.weight"):
         return None

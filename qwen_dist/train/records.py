@@ -57,7 +57,7 @@ class BadRecord:
 
 
 def expand(patterns: Sequence[str]) -> list[str]:
-    """The files that the patterns name, those of each pattern in alphabetical order; raises UsageError listing what is not there."""
+    """The files that the patterns name, in alphabetical order for each. Raises UsageError listing what is not there."""
     found = [sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern] for pattern in patterns]
     problems = [f"no file is named {pattern}" for pattern, files in zip(patterns, found, strict=True) if not files]
     files = [file for group in found for file in group]
@@ -137,7 +137,9 @@ def _record(source: Source, fields: Mapping[str, Any], raw: bool) -> Record | Ba
             return Record(source, "text", text=text)
         return BadRecord(source, "empty text", f'"text" must be a string that is not empty; it is {text!r:.60}')
     names = ", ".join(map(repr, fields)) or "nothing"
-    return BadRecord(source, "unknown form", f'a record has "messages", "prompt" and "completion", or "text"; this has {names}')
+    return BadRecord(
+        source, "unknown form", f'a record has "messages", "prompt" and "completion", or "text"; this has {names}'
+    )
 
 
 def _prompt(source: Source, prompt: Any, completion: Any, tools: Any, raw: bool) -> Record | BadRecord:
@@ -157,7 +159,9 @@ def _prompt(source: Source, prompt: Any, completion: Any, tools: Any, raw: bool)
 
 def _chat(source: Source, messages: Any, first_trained: int, tools: Any) -> Record | BadRecord:
     if not isinstance(messages, list) or not messages:
-        return BadRecord(source, "empty conversation", f'"messages" must be a list that is not empty; it is {messages!r:.60}')
+        return BadRecord(
+            source, "empty conversation", f'"messages" must be a list that is not empty; it is {messages!r:.60}'
+        )
     roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
     if wrong := [role for role in roles if role not in ROLES]:
         return BadRecord(source, "unknown role", f"the role {wrong[0]!r}; there are {', '.join(ROLES)}")

@@ -30,15 +30,18 @@ Parameters = dict[str, jax.Array]
 
 
 class State(NamedTuple):
-    """What training changes: the trained parameters, the optimiser's numbers, and how many steps have been done."""
+    """What training changes: the trained parameters, the optimiser's numbers, and how many steps have been done.
 
-    parameters: Parameters
+    Also trees of the same form with a shape or a sharding for each array.
+    """
+
+    parameters: dict[str, Any]
     optimizer: Any
-    step: jax.Array
+    step: Any
 
 
 class Metrics(NamedTuple):
-    """Of one step: the mean loss of the tokens to be learnt, the norm of the gradient before clipping, the learning rate."""
+    """Of one step: the mean loss of what is to be learnt, the norm of the gradient before clipping, the learning rate."""
 
     loss: jax.Array
     gradient_norm: jax.Array
@@ -73,11 +76,9 @@ class Trainer:
         self._frozen = {name: value for name, value in model.parameters.items() if name not in trained}
         self._initial = {name: value for name, value in model.parameters.items() if name in trained}
         self._optimizer, self._schedule = optimizer, schedule
-        self._dtype, self._remat, self._clip_norm = dtype, REMAT[remat], clip_norm
+        self.dtype, self._remat, self._clip_norm = dtype, REMAT[remat], clip_norm
         self._shardings = self._state_shardings()
-        self._step = jax.jit(
-            self._update, donate_argnums=0, out_shardings=(self._shardings, self._resolver.replicated())
-        )
+        self._step = jax.jit(self._update, donate_argnums=0, out_shardings=(self._shardings, self._resolver.replicated()))
         self._evaluate = jax.jit(self._sum_losses, out_shardings=self._resolver.replicated())
 
     def start(self) -> State:
@@ -116,7 +117,9 @@ class Trainer:
 
     def _place(self, batch: Batch) -> Batch:
         """Host arrays to the devices; every process has all rows, and puts its own there."""
-        return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, self._rows(x.shape), lambda index: x[index]), batch)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, self._rows(x.shape), lambda index: x[index]), batch
+        )
 
     def _state_shardings(self) -> State:
         everywhere = self._resolver.replicated()
@@ -146,7 +149,7 @@ class Trainer:
         self, parameters: Parameters, frozen: Parameters, parts: tuple[Batch, ...]
     ) -> tuple[jax.Array, Parameters]:
         """Loss and gradient, summed over all tokens of all parts, in at least float32."""
-        rounded = {name: value.astype(self._dtype) for name, value in parameters.items()}
+        rounded = {name: value.astype(self.dtype) for name, value in parameters.items()}
         of_part = jax.value_and_grad(lambda trained, part: self._sum_losses(trained, frozen, part)[0])
 
         def add(sums: tuple[jax.Array, Parameters], part: Batch) -> tuple[tuple[jax.Array, Parameters], None]:
@@ -154,14 +157,16 @@ class Trainer:
             gradients = jax.lax.with_sharding_constraint(gradients, self._shardings.parameters)
             return jax.tree.map(lambda total, more: total + more.astype(total.dtype), sums, (loss, gradients)), None
 
-        wide = at_least_float32(self._dtype)
+        wide = at_least_float32(self.dtype)
         zeros = {name: jnp.zeros(value.shape, wide) for name, value in rounded.items()}
         stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *parts)
         return jax.lax.scan(add, (jnp.zeros((), wide), zeros), stacked)[0]
 
-    def _sum_losses(self, trained: Mapping[str, jax.Array], frozen: Parameters, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def _sum_losses(
+        self, trained: Mapping[str, jax.Array], frozen: Parameters, batch: Batch
+    ) -> tuple[jax.Array, jax.Array]:
         with resolving(self._resolver):
-            rounded = {name: value.astype(self._dtype) for name, value in trained.items()}
+            rounded = {name: value.astype(self.dtype) for name, value in trained.items()}
             module = bind(self._module, frozen | rounded)
             x_BTD, _ = module(batch.tokens, batch.positions, segments_BT=batch.segments, remat=self._remat)
             apart = self._resolver.batch_multiple()

@@ -87,7 +87,9 @@ def full(tiny_checkpoint, examples):
 def adapted(tiny_checkpoint, examples, tmp_path_factory):
     """A checkpoint, an adapter to it that peft wrote, and what a step makes of that."""
     directory, adapter = tiny_checkpoint("qwen3", num_hidden_layers=2), tmp_path_factory.mktemp("adapter")
-    config = peft.LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=["q_proj", "o_proj", "gate_proj", "down_proj"])
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, use_rslora=True, target_modules=["q_proj", "o_proj", "gate_proj", "down_proj"]
+    )
     with LiftedToFloat64():
         model = peft.get_peft_model(load_torch(directory, "float64"), config, autocast_adapter_dtype=False)
     for name, parameter in model.named_parameters():  # B begins as zero, which would hide faults

@@ -1,0 +1,24 @@
+"""Train a low-rank adapter. Hardware: anything that holds the weights and the activations of a batch, from one CPU.
+
+    qwen-dist finetune --config configs/finetune_lora.py:CHECKPOINT_DIR --data chats.jsonl --output run --steps 100
+
+The argument behind the colon is the checkpoint. The result is run/adapter, in the layout that peft reads.
+"""
+
+from ml_collections import config_dict
+
+
+def get_config(arg: str = "") -> config_dict.ConfigDict:
+    config = config_dict.ConfigDict()
+    config.model = config_dict.ConfigDict({"dtype": "bfloat16"})
+    if arg:
+        config.model.path = arg
+    config.method = "lora"
+    config.lora = config_dict.ConfigDict({"rank": 16, "alpha": 32.0})
+    config.optimizer = config_dict.ConfigDict({"learning_rate": 2e-4, "schedule": "cosine", "warmup_steps": 10})
+    config.data = config_dict.ConfigDict({"max_length": 1024, "packing": True})
+    config.batch_size = 8
+    config.epochs = 1.0
+    config.remat = "blocks"
+    config.save_every = 100
+    return config
