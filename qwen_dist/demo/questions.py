@@ -1,0 +1,194 @@
+"""What the demonstration model learns: small questions with one right answer, made here, all of the words our own.
+
+    python -m qwen_dist.demo.questions --output demo.jsonl --count 60000
+
+Sums, differences, comparisons, sorted lists and days are drawn at random, and a tenth of all of them (`is_held_out`) is never
+trained on, so that how often the model is right can be counted on questions that it has not seen. Facts are learnt by heart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+
+class Question(NamedTuple):
+    """A question of a kind, and the only answer that counts as right. `key`: what it is about, however it is asked."""
+
+    kind: str
+    key: str
+    text: str
+    answer: str
+
+
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+CAPITALS = dict(
+    pair.split("/")
+    for pair in (
+        "France/Paris Germany/Berlin Italy/Rome Spain/Madrid Portugal/Lisbon Austria/Vienna Poland/Warsaw Greece/Athens "
+        "Sweden/Stockholm Norway/Oslo Finland/Helsinki Denmark/Copenhagen Ireland/Dublin Belgium/Brussels Hungary/Budapest "
+        "Romania/Bucharest Egypt/Cairo Kenya/Nairobi Japan/Tokyo China/Beijing India/Delhi Thailand/Bangkok Vietnam/Hanoi "
+        "Canada/Ottawa Cuba/Havana Peru/Lima Chile/Santiago Brazil/Brasilia Argentina/Buenos_Aires Australia/Canberra"
+    ).split()
+)
+OPPOSITES = dict(
+    pair.split("/")
+    for pair in (
+        "hot/cold big/small fast/slow light/dark old/new high/low long/short wet/dry full/empty hard/soft early/late "
+        "open/closed rich/poor strong/weak thick/thin happy/sad loud/quiet clean/dirty near/far up/down left/right day/night"
+    ).split()
+)
+SOUNDS = dict(
+    pair.split("/")
+    for pair in "cow/moo dog/woof cat/meow sheep/baa duck/quack pig/oink lion/roar bee/buzz owl/hoot horse/neigh".split()
+)
+WORDS = (
+    "apple bread chair dance eagle forest garden house island jungle kitchen lemon mountain number ocean paper queen river "
+    "summer table umbrella village window yellow zebra bridge candle flower guitar"
+).split()
+EXPLANATIONS = {
+    "Why is the sky blue?": "Sunlight holds all colours. The air scatters blue light more than red, so blue reaches us from "
+    "every side.",
+    "Why is the sea salty?": "Rivers wash salt out of rocks and carry it to the sea. The water evaporates, and the salt stays.",
+    "Why do leaves fall in autumn?": "In winter a tree can hardly drink, and leaves lose water. So the tree lets them go.",
+    "Why does ice float?": "Water grows when it freezes. Ice is lighter than the same volume of water, so it floats.",
+    "Why do we see the moon?": "The moon does not shine by itself. We see sunlight that it sends back to us.",
+    "What is a rainbow?": "Drops of rain bend sunlight and split it into its colours. From the ground we see them as an arc.",
+    "What is a prime number?": "A prime number is larger than one and can be divided only by one and by itself.",
+    "What is JAX?": "JAX is a library for Python that computes with arrays, differentiates functions and compiles them.",
+    "Hello!": "Hello! Ask me for a sum, a capital, an opposite, or why the sky is blue.",
+    "Who are you?": "I am the demonstration model of qwen_dist, a very small one. I was trained on a laptop's CPU.",
+    "What can you do?": "I can add and subtract, compare and sort numbers, spell words, and name capitals, days and opposites.",
+    "Thank you!": "You are welcome.",
+    "Good night!": "Good night, and sleep well.",
+}
+
+
+def _sum(rng: random.Random) -> Question:
+    a, b = rng.randrange(100), rng.randrange(100)
+    text = rng.choice(("What is {} + {}?", "How much is {} plus {}?", "Add {} and {}.")).format(a, b)
+    return Question("sum", f"{a}+{b}", text, f"{a} + {b} = {a + b}.")
+
+
+def _difference(rng: random.Random) -> Question:
+    b, a = sorted((rng.randrange(100), rng.randrange(100)))
+    text = rng.choice(("What is {} - {}?", "How much is {} minus {}?")).format(a, b)
+    return Question("difference", f"{a}-{b}", text, f"{a} - {b} = {a - b}.")
+
+
+def _comparison(rng: random.Random) -> Question:
+    a, b = rng.sample(range(100), 2)
+    word, answer = rng.choice((("larger", max(a, b)), ("smaller", min(a, b))))
+    text = rng.choice(("Which is {}, {} or {}?", "Which number is {}: {} or {}?")).format(word, a, b)
+    return Question("comparison", f"{word} {a} {b}", text, f"{answer} is {word}.")
+
+
+def _sorted(rng: random.Random) -> Question:
+    numbers = rng.sample(range(100), 3)
+    listed = "{}, {} and {}".format(*numbers)
+    text = rng.choice(("Sort {}.", "Put {} in order.")).format(listed)
+    return Question("sorted list", listed, text, "{}, {}, {}.".format(*sorted(numbers)))
+
+
+def _day(rng: random.Random) -> Question:
+    day, count = rng.randrange(7), rng.randrange(1, 7)
+    text = f"Which day is {count} day{'s' * (count > 1)} after {DAYS[day]}?"
+    return Question("day", f"{day}+{count}", text, f"It is {DAYS[(day + count) % 7]}.")
+
+
+def _capital(rng: random.Random) -> Question:
+    country = rng.choice(list(CAPITALS))
+    capital = CAPITALS[country].replace("_", " ")
+    text = rng.choice(("What is the capital of {}?", "Name the capital of {}.")).format(country)
+    return Question("capital", country, text, f"The capital of {country} is {capital}.")
+
+
+def _opposite(rng: random.Random) -> Question:
+    one, other = rng.choice(list(OPPOSITES.items()))[:: rng.choice((1, -1))]
+    text = rng.choice(("What is the opposite of {}?", "Name the opposite of {}.")).format(one)
+    return Question("opposite", one, text, f"The opposite of {one} is {other}.")
+
+
+def _sound(rng: random.Random) -> Question:
+    animal = rng.choice(list(SOUNDS))
+    return Question("sound", animal, f"What does a {animal} say?", f"{SOUNDS[animal].capitalize()}!")
+
+
+def _spelling(rng: random.Random) -> Question:
+    word = rng.choice(WORDS)
+    text = rng.choice(("Spell {}.", "How do you spell {}?")).format(word)
+    return Question("spelling", word, text, "-".join(word) + ".")
+
+
+def _explanation(rng: random.Random) -> Question:
+    text = rng.choice(list(EXPLANATIONS))
+    return Question("explanation", text, text, EXPLANATIONS[text])
+
+
+# How often each kind is asked: what must be worked out more often than what is known by heart.
+KINDS: dict[Callable[[random.Random], Question], int] = {
+    _sum: 8,
+    _difference: 6,
+    _comparison: 3,
+    _sorted: 4,
+    _day: 1,
+    _capital: 1,
+    _opposite: 1,
+    _sound: 1,
+    _spelling: 1,
+    _explanation: 1,
+}
+WORKED_OUT = ("sum", "difference", "comparison", "sorted list")
+
+
+def is_held_out(question: Question) -> bool:
+    """Whether it is kept for counting: a tenth of all that can be worked out."""
+    return question.kind in WORKED_OUT and zlib.crc32(question.key.encode()) % 10 == 0
+
+
+def training_questions(count: int, seed: int = 0) -> Iterator[Question]:
+    """Questions to learn from, none of them held out."""
+    rng = random.Random(seed)
+    makers, weights = list(KINDS), list(KINDS.values())
+    while count:
+        question = rng.choices(makers, weights)[0](rng)
+        if not is_held_out(question):
+            count -= 1
+            yield question
+
+
+def test_questions(count: int, seed: int = 1) -> dict[str, list[Question]]:
+    """By kind: as many held out questions of what is worked out, and of the rest all that there are (up to `count`)."""
+    rng = random.Random(seed)
+    found: dict[str, dict[str, Question]] = {}
+    for make in KINDS:
+        for _ in range(200 * count):
+            question = make(rng)
+            of_kind = found.setdefault(question.kind, {})
+            if is_held_out(question) == (question.kind in WORKED_OUT) and len(of_kind) < count:
+                of_kind.setdefault(question.key, question)
+    return {kind: list(questions.values()) for kind, questions in found.items()}
+
+
+def as_chat(question: Question) -> dict[str, object]:
+    """A record of training data."""
+    turns = (("user", question.text), ("assistant", question.answer))
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Write the training data of the demonstration model.")
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--count", type=int, default=60000)
+    options = parser.parse_args(arguments)
+    with open(options.output, "w", encoding="utf-8") as file:
+        for question in training_questions(options.count):
+            file.write(json.dumps(as_chat(question)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
