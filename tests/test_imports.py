@@ -36,6 +36,7 @@ LEVELS = {
     "checkpoint": 4,
     "engine": 5,
     "train": 5,
+    "demo": 1,
     "batch": 6,
     "planning": 6,
     "parity": 6,

@@ -2,8 +2,8 @@
 
     python -m qwen_dist.demo.questions --output demo.jsonl --count 60000
 
-Sums, differences, comparisons, sorted lists and days are drawn at random, and a tenth of all of them (`is_held_out`) is never
-trained on, so that how often the model is right can be counted on questions that it has not seen. Facts are learnt by heart.
+Sums, differences, comparisons and sorted lists are drawn at random, and a tenth of them (`is_held_out`) is never trained on,
+so that how often the model is right can be counted on questions that it has not seen. Facts are learnt by heart.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ WORDS = (
 EXPLANATIONS = {
     "Why is the sky blue?": "Sunlight holds all colours. The air scatters blue light more than red, so blue reaches us from "
     "every side.",
-    "Why is the sea salty?": "Rivers wash salt out of rocks and carry it to the sea. The water evaporates, and the salt stays.",
+    "Why is the sea salty?": "Rivers wash salt out of rocks and carry it to the sea. The water evaporates, and the salt "
+    "stays.",
     "Why do leaves fall in autumn?": "In winter a tree can hardly drink, and leaves lose water. So the tree lets them go.",
     "Why does ice float?": "Water grows when it freezes. Ice is lighter than the same volume of water, so it floats.",
     "Why do we see the moon?": "The moon does not shine by itself. We see sunlight that it sends back to us.",
@@ -62,7 +63,8 @@ EXPLANATIONS = {
     "What is JAX?": "JAX is a library for Python that computes with arrays, differentiates functions and compiles them.",
     "Hello!": "Hello! Ask me for a sum, a capital, an opposite, or why the sky is blue.",
     "Who are you?": "I am the demonstration model of qwen_dist, a very small one. I was trained on a laptop's CPU.",
-    "What can you do?": "I can add and subtract, compare and sort numbers, spell words, and name capitals, days and opposites.",
+    "What can you do?": "I can add and subtract, compare and sort numbers, spell words, and name capitals, days and "
+    "opposites.",
     "Thank you!": "You are welcome.",
     "Good night!": "Good night, and sleep well.",
 }

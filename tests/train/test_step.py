@@ -17,6 +17,7 @@ from qwen_dist.checkpoint.model import load_model
 from qwen_dist.config import DataOptions, OptimizerOptions
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.parity.reference import LiftedToFloat64
+from qwen_dist.planning.compile import collectives
 from qwen_dist.sharding import TRAIN, Resolver, disk_shapes
 from qwen_dist.train.batches import Batch, evaluation_batches
 from qwen_dist.train.lora import with_adapter
@@ -120,6 +121,57 @@ def test_a_lora_step_is_pefts(adapted, examples, packing, accumulation, remat):
     with jax.enable_x64(True):
         loaded, trained = with_adapter(load(directory), read_adapter(adapter), dtype="float64")
         check_step(loaded, trained, wanted, one_batch(examples, packing).parts(accumulation), remat)
+
+
+MESHES = [
+    "data=2,fsdp=2,tensor=2",
+    *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("data=4", "fsdp=4", "tensor=2", "fsdp=2,tensor=2")),
+]
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tiny_checkpoint, examples):
+    """A directory whose sizes the meshes divide, and its step on one device: loss, gradient, and parameters after it."""
+    directory = tiny_checkpoint("qwen3", vocab_size=344, num_hidden_layers=2)
+    with jax.enable_x64(True):
+        return directory, one_step(load(directory), examples)
+
+
+def one_step(loaded, examples):
+    trainer = make_trainer(loaded, loaded.parameters.keys(), remat="blocks")
+    state, metrics = trainer.step(trainer.start(), one_batch(examples, True).parts(1))
+    return jax.device_get((metrics, state.optimizer[0], state.parameters))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_sharded_step_is_the_same(on_one_device, examples, mesh):
+    directory, (metrics, gradients, parameters) = on_one_device
+    with jax.enable_x64(True):
+        found = one_step(load(directory, mesh), examples)
+    assert far(found[0].loss, metrics.loss) < 1e-12
+    assert max(far(found[1][name], gradients[name]) for name in gradients) < 1e-12
+    assert max(far(found[2][name], parameters[name]) for name in parameters) < 1e-12
+
+
+def collectives_of(directory, mesh, examples):
+    loaded = load(directory, mesh, "float32")
+    trainer = make_trainer(loaded, loaded.parameters.keys(), remat="blocks")
+    text = trainer.lower(one_batch(examples, True), 1).compile().as_text()
+    return loaded, [(one.kind, max(elements for elements, _ in one.arrays)) for one in collectives(text)]
+
+
+@pytest.mark.slow
+def test_gradients_are_summed_and_only_weights_in_use_are_gathered(on_one_device, examples):
+    directory, _ = on_one_device
+    loaded, found = collectives_of(directory, "data=4", examples)
+    assert {kind for kind, _ in found} == {"all-reduce"}, "replicas only sum"
+    loaded, found = collectives_of(directory, "fsdp=4", examples)
+    gathered = [elements for kind, elements in found if kind == "all-gather"]
+    sizes = {leaf.size for leaf in loaded.parameters.values()}
+    assert gathered and set(gathered) <= sizes, "one weight at a time, and nothing but weights"
+    # A block is computed twice forwards (remat) and once backwards; its weights are gathered for each at most.
+    assert len(gathered) <= 3 * len(loaded.parameters)
+    assert {kind for kind, _ in found} & {"all-reduce", "reduce-scatter"}
 
 
 def check_step(loaded, trained, wanted, parts, remat):

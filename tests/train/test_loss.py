@@ -1,0 +1,42 @@
+"""The loss in blocks is the loss of all logits at once, and so are its gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen_dist.train import loss as loss_module
+from qwen_dist.train.loss import next_token_loss
+
+
+@pytest.mark.parametrize("block", [7, 16, 1000])
+def test_blocks_do_not_change_the_loss(block, monkeypatch):
+    monkeypatch.setattr(loss_module, "BLOCK_TOKENS", block)
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x, head = jnp.array(rng.normal(size=(3, 11, 5))), jnp.array(rng.normal(size=(17, 5)))
+        targets, weights = jnp.array(rng.integers(0, 17, (3, 11))), jnp.array(rng.integers(0, 2, (3, 11)))
+
+        def plain(x, head):
+            log_probabilities = jax.nn.log_softmax(x @ head.T)
+            return -(weights * jnp.take_along_axis(log_probabilities, targets[..., None], -1)[..., 0]).sum()
+
+        wanted = jax.value_and_grad(plain, argnums=(0, 1))(x, head)
+        found = jax.value_and_grad(lambda x, head: next_token_loss(x, head, targets, weights), argnums=(0, 1))(x, head)
+        # Scaled from outside, as a mean is.
+        halved = jax.grad(lambda x: 0.5 * next_token_loss(x, head, targets, weights))(x)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-14), found, wanted)
+        np.testing.assert_allclose(halved, 0.5 * wanted[1][0], rtol=1e-13, atol=1e-14)
+
+
+def test_a_program_has_logits_of_one_block_only(monkeypatch):
+    monkeypatch.setattr(loss_module, "BLOCK_TOKENS", 64)
+    vocab, tokens = 1009, 640
+
+    def train(x, head):
+        labels = jnp.zeros((1, tokens), jnp.int32)
+        return next_token_loss(x, head, labels, labels)
+
+    shapes = jax.ShapeDtypeStruct((1, tokens, 8), jnp.float32), jax.ShapeDtypeStruct((vocab, 8), jnp.float32)
+    text = jax.jit(jax.grad(train, argnums=(0, 1))).lower(*shapes).compile().as_text()
+    assert f"64,{vocab}]" in text and f"{tokens},{vocab}]" not in text
