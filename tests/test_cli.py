@@ -430,6 +430,7 @@ PERTURBED = {
     "model.load_format": "dummy",
     "model.ignored_config_keys": None,
     "model.host_memory_budget": "1B",
+    "model.adapter": "no-such-directory",
     "input": None,
     "output": None,
     "mesh": "tensor=16",

@@ -2,8 +2,8 @@
 
     python -m qwen_dist.demo.questions --output demo.jsonl --count 60000
 
-Sums, differences, comparisons and sorted lists are drawn at random, and a tenth of them (`is_held_out`) is never trained on,
-so that how often the model is right can be counted on questions that it has not seen. Facts are learnt by heart.
+Sums, differences, comparisons and sorted lists are drawn at random, and a tenth of them (`is_held_out`) is never trained
+on, so that how often the model is right can be counted on questions that it has not seen. Facts are learnt by heart.
 """
 
 from __future__ import annotations
@@ -30,16 +30,19 @@ CAPITALS = dict(
     pair.split("/")
     for pair in (
         "France/Paris Germany/Berlin Italy/Rome Spain/Madrid Portugal/Lisbon Austria/Vienna Poland/Warsaw Greece/Athens "
-        "Sweden/Stockholm Norway/Oslo Finland/Helsinki Denmark/Copenhagen Ireland/Dublin Belgium/Brussels Hungary/Budapest "
-        "Romania/Bucharest Egypt/Cairo Kenya/Nairobi Japan/Tokyo China/Beijing India/Delhi Thailand/Bangkok Vietnam/Hanoi "
-        "Canada/Ottawa Cuba/Havana Peru/Lima Chile/Santiago Brazil/Brasilia Argentina/Buenos_Aires Australia/Canberra"
+        "Sweden/Stockholm Norway/Oslo Finland/Helsinki Denmark/Copenhagen Ireland/Dublin Belgium/Brussels "
+        "Hungary/Budapest Romania/Bucharest Egypt/Cairo Kenya/Nairobi Japan/Tokyo China/Beijing India/Delhi "
+        "Thailand/Bangkok "
+        "Vietnam/Hanoi Canada/Ottawa Cuba/Havana Peru/Lima Chile/Santiago Brazil/Brasilia Argentina/Buenos_Aires "
+        "Australia/Canberra"
     ).split()
 )
 OPPOSITES = dict(
     pair.split("/")
     for pair in (
         "hot/cold big/small fast/slow light/dark old/new high/low long/short wet/dry full/empty hard/soft early/late "
-        "open/closed rich/poor strong/weak thick/thin happy/sad loud/quiet clean/dirty near/far up/down left/right day/night"
+        "open/closed rich/poor strong/weak thick/thin happy/sad loud/quiet clean/dirty near/far up/down left/right "
+        "day/night"
     ).split()
 )
 SOUNDS = dict(
@@ -51,14 +54,15 @@ WORDS = (
     "summer table umbrella village window yellow zebra bridge candle flower guitar"
 ).split()
 EXPLANATIONS = {
-    "Why is the sky blue?": "Sunlight holds all colours. The air scatters blue light more than red, so blue reaches us from "
-    "every side.",
+    "Why is the sky blue?": "Sunlight holds all colours. The air scatters blue light more than red, so blue reaches us "
+    "from every side.",
     "Why is the sea salty?": "Rivers wash salt out of rocks and carry it to the sea. The water evaporates, and the salt "
     "stays.",
     "Why do leaves fall in autumn?": "In winter a tree can hardly drink, and leaves lose water. So the tree lets them go.",
     "Why does ice float?": "Water grows when it freezes. Ice is lighter than the same volume of water, so it floats.",
     "Why do we see the moon?": "The moon does not shine by itself. We see sunlight that it sends back to us.",
-    "What is a rainbow?": "Drops of rain bend sunlight and split it into its colours. From the ground we see them as an arc.",
+    "What is a rainbow?": "Drops of rain bend sunlight and split it into its colours. From the ground we see them as an "
+    "arc.",
     "What is a prime number?": "A prime number is larger than one and can be divided only by one and by itself.",
     "What is JAX?": "JAX is a library for Python that computes with arrays, differentiates functions and compiles them.",
     "Hello!": "Hello! Ask me for a sum, a capital, an opposite, or why the sky is blue.",
