@@ -675,6 +675,8 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     from qwen_dist.models.config import ModelConfig
     from qwen_dist.planning.chips import Topology
 
+    if options.num_cpu_devices is not None:
+        raise UsageError("--num-cpu-devices: the devices of a plan are those of --topology, such as cpu:8")
     topology = Topology.parse(options.topology)
     start_jax(topology.num_devices if topology.is_cpu else 1, config.model.dtype)
     from qwen_dist.planning.plan import compiled_layers, make_plan, with_compiled

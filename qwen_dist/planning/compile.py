@@ -66,7 +66,10 @@ class Compiled:
 
 
 def extrapolate(two: Sequence[Compiled], layers: Sequence[int], num_layers: int) -> Compiled:
-    """What a program of `num_layers` layers would be, from two of fewer: each layer adds the same of everything."""
+    """What a program of `num_layers` layers would be, from two of fewer: each layer adds the same of everything.
+
+    But for `seconds`, which are what these two took.
+    """
     shallow, deep = two
 
     def line(low: float, high: float) -> float:
@@ -75,13 +78,13 @@ def extrapolate(two: Sequence[Compiled], layers: Sequence[int], num_layers: int)
     numbers = {
         field.name: line(getattr(shallow, field.name), getattr(deep, field.name))
         for field in dataclasses.fields(Compiled)
-        if field.name != "collectives"
+        if field.name not in ("collectives", "seconds")
     }
     low, high = ({one.kind: one for one in compiled.collectives} for compiled in (shallow, deep))
     none = Collective("", 0, 0)
     both = [(kind, low.get(kind, none), high.get(kind, none)) for kind in COLLECTIVES if kind in low | high]
     sums = tuple(Collective(kind, line(a.count, b.count), line(a.bytes, b.bytes)) for kind, a, b in both)
-    return Compiled(**numbers, collectives=sums)
+    return Compiled(**numbers, seconds=shallow.seconds + deep.seconds, collectives=sums)
 
 
 class DoesNotFit(UserError):
