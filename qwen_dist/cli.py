@@ -211,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--verb", dest="planned", choices=("batch", "finetune"), default="batch", help="what to run (batch)")
     plan.add_argument("--batch", type=int, metavar="N", default=32, help="rows at a time, on all devices together (32)")
     plan.add_argument("--context", type=int, metavar="N", default=4096, help="tokens a row, with the answer (4096)")
-    plan.add_argument("--remat", choices=("none", "block"), default="block", help="finetune: compute blocks twice (block)")
+    plan.add_argument("--remat", choices=("none", "products", "blocks"), default="blocks", help="of finetune (blocks)")
     plan.add_argument("--compile", nargs="?", const="all", metavar="A,B", help="ask the compiler; A,B: from so many layers")
     plan.add_argument("--chart", metavar="FILE", help="also write an HTML page with the memory of each device")
     _add_flags(plan, _MODEL_FLAGS[:3])

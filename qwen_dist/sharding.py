@@ -166,6 +166,29 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, resolver.activation("activation", x.shape, axes))
 
 
+def gather(weight: jax.Array, *axes: str) -> jax.Array:
+    """Lay a weight out as activations are cut, for use; its gradient is laid out as the parameter is.
+
+    What training spreads over fsdp is gathered here, and the gradient, a sum over devices, is scattered among them: with
+    `constrain` alone every device would be left with all of it.
+    """
+    resolver = _active.get()
+    if resolver is None:
+        return weight
+    used = resolver.activation("weight", weight.shape, axes)
+    kept = resolver.parameter("weight", weight.shape, axes)
+
+    @jax.custom_vjp
+    def lay_out(weight: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(weight, used)
+
+    lay_out.defvjp(
+        lambda weight: (lay_out(weight), None),
+        lambda _, gradient: (jax.lax.with_sharding_constraint(gradient, kept),),
+    )
+    return lay_out(weight)
+
+
 def num_parts(axis: str, size: int) -> int:
     """Into how many parts the active rules split a dimension of an activation."""
     resolver = _active.get()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from qwen_dist.sharding import annotate, constrain
+from qwen_dist.sharding import annotate, gather
 
 
 def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
@@ -100,13 +100,13 @@ class Linear(nnx.Module):
 
     def unrounded(self, x: jax.Array) -> jax.Array:
         """The same in at least float32, before the rounding to x's dtype."""
-        weight = constrain(self.weight[...], *dict(self.out_sizes + self.in_sizes))
+        weight = gather(self.weight[...], *dict(self.out_sizes + self.in_sizes))
         in_shape, out_shape = ([size for _, size in sizes] for sizes in (self.in_sizes, self.out_sizes))
         rows = x.reshape(*x.shape[: x.ndim - len(in_shape)], -1)
         y = contract(rows, weight.reshape(-1, rows.shape[-1]))
         y = y.reshape(*y.shape[:-1], *out_shape)
         if self.bias is not None:
-            y = y + constrain(self.bias[...], *dict(self.out_sizes)).astype(y.dtype)
+            y = y + gather(self.bias[...], *dict(self.out_sizes)).astype(y.dtype)
         if self.lora_A is not None and self.lora_B is not None:
             y = y + self.lora_scale * self.lora_B.unrounded(self.lora_A(x))
         return y
@@ -119,7 +119,7 @@ class Embedding(nnx.Module):
         self.weight = parameter({"vocab": vocab}, {"embed": embed}, dtype=dtype, std=std)
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        return jnp.take(constrain(self.weight[...], "vocab", "embed"), tokens_BT, axis=0, mode="clip")
+        return jnp.take(gather(self.weight[...], "vocab", "embed"), tokens_BT, axis=0, mode="clip")
 
 
 class RMSNorm(nnx.Module):
@@ -134,5 +134,5 @@ class RMSNorm(nnx.Module):
         variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         normed = (wide * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
         # Repeated while it is wide: then its gradient, the sum over all tokens, is taken in float32 and rounded once.
-        weight = jnp.broadcast_to(constrain(self.weight[...], self.axis).astype(wide.dtype), x.shape)
+        weight = jnp.broadcast_to(gather(self.weight[...], self.axis).astype(wide.dtype), x.shape)
         return weight.astype(x.dtype) * normed

@@ -16,7 +16,7 @@ from qwen_dist.models.capture import scope, tap
 from qwen_dist.models.config import LayerConfig, ModelConfig
 from qwen_dist.models.layers import Embedding, Linear, RMSNorm, contract
 from qwen_dist.models.rope import rope_table
-from qwen_dist.sharding import constrain
+from qwen_dist.sharding import constrain, gather
 
 # A policy of `jax.checkpoint`, such as `jax.checkpoint_policies.nothing_saveable`.
 Remat = Callable[..., bool]
@@ -124,7 +124,7 @@ class Transformer(nnx.Module):
 
     def head(self) -> jax.Array:
         """The output weights [V, D], of which a tied model's are its embedding's, as activations are cut."""
-        return constrain((self.lm_head or self.embed_tokens).weight[...], "vocab", "embed")
+        return gather((self.lm_head or self.embed_tokens).weight[...], "vocab", "embed")
 
 
 def logits(x_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,14 +19,19 @@ import numpy as np
 from jax.experimental import mesh_utils, topologies
 
 from qwen_dist.checkpoint.model import LoadedModel
+from qwen_dist.config import OptimizerOptions
 from qwen_dist.engine.runner import Runner
 from qwen_dist.errors import UserError
 from qwen_dist.mesh import AXES, MeshConfig
 from qwen_dist.models.config import ModelConfig
+from qwen_dist.models.layers import at_least_float32
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.planning.chips import Topology
 from qwen_dist.planning.workload import Phase, Workload
-from qwen_dist.sharding import Resolver, RuleSet, abstract_parameters, bind, resolving
+from qwen_dist.sharding import Resolver, abstract_parameters, disk_shapes
+from qwen_dist.train.batches import Batch
+from qwen_dist.train.optim import make_optimizer, make_schedule
+from qwen_dist.train.step import Trainer
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _SHAPE = re.compile(r"\b(pred|[a-z]+?(\d+)\w*)\[([\d,]*)\]")
@@ -118,10 +123,10 @@ def _devices(topology: Topology) -> Any:
 
 def lower(config: ModelConfig, resolver: Resolver, workload: Workload, phase: Phase) -> jax.stages.Lowered:
     """The program of one phase, exactly as it would run, for parameters that are not there."""
+    if phase == "train":
+        return _lower_training(config, resolver, workload)
     module = Transformer(config, dtype=workload.dtype)
     model = LoadedModel(config, module, abstract_parameters(module, resolver), resolver)  # type: ignore[arg-type]
-    if phase == "train":
-        return _lower_gradient(model, workload)
     width = workload.prefill_width if phase == "prefill" else None
     return Runner(model).lower(workload.batch, workload.num_slots, width=width, num_live=workload.num_slots)
 
@@ -179,8 +184,14 @@ class Result:
 
 
 def collectives(text: str) -> Iterator[Result]:
-    """Every collective in a compiled program's text."""
+    """Every collective in a compiled program's text.
+
+    The TPU's compiler writes a reduce-scatter as a computation of that name, in which a sum is cut.
+    """
+    is_scattered = False
     for line in text.splitlines():
+        if line.endswith("{"):
+            is_scattered = line.startswith("%all-reduce-scatter")
         if (match := _COLLECTIVE.search(line)) is None:
             continue
         result, kind, is_started = match.groups()
@@ -190,7 +201,10 @@ def collectives(text: str) -> Iterator[Result]:
         ]
         if is_started and kind in ("all-gather", "collective-permute"):
             arrays = [max(arrays)]  # of operand, result and what the two ends tell each other
-        yield Result(kind, tuple(arrays), _group_size(line))
+        group = _group_size(line)
+        if is_scattered:
+            kind, arrays = "reduce-scatter", [(elements // group, bits) for elements, bits in arrays]
+        yield Result(kind, tuple(arrays), group)
 
 
 def _group_size(line: str) -> int:
@@ -209,35 +223,15 @@ def _group_size(line: str) -> int:
     return math.prod(int(part or sizes[axis]) for axis, part in parts)
 
 
-def _lower_gradient(model: LoadedModel, workload: Workload) -> jax.stages.Lowered:
-    """The mean loss of the next tokens and its gradient by every parameter.
-
-    Weights are used as their activations are cut: gathered over fsdp, and gradients summed and cut again likewise. Left to
-    itself the compiler gathers the gradient of the logits, which is larger than any weight.
-    """
-    rules = model.resolver.rules
-    used = Resolver(model.resolver.mesh, RuleSet("used", rules.activations, rules.activations))
-    gathered = {name: leaf.sharding for name, leaf in abstract_parameters(model.module, used).items()}
-    shape = (workload.batch, workload.context)
-    tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=model.resolver.activation("tokens", shape, ("batch", "length")))
-
-    def loss(parameters: Mapping[str, jax.Array], tokens_BT: jax.Array) -> jax.Array:
-        with resolving(model.resolver):
-            whole = jax.lax.with_sharding_constraint(dict(parameters), gathered)
-            module = bind(model.module, whole)
-            positions_BT = jnp.broadcast_to(jnp.arange(shape[1], dtype=np.int32), shape)
-            hidden_BTD, _ = module(tokens_BT, positions_BT)
-            log_probabilities_BTV = jax.nn.log_softmax(module.unembed(hidden_BTD[:, :-1]))
-        return -jnp.take_along_axis(log_probabilities_BTV, tokens_BT[:, 1:, None], axis=-1).mean()
-
-    if workload.remat == "block":
-        # What the model lays out as its residual stream is kept; the backward pass computes the rest again.
-        stream = (*shape, model.config.hidden_size)
-
-        def is_stream(primitive: Any, *operands: Any, **_: Any) -> bool:
-            return primitive.name == "sharding_constraint" and operands[0].shape == stream
-
-        loss = jax.checkpoint(loss, policy=is_stream)
-    shardings = {name: leaf.sharding for name, leaf in model.parameters.items()}
-    step = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings))
-    return step.lower(model.parameters, tokens)
+def _lower_training(config: ModelConfig, resolver: Resolver, workload: Workload) -> jax.stages.Lowered:
+    """A step of full fine-tuning with the default optimiser: master weights, gradient, and all that the step changes."""
+    kept = at_least_float32(jnp.dtype(workload.dtype))
+    module = Transformer(config, dtype=kept)
+    model = LoadedModel(config, module, abstract_parameters(module, resolver), resolver)  # type: ignore[arg-type]
+    options = OptimizerOptions()
+    schedule = make_schedule(options, options.warmup_steps + 1)
+    shapes = {name: leaf.shape for name, leaf in model.parameters.items()}
+    optimizer = make_optimizer(options, schedule, shapes, disk_shapes(module))
+    trainer = Trainer(model, shapes.keys(), optimizer, schedule, dtype=workload.dtype, remat=workload.remat)
+    tokens = jax.ShapeDtypeStruct((workload.batch, workload.context), np.int32)
+    return trainer.lower(Batch(tokens, tokens, tokens, tokens), 1)

@@ -88,7 +88,7 @@ class Arithmetic:
             saved = self._saved()
             return {
                 "parameters": parameters,
-                "gradients": parameters,
+                "gradients": self.local_parameters * WIDE,
                 "optimizer": self.local_parameters * WIDE * (2 if self._width > 2 else 3),
                 "saved activations": saved,
                 "working set": self._training_set(),
@@ -103,7 +103,7 @@ class Arithmetic:
         forward = self._forward_flops(tokens)
         parameters = self.local_parameters * self._width
         if phase == "train":
-            passes = 4 if self.workload.remat == "block" else 3
+            passes = 4 if self.workload.remat == "blocks" else 3
             moved = passes * self._gathered_layers() + 3 * self.local_parameters * WIDE + 2 * self._saved()
             return Cost(passes * forward, moved, _nonzero(self._training_collectives()))
         cache = self.memory(phase)["cache"]
@@ -134,9 +134,17 @@ class Arithmetic:
         """What the forward pass leaves for the backward pass."""
         stream = self._local("batch", "length", "embed") * self._width
         layers = len(self.config.layers)
-        if self.workload.remat == "block":
+        if self.workload.remat == "blocks":
             return (2 * layers + 1) * stream
+        if self.workload.remat == "products":
+            return layers * (2 * stream + self._products() * WIDE) + stream
         return layers * (2 * stream + self._of_one_block()) + stream
+
+    def _products(self) -> int:
+        """Elements of what a block's weights give."""
+        queries = self._local("batch", "length", "q_heads", "head_dim")
+        keys = 2 * self._local("batch", "length", "kv_heads", "head_dim")
+        return queries + keys + 2 * self._local("batch", "length", "embed") + 2 * self._local("batch", "length", "mlp")
 
     def _of_one_block(self) -> int:
         """What a block computes and its gradient needs, of which nothing is kept with remat."""
@@ -200,7 +208,7 @@ class Arithmetic:
 
     def _training_collectives(self) -> Iterator[tuple[str, float]]:
         """Weights gathered for each pass, gradients summed and cut again; sums of the stream as in inference, each pass."""
-        passes = 3 if self.workload.remat == "block" else 2
+        passes = 3 if self.workload.remat == "blocks" else 2
         stream = self._local("batch", "length", "embed") * self._width
         gradients = self.local_parameters * self._width
         yield "all-gather", self._others("fsdp") * passes * self._gathered_layers()

@@ -16,15 +16,15 @@ Phase = Literal["prefill", "decode", "train"]
 class Workload:
     """`batch` rows at a time on all devices together, `context` tokens each, prompt and answer together.
 
-    remat, of finetune: "block" keeps the residual stream for the backward pass and computes the rest of each block again;
-    "none" keeps everything.
+    remat, of finetune, is what the backward pass computes again: nothing, all but the products with weights, or whole
+    blocks, of which it then has what goes in.
     """
 
     verb: Literal["batch", "finetune"]
     batch: int
     context: int
     dtype: str = "bfloat16"
-    remat: Literal["none", "block"] = "block"
+    remat: Literal["none", "products", "blocks"] = "blocks"
 
     def __post_init__(self) -> None:
         sizes = {"batch": self.batch, "context": self.context}

@@ -20,6 +20,11 @@ TEXT = """
   %a2a = (f32[1,512]{1,0}, /*index=1*/f32[1,512]{1,0}) all-to-all(%c, %d), replica_groups={{0,1}}
   ROOT %cp = (f32[16,8]{0}, f32[16,8]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%y), pairs
   %name = f32[2]{0} fusion(%all-reduce.5), calls=%all-gather.clone
+}
+
+%all-reduce-scatter.2 (input.1: f32[4096,1024]) -> f32[4096,128] {
+  %all-reduce.41 = f32[4096,1024]{1,0:T(8,128)} all-reduce(%input.1), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+}
 """
 
 
@@ -28,7 +33,7 @@ def test_collectives_of_a_compiled_text():
     assert found == {
         "all-gather": (2, 64 * 2 * 7 / 8 + 32 / 2),
         "all-reduce": (1, (4 * 4 + 128 * 2) * 2 * 3 / 4),
-        "reduce-scatter": (1, 40 * 3),
+        "reduce-scatter": (2, 40 * 3 + 4096 * 1024 * 4 * 7 / 8),
         "all-to-all": (1, 1024 * 4 / 2),
         "collective-permute": (1, 128 * 4),
     }
@@ -71,6 +76,16 @@ def test_training_over_fsdp_gathers_weights_and_nothing_larger():
     gathered = [elements for result in found if result.kind == "all-gather" for elements, _ in result.arrays]
     assert max(gathered) == largest
     assert 8 * 256 * SMALL["vocab_size"] > largest
+
+
+@pytest.mark.slow
+def test_training_over_fsdp_on_tpus_scatters_gradients():
+    """All of a gradient is on no device: the sum of every matrix is a reduce-scatter, and other sums are small."""
+    pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: pip install libtpu")
+    found = list(collectives(text("v5e:2x4", "fsdp=8", ONE_LAYER, "finetune", "train")))
+    sums = [elements for one in found if one.kind == "all-reduce" for elements, _ in one.arrays]
+    assert max(sums) <= SMALL["hidden_size"]
+    assert sum(len(one.arrays) for one in found if one.kind == "reduce-scatter") == 7 + 2
 
 
 @pytest.mark.slow
