@@ -23,7 +23,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_dist.errors import UsageError
 
-LOGICAL_AXES = frozenset("batch length kv_length embed vocab q_heads kv_heads head_dim mlp experts lora_rank".split())
+LOGICAL_AXES = frozenset(
+    "batch length kv_length embed vocab q_heads kv_heads head_dim mlp experts lora_rank router top_k gate_up".split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,15 +45,18 @@ _WEIGHTS = {
     "mlp": ("tensor",),
     "experts": ("expert",),
 }
-_SPLIT_CHANNELS = {axis: ("tensor",) for axis in ("vocab", "q_heads", "kv_heads", "mlp")}
+_SPLIT_CHANNELS = {axis: ("tensor",) for axis in ("vocab", "q_heads", "kv_heads", "mlp")} | {"experts": ("expert",)}
 
 # Tokens of one row are split over context; of keys and values, whose length is kv_length, every device has all.
 _SPLIT_ROWS = {"length": ("context",)}
 
+# The batch goes over expert in both: outside the experts that axis is one more of data, and to them tokens travel.
 # Training: the batch goes over data and fsdp, and each layer's weights are gathered over fsdp when it is their turn.
-TRAIN = RuleSet("train", _WEIGHTS, {"batch": ("data", "fsdp"), **_SPLIT_ROWS, **_SPLIT_CHANNELS})
+TRAIN = RuleSet("train", _WEIGHTS, {"batch": ("data", "fsdp", "expert"), **_SPLIT_ROWS, **_SPLIT_CHANNELS})
 # Inference: the weights stay where they are. Activations are small, so they are what travels over fsdp.
-INFERENCE = RuleSet("inference", _WEIGHTS, {"batch": ("data",), "embed": ("fsdp",), **_SPLIT_ROWS, **_SPLIT_CHANNELS})
+INFERENCE = RuleSet(
+    "inference", _WEIGHTS, {"batch": ("data", "expert"), "embed": ("fsdp",), **_SPLIT_ROWS, **_SPLIT_CHANNELS}
+)
 RULE_SETS = {rules.name: rules for rules in (TRAIN, INFERENCE)}
 
 
@@ -193,6 +198,55 @@ def num_parts(axis: str, size: int) -> int:
     """Into how many parts the active rules split a dimension of an activation."""
     resolver = _active.get()
     return 1 if resolver is None else size // resolver.activation("activation", (size,), (axis,)).shard_shape((size,))[0]
+
+
+class Parts:
+    """How one device's parts of the arrays in `on_each_device` belong to those of the others.
+
+    Axes are logical ones, as activations are cut. Without rules, or on one device, everything is one part.
+    """
+
+    def __init__(self, resolver: Resolver | None = None):
+        self._resolver = resolver
+
+    def count(self, axis: str) -> int:
+        """How many parts a dimension is cut into."""
+        return 1 if self._resolver is None else math.prod(self._resolver.mesh.shape[name] for name in self._axes(axis))
+
+    def sum(self, x: jax.Array, axis: str) -> jax.Array:
+        """The sum of what each part of a dimension gave."""
+        return jax.lax.psum(x, self._axes(axis)) if self.count(axis) > 1 else x
+
+    def exchange(self, x: jax.Array, axis: str) -> jax.Array:
+        """Send x[i] to the i-th part of a dimension and return what the i-th sent here at i: x is [parts, ...]."""
+        return jax.lax.all_to_all(x, self._axes(axis), 0, 0, tiled=True) if self.count(axis) > 1 else x
+
+    def largest(self, x: jax.Array) -> jax.Array:
+        """The largest x of all devices."""
+        return x if self._resolver is None else jax.lax.pmax(x, self._resolver.mesh.axis_names)
+
+    def _axes(self, axis: str) -> tuple[str, ...]:
+        return () if self._resolver is None else self._resolver.rules.activations.get(axis, ())
+
+
+def on_each_device(
+    body: Callable[..., Any], arrays: Sequence[jax.Array], axes: Sequence[Sequence[str]], results: Sequence[Sequence[str]]
+) -> Any:
+    """Call `body(parts, *arrays)` on every device with its parts of the arrays, and put together what it returns there.
+
+    For what the compiler cannot divide by itself. `axes` names the dimensions of each array and `results` those of each of
+    body's results, of which all have occurred in the arrays; all are cut as activations are.
+    """
+    resolver = _active.get()
+    if resolver is None or resolver.mesh.size == 1:
+        return body(Parts(), *arrays)
+    sizes = {axis: size for x, names in zip(arrays, axes, strict=True) for axis, size in zip(names, x.shape, strict=True)}
+
+    def specs(of: Sequence[Sequence[str]]) -> tuple[PartitionSpec, ...]:
+        return tuple(resolver.activation("array", [sizes[axis] for axis in names], names).spec for names in of)
+
+    run = functools.partial(body, Parts(resolver))
+    return jax.shard_map(run, mesh=resolver.mesh, in_specs=specs(axes), out_specs=specs(results), check_vma=False)(*arrays)
 
 
 def annotate(

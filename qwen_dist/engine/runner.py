@@ -116,7 +116,7 @@ class Runner:
     def _prefill_step(self, parameters, state, tokens_BT, positions_BT, last_B, *, num_live, num_top):  # type: ignore[no-untyped-def]
         with resolving(self._model.resolver):
             module = bind(self._model.module, parameters)
-            x_BTD, cache = module(tokens_BT, positions_BT, state.cache, num_live)
+            x_BTD, cache, _ = module(tokens_BT, positions_BT, state.cache, num_live)
             index_B11 = jnp.maximum(last_B, 0)[:, None, None]
             logits_BV = module.unembed(jnp.take_along_axis(x_BTD, index_B11, axis=1))[:, 0]
             next_B = jnp.take_along_axis(positions_BT, index_B11[:, :, 0], axis=1)[:, 0] + 1
@@ -125,7 +125,7 @@ class Runner:
     def _decode_step(self, parameters, state, *, num_live, num_top):  # type: ignore[no-untyped-def]
         with resolving(self._model.resolver):
             module = bind(self._model.module, parameters)
-            x_B1D, cache = module(state.tokens_B[:, None], state.positions_B[:, None], state.cache, num_live)
+            x_B1D, cache, _ = module(state.tokens_B[:, None], state.positions_B[:, None], state.cache, num_live)
             logits_BV = module.unembed(x_B1D)[:, 0]
             everyone_B = jnp.ones_like(state.tokens_B, bool)
             return self._advance(state._replace(cache=cache), logits_BV, state.positions_B + 1, everyone_B, num_top)

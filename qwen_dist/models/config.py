@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 
 from qwen_dist.errors import CheckpointError
 
-FAMILIES = ("qwen2", "qwen3")
+FAMILIES = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
 RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3"]
 
 
@@ -41,11 +41,28 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """A mixture of experts: every token is given to the `experts_per_token` that its router scores highest of `num_experts`.
+
+    expert_size, shared_expert_size: channels of each of them, and of the one that every token is given to besides (None:
+    there is none). normalize_scores: the scores of a token's experts are made to sum to 1. aux_loss_coef: what fine-tuning
+    multiplies the load-balancing loss by.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    expert_size: int
+    shared_expert_size: int | None
+    normalize_scores: bool
+    aux_loss_coef: float
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerConfig:
     """One block: how it mixes positions, how it mixes channels, and how far back it sees (tokens; None: everything)."""
 
     mixer: Literal["attention"] = "attention"
-    ffn: Literal["mlp"] = "mlp"
+    ffn: Literal["mlp", "moe"] = "mlp"
     sliding_window: int | None = None
 
 
@@ -68,6 +85,7 @@ class ModelConfig:
     o_bias: bool
     qk_norm: bool
     rope: RopeConfig
+    moe: MoEConfig | None
     layers: tuple[LayerConfig, ...]
 
     @classmethod
@@ -106,7 +124,7 @@ class ModelConfig:
 # (quantization_config says how the weights are stored, which is the loader's business).
 _HARMLESS = frozenset(
     """_name_or_path architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id
-    id2label label2id model_type output_attentions output_hidden_states pad_token_id problem_type quantization_config
+    id2label label2id model_type output_attentions output_hidden_states output_router_logits pad_token_id problem_type quantization_config
     return_dict sep_token_id task_specific_params tokenizer_class torch_dtype transformers_version use_cache
     _attn_implementation _attn_implementation_autoset unsloth_fixed unsloth_version""".split()
 )
@@ -141,6 +159,7 @@ _ROPE_REQUIRED: dict[str, tuple[str, ...]] = {
 }
 _ROPE_ALWAYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 _REQUIRED = object()
+_QWEN3 = ("qwen3", "qwen3_moe")
 
 
 class _Reader:
@@ -177,9 +196,8 @@ class _Reader:
         hidden = self.take("hidden_size", (int,), minimum=1)
         head_dim = self.head_dim(family, hidden, heads)
         max_positions = self.take("max_position_embeddings", (int,), minimum=1)
-        attention_bias = self.take("attention_bias", (bool,), default=family == "qwen2")
-        if family == "qwen2" and not attention_bias:
-            self.problems.append("attention_bias is False; a qwen2 model always has q, k and v biases")
+        qkv_bias = self.qkv_bias(family)
+        moe = self.moe(family) if family.endswith("_moe") else None
         config = ModelConfig(
             family=family,
             vocab_size=self.take("vocab_size", (int,), minimum=1),
@@ -192,11 +210,12 @@ class _Reader:
             rms_norm_eps=float(self.take("rms_norm_eps", (int, float), minimum=0.0)),
             initializer_range=float(self.take("initializer_range", (int, float), default=0.02, minimum=0.0)),
             tie_word_embeddings=self.take("tie_word_embeddings", (bool,), default=False),
-            qkv_bias=attention_bias,
-            o_bias=attention_bias and family == "qwen3",
-            qk_norm=family == "qwen3",
+            qkv_bias=qkv_bias,
+            o_bias=qkv_bias and family in _QWEN3,
+            qk_norm=family in _QWEN3,
             rope=self.rope(head_dim, max_positions),
-            layers=self.layers(),
+            moe=moe,
+            layers=self.layers(family, moe),
         )
         if heads % kv_heads:
             self.problems.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
@@ -219,26 +238,79 @@ class _Reader:
             self.problems.append(f"head_dim is {head_dim}; rotary embedding needs an even one")
         return head_dim
 
-    def layers(self) -> tuple[LayerConfig, ...]:
-        """`layer_types` where it is given, else the rule of qwen2 and qwen3: windows from `max_window_layers` on."""
+    def qkv_bias(self, family: str) -> bool:
+        if family == "qwen2_moe":
+            return bool(self.take("qkv_bias", (bool,), default=True))
+        given = bool(self.take("attention_bias", (bool,), default=family == "qwen2"))
+        if family == "qwen2" and not given:
+            self.problems.append("attention_bias is False; a qwen2 model always has q, k and v biases")
+        return given
+
+    def moe(self, family: str) -> MoEConfig:
+        """The experts, under either name that transformers gives their number."""
+        sizes = {"num_experts", "num_local_experts"} & self.left.keys()
+        if len(sizes) == 2:
+            self.problems.append("num_experts and num_local_experts are both given")
+        num_experts = self.take(max(sizes, default="num_experts"), (int,), minimum=1)
+        per_token = self.take("num_experts_per_tok", (int,), minimum=1)
+        if per_token > num_experts:
+            self.problems.append(f"num_experts_per_tok {per_token} is more than the {num_experts} experts")
+        has_shared = family == "qwen2_moe"
+        return MoEConfig(
+            num_experts=num_experts,
+            experts_per_token=per_token,
+            expert_size=self.take("moe_intermediate_size", (int,), minimum=1),
+            shared_expert_size=self.take("shared_expert_intermediate_size", (int,), minimum=1) if has_shared else None,
+            normalize_scores=self.take("norm_topk_prob", (bool,), default=False),
+            aux_loss_coef=float(self.take("router_aux_loss_coef", (int, float), default=0.001, minimum=0.0)),
+        )
+
+    def layers(self, family: str, moe: MoEConfig | None) -> tuple[LayerConfig, ...]:
         count = self.take("num_hidden_layers", (int,), minimum=1)
-        window = self.take("sliding_window", (int,), default=None, minimum=1)
+        windows, experts = self.windows(family, count), self.has_experts(count, moe)
+        return tuple(
+            LayerConfig(ffn="moe" if has_experts else "mlp", sliding_window=window)
+            for window, has_experts in zip(windows, experts, strict=True)
+        )
+
+    def has_experts(self, count: int, moe: MoEConfig | None) -> list[bool]:
+        """Every `decoder_sparse_step`-th layer is a mixture of experts, unless `mlp_only_layers` lists it."""
+        if moe is None:
+            return [False] * count
+        step = self.take("decoder_sparse_step", (int,), default=1, minimum=1)
+        dense = self.take("mlp_only_layers", (list,), default=[])
+        if wrong := [repr(index) for index in dense if not isinstance(index, int) or not 0 <= index < count]:
+            self.problems.append(f"mlp_only_layers has {', '.join(wrong)}; layers are 0 to {count - 1}")
+        return [(index + 1) % step == 0 and index not in dense for index in range(count)]
+
+    def windows(self, family: str, count: int) -> list[int | None]:
+        """`layer_types` where it is given, else the family's own rule; qwen3_moe has no other than that."""
         used = self.take("use_sliding_window", (bool,), default=False)
-        first_windowed = self.take("max_window_layers", (int,), default=28, minimum=0)
+        window = self.take("sliding_window", (int,), default=None, minimum=1 if used else 0)
+        if not used:
+            window = None
+        if family == "qwen3_moe":
+            self.left.pop("max_window_layers", None)  # released files have it; its class does not
+            return [window] * count
+        limit = self.take("max_window_layers", (int,), default=28, minimum=0)
         kinds = self.take("layer_types", (list,), default=None)
-        window = window if used else None
         if kinds is None:
-            windowed = [window is not None and index >= first_windowed for index in range(count)]
+            rule = (lambda i: i % 2 == 0 and i < limit) if family == "qwen2_moe" else (lambda i: i >= limit)
+            windowed = [window is not None and rule(index) for index in range(count)]
         else:
-            allowed = ("full_attention", "sliding_attention")
-            if unknown := sorted({repr(kind) for kind in kinds if kind not in allowed}):
-                self.problems.append(f"layer_types has {', '.join(unknown)}; allowed are {', '.join(allowed)}")
-            if len(kinds) != count:
-                self.problems.append(f"layer_types has {len(kinds)} entries for num_hidden_layers {count}")
-            windowed = [kind == "sliding_attention" for kind in kinds]
+            windowed = self.windowed(kinds, count)
             if any(windowed) and window is None:
                 self.problems.append("layer_types has sliding_attention, but no sliding window is set and in use")
-        return tuple(LayerConfig(sliding_window=window if is_windowed else None) for is_windowed in windowed)
+        return [window if is_windowed else None for is_windowed in windowed]
+
+    def windowed(self, kinds: list[Any], count: int) -> list[bool]:
+        """Which layers `layer_types` gives a window to."""
+        allowed = ("full_attention", "sliding_attention")
+        if unknown := sorted({repr(kind) for kind in kinds if kind not in allowed}):
+            self.problems.append(f"layer_types has {', '.join(unknown)}; allowed are {', '.join(allowed)}")
+        if len(kinds) != count:
+            self.problems.append(f"layer_types has {len(kinds)} entries for num_hidden_layers {count}")
+        return [kind == "sliding_attention" for kind in kinds][:count] + [False] * (count - len(kinds))
 
     def rope(self, head_dim: int, max_positions: int) -> RopeConfig:
         legacy = self.take("rope_scaling", (dict,), default={})

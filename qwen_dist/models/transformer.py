@@ -15,6 +15,8 @@ from qwen_dist.models.cache import Cache, LayerCache
 from qwen_dist.models.capture import scope, tap
 from qwen_dist.models.config import LayerConfig, ModelConfig
 from qwen_dist.models.layers import Embedding, Linear, RMSNorm, contract
+from qwen_dist.models.mlp import MLP
+from qwen_dist.models.moe import MoE
 from qwen_dist.models.rope import rope_table
 from qwen_dist.sharding import constrain, gather
 
@@ -22,32 +24,18 @@ from qwen_dist.sharding import constrain, gather
 Remat = Callable[..., bool]
 
 
-class MLP(nnx.Module):
-    """SwiGLU (arXiv:2002.05202): down(silu(gate(x)) · up(x))."""
-
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike):
-        embed, mlp = {"embed": config.hidden_size}, {"mlp": config.intermediate_size}
-        std = config.initializer_range
-        self.gate_proj = Linear(mlp, embed, bias=False, dtype=dtype, std=std)
-        self.up_proj = Linear(mlp, embed, bias=False, dtype=dtype, std=std)
-        self.down_proj = Linear(embed, mlp, bias=False, dtype=dtype, std=std)
-
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate_BTF = tap("gate_proj", self.gate_proj(x_BTD))
-        up_BTF = tap("up_proj", self.up_proj(x_BTD))
-        hidden_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, "batch", "length", "mlp")
-        return tap("down_proj", self.down_proj(hidden_BTF))
-
-
 class Block(nnx.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream."""
+    """Attention and MLP (or a mixture of experts), each behind a norm and added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, *, dtype: DTypeLike):
         norm = functools.partial(RMSNorm, "embed", config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.input_layernorm = norm()
         self.self_attn = Attention(config, layer, dtype=dtype)
         self.post_attention_layernorm = norm()
-        self.mlp = MLP(config, dtype=dtype)
+        if layer.ffn == "moe":
+            self.mlp = MoE(config, dtype=dtype)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, dtype=dtype, std=config.initializer_range)
 
     def __call__(
         self,
@@ -57,15 +45,18 @@ class Block(nnx.Module):
         cache: LayerCache | None,
         num_live: int | None,
         segments_BT: jax.Array | None,
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
         normed_BTD = tap("input_layernorm", self.input_layernorm(x_BTD))
         with scope("self_attn"):
             mixed_BTD, cache = self.self_attn(normed_BTD, rope, positions_BT, cache, num_live, segments_BT)
         x_BTD = constrain(tap("residual", x_BTD + mixed_BTD), "batch", "length", "embed")
         normed_BTD = tap("post_attention_layernorm", self.post_attention_layernorm(x_BTD))
         with scope("mlp"):
-            x_BTD = constrain(x_BTD + self.mlp(normed_BTD), "batch", "length", "embed")
-        return x_BTD, cache
+            if isinstance(self.mlp, MLP):
+                mixed_BTD, router_logits_BTE = self.mlp(normed_BTD), None
+            else:
+                mixed_BTD, router_logits_BTE = self.mlp(normed_BTD, positions_BT >= 0)
+        return constrain(x_BTD + mixed_BTD, "batch", "length", "embed"), cache, router_logits_BTE
 
 
 class Transformer(nnx.Module):
@@ -90,8 +81,11 @@ class Transformer(nnx.Module):
         *,
         segments_BT: jax.Array | None = None,
         remat: Remat | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """Run tokens through every block; returns the normalised hidden states [B, T, D] and the cache.
+    ) -> tuple[jax.Array, Cache | None, tuple[jax.Array, ...]]:
+        """Run tokens through every block.
+
+        Returns the normalised hidden states [B, T, D], the cache, and the router's logits [B, T, E] of every mixture of
+        experts, of which `moe.load_balancing_loss` is a function.
 
         Args:
           tokens_BT: token ids, int32.
@@ -110,13 +104,15 @@ class Transformer(nnx.Module):
         rope = rope_table(self.config.rope, self.config.head_dim, positions_BT, x_BTD.dtype)
         caches = (None,) * len(self.layers) if cache is None else cache
         updated: list[Any] = []
+        router_logits: list[jax.Array] = []
         run: Any = Block.__call__ if remat is None else jax.checkpoint(Block.__call__, policy=remat)
         for index, (block, layer_cache) in enumerate(zip(self.layers, caches, strict=True)):
             with scope(f"layers.{index}"):
-                x_BTD, layer_cache = run(block, x_BTD, rope, positions_BT, layer_cache, num_live, segments_BT)
+                x_BTD, layer_cache, of_router = run(block, x_BTD, rope, positions_BT, layer_cache, num_live, segments_BT)
                 x_BTD = tap("output", x_BTD)
                 updated.append(layer_cache)
-        return tap("norm", self.norm(x_BTD)), None if cache is None else tuple(updated)
+                router_logits += [] if of_router is None else [of_router]
+        return tap("norm", self.norm(x_BTD)), None if cache is None else tuple(updated), tuple(router_logits)
 
     def unembed(self, x_BTD: jax.Array) -> jax.Array:
         """The next token's logits [B, T, V] from hidden states, in at least float32."""

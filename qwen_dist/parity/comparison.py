@@ -32,13 +32,13 @@ class Answers:
     """What a PyTorch model said.
 
     values: intermediates and logits by name. chosen: the tokens [B, steps] it was fed after the prompts, and decoded: the
-    logits [B, steps, V] before each. loss and gradients: of the last tokens of each row.
+    logits [B, steps, V] before each. losses and the first one's gradients: of the last tokens of each row.
     """
 
     values: Values
     chosen: np.ndarray
     decoded: np.ndarray
-    loss: float
+    losses: dict[str, float]
     gradients: dict[str, np.ndarray]
 
 
@@ -89,12 +89,12 @@ class Comparison:
 
         With `in_float32` the answers are rounded to it: half the memory, for who compares with something much coarser.
         """
-        loss, gradients = reference.gradient(self.gradient_inputs)
+        losses, gradients = reference.gradient(self.gradient_inputs)
         gradients = _on_disk(gradients, in_float32)  # as large as the model: there may be no room for both, twice
         values = reference.forward(self.inputs, self.columns)
         values = {name: values.pop(name).astype(np.float32) for name in list(values)} if in_float32 else values
         chosen, decoded = reference.decode(self.inputs, self.options.decode_steps, chosen)
-        return Answers(values, chosen, decoded, loss, gradients)
+        return Answers(values, chosen, decoded, losses, gradients)
 
     def stages(self, subject: Subject, answers: Answers) -> Iterator[str]:
         """Compare in the order in which a fault should be looked for; yields what comes next."""
@@ -152,13 +152,14 @@ class Comparison:
         self.facts["greedy tokens that agree"] = f"{np.mean(cached.argmax(-1) == chosen):.1%} of {chosen.size}"
         return cached
 
-    def compare_gradients(self, found: tuple[float, Values], answers: Answers) -> None:
-        """The loss, and the gradient by every parameter that both sides have: one that only one has is reported there.
+    def compare_gradients(self, found: tuple[dict[str, float], Values], answers: Answers) -> None:
+        """The losses, and the gradient by every parameter that both sides have: one that only one has is reported there.
 
         From the loss backwards, as gradients flow: the first that is off is the nearest to the fault.
         """
         bound = bound_of(self.options.dtype, "gradient", "loss")
-        self.rows.append(row("gradient", "loss", *_loss_pair(found[0], answers.loss, self.options.dtype), bound))
+        for name, loss in answers.losses.items():
+            self.rows.append(row("gradient", name, *_loss_pair(found[0][name], loss, self.options.dtype), bound))
         for name in filter(found[1].__contains__, backwards(answers)):
             gradient = answers.gradients[name]
             ours = np.asarray(found[1][name]).reshape(gradient.shape)

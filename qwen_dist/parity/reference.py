@@ -27,7 +27,8 @@ from qwen_dist.parity.inputs import Inputs
 # Modules of a layer whose output is compared under the module's own name.
 _HOOKED = (
     "input_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.q_norm self_attn.k_norm self_attn.o_proj "
-    "post_attention_layernorm mlp.gate_proj mlp.up_proj mlp.down_proj"
+    "post_attention_layernorm mlp.gate_proj mlp.up_proj mlp.down_proj mlp.shared_expert.gate_proj mlp.shared_expert.up_proj "
+    "mlp.shared_expert.down_proj mlp.shared_expert_gate"
 ).split()
 _PER_HEAD = ("q_proj", "k_proj", "v_proj")
 IGNORED_LABEL = -100
@@ -64,14 +65,19 @@ class Reference:
     Args:
       checkpoint: its directory.
       dtype: "float64" (lifted, see above), "float32" or "bfloat16".
-      attention: "eager", which has attention weights to show, or "sdpa", the default of transformers.
+      attention: "eager", which has attention weights to show and runs one expert after the other, or "sdpa", the default of
+        transformers, which multiplies by all experts in one call.
     """
 
     def __init__(self, checkpoint: str | pathlib.Path, dtype: str, attention: str = "eager"):
         self.is_lifted = dtype == "float64"
         with _without_progress_bars():
             self.model = transformers.AutoModelForCausalLM.from_pretrained(
-                checkpoint, dtype=getattr(torch, dtype), attn_implementation=_observable(attention), local_files_only=True
+                checkpoint,
+                dtype=getattr(torch, dtype),
+                attn_implementation=_observable(attention),
+                experts_implementation="eager" if attention == "eager" else "grouped_mm",
+                local_files_only=True,
             ).eval()
         if self.is_lifted:
             self._rebuild_rotary_tables()
@@ -106,13 +112,16 @@ class Reference:
             for name in filter(modules.__contains__, _HOOKED):
                 head_dim = layer.self_attn.head_dim if name.endswith(_PER_HEAD) else None
                 _observe(modules[name], f"layers.{index}.{name}", head_dim)
+            if "mlp.experts" in modules:
+                _observe_router(modules["mlp.gate"], f"layers.{index}.mlp.")
+                _observe_experts(modules["mlp.experts"], f"layers.{index}.mlp.")
             _observe_input(layer.post_attention_layernorm, f"layers.{index}.residual")
             _observe(layer, f"layers.{index}.output")
         _observe(decoder.norm, "norm")
 
     def forward(self, inputs: Inputs, columns: np.ndarray) -> dict[str, np.ndarray]:
         """Every intermediate at these columns of [B, T], and the logits, in the order in which they are computed."""
-        recording = Recording(torch.from_numpy(columns))
+        recording = Recording(torch.from_numpy(columns), len(inputs.tokens))
         token = _recording.set(recording)
         try:
             with torch.no_grad(), self._computing():
@@ -141,24 +150,29 @@ class Reference:
                 }
         return np.stack([to_numpy(t) for t in tokens], 1).astype(np.int32), np.stack([to_numpy(x) for x in logits], 1)
 
-    def gradient(self, inputs: Inputs) -> tuple[float, dict[str, np.ndarray]]:
-        """The mean cross-entropy of each next token, and its gradient by every parameter."""
+    def gradient(self, inputs: Inputs) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """The losses by name, and the gradient of "loss" by every parameter.
+
+        "loss" is the mean cross-entropy of each next token; of a mixture of experts with its share of "aux_loss".
+        """
         arguments = _arguments(inputs)
         # A row's first token has nobody to predict it but padding.
         labels = torch.where(torch.from_numpy(inputs.positions) > 0, arguments["input_ids"], IGNORED_LABEL)
         with self._computing():
-            loss = self.model(**arguments, labels=labels, use_cache=False).loss
-            loss.backward()
+            asked = {"output_router_logits": True} if hasattr(self.model.config, "router_aux_loss_coef") else {}
+            output = self.model(**arguments, labels=labels, use_cache=False, **asked)
+            output.loss.backward()
         gradients = {self._name(name): to_numpy(value.grad) for name, value in self.model.named_parameters()}
         self.model.zero_grad(set_to_none=True)
-        return loss.item(), gradients
+        return {name: output[name].item() for name in ("loss", "aux_loss") if name in output}, gradients
 
 
 @dataclasses.dataclass
 class Recording:
-    """Intermediates by name, at some columns of the length dimension."""
+    """Intermediates by name, at some columns of the length dimension, of so many rows."""
 
     columns: torch.Tensor
+    num_rows: int
     values: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
 
@@ -171,9 +185,40 @@ def _record(name: str, value: torch.Tensor, length_dim: int = 1) -> None:
         recording.values[name] = value.detach().index_select(length_dim, recording.columns)
 
 
+def _record_flat(name: str, value: torch.Tensor) -> None:
+    """Of what has the tokens of all rows in one dimension."""
+    recording = _recording.get()
+    if recording is not None:
+        _record(name, value.unflatten(0, (recording.num_rows, -1)))
+
+
 def _observe(module: torch.nn.Module, name: str, head_dim: int | None = None) -> None:
     def hook(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> None:
-        _record(name, output if head_dim is None else output.unflatten(-1, (-1, head_dim)))
+        output = output if head_dim is None else output.unflatten(-1, (-1, head_dim))
+        (_record_flat if output.ndim == 2 else _record)(name, output)
+
+    module.register_forward_hook(hook)
+
+
+def _observe_router(module: torch.nn.Module, start: str) -> None:
+    def hook(_module: torch.nn.Module, _inputs: Any, output: tuple[torch.Tensor, ...]) -> None:
+        for name, value in zip(("gate", "scores", "chosen"), output, strict=True):
+            _record_flat(start + name, value)
+
+    module.register_forward_hook(hook)
+
+
+def _observe_experts(module: torch.nn.Module, start: str) -> None:
+    """Their sum, and the output of each: of the first expert of every token alone, of the second, and so on, in full."""
+
+    def hook(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if _recording.get() is None:
+            return
+        tokens, chosen, scores = inputs
+        ones = torch.ones_like(scores[:, :1])
+        each = [module.forward(tokens, expert, ones) for expert in chosen.split(1, dim=1)]
+        _record_flat(start + "expert_outputs", torch.stack(each, dim=1))
+        _record_flat(start + "experts", output)
 
     module.register_forward_hook(hook)
 

@@ -12,6 +12,7 @@ import numpy as np
 from qwen_dist.checkpoint.model import LoadedModel
 from qwen_dist.models import cache as kv_cache
 from qwen_dist.models.capture import capture
+from qwen_dist.models.moe import load_balancing_loss
 from qwen_dist.parity.inputs import Inputs
 from qwen_dist.sharding import TRAIN, Resolver, bind, resolving
 
@@ -37,7 +38,7 @@ class Subject:
         def run(parameters: Mapping[str, jax.Array], replacing: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
             with resolving(self.loaded.resolver), capture(replacing) as taps:
                 model = bind(self.loaded.module, parameters)
-                hidden_BTD, _ = model(tokens, positions)
+                hidden_BTD, *_ = model(tokens, positions)
                 model.unembed(hidden_BTD[:, columns])
             return {name: _at_columns(name, value, columns)[: len(inputs.tokens)] for name, value in taps.items()}
 
@@ -58,7 +59,7 @@ class Subject:
         def run(parameters: Mapping[str, jax.Array]) -> jax.Array:
             with resolving(self.loaded.resolver):
                 model = bind(self.loaded.module, parameters)
-                hidden_BTD, _ = model(tokens, positions)
+                hidden_BTD, *_ = model(tokens, positions)
                 return model.unembed(hidden_BTD[:, -num_steps:])
 
         return cached, np.asarray(jax.jit(run)(self.loaded.parameters))[: len(inputs.tokens)]
@@ -98,28 +99,33 @@ class Subject:
         """The logits [B, V] at each row's token `last`, and the cache with all tokens in it."""
         with resolving(self.loaded.resolver):
             model = bind(self.loaded.module, parameters)
-            hidden_BTD, cache_after = model(tokens_BT, positions_BT, cache)
+            hidden_BTD, cache_after, _ = model(tokens_BT, positions_BT, cache)
             assert cache_after is not None
             hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
             return model.unembed(hidden_B1D)[:, 0], cache_after
 
-    def gradient(self, inputs: Inputs) -> tuple[float, dict[str, jax.Array]]:
-        """The mean cross-entropy of each next token, and its gradient by every parameter, under the training rules."""
+    def gradient(self, inputs: Inputs) -> tuple[dict[str, float], dict[str, jax.Array]]:
+        """The losses of `Reference.gradient`, and the first one's gradient by every parameter, under the training rules."""
         resolver = Resolver(self.loaded.resolver.mesh, TRAIN)
         tokens, positions = self._padded(inputs, resolver)
 
-        def loss(parameters: Mapping[str, jax.Array]) -> jax.Array:
+        def loss(parameters: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
             with resolving(resolver):
                 model = bind(self.loaded.module, parameters)
-                hidden_BTD, _ = model(tokens, positions)
+                hidden_BTD, _, router_logits = model(tokens, positions)
                 log_probabilities_BTV = jax.nn.log_softmax(model.unembed(hidden_BTD[:, :-1]))
             picked_BT = jnp.take_along_axis(log_probabilities_BTV, tokens[:, 1:, None], axis=-1)[..., 0]
             is_predicted_BT = positions[:, 1:] > 0
-            return -jnp.where(is_predicted_BT, picked_BT, 0).sum() / is_predicted_BT.sum()
+            losses = {"loss": -jnp.where(is_predicted_BT, picked_BT, 0).sum() / is_predicted_BT.sum()}
+            if (moe := self.loaded.config.moe) is not None:
+                losses["aux_loss"] = load_balancing_loss(router_logits, moe.experts_per_token, positions >= 0)
+                losses["loss"] += moe.aux_loss_coef * losses["aux_loss"]
+            return losses["loss"], losses
 
         shardings = {name: value.sharding for name, value in self.loaded.parameters.items()}
-        value, gradients = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings))(self.loaded.parameters)
-        return float(value), gradients
+        differentiate = jax.jit(jax.grad(loss, has_aux=True), out_shardings=(shardings, None))
+        gradients, losses = differentiate(self.loaded.parameters)
+        return {name: float(value) for name, value in losses.items()}, gradients
 
     def _padded(self, inputs: Inputs, resolver: Resolver | None = None) -> tuple[jax.Array, jax.Array]:
         tokens, positions = (

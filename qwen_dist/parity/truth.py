@@ -78,9 +78,10 @@ def _limit(comparison: Comparison, error: float) -> float | None:
     return math.exp(2 * error) if len(comparison.inputs.tokens) >= MIN_ROWS else None
 
 
-def _report_gradients(comparison: Comparison, found: tuple[float, Any], truth: Answers, sdpa: Answers) -> None:
-    ratio = abs(found[0] - truth.loss) / abs(sdpa.loss - truth.loss) if sdpa.loss != truth.loss else math.nan
-    comparison.rows.append(Row("gradient", "loss", "ratio", ratio, None))
+def _report_gradients(comparison: Comparison, found: tuple[dict[str, float], Any], truth: Answers, sdpa: Answers) -> None:
+    for name, exact in truth.losses.items():
+        error, rival = abs(found[0][name] - exact), abs(sdpa.losses[name] - exact)
+        comparison.rows.append(Row("gradient", name, "ratio", error / rival if rival else math.nan, None))
     squares = np.zeros(2)
     for name in backwards(truth):
         exact = truth.gradients[name]

@@ -65,7 +65,7 @@ def forward_and_gradients(model):
     def loss(parameters):
         with resolving(model.resolver):
             module = bind(model.module, parameters)
-            x_BTD, _ = module(tokens_BT, positions_BT)
+            x_BTD, *_ = module(tokens_BT, positions_BT)
             logits_BTV = module.unembed(x_BTD)
             log_probs_BTV = jax.nn.log_softmax(logits_BTV[:, :-1])
             return -jnp.take_along_axis(log_probs_BTV, tokens_BT[:, 1:, None], axis=-1).mean(), logits_BTV

@@ -126,7 +126,7 @@ def forward(model: LoadedModel) -> Callable[..., Any]:
     @functools.partial(jax.jit, static_argnames="num_live")
     def run(parameters, tokens_BT, positions_BT, cache=None, num_live=None):
         module = bind(model.module, parameters)
-        x_BTD, cache = module(tokens_BT, positions_BT, cache, num_live)
+        x_BTD, cache, _ = module(tokens_BT, positions_BT, cache, num_live)
         return module.unembed(x_BTD), cache
 
     return functools.partial(run, model.parameters)

@@ -36,7 +36,7 @@ def run(tiny_checkpoint):
         def loss(parameters, module):
             with resolving(resolver):
                 model = bind(module, parameters)
-                hidden, _ = model(tokens, positions)
+                hidden, *_ = model(tokens, positions)
                 logits = model.unembed(hidden)
             real = jnp.where((positions >= 0)[..., None], jax.nn.log_softmax(logits), 0)
             return jnp.mean(jnp.square(real)), logits

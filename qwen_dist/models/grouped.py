@@ -1,0 +1,157 @@
+"""A matrix product in which each group of rows has a weight of its own.
+
+Rows are sorted by group and `sizes` says how many each group has: dynamic numbers in static shapes, so nothing is ever
+dropped, however uneven they are. Rows behind the last group belong to none; what comes out for them means nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from qwen_dist.models.layers import at_least_float32
+
+MAX_BLOCK = 64
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_product(rows_RC: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Each row times the weight of its group: [R, O], accumulated in at least float32 and rounded once, to `dtype`.
+
+    `jax.lax.ragged_dot`, which compilers for accelerators have kernels for. XLA's CPU backend computes every group for every
+    row there; here it gets a loop over the groups that have rows.
+    """
+    return _rows_by_weights(rows_RC, weights_EOC, sizes_E, 2, dtype)
+
+
+def _forward(rows_RC, weights_EOC, sizes_E, dtype):  # type: ignore[no-untyped-def]
+    return grouped_product(rows_RC, weights_EOC, sizes_E, dtype), (rows_RC, weights_EOC, sizes_E)
+
+
+def _backward(_dtype, operands, gradient_RO):  # type: ignore[no-untyped-def]
+    rows_RC, weights_EOC, sizes_E = operands
+    gradient_RO = gradient_RO.astype(rows_RC.dtype)
+    of_rows = _rows_by_weights(gradient_RO, weights_EOC, sizes_E, 1, rows_RC.dtype)
+    of_weights = jax.lax.platform_dependent(
+        gradient_RO, rows_RC, sizes_E, cpu=_rows_by_rows_in_blocks, default=_rows_by_rows_ragged
+    )
+    has_group_R1 = jnp.arange(len(rows_RC))[:, None] < sizes_E.sum()
+    return jnp.where(has_group_R1, of_rows, 0), of_weights, np.zeros(sizes_E.shape, jax.dtypes.float0)
+
+
+grouped_product.defvjp(_forward, _backward)
+
+
+def _rows_by_weights(x_RI: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Array, dim: int, dtype: DTypeLike) -> jax.Array:
+    """Each row times its weight, summing over the weight's dimension `dim`."""
+    options = {"dim": dim, "dtype": jnp.dtype(dtype)}
+    in_blocks, ragged = (functools.partial(each, **options) for each in (_in_blocks, _ragged))
+    return jax.lax.platform_dependent(x_RI, weights_EOC, sizes_E, cpu=in_blocks, default=ragged)
+
+
+# --- accelerators ---
+
+
+def _ragged(x_RI: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Array, *, dim: int, dtype: jnp.dtype) -> jax.Array:
+    dims = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((1,), (dim,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+    )
+    wide = at_least_float32(x_RI.dtype)
+    return jax.lax.ragged_dot_general(x_RI, weights_EOC, sizes_E, dims, preferred_element_type=wide).astype(dtype)
+
+
+def _rows_by_rows_ragged(left_RO: jax.Array, right_RC: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    dims = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+    )
+    wide = at_least_float32(left_RO.dtype)
+    product_EOC = jax.lax.ragged_dot_general(left_RO, right_RC, sizes_E, dims, preferred_element_type=wide)
+    return product_EOC.astype(left_RO.dtype)
+
+
+# --- CPU ---
+
+
+def _in_blocks(x_RI: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Array, *, dim: int, dtype: jnp.dtype) -> jax.Array:
+    """The groups that have rows one after the other, each in blocks of a few rows.
+
+    A group's last block reaches into the next group's rows, which then overwrite what it made of them.
+    """
+    block, num_out = _block_rows(len(x_RI), len(sizes_E)), weights_EOC.shape[3 - dim]
+    padded = _bits(jnp.pad(x_RI, ((0, block), (0, 0))))
+    starts_E = jnp.cumsum(sizes_E) - sizes_E
+    with_rows_first_E = jnp.argsort(sizes_E == 0, stable=True)
+
+    def group(index: jax.Array, out: jax.Array) -> jax.Array:
+        # The barrier ties the weights to this turn of the loop: XLA would widen or copy all of them in front of it.
+        weights, index = jax.lax.optimization_barrier((weights_EOC, index))
+        group = with_rows_first_E[index]
+        weight_OC = jax.lax.dynamic_index_in_dim(_bits(weights), group, keepdims=False).view(weights.dtype)
+
+        def rows(index: jax.Array, out: jax.Array) -> jax.Array:
+            start = starts_E[group] + index * block
+            x = jax.lax.dynamic_slice_in_dim(padded, start, block).view(x_RI.dtype)
+            y = _bits(_by_weight(x, weight_OC, dim - 1).astype(dtype))
+            return jax.lax.dynamic_update_slice_in_dim(out, y, start, 0)
+
+        return jax.lax.fori_loop(0, -(-sizes_E[group] // block), rows, out)
+
+    out = _bits(jnp.zeros((len(padded), num_out), dtype))
+    return jax.lax.fori_loop(0, (sizes_E > 0).sum(), group, out).view(dtype)[: len(x_RI)]
+
+
+def _by_weight(x_RI: jax.Array, weight_OC: jax.Array, dim: int) -> jax.Array:
+    """A block of rows times one weight, in the form that is fastest on XLA's CPU backend."""
+    wide = at_least_float32(x_RI.dtype)
+    if len(x_RI) == 1:  # becomes one loop over the weight where it lies, without a copy
+        x = x_RI[0].astype(wide)
+        weight = _widened(weight_OC).astype(wide)
+        return (weight @ x if dim == 1 else x @ weight)[None]
+    if dim == 0:
+        return jax.lax.dot_general(x_RI, weight_OC, (((1,), (0,)), ((), ())), preferred_element_type=wide)
+    return jax.lax.dot_general(weight_OC, x_RI, (((1,), (1,)), ((), ())), preferred_element_type=wide).T
+
+
+def _rows_by_rows_in_blocks(left_RO: jax.Array, right_RC: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """The sum of the outer products of each group's rows, [E, O, C]: the gradient of the weights."""
+    block, wide = max(2, _block_rows(len(left_RO), len(sizes_E))), at_least_float32(left_RO.dtype)
+    left, right = (_bits(jnp.pad(x, ((0, block), (0, 0)))) for x in (left_RO, right_RC))
+    starts_E = jnp.cumsum(sizes_E) - sizes_E
+    shape = (left_RO.shape[1], right_RC.shape[1])
+
+    def group(index: jax.Array, out_EOC: jax.Array) -> jax.Array:
+        def rows(number: jax.Array, sum_OC: jax.Array) -> jax.Array:
+            start = starts_E[index] + number * block
+            x, y = (jax.lax.dynamic_slice_in_dim(each, start, block).view(left_RO.dtype) for each in (left, right))
+            is_of_group = number * block + jnp.arange(block)[:, None] < sizes_E[index]
+            x = jnp.where(is_of_group, x, 0)
+            return sum_OC + jax.lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=wide)
+
+        sum_OC = jax.lax.fori_loop(0, -(-sizes_E[index] // block), rows, jnp.zeros(shape, wide))
+        return jax.lax.dynamic_update_index_in_dim(out_EOC, _bits(sum_OC.astype(left_RO.dtype)), index, 0)
+
+    out_EOC = _bits(jnp.zeros((len(sizes_E), *shape), left_RO.dtype))
+    return jax.lax.fori_loop(0, len(sizes_E), group, out_EOC).view(left_RO.dtype)
+
+
+def _block_rows(num_rows: int, num_groups: int) -> int:
+    """About as many rows as a group has; one where most groups have none or one."""
+    if 4 * num_rows <= num_groups:
+        return 1
+    return min(MAX_BLOCK, max(2, 1 << (-(-num_rows // num_groups) - 1).bit_length()))
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """16-bit floats as integers: to slice those, XLA's CPU backend widens the whole array to float32."""
+    return x.view(jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
+def _widened(x: jax.Array) -> jax.Array:
+    """bfloat16 as float32 by a shift of its bits, which compiles to less than a conversion; others as they are."""
+    if x.dtype != jnp.bfloat16:
+        return x
+    return (x.view(jnp.uint16).astype(jnp.uint32) << 16).view(jnp.float32)
