@@ -32,9 +32,9 @@ class MeshConfig:
     """How many devices each axis spans; -1, once, means all that are left.
 
     data: whole replicas of the model, each with its share of the batch. fsdp: weights spread over replicas of the
-    computation. context: the tokens of each row split. tensor: heads, MLP channels and vocabulary split. expert:
-    reserved, 1. `dcn` has, for the axes that cross the slower network, how many parts of the axis are on different sides
-    of it.
+    computation. expert: the experts of a mixture spread; everything else repeated, each with its share of the batch.
+    context: the tokens of each row split. tensor: heads, MLP channels and vocabulary split. `dcn` has, for the axes that
+    cross the slower network, how many parts of the axis are on different sides of it.
     """
 
     data: int = 1
@@ -59,8 +59,6 @@ class MeshConfig:
                 problems.append(f"{axis} is given twice")
             elif match is None:
                 problems.append(f"{part!r}: a size is a positive number, or -1 for all devices that are left")
-            elif axis == "expert" and size != "1":
-                problems.append(f"{axis} can only be 1 for the models supported so far")
             else:
                 outer, inner = int(match[1] or 1), int(match[2] or 1)
                 sizes[axis] = -1 if inner == -1 else outer * inner
@@ -143,19 +141,20 @@ def add_over_all(mesh: jax.sharding.Mesh) -> int:
 def default_mesh(model: ModelConfig, devices: Sequence[jax.Device]) -> MeshConfig:
     """A mesh for a model when none is asked for: what can fit fits, and the most frequent exchanges stay in a host.
 
-    `tensor` takes as many devices of a process as the heads, MLP channels and vocabulary can be divided by, `fsdp` the rest
-    of a slice if the embedding can be divided by it, and `data`, which repeats the weights, what is left: each slice has a
-    copy.
+    `tensor` takes as many devices of a process as the heads, MLP channels and vocabulary can be divided by, `expert` the
+    rest of a slice as far as it divides the experts, `fsdp` then if the embedding can be divided by it, and `data`, which
+    repeats the weights, what is left: each slice has a copy.
     """
     granules = len({_slice(device) for device in devices})
     per_granule = len(devices) // granules
     local = sum(device.process_index == devices[0].process_index for device in devices)
-    split = math.gcd(local, model.num_attention_heads, model.intermediate_size, model.vocab_size)
+    split = math.gcd(local, model.num_attention_heads, model.vocab_size, *model.channels)
     kv_heads = model.num_key_value_heads
     tensor = max(n for n in range(1, MAX_DEFAULT_TENSOR + 1) if split % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0))
-    fsdp = math.gcd(per_granule // tensor, model.hidden_size)
-    data = len(devices) // (fsdp * tensor)
-    return MeshConfig(data=data, fsdp=fsdp, tensor=tensor, dcn=(("data", granules),) if granules > 1 else ())
+    expert = math.gcd(per_granule // tensor, model.moe.num_experts) if model.moe else 1
+    fsdp = math.gcd(per_granule // (tensor * expert), model.hidden_size)
+    data = len(devices) // (fsdp * expert * tensor)
+    return MeshConfig(data=data, fsdp=fsdp, expert=expert, tensor=tensor, dcn=(("data", granules),) if granules > 1 else ())
 
 
 def training_mesh(model: ModelConfig, devices: Sequence[jax.Device]) -> MeshConfig:

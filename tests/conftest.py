@@ -27,10 +27,10 @@ TINY_SIZES: dict[str, dict[str, Any]] = {
     "qwen3": {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 40, "head_dim": 16},
     # The second layer of three is dense; in the other family it is the only one with experts.
     "qwen2_moe": {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32, "norm_topk_prob": False}
-    | {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 28}
+    | {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
     | {"mlp_only_layers": [1]},
     "qwen3_moe": {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 40, "head_dim": 16}
-    | {"num_experts": 10, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "norm_topk_prob": True}
+    | {"num_experts": 10, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
     | {"decoder_sparse_step": 2},
 }
 

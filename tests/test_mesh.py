@@ -15,7 +15,7 @@ from qwen_dist.models.config import ModelConfig
         ("tensor=4", MeshConfig(tensor=4)),
         ("context=2,tensor=4", MeshConfig(context=2, tensor=4)),
         (" fsdp = 2 , tensor=4,", MeshConfig(fsdp=2, tensor=4)),
-        ("data=2,fsdp=-1,tensor=2,expert=1,context=1", MeshConfig(data=2, fsdp=-1, tensor=2)),
+        ("data=2,fsdp=-1,tensor=2,expert=2,context=1", MeshConfig(data=2, fsdp=-1, expert=2, tensor=2)),
     ],
 )
 def test_parse(text, config):
@@ -30,7 +30,6 @@ def test_every_problem_of_a_mesh_is_listed():
         "'model' is not an axis; axes are data, fsdp, expert, context, tensor; "
         "'tensor=x': a size is a positive number, or -1 for all devices that are left; "
         "fsdp is given twice; "
-        "expert can only be 1 for the models supported so far; "
         "'data=0': a size is a positive number, or -1 for all devices that are left. Example: fsdp=2,tensor=4."
     )
 

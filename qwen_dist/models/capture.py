@@ -5,7 +5,7 @@ compiled program never knows; inside, the values are collected by name and can b
 
     def forward(params, tokens, positions):
         with capture() as taps:
-            x, _ = model(tokens, positions)
+            x, *_ = model(tokens, positions)
         return x, taps                       # {"layers.0.self_attn.q_rope": Array [B, T, N, H], ...}
 
 `capture(replacing={name: value, ...})` also makes the model go on with the given values in place of its own, so that each

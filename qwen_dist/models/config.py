@@ -42,7 +42,7 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
-    """A mixture of experts: every token is given to the `experts_per_token` that its router scores highest of `num_experts`.
+    """A mixture of experts: a token is given to the `experts_per_token` that the router scores highest of `num_experts`.
 
     expert_size, shared_expert_size: channels of each of them, and of the one that every token is given to besides (None:
     there is none). normalize_scores: the scores of a token's experts are made to sum to 1. aux_loss_coef: what fine-tuning
@@ -88,6 +88,14 @@ class ModelConfig:
     moe: MoEConfig | None
     layers: tuple[LayerConfig, ...]
 
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """How many channels its MLPs have, each number once."""
+        sizes = [self.intermediate_size] if any(layer.ffn == "mlp" for layer in self.layers) else []
+        if self.moe is not None:
+            sizes += [self.moe.expert_size, self.moe.shared_expert_size or self.moe.expert_size]
+        return tuple(dict.fromkeys(sizes))
+
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], ignored_keys: Iterable[str] = ()) -> ModelConfig:
         """Read the contents of a Hugging Face `config.json`.
@@ -124,9 +132,9 @@ class ModelConfig:
 # (quantization_config says how the weights are stored, which is the loader's business).
 _HARMLESS = frozenset(
     """_name_or_path architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id
-    id2label label2id model_type output_attentions output_hidden_states output_router_logits pad_token_id problem_type quantization_config
-    return_dict sep_token_id task_specific_params tokenizer_class torch_dtype transformers_version use_cache
-    _attn_implementation _attn_implementation_autoset unsloth_fixed unsloth_version""".split()
+    id2label label2id model_type output_attentions output_hidden_states output_router_logits pad_token_id problem_type
+    quantization_config return_dict sep_token_id task_specific_params tokenizer_class torch_dtype transformers_version
+    use_cache _attn_implementation _attn_implementation_autoset unsloth_fixed unsloth_version""".split()
 )
 # Keys that would change the computation unless they have this value.
 _NEUTRAL = {

@@ -22,8 +22,8 @@ MAX_BLOCK = 64
 def grouped_product(rows_RC: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Each row times the weight of its group: [R, O], accumulated in at least float32 and rounded once, to `dtype`.
 
-    `jax.lax.ragged_dot`, which compilers for accelerators have kernels for. XLA's CPU backend computes every group for every
-    row there; here it gets a loop over the groups that have rows.
+    This is `jax.lax.ragged_dot`, which accelerators' compilers have kernels for. XLA's CPU backend would compute each group
+    for every row; it gets a loop over the groups that have rows.
     """
     return _rows_by_weights(rows_RC, weights_EOC, sizes_E, 2, dtype)
 
@@ -48,8 +48,7 @@ grouped_product.defvjp(_forward, _backward)
 
 def _rows_by_weights(x_RI: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Array, dim: int, dtype: DTypeLike) -> jax.Array:
     """Each row times its weight, summing over the weight's dimension `dim`."""
-    options = {"dim": dim, "dtype": jnp.dtype(dtype)}
-    in_blocks, ragged = (functools.partial(each, **options) for each in (_in_blocks, _ragged))
+    in_blocks, ragged = (functools.partial(each, dim=dim, dtype=jnp.dtype(dtype)) for each in (_in_blocks, _ragged))
     return jax.lax.platform_dependent(x_RI, weights_EOC, sizes_E, cpu=in_blocks, default=ragged)
 
 

@@ -21,7 +21,7 @@ from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.grouped import grouped_product
 from qwen_dist.models.layers import Linear, at_least_float32
 from qwen_dist.models.mlp import MLP
-from qwen_dist.sharding import Parts, annotate, constrain, on_each_device
+from qwen_dist.sharding import Parts, annotate, on_each_device
 
 
 class MoE(nnx.Module):
@@ -69,8 +69,8 @@ def route(logits_BTE: jax.Array, experts_per_token: int, normalize: bool) -> tup
 def load_balancing_loss(router_logits: Sequence[jax.Array], experts_per_token: int, is_real_BT: jax.Array) -> jax.Array:
     """E times the sum over experts of (share of the tokens that chose it) × (mean probability): arXiv:2101.03961, eq. 4-6.
 
-    Both means are over the real tokens of all layers together, as `load_balancing_loss_func` of transformers takes them. It is
-    K when all experts are chosen alike. Only the probabilities have a gradient.
+    Both means are over the real tokens of all layers together, as `load_balancing_loss_func` of transformers takes them. K
+    when all experts are chosen alike. Only the probabilities have a gradient.
     """
     num_experts = router_logits[0].shape[-1]
     chosen_E = probability_E = jnp.zeros(num_experts, router_logits[0].dtype)
@@ -160,8 +160,8 @@ def _run_where_they_are(
 ) -> jax.Array:
     """As `_run_here`, for experts on any device: tokens are sent to them, and their outputs back.
 
-    Shapes are static, so a device has room for so many tokens of each other device, about twice the mean; when the loads are
-    more uneven than that, what has no room waits for the next round. The number of rounds is what the fullest queue needs.
+    Shapes are static, so a device has room for so many tokens of each other device, about twice the mean; where loads are
+    more uneven, what has no room waits for the next round. There are as many rounds as the fullest queue needs.
     """
     num_parts, num_local = parts.count("experts"), len(down_EDF)
     owner_R = chosen_R // num_local  # padding belongs to nobody

@@ -32,10 +32,9 @@ class Block(nnx.Module):
         self.input_layernorm = norm()
         self.self_attn = Attention(config, layer, dtype=dtype)
         self.post_attention_layernorm = norm()
-        if layer.ffn == "moe":
-            self.mlp = MoE(config, dtype=dtype)
-        else:
-            self.mlp = MLP(config.hidden_size, config.intermediate_size, dtype=dtype, std=config.initializer_range)
+        sizes = config.hidden_size, config.intermediate_size
+        is_mixture = layer.ffn == "moe"
+        self.mlp = MoE(config, dtype=dtype) if is_mixture else MLP(*sizes, dtype=dtype, std=config.initializer_range)
 
     def __call__(
         self,
@@ -53,10 +52,10 @@ class Block(nnx.Module):
         normed_BTD = tap("post_attention_layernorm", self.post_attention_layernorm(x_BTD))
         with scope("mlp"):
             if isinstance(self.mlp, MLP):
-                mixed_BTD, router_logits_BTE = self.mlp(normed_BTD), None
+                out_BTD, router_logits_BTE = self.mlp(normed_BTD), None
             else:
-                mixed_BTD, router_logits_BTE = self.mlp(normed_BTD, positions_BT >= 0)
-        return constrain(x_BTD + mixed_BTD, "batch", "length", "embed"), cache, router_logits_BTE
+                out_BTD, router_logits_BTE = self.mlp(normed_BTD, positions_BT >= 0)
+        return constrain(x_BTD + out_BTD, "batch", "length", "embed"), cache, router_logits_BTE
 
 
 class Transformer(nnx.Module):

@@ -20,6 +20,8 @@ class Bound:
 
 EXACT = Bound("max_abs", 0.0)
 REPORTED = Bound("relative", None)
+# Which experts a token goes to; a choice is the same or another one.
+CHOICES, CHOICES_REPORTED = Bound("differing", 0.0), Bound("differing", None)
 _IN_FLOAT64 = Bound("max_abs", 1e-10)
 BOUNDS: dict[str, dict[Section, Bound]] = {
     "float64": dict.fromkeys(("same inputs", "whole model", "decode", "gradient"), _IN_FLOAT64),
@@ -41,6 +43,8 @@ def bound_of(dtype: str, section: Section, name: str) -> Bound:
     """What a component may differ by from PyTorch's in the same dtype."""
     if name == "embed_tokens":
         return EXACT
+    if name.endswith(".chosen"):
+        return CHOICES_REPORTED if dtype == "bfloat16" else CHOICES
     if dtype == "bfloat16":
         # Rounded at the same places a norm is the same number, but where float32 sums in another order round differently.
         return Bound("differing", 0.01) if section == "same inputs" and name.endswith("norm") else REPORTED

@@ -35,8 +35,8 @@ class Difference:
     """Δ = ours - reference, measured in float64.
 
     max_abs: largest |Δ|. max_rel: largest |Δ/ref|, infinite where a zero is missed. relative: ‖Δ‖/‖ref‖. max_ulp: largest
-    |Δ| in units of ref's last place; None where the two types differ. differing: share of elements that are not equal.
-    cosine: of the angle between the two arrays.
+    |Δ| in units of ref's last place; None for integers and where the two types differ. differing: share of elements that
+    are not equal. cosine: of the angle between the two arrays.
     """
 
     max_abs: float
@@ -51,6 +51,7 @@ def difference(ours: np.ndarray, reference: np.ndarray) -> Difference:
     """Measure ours - reference; shapes must be equal. What is not finite makes a difference that is not either."""
     assert ours.shape == reference.shape, f"{ours.shape} and {reference.shape}"
     max_abs = max_rel = max_ulp = 0.0
+    is_float = not np.issubdtype(reference.dtype, np.integer)
     differing = 0
     squares = np.zeros(4)  # of Δ, ours, reference; and ours times reference
     for _, a, b in _pieces(ours, reference):
@@ -62,13 +63,13 @@ def difference(ours: np.ndarray, reference: np.ndarray) -> Difference:
             with np.errstate(divide="ignore", over="ignore"):
                 max_abs = _worst(max_abs, delta)
                 max_rel = _worst(max_rel, delta[wrong] / np.abs(b[wrong]))
-                max_ulp = _worst(max_ulp, delta[wrong] / _last_place(b[wrong], reference.dtype))
+                max_ulp = _worst(max_ulp, delta[wrong] / _last_place(b[wrong], reference.dtype)) if is_float else 0.0
     error, own, norm, product = squares.tolist()
     return Difference(
         max_abs=max_abs,
         max_rel=max_rel,
         relative=0.0 if error == 0 else math.sqrt(error / norm) if norm > 0 else math.inf,
-        max_ulp=max_ulp if ours.dtype == reference.dtype else None,
+        max_ulp=max_ulp if is_float and ours.dtype == reference.dtype else None,
         differing=differing / max(1, ours.size),
         cosine=1.0 if error == 0 else product / math.sqrt(own * norm) if own * norm > 0 else math.nan,
     )

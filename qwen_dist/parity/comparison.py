@@ -105,6 +105,7 @@ class Comparison:
         yield "the whole model"
         found = subject.forward(self.inputs, self.columns)
         self.compare_intermediates("whole model", found, answers.values)
+        self.report_routing(found, answers.values)
         self.compare_next_token(found, answers.values)
         del found
         yield "decoding"
@@ -193,6 +194,24 @@ class Comparison:
         self.facts["mean KL of the next token"] = f"{self.distributions.kl.mean():.3g} nats"
         self.facts["top-1 agreement"] = f"{self.distributions.same_top1.mean():.2%} of {len(positions)} tokens"
         self.facts["top-5 agreement"] = f"{self.distributions.same_top5.mean():.2%}"
+
+    def report_routing(self, found: Values, expected: Values) -> None:
+        """How often a token goes to other experts, and how often that hangs on less than the logits differ by."""
+        differing = near_ties = total = 0
+        for name in (name for name in expected if name.endswith(".mlp.gate")):
+            ours, reference = (self.tokens_of(name, values).astype(np.float64) for values in (found, expected))
+            chosen = (self.tokens_of(name.replace("gate", "chosen"), values) for values in (found, expected))
+            num_chosen = expected[name.replace("gate", "chosen")].shape[-1]
+            ordered = -np.sort(-reference, axis=-1)
+            margin = ordered[:, num_chosen - 1] - ordered[:, num_chosen] if num_chosen < ordered.shape[1] else np.inf
+            near_ties += int((margin <= 2 * np.abs(ours - reference).max()).sum())
+            differing += int((np.sort(next(chosen)) != np.sort(next(chosen))).any(axis=-1).sum())
+            total += len(reference)
+        if total:
+            self.facts["routing"] = (
+                f"{differing} of {total} choices of experts differ; in {near_ties} the last chosen and the first not "
+                "chosen are within twice the largest difference of the router's logits"
+            )
 
     def report(self) -> ParityReport:
         """All that was found."""

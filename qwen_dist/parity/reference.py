@@ -27,8 +27,8 @@ from qwen_dist.parity.inputs import Inputs
 # Modules of a layer whose output is compared under the module's own name.
 _HOOKED = (
     "input_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.q_norm self_attn.k_norm self_attn.o_proj "
-    "post_attention_layernorm mlp.gate_proj mlp.up_proj mlp.down_proj mlp.shared_expert.gate_proj mlp.shared_expert.up_proj "
-    "mlp.shared_expert.down_proj mlp.shared_expert_gate"
+    "post_attention_layernorm mlp.gate_proj mlp.up_proj mlp.down_proj mlp.shared_expert.gate_proj "
+    "mlp.shared_expert.up_proj mlp.shared_expert.down_proj mlp.shared_expert_gate"
 ).split()
 _PER_HEAD = ("q_proj", "k_proj", "v_proj")
 IGNORED_LABEL = -100

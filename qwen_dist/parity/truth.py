@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from qwen_dist.parity.bounds import MAX_MEAN_KL
+from qwen_dist.parity.bounds import CHOICES_REPORTED, MAX_MEAN_KL
 from qwen_dist.parity.compare import ParityReport, Row, difference
+from qwen_dist.parity.compare import row as row_of
 from qwen_dist.parity.comparison import Answers, Comparison, Values, backwards, without_logits
 from qwen_dist.parity.reference import Reference
 
@@ -37,6 +38,7 @@ def compare_with_truth(comparison: Comparison) -> ParityReport:
         comparison.compare_intermediates("same inputs", found, eager)
     found = subject.forward(inputs, columns)
     _judge_components(comparison, found, truth, sdpa, eager)
+    comparison.report_routing(found, truth.values)
     comparison.compare_next_token(found, truth.values)
     _judge_next_token(comparison)
     _judge_decoding(comparison, comparison.compare_decoding(subject, sdpa), truth, sdpa)
@@ -47,6 +49,10 @@ def compare_with_truth(comparison: Comparison) -> ParityReport:
 def _judge_components(comparison: Comparison, found: Values, truth: Answers, sdpa: Answers, eager: Values) -> None:
     """How much larger than PyTorch's each component's error is; only that of the logits has a bound."""
     for name in truth.values:
+        if name.endswith(".chosen"):
+            ours, exact = (comparison.tokens_of(name, values) for values in (found, truth.values))
+            comparison.rows.append(row_of("whole model", name, ours, exact, CHOICES_REPORTED))
+            continue
         rival = sdpa.values if name in sdpa.values else eager  # attention weights are never there under sdpa
         ratio, error = _error_ratio_of(comparison, name, found, rival, truth.values)
         limit = _limit(comparison, error) if name == "logits" else None
@@ -79,9 +85,9 @@ def _limit(comparison: Comparison, error: float) -> float | None:
 
 
 def _report_gradients(comparison: Comparison, found: tuple[dict[str, float], Any], truth: Answers, sdpa: Answers) -> None:
-    for name, exact in truth.losses.items():
-        error, rival = abs(found[0][name] - exact), abs(sdpa.losses[name] - exact)
-        comparison.rows.append(Row("gradient", name, "ratio", error / rival if rival else math.nan, None))
+    for name, loss in truth.losses.items():
+        error, of_rival = abs(found[0][name] - loss), abs(sdpa.losses[name] - loss)
+        comparison.rows.append(Row("gradient", name, "ratio", error / of_rival if of_rival else math.nan, None))
     squares = np.zeros(2)
     for name in backwards(truth):
         exact = truth.gradients[name]

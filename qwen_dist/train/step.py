@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from qwen_dist.checkpoint.model import LoadedModel
 from qwen_dist.models.layers import at_least_float32
+from qwen_dist.models.moe import load_balancing_loss
 from qwen_dist.sharding import bind, resolving
 from qwen_dist.train.batches import Batch
 from qwen_dist.train.loss import next_token_loss
@@ -150,7 +151,11 @@ class Trainer:
     ) -> tuple[jax.Array, Parameters]:
         """Loss and gradient, summed over all tokens of all parts, in at least float32."""
         rounded = {name: value.astype(self.dtype) for name, value in parameters.items()}
-        of_part = jax.value_and_grad(lambda trained, part: self._sum_losses(trained, frozen, part)[0])
+
+        @jax.value_and_grad
+        def of_part(trained: Parameters, part: Batch) -> jax.Array:
+            loss, count, aux_loss = self._losses(trained, frozen, part)
+            return loss + aux_loss * count
 
         def add(sums: tuple[jax.Array, Parameters], part: Batch) -> tuple[tuple[jax.Array, Parameters], None]:
             loss, gradients = of_part(rounded, part)
@@ -165,10 +170,20 @@ class Trainer:
     def _sum_losses(
         self, trained: Mapping[str, jax.Array], frozen: Parameters, batch: Batch
     ) -> tuple[jax.Array, jax.Array]:
+        return self._losses(trained, frozen, batch)[:2]
+
+    def _losses(
+        self, trained: Mapping[str, jax.Array], frozen: Parameters, batch: Batch
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The sum of the tokens' losses, how many are learnt, and what a mixture of experts adds to their mean."""
         with resolving(self._resolver):
             rounded = {name: value.astype(self.dtype) for name, value in trained.items()}
             module = bind(self._module, frozen | rounded)
-            x_BTD, _ = module(batch.tokens, batch.positions, segments_BT=batch.segments, remat=self._remat)
+            x_BTD, _, router_logits = module(batch.tokens, batch.positions, segments_BT=batch.segments, remat=self._remat)
             apart = self._resolver.batch_multiple()
             loss = next_token_loss(x_BTD, module.head(), batch.targets, batch.is_learnt, apart)
-        return loss, batch.is_learnt.sum()
+            aux_loss = jnp.zeros((), loss.dtype)
+            if (moe := self._module.config.moe) is not None:
+                is_real_BT = batch.positions >= 0
+                aux_loss = moe.aux_loss_coef * load_balancing_loss(router_logits, moe.experts_per_token, is_real_BT)
+        return loss, batch.is_learnt.sum(), aux_loss

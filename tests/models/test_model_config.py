@@ -3,12 +3,14 @@
 import copy
 import dataclasses
 import json
+import re
 
 import pytest
+import torch
 import transformers
 
 from qwen_dist.errors import CheckpointError
-from qwen_dist.models.config import LayerConfig, ModelConfig, RopeConfig
+from qwen_dist.models.config import LayerConfig, ModelConfig, MoEConfig, RopeConfig
 
 # As published, key for key (the weights' own config.json).
 QWEN2_5_7B = {
@@ -65,7 +67,83 @@ QWEN3_0_6B = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
-RELEASED = {"qwen2": QWEN2_5_7B, "qwen3": QWEN3_0_6B}
+QWEN1_5_MOE = {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "decoder_sparse_step": 1,
+    "eos_token_id": 151643,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 5632,
+    "max_position_embeddings": 8192,
+    "max_window_layers": 21,
+    "model_type": "qwen2_moe",
+    "moe_intermediate_size": 1408,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 16,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "shared_expert_intermediate_size": 5632,
+    "sliding_window": 32768,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.39.0.dev0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+QWEN3_30B_A3B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "decoder_sparse_step": 1,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+RELEASED = {"qwen2": QWEN2_5_7B, "qwen3": QWEN3_0_6B, "qwen2_moe": QWEN1_5_MOE, "qwen3_moe": QWEN3_30B_A3B}
+# Layers with a window when it is on and `max_window_layers` is 20.
+WINDOWED = {
+    "qwen2": lambda i: i >= 20,
+    "qwen3": lambda i: i >= 20,
+    "qwen2_moe": lambda i: i % 2 == 0 and i < 20,
+    "qwen3_moe": lambda i: True,
+}
 
 # What a user changes in a v4 file, for each way of computing.
 V4_CHANGES = {
@@ -95,6 +173,7 @@ def test_released_configurations():
         o_bias=False,
         qk_norm=False,
         rope=RopeConfig("default", 1e6, 131072),
+        moe=None,
         layers=(LayerConfig(),) * 28,
     )
     assert (qwen3.qkv_bias, qwen3.o_bias, qwen3.qk_norm, qwen3.head_dim) == (False, False, True, 128)
@@ -110,10 +189,11 @@ def test_both_generations_of_the_file_say_the_same(tmp_path, family, change):
     (tmp_path / "config.json").write_text(json.dumps(old))
     transformers.AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "new")
     new = json.loads((tmp_path / "new" / "config.json").read_text())
-    assert "rope_parameters" in new and "rope_theta" not in new and "layer_types" in new
+    assert "rope_parameters" in new and "rope_theta" not in new
     assert ModelConfig.from_directory(tmp_path) == ModelConfig.from_directory(tmp_path / "new")
     windows = [layer.sliding_window for layer in ModelConfig.from_hf(old).layers]
-    assert windows == ([None] * 20 + [4096] * 8 if change == "windows" else [None] * 28)
+    expected = [4096 if change == "windows" and WINDOWED[family](i) else None for i in range(old["num_hidden_layers"])]
+    assert windows == expected
 
 
 @pytest.mark.parametrize("family", RELEASED)
@@ -121,9 +201,44 @@ def test_transformers_own_defaults_are_ours(family):
     """A file that leaves out all it may is read as transformers reads it."""
     given = {key: RELEASED[family][key] for key in ("model_type", "max_position_embeddings")}
     needed = "vocab_size hidden_size intermediate_size num_attention_heads num_hidden_layers rms_norm_eps".split()
+    needed += [key for key in RELEASED[family] if key.endswith(("expert_intermediate_size", "moe_intermediate_size"))]
+    needed += [key for key in ("num_experts", "num_experts_per_tok") if key in RELEASED[family]]
     minimal = given | {key: RELEASED[family][key] for key in needed} | {"num_key_value_heads": 4}
     written = transformers.AutoConfig.for_model(**minimal).to_dict()
     assert ModelConfig.from_hf(minimal) == ModelConfig.from_hf(written)
+
+
+def test_experts_of_released_configurations():
+    old, new = ModelConfig.from_hf(QWEN1_5_MOE), ModelConfig.from_hf(QWEN3_30B_A3B)
+    assert old.moe == MoEConfig(60, 4, 1408, 5632, normalize_scores=False, aux_loss_coef=0.001)
+    assert new.moe == MoEConfig(128, 8, 768, None, normalize_scores=True, aux_loss_coef=0.001)
+    assert (old.qkv_bias, old.o_bias, old.qk_norm, old.head_dim) == (True, False, False, 128)
+    assert (new.qkv_bias, new.o_bias, new.qk_norm, new.head_dim) == (False, False, True, 128)
+    assert (old.layers, new.layers) == ((LayerConfig(ffn="moe"),) * 24, (LayerConfig(ffn="moe"),) * 48)
+
+
+def test_which_layers_have_experts():
+    """As the decoder layers of transformers are built."""
+    given = QWEN3_30B_A3B | {"num_hidden_layers": 8, "decoder_sparse_step": 3, "mlp_only_layers": [5]}
+    assert [layer.ffn for layer in ModelConfig.from_hf(given).layers] == ["mlp"] * 2 + ["moe"] + ["mlp"] * 5
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**given))
+    assert [hasattr(layer.mlp, "experts") for layer in model.layers] == [False, False, True, *[False] * 5]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts_per_tok": 129}, "num_experts_per_tok 129 is more than the 128 experts"),
+        ({"num_local_experts": 128}, "num_experts and num_local_experts are both given"),
+        ({"mlp_only_layers": [48, "1"]}, "mlp_only_layers has 48, '1'; layers are 0 to 47"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step is 0; it must be at least 1"),
+        ({"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size = 8 is not understood"),
+    ],
+)
+def test_experts_that_cannot_be(changes, message):
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        ModelConfig.from_hf(QWEN3_30B_A3B | changes)
 
 
 def test_every_problem_is_listed_at_once():
@@ -253,6 +368,7 @@ CHANGES = {
     "o_bias": {"attention_bias": True},
     "qk_norm": {"model_type": "qwen2", "attention_bias": True},
     "rope": {"rope_theta": 10000.0},
+    "moe": QWEN3_30B_A3B,
     "layers": {"num_hidden_layers": 3},
     "rope.type": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     "rope.theta": {"rope_theta": 10000.0},
@@ -269,6 +385,23 @@ CHANGES = {
         "rope_scaling": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1, "high_freq_factor": 4}
     },
 }
+
+
+MOE_CHANGES = {
+    "num_experts": {"num_experts": 4},
+    "experts_per_token": {"num_experts_per_tok": 2},
+    "expert_size": {"moe_intermediate_size": 4},
+    "shared_expert_size": {"shared_expert_intermediate_size": 4},
+    "normalize_scores": {"norm_topk_prob": True},
+    "aux_loss_coef": {"router_aux_loss_coef": 0.5},
+}
+
+
+def test_every_field_of_the_experts_is_read_from_the_file():
+    assert sorted(MOE_CHANGES) == sorted(field.name for field in dataclasses.fields(MoEConfig))
+    released = ModelConfig.from_hf(QWEN1_5_MOE).moe
+    for field, change in MOE_CHANGES.items():
+        assert getattr(released, field) != getattr(ModelConfig.from_hf(QWEN1_5_MOE | change).moe, field), field
 
 
 def test_every_field_is_read_from_the_file():

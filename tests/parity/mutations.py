@@ -242,19 +242,19 @@ MUTATIONS = [
     ),
     _mutation(
         "gate and up swapped",
-        MODEL + "MLP.__call__",
+        "models.mlp:MLP.__call__",
         "jax.nn.silu(gate_BTF) * up_BTF",
         "jax.nn.silu(up_BTF) * gate_BTF",
         named="layers.0.mlp.down_proj",
     ),
     _mutation(
         "up computed with gate's weight",
-        MODEL + "MLP.__call__",
+        "models.mlp:MLP.__call__",
         "self.up_proj(x_BTD)",
         "self.gate_proj(x_BTD)",
         named="layers.0.mlp.up_proj",
     ),
-    _mutation("gelu for silu", MODEL + "MLP.__call__", "jax.nn.silu", "jax.nn.gelu", named="layers.0.mlp.down_proj"),
+    _mutation("gelu for silu", "models.mlp:MLP.__call__", "jax.nn.silu", "jax.nn.gelu", named="layers.0.mlp.down_proj"),
     _mutation("no final norm", MODEL + "Transformer.__call__", "self.norm(x_BTD)", "x_BTD", named="norm"),
     _mutation(
         "tied head untied",
@@ -295,7 +295,7 @@ MUTATIONS = [
     ),
     _mutation(
         "no gradient through the gate",
-        MODEL + "MLP.__call__",
+        "models.mlp:MLP.__call__",
         "jax.nn.silu(gate_BTF)",
         "jax.lax.stop_gradient(jax.nn.silu(gate_BTF))",
         named="layers.1.mlp.gate_proj.weight",

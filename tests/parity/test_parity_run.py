@@ -21,9 +21,12 @@ pytestmark = pytest.mark.parity
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 1024}
 LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 WINDOWS = {"use_sliding_window": True, "max_window_layers": 1, "num_hidden_layers": 2}
-COMPONENTS = """input_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.q_rope self_attn.k_rope
-    self_attn.weights self_attn.mixed self_attn.o_proj residual post_attention_layernorm mlp.gate_proj mlp.up_proj
-    mlp.down_proj output""".split()
+ATTENTION = """input_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.q_rope self_attn.k_rope
+    self_attn.weights self_attn.mixed self_attn.o_proj residual post_attention_layernorm
+    output""".split()
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+EXPERTS = ("gate", "scores", "chosen", "expert_outputs", "experts")
+MOE = ("qwen2_moe", "qwen3_moe")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -42,12 +45,20 @@ def test_every_component_is_compared(report):
     names = {
         section: {row.name for row in report.rows if row.section == section} for section in ("same inputs", "whole model")
     }
-    expected = {f"layers.{layer}.{name}" for layer in range(2) for name in COMPONENTS} | {"embed_tokens", "norm", "logits"}
+    expected = {f"layers.{layer}.{name}" for layer in range(2) for name in ATTENTION} | {"embed_tokens", "norm", "logits"}
+    is_moe, has_shared = (report.facts["family"].startswith(family) for family in (MOE, "qwen2_moe"))
+    with_experts = ({0} if has_shared else {1}) if is_moe else set()  # mlp_only_layers, decoder_sparse_step
+    expected |= {f"layers.{layer}.mlp.{name}" for layer in {0, 1} - with_experts for name in PROJECTIONS}
+    expected |= {f"layers.{layer}.mlp.{name}" for layer in with_experts for name in EXPERTS}
+    shared = [f"layers.0.mlp.shared_expert.{name}" for name in PROJECTIONS] + ["layers.0.mlp.shared_expert_gate"]
+    expected |= set(shared) if has_shared else set()
     qk_norms = {f"layers.{layer}.self_attn.{name}_norm" for layer in range(2) for name in "qk"}
     expected |= qk_norms if "qwen3" in report.facts["family"] else set()
     assert names["same inputs"] == names["whole model"] == expected
     parameters = {row.name for row in report.rows if row.section == "parameters"}
-    assert {row.name for row in report.rows if row.section == "gradient"} == parameters | {"loss"}
+    losses = {"loss", "aux_loss"} if is_moe else {"loss"}
+    assert {row.name for row in report.rows if row.section == "gradient"} == parameters | losses
+    assert ("routing" in report.facts) == is_moe
     steps = {row.name for row in report.rows if row.section == "decode"}
     assert {"decode.prefill", "decode.step_3", "decode.step_3.against_full_forward"} <= steps
 
@@ -74,6 +85,17 @@ def test_float32_is_within_bounds(tiny_checkpoint, family):
     assert report.ok, report.verdict()
     # The bounds that the tool has to leave wider for real checkpoints are not needed here.
     assert max(row.measured for row in report.rows) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm_topk_prob", [False, True])
+@pytest.mark.parametrize("family", MOE)
+def test_moe_scores_as_they_are_and_made_to_sum_to_one(tiny_checkpoint, family, norm_topk_prob):
+    checkpoint = tiny_checkpoint(family, num_hidden_layers=2, norm_topk_prob=norm_topk_prob)
+    for dtype in ("float64", "float32"):
+        report = run_parity(ParityOptions(checkpoint, dtype=dtype, tokens=40, decode_steps=4))
+        assert report.ok, report.verdict()
+        assert report.facts["routing"].startswith("0 of 72 choices of experts differ; in 0 ")
 
 
 @pytest.mark.slow
@@ -104,6 +126,18 @@ VARIANTS = {
         {"tokens": 40, "mesh": "data=2,fsdp=2,tensor=2"},
     ),
     "600 tokens": ("qwen2", {}, {"tokens": 600, "max_columns": 600}),
+    "moe, 600 tokens": ("qwen2_moe", {}, {"tokens": 600, "max_columns": 600}),
+    "moe, windows": (
+        "qwen2_moe",
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 3, "num_hidden_layers": 3},
+        {"tokens": 40},
+    ),
+    "moe, one window for all layers": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 7}, {"tokens": 40}),
+    "moe, 8 devices": (
+        "qwen2_moe",
+        {"num_attention_heads": 8, "hidden_size": 64, "vocab_size": 320, "num_experts": 8},
+        {"tokens": 40, "mesh": "fsdp=2,expert=2,tensor=2"},
+    ),
 }
 
 

@@ -20,15 +20,22 @@ pytestmark = pytest.mark.parity
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64, "head_dim": 8, "vocab_size": 320}
 MESHES = ["data=8", "fsdp=8", "tensor=8", "data=4,fsdp=2", "data=2,tensor=4", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2"]
 QUICK = "data=2,fsdp=2,tensor=2"
+# Layers with and without experts, a shared expert, and every axis that a mesh can have.
+MOE_SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64, "vocab_size": 320, "num_experts": 8}
+MOE_MESHES = ["expert=8", "data=2,expert=4", "expert=4,tensor=2", "fsdp=4,expert=2", "data=2,fsdp=2,tensor=2"]
+QUICK_MOE = "fsdp=2,expert=2,tensor=2"
 INPUTS = random_tokens(320, 20, 8)
 
 
 @pytest.fixture(scope="module")
 def run(tiny_checkpoint):
-    checkpoint = tiny_checkpoint("qwen3", num_hidden_layers=1, **SIZES)
+    checkpoints = {
+        "qwen3": tiny_checkpoint("qwen3", num_hidden_layers=1, **SIZES),
+        "qwen2_moe": tiny_checkpoint("qwen2_moe", num_hidden_layers=2, **MOE_SIZES),
+    }
 
     @functools.lru_cache
-    def run(mesh, rules, dtype):
+    def run(mesh, rules, dtype, family="qwen3"):
         """Logits, and the gradient of a loss that weighs them all, by every parameter."""
         resolver = Resolver(make_mesh(MeshConfig.parse(mesh)), RULE_SETS[rules])
         tokens, positions = jnp.asarray(INPUTS.tokens), jnp.asarray(INPUTS.positions)
@@ -42,7 +49,7 @@ def run(tiny_checkpoint):
             return jnp.mean(jnp.square(real)), logits
 
         with jax.enable_x64(dtype == "float64"):
-            loaded = load_model(checkpoint, resolver, dtype=dtype)
+            loaded = load_model(checkpoints[family], resolver, dtype=dtype)
             differentiate = jax.grad(functools.partial(loss, module=loaded.module), has_aux=True)
             shardings = {name: value.sharding for name, value in loaded.parameters.items()}
             gradients, logits = jax.jit(differentiate, out_shardings=(shardings, None))(loaded.parameters)
@@ -62,9 +69,9 @@ def spelled_out(spec):
     return parts + [()] * (3 - len(parts))
 
 
-def check(run, mesh, rules, dtype, bound):
-    _, _, expected_logits, expected_gradients = run("", rules, dtype)
-    resolver, loaded, logits, gradients = run(mesh, rules, dtype)
+def check(run, mesh, rules, dtype, bound, family="qwen3"):
+    _, _, expected_logits, expected_gradients = run("", rules, dtype, family)
+    resolver, loaded, logits, gradients = run(mesh, rules, dtype, family)
     real = INPUTS.is_real
     assert relative(np.asarray(logits)[real], np.asarray(expected_logits)[real]) <= bound
     if dtype == "float64":
@@ -81,6 +88,12 @@ def check(run, mesh, rules, dtype, bound):
 @pytest.mark.parametrize("mesh", [pytest.param(mesh, marks=[] if mesh == QUICK else pytest.mark.slow) for mesh in MESHES])
 def test_float64_equals_one_device(run, mesh, rules):
     check(run, mesh, rules, "float64", 1e-12)
+
+
+@pytest.mark.parametrize("rules", RULE_SETS)
+@pytest.mark.parametrize("mesh", [QUICK_MOE, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MOE_MESHES)])
+def test_moe_in_float64_equals_one_device(run, mesh, rules):
+    check(run, mesh, rules, "float64", 1e-12, "qwen2_moe")
 
 
 @pytest.mark.slow
