@@ -155,20 +155,26 @@ def _run_here(
 # --- experts on several devices ---
 
 
+def room_for(num_tokens: int, experts_per_token: int, num_parts: int, num_local: int) -> int:
+    """How many of its tokens' choices a device sends each other in a round: twice the mean, or all that there can be."""
+    return min(
+        num_tokens * min(experts_per_token, num_local), 8 * -(-2 * num_tokens * experts_per_token // (8 * num_parts))
+    )
+
+
 def _run_where_they_are(
     parts: Parts, x_TD: jax.Array, chosen_R: jax.Array, gate_up_EXFD: jax.Array, down_EDF: jax.Array
 ) -> jax.Array:
     """As `_run_here`, for experts on any device: tokens are sent to them, and their outputs back.
 
-    Shapes are static, so a device has room for so many tokens of each other device, about twice the mean; where loads are
-    more uneven, what has no room waits for the next round. There are as many rounds as the fullest queue needs.
+    Shapes are static, so a device has room for so many tokens of each other device; what has no room waits for the next
+    round. There are as many rounds as the fullest queue needs.
     """
     num_parts, num_local = parts.count("experts"), len(down_EDF)
     owner_R = chosen_R // num_local  # padding belongs to nobody
     queue_P = jnp.zeros(num_parts, jnp.int32).at[owner_R].add(1, mode="drop")
     order_R = jnp.argsort(chosen_R, stable=True)
-    most = len(x_TD) * min(len(chosen_R) // len(x_TD), num_local)
-    room = min(most, 8 * -(-2 * len(chosen_R) // (8 * num_parts)))
+    room = room_for(len(x_TD), len(chosen_R) // len(x_TD), num_parts, num_local)
     num_rounds = parts.largest(-(-queue_P.max() // room))
     one_round = functools.partial(_one_round, parts, room)
     return _sum_of_rounds(one_round, num_rounds, (chosen_R, order_R, queue_P), (x_TD, gate_up_EXFD, down_EDF))

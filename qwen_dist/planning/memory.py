@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import cast
 
 import jax
@@ -20,11 +20,36 @@ from jax.sharding import AbstractMesh, Mesh
 from qwen_dist.mesh import AXES, MeshConfig
 from qwen_dist.models.attention import QUERY_BLOCK
 from qwen_dist.models.config import LayerConfig, ModelConfig
+from qwen_dist.models.moe import room_for
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.planning.workload import Phase, Workload
 from qwen_dist.sharding import Resolver, abstract_parameters
 
 WIDE = 4  # bytes of a float32: scores, logits, the optimiser's numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A weight by the names of its dimensions; `sizes` are those that are not the model's."""
+
+    axes: tuple[str, ...]
+    sizes: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+HEAD = Weight(("vocab", "embed"))
+
+
+def _block_weights(config: ModelConfig, ffn: str) -> list[Weight]:
+    """The matrices of a block with this kind of MLP."""
+    q, kv, mlp = ("q_heads", "head_dim", "embed"), ("kv_heads", "head_dim", "embed"), ("mlp", "embed")
+    attention = [Weight(q), Weight(kv), Weight(kv), Weight(q)]
+    if ffn == "mlp":
+        return attention + 3 * [Weight(mlp)]
+    assert config.moe is not None
+    size = {"mlp": config.moe.expert_size}
+    experts = [Weight(("experts", "gate_up", *mlp), size), Weight(("experts", *mlp), size)]
+    shared = 3 * [Weight(mlp, {"mlp": config.moe.shared_expert_size})] if config.moe.shared_expert_size else []
+    return [*attention, Weight(("router", "embed")), *experts, *shared]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +104,15 @@ class Arithmetic:
             "embed": config.hidden_size,
             "mlp": config.intermediate_size,
             "vocab": config.vocab_size,
+            "experts": config.moe.num_experts if config.moe else 0,
+            "router": config.moe.num_experts if config.moe else 0,
+            "gate_up": 2,
         }
+
+    @functools.cached_property
+    def _layers(self) -> collections.Counter[str]:
+        """How many layers there are of each kind of MLP."""
+        return collections.Counter(layer.ffn for layer in self.config.layers)
 
     def memory(self, phase: Phase) -> dict[str, int]:
         """Bytes on each device while the program of a phase runs, by kind; their sum is the peak."""
@@ -107,7 +140,8 @@ class Arithmetic:
             moved = passes * self._gathered_layers() + 3 * self.local_parameters * WIDE + 2 * self._saved()
             return Cost(passes * forward, moved, _nonzero(self._training_collectives()))
         cache = self.memory(phase)["cache"]
-        return Cost(forward, parameters + cache, _nonzero(self._inference_collectives(tokens)))
+        moved = parameters - self._experts_without_tokens(tokens) + cache
+        return Cost(forward, moved, _nonzero(self._inference_collectives(tokens)))
 
     def _local(self, *axes: str, **replaced: int) -> int:
         """Elements that one device has of an activation with these dimensions."""
@@ -125,7 +159,8 @@ class Arithmetic:
         scores = 2 * self._local("batch", "length", "q_heads", "kv_length", length=min(QUERY_BLOCK, length)) * WIDE
         # With the weights spread over fsdp, gate and up are summed between devices, together and in float32.
         kept = 4 * WIDE if self.resolver.mesh.shape["fsdp"] > 1 else 3 * self._width
-        channels = kept * self._local("batch", "length", "mlp", length=length)
+        channels = kept * self._local("batch", "length", "mlp", length=length) if self._layers["mlp"] else 0
+        channels = max(channels, self._expert_set(length))
         # The sampler sorts: logits as they are, with the penalty, scaled, sorted, and with noise.
         logits = 5 * self._local("batch", "vocab") * WIDE
         return max(2 * stream + 2 * heads + keys + scores, 2 * stream + channels, logits)
@@ -152,7 +187,8 @@ class Arithmetic:
         normed = 2 * self._local("batch", "length", "embed")
         queries = 3 * self._local("batch", "length", "q_heads", "head_dim")
         keys = 3 * self._local("batch", "length", "kv_heads", "head_dim")
-        channels = 3 * self._local("batch", "length", "mlp")
+        channels = 3 * self._local("batch", "length", "mlp") if self._layers["mlp"] else 0
+        channels = max(channels, self._expert_set(self.workload.context) // width)
         # Blocks of queries do not touch the keys after them.
         seen = (self.workload.context + min(QUERY_BLOCK, self.workload.context)) / 2 / self.workload.context
         scores = seen * self._local("batch", "length", "q_heads", "kv_length", kv_length=self.workload.context)
@@ -164,28 +200,58 @@ class Arithmetic:
         Each has its weights whole, and their gradients twice: summed in float32, and rounded.
         """
         weight = 2 * self._width + WIDE
-        block = 2 * self._of_one_block() + self._gathered(self._block_weights()) * weight
+        block = (
+            2 * self._of_one_block()
+            + max(self._gathered(_block_weights(self.config, ffn)) for ffn in self._layers) * weight
+        )
         logits = self._local("batch", "length", "vocab") * WIDE
-        return max(block, logits + self._gathered({"head": ("vocab", "embed")}) * weight)
+        return max(block, logits + self._gathered([HEAD]) * weight)
 
-    def _block_weights(self) -> dict[str, tuple[str, ...]]:
-        q, kv, mlp = ("q_heads", "head_dim", "embed"), ("kv_heads", "head_dim", "embed"), ("mlp", "embed")
-        return {"q": q, "k": kv, "v": kv, "o": q, "gate": mlp, "up": mlp, "down": mlp}
-
-    def _gathered(self, weights: Mapping[str, tuple[str, ...]]) -> int:
+    def _gathered(self, weights: Iterable[Weight]) -> int:
         """Elements of weights as they are multiplied: cut as the activations are, whole otherwise."""
-        return sum(self._local(*axes) for axes in weights.values())
+        return sum(self._local(*weight.axes, **weight.sizes) for weight in weights)
 
     def _gathered_layers(self) -> int:
-        block = self._gathered(self._block_weights()) * len(self.config.layers)
-        return (block + self._gathered({"head": ("vocab", "embed")})) * self._width
+        blocks = sum(count * self._gathered(_block_weights(self.config, ffn)) for ffn, count in self._layers.items())
+        return (blocks + self._gathered([HEAD])) * self._width
+
+    # --- experts ---
+
+    def _expert_rows(self, length: int) -> int:
+        """Rows that go through a device's experts at a time: its tokens' choices, or what others have room to send."""
+        moe, parts = self.config.moe, self.resolver.mesh.shape["expert"]
+        if moe is None:
+            return 0
+        tokens = self._local("batch", "length", length=length)
+        if parts == 1:
+            return tokens * moe.experts_per_token
+        return parts * room_for(tokens, moe.experts_per_token, parts, moe.num_experts // parts)
+
+    def _expert_set(self, length: int) -> int:
+        """Bytes of those rows: as they come and go, and their channels."""
+        if self.config.moe is None:
+            return 0
+        embed, mlp = self._local("embed"), self._local("mlp", mlp=self.config.moe.expert_size)
+        summed = WIDE if self.resolver.mesh.shape["fsdp"] > 1 else self._width
+        returned = WIDE if self.resolver.mesh.shape["tensor"] > 1 else self._width
+        each = embed * (self._width + returned) + mlp * (2 * summed + self._width)
+        return self._expert_rows(length) * each
+
+    def _experts_without_tokens(self, tokens: int) -> int:
+        """Bytes of the weights that no token chooses, if each chooses at random."""
+        if self.config.moe is None:
+            return 0
+        sharing = self.workload.batch * tokens // self.resolver.mesh.shape["data"]
+        unused = (1 - self.config.moe.experts_per_token / self.config.moe.num_experts) ** sharing
+        experts = self._gathered(w for w in _block_weights(self.config, "moe") if "experts" in w.axes)
+        return int(unused * self._layers["moe"] * experts * self._width)
 
     # --- flops and bytes ---
 
     def _forward_flops(self, tokens: int) -> float:
         """2 a weight and token, 4 an element of queries and key; of prefill only the last token meets the vocabulary."""
         config, workload = self.config, self.workload
-        in_blocks = len(config.layers) * self._whole(self._block_weights())
+        in_blocks = sum(count * self._used(_block_weights(config, ffn)) for ffn, count in self._layers.items())
         unembedded = tokens if workload.verb == "finetune" else 1
         keys = workload.num_slots if workload.verb == "batch" else workload.context / 2
         attention = 4 * tokens * keys * config.num_attention_heads * config.head_dim * len(config.layers)
@@ -193,8 +259,11 @@ class Arithmetic:
         total = workload.batch * (2 * tokens * in_blocks + 2 * unembedded * head + attention)
         return total / math.prod(self.resolver.mesh.shape.values())
 
-    def _whole(self, weights: Mapping[str, tuple[str, ...]]) -> int:
-        return sum(math.prod(self._sizes[axis] for axis in axes) for axes in weights.values())
+    def _used(self, weights: Iterable[Weight]) -> int:
+        """Elements of weights that a token is multiplied by: of experts only those that it chooses."""
+        chosen = self.config.moe.experts_per_token if self.config.moe else 0
+        sizes = self._sizes | {"experts": chosen}
+        return sum(math.prod((sizes | weight.sizes)[axis] for axis in weight.axes) for weight in weights)
 
     def _inference_collectives(self, tokens: int) -> Iterator[tuple[str, float]]:
         """Two sums a layer over the shards of heads and channels, and one for the embedding; five over those of embed."""
@@ -202,19 +271,31 @@ class Arithmetic:
         stream = self._local("batch", "length", "embed", length=tokens) * self._width
         heads = self._local("batch", "length", "q_heads", "head_dim", length=tokens)
         keys = 2 * self._local("batch", "length", "kv_heads", "head_dim", length=tokens)
-        channels = 2 * self._local("batch", "length", "mlp", length=tokens)
-        inputs = layers * (heads + keys + channels) * self._width + self._local("batch", "vocab") * WIDE
+        channels = 2 * self._local("batch", "length", "mlp", length=tokens) * self._layers["mlp"]
+        inputs = (layers * (heads + keys) + channels) * self._width + self._local("batch", "vocab") * WIDE
+        if self.config.moe is not None:
+            mlp = self._local("mlp", mlp=self.config.moe.expert_size)
+            inputs += self._layers["moe"] * self._expert_rows(tokens) * 2 * mlp * WIDE
+        yield "all-to-all", self._exchanged(tokens)
         yield "all-reduce", 2 * (self._others("tensor") * (2 * layers + 1) * stream + self._others("fsdp") * inputs)
 
     def _training_collectives(self) -> Iterator[tuple[str, float]]:
         """Weights gathered for each pass, gradients summed and cut again; sums of the stream as in inference, each pass."""
         passes = 3 if self.workload.remat == "blocks" else 2
+        # The backward pass of the experts sends tokens and gradients, each there and back.
+        yield "all-to-all", (passes + 1) * self._exchanged(self.workload.context)
         stream = self._local("batch", "length", "embed") * self._width
         gradients = self.local_parameters * self._width
         yield "all-gather", self._others("fsdp") * passes * self._gathered_layers()
         yield "reduce-scatter", self._others("fsdp") * self._gathered_layers()
         sums = self._others("tensor") * passes * (2 * len(self.config.layers) + 1) * stream
         yield "all-reduce", 2 * (sums + self._others("data") * gradients)
+
+    def _exchanged(self, length: int) -> float:
+        """Bytes of tokens that come to a device's experts, and of its own that come back, in all layers."""
+        returned = WIDE if self.resolver.mesh.shape["tensor"] > 1 else self._width
+        both_ways = self._local("embed") * (self._width + returned)
+        return self._others("expert") * self._layers["moe"] * self._expert_rows(length) * both_ways
 
     def _others(self, axis: str) -> float:
         """The part of a result that a device gets from the others along a mesh axis."""

@@ -102,6 +102,7 @@ def make_plan(name: str, config: ModelConfig, topology: Topology, workload: Work
         raise UsageError(f"no mesh of {topology.num_devices} devices divides the model and the batch")
     chosen = proposals[0] if mesh is None else plan_mesh(config, topology, workload, mesh)
     arithmetic = _arithmetic(config, topology, chosen.workload, chosen.mesh)
+    axes = ("fsdp", "expert", "tensor") if config.moe else ("fsdp", "tensor")
     planned, multiple = chosen.workload, arithmetic.resolver.batch_multiple()
 
     def fits_with(workload: Workload) -> bool:
@@ -116,7 +117,7 @@ def make_plan(name: str, config: ModelConfig, topology: Topology, workload: Work
         largest_context=_largest(
             lambda tokens: fits_with(dataclasses.replace(planned, context=tokens)), 64, config.max_position_embeddings
         ),
-        divisors={axis: tuple(_divisors(config, topology, workload, axis)) for axis in ("fsdp", "tensor")},
+        divisors={axis: tuple(_divisors(config, topology, workload, axis)) for axis in axes},
     )
 
 
@@ -193,9 +194,11 @@ def _fits(arithmetic: Arithmetic, chip: Chip) -> bool:
 def _proposals(config: ModelConfig, topology: Topology, workload: Workload) -> list[MeshPlan]:
     """Every mesh over all devices that divides the model: what fits first, then the fastest by arithmetic."""
     plans = []
-    for fsdp, tensor in itertools.product(_factors(topology.num_devices), repeat=2):
-        if topology.num_devices % (fsdp * tensor) == 0:
-            sizes = {"data": topology.num_devices // (fsdp * tensor), "fsdp": fsdp, "tensor": tensor}
+    factors = _factors(topology.num_devices)
+    for fsdp, expert, tensor in itertools.product(factors, factors if config.moe else [1], factors):
+        if topology.num_devices % (fsdp * expert * tensor) == 0:
+            data = topology.num_devices // (fsdp * expert * tensor)
+            sizes = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
             mesh = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
             try:
                 plans.append(plan_mesh(config, topology, workload, mesh))

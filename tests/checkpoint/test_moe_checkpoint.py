@@ -1,0 +1,49 @@
+"""Experts as they lie on disk, one tensor each, and as they are held, stacked and spread over devices: and back."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from qwen_dist.checkpoint.model import export_model, load_model
+from qwen_dist.mesh import MeshConfig, make_mesh
+from qwen_dist.sharding import INFERENCE, Resolver
+
+SIZES = {"num_experts": 8, "vocab_size": 320}
+
+
+@pytest.fixture
+def resolver():
+    return Resolver(make_mesh(MeshConfig.parse("expert=4,tensor=2")), INFERENCE)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+def test_experts_are_stacked_where_they_are_used(tiny_checkpoint, resolver, family):
+    directory = tiny_checkpoint(family, **SIZES)
+    stored = load_file(directory / "model.safetensors")
+    parameters = load_model(directory, resolver, dtype="float32").parameters
+    layer = 0 if family == "qwen2_moe" else 1  # mlp_only_layers, decoder_sparse_step
+    experts = f"layers.{layer}.mlp.experts."
+    held = parameters[experts + "gate_up_proj"]
+    for expert in range(SIZES["num_experts"]):
+        for index, kind in enumerate(("gate_proj", "up_proj")):
+            np.testing.assert_array_equal(held[expert, index], stored[f"model.{experts}{expert}.{kind}.weight"])
+        down = parameters[experts + "down_proj"][expert]
+        np.testing.assert_array_equal(down, stored[f"model.{experts}{expert}.down_proj.weight"])
+    one_eighth = (2, 2, held.shape[2] // 2, held.shape[3])  # a quarter of the experts, half of their channels
+    assert {shard.data.shape for shard in held.addressable_shards} == {one_eighth}
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+def test_export_restores_every_experts_tensors_bit_for_bit(tiny_checkpoint, resolver, family, tmp_path):
+    directory = tiny_checkpoint(family, **SIZES)
+    export_model(str(directory), resolver, str(tmp_path / "new"), max_shard_bytes=50_000)
+    index = json.loads((tmp_path / "new" / "model.safetensors.index.json").read_text())
+    files = {name: load_file(tmp_path / "new" / name) for name in set(index["weight_map"].values())}
+    before = load_file(directory / "model.safetensors")
+    assert index["weight_map"].keys() == before.keys()
+    for name, values in before.items():
+        after = files[index["weight_map"][name]][name]
+        assert after.dtype == values.dtype
+        np.testing.assert_array_equal(after, values)
