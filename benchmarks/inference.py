@@ -111,13 +111,13 @@ def open_qwen_dist(path: str, dtype: str) -> tuple[Generate, float]:
     return generate, seconds
 
 
-def open_transformers(path: str, dtype: str) -> tuple[Generate, float]:
+def open_transformers(path: str, dtype: str, **options: str) -> tuple[Generate, float]:
     import torch
     import transformers
 
     begin = time.perf_counter()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **options)
     seconds = time.perf_counter() - begin
 
     class Clock(transformers.StoppingCriteria):

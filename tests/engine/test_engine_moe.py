@@ -20,12 +20,12 @@ def test_greedy_answers_are_transformers_on_every_mesh(tiny_directory, family):
         options = ModelOptions(path=str(directory), dtype="float32")
         engine, tokenizer, params = open_engine(options, mesh, SamplingOptions(temperature=0.0, max_new_tokens=NUM_TOKENS))
         requests = [Request(str(index), tuple(tokenizer.encode(text)), params) for index, text in enumerate(PROMPTS)]
-        found: dict[str, list[int]] = {request.id: [] for request in requests}
+        found: dict[str, list[int]] = {request.key: [] for request in requests}
         for update in engine.run(requests):
-            found[update.request.id] += update.tokens
+            found[update.request.key] += update.tokens
         for request in requests:
             given = torch.tensor([request.prompt])
             output = reference.generate(
                 given, max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=list(tokenizer.stop_ids), pad_token_id=0
             )
-            assert found[request.id] == output[0, given.shape[1] :].tolist()
+            assert found[request.key] == output[0, given.shape[1] :].tolist()
