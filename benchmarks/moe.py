@@ -59,7 +59,7 @@ def make_checkpoint(folder: Path) -> None:
 
     sizes = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_attention_heads": 32, "num_key_value_heads": 4}
     sizes |= {"head_dim": 128, "num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 3, "vocab_size": VOCAB}
-    config = transformers.AutoConfig.for_model("qwen3_moe", norm_topk_prob=True, **sizes)
+    config = transformers.AutoConfig.for_model("qwen3_moe", norm_topk_prob=True, eos_token_id=0, **sizes)
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))

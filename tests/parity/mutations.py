@@ -70,6 +70,7 @@ def _mutation(what: str, function: str, *edits: str, named: str, scenario: str =
 
 ROPE, LAYERS, ATTENTION = "models.rope:", "models.layers:", "models.attention:"
 ATTEND, MODEL, CACHE = "models.attention:_attend_block", "models.transformer:", "models.cache:"
+MOE = "models.moe:"
 FIRST = "layers.0.self_attn."
 MUTATIONS = [
     _mutation(
@@ -294,6 +295,62 @@ MUTATIONS = [
         named="decode.prefill",
     ),
     _mutation(
+        "router in float32 whatever the model",
+        MOE + "route",
+        "at_least_float32(logits_BTE.dtype)",
+        "'float32'",
+        named="layers.0.mlp.scores",
+        scenario="moe",
+    ),
+    _mutation(
+        "scores made to sum to 1 where they are not",
+        MOE + "route",
+        "if normalize",
+        "if not normalize",
+        named="layers.0.mlp.scores",
+        scenario="moe",
+    ),
+    _mutation(
+        "every token to the next expert",
+        MOE + "MoE.__call__",
+        "chosen_BTK, self.config.num_experts)",
+        "(chosen_BTK + 1) % self.config.num_experts, self.config.num_experts)",
+        named="layers.0.mlp.expert_outputs",
+        scenario="moe",
+    ),
+    _mutation(
+        "an expert's gate and up swapped",
+        MOE + "_run_here",
+        "jax.nn.silu(gate_RF) * up_RF",
+        "jax.nn.silu(up_RF) * gate_RF",
+        named="layers.0.mlp.expert_outputs",
+        scenario="moe",
+    ),
+    _mutation(
+        "experts not weighed by their scores",
+        MOE + "_mix",
+        "scores_BTK[..., None] * each_BTKD",
+        "each_BTKD",
+        named="layers.0.mlp.experts",
+        scenario="moe",
+    ),
+    _mutation(
+        "shared expert without its gate",
+        MOE + "MoE.__call__",
+        "share_BT1 * shared_BTD",
+        "shared_BTD",
+        named="layers.0.output",
+        scenario="moe",
+    ),
+    _mutation(
+        "load-balancing loss counts padding",
+        MOE + "load_balancing_loss",
+        "is_real_BT.sum()",
+        "is_real_BT.size",
+        named="loss",
+        scenario="moe",
+    ),
+    _mutation(
         "no gradient through the gate",
         "models.mlp:MLP.__call__",
         "jax.nn.silu(gate_BTF)",
@@ -309,6 +366,7 @@ _WINDOWS = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers"
 SCENARIOS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen2": ("qwen2", _TINY | _WINDOWS | {"rope_parameters": YARN}, {"dtype": "float64", "tokens": 40}),
     "qwen3": ("qwen3", _TINY, {"dtype": "float64", "tokens": 24}),
+    "moe": ("qwen2_moe", _TINY, {"dtype": "float64", "tokens": 24}),
     "long": ("qwen3", {"num_hidden_layers": 1}, {"dtype": "float64", "tokens": 500, "max_columns": 500}),
     "bfloat16": ("qwen3", _TINY, {"dtype": "bfloat16", "tokens": 40}),
 }
