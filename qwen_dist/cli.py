@@ -64,6 +64,9 @@ _TRAINING_FLAGS: tuple[_Flag, ...] = (
 
 _TOLD_TO_STOP = 75  # EX_TEMPFAIL: the same command again goes on
 
+# A small model that comes with the package answers where no other is named.
+_DEMONSTRATION = {"model.path": str(pathlib.Path(qwen_dist.__file__).parent / "demo" / "model")}
+
 _DEVICES = "run on N CPU devices of this machine"
 # How long processes wait for each other before the preflight says who is missing.
 _START_TIMEOUT_S = 60.0
@@ -72,6 +75,7 @@ _TABLE_WIDTH = 160
 
 _GENERATE_EXAMPLE = """\
 examples:
+  qwen-dist generate --prompt "Why is the sky blue?"      by the small demonstration model
   qwen-dist generate --model ~/qwen3-0.6b --prompt "Why is the sky blue?"
   qwen-dist generate --model ~/qwen3-0.6b                 a chat; Ctrl-D ends it
   echo "Say hi" | qwen-dist generate --model Qwen/Qwen3-0.6B --temperature 0 --json
@@ -328,7 +332,7 @@ def _own_stdout(process_id: int) -> Iterator[None]:
 
 
 def _generate(options: argparse.Namespace, overrides: list[str]) -> int:
-    config = load_config(GenerateConfig, options.config, overrides, _config_values(options))
+    config = load_config(GenerateConfig, options.config, overrides, _config_values(options), _DEMONSTRATION)
     prompt = options.prompt
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read()
@@ -436,7 +440,7 @@ def _answer_json(text: str, updates: list[Update], tokenizer: Tokenizer) -> dict
 
 def _batch(options: argparse.Namespace, overrides: list[str]) -> int:
     values = _config_values(options, "input", "output", "max_batch_size", "groups", "raw", "overwrite")
-    config = load_config(BatchConfig, options.config, overrides, values)
+    config = load_config(BatchConfig, options.config, overrides, values, _DEMONSTRATION)
     with _joined(options, config, groups=config.groups, input=config.input) as hosts:
         start_jax(options.num_cpu_devices, config.model.dtype)
         hosts.check_devices()

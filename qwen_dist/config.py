@@ -203,7 +203,13 @@ class FinetuneConfig:
             raise UsageError("the configuration cannot be used:\n  - " + "\n  - ".join(problems))
 
 
-def load_config(cls: type[T], file: str | None, overrides: Sequence[str], values: Mapping[str, Any]) -> T:
+def load_config(
+    cls: type[T],
+    file: str | None,
+    overrides: Sequence[str],
+    values: Mapping[str, Any],
+    defaults: Mapping[str, Any] = types.MappingProxyType({}),
+) -> T:
     """Read a configuration: defaults, then `file`, then `overrides`, then `values`.
 
     Args:
@@ -211,6 +217,7 @@ def load_config(cls: type[T], file: str | None, overrides: Sequence[str], values
       file: `FILE` or `FILE:ARG`, a Python file with `get_config(arg) -> ConfigDict`; None for none.
       overrides: `--config.key=value` arguments as given.
       values: dotted key -> value, from other flags.
+      defaults: dotted key -> value, where nothing else says one.
 
     Raises:
       UsageError: listing every key that is unknown, missing or mistyped.
@@ -225,6 +232,9 @@ def load_config(cls: type[T], file: str | None, overrides: Sequence[str], values
             problems.append(f"--config.{key} has no value: write --config.{key}=VALUE")
     for key, value in values.items():
         _set(given, key, value, problems)
+    for key, value in defaults.items():
+        if not _is_set(given, key):
+            _set(given, key, value, problems)
     return bind(cls, given, problems)
 
 
@@ -336,6 +346,14 @@ def _read(file: str) -> dict[str, Any]:
     if not isinstance(config, config_dict.ConfigDict):
         raise UsageError(f"--config {file}: {path} must have a function get_config(arg) that returns a ConfigDict")
     return config.to_dict()
+
+
+def _is_set(given: Any, key: str) -> bool:
+    for name in key.split("."):
+        if not isinstance(given, dict) or name not in given:
+            return False
+        given = given[name]
+    return True
 
 
 def _set(given: dict[str, Any], key: str, value: Any, problems: list[str]) -> None:

@@ -167,7 +167,7 @@ def training_questions(count: int, seed: int = 0) -> Iterator[Question]:
             yield question
 
 
-def test_questions(count: int, seed: int = 1) -> dict[str, list[Question]]:
+def held_out_questions(count: int, seed: int = 1) -> dict[str, list[Question]]:
     """By kind: as many held out questions of what is worked out, and of the rest all that there are (up to `count`)."""
     rng = random.Random(seed)
     found: dict[str, dict[str, Question]] = {}

@@ -1,0 +1,53 @@
+"""How often the demonstration model is right, by kind of question; sums, comparisons and the like it has never seen.
+
+    python benchmarks/demo.py [--count 200]
+
+An answer is right when it is, letter for letter, the only one that counts (qwen_dist/demo/questions.py). Decoded greedily.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+
+import qwen_dist.demo
+from qwen_dist.config import ModelOptions, SamplingOptions
+from qwen_dist.demo.questions import WORKED_OUT, Question, held_out_questions
+from qwen_dist.engine.engine import Engine
+from qwen_dist.engine.open import open_engine
+from qwen_dist.engine.request import Request, SamplingParams
+from qwen_dist.tokenizer import Tokenizer
+
+MODEL = pathlib.Path(qwen_dist.demo.__file__).parent / "model"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(MODEL))
+    parser.add_argument("--count", type=int, default=200, help="questions of a kind, at most")
+    options = parser.parse_args()
+    engine, tokenizer, params = open_engine(ModelOptions(options.model), "", SamplingOptions())
+    for kind, (right, total) in score(engine, tokenizer, params, options.count).items():
+        print(
+            f"{kind:12} {right:4} of {total:4} right ({100 * right / total:.1f}%){'' if kind in WORKED_OUT else ', by heart'}"
+        )
+
+
+def score(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, count: int) -> dict[str, tuple[int, int]]:
+    """By kind of question, how many are answered rightly, and how many there are."""
+    questions = [question for of_kind in held_out_questions(count).values() for question in of_kind]
+    answers = dict.fromkeys(questions, "")
+
+    def request(question: Question) -> Request:
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": question.text}])
+        return Request(question, tuple(prompt), params)
+
+    for update in engine.run([request(question) for question in questions]):
+        answers[update.request.key] += update.text
+    kinds = dict.fromkeys(question.kind for question in questions)
+    of_kind = {kind: [question for question in questions if question.kind == kind] for kind in kinds}
+    return {kind: (sum(answers[q] == q.answer for q in asked), len(asked)) for kind, asked in of_kind.items()}
+
+
+if __name__ == "__main__":
+    main()

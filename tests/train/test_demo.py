@@ -1,0 +1,61 @@
+"""The demonstration model that comes with the package."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import qwen_dist.demo
+from qwen_dist.cli import main
+from qwen_dist.demo.questions import EXPLANATIONS, WORKED_OUT, as_chat, held_out_questions, is_held_out, training_questions
+
+MODEL = pathlib.Path(qwen_dist.demo.__file__).parent / "model"
+
+
+def test_it_is_small():
+    assert sum(path.stat().st_size for path in MODEL.iterdir()) <= 8_000_000
+
+
+def test_no_question_that_is_counted_was_learnt():
+    learnt = {(question.kind, question.key) for question in training_questions(5000)}
+    counted = held_out_questions(20)
+    assert set(WORKED_OUT) < counted.keys()
+    assert not learnt & {(question.kind, question.key) for kind in WORKED_OUT for question in counted[kind]}
+    assert all(is_held_out(question) for kind in WORKED_OUT for question in counted[kind])
+    assert as_chat(counted["sum"][0])["messages"][1]["role"] == "assistant"
+
+
+def test_it_answers_where_no_model_is_named(capsys):
+    question = "Why is the sky blue?"
+    assert main(["generate", "--prompt", question]) == 0
+    assert capsys.readouterr().out == EXPLANATIONS[question] + "\n"
+
+
+def test_most_of_what_it_has_never_seen_is_right(tmp_path):
+    """The exact counts are in docs/finetune.md, and `python benchmarks/demo.py` prints them."""
+    questions = [question for kind in WORKED_OUT for question in held_out_questions(12)[kind]]
+    lines = [json.dumps({"id": str(number), "prompt": question.text}) for number, question in enumerate(questions)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    assert main(["batch", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]) == 0
+    answers = {line["id"]: line["text"] for line in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
+    right = sum(answers[str(number)] == question.answer for number, question in enumerate(questions))
+    assert right >= LEAST_RIGHT * len(questions)
+
+
+LEAST_RIGHT = 0.8
+
+
+@pytest.mark.parametrize("module", ["questions", "make"])
+def test_what_it_was_trained_on_can_be_made_again(module, tmp_path):
+    data = tmp_path / "demo.jsonl"
+    commands = {
+        "questions": ["--output", str(data), "--count", "50"],
+        "make": ["--data", str(data), "--output", str(tmp_path / "untrained")],
+    }
+    for name in ("questions", module):
+        subprocess.run([sys.executable, "-m", f"qwen_dist.demo.{name}", *commands[name]], check=True)
+    assert len(data.read_text().splitlines()) == 50
+    if module == "make":
+        assert json.loads((tmp_path / "untrained" / "config.json").read_text())["model_type"] == "qwen3"

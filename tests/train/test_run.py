@@ -1,0 +1,275 @@
+"""Whole runs: what they leave behind, and that being cut off changes nothing."""
+
+import dataclasses
+import json
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint
+import peft
+import pytest
+import safetensors.numpy
+import torch
+import transformers
+
+from qwen_dist.cli import main
+from qwen_dist.config import FinetuneConfig, bind
+from qwen_dist.errors import UserError
+from qwen_dist.train.run import finetune, prepare
+
+SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": 32}
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def model(tiny_directory):
+    return tiny_directory("qwen3", **SIZES)
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    turns = [(f"the quick {'fox ' * (n % 5)}", f"brown dog {'lazy ' * (n % 7)}") for n in range(40)]
+    messages = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in turns]
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in messages))
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(model, chats):
+    """A function (output, **changes) -> configuration of a short run; a change's key may have dots."""
+
+    def config(output, **changes) -> FinetuneConfig:
+        values = {
+            "model": {"path": str(model), "dtype": "float32"},
+            "data": {"files": (str(chats),), "max_length": 64},
+            "optimizer": {"learning_rate": 3e-3},
+            "lora": {"rank": 4},
+            "output": str(output),
+            "mesh": "data=1",
+            "batch_size": 4,
+            "steps": STEPS,
+            "save_every": 2,
+        }
+        for key, value in changes.items():
+            *groups, name = key.split("__")
+            place = values
+            for group in groups:
+                place = place.setdefault(group, {})
+            place[name] = value
+        return bind(FinetuneConfig, values)
+
+    return config
+
+
+def run(config: FinetuneConfig, stop_after: int | None = None):
+    """Runs, and sends SIGTERM to itself at step `stop_after`, which is the last but one then."""
+
+    def watch(progress):
+        if progress.step == stop_after:
+            signal.raise_signal(signal.SIGTERM)
+
+    return finetune(prepare(config), watch=watch)
+
+
+def numbers(output) -> list[dict]:
+    entries = [json.loads(line) for line in (pathlib.Path(output) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]
+
+
+def saved_state(output, step: int = STEPS):
+    """All arrays of a checkpoint as they lie on disk, and the position of the data."""
+    folder = pathlib.Path(output).absolute() / "checkpoints" / str(step)
+    state = orbax.checkpoint.StandardCheckpointer().restore(folder / "state")
+    leaves = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    return leaves, json.loads((folder / "position" / "metadata").read_text())
+
+
+def assert_identical(one, other):
+    (leaves, position), (others, other_position) = saved_state(one), saved_state(other)
+    assert leaves.keys() == others.keys() and len(leaves) > 3
+    assert all(leaf.tobytes() == others[name].tobytes() for name, leaf in leaves.items())
+    assert position == other_position
+    assert numbers(one) == numbers(other)
+
+
+@pytest.fixture(scope="module", params=["lora", "full"])
+def whole(request, config, tmp_path_factory):
+    """A run that nothing has disturbed: how it was asked for, and its output."""
+    output = tmp_path_factory.mktemp("whole")
+    summary = run(config(output, method=request.param))
+    assert (summary.steps, summary.is_stopped) == (STEPS, False)
+    return request.param, output
+
+
+def test_a_run_learns_and_leaves_its_numbers(whole):
+    method, output = whole
+    entries = numbers(output)
+    assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))
+    assert entries[-1]["loss"] < entries[0]["loss"] - 0.1
+    assert {"loss", "gradient_norm", "learning_rate", "num_tokens"} <= entries[0].keys()
+    assert "<svg" in (output / "loss.html").read_text()
+    assert sorted(int(path.name) for path in (output / "checkpoints").iterdir()) == [6, 8], "the newest two"
+    assert (output / {"lora": "adapter", "full": "model"}[method]).is_dir()
+
+
+def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(whole, config, tmp_path):
+    method, output = whole
+    summary = run(config(tmp_path, method=method), stop_after=2)
+    assert (summary.steps, summary.is_stopped) == (3, True)
+    assert not (tmp_path / "adapter").exists() and not (tmp_path / "model").exists()
+    assert run(config(tmp_path, method=method)).steps == STEPS
+    assert_identical(tmp_path, output)
+    for file in (output / {"lora": "adapter", "full": "model"}[method]).glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / file.relative_to(output)).read_bytes()
+
+
+def killed_at_random(config, output, rng) -> int:
+    """Starts the run in a process, again and again, and kills each at a random moment; returns how often it had to."""
+    fields = json.dumps(dataclasses.asdict(config(output)))
+    program = f"""
+import json, jax
+jax.config.update("jax_num_cpu_devices", 8)
+from qwen_dist.config import FinetuneConfig, bind
+from qwen_dist.train.run import finetune, prepare
+finetune(prepare(bind(FinetuneConfig, json.loads({fields!r}))), announce=print)
+"""
+    command, metrics, kills = [sys.executable, "-c", program], output / "metrics.jsonl", 0
+
+    def num_lines() -> int:
+        return len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
+
+    while True:
+        before = num_lines()
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and num_lines() == before:
+            time.sleep(0.005)
+        # A step takes some 10 ms, a save more: somewhere in these, or in the writing of the result.
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        _, errors = process.communicate()
+        if process.returncode == 0:
+            return kills
+        assert process.returncode == -signal.SIGKILL, errors
+        kills += 1
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
+def test_kill_9_changes_nothing(whole, config, tmp_path, seed):
+    method, output = whole
+    if method == "full":
+        pytest.skip("the state is saved alike")
+    kills = killed_at_random(config, tmp_path, random.Random(seed))
+    assert_identical(tmp_path, output)
+    print(f"killed {kills} times, resumed, and identical")
+
+
+@pytest.mark.parametrize("meshes", [("data=1", "fsdp=2,tensor=2"), ("fsdp=4", "data=2")])
+def test_a_run_goes_on_on_another_mesh(config, tmp_path, meshes):
+    first, second = meshes
+    changes = {"method": "full", "data__packing": False}
+    run(config(tmp_path / "one", mesh="data=1", **changes))
+    run(config(tmp_path / "two", mesh=first, **changes), stop_after=3)
+    run(config(tmp_path / "two", mesh=second, **changes))
+    one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
+    assert [entry["num_tokens"] for entry in one] == [entry["num_tokens"] for entry in two], "the same batches"
+    np.testing.assert_allclose([e["loss"] for e in one], [e["loss"] for e in two], rtol=1e-6)
+
+
+def test_an_adapter_is_read_by_peft(whole, config, model, tmp_path):
+    """And what peft makes of it is what is trained further here, and what merging gives."""
+    method, output = whole
+    if method == "full":
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(output / "model", dtype=torch.float32)
+    else:
+        base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        theirs = peft.PeftModel.from_pretrained(base, output / "adapter").merge_and_unload()
+        assert (
+            main(["export", "--model", str(model), "--adapter", str(output / "adapter"), "--output", str(tmp_path / "m")])
+            == 0
+        )
+        merged = safetensors.numpy.load_file(tmp_path / "m" / "model.safetensors")
+        for name, value in merged.items():
+            np.testing.assert_allclose(value, theirs.state_dict()[name].numpy(), rtol=0, atol=1e-6)
+    tokens = torch.randint(0, 300, (1, 20), generator=torch.Generator().manual_seed(0))
+    untrained = transformers.AutoModelForCausalLM.from_pretrained(model)
+    assert not torch.allclose(theirs(tokens).logits, untrained(tokens).logits)
+
+
+def test_an_adapter_is_trained_further(whole, config, tmp_path):
+    method, output = whole
+    if method == "full":
+        pytest.skip("there is no adapter")
+    before = numbers(output)
+    run(config(tmp_path / "further", model__adapter=str(output / "adapter"), steps=1))
+    assert numbers(tmp_path / "further")[0]["loss"] < before[1]["loss"]
+    run(config(tmp_path / "merged", model__adapter=str(output / "adapter"), steps=1, method="full"))
+    np.testing.assert_allclose(numbers(tmp_path / "merged")[0]["loss"], numbers(tmp_path / "further")[0]["loss"], rtol=1e-6)
+
+
+def test_evaluation_and_the_best_checkpoint(config, chats, tmp_path):
+    rates = {"optimizer__learning_rate": 0.5, "optimizer__schedule": "constant", "optimizer__clip_norm": 0.0}
+    options = {"data__eval_files": (str(chats),), "eval_every": 2, "keep": 1, "keep_best": True, "tensorboard": True}
+    summary = run(config(tmp_path, **options, **rates))
+    losses = {entry["step"]: entry["eval_loss"] for entry in numbers(tmp_path) if "eval_loss" in entry}
+    assert list(losses) == [2, 4, 6, 8] and summary.eval_loss == losses[8]
+    best = min(losses, key=losses.__getitem__)
+    assert {int(path.name) for path in (tmp_path / "checkpoints").iterdir()} == {best, 8}
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path):
+    with pytest.raises(UserError, match=r"step \d: the loss is .* no checkpoint is from before") as error:
+        run(config(tmp_path, optimizer__learning_rate=1e30, optimizer__clip_norm=0.0, save_every=0, method="full"))
+    step = int(str(error.value).split()[1].rstrip(":"))
+    assert np.load(tmp_path / f"batch-{step}.npz")["tokens"].shape == (4, 64)
+
+
+def test_another_run_is_not_gone_on_with(whole, config):
+    method, output = whole
+    with pytest.raises(UserError, match=r"another run:\n  - data.seed was 0 and is 1\n  - optimizer.b1 was 0.9 and is 0.8"):
+        run(config(output, method=method, optimizer__b1=0.8, data__seed=1))
+
+
+def test_the_command_line(model, chats, tmp_path, capsys):
+    base = [
+        "finetune",
+        "--model",
+        str(model),
+        "--data",
+        str(chats),
+        "--output",
+        str(tmp_path / "out"),
+        "--dtype",
+        "float32",
+    ]
+    base += ["--config.data.max_length=64", "--config.lora.rank=4", "--batch-size", "4", "--mesh", "data=1"]
+    assert main([*base, "--show-data", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{chats}:1 " in shown and "<|im_start|>assistant⏎" in shown
+    assert main([*base, "--dry-run"]) == 0
+    assert "layers.{0-1}.self_attn.q_proj.lora_A.weight [4, 32] float32 × 2" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    assert main([*base, "--steps", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["result"] == str(tmp_path / "out" / "adapter")
+    assert main([*base, "--config.data.packing=3"]) == 2
+    assert "data.packing is '3'; it must be bool" in capsys.readouterr().err
+
+
+def test_sigterm_is_exit_code_75(model, chats, tmp_path):
+    command = [sys.executable, "-m", "qwen_dist.cli", "finetune", "--model", str(model), "--data", str(chats)]
+    command += ["--output", str(tmp_path), "--dtype", "float32", "--config.data.max_length=64", "--steps", "100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while process.poll() is None and not (tmp_path / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 75 and "which is saved; the same command goes on" in out
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
