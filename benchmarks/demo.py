@@ -28,9 +28,8 @@ def main() -> None:
     options = parser.parse_args()
     engine, tokenizer, params = open_engine(ModelOptions(options.model), "", SamplingOptions())
     for kind, (right, total) in score(engine, tokenizer, params, options.count).items():
-        print(
-            f"{kind:12} {right:4} of {total:4} right ({100 * right / total:.1f}%){'' if kind in WORKED_OUT else ', by heart'}"
-        )
+        how = "worked out" if kind in WORKED_OUT else "by heart"
+        print(f"{kind:12} {right:4} of {total:4} right ({100 * right / total:.1f}%), {how}")
 
 
 def score(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, count: int) -> dict[str, tuple[int, int]]:

@@ -3,7 +3,7 @@
     python benchmarks/finetune.py --model CHECKPOINT_DIR [--dtypes bfloat16,float32] [--methods full,lora] [--rounds 2]
 
 Every measurement runs in a fresh process, the two systems in turn. A step is forward, backward and AdamW on the same rows
-of random token ids, every token learnt; the first is thrown away (it compiles), and the table has the medians of the others.
+of random token ids, every token learnt. The first is thrown away; the table has medians of the others.
 bfloat16 is, on both sides, float32 weights and bfloat16 products (autocast); of LoRA only the adapters are kept in float32.
 """
 

@@ -1,4 +1,4 @@
-"""Teach a checkpoint a fact that it cannot know, with 200 small chats: before, after, and the same in transformers and peft.
+"""Teach a checkpoint facts that it cannot know, with 200 small chats: before, after, and after in transformers with peft.
 
     python benchmarks/lora_fact.py --model CHECKPOINT_DIR --output DIR [--steps 24]
 
