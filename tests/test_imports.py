@@ -133,7 +133,7 @@ def test_flax_is_nnx_without_its_own_transformations():
 def test_only_mesh_and_sharding_name_the_mesh_axes():
     """The models above all: they name the dimensions of tensors, and rules say what splits them."""
     for module, path in MODULES.items():
-        if room(module) in ("models", "checkpoint", "engine", "batch"):
+        if room(module) in ("models", "checkpoint", "engine", "train", "batch"):
             constants = {
                 node.value
                 for node in ast.walk(ast.parse(path.read_text()))

@@ -173,24 +173,30 @@ def test_a_run_goes_on_on_another_mesh(config, tmp_path, meshes):
     np.testing.assert_allclose([e["loss"] for e in one], [e["loss"] for e in two], rtol=1e-6)
 
 
-def test_an_adapter_is_read_by_peft(whole, config, model, tmp_path):
-    """And what peft makes of it is what is trained further here, and what merging gives."""
+def test_what_was_trained_answers_in_transformers_as_here(whole, config, model, tmp_path, capsys):
+    """An adapter in peft, added to the weights by `--adapter`, and by `export`; or a whole model: the same greedy text."""
     method, output = whole
     if method == "full":
         theirs = transformers.AutoModelForCausalLM.from_pretrained(output / "model", dtype=torch.float32)
+        ours = ["--model", str(output / "model")]
     else:
         base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         theirs = peft.PeftModel.from_pretrained(base, output / "adapter").merge_and_unload()
-        assert (
-            main(["export", "--model", str(model), "--adapter", str(output / "adapter"), "--output", str(tmp_path / "m")])
-            == 0
-        )
-        merged = safetensors.numpy.load_file(tmp_path / "m" / "model.safetensors")
-        for name, value in merged.items():
+        ours = ["--model", str(model), "--adapter", str(output / "adapter")]
+        assert main(["export", *ours, "--output", str(tmp_path / "merged")]) == 0
+        for name, value in safetensors.numpy.load_file(tmp_path / "merged" / "model.safetensors").items():
             np.testing.assert_allclose(value, theirs.state_dict()[name].numpy(), rtol=0, atol=1e-6)
-    tokens = torch.randint(0, 300, (1, 20), generator=torch.Generator().manual_seed(0))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    prompt = "the quick brown fox jumps over"
+    tokens = torch.tensor([tokenizer(prompt)["input_ids"]])
+    wanted = theirs.generate(tokens, do_sample=False, max_new_tokens=12)[0, tokens.shape[1] :]
     untrained = transformers.AutoModelForCausalLM.from_pretrained(model)
-    assert not torch.allclose(theirs(tokens).logits, untrained(tokens).logits)
+    before = untrained.generate(tokens, do_sample=False, max_new_tokens=12)[0, tokens.shape[1] :]
+    capsys.readouterr()
+    ask = ["--dtype", "float32", "--temperature", "0", "--max-new-tokens", "12", "--mesh", "data=1", "--raw", "--json"]
+    assert main(["generate", *ours, *ask, "--prompt", prompt]) == 0
+    found = json.loads(capsys.readouterr().out)["token_ids"]
+    assert found == wanted.tolist() and found != before.tolist()
 
 
 def test_an_adapter_is_trained_further(whole, config, tmp_path):
