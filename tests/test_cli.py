@@ -375,7 +375,7 @@ def test_wrong_usage_exits_with_2(run, model, arguments, expected):
 
 def test_a_verb_and_a_model_are_needed(run):
     assert run().code == run("genrate").code == 2
-    missing = run("generate", "--prompt", PROMPT)
+    missing = run("finetune", "--data", "x.jsonl", "--output", "x")
     assert (missing.code, "model.path is missing" in missing.err) == (2, True)
     asked = run("generate", "--model", "x", "--json", terminal=True)
     assert (asked.code, "--json needs --prompt" in asked.err) == (2, True)
@@ -397,7 +397,7 @@ def test_debug_shows_the_traceback(model):
 # --- help ---
 
 
-@pytest.mark.parametrize("verb", ["generate", "batch", "inspect", "export", "parity"])
+@pytest.mark.parametrize("verb", ["generate", "batch", "finetune", "inspect", "export", "parity"])
 def test_help_fits_a_screen_and_shows_an_example(run, verb):
     result = run(verb, "--help")
     assert result.code == 0
