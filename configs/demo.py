@@ -6,8 +6,8 @@
     qwen-dist export --model demo/model --output qwen_dist/demo/model --dtype bfloat16
 
 The text is written by qwen_dist/demo/questions.py itself, under this project's licence. The model in the package took 13
-minutes of processor time, in pieces, and ended with a loss of 0.11. Its first 299 steps were taken with `--steps 1000`, so
-with a learning rate that fell more slowly, and the run was then gone on with to step 500. `python benchmarks/demo.py` counts
+minutes of processor time, in pieces, and ended with a loss of 0.11. Its first 299 steps were taken with `--steps 1000`,
+with a learning rate that fell more slowly, and the run then went on to step 500. `python benchmarks/demo.py` counts
 how often it is right.
 """
 

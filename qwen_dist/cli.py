@@ -76,7 +76,6 @@ _TABLE_WIDTH = 160
 _GENERATE_EXAMPLE = """\
 examples:
   qwen-dist generate --prompt "Why is the sky blue?"      by the small demonstration model
-  qwen-dist generate --model ~/qwen3-0.6b --prompt "Why is the sky blue?"
   qwen-dist generate --model ~/qwen3-0.6b                 a chat; Ctrl-D ends it
   echo "Say hi" | qwen-dist generate --model Qwen/Qwen3-0.6B --temperature 0 --json
   qwen-dist generate --model ~/qwen3-8b --mesh tensor=4 --config.sampling.top_k=20
