@@ -29,6 +29,7 @@ def train(start, launch, directory, chats, output, processes, *more):
     return out, [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_go_on_as_one(start, launch, directory, chats, tmp_path):
     _, alone = train(start, launch, directory, chats, tmp_path / "one", 1)
     train(start, launch, directory, chats, tmp_path / "two", 2, "--steps", "3")

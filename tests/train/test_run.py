@@ -99,7 +99,7 @@ def assert_identical(one, other, step: int = STEPS):
     assert numbers(one) == numbers(other)
 
 
-@pytest.fixture(scope="module", params=["lora", "full"])
+@pytest.fixture(scope="module", params=["lora", pytest.param("full", marks=pytest.mark.slow)])
 def whole(request, config, tmp_path_factory):
     """A run that nothing has disturbed: how it was asked for, and its output."""
     output = tmp_path_factory.mktemp("whole")
@@ -161,7 +161,9 @@ def test_kill_9_changes_nothing(config, tmp_path, method, times):
     assert_identical(tmp_path / "whole", tmp_path / "cut_off", step=24)
 
 
-@pytest.mark.parametrize("meshes", [("data=1", "fsdp=2,tensor=2"), ("fsdp=4", "data=2")])
+@pytest.mark.parametrize(
+    "meshes", [("data=1", "fsdp=2,tensor=2"), pytest.param(("fsdp=4", "data=2"), marks=pytest.mark.slow)]
+)
 def test_a_run_goes_on_on_another_mesh(config, tmp_path, meshes):
     first, second = meshes
     changes = {"method": "full", "data__packing": False}
