@@ -124,15 +124,15 @@ class Trainer:
 
     def _state_shardings(self) -> State:
         everywhere = self._resolver.replicated()
-        shapes = jax.eval_shape(self._optimizer.init, self._initial)
-        optimizer = optax.tree_utils.tree_map_params(
-            self._optimizer,
-            # Adafactor keeps sums of rows and columns, which are small.
-            lambda leaf, parameter: parameter.sharding if leaf.shape == parameter.shape else everywhere,
-            shapes,
-            self._initial,
-            transform_non_params=lambda _: everywhere,
-        )
+
+        def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+            """An array of a parameter's name and shape lies as the parameter; counts and Adafactor's sums are small."""
+            names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+            parameter = self._initial.get(names[-1]) if names else None
+            is_like = parameter is not None and leaf.shape == parameter.shape
+            return parameter.sharding if is_like else everywhere  # type: ignore[union-attr,return-value]
+
+        optimizer = jax.tree_util.tree_map_with_path(place, jax.eval_shape(self._optimizer.init, self._initial))
         return State({name: value.sharding for name, value in self._initial.items()}, optimizer, everywhere)
 
     def _update(self, state: State, frozen: Parameters, parts: tuple[Batch, ...]) -> tuple[State, Metrics]:

@@ -223,6 +223,14 @@ def test_evaluation_and_the_best_checkpoint(config, chats, tmp_path):
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+def test_other_optimisers_learn(config, tmp_path, name):
+    run(config(tmp_path, method="full", optimizer__name=name, mesh="fsdp=2,tensor=2"))
+    entries = numbers(tmp_path)
+    assert entries[-1]["loss"] < entries[0]["loss"] - 0.1
+
+
 def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path):
     with pytest.raises(UserError, match=r"step \d: the loss is .* no checkpoint is from before") as error:
         run(config(tmp_path, optimizer__learning_rate=1e30, optimizer__clip_norm=0.0, save_every=0, method="full"))
