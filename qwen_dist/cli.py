@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from qwen_dist.batch.run import Summary
-    from qwen_dist.engine.engine import Engine
+    from qwen_dist.engine.engine import Engine, Load
     from qwen_dist.engine.request import SamplingParams, Update
     from qwen_dist.hosts.join import Hosts
     from qwen_dist.tokenizer import Tokenizer
@@ -63,6 +64,7 @@ _TRAINING_FLAGS: tuple[_Flag, ...] = (
 )
 
 _TOLD_TO_STOP = 75  # EX_TEMPFAIL: the same command again goes on
+_INTERRUPTED = 130
 
 # A small model that comes with the package answers where no other is named.
 _DEMONSTRATION = {"model.path": str(pathlib.Path(qwen_dist.__file__).parent / "demo" / "model")}
@@ -83,8 +85,7 @@ sampling flags that are not given come from the checkpoint's generation_config.j
 
 _BATCH_EXAMPLE = """\
 example:
-  qwen-dist batch --config configs/batch.py --model ~/qwen3-0.6b --input in.jsonl --output out.jsonl
-input lines: {"id","prompt"}, {"id","messages"} or OpenAI batch lines; output in the same form"""
+  qwen-dist batch --config configs/batch.py --model ~/qwen3-0.6b --input in.jsonl --output out.jsonl"""
 
 
 _FINETUNE_EXAMPLE = """\
@@ -143,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
     except BrokenPipeError:
         # The reader has gone (`| head`): nothing is left to say, not even at interpreter exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -165,14 +166,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_host_flags(generate)
 
     batch = _add_verb(verbs, "batch", _batch, "answer every line of a file", _BATCH_EXAMPLE)
-    batch.add_argument("--input", metavar="FILE", help="JSON lines")
-    batch.add_argument("--output", metavar="FILE", help="JSON lines")
+    batch.add_argument(
+        "--input", metavar="FILE", help='lines {"id","prompt"}, {"id","messages"} or of OpenAI; .gz, .zst, .parquet'
+    )
+    batch.add_argument("--output", metavar="FILE", help="in the same form; .gz, .zst; a run that is cut off goes on")
     batch.add_argument("--max-batch-size", type=int, metavar="N", help="answer so many at a time (32)")
     batch.add_argument(
         "--groups", type=int, metavar="N", help="divide the processes into N groups, each with all weights (1)"
     )
     batch.add_argument("--raw", action="store_true", default=None, help="prompts without the chat template")
-    batch.add_argument("--overwrite", action="store_true", default=None, help="replace an output that exists")
+    batch.add_argument("--overwrite", action="store_true", default=None, help="begin anew where results exist")
+    batch.add_argument("--retry-errors", action="store_true", default=None, help="answer again what ended in an error")
+    batch.add_argument("--keep-order", action="store_true", default=None, help="results in the order of the input")
     _add_run_flags(batch)
     _add_host_flags(batch)
 
@@ -228,7 +233,7 @@ def _add_verb(verbs: Any, name: str, run: Callable[..., int], description: str, 
         description=description,
         epilog=example,
         allow_abbrev=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=110),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110),
         usage=f"qwen-dist {name} --model DIR_OR_HUB_ID [flags]",
     )
     verb.set_defaults(run=run, verb_parser=verb)
@@ -438,43 +443,82 @@ def _answer_json(text: str, updates: list[Update], tokenizer: Tokenizer) -> dict
 
 
 def _batch(options: argparse.Namespace, overrides: list[str]) -> int:
-    values = _config_values(options, "input", "output", "max_batch_size", "groups", "raw", "overwrite")
+    names = ("input", "output", "max_batch_size", "groups", "raw", "overwrite", "retry_errors", "keep_order")
+    values = _config_values(options, *names)
     config = load_config(BatchConfig, options.config, overrides, values, _DEMONSTRATION)
     with _joined(options, config, groups=config.groups, input=config.input) as hosts:
         start_jax(options.num_cpu_devices, config.model.dtype)
         hosts.check_devices()
-        summary = _run_share(config, hosts, quiet=options.json or not hosts.is_first)
-        _print_summary(summary, config.output, as_json=options.json)
-    return 0
+        # Several processes would have to stop at the same record.
+        with contextlib.nullcontext(lambda: False) if hosts.count > 1 else _stopping() as stopped:
+            summary = _run_share(config, hosts, stopped, quiet=options.json or not hosts.is_first)
+            _print_summary(summary, config.output, as_json=options.json)
+            return _INTERRUPTED if stopped() else 0
 
 
-def _run_share(config: BatchConfig, hosts: Hosts, *, quiet: bool) -> Summary:
+@contextlib.contextmanager
+def _stopping() -> Iterator[Callable[[], bool]]:
+    """A function that says whether Ctrl-C has been pressed; the second time it ends the program as always."""
+    asked = False
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, before)
+        print("\nstopping when the answers that have begun are finished; Ctrl-C again stops at once", file=sys.stderr)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _run_share(config: BatchConfig, hosts: Hosts, stopped: Callable[[], bool], *, quiet: bool) -> Summary:
     """This process's part of a batch; on process 0 the counts of all."""
+    from qwen_dist.batch.manifest import settings_of, write_manifest
     from qwen_dist.batch.run import run_batch
     from qwen_dist.batch.share import open_share
     from qwen_dist.engine.open import open_engine
     from qwen_dist.hosts.join import group_of
 
-    group = group_of(hosts, config.groups)
-    with open_share(config.input, config.output, config.overwrite, hosts, group) as (records, results):
+    group, settings = group_of(hosts, config.groups), settings_of(config)
+    share = open_share(
+        config.input,
+        config.output,
+        hosts,
+        group,
+        settings=json.dumps(settings),
+        overwrite=config.overwrite,
+        retry_errors=config.retry_errors,
+        keep_order=config.keep_order,
+    )
+    with share as (records, results):
         with _loading(quiet=quiet) as progress:
             engine, tokenizer, sampling = open_engine(
                 config.model,
                 config.mesh,
                 config.sampling,
                 max_batch_size=config.max_batch_size,
+                cache_bytes=parse_bytes(config.cache_memory),
+                steps_per_dispatch=config.steps_per_dispatch,
                 devices=group.devices(),
                 progress=progress,
                 announce=_announcing(hosts, quiet=quiet),
             )
-        with _batch_progress(config.input, quiet=quiet) as show:
+        with _batch_progress(config.input, results.num_before, quiet=quiet) as show:
 
-            def report(summary: Summary) -> None:
+            def report(summary: Summary, load: Load) -> None:
                 results.collect()
-                show(summary)
+                show(summary, load)
 
-            summary = run_batch(engine, tokenizer, sampling, records, results, raw=config.raw, report=report)
-        return results.finish(summary)
+            summary = run_batch(
+                engine, tokenizer, sampling, records, results, raw=config.raw, report=report, stopped=stopped
+            )
+        summary = results.finish(summary, not stopped())
+    if hosts.is_first:
+        write_manifest(config, settings, summary, is_complete=not stopped())
+    return summary
 
 
 def _print_summary(summary: Summary, output: str, *, as_json: bool) -> None:
@@ -482,34 +526,41 @@ def _print_summary(summary: Summary, output: str, *, as_json: bool) -> None:
         print(json.dumps({"output": output, **vars(summary)}))
     else:
         speed = summary.num_generated_tokens / max(summary.seconds, 1e-9)
+        before = f"{summary.num_before} were there; " if summary.num_before else ""
         print(
-            f"{summary.num_answered} answered, {summary.num_errors} with an error; {summary.num_prompt_tokens} tokens "
-            f"read and {summary.num_generated_tokens} written in {summary.seconds:.1f} s ({speed:.1f} a second): "
+            f"{before}{summary.num_answered} answered, {summary.num_errors} with an error; {summary.num_prompt_tokens} "
+            f"tokens read and {summary.num_generated_tokens} written in {summary.seconds:.1f} s ({speed:.1f} a second): "
             f"{output}"
         )
 
 
 @contextlib.contextmanager
-def _batch_progress(input: str, *, quiet: bool) -> Iterator[Callable[[Any], None]]:
+def _batch_progress(input: str, num_before: int, *, quiet: bool) -> Iterator[Callable[[Summary, Load], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from qwen_dist.batch.formats import read_lines
 
     columns = (
         TextColumn("answering"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}"),
+        TextColumn("{task.fields[told]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with open(input, "rb") as lines:
-        total = sum(1 for line in lines if line.strip())
+    total = 0 if quiet else sum(1 for line in read_lines(input) if line.strip())
     with Progress(*columns, console=_console(stderr=True, quiet=quiet)) as bar:
-        task = bar.add_task("", total=total, speed="")
+        task = bar.add_task("", total=total, completed=num_before, told="")
 
-        def report(summary: Any) -> None:
-            speed = summary.num_generated_tokens / max(summary.seconds, 1e-9)
-            done = summary.num_answered + summary.num_errors
-            bar.update(task, completed=done, speed=f"{speed:.1f} tokens/s")
+        def report(summary: Summary, load: Load) -> None:
+            seconds = max(summary.seconds, 1e-9)
+            bar.update(
+                task,
+                completed=num_before + summary.num_answered + summary.num_errors,
+                told=f"{summary.num_prompt_tokens / seconds:.0f} tokens/s in, {summary.num_generated_tokens / seconds:.0f} "
+                f"out; {load.num_running} running, {load.num_waiting} waiting, "
+                f"cache {load.held_positions / max(load.cache_positions, 1):.0%}",
+            )
 
         yield report
 

@@ -75,7 +75,11 @@ class GenerateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BatchConfig:
-    """`qwen-dist batch`: JSON lines in `input`, answers to `output`. `raw` leaves the chat template out.
+    """`qwen-dist batch`: records of `input`, answers to `output`. `raw` leaves the chat template out.
+
+    An interrupted run goes on where it was; `overwrite` begins anew, `retry_errors` answers again what ended in an error,
+    `keep_order` puts the finished output into the order of the input. `cache_memory` bounds the key/value cache of each
+    device; `steps_per_dispatch` is how many tokens a device makes before the host looks at them.
 
     `groups` divides the processes of a run into as many groups, each with the whole model on a `mesh` of its own devices
     and its share of the records; 1 is one mesh over all.
@@ -90,6 +94,10 @@ class BatchConfig:
     groups: int = 1
     raw: bool = False
     overwrite: bool = False
+    retry_errors: bool = False
+    keep_order: bool = False
+    cache_memory: str = "4GB"
+    steps_per_dispatch: int = 1
 
     def __post_init__(self) -> None:
         if self.max_batch_size < 1:

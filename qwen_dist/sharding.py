@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qwen_dist.errors import UsageError
 
 LOGICAL_AXES = frozenset(
-    "batch length kv_length embed vocab q_heads kv_heads head_dim mlp experts lora_rank router top_k gate_up".split()
+    "batch length pages kv_length embed vocab q_heads kv_heads head_dim mlp experts lora_rank router top_k gate_up".split()
 )
 
 

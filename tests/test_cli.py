@@ -207,6 +207,7 @@ def test_a_batch_is_answered_and_told_about(run, model, prompts, tmp_path):
         "num_errors": 1,
         "num_prompt_tokens": 117,
         "num_generated_tokens": 24,
+        "num_before": 0,
     }
     answers = {line["id"]: line for line in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
     assert "not JSON" in answers["line-3"]["error"]["message"]
@@ -240,6 +241,31 @@ def test_results_are_not_overwritten_unasked(run, model, prompts, tmp_path):
     assert (lost.code, output.read_text()) == (1, "old\n")
     assert run(*base, "--overwrite").code == 0
     assert len(output.read_text().splitlines()) == 3
+
+
+def test_a_run_that_goes_on(run, model, prompts, tmp_path):
+    """Cut off in the middle of a result; then complete, in the order of the input; then only errors are answered again."""
+    output = tmp_path / "out.jsonl"
+    base = ("batch", "--model", model, *ASK, "--input", prompts, "--output", output, "--json")
+    assert run(*base).code == 0
+    whole = output.read_bytes()
+    output.write_bytes(whole[: whole.rindex(b"{")])
+    result = run(*base, "--keep-order")
+    assert (result.code, result.json["num_before"], result.json["num_answered"] + result.json["num_errors"]) == (0, 2, 1)
+    lines = output.read_bytes().splitlines(keepends=True)
+    assert sorted(lines) == sorted(whole.splitlines(keepends=True))
+    assert [json.loads(line)["id"] for line in lines] == [1, 2, "line-3"]
+    assert {key: run(*base).json[key] for key in ("num_before", "num_answered", "num_errors")} == {
+        "num_before": 3,
+        "num_answered": 0,
+        "num_errors": 0,
+    }
+    assert run(*base, "--retry-errors").json["num_errors"] == 1
+    assert output.read_bytes().splitlines(keepends=True) == lines
+    refused = run(*base, "--max-new-tokens", "3")
+    assert refused.code == 1 and "of another checkpoint or of other parameters" in refused.err
+    manifest = json.loads((tmp_path / "out.jsonl.manifest.json").read_text())
+    assert manifest["is_complete"] and manifest["settings"]["sampling"]["max_new_tokens"] == 12
 
 
 @pytest.mark.parametrize(
@@ -447,6 +473,10 @@ PERTURBED = {
     "max_batch_size": "1",
     "raw": "true",
     "overwrite": "true",
+    "retry_errors": None,  # has a test of its own, as keep_order has
+    "keep_order": None,
+    "cache_memory": "1KB",
+    "steps_per_dispatch": "0",
 }
 
 
@@ -460,7 +490,8 @@ def test_every_field_of_the_configuration_changes_something(run, model, tiny_dir
     base |= {"sampling.max_new_tokens": 12, "sampling.temperature": 1}
 
     def outcome(**changes) -> tuple[int, str, str]:
-        output.unlink(missing_ok=True)
+        for file in tmp_path.glob("out.jsonl*"):
+            file.unlink()
         values = base | changes
         result = run("batch", *(f"--config.{key}={value}" for key, value in values.items()))
         return result.code, result.err if result.code else "", output.read_text() if output.exists() else ""
@@ -486,6 +517,7 @@ def test_every_field_of_the_configuration_changes_something(run, model, tiny_dir
     seen = json.loads(before[2].splitlines()[0])["text"]
     assert outcome(**{"sampling.stop": (seen[2:4],)}) != before
     again = ["batch", *(f"--config.{key}={value}" for key, value in base.items())]
+    output.with_name("out.jsonl.journal").unlink()
     output.write_text("old\n")
     assert run(*again).code == 1 and output.read_text() == "old\n"
     assert run(*again, "--config.overwrite=true").code == 0 and output.read_text() == before[2]

@@ -22,7 +22,9 @@ LEVELS = {
     "errors": 0,
     "config": 1,
     "engine.request": 1,
+    "batch.formats": 1,
     "batch.jsonl": 1,
+    "batch.output": 2,
     "models.config": 1,
     "hosts.cluster": 1,
     "hosts.lifeline": 2,
@@ -51,7 +53,9 @@ WITHOUT_JAX = {
     "tokenizer",
     "engine.request",
     "engine.scheduler",
+    "batch.formats",
     "batch.jsonl",
+    "batch.output",
     "models.config",
 }
 MESH_AXES = {"data", "fsdp", "tensor", "expert", "context"}

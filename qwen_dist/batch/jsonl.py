@@ -9,13 +9,14 @@ A line that cannot be used becomes a `BadRecord`, and the run goes on with the n
 
 import codecs
 import dataclasses
+import hashlib
 import json
 import os
-import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
+from qwen_dist.batch.formats import read_lines
 from qwen_dist.errors import UserError
 
 Form = Literal["plain", "openai"]
@@ -34,6 +35,7 @@ class Record:
       params: the sampling parameters of this line under our names (`_PARAMS`). Names and types have been checked here;
         what values make sense is for the engine to say, and what makes a conversation for the tokenizer.
       model: the model that an OpenAI line names; echoed, not obeyed.
+      fingerprint: a number of this line; another line, or a later one that repeats it, has another.
     """
 
     id: str | int
@@ -43,6 +45,7 @@ class Record:
     prompt: str | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
     model: str | None = None
+    fingerprint: int = dataclasses.field(default=0, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,38 +56,43 @@ class BadRecord:
     line_number: int
     form: Form
     message: str
+    fingerprint: int = dataclasses.field(default=0, compare=False)
+
+
+def digest(data: bytes) -> int:
+    """64 bits that stand for these bytes."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[Record | BadRecord]:
-    """The records of a JSON lines file, one at a time: UTF-8 with or without BOM, blank lines skipped.
+    """The records of a file, one at a time: UTF-8 with or without BOM, blank lines skipped; see `formats` for the kinds.
 
     Raises:
-      UserError: the file cannot be opened.
+      UserError: the file cannot be opened, or later on, it is damaged.
     """
-    try:
-        file = open(path, "rb")  # noqa: SIM115 (_records closes it)
-    except OSError as error:
-        raise UserError(f"cannot read the input {os.fspath(path)}: {error.strerror}") from error
-    return _records(file)
+    return _records(read_lines(path))
 
 
-def _records(file: IO[bytes]) -> Iterator[Record | BadRecord]:
+def _records(lines: Iterator[bytes]) -> Iterator[Record | BadRecord]:
     form: Form = "plain"
-    seen: set[str | int] = set()
-    with file:
-        for number, line in enumerate(file, start=1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            line = line.rstrip()
-            if not line:
-                continue
-            record = _parse_line(line, number, form)
-            if record.id in seen and isinstance(record, Record):
-                message = f"the id {record.id!r} is already that of an earlier line: give every line its own"
-                record = BadRecord(record.id, number, record.form, message)
-            seen.add(record.id)
-            form = record.form  # A line too broken to show its form is answered in that of the line before.
-            yield record
+    ids, fingerprints = set[int](), set[int]()  # 64 bits each: a million lines are not held in memory
+    for number, line in enumerate(lines, start=1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        line = line.rstrip()
+        if not line:
+            continue
+        record = _parse_line(line, number, form)
+        id, fingerprint = digest(repr(record.id).encode()), digest(line)
+        if id in ids and isinstance(record, Record):
+            message = f"the id {record.id!r} is already that of an earlier line: give every line its own"
+            record = BadRecord(record.id, number, record.form, message)
+        if fingerprint in fingerprints:
+            fingerprint = digest(line + str(number).encode())
+        ids.add(id)
+        fingerprints.add(fingerprint)
+        form = record.form  # A line too broken to show its form is answered in that of the line before.
+        yield dataclasses.replace(record, fingerprint=fingerprint)
 
 
 def _parse_line(line: bytes, number: int, form: Form) -> Record | BadRecord:
@@ -332,84 +340,3 @@ def _openai_line(
         "response": {"status_code": status, "request_id": f"req_{record.line_number}", "body": body},
         "error": error,
     }
-
-
-class ResultWriter:
-    """Writes results line by line; whatever happens, the file holds whole lines.
-
-    Each line is one write to the final path, so what has been written stays when the process dies. When the disk is
-    full the part of a line that still fitted is taken back.
-
-    Raises:
-      UserError: the file cannot be opened, or holds results already and `overwrite` is false.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], overwrite: bool = False):
-        self._path = os.fspath(path)
-        try:
-            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        except OSError as error:
-            raise UserError(f"cannot write the output {self._path}: {error.strerror}") from error
-        status = os.fstat(self._file)
-        self._is_regular = stat.S_ISREG(status.st_mode)  # else a pipe or a device, which cannot be cut
-        self._num_lines = 0
-        self._size = 0
-        # Resuming an interrupted run will go on from the lines that are there, in place of these two answers.
-        if status.st_size and not overwrite:
-            os.close(self._file)
-            raise UserError(f"the output {self._path} holds results already: name another file, or ask to overwrite it")
-        # Old results go with the first new one: a model that then cannot be loaded must not cost them.
-        self._holds_old = self._is_regular and status.st_size > 0
-
-    def write(self, line: Mapping[str, Any]) -> None:
-        """Appends one result.
-
-        Raises:
-          UserError: the disk is full, or the file cannot grow for another reason; the lines before are whole.
-        """
-        # backslashreplace writes half a surrogate pair as JSON does, `\\ud83d`.
-        data = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
-        self._drop_old()
-        try:
-            rest = data
-            while rest:  # A nearly full disk takes a part first and says why with the next write.
-                rest = rest[os.write(self._file, rest) :]
-        except OSError as error:
-            if self._is_regular:
-                os.ftruncate(self._file, self._size)
-            raise self._failure(error) from error
-        self._size += len(data)
-        self._num_lines += 1
-
-    def close(self) -> None:
-        """Ends the file once everything is on the disk.
-
-        Raises:
-          UserError: the disk refuses what it had accepted (some file systems say so only now).
-        """
-        try:
-            if self._is_regular:
-                os.fsync(self._file)
-        except OSError as error:
-            raise self._failure(error) from error
-        finally:
-            os.close(self._file)
-
-    def __enter__(self) -> "ResultWriter":
-        return self
-
-    def __exit__(self, exception: object, *more: object) -> None:
-        if exception is None:
-            self._drop_old()
-        self.close()
-
-    def _drop_old(self) -> None:
-        if self._holds_old:
-            os.ftruncate(self._file, 0)
-            self._holds_old = False
-
-    def _failure(self, error: OSError) -> UserError:
-        return UserError(
-            f"cannot write to {self._path}: {error.strerror}; it holds the {self._num_lines} results before, whole: "
-            "make room and run again, or name an output on another disk"
-        )

@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
-from qwen_dist.batch.jsonl import BadRecord, Record, ResultWriter, error_line, read_records, result_line
-from qwen_dist.engine.engine import Engine
+from qwen_dist.batch.jsonl import BadRecord, Record, error_line, result_line
+from qwen_dist.engine.engine import Engine, Load
 from qwen_dist.engine.request import Request, SamplingParams, TokenLogprob, Update
 from qwen_dist.errors import UsageError, UserError
 from qwen_dist.tokenizer import Tokenizer
 
-# Records sorted by length together, in batches: enough to make batches of like lengths, few enough to hold in memory.
-BATCHES_AT_ONCE = 8
-
 
 @dataclasses.dataclass
 class Summary:
-    """What has been done so far; seconds are of the whole run after loading."""
+    """What has been done so far; seconds are of the whole run after loading. `num_before` results were there before it."""
 
     num_answered: int = 0
     num_errors: int = 0
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
     seconds: float = 0.0
+    num_before: int = 0
 
 
 class Writer(Protocol):
-    """Takes results, one at a time."""
+    """Takes results, one at a time, each with the fingerprint of its record."""
 
-    def write(self, line: Mapping[str, Any]) -> None: ...
+    def write(self, line: Mapping[str, Any], fingerprint: int) -> None: ...
 
 
 @dataclasses.dataclass
@@ -55,55 +52,54 @@ def run_batch(
     engine: Engine,
     tokenizer: Tokenizer,
     defaults: SamplingParams,
-    records: Iterator[Record | BadRecord],
+    records: Iterable[Record | BadRecord],
     writer: Writer,
     *,
     raw: bool = False,
-    report: Callable[[Summary], None] = lambda summary: None,
+    report: Callable[[Summary, Load], None] = lambda summary, load: None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Summary:
     """Answer every record, writing each as it is finished.
 
     Args:
       engine, tokenizer, defaults: from `open_engine`; a record's own parameters come before the defaults.
-      records: from `read_records`.
+      records: from `read_records`; they are read as there is room for them.
       writer: takes the results.
       raw: give prompts to the model as they are, without the chat template.
-      report: called after every step with the counts so far.
+      report: called after every update with the counts so far, and how full the engine is.
+      stopped: once it says so, answers that have begun are finished, and nothing else is begun.
 
     Raises:
       UserError: the output cannot be written; what was written before is whole.
     """
     summary, start = Summary(), time.monotonic()
-    window = engine.max_batch_size * BATCHES_AT_ONCE
-    while some := list(itertools.islice(records, window)):
-        requests = []
-        for record in some:
+
+    def requests() -> Iterator[Request]:
+        for record in records:
+            if stopped():
+                return
             try:
-                requests.append(_request(record, engine, tokenizer, defaults, raw))
+                yield _request(record, engine, tokenizer, defaults, raw)
             except UserError as error:
-                writer.write(error_line(record, str(error)))
+                writer.write(error_line(record, str(error)), record.fingerprint)
                 summary.num_errors += 1
-        for update in engine.run(requests):
-            answer: _Answer = update.request.key
-            answer.text += update.text
-            answer.logprobs += update.logprobs
-            summary.num_generated_tokens += len(update.tokens)
-            summary.seconds = time.monotonic() - start
-            if update.finish_reason is not None:
-                writer.write(_result(answer, update, tokenizer))
-                summary.num_answered += 1
-                summary.num_prompt_tokens += len(update.request.prompt)
-            report(summary)
+
+    for update in engine.run(requests()):
+        answer: _Answer = update.request.key
+        answer.text += update.text
+        answer.logprobs += update.logprobs
+        summary.num_generated_tokens += len(update.tokens)
+        summary.seconds = time.monotonic() - start
+        if update.finish_reason is not None:
+            writer.write(_result(answer, update, tokenizer), answer.record.fingerprint)
+            summary.num_answered += 1
+            summary.num_prompt_tokens += len(update.request.prompt)
+        report(summary, engine.load)
+        if stopped():
+            engine.cancel_waiting()
     summary.seconds = time.monotonic() - start
-    report(summary)
+    report(summary, engine.load)
     return summary
-
-
-def open_files(input: str, output: str, overwrite: bool) -> tuple[Iterator[Record | BadRecord], ResultWriter]:
-    """The records of `input` and a writer to `output`; raises UserError before any model is loaded."""
-    check_paths(input, output)
-    records = read_records(input)
-    return records, ResultWriter(output, overwrite=overwrite)
 
 
 def _request(

@@ -1,44 +1,116 @@
-"""From requests to text: batches of prompts are read in pieces and continued together, each row by its own rules.
+"""From requests to text: requests come and go one by one, and all that are there are answered together.
 
-The host decides and the devices compute: while a step runs, the tokens of the step before are turned into text here.
+The host decides and the devices compute: while one step runs, the tokens of the step before are turned into text here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
 
 from qwen_dist.checkpoint.model import LoadedModel
-from qwen_dist.engine.request import Request, SamplingParams, TokenLogprob, Update
-from qwen_dist.engine.runner import Chosen, Runner, State
-from qwen_dist.errors import UserError
+from qwen_dist.engine.request import Request, TokenLogprob, Update
+from qwen_dist.engine.runner import Chosen, RuleTable, Runner, State
+from qwen_dist.engine.scheduler import Piece, Scheduler, Sequence, Steps
+from qwen_dist.errors import UsageError, UserError
+from qwen_dist.models.cache import PAGE, VISITS, page_bytes
 from qwen_dist.tokenizer import StopStrings, StreamDecoder, Tokenizer
 
-# Tokens of all rows read at a time: enough to keep the devices busy, few enough to bound the activations.
-PREFILL_TOKENS = 8192
-MIN_CHUNK, MAX_CHUNK = 128, 512
-# Each size is a program to compile, so sizes grow by doubling, from these: tokens read at a time, positions a row has room
-# for, and positions that a step attends to (of those there is room for).
-MIN_WIDTH, MIN_SLOTS, MIN_LIVE = 16, 64, 256
+# Prompts are read in blocks of so many tokens, and each part of the mesh reads so many blocks at a time: enough to keep a
+# device busy, with little padding.
+BLOCK, NUM_BLOCKS = 32, 16
+# Requests taken in for each that can be answered at a time: enough to choose from, few enough to hold in memory.
+TAKEN_AHEAD = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """How full the engine is: requests, and positions of the cache: that there are, that requests hold, and in use."""
+
+    num_running: int
+    num_waiting: int
+    num_preempted: int
+    cache_positions: int
+    held_positions: int
+    live_positions: int
 
 
 class Engine:
-    """Generates text for batches of requests."""
+    """Answers requests, many at a time.
 
-    def __init__(self, model: LoadedModel, tokenizer: Tokenizer, *, max_batch_size: int = 32):
+    Args:
+      model, tokenizer: of one checkpoint.
+      max_batch_size: requests at a time.
+      cache_bytes: what the cache may grow to on each device.
+      steps_per_dispatch: tokens of a request before the host sees them, up to a page: more keep a fast device busy,
+        fewer let requests that end make room sooner.
+
+    Raises:
+      UsageError: a number is out of range, or the cache cannot hold a page.
+      UserError: tokenizer and model are not of the same checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        tokenizer: Tokenizer,
+        *,
+        max_batch_size: int = 32,
+        cache_bytes: int = 4 * 10**9,
+        steps_per_dispatch: int = 1,
+    ):
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
                 f"the tokenizer knows ids up to {tokenizer.vocab_size - 1} and the model only {model.config.vocab_size}; "
                 "tokenizer.json and config.json are not of the same checkpoint."
             )
+        if not 1 <= steps_per_dispatch <= PAGE:
+            raise UsageError(f"steps_per_dispatch is {steps_per_dispatch}; it must be from 1 to {PAGE}")
+        parts = model.resolver.batch_multiple()
+        num_rows = -(-max_batch_size // parts) * parts
+        max_pages = cache_bytes // page_bytes(model.config, model.resolver, model.dtype)
+        if max_pages < 1:
+            raise UsageError(f"a cache of {cache_bytes} bytes on each device is less than one page; give more")
         self.max_batch_size = max_batch_size
         self.max_context = model.config.max_position_embeddings
         self._tokenizer = tokenizer
-        self._runner = Runner(model)
         self._vocab_size = model.config.vocab_size
-        self._batch_multiple = model.resolver.batch_multiple()
+        self._runner, self._rules = Runner(model, num_rows, steps_per_dispatch), RuleTable(num_rows)
+        self._scheduler = Scheduler(
+            num_rows=num_rows,
+            page_size=PAGE,
+            block_size=BLOCK,
+            max_pages=max_pages,
+            max_length=self.max_context,
+            parts=parts,
+            num_blocks=NUM_BLOCKS,
+            num_steps=steps_per_dispatch,
+            group=VISITS,
+        )
+        self._state: State | None = None
+        self._in_flight: tuple[Piece | Steps, Chosen] | None = None
+        self._answers: dict[Sequence, _Answer] = {}
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every request has been answered."""
+        return not self._answers
+
+    @property
+    def load(self) -> Load:
+        scheduler, parts = self._scheduler, self._runner.parts
+        return Load(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_preempted=scheduler.num_preempted,
+            cache_positions=scheduler.num_pages * parts * PAGE,
+            held_positions=scheduler.num_held_pages * PAGE,
+            live_positions=scheduler.num_live,
+        )
 
     def check(self, request: Request) -> None:
         """Raises UserError if the request cannot be run."""
@@ -52,134 +124,131 @@ class Engine:
             )
         if not 0 <= min(request.prompt) <= max(request.prompt) < self._vocab_size:
             raise UserError(f"the prompt has token ids outside the vocabulary of {self._vocab_size}")
+        if not self._scheduler.fits(self._end(request)):
+            raise UserError(
+                f"the prompt has {length} tokens and the answer up to {request.params.max_new_tokens}, more than the cache "
+                f"can grow to hold ({self._scheduler.max_pages * PAGE} on each part of the mesh); allow it more memory"
+            )
 
-    def run(self, requests: Sequence[Request]) -> Iterator[Update]:
-        """Answer the requests, longest prompts first, `max_batch_size` at a time; updates come as text becomes final.
+    def _end(self, request: Request) -> int:
+        """The last position that a token of the answer may have."""
+        return min(len(request.prompt) + request.params.max_new_tokens, self.max_context) - 1
+
+    def submit(self, request: Request) -> None:
+        """Let a request wait for its turn. Raises UserError if it fails `check`."""
+        self.check(request)
+        sequence = self._scheduler.add(request, self._end(request))
+        self._answers[sequence] = _Answer(request, self._tokenizer, sequence.end)
+
+    def cancel(self, request: Request) -> None:
+        """Nothing more comes of a request; one that has ended is no matter."""
+        for sequence in [sequence for sequence in self._answers if sequence.request is request]:
+            self._release(sequence)
+
+    def cancel_waiting(self) -> None:
+        """Nothing comes of the requests that are not being answered just now."""
+        for sequence in [sequence for sequence in self._answers if sequence.row < 0]:
+            self._release(sequence)
+
+    def step(self) -> list[Update]:
+        """Start the next step on the devices, and return what the one before it gave."""
+        plan = self._scheduler.plan(can_preempt=self._in_flight is None)
+        before, self._in_flight = self._in_flight, None if plan is None else (plan, self._dispatch(plan))
+        return [] if before is None else list(self._deliver(*before))
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Update]:
+        """Answer the requests, longest prompts first; updates come as text becomes final.
 
         Every request ends with one update that has a `finish_reason`. An answer depends on its request alone, not on
-        the rest of the batch (up to floating-point rounding, which in float32 practically never changes a token).
-        Raises UserError, before anything runs, if a request fails `check`.
+        what else is answered (up to floating-point rounding, which in float32 practically never changes a token). Requests
+        are taken from the iterable as there is room for them, some ahead. Raises UserError if a request fails `check`.
         """
-        for request in requests:
-            self.check(request)
-        ordered = sorted(requests, key=lambda request: -len(request.prompt))
-        for start in range(0, len(ordered), self.max_batch_size):
-            yield from self._run_batch(ordered[start : start + self.max_batch_size])
+        coming, ahead = iter(requests), self.max_batch_size * TAKEN_AHEAD
+        try:
+            while True:
+                for request in itertools.islice(coming, max(0, ahead - len(self._answers))):
+                    self.submit(request)
+                if self.is_idle:
+                    break
+                yield from self.step()
+        finally:
+            for sequence in list(self._answers):
+                self._release(sequence)
 
-    def _run_batch(self, requests: Sequence[Request]) -> Iterator[Update]:
-        rows = [_Row(request, self._tokenizer, self.max_context) for request in requests]
-        prompts = [request.prompt for request in requests]
-        params = [request.params for request in requests]
-        # Rows that only fill the batch up to a size the mesh can divide and that has been compiled before.
-        fill = _batch_size(len(rows), self._batch_multiple) - len(rows)
-        prompts += [(0,)] * fill
-        params += [SamplingParams()] * fill
+    def _release(self, sequence: Sequence) -> None:
+        self._scheduler.release(sequence)
+        del self._answers[sequence]
 
-        wanted = [row.params.logprobs for row in rows if row.params.logprobs is not None]
-        num_top = max(wanted, default=None)
-        chunk = min(MAX_CHUNK, max(MIN_CHUNK, PREFILL_TOKENS // len(prompts)))
-        longest = max(len(row.request.prompt) + row.max_new_tokens for row in rows)
-        pieces = list(_pieces(prompts, chunk))
-        num_slots = max(_next_power_of_two(longest, MIN_SLOTS), pieces[-1].num_live)
-        state = self._runner.start(prompts, params, num_slots)
+    def _dispatch(self, plan: Piece | Steps) -> Chosen:
+        num_pages = self._scheduler.num_pages
+        if self._state is None:
+            self._state = self._runner.start(num_pages)
+        elif self._state.cache[0].k.shape[1] < num_pages:
+            self._state = self._runner.resize(self._state, num_pages)
+        if isinstance(plan, Piece):
+            for sequence in plan.sequences:
+                if sequence is not None:
+                    self._rules.set(sequence.row, sequence.request.params, sequence.end)
+        rules, num_top = self._rules.look_up(plan.rows_B, self._tokenizer.stop_ids)
+        if isinstance(plan, Piece):
+            self._state, chosen = self._runner.read(self._state, plan, rules, num_top=num_top)
+        else:
+            self._state, chosen = self._runner.step(self._state, plan, rules, num_top=num_top)
+        return chosen
 
-        for piece in pieces:
-            state, chosen = self._runner.prefill(state, *piece.arrays, num_live=piece.num_live, num_top=num_top)
-            yield from self._deliver(rows, chosen, piece.last_B >= 0)
-        yield from self._decode(rows, state, num_slots, num_top)
-
-    def _decode(self, rows: list[_Row], state: State, num_slots: int, num_top: int | None) -> Iterator[Update]:
-        """Steps until every row is done; the tokens of one step are read while the next one runs."""
-        everyone = np.ones(len(rows), bool)
-        reached = max(len(row.request.prompt) for row in rows) + 1
-        running: Chosen | None = None
-        while any(row.is_running for row in rows):
-            num_live = min(_next_power_of_two(reached, MIN_LIVE), num_slots)
-            ahead = None
-            if any(row.is_running and row.num_generated + (running is not None) < row.max_new_tokens for row in rows):
-                state, ahead = self._runner.decode(state, num_live=num_live, num_top=num_top)
-                reached += 1
-            if running is not None:
-                yield from self._deliver(rows, running, everyone)
-            running = ahead
-
-    def _deliver(self, rows: list[_Row], chosen: Chosen, is_chosen: np.ndarray) -> Iterator[Update]:
+    def _deliver(self, plan: Piece | Steps, chosen: Chosen) -> Iterator[Update]:
         chosen = jax.device_get(chosen)
-        for index, row in enumerate(rows):
-            if row.is_running and is_chosen[index]:
-                yield row.push(int(chosen.tokens_B[index]), _logprob(chosen, index, row.params.logprobs))
+        for index, sequence in enumerate(plan.sequences):
+            tokens = [token for token in chosen.tokens_XB[:, index].tolist() if token >= 0]
+            if sequence is None or sequence.is_over or not tokens:
+                continue
+            answer = self._answers[sequence]
+            logprobs = _logprobs(chosen, index, tokens, sequence.request.params.logprobs)
+            update = answer.push(tokens, logprobs)
+            sequence.tokens += update.tokens
+            if update.finish_reason is not None:
+                self._release(sequence)
+            yield update
 
 
-class _Row:
-    """One request while it is being answered."""
+class _Answer:
+    """One request while it is being answered: from tokens to text."""
 
-    def __init__(self, request: Request, tokenizer: Tokenizer, max_context: int):
+    def __init__(self, request: Request, tokenizer: Tokenizer, end: int):
         self.request = request
-        self.params = request.params
-        self.max_new_tokens = min(self.params.max_new_tokens, max_context - len(request.prompt))
+        self.max_new_tokens = end + 1 - len(request.prompt)
         self.num_generated = 0
-        self.is_running = True
         self._stop_ids = tokenizer.stop_ids
         self._decoder = StreamDecoder(tokenizer)
-        self._stops = StopStrings(self.params.stop)
+        self._stops = StopStrings(request.params.stop)
 
-    def push(self, token: int, logprob: TokenLogprob | None) -> Update:
-        """Count a token in; what of the text has become final, and whether this was the end."""
-        self.num_generated += 1
-        is_end = token in self._stop_ids
-        text = "" if is_end else self._stops.push(self._decoder.push(token))
-        finish_reason = "stop" if is_end or self._stops.stopped is not None else None
-        if finish_reason is None and self.num_generated >= self.max_new_tokens:
-            finish_reason = "length"
+    def push(self, tokens: list[int], logprobs: list[TokenLogprob]) -> Update:
+        """Count tokens in, up to the end; what of the text has become final, and whether there was the end."""
+        text, finish_reason = "", None
+        for taken, token in enumerate(tokens, 1):
+            self.num_generated += 1
+            is_end = token in self._stop_ids
+            text += "" if is_end else self._stops.push(self._decoder.push(token))
+            if is_end or self._stops.stopped is not None:
+                finish_reason = "stop"
+            elif self.num_generated == self.max_new_tokens:
+                finish_reason = "length"
+            if finish_reason is not None:
+                logprobs = logprobs[: taken - is_end]
+                tokens = tokens[:taken]
+                break
         if finish_reason is not None:
-            self.is_running = False
             text += self._stops.push(self._decoder.flush())
             if self._stops.stopped is None:
                 text += self._stops.flush()
             else:
                 finish_reason = "stop"
-        shown = () if logprob is None or is_end else (logprob,)
-        return Update(self.request, text, (token,), self.num_generated, finish_reason, shown)
+        return Update(self.request, text, tuple(tokens), self.num_generated, finish_reason, tuple(logprobs))
 
 
-class _Piece:
-    """The tokens from `start` on, `width` of every prompt, as arrays."""
-
-    def __init__(self, prompts: Sequence[Sequence[int]], start: int, width: int):
-        self.tokens_BT = np.zeros((len(prompts), width), np.int32)
-        self.positions_BT = np.full((len(prompts), width), -1, np.int32)
-        self.last_B = np.full(len(prompts), -1, np.int32)
-        self.num_live = _next_power_of_two(start + width, MIN_SLOTS)
-        for row, prompt in enumerate(prompts):
-            part = prompt[start : start + width]
-            self.tokens_BT[row, : len(part)] = part
-            self.positions_BT[row, : len(part)] = range(start, start + len(part))
-            if part and start + len(part) == len(prompt):
-                self.last_B[row] = len(part) - 1
-
-    @property
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return self.tokens_BT, self.positions_BT, self.last_B
-
-
-def _pieces(prompts: Sequence[Sequence[int]], chunk: int) -> Iterator[_Piece]:
-    longest = max(map(len, prompts))
-    for start in range(0, longest, chunk):
-        yield _Piece(prompts, start, min(chunk, _next_power_of_two(longest - start, MIN_WIDTH)))
-
-
-def _logprob(chosen: Chosen, index: int, num_top: int | None) -> TokenLogprob | None:
+def _logprobs(chosen: Chosen, index: int, tokens: list[int], num_top: int | None) -> list[TokenLogprob]:
     if chosen.logprobs is None or num_top is None:
-        return None
-    of_chosen, tokens, of_tokens = chosen.logprobs
-    best = zip(tokens[index, :num_top].tolist(), of_tokens[index, :num_top].tolist(), strict=True)
-    return TokenLogprob(int(chosen.tokens_B[index]), float(of_chosen[index]), tuple(best))
-
-
-def _batch_size(num_rows: int, multiple: int) -> int:
-    size = _next_power_of_two(num_rows, 1)
-    return -(-size // multiple) * multiple
-
-
-def _next_power_of_two(number: int, minimum: int) -> int:
-    return max(minimum, 1 << (number - 1).bit_length())
+        return []
+    of_chosen, best_tokens, of_best = (np.asarray(x)[: len(tokens), index].tolist() for x in chosen.logprobs)
+    best = [tuple(zip(a[:num_top], b[:num_top], strict=True)) for a, b in zip(best_tokens, of_best, strict=True)]
+    return [TokenLogprob(*entry) for entry in zip(tokens, of_chosen, best, strict=True)]

@@ -29,6 +29,8 @@ def open_engine(
     sampling: SamplingOptions,
     *,
     max_batch_size: int = 32,
+    cache_bytes: int = 4 * 10**9,
+    steps_per_dispatch: int = 1,
     devices: Sequence[jax.Device] | None = None,
     progress: Progress | None = None,
     announce: Callable[[str], None] = lambda layout: None,
@@ -38,7 +40,7 @@ def open_engine(
     Args:
       options, sampling: as configured.
       mesh: as `MeshConfig.parse` reads it; empty is `default_mesh`.
-      max_batch_size: of the engine.
+      max_batch_size, cache_bytes, steps_per_dispatch: of the engine.
       devices: what the mesh is made of, by default all of this run.
       progress: see `checkpoint.load.load`.
       announce: told what the mesh is and what it does, before the weights are read, if there are several devices.
@@ -68,7 +70,14 @@ def open_engine(
     )
     if adapter is not None:
         model = dataclasses.replace(model, parameters=merge_adapter(model.parameters, adapter, resolver))
-    return Engine(model, tokenizer, max_batch_size=max_batch_size), tokenizer, defaults
+    engine = Engine(
+        model,
+        tokenizer,
+        max_batch_size=max_batch_size,
+        cache_bytes=cache_bytes,
+        steps_per_dispatch=steps_per_dispatch,
+    )
+    return engine, tokenizer, defaults
 
 
 def _generation_config(directory: pathlib.Path) -> dict:

@@ -3,157 +3,286 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from qwen_dist.checkpoint.model import LoadedModel
-from qwen_dist.engine.request import SamplingParams
-from qwen_dist.engine.sampling import SamplingArrays, choose, log_probabilities
+from qwen_dist.engine import scheduler
+from qwen_dist.engine.request import MAX_TOP_LOGPROBS, SamplingParams
+from qwen_dist.engine.sampling import SamplingArrays, choose, log_probabilities, penalise
 from qwen_dist.models import cache as kv_cache
-from qwen_dist.models.cache import Cache, LayerCache
+from qwen_dist.models.cache import PAGE, VISITS, Cache, LayerCache, Pages
 from qwen_dist.sharding import bind, constrain, resolving
+
+NUM_STOP_IDS = 16
+NUM_TOPS = (0, 5, MAX_TOP_LOGPROBS)
 
 
 class State(NamedTuple):
-    """What decoding carries from step to step, all of it on the devices and donated to each step.
+    """What is carried from step to step, all of it on the devices and donated to each step; R rows.
 
-    `tokens_B` were chosen last and stand at `positions_B`; their keys and values are not in the cache yet.
+    `tokens_R` were chosen last and stand at `positions_R`; their keys and values are not in the cache yet. Rows that
+    `are_over` have met a stop token or their last position. `seen_RV` are the tokens of prompt and answer so far.
     """
 
     cache: Cache
-    tokens_B: jax.Array
-    positions_B: jax.Array
-    seen_BV: jax.Array
+    tokens_R: jax.Array
+    positions_R: jax.Array
+    are_over_R: jax.Array
+    seen_RV: jax.Array
+
+
+class Rules(NamedTuple):
+    """How B rows choose and when they end: `end_B` the last position a token may have, `stop_ids` padded with -1."""
+
     sampling: SamplingArrays
+    end_B: jax.Array | np.ndarray
+    stop_ids: jax.Array | np.ndarray
+
+
+class Blocks(NamedTuple):
+    """`scheduler.Piece`, as the devices need it."""
+
+    tokens_BT: jax.Array | np.ndarray
+    positions_BT: jax.Array | np.ndarray
+    rows_B: jax.Array | np.ndarray
+    last_B: jax.Array | np.ndarray
+    pages: Pages
+
+
+class Rows(NamedTuple):
+    """`scheduler.Steps`, as the devices need it; `pages.write_BT` is still open, for it moves with every step."""
+
+    rows_B: jax.Array | np.ndarray
+    first_B: jax.Array | np.ndarray
+    pages_BN: jax.Array | np.ndarray
+    num_steps: jax.Array | np.ndarray
+    pages: Pages
 
 
 class Chosen(NamedTuple):
-    """The tokens of one step [B] and, if asked for, `sampling.log_probabilities` of them."""
+    """The tokens of each step [steps, B], -1 where there is none, and if asked for `log_probabilities` of them."""
 
-    tokens_B: jax.Array
+    tokens_XB: jax.Array
     logprobs: tuple[jax.Array, jax.Array, jax.Array] | None
 
 
 class Runner:
-    """The compiled programs for one model on one mesh: read a piece of the prompts, decode one token."""
+    """The compiled programs for one model on one mesh: read a piece of the prompts, continue rows by some tokens."""
 
-    def __init__(self, model: LoadedModel):
-        self._model = model
-        static = ("num_live", "num_top")
-        self._prefill = jax.jit(self._prefill_step, donate_argnames="state", static_argnames=static)
-        self._decode = jax.jit(self._decode_step, donate_argnames="state", static_argnames=static)
+    def __init__(self, model: LoadedModel, num_rows: int, max_steps: int = 1):
+        self._model, self._num_rows, self._max_steps = model, num_rows, max_steps
+        self.parts = model.resolver.batch_multiple()
+        self._read = jax.jit(self._read_piece, donate_argnames="state", static_argnames="num_top")
+        self._continue = jax.jit(self._continue_rows, donate_argnames="state", static_argnames="num_top")
+        self._resize = jax.jit(self._resized, donate_argnames="cache", static_argnames="num_pages")
 
-    def start(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], num_slots: int) -> State:
-        """The state before anything is read, with room for `num_slots` positions a row.
+    def start(self, num_pages: int) -> State:
+        """The state before anything is read, with so many pages in each part of the mesh."""
+        zeros_R = np.zeros(self._num_rows, np.int32)
+        seen_RV = np.zeros((self._num_rows, self._model.config.vocab_size), bool)
+        small = self._model.resolver.replicate((zeros_R, zeros_R, zeros_R > 0, seen_RV))
+        return State(self._empty_cache(num_pages), *small)
 
-        The number of rows must be a multiple of the resolver's `batch_multiple`.
-        """
-        seen_BV = np.zeros((len(prompts), self._model.config.vocab_size), bool)
-        for row, prompt in enumerate(prompts):
-            seen_BV[row, list(prompt)] = True
-        zeros_B = np.zeros(len(prompts), np.int32)
-        on_host = (zeros_B, zeros_B, seen_BV, SamplingArrays.from_params(params))
-        tokens_B, positions_B, seen, sampling = self._model.resolver.replicate(on_host)
-        return State(self._empty_cache(len(prompts), num_slots), tokens_B, positions_B, seen, sampling)
+    def resize(self, state: State, num_pages: int) -> State:
+        """The same state, which is used up, with so many pages in each part."""
+        return state._replace(cache=self._resize(state.cache, num_pages=num_pages))
 
-    def prefill(
-        self,
-        state: State,
-        tokens_BT: np.ndarray,
-        positions_BT: np.ndarray,
-        last_B: np.ndarray,
-        *,
-        num_live: int,
-        num_top: int | None,
-    ) -> tuple[State, Chosen]:
-        """Read a piece of each prompt and choose the next token of the rows whose prompt ends in it.
+    def read(self, state: State, piece: scheduler.Piece, rules: Rules, *, num_top: int | None) -> tuple[State, Chosen]:
+        """Read a piece and choose the first token of the rows whose prompt ends in it.
 
         Args:
           state: is used up.
-          tokens_BT, positions_BT: int32, as for `Transformer`.
-          last_B: int32, the index of a prompt's last token in this piece, -1 in rows whose prompt does not end here;
-            what is chosen for those means nothing.
-          num_live: slots of the cache to attend to.
+          piece: from the scheduler.
+          rules: of each block's row.
           num_top: how many alternatives' log-probabilities to return; None for no log-probabilities at all.
         """
-        return self._prefill(
-            self._model.parameters, state, tokens_BT, positions_BT, last_B, num_live=num_live, num_top=num_top
-        )
+        write_BT = np.where(piece.positions_BT < 0, -1, piece.pages_B[:, None]).astype(np.int32)
+        pages = Pages(write_BT, *piece.visits)
+        blocks = Blocks(piece.tokens_BT, piece.positions_BT, piece.rows_B, piece.last_B, pages)
+        return self._read(self._model.parameters, state, blocks, rules, num_top=num_top)
 
-    def decode(self, state: State, *, num_live: int, num_top: int | None) -> tuple[State, Chosen]:
-        """Choose one more token in every row; arguments as for `prefill`."""
-        return self._decode(self._model.parameters, state, num_live=num_live, num_top=num_top)
+    def step(self, state: State, steps: scheduler.Steps, rules: Rules, *, num_top: int | None) -> tuple[State, Chosen]:
+        """Choose up to `num_steps` more tokens in every row; arguments as for `read`."""
+        write_BT = np.full((len(steps.rows_B), 1), -1, np.int32)
+        num_steps = np.array(steps.num_steps, np.int32)
+        rows = Rows(steps.rows_B, steps.first_B, steps.pages_BN, num_steps, Pages(write_BT, *steps.visits))
+        return self._continue(self._model.parameters, state, rows, rules, num_top=num_top)
 
-    def lower(self, batch: int, num_slots: int, *, width: int | None, num_live: int) -> jax.stages.Lowered:
-        """The program of `prefill` for pieces of `width` tokens, or with None that of `decode`, to be compiled but not run.
+    def lower_read(self, num_pages: int, num_blocks: int, block: int, max_visits: int) -> jax.stages.Lowered:
+        """The program of `read`, to be compiled but not run: `num_blocks` in all, each looking at up to `max_visits` pages.
 
         The model's parameters may be abstract, and the devices of its mesh mere descriptions.
         """
-        state, replicated = self._abstract_state(batch, num_slots), self._model.resolver.replicated()
-        parameters, static = self._model.parameters, {"num_live": num_live, "num_top": None}
-        if width is None:
-            return self._decode.lower(parameters, state, **static)
-        tokens_BT = jax.ShapeDtypeStruct((batch, width), np.int32, sharding=replicated)
-        last_B = jax.ShapeDtypeStruct((batch,), np.int32, sharding=replicated)
-        return self._prefill.lower(parameters, state, tokens_BT, tokens_BT, last_B, **static)
+        numbers: Any = functools.partial(jax.ShapeDtypeStruct, dtype=np.int32, sharding=self._model.resolver.replicated())
+        tokens, rows = numbers((num_blocks, block)), numbers((num_blocks,))
+        visits = numbers((self.parts, _padded(num_blocks // self.parts * max_visits)))
+        blocks = Blocks(tokens, tokens, rows, rows, Pages(tokens, visits, visits, visits, numbers(())))
+        state, rules = self._abstract_state(num_pages), self._abstract_rules(num_blocks)
+        return self._read.lower(self._model.parameters, state, blocks, rules, num_top=None)
 
-    def _abstract_state(self, batch: int, num_slots: int) -> State:
+    def lower_step(self, num_pages: int) -> jax.stages.Lowered:
+        """The program of `step` for all rows; see `lower_read`."""
+        numbers: Any = functools.partial(jax.ShapeDtypeStruct, dtype=np.int32, sharding=self._model.resolver.replicated())
+        ids, visits = numbers((self._num_rows,)), numbers((self.parts, _padded(num_pages)))
+        pages = Pages(numbers((self._num_rows, 1)), visits, visits, visits, numbers(()))
+        rows = Rows(ids, ids, numbers((self._num_rows, 2)), numbers(()), pages)
+        state, rules = self._abstract_state(num_pages), self._abstract_rules(self._num_rows)
+        return self._continue.lower(self._model.parameters, state, rows, rules, num_top=None)
+
+    def _abstract_state(self, num_pages: int) -> State:
         """Shapes and shardings of what `start` makes."""
         model = self._model
-        cache = jax.eval_shape(lambda: kv_cache.empty(model.config, batch, num_slots, model.dtype))
-        sampling = jax.eval_shape(lambda: SamplingArrays.from_params([SamplingParams()] * batch))
-        zeros_B = jax.ShapeDtypeStruct((batch,), np.int32)
-        seen_BV = jax.ShapeDtypeStruct((batch, model.config.vocab_size), np.bool_)
+        cache = jax.eval_shape(lambda: kv_cache.empty(model.config, self.parts, num_pages, model.dtype))
         in_cache = model.resolver.activation("cache", cache[0].k.shape, kv_cache.CACHE_AXES)
-        everywhere = model.resolver.replicated()
-        small = jax.tree.map(lambda x: x.update(sharding=everywhere), (zeros_B, zeros_B, seen_BV, sampling))
+        everywhere, rows = model.resolver.replicated(), (self._num_rows,)
+        dtypes = (np.int32, np.int32, np.bool_, np.bool_)
+        shapes = (rows, rows, rows, (*rows, model.config.vocab_size))
+        small: list[Any] = [jax.ShapeDtypeStruct(*one, sharding=everywhere) for one in zip(shapes, dtypes, strict=True)]
         return State(jax.tree.map(lambda x: x.update(sharding=in_cache), cache), *small)
 
-    def _prefill_step(self, parameters, state, tokens_BT, positions_BT, last_B, *, num_live, num_top):  # type: ignore[no-untyped-def]
+    def _abstract_rules(self, num_rows: int) -> Rules:
+        rules, _ = RuleTable(0).look_up(np.zeros(num_rows, np.int32), ())
+        everywhere = self._model.resolver.replicated()
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), rules)
+
+    def _read_piece(self, parameters, state, blocks, rules, *, num_top):  # type: ignore[no-untyped-def]
         with resolving(self._model.resolver):
             module = bind(self._model.module, parameters)
-            x_BTD, cache, _ = module(tokens_BT, positions_BT, state.cache, num_live)
-            index_B11 = jnp.maximum(last_B, 0)[:, None, None]
-            logits_BV = module.unembed(jnp.take_along_axis(x_BTD, index_B11, axis=1))[:, 0]
-            next_B = jnp.take_along_axis(positions_BT, index_B11[:, :, 0], axis=1)[:, 0] + 1
-            return self._advance(state._replace(cache=cache), logits_BV, next_B, last_B >= 0, num_top)
+            x_BTD, cache, _ = module(blocks.tokens_BT, blocks.positions_BT, state.cache, blocks.pages)
+            index_B1 = jnp.maximum(blocks.last_B, 0)[:, None]
+            logits_BV = module.unembed(jnp.take_along_axis(x_BTD, index_B1[:, :, None], axis=1))[:, 0]
+            next_B = jnp.take_along_axis(blocks.positions_BT, index_B1, axis=1)[:, 0] + 1
+            state = state._replace(cache=cache, seen_RV=_seen_with(state.seen_RV, blocks))
+            state, tokens_B, logprobs = self._choose(
+                state, logits_BV, blocks.rows_B, next_B, blocks.last_B >= 0, rules, num_top
+            )
+            return state, self._replicated(Chosen(tokens_B[None], jax.tree.map(lambda x: x[None], logprobs)))
 
-    def _decode_step(self, parameters, state, *, num_live, num_top):  # type: ignore[no-untyped-def]
+    def _continue_rows(self, parameters, state, rows, rules, *, num_top):  # type: ignore[no-untyped-def]
         with resolving(self._model.resolver):
             module = bind(self._model.module, parameters)
-            x_B1D, cache, _ = module(state.tokens_B[:, None], state.positions_B[:, None], state.cache, num_live)
-            logits_BV = module.unembed(x_B1D)[:, 0]
-            everyone_B = jnp.ones_like(state.tokens_B, bool)
-            return self._advance(state._replace(cache=cache), logits_BV, state.positions_B + 1, everyone_B, num_top)
+            num_rows = len(rows.rows_B)
+            inside_B = jnp.minimum(rows.rows_B, self._num_rows - 1)
 
-    def _advance(
-        self, state: State, logits_BV: jax.Array, next_B: jax.Array, is_chosen_B: jax.Array, num_top: int | None
-    ) -> tuple[State, Chosen]:
+            def is_running(state: State) -> jax.Array:
+                return (rows.rows_B < self._num_rows) & ~state.are_over_R[inside_B]
+
+            def step(carry: tuple[jax.Array, State, Chosen]) -> tuple[jax.Array, State, Chosen]:
+                index, state, chosen = carry
+                is_running_B = is_running(state)
+                positions_B = jnp.where(is_running_B, state.positions_R[inside_B], -1)
+                column_B1 = jnp.clip(positions_B // PAGE - rows.first_B, 0, 1)[:, None]
+                write_B1 = jnp.take_along_axis(rows.pages_BN, column_B1, axis=1)
+                pages = rows.pages._replace(write_BT=jnp.where(is_running_B[:, None], write_B1, -1))
+                tokens_B1 = state.tokens_R[inside_B][:, None]
+                x_B1D, cache, _ = module(tokens_B1, positions_B[:, None], state.cache, pages)
+                logits_BV = module.unembed(x_B1D)[:, 0]
+                state = state._replace(cache=cache)
+                state, tokens_B, logprobs = self._choose(
+                    state, logits_BV, rows.rows_B, positions_B + 1, is_running_B, rules, num_top
+                )
+                new = Chosen(tokens_B, logprobs)
+                return index + 1, state, jax.tree.map(lambda all, one: all.at[index].set(one), chosen, new)
+
+            def goes_on(carry: tuple[jax.Array, State, Chosen]) -> jax.Array:
+                index, state, _ = carry
+                return (index < rows.num_steps) & jnp.any(is_running(state))
+
+            start = (jnp.int32(0), state, self._nothing(num_rows, num_top))
+            # Not a loop where one step is all: XLA's CPU backend copies every weight for a loop, on each round.
+            _, state, chosen = step(start) if self._max_steps == 1 else jax.lax.while_loop(goes_on, step, start)
+            return state, self._replicated(chosen)
+
+    def _nothing(self, num_rows: int, num_top: int | None) -> Chosen:
+        """Room for what is chosen in each step."""
+        tokens_XB = jnp.full((self._max_steps, num_rows), -1, jnp.int32)
+        if num_top is None:
+            return Chosen(tokens_XB, None)
+        wide = jnp.promote_types(self._model.dtype, jnp.float32)
+        more = (self._max_steps, num_rows, num_top)
+        return Chosen(tokens_XB, (jnp.zeros(more[:2], wide), jnp.zeros(more, jnp.int32), jnp.zeros(more, wide)))
+
+    def _choose(
+        self,
+        state: State,
+        logits_BV: jax.Array,
+        rows_B: jax.Array,
+        next_B: jax.Array,
+        is_chosen_B: jax.Array,
+        rules: Rules,
+        num_top: int | None,
+    ) -> tuple[State, jax.Array, tuple[jax.Array, jax.Array, jax.Array] | None]:
         """Choose a token for position `next_B` of each row, and move the rows `is_chosen_B` there."""
-        tokens_B = choose(logits_BV, state.sampling, state.seen_BV, next_B)
+        likely_BV = penalise(logits_BV, rules.sampling, state.seen_RV, rows_B)
+        tokens_B = choose(likely_BV, rules.sampling, next_B)
         logprobs = None if num_top is None else log_probabilities(logits_BV, tokens_B, num_top)
-        rows_B = jnp.arange(tokens_B.shape[0])
-        state = State(
-            cache=_constrain_cache(state.cache),
-            tokens_B=jnp.where(is_chosen_B, tokens_B, state.tokens_B),
-            positions_B=jnp.where(is_chosen_B, next_B, state.positions_B),
-            seen_BV=state.seen_BV.at[rows_B, tokens_B].max(is_chosen_B),
-            sampling=state.sampling,
+        is_over_B = jnp.any(tokens_B[:, None] == rules.stop_ids, axis=1) | (next_B >= rules.end_B)
+        to_B = jnp.where(is_chosen_B, rows_B, self._num_rows)
+        small = (
+            state.tokens_R.at[to_B].set(tokens_B, mode="drop"),
+            state.positions_R.at[to_B].set(next_B, mode="drop"),
+            state.are_over_R.at[to_B].set(is_over_B, mode="drop"),
+            state.seen_RV.at[to_B, tokens_B].set(True, mode="drop"),
         )
-        replicated = self._model.resolver.replicated()
-        small = (state._replace(cache=()), Chosen(tokens_B, logprobs))
-        rest, chosen = jax.lax.with_sharding_constraint(small, replicated)
-        return rest._replace(cache=state.cache), chosen
+        state = State(_constrain_cache(state.cache), *self._replicated(small))
+        return state, jnp.where(is_chosen_B, tokens_B, -1), logprobs
 
-    @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-    def _empty_cache(self, batch: int, num_slots: int) -> Cache:
+    def _replicated(self, tree):  # type: ignore[no-untyped-def]
+        return jax.lax.with_sharding_constraint(tree, self._model.resolver.replicated())
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def _empty_cache(self, num_pages: int) -> Cache:
         with resolving(self._model.resolver):
-            return _constrain_cache(kv_cache.empty(self._model.config, batch, num_slots, self._model.dtype))
+            return _constrain_cache(kv_cache.empty(self._model.config, self.parts, num_pages, self._model.dtype))
+
+    def _resized(self, cache: Cache, *, num_pages: int) -> Cache:
+        with resolving(self._model.resolver):
+            return _constrain_cache(kv_cache.resized(cache, num_pages))
+
+
+class RuleTable:
+    """The rules of all rows, on the host: set when a row is taken, looked up for each step."""
+
+    def __init__(self, num_rows: int):
+        # One more than there are rows: what stands in for a row that is none.
+        self._sampling = SamplingArrays.from_params([SamplingParams()] * (num_rows + 1))
+        self._end_R, self._num_top_R = np.zeros(num_rows + 1, np.int32), np.full(num_rows + 1, -1)
+
+    def set(self, row: int, params: SamplingParams, end: int) -> None:
+        for column, value in zip(self._sampling, SamplingArrays.from_params([params]), strict=True):
+            column[row] = value[0]
+        self._end_R[row], self._num_top_R[row] = end, -1 if params.logprobs is None else params.logprobs
+
+    def look_up(self, rows_B: np.ndarray, stop_ids: Collection[int]) -> tuple[Rules, int | None]:
+        """The rules of these rows, and how many alternatives' log-probabilities they want; None for none at all.
+
+        Each number is a program, so it is one of a few.
+        """
+        padded = np.full(-(-max(len(stop_ids), 1) // NUM_STOP_IDS) * NUM_STOP_IDS, -1, np.int32)
+        padded[: len(stop_ids)] = sorted(stop_ids)
+        sampling = SamplingArrays(*(column[rows_B] for column in self._sampling))
+        wanted = int(self._num_top_R[rows_B].max(initial=-1))
+        num_top = None if wanted < 0 else next(number for number in NUM_TOPS if number >= wanted)
+        return Rules(sampling, self._end_R[rows_B], padded), num_top
+
+
+def _seen_with(seen_RV: jax.Array, blocks: Blocks) -> jax.Array:
+    """The tokens of a piece are seen, in rows that begin in it nothing else."""
+    num_rows = len(seen_RV)
+    begins_B = blocks.positions_BT[:, 0] == 0
+    seen_RV = seen_RV.at[jnp.where(begins_B, blocks.rows_B, num_rows)].set(False, mode="drop")
+    row_BT = jnp.where(blocks.positions_BT >= 0, blocks.rows_B[:, None], num_rows)
+    return seen_RV.at[row_BT, blocks.tokens_BT].set(True, mode="drop")
 
 
 def _constrain_cache(cache: Cache) -> Cache:
     return tuple(LayerCache(*(constrain(x, *kv_cache.CACHE_AXES) for x in layer)) for layer in cache)
+
+
+def _padded(num_visits: int) -> int:
+    return -(-num_visits // VISITS) * VISITS

@@ -41,18 +41,28 @@ class SamplingArrays(NamedTuple):
         )
 
 
-def choose(logits_BV: jax.Array, params: SamplingArrays, seen_BV: jax.Array, positions_B: jax.Array) -> jax.Array:
+def penalise(logits_BV: jax.Array, params: SamplingArrays, seen_RV: jax.Array, rows_B: jax.Array) -> jax.Array:
+    """The logits [B, V] after the repetition penalty.
+
+    `seen_RV`: bool; the tokens of prompt and answer so far of all rows; `rows_B` is which of them these are.
+    """
+
+    def penalised() -> jax.Array:
+        penalty_B1 = params.repetition_penalty[:, None].astype(logits_BV.dtype)
+        penalised_BV = jnp.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1)
+        return jnp.where(seen_RV.at[rows_B].get(mode="clip"), penalised_BV, logits_BV)
+
+    return jax.lax.cond(jnp.any(params.repetition_penalty != 1), penalised, lambda: logits_BV)
+
+
+def choose(logits_BV: jax.Array, params: SamplingArrays, positions_B: jax.Array) -> jax.Array:
     """The next token of each row, int32 [B].
 
     Args:
       logits_BV: float.
       params: of each row.
-      seen_BV: bool; the tokens of the prompt and the answer so far, for the repetition penalty.
       positions_B: the position that the chosen token will have: with the seed it fixes the draw.
     """
-    penalty_B1 = params.repetition_penalty[:, None].astype(logits_BV.dtype)
-    penalised_BV = jnp.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1)
-    logits_BV = jnp.where(seen_BV, penalised_BV, logits_BV)
     greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
     def draw() -> jax.Array:

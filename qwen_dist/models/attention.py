@@ -13,6 +13,7 @@ from qwen_dist.models import cache as kv_cache
 from qwen_dist.models.capture import scope, tap
 from qwen_dist.models.config import LayerConfig, ModelConfig
 from qwen_dist.models.layers import Linear, RMSNorm, at_least_float32
+from qwen_dist.models.paged_attention import attend_pages
 from qwen_dist.models.rope import rotate
 from qwen_dist.sharding import constrain, num_parts
 
@@ -43,7 +44,7 @@ class Attention(nnx.Module):
         rope: tuple[jax.Array, jax.Array],
         positions_BT: jax.Array,
         cache: kv_cache.LayerCache | None,
-        num_live: int | None,
+        pages: kv_cache.Pages | None,
         segments_BT: jax.Array | None,
     ) -> tuple[jax.Array, kv_cache.LayerCache | None]:
         q_BTNH = tap("q_proj", self.q_proj(x_BTD))
@@ -55,13 +56,12 @@ class Attention(nnx.Module):
         q_BTNH = constrain(tap("q_rope", rotate(q_BTNH, *rope)), "batch", "length", "q_heads", "head_dim")
         k_BTKH = constrain(tap("k_rope", rotate(k_BTKH, *rope)), "batch", "length", "kv_heads", "head_dim")
 
-        k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-        kv_positions_BS = positions_BT
-        if cache is not None:
-            cache = kv_cache.write(cache, k_BKSH, v_BKSH, positions_BT[:, 0])
-            k_BKSH, v_BKSH = kv_cache.read(cache, num_live, x_BTD.dtype)
-            kv_positions_BS = jnp.broadcast_to(jnp.arange(k_BKSH.shape[2]), (x_BTD.shape[0], k_BKSH.shape[2]))
-        mixed_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, positions_BT, kv_positions_BS, self.sliding_window, segments_BT)
+        if cache is None or pages is None:
+            k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+            mixed_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, positions_BT, positions_BT, self.sliding_window, segments_BT)
+        else:
+            cache = kv_cache.write(cache, k_BTKH, v_BTKH, positions_BT, pages)
+            mixed_BTNH = attend_pages(q_BTNH, cache, positions_BT, pages, self.sliding_window)
         mixed_BTNH = constrain(tap("mixed", mixed_BTNH), "batch", "length", "q_heads", "head_dim")
         return tap("o_proj", self.o_proj(mixed_BTNH)), cache
 

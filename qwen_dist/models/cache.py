@@ -1,21 +1,37 @@
-"""The key/value cache: a plain pytree, one pair of arrays a layer, slot s of a row holding the row's position s."""
+"""The key/value cache: a pool of pages a layer, each holding PAGE consecutive positions of one sequence.
+
+A sequence owns as many pages as it has positions for, wherever they lie in the pool, so memory follows the lengths that are
+there. Who owns what is the host's business (`engine.scheduler`); a step is told by a `Pages`.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from qwen_dist.models.config import ModelConfig
+from qwen_dist.sharding import Resolver
+
+# Positions of a page. Half a page a sequence is wasted on average; smaller ones make smaller, slower products.
+PAGE = 64
+# Pages that are attended to at a time, at most, by rows of a single query each or of many: their scores should stay in a
+# CPU's cache.
+VISITS, VISITS_OF_MANY = 64, 8
+# Where a page starts that nobody may see, which is after every query.
+NOWHERE = np.int32(2**30)
 
 
 class LayerCache(NamedTuple):
-    """Keys (rotated) and values of one layer, [B, K, S, H] each, 16-bit floats as their bits.
+    """Keys (rotated) and values of one layer, [D, P, K, S, H] each, 16-bit floats as their bits.
 
-    XLA's CPU backend widens a whole 16-bit float array to float32 and back to change a few elements of it; integers are
-    changed in place, 1,000 times faster. Other backends do not mind.
+    The batch is split over D parts (of the mesh), each with P pages of its own. XLA's CPU backend widens a whole 16-bit
+    float array to float32 and back to change a few elements of it; integers are changed in place, 1,000 times faster.
+    Other backends do not mind.
     """
 
     k: jax.Array
@@ -23,50 +39,84 @@ class LayerCache(NamedTuple):
 
 
 Cache = tuple[LayerCache, ...]
-CACHE_AXES = ("batch", "kv_heads", "kv_length", "head_dim")
+CACHE_AXES = ("batch", "pages", "kv_heads", "kv_length", "head_dim")
 
 
-def empty(config: ModelConfig, batch: int, num_slots: int, dtype: DTypeLike) -> Cache:
-    """A cache of zeros for `batch` rows of up to `num_slots` positions, for a model that computes in `dtype`."""
-    shape = (batch, config.num_key_value_heads, num_slots, config.head_dim)
+class Pages(NamedTuple):
+    """Where the tokens of a step go and what they look at, int32.
+
+    write_BT: the page of each token, counted in its part of the pool; negative for tokens that are not kept. The slot in
+      it is the token's position modulo PAGE.
+    row_DE, page_DE, start_DE: each part's visits: row `row` of the part's B / D rows looks at page `page`, whose first slot
+      holds position `start`. E is a multiple of VISITS; visits that are none start NOWHERE.
+    num_visits: how many of E to make, at least those of every part.
+    """
+
+    write_BT: jax.Array | np.ndarray
+    row_DE: jax.Array | np.ndarray
+    page_DE: jax.Array | np.ndarray
+    start_DE: jax.Array | np.ndarray
+    num_visits: jax.Array | np.ndarray
+
+
+def group_size(num_rows: int, num_queries: int) -> int:
+    """How many visits of so many rows with so many queries each are made at a time; it divides VISITS."""
+    return min(VISITS, 1 << (4 * num_rows - 1).bit_length()) if num_queries == 1 else VISITS_OF_MANY
+
+
+def num_pages(num_positions: int) -> int:
+    """How many pages hold so many positions."""
+    return -(-num_positions // PAGE)
+
+
+def page_bytes(config: ModelConfig, resolver: Resolver, dtype: DTypeLike) -> int:
+    """Bytes that a page takes on each device that has a part of it, in all layers."""
+    shape = (resolver.batch_multiple(), 1, config.num_key_value_heads, PAGE, config.head_dim)
+    on_device = resolver.activation("cache", shape, CACHE_AXES).shard_shape(shape)
+    return 2 * math.prod(on_device) * jnp.dtype(dtype).itemsize * len(config.layers)
+
+
+def empty(config: ModelConfig, parts: int, num_pages: int, dtype: DTypeLike) -> Cache:
+    """A cache of zeros of `num_pages` pages in each of `parts`, for a model that computes in `dtype`."""
+    shape = (parts, num_pages, config.num_key_value_heads, PAGE, config.head_dim)
     zeros = jnp.zeros(shape, _stored_dtype(dtype))
     return tuple(LayerCache(zeros, zeros) for _ in config.layers)
 
 
-def write(cache: LayerCache, k_BKTH: jax.Array, v_BKTH: jax.Array, start_B: jax.Array) -> LayerCache:
-    """Put T consecutive positions into each row's slots from `start_B` on; a row that would not fit is left alone.
-
-    A negative start marks a row without new tokens. Padding behind a row's last token is written too and does no harm:
-    nobody sees a slot before its position has been reached, and then it has been written again.
-    """
-    num_slots = cache.k.shape[2]
-    index_B1 = jnp.where(start_B < 0, num_slots, start_B)[:, None]
-    return LayerCache(_write_rows(cache.k, k_BKTH, index_B1), _write_rows(cache.v, v_BKTH, index_B1))
+def resized(cache: Cache, num_pages: int) -> Cache:
+    """The cache with so many more pages that each part has `num_pages`."""
+    more = num_pages - cache[0].k.shape[1]
+    return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, more), (0, 0), (0, 0), (0, 0)]), cache)
 
 
-def read(cache: LayerCache, num_live: int | None, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of the first `num_live` slots (all when None); no row may have reached beyond."""
-    return cache.k[:, :, :num_live].view(dtype), cache.v[:, :, :num_live].view(dtype)
+def in_order(positions_BT: jax.Array, parts: int, pages_per_row: int) -> Pages:
+    """Pages for rows that each own `pages_per_row` pages, one row after the other: the plainest allocation there is."""
+    num_rows, rows = len(positions_BT), len(positions_BT) // parts
+    first_B1 = (jnp.arange(num_rows) % rows * pages_per_row)[:, None]
+    num_visits = rows * pages_per_row
+    missing = -num_visits % VISITS
+    page_E = jnp.pad(jnp.arange(num_visits), (0, missing))
+    start_E = jnp.pad(page_E[:num_visits] % pages_per_row * PAGE, (0, missing), constant_values=NOWHERE)
+    row_DE, page_DE, start_DE = (jnp.tile(x, (parts, 1)) for x in (page_E // pages_per_row, page_E, start_E))
+    write_BT = jnp.where(positions_BT < 0, -1, first_B1 + positions_BT // PAGE)
+    return Pages(write_BT, row_DE, page_DE, start_DE, jnp.int32(num_visits))
+
+
+def write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array, pages: Pages) -> LayerCache:
+    """Put the keys and values of each token into its page."""
+    parts, total = cache.k.shape[:2]
+    page_DX = jnp.where(pages.write_BT < 0, total, pages.write_BT).reshape(parts, -1)
+    slot_DX = (positions_BT % PAGE).reshape(parts, -1)
+
+    def put(pool_PKSH: jax.Array, new_XKH: jax.Array, page_X: jax.Array, slot_X: jax.Array) -> jax.Array:
+        return pool_PKSH.at[page_X, :, slot_X].set(new_XKH, mode="drop")
+
+    def put_all(pool: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+        new_DXKH = new_BTKH.reshape(parts, -1, *new_BTKH.shape[2:]).view(pool.dtype)
+        return jax.vmap(put)(pool, new_DXKH, page_DX, slot_DX)
+
+    return LayerCache(put_all(cache.k, k_BTKH), put_all(cache.v, v_BTKH))
 
 
 def _stored_dtype(dtype: DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.uint16) if jnp.dtype(dtype).itemsize == 2 else jnp.dtype(dtype)
-
-
-def _write_rows(slots_BKSH: jax.Array, new_BKTH: jax.Array, index_B1: jax.Array) -> jax.Array:
-    dims = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(1, 2, 3),
-        inserted_window_dims=(),
-        scatter_dims_to_operand_dims=(2,),
-        operand_batching_dims=(0,),
-        scatter_indices_batching_dims=(0,),
-    )
-    return jax.lax.scatter(
-        slots_BKSH,
-        index_B1,
-        new_BKTH.view(slots_BKSH.dtype),
-        dims,
-        unique_indices=True,
-        indices_are_sorted=True,
-        mode=jax.lax.GatherScatterMode.FILL_OR_DROP,
-    )

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from qwen_dist.models.attention import Attention
-from qwen_dist.models.cache import Cache, LayerCache
+from qwen_dist.models.cache import Cache, LayerCache, Pages
 from qwen_dist.models.capture import scope, tap
 from qwen_dist.models.config import LayerConfig, ModelConfig
 from qwen_dist.models.layers import Embedding, Linear, RMSNorm, contract
@@ -42,12 +42,12 @@ class Block(nnx.Module):
         rope: tuple[jax.Array, jax.Array],
         positions_BT: jax.Array,
         cache: LayerCache | None,
-        num_live: int | None,
+        pages: Pages | None,
         segments_BT: jax.Array | None,
     ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
         normed_BTD = tap("input_layernorm", self.input_layernorm(x_BTD))
         with scope("self_attn"):
-            mixed_BTD, cache = self.self_attn(normed_BTD, rope, positions_BT, cache, num_live, segments_BT)
+            mixed_BTD, cache = self.self_attn(normed_BTD, rope, positions_BT, cache, pages, segments_BT)
         x_BTD = constrain(tap("residual", x_BTD + mixed_BTD), "batch", "length", "embed")
         normed_BTD = tap("post_attention_layernorm", self.post_attention_layernorm(x_BTD))
         with scope("mlp"):
@@ -76,7 +76,7 @@ class Transformer(nnx.Module):
         tokens_BT: jax.Array,
         positions_BT: jax.Array,
         cache: Cache | None = None,
-        num_live: int | None = None,
+        pages: Pages | None = None,
         *,
         segments_BT: jax.Array | None = None,
         remat: Remat | None = None,
@@ -88,12 +88,11 @@ class Transformer(nnx.Module):
 
         Args:
           tokens_BT: token ids, int32.
-          positions_BT: each token's position in its sequence, int32; negative for padding, which nothing sees. Without a
-            cache, padding may stand on either side. With one, a row's tokens are consecutive, padding (of any position)
-            stands behind them, and a row whose first position is negative is left as it is.
+          positions_BT: each token's position in its sequence, int32; negative for padding, which nothing sees and which may
+            stand on either side.
           cache: keys and values of earlier positions (see `cache.empty`); these tokens' are added.
-          num_live: how many slots of the cache to attend to, at least the highest position + 1 of these tokens
-            including padding; all when None.
+          pages: with a cache, where in it these tokens go and what they look at. A row may be a part of a sequence, and
+            several rows parts of one.
           segments_BT: without a cache: where a row holds several sequences, one after the other, the number of the one that
             each token is of. Positions begin at 0 in each of them, and none sees another.
           remat: what the forward pass keeps of each block for the backward pass, which computes the rest again: a policy of
@@ -107,7 +106,7 @@ class Transformer(nnx.Module):
         run: Any = Block.__call__ if remat is None else jax.checkpoint(Block.__call__, policy=remat)
         for index, (block, layer_cache) in enumerate(zip(self.layers, caches, strict=True)):
             with scope(f"layers.{index}"):
-                x_BTD, layer_cache, of_router = run(block, x_BTD, rope, positions_BT, layer_cache, num_live, segments_BT)
+                x_BTD, layer_cache, of_router = run(block, x_BTD, rope, positions_BT, layer_cache, pages, segments_BT)
                 x_BTD = tap("output", x_BTD)
                 updated.append(layer_cache)
                 router_logits += [] if of_router is None else [of_router]

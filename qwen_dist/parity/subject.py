@@ -68,8 +68,10 @@ class Subject:
         config, dtype = self.loaded.config, self.loaded.dtype
         num_rows, num_steps = continuation.shape
         longest = int(inputs.lengths.max())
-        num_slots = -(-longest // chunk) * chunk + num_steps
-        cache = kv_cache.empty(config, len(self._with_padding_rows(inputs.lengths, 0)), num_slots, dtype)
+        parts = self.loaded.resolver.batch_multiple()
+        rows = len(self._with_padding_rows(inputs.lengths, 0)) // parts
+        pages_per_row = kv_cache.num_pages(longest + num_steps)
+        cache = kv_cache.empty(config, parts, rows * pages_per_row, dtype)
         step = jax.jit(self._cached_step)
 
         def feed(tokens: np.ndarray, positions: np.ndarray, last: np.ndarray) -> np.ndarray:
@@ -99,7 +101,9 @@ class Subject:
         """The logits [B, V] at each row's token `last`, and the cache with all tokens in it."""
         with resolving(self.loaded.resolver):
             model = bind(self.loaded.module, parameters)
-            hidden_BTD, cache_after, _ = model(tokens_BT, positions_BT, cache)
+            parts, num_pages = cache[0].k.shape[:2]
+            pages = kv_cache.in_order(positions_BT, parts, num_pages * parts // len(tokens_BT))
+            hidden_BTD, cache_after, _ = model(tokens_BT, positions_BT, cache, pages)
             assert cache_after is not None
             hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
             return model.unembed(hidden_B1D)[:, 0], cache_after
@@ -146,7 +150,7 @@ def _chunk_of(inputs: Inputs, start: int, chunk: int) -> tuple[np.ndarray, np.nd
         part = ids[start : start + chunk]
         tokens[row, : len(part)] = part
     count = np.clip(inputs.lengths - start, 0, chunk)
-    positions = np.where(count[:, None] > 0, start + np.arange(chunk), -1)
+    positions = np.where(np.arange(chunk) < count[:, None], start + np.arange(chunk), -1)
     return tokens, positions.astype(np.int32), np.maximum(count - 1, 0).astype(np.int32)
 
 

@@ -20,9 +20,11 @@ from jax.experimental import mesh_utils, topologies
 
 from qwen_dist.checkpoint.model import LoadedModel
 from qwen_dist.config import OptimizerOptions
+from qwen_dist.engine.engine import BLOCK
 from qwen_dist.engine.runner import Runner
 from qwen_dist.errors import UserError
 from qwen_dist.mesh import AXES, MeshConfig
+from qwen_dist.models.cache import PAGE
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.layers import at_least_float32
 from qwen_dist.models.transformer import Transformer
@@ -52,7 +54,8 @@ class Collective:
 class Compiled:
     """What the compiler reports of one program, for each device. `seconds` is how long it took.
 
-    `flops` and `bytes_accessed` count a loop's body once, as XLA does; the programs of this project have no loops.
+    `flops` and `bytes_accessed` count a loop's body once, as XLA does: of attention in inference, which goes over as many
+    pages as there are, one group.
     """
 
     seconds: float
@@ -127,8 +130,12 @@ def lower(config: ModelConfig, resolver: Resolver, workload: Workload, phase: Ph
         return _lower_training(config, resolver, workload)
     module = Transformer(config, dtype=workload.dtype)
     model = LoadedModel(config, module, abstract_parameters(module, resolver), resolver)  # type: ignore[arg-type]
-    width = workload.prefill_width if phase == "prefill" else None
-    return Runner(model).lower(workload.batch, workload.num_slots, width=width, num_live=workload.num_slots)
+    runner = Runner(model, workload.batch)
+    num_pages = workload.batch // runner.parts * (workload.num_slots // PAGE)
+    if phase == "decode":
+        return runner.lower_step(num_pages)
+    num_blocks, _ = workload.tokens_of(phase, runner.parts)
+    return runner.lower_read(num_pages, num_blocks, BLOCK, workload.num_slots // PAGE)
 
 
 def compile_program(lowered: jax.stages.Lowered) -> Compiled:

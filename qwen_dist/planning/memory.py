@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from qwen_dist.mesh import AXES, MeshConfig
 from qwen_dist.models.attention import QUERY_BLOCK
+from qwen_dist.models.cache import PAGE, group_size
 from qwen_dist.models.config import LayerConfig, ModelConfig
 from qwen_dist.models.moe import room_for
 from qwen_dist.models.transformer import Transformer
@@ -128,20 +129,29 @@ class Arithmetic:
             }
         cache = 2 * self._local("batch", "kv_heads", "kv_length", "head_dim") * self._width * len(self.config.layers)
         seen = self.workload.batch * self.config.vocab_size  # on every device
-        return {"parameters": parameters, "cache": cache, "sampling": seen, "working set": self._inference_set(phase)}
+        working = self._of_step(phase)._inference_set(self._tokens_of(phase)[1])
+        return {"parameters": parameters, "cache": cache, "sampling": seen, "working set": working}
 
     def cost(self, phase: Phase) -> Cost:
-        """What one step of a phase takes: all of prefill is as many steps as pieces of `prefill_width` tokens."""
-        tokens = {"train": self.workload.context, "prefill": self.workload.prefill_width, "decode": 1}[phase]
-        forward = self._forward_flops(tokens)
+        """What one step of a phase takes: all of prefill is as many steps as pieces of prompts."""
+        step, tokens = self._of_step(phase), self._tokens_of(phase)[1]
+        forward = step._forward_flops(tokens)
         parameters = self.local_parameters * self._width
         if phase == "train":
             passes = 4 if self.workload.remat == "blocks" else 3
             moved = passes * self._gathered_layers() + 3 * self.local_parameters * WIDE + 2 * self._saved()
             return Cost(passes * forward, moved, _nonzero(self._training_collectives()))
         cache = self.memory(phase)["cache"]
-        moved = parameters - self._experts_without_tokens(tokens) + cache
-        return Cost(forward, moved, _nonzero(self._inference_collectives(tokens)))
+        moved = parameters - step._experts_without_tokens(tokens) + cache
+        return Cost(forward, moved, _nonzero(step._inference_collectives(tokens)))
+
+    def _tokens_of(self, phase: Phase) -> tuple[int, int]:
+        return self.workload.tokens_of(phase, self.resolver.batch_multiple())
+
+    def _of_step(self, phase: Phase) -> Arithmetic:
+        """The arithmetic of as many rows, of as many tokens, as one step of the phase has."""
+        rows, _ = self._tokens_of(phase)
+        return dataclasses.replace(self, workload=dataclasses.replace(self.workload, batch=rows))
 
     def _local(self, *axes: str, **replaced: int) -> int:
         """Elements that one device has of an activation with these dimensions."""
@@ -150,13 +160,14 @@ class Arithmetic:
 
     # --- memory ---
 
-    def _inference_set(self, phase: Phase) -> int:
-        length = self.workload.prefill_width if phase == "prefill" else 1
+    def _inference_set(self, length: int) -> int:
         stream = self._local("batch", "length", "embed", length=length) * self._width
         heads = self._local("batch", "length", "q_heads", "head_dim", length=length) * self._width
-        keys = 2 * self._local("batch", "kv_heads", "kv_length", "head_dim") * self._width
-        # Of one block of queries: the scores, and what becomes of them under the softmax.
-        scores = 2 * self._local("batch", "length", "q_heads", "kv_length", length=min(QUERY_BLOCK, length)) * WIDE
+        # Of one group of visits: keys and values, the scores, and what becomes of them under the softmax.
+        parts = self.resolver.batch_multiple()
+        visits = {"batch": parts * group_size(self.workload.batch // parts, length), "length": length, "kv_length": PAGE}
+        keys = 2 * self._local("batch", "kv_heads", "kv_length", "head_dim", **visits) * self._width
+        scores = 2 * self._local("batch", "length", "q_heads", "kv_length", **visits) * WIDE
         # With the weights spread over fsdp, gate and up are summed between devices, together and in float32.
         kept = 4 * WIDE if self.resolver.mesh.shape["fsdp"] > 1 else 3 * self._width
         channels = kept * self._local("batch", "length", "mlp", length=length) if self._layers["mlp"] else 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from qwen_dist.engine.engine import MAX_CHUNK, MIN_CHUNK, MIN_SLOTS, PREFILL_TOKENS
+from qwen_dist.engine.engine import BLOCK, NUM_BLOCKS
 from qwen_dist.errors import UsageError
+from qwen_dist.models.cache import PAGE, num_pages
 from qwen_dist.sharding import INFERENCE, TRAIN, RuleSet
 
 Phase = Literal["prefill", "decode", "train"]
@@ -41,10 +42,14 @@ class Workload:
 
     @property
     def num_slots(self) -> int:
-        """Positions of the cache a row, as the engine makes them."""
-        return max(MIN_SLOTS, 1 << (self.context - 1).bit_length())
+        """Positions of the cache that a row of the whole context has."""
+        return num_pages(self.context) * PAGE
 
-    @property
-    def prefill_width(self) -> int:
-        """Tokens of each row that the engine reads at a time."""
-        return min(MAX_CHUNK, max(MIN_CHUNK, PREFILL_TOKENS // self.batch), self.num_slots)
+    def tokens_of(self, phase: Phase, parts: int) -> tuple[int, int]:
+        """Rows and tokens of each of one step; `parts` is over how many parts of the mesh rows are split.
+
+        Prompts are read in blocks, which are the rows of that step, whatever the batch is.
+        """
+        if phase == "prefill":
+            return parts * NUM_BLOCKS, BLOCK
+        return self.batch, self.context if phase == "train" else 1

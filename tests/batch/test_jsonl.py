@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_dist.batch.jsonl import BadRecord, Record, ResultWriter, error_line, read_records, result_line
+from qwen_dist.batch.jsonl import BadRecord, Record, error_line, read_records, result_line
 from qwen_dist.errors import UserError
 
 MESSAGES = [{"role": "user", "content": "Hi 😀"}]
@@ -204,76 +204,6 @@ def test_openai_lines_out():
     assert line["id"] == failed["id"] == "batch_req_3"
 
 
-def test_writer_writes_each_line_at_once(tmp_path):
-    path = tmp_path / "out.jsonl"
-    with ResultWriter(path) as writer:
-        writer.write({"text": "日\n\u2028"})
-        assert path.read_bytes() == '{"text": "日\\n\u2028"}\n'.encode()
-        writer.write({"id": "\ud83d"})
-    assert [json.loads(line) for line in path.read_bytes().splitlines()] == [{"text": "日\n\u2028"}, {"id": "\ud83d"}]
-
-
-def test_writer_overwrites_results_only_when_told(tmp_path):
-    path = tmp_path / "out.jsonl"
-    path.write_text("old\n")
-    with pytest.raises(UserError, match="holds results already"):
-        ResultWriter(path)
-    assert path.read_text() == "old\n"
-    with ResultWriter(path, overwrite=True) as writer:
-        writer.write({"a": 1})
-    assert path.read_text() == '{"a": 1}\n'
-    empty = tmp_path / "empty.jsonl"
-    empty.touch()
-    ResultWriter(empty).close()
-
-
-def test_writer_keeps_old_results_until_there_is_a_new_one(tmp_path):
-    path = tmp_path / "out.jsonl"
-    path.write_text("old\n")
-    with pytest.raises(UserError, match="no model"), ResultWriter(path, overwrite=True):
-        raise UserError("no model")
-    assert path.read_text() == "old\n"
-    with ResultWriter(path, overwrite=True):
-        pass  # no record, no result: a run that is done
-    assert path.read_text() == ""
-
-
-@pytest.mark.parametrize("name", ["", "missing/out.jsonl"])
-def test_writer_says_where_it_cannot_write(tmp_path, name):
-    with pytest.raises(UserError, match="cannot write the output"):
-        ResultWriter(tmp_path / name)
-
-
-def test_full_device():
-    with ResultWriter("/dev/full") as writer, pytest.raises(UserError, match=r"No space left on device; .* 0 results"):
-        writer.write({"a": 1})
-
-
-FILE_LIMIT = """
-import resource, sys
-from qwen_dist.batch.jsonl import ResultWriter
-from qwen_dist.errors import UserError
-
-writer = ResultWriter(sys.argv[1])
-resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-try:
-    for number in range(100):
-        writer.write({"id": number, "text": "x" * 20})
-except UserError as error:
-    print(error)
-writer.close()
-"""
-
-
-def test_a_file_that_can_grow_no_more_keeps_whole_lines(tmp_path):
-    path = tmp_path / "out.jsonl"
-    # Python ignores SIGXFSZ, so the write at the limit is cut short and the next one fails, as on a full disk.
-    done = subprocess.run([sys.executable, "-c", FILE_LIMIT, path], capture_output=True, text=True, check=True)
-    assert "File too large; it holds the 2 results before, whole: make room" in done.stdout
-    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == [0, 1]
-    assert path.read_text().endswith("}\n")
-
-
 def test_importing_the_records_imports_no_jax():
-    code = "import sys, qwen_dist.batch.jsonl, qwen_dist.tokenizer as _; sys.exit(bool({'jax', 'torch'} & {*sys.modules}))"
+    code = "import sys, qwen_dist.batch.output, qwen_dist.tokenizer as _; sys.exit(bool({'jax', 'torch'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -6,13 +6,14 @@ import json
 
 import pytest
 
-from qwen_dist.batch import run as batch_run
-from qwen_dist.batch.jsonl import ResultWriter, read_records
-from qwen_dist.batch.run import Summary, check_paths, open_files, run_batch
+from qwen_dist.batch.jsonl import Record, read_records
+from qwen_dist.batch.output import Output
+from qwen_dist.batch.run import Summary, check_paths, run_batch
 from qwen_dist.config import ModelOptions, SamplingOptions
+from qwen_dist.engine.engine import TAKEN_AHEAD
 from qwen_dist.engine.open import open_engine
 from qwen_dist.engine.request import Request
-from qwen_dist.errors import UsageError, UserError
+from qwen_dist.errors import UsageError
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "def is_prime(n):"}]
 LINES = [
@@ -57,7 +58,7 @@ def answer(opened, tmp_path):
     def answer(lines, **options) -> tuple[list[dict], Summary]:
         input, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
         input.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
-        with ResultWriter(output, overwrite=True) as writer:
+        with Output(output, overwrite=True) as writer:
             summary = run_batch(*opened, read_records(input), writer, **options)
         return [json.loads(line) for line in output.read_text().splitlines()], summary
 
@@ -155,20 +156,51 @@ def test_raw_prompts_go_to_the_model_as_they_are(opened, answer):
     assert "the prompt is empty" in result["error"]["message"]
 
 
-def test_long_files_are_answered_window_by_window(opened, answer, monkeypatch):
-    """Seventeen lines, eight in a window: what has been read ahead is bounded, and nothing is lost at the borders."""
-    monkeypatch.setattr(batch_run, "BATCHES_AT_ONCE", 1)
-    results, _ = answer([{"id": index, "prompt": "fox " * (index % 5)} for index in range(17)])
-    windows = [{result["id"] for result in results[start : start + 8]} for start in (0, 8, 16)]
-    assert windows == [set(range(8)), set(range(8, 16)), {16}]
-    same = [result for result in results if result["id"] % 5 == 2]
-    assert len(same) == 3
-    assert all(result | {"id": None} == same[0] | {"id": None} for result in same)
+def test_no_more_is_read_ahead_than_told(opened, answer):
+    """A file of any length: lines are taken as there is room for them."""
+    taken, most = 0, 0
+    ahead = opened[0].max_batch_size * TAKEN_AHEAD
+
+    def lines():
+        nonlocal taken
+        for index in range(3 * ahead):
+            taken += 1
+            yield Record(index, index + 1, "plain", {"max_new_tokens": 1 + index % 3}, prompt="fox", fingerprint=index)
+
+    class Counter:
+        done = 0
+
+        def write(self, line, fingerprint):
+            nonlocal most
+            self.done += 1
+            most = max(most, taken - self.done)
+
+    counter = Counter()
+    summary = run_batch(*opened, lines(), counter)
+    assert summary.num_answered == counter.done == 3 * ahead
+    assert ahead - 20 <= most <= ahead
+
+
+def test_stopping_finishes_what_has_begun(opened):
+    results, asked = [], False
+
+    class Results:
+        def write(self, line, fingerprint):
+            nonlocal asked
+            results.append(line)
+            asked = True
+
+    records = [Record(index, index + 1, "plain", {}, prompt="fox") for index in range(50)]
+    summary = run_batch(*opened, iter(records), Results(), stopped=lambda: asked)
+    engine = opened[0]
+    assert 1 <= summary.num_answered == len(results) <= engine.max_batch_size
+    assert all(result["usage"]["completion_tokens"] == 6 for result in results)
+    assert engine.is_idle and engine.load.held_positions == 0
 
 
 def test_progress_only_grows(answer):
     reports: list[Summary] = []
-    _, summary = answer([*LINES, "{"], report=lambda summary: reports.append(dataclasses.replace(summary)))
+    _, summary = answer([*LINES, "{"], report=lambda summary, load: reports.append(dataclasses.replace(summary)))
     assert reports[-1] == summary
     for before, after in itertools.pairwise(reports):
         assert all(old <= new for old, new in zip(vars(before).values(), vars(after).values(), strict=True))
@@ -186,9 +218,4 @@ def test_writing_over_the_input_is_refused(tmp_path):
     for output in (input, tmp_path / "link.jsonl", tmp_path / "." / "in.jsonl"):
         with pytest.raises(UsageError, match="input and output are the same file"):
             check_paths(str(input), str(output))
-        with pytest.raises(UsageError):
-            open_files(str(input), str(output), True)
     assert input.read_text() == "{}\n"
-    with pytest.raises(UserError, match="cannot read the input"):
-        open_files(str(tmp_path / "missing.jsonl"), str(tmp_path / "out.jsonl"), False)
-    assert not (tmp_path / "out.jsonl").exists()

@@ -174,7 +174,7 @@ def test_one_that_fails_ends_all_by_name(start, launch, directory, tmp_path):
     assert process.returncode == 1
     for number in (0, 1):
         log = (tmp_path / "logs" / f"{number}.log").read_text()
-        assert f"process {number} on" in log and "holds results already: name another file, or ask to overwrite it" in log
+        assert f"process {number} on" in log and "holds results already, and no journal beside it" in log
         assert "Traceback" not in log
 
 

@@ -12,7 +12,7 @@ from transformers.generation import logits_process
 
 from qwen_dist.engine import sampling
 from qwen_dist.engine.request import SamplingParams
-from qwen_dist.engine.sampling import SamplingArrays, choose, log_probabilities
+from qwen_dist.engine.sampling import SamplingArrays, log_probabilities, penalise
 from qwen_dist.errors import UserError
 
 VOCAB = 61
@@ -33,6 +33,11 @@ ROWS = [
     SamplingParams(temperature=1e-4, top_p=0.9),
     SamplingParams(temperature=1.0, repetition_penalty=2.0, top_k=5),
 ]
+
+
+def choose(logits_BV, params, seen_BV, positions_B):
+    """The whole way from logits to a token, as the engine goes it."""
+    return sampling.choose(penalise(logits_BV, params, seen_BV, np.arange(len(logits_BV))), params, positions_B)
 
 
 compiled_choose = jax.jit(choose)

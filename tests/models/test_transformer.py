@@ -15,6 +15,7 @@ import transformers
 from qwen_dist.checkpoint.model import LoadedModel, load_model
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models import cache as kv_cache
+from qwen_dist.models.cache import PAGE
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.sharding import INFERENCE, Resolver, bind
 
@@ -121,12 +122,13 @@ def load(directory, dtype) -> LoadedModel:
 
 
 def forward(model: LoadedModel) -> Callable[..., Any]:
-    """(tokens, positions, cache=None, num_live=None) -> (logits, cache), compiled."""
+    """(tokens, positions, cache=None) -> (logits, cache), compiled; each row has its own pages of the cache, in order."""
 
-    @functools.partial(jax.jit, static_argnames="num_live")
-    def run(parameters, tokens_BT, positions_BT, cache=None, num_live=None):
+    @jax.jit
+    def run(parameters, tokens_BT, positions_BT, cache=None):
         module = bind(model.module, parameters)
-        x_BTD, cache, _ = module(tokens_BT, positions_BT, cache, num_live)
+        pages = None if cache is None else kv_cache.in_order(positions_BT, 1, cache[0].k.shape[1] // len(tokens_BT))
+        x_BTD, cache, _ = module(tokens_BT, positions_BT, cache, pages)
         return module.unembed(x_BTD), cache
 
     return functools.partial(run, model.parameters)
@@ -166,13 +168,12 @@ def test_chunked_prefill_and_decoding_through_the_cache_equal_one_forward(case, 
     model, run, tokens_BT, _, logits_BTV, _ = case(name)
     rows, num_decoded = [0, 2], 9
     lengths = [LENGTH - num_decoded, LENGTH - PADDING - num_decoded]
-    cache = kv_cache.empty(model.config, 2, LENGTH + 40, "float32")
+    cache = kv_cache.empty(model.config, 1, 2 * kv_cache.num_pages(LENGTH), "float32")
     pieces = []
     for start in range(0, LENGTH - num_decoded, 197):
         positions = np.tile(np.arange(start, start + 197, dtype=np.int32), (2, 1))
-        num_live = 256 if start == 0 else None
         positions[positions >= np.array(lengths)[:, None]] = -1
-        out, cache = run(tokens_BT[rows, start : start + 197], positions, cache, num_live=num_live)
+        out, cache = run(tokens_BT[rows, start : start + 197], positions, cache)
         pieces.append(np.asarray(out))
     prefilled_BTV = np.concatenate(pieces, axis=1)
     for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
@@ -184,28 +185,47 @@ def test_chunked_prefill_and_decoding_through_the_cache_equal_one_forward(case, 
             assert distance(out[index, 0], logits_BTV[row, at[index, 0]]) < OWN_TOLERANCE
 
 
-def test_a_row_without_new_tokens_keeps_its_cache(case):
+def test_tokens_are_written_to_their_pages_and_nowhere_else(case):
     model, run, tokens_BT, *_ = case("qwen3")
-    cache = kv_cache.empty(model.config, 3, 64, "float32")
-    _, before = run(tokens_BT[:, :16], np.tile(np.arange(16, dtype=np.int32), (3, 1)), cache)
-    positions = np.array([np.arange(16, 32), np.full(16, -1), np.full(16, -1)], np.int32)
-    _, after = run(tokens_BT[:, 16:32], positions, before)
-    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
-        np.testing.assert_array_equal(new[1:], old[1:])
-        np.testing.assert_array_equal(new[0, :, :16], old[0, :, :16])
-        assert np.all(np.any(np.asarray(new[0, :, 16:32]) != 0, axis=-1))
-        assert not np.any(np.asarray(new)[:, :, 32:])
+    cache = kv_cache.empty(model.config, 1, 6, "float32")  # two pages for each of three rows
+    _, filled = run(tokens_BT[:, :16], np.tile(np.arange(16, dtype=np.int32), (3, 1)), cache)
+    positions = np.array([np.arange(56, 72), np.full(16, -1), np.where(np.arange(16) < 4, np.arange(16, 32), -1)], np.int32)
+    _, after = run(tokens_BT[:, 16:32], positions, filled)
+    for old, new in zip(jax.tree.leaves(filled), jax.tree.leaves(after), strict=True):
+        written = np.zeros((6, PAGE), bool)
+        written[0, 56:] = written[1, :8] = written[4, 16:20] = True
+        changed = np.any(np.asarray(new != old), axis=(2, 4))[0]
+        np.testing.assert_array_equal(changed, written)
+        assert np.all(
+            np.any(np.asarray(old), axis=(2, 4))[0] == ((np.arange(6) % 2 == 0)[:, None] & (np.arange(PAGE) < 16))
+        )
 
 
-def test_a_row_that_would_not_fit_its_slots_is_left_alone(case):
-    """Rows that are done go on being decoded with the rest; running over the end must not wrap or clamp."""
-    model, run, tokens_BT, *_ = case("qwen3")
-    cache = kv_cache.empty(model.config, 3, 64, "float32")
-    _, before = run(tokens_BT[:, :16], np.tile(np.arange(48, 64, dtype=np.int32), (3, 1)), cache)
-    _, after = run(tokens_BT[:, :16], np.tile(np.arange(64, 80, dtype=np.int32), (3, 1)), before)
-    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
-        assert np.any(np.asarray(old))
-        np.testing.assert_array_equal(new, old)
+def test_a_row_may_be_any_part_of_a_sequence_on_pages_in_any_order(case):
+    """Three blocks of one sequence in one step, on pages 4, 0 and 2; a fourth row is no block at all."""
+    model, _, tokens_BT, _, logits_BTV, _ = case("qwen3")
+    tokens = np.zeros((4, 40), np.int32)
+    tokens[:3] = tokens_BT[0, :120].reshape(3, 40)
+    positions = np.concatenate([np.arange(120).reshape(3, 40), np.full((1, 40), -1)]).astype(np.int32)
+    order = np.array([4, 0, 2])
+    write = np.where(positions < 0, -1, order[positions // PAGE]).astype(np.int32)
+    visits = [(row, order[page], page * PAGE) for row in range(3) for page in range(2)]
+    row, page, start = (np.zeros((1, kv_cache.VISITS), np.int32) for _ in range(3))
+    start[:] = kv_cache.NOWHERE
+    for index, visit in enumerate(visits):
+        row[0, index], page[0, index], start[0, index] = visit
+    pages = kv_cache.Pages(write, row, page, start, np.int32(len(visits)))
+
+    @jax.jit
+    def run(parameters, cache):
+        module = bind(model.module, parameters)
+        x_BTD, cache, _ = module(tokens, positions, cache, pages)
+        return module.unembed(x_BTD), cache
+
+    out, cache = run(model.parameters, kv_cache.empty(model.config, 1, 5, "float32"))
+    assert distance(np.asarray(out)[:3].reshape(120, -1), logits_BTV[0, :120]) < OWN_TOLERANCE
+    assert np.all(np.isfinite(out))
+    assert not np.any(np.asarray(cache[0].k)[0, [1, 3]])
 
 
 def test_bfloat16_is_as_far_from_float32_as_transformers_is(case, tiny_checkpoint):
@@ -217,7 +237,7 @@ def test_bfloat16_is_as_far_from_float32_as_transformers_is(case, tiny_checkpoin
     with torch.no_grad():
         theirs = distance(reference(torch.tensor(tokens_BT)).logits[0].float().numpy(), expected_TV)
     model = load(directory, "bfloat16")
-    run, cache = forward(model), kv_cache.empty(model.config, 1, 48, "bfloat16")
+    run, cache = forward(model), kv_cache.empty(model.config, 1, 1, "bfloat16")
     assert all(leaf.dtype == jnp.uint16 for leaf in jax.tree.leaves(cache))
     first, cache = run(tokens_BT[:, :32], np.arange(32, dtype=np.int32)[None], cache)
     last, _ = run(tokens_BT[:, 32:], np.array([[32]], np.int32), cache)

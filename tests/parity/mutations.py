@@ -283,15 +283,15 @@ MUTATIONS = [
     _mutation(
         "decoding: written one slot too far",
         CACHE + "write",
-        "jnp.where(start_B < 0, num_slots, start_B)",
-        "jnp.where(start_B < 0, num_slots, start_B + (k_BKTH.shape[2] == 1))",
+        "(positions_BT % PAGE)",
+        "((positions_BT + (k_BTKH.shape[1] == 1)) % PAGE)",
         named="decode.step_1",
     ),
     _mutation(
-        "chunked prefill: each chunk from slot 0",
-        CACHE + "write",
-        "jnp.where(start_B < 0, num_slots, start_B)",
-        "jnp.where(start_B < 0, num_slots, start_B * (k_BKTH.shape[2] == 1))",
+        "chunked prefill: each chunk to a row's first page",
+        CACHE + "in_order",
+        "positions_BT // PAGE)",
+        "positions_BT // PAGE * (positions_BT.shape[1] == 1))",
         named="decode.prefill",
     ),
     _mutation(

@@ -9,10 +9,10 @@ import pytest
 from shapes import QWEN3_8B, QWEN3_32B, SMALL, qwen3
 
 from qwen_dist.checkpoint.model import LoadedModel
-from qwen_dist.engine.request import SamplingParams
 from qwen_dist.engine.runner import Runner
 from qwen_dist.errors import UsageError
 from qwen_dist.mesh import MeshConfig, make_mesh
+from qwen_dist.models.cache import PAGE
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.planning.chips import Topology
@@ -53,11 +53,12 @@ def test_parameters_and_cache_are_those_of_arrays_that_exist(mesh):
     resolver = Resolver(make_mesh(MeshConfig.parse(mesh)), workload.rules)
     module = Transformer(config, dtype="bfloat16")
     model = LoadedModel(config, module, random_parameters(module, resolver), resolver)
-    state = Runner(model).start([(1, 2)] * 8, [SamplingParams()] * 8, workload.num_slots)
+    runner = Runner(model, workload.batch)
+    state = runner.start(workload.batch // runner.parts * workload.num_slots // PAGE)
     memory = arithmetic(hf, mesh, workload).memory("decode")
     assert memory["parameters"] == on_first_device(model.parameters)
     assert memory["cache"] == on_first_device(state.cache)
-    assert memory["sampling"] == on_first_device(state.seen_BV)
+    assert memory["sampling"] == on_first_device(state.seen_RV)
 
 
 def on_first_device(tree) -> int:
@@ -73,12 +74,10 @@ def on_first_device(tree) -> int:
     ],
 )
 def test_inference_is_within_a_tenth_of_the_compilers_word(mesh, phase):
-    """Of its flops in prefill too; those of a decode step are as much of the sampler's."""
+    """Not of its flops, which are the sampler's too, and of attention those of one group of pages."""
     workload = Workload("batch", 8, 256)
     plan, real = arithmetic(SMALL, mesh, workload), compiled(SMALL, mesh, workload, phase)
     assert sum(plan.memory(phase).values()) == pytest.approx(real.device_bytes, rel=0.1)
-    if phase == "prefill":
-        assert plan.cost(phase).flops == pytest.approx(real.flops, rel=0.1)
 
 
 def test_optimizer_state_is_float32_and_a_copy_of_narrow_parameters():

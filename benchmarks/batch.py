@@ -1,0 +1,192 @@
+"""A file of prompts of mixed lengths: this project's engine beside transformers' `generate` (PyTorch); one table.
+
+    python benchmarks/batch.py --model CHECKPOINT_DIR [--prompts 200] [--dtype bfloat16] [--max-new-tokens 128]
+
+Each system answers the same prompts greedily in a process of its own, after answering a few to warm up. transformers has
+them sorted by length, in left-padded batches of 32; a batch lasts as long as its longest answer. Tokens count up to each
+answer's end. "busy" is the share of this project's wall time in which the devices compute: what is left is scheduling,
+tokens to text and the rest of the host's work, measured with every step waited for, so that nothing overlaps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from typing import Any
+
+SYSTEMS = ("qwen_dist", "transformers")
+TASKS = (
+    "What is {a} plus {b}? Answer with the number only.",
+    "Is {a} a prime number? Answer yes or no.",
+    "Write a Python function that adds {a} to every number of a list.",
+    "Explain in one sentence what a {noun} does.",
+    "Write a short poem about a {noun}.",
+    "List {c} uses of a {noun}, one on each line.",
+)
+NOUNS = ("compiler", "hash table", "lighthouse", "queue", "telescope", "database", "bridge", "scheduler")
+CONTEXT = "Here is a note that has nothing to do with the question: item {a} of the list is next to item {b}. "
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="checkpoint directory")
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--max-batch-size", type=int, default=64, help="of this project")
+    parser.add_argument("--systems", default=",".join(SYSTEMS))
+    parser.add_argument("--worker", metavar="SYSTEM", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(SYSTEM[options.worker](options)))
+        return
+    measured = {system: run_worker(options, system) for system in options.systems.split(",")}
+    print_table(options, measured)
+
+
+def run_worker(options: argparse.Namespace, system: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--worker", system]
+    for name in ("model", "prompts", "dtype", "max_new_tokens", "max_batch_size"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def questions(number: int) -> list[str]:
+    """The same ones every time, of 10 to 500 tokens."""
+    rng = random.Random(0)  # the first ones do not depend on how many there are
+    texts = []
+    for _ in range(number):
+        values = {"a": rng.randrange(1000), "b": rng.randrange(1000), "c": rng.randrange(2, 9), "noun": rng.choice(NOUNS)}
+        context = "".join(
+            CONTEXT.format(a=rng.randrange(99), b=rng.randrange(99)) for _ in range(int(rng.expovariate(0.3)))
+        )
+        texts.append(context[:2000] + rng.choice(TASKS).format(**values))
+    return texts
+
+
+def answer_with_qwen_dist(options: argparse.Namespace) -> dict[str, float]:
+    import jax
+
+    from qwen_dist.cli import start_jax
+    from qwen_dist.config import ModelOptions, SamplingOptions
+    from qwen_dist.engine.open import open_engine
+    from qwen_dist.engine.request import Request, SamplingParams
+
+    start_jax(None, options.dtype)
+    sampling = SamplingOptions(
+        max_new_tokens=options.max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0
+    )
+    model = ModelOptions(options.model, options.dtype)
+    engine, tokenizer, params = open_engine(model, "", sampling, max_batch_size=options.max_batch_size)
+
+    def requests(number: int, params: SamplingParams) -> list[Request]:
+        chats = [tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in questions(number)]
+        return [Request(index, tuple(chat), params) for index, chat in enumerate(chats)]
+
+    few = params.override({"max_new_tokens": 8})
+    list(engine.run(requests(options.max_batch_size, few)))
+    everything = requests(options.prompts, params)
+    held, live, rows = [], [], []
+    start = time.perf_counter()
+    written = 0
+    for update in engine.run(everything):
+        written += len(update.tokens)
+        load = engine.load
+        held.append(load.held_positions)
+        live.append(load.live_positions)
+        rows.append(load.num_running)
+    seconds = time.perf_counter() - start
+
+    planned, computed = [], []
+    timed(engine._scheduler, "plan", planned)
+    for name in ("read", "step"):
+        timed(engine._runner, name, computed, wait=jax.block_until_ready)
+    start = time.perf_counter()
+    list(engine.run(requests(options.max_batch_size, few)))
+    waited = time.perf_counter() - start
+    return {
+        "seconds": seconds,
+        "tokens read": sum(len(request.prompt) for request in everything),
+        "tokens written": written,
+        "busy": sum(computed) / waited,
+        "plan ms": 1e3 * statistics.mean(planned),
+        "cache waste": 1 - sum(live) / sum(held),
+        "mean rows": statistics.mean(rows),
+        "peak GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+    }
+
+
+def timed(owner: Any, name: str, seconds: list[float], wait: Any = lambda result: result) -> None:
+    """Let a method of an object say how long each call takes."""
+    method = getattr(owner, name)
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        start = time.perf_counter()
+        result = wait(method(*arguments, **options))
+        seconds.append(time.perf_counter() - start)
+        return result
+
+    setattr(owner, name, call)
+
+
+def answer_with_transformers(options: argparse.Namespace) -> dict[str, float]:
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model, padding_side="left")
+    model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
+    ends = set(model.generation_config.eos_token_id)
+
+    def answer(texts: list[str]) -> tuple[int, int]:
+        chats = [
+            tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
+            for text in texts
+        ]
+        chats.sort(key=lambda chat: -len(tokenizer(chat)["input_ids"]))
+        read = written = 0
+        for start in range(0, len(chats), 32):
+            batch = tokenizer(chats[start : start + 32], return_tensors="pt", padding=True)
+            out = model.generate(**batch, do_sample=False, repetition_penalty=1.0, max_new_tokens=options.max_new_tokens)
+            read += int(batch["attention_mask"].sum())
+            for row in out[:, batch["input_ids"].shape[1] :].tolist():
+                written += next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
+        return read, written
+
+    answer(questions(4))
+    start = time.perf_counter()
+    read, written = answer(questions(options.prompts))
+    return {
+        "seconds": time.perf_counter() - start,
+        "tokens read": read,
+        "tokens written": written,
+        "peak GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+    }
+
+
+SYSTEM = {"qwen_dist": answer_with_qwen_dist, "transformers": answer_with_transformers}
+
+
+def print_table(options: argparse.Namespace, measured: dict[str, dict[str, float]]) -> None:
+    packages = ("jax", "flax", "torch", "transformers")
+    print(f"{platform.machine()}, {os.cpu_count()} cores; {', '.join(f'{name} {version(name)}' for name in packages)}")
+    print(f"{options.prompts} prompts, {options.dtype}, at most {options.max_new_tokens} tokens each")
+    for system, result in measured.items():
+        speed = result["tokens written"] / result["seconds"]
+        print(f"{system:14}{speed:8.1f} tokens/s written; " + ", ".join(f"{k} {v:.4g}" for k, v in result.items()))
+    if len(measured) == len(SYSTEMS):
+        ours, theirs = (measured[system]["tokens written"] / measured[system]["seconds"] for system in SYSTEMS)
+        print(f"ratio {ours / theirs:.2f}×")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""A batch that is killed at random moments and started again each time loses nothing and does nothing twice."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+COUNT = 60
+
+
+@pytest.fixture(scope="module")
+def command(tiny_directory, tmp_path_factory):
+    """A function (output) -> the command line; 60 records of different lengths, two of them errors."""
+    directory = tiny_directory("qwen3", num_hidden_layers=1, num_attention_heads=8, head_dim=10)
+    input = tmp_path_factory.mktemp("killed") / "in.jsonl"
+    lines = [{"id": n, "prompt": "the fox " * (n % 7), "max_new_tokens": 5 + 23 * (n % 5)} for n in range(COUNT)]
+    lines[11]["top_p"] = 7
+    lines[40]["prompt"] = 3
+    input.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    cache = tmp_path_factory.mktemp("compiled")
+
+    def command(output):
+        files = ["--input", str(input), "--output", str(output), "--max-batch-size", "4"]
+        run = [sys.executable, "-m", "qwen_dist.cli", "batch", "--model", str(directory), *files, "--dtype", "float32"]
+        return ["env", f"JAX_COMPILATION_CACHE_DIR={cache}", *run, "--num-cpu-devices", "1", "--json"]
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def undisturbed(command, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole") / "out.jsonl"
+    subprocess.run(command(output), check=True, capture_output=True)
+    lines = sorted(output.read_text().splitlines())
+    assert len(lines) == COUNT and sum("error" in json.loads(line) for line in lines) == 2
+    return lines
+
+
+def wait_for(path, size: int, process) -> None:
+    """Until so many bytes are there, or all is done."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not (path.exists() and path.stat().st_size >= size):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(command, undisturbed, tmp_path, kills):
+    output, rng = tmp_path / "out.jsonl", random.Random(kills)
+    size = sum(len(line.encode()) + 1 for line in undisturbed)
+    for kill in range(kills):
+        process = subprocess.Popen(command(output), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        wait_for(output, rng.randrange(size * kill // kills, size * (kill + 1) // kills), process)
+        time.sleep(rng.random() * 0.01)
+        process.kill()
+        process.communicate()
+    done = subprocess.run(command(output), check=True, capture_output=True, text=True)
+    assert sorted(output.read_text().splitlines()) == undisturbed
+    counts = json.loads(done.stdout)
+    assert counts["num_before"] + counts["num_answered"] + counts["num_errors"] == COUNT
+    print(
+        f"{kills} times killed: {COUNT} records, each once and as undisturbed; {counts['num_before']} before the last run"
+    )
+
+
+def test_ctrl_c_finishes_what_has_begun_and_twice_ends_at_once(command, undisturbed, tmp_path):
+    output = tmp_path / "out.jsonl"
+    process = subprocess.Popen(command(output), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(output, 200, process)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors.count("Traceback")) == (130, 0) and "Ctrl-C again stops at once" in errors
+    answered = json.loads(out)["num_answered"]
+    lines = output.read_text().splitlines()
+    assert 0 < answered < COUNT and set(lines) < set(undisturbed)
+    assert not json.loads((tmp_path / "out.jsonl.manifest.json").read_text())["is_complete"]
+
+    process = subprocess.Popen(command(output), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(output, output.stat().st_size + 100, process)
+    process.send_signal(signal.SIGINT)
+    assert "Ctrl-C again" in process.stderr.readline() + process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    subprocess.run(command(output), check=True, capture_output=True)
+    assert sorted(output.read_text().splitlines()) == undisturbed
