@@ -537,18 +537,19 @@ def _print_summary(summary: Summary, output: str, *, as_json: bool) -> None:
 @contextlib.contextmanager
 def _batch_progress(input: str, num_before: int, *, quiet: bool) -> Iterator[Callable[[Summary, Load], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.table import Column
 
     from qwen_dist.batch.formats import read_lines
 
+    total = 0 if quiet else sum(1 for line in read_lines(input) if line.strip())
     columns = (
         TextColumn("answering"),
-        BarColumn(),
-        MofNCompleteColumn(),
+        BarColumn(bar_width=10),
+        MofNCompleteColumn(table_column=Column(min_width=2 * len(str(total)) + 1)),
         TextColumn("{task.fields[told]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    total = 0 if quiet else sum(1 for line in read_lines(input) if line.strip())
     with Progress(*columns, console=_console(stderr=True, quiet=quiet)) as bar:
         task = bar.add_task("", total=total, completed=num_before, told="")
 

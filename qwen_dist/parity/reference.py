@@ -76,7 +76,7 @@ class Reference:
                 checkpoint,
                 dtype=getattr(torch, dtype),
                 attn_implementation=_observable(attention),
-                experts_implementation="eager" if attention == "eager" else "grouped_mm",
+                experts_implementation="eager" if attention == "eager" else None,  # by default, where there are any
                 local_files_only=True,
             ).eval()
         if self.is_lifted:

@@ -41,7 +41,8 @@ class NoFloat32(TorchDispatchMode):
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_operation_gives_float32(tiny_checkpoint, family, rope):
-    checkpoint = tiny_checkpoint(family, num_hidden_layers=1, max_position_embeddings=32, rope_parameters=ROPES[rope])
+    # Two layers: of a mixture's the first is dense.
+    checkpoint = tiny_checkpoint(family, num_hidden_layers=2, max_position_embeddings=32, rope_parameters=ROPES[rope])
     reference = Reference(checkpoint, "float64")
     with NoFloat32():
         reference.forward(INPUTS, COLUMNS)
