@@ -55,7 +55,7 @@ def main() -> None:
 def make_checkpoint(folder: Path) -> None:
     import torch
     import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     sizes = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_attention_heads": 32, "num_key_value_heads": 4}
     sizes |= {"head_dim": 128, "num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 3, "vocab_size": VOCAB}
@@ -64,6 +64,7 @@ def make_checkpoint(folder: Path) -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
 
@@ -97,8 +98,8 @@ def work(options: argparse.Namespace) -> dict[str, float]:
     for batch in map(int, options.decode.split(",")):
         prompts = [prompt(2 + row, 32) for row in range(batch)]
         generate(prompts, 3)
-        times = generate(prompts, options.steps + 1)
-        result[f"decode B={batch}"] = batch * options.steps / (times[-1] - times[0])
+        (start, before), *_, (end, after) = generate(prompts, options.steps + 1)
+        result[f"decode B={batch}"] = (after - before) / (end - start)
     return result
 
 
