@@ -121,7 +121,7 @@ MUTATIONS = [
     _mutation(
         "missing bias",
         LAYERS + "Linear.unrounded",
-        "y + constrain(self.bias[...], *dict(self.out_sizes)).astype(y.dtype)",
+        "y + gather(self.bias[...], *dict(self.out_sizes)).astype(y.dtype)",
         "y",
         named=FIRST + "q_proj",
     ),
@@ -172,7 +172,7 @@ MUTATIONS = [
     _mutation(
         "norm weight is 1 + w",
         LAYERS + "RMSNorm.__call__",
-        "constrain(self.weight[...], self.axis).astype",
+        "gather(self.weight[...], self.axis).astype",
         "(1 + self.weight[...]).astype",
         named="layers.0.input_layernorm",
     ),
@@ -186,16 +186,16 @@ MUTATIONS = [
     _mutation(
         "query heads of a key head interleaved",
         ATTEND,
-        "q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)",
-        "q_BTNH.reshape(B, T, N // K, K, H).transpose(0, 3, 2, 1, 4)",
+        "q_BTNH.reshape(B, T, K, N // K, H)",
+        "q_BTNH.reshape(B, T, N // K, K, H).swapaxes(2, 3)",
         named=FIRST + "weights",
     ),
     _mutation("softmax scale", ATTEND, "H**-0.5", "K**-0.5", named=FIRST + "weights"),
     _mutation(
         "softmax in float32 whatever the model",
         ATTEND,
-        "scores_BKGTS - scores_BKGTS.max(axis=-1, keepdims=True)",
-        "(scores_BKGTS - scores_BKGTS.max(axis=-1, keepdims=True)).astype(jnp.float32)",
+        "scores_BKTGS - scores_BKTGS.max(axis=-1, keepdims=True)",
+        "(scores_BKTGS - scores_BKTGS.max(axis=-1, keepdims=True)).astype(jnp.float32)",
         named=FIRST + "weights",
     ),
     _mutation(
@@ -229,8 +229,8 @@ MUTATIONS = [
     _mutation(
         "second query block sees as the first",
         ATTENTION + "attend",
-        "q_positions_BT[:, start:stop]",
-        "q_positions_BT[:, : stop - start]",
+        "join(positions_BCT[:, :, block])",
+        "join(positions_BCT[:, :, : block.stop - start])",
         named=FIRST + "weights",
         scenario="long",
     ),
@@ -288,10 +288,10 @@ MUTATIONS = [
         named="decode.step_1",
     ),
     _mutation(
-        "chunked prefill: each chunk to a row's first page",
-        CACHE + "in_order",
-        "positions_BT // PAGE)",
-        "positions_BT // PAGE * (positions_BT.shape[1] == 1))",
+        "chunked prefill: each chunk from slot 0",
+        CACHE + "write",
+        "(positions_BT % PAGE)",
+        "((positions_BT - positions_BT[:, :1] * (positions_BT.shape[1] > 1)) % PAGE)",
         named="decode.prefill",
     ),
     _mutation(
