@@ -69,7 +69,6 @@ _INTERRUPTED = 130
 # A small model that comes with the package answers where no other is named.
 _DEMONSTRATION = {"model.path": str(pathlib.Path(qwen_dist.__file__).parent / "demo" / "model")}
 
-_DEVICES = "run on N CPU devices of this machine"
 # How long processes wait for each other before the preflight says who is missing.
 _START_TIMEOUT_S = 60.0
 _COMPILED = "~/.cache/qwen_dist/compiled"
@@ -186,6 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     finetune.add_argument("--dry-run", action="store_true", help="say what would be trained, and end")
     finetune.add_argument("--overwrite", action="store_true", default=None, help="begin a run that exists anew")
     _add_flags(finetune, _MODEL_FLAGS + _ADAPTER_FLAG + _TRAINING_FLAGS)
+    _add_device_flag(finetune)
     finetune.add_argument("--config", metavar="FILE[:ARG]", help="a configuration; --config.key=value changes a key")
     _add_host_flags(finetune)
 
@@ -193,6 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.usage = "qwen-dist inspect DIR_OR_HUB_ID [flags]"
     inspect.add_argument("model.path", metavar="DIR_OR_HUB_ID", help="checkpoint in the Hugging Face format")
     _add_flags(inspect, _MODEL_FLAGS[1:])
+    _add_device_flag(inspect)
 
     export = _add_verb(
         verbs, "export", _export, "load a checkpoint and save it again, as transformers does", _EXPORT_EXAMPLE
@@ -201,10 +202,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="of each weight file (5GB)")
     export.add_argument("--overwrite", action="store_true", help="replace a checkpoint that exists")
     _add_flags(export, _MODEL_FLAGS + _ADAPTER_FLAG)
+    _add_device_flag(export)
     _add_host_flags(export)
 
     preflight = _add_verb(verbs, "preflight", _preflight, "check hosts and devices before a run", _PREFLIGHT_EXAMPLE)
     _add_flags(preflight, _MODEL_FLAGS)
+    _add_device_flag(preflight)
     _add_host_flags(preflight)
 
     parity = _add_verb(verbs, "parity", _parity, "compare with PyTorch, component by component", _PARITY_EXAMPLE)
@@ -212,6 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     parity.add_argument("--tokens", type=int, metavar="N", help="instead of prompts: N random tokens")
     parity.add_argument("--report", metavar="FILE", help="also write an HTML page")
     _add_flags(parity, _MODEL_FLAGS[:3])
+    _add_device_flag(parity)
 
     plan = _add_verb(verbs, "plan", _plan, "whether a model fits on devices that are not here, and how fast", _PLAN_EXAMPLE)
     plan.usage = "qwen-dist plan --model DIR_OR_CONFIG_JSON --topology KIND:SIZES [flags]"
@@ -242,7 +246,12 @@ def _add_verb(verbs: Any, name: str, run: Callable[..., int], description: str, 
 
 def _add_run_flags(verb: argparse.ArgumentParser) -> None:
     _add_flags(verb, _MODEL_FLAGS + _ADAPTER_FLAG + _ANSWER_FLAGS)
+    _add_device_flag(verb)
     verb.add_argument("--config", metavar="FILE[:ARG]", help="a configuration; --config.key=value changes a key")
+
+
+def _add_device_flag(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--num-cpu-devices", type=int, metavar="N", help="run on N CPU devices of this machine")
 
 
 def _add_host_flags(verb: argparse.ArgumentParser) -> None:
@@ -258,7 +267,6 @@ def _add_flags(verb: argparse.ArgumentParser, flags: Sequence[_Flag]) -> None:
     for flag, key, kind, metavar, help in flags:
         action = "append" if flag in ("--stop", "--data", "--eval-data") else "store"
         verb.add_argument(flag, dest=key, type=kind, metavar=metavar, help=help, action=action)
-    verb.add_argument("--num-cpu-devices", type=int, metavar="N", help=_DEVICES)
     verb.add_argument("--json", action="store_true", help="print one JSON object, for programs")
     verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -730,8 +738,6 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     from qwen_dist.models.config import ModelConfig
     from qwen_dist.planning.chips import Topology
 
-    if options.num_cpu_devices is not None:
-        raise UsageError("--num-cpu-devices: the devices of a plan are those of --topology, such as cpu:8")
     topology = Topology.parse(options.topology)
     start_jax(topology.num_devices if topology.is_cpu else 1, config.model.dtype)
     from qwen_dist.planning.plan import compiled_layers, make_plan, with_compiled

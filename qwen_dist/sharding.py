@@ -75,9 +75,13 @@ class Resolver:
         """The sharding of an activation or a cache. Raises UsageError as `parameter` does."""
         return self._resolve(what, shape, axes, self.rules.activations)
 
+    def num_parts(self, axis: str) -> int:
+        """Into how many parts the rules split this dimension of an activation."""
+        return math.prod(self.mesh.shape[name] for name in self.rules.activations.get(axis, ()))
+
     def batch_multiple(self) -> int:
         """What the number of rows in a batch must be a multiple of."""
-        return math.prod(self.mesh.shape[axis] for axis in self.rules.activations.get("batch", ()))
+        return self.num_parts("batch")
 
     def replicated(self) -> NamedSharding:
         """Every device has the whole array."""
@@ -195,7 +199,7 @@ def gather(weight: jax.Array, *axes: str) -> jax.Array:
 
 
 def num_parts(axis: str, size: int) -> int:
-    """Into how many parts the active rules split a dimension of an activation."""
+    """Into how many parts the active rules split a dimension of this size of an activation."""
     resolver = _active.get()
     return 1 if resolver is None else size // resolver.activation("activation", (size,), (axis,)).shard_shape((size,))[0]
 
@@ -211,7 +215,7 @@ class Parts:
 
     def count(self, axis: str) -> int:
         """How many parts a dimension is cut into."""
-        return 1 if self._resolver is None else math.prod(self._resolver.mesh.shape[name] for name in self._axes(axis))
+        return 1 if self._resolver is None else self._resolver.num_parts(axis)
 
     def sum(self, x: jax.Array, axis: str) -> jax.Array:
         """The sum of what each part of a dimension gave."""

@@ -58,7 +58,7 @@ class Attention(nnx.Module):
 
         if cache is None or pages is None:
             k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-            mixed_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, positions_BT, positions_BT, self.sliding_window, segments_BT)
+            mixed_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, positions_BT, self.sliding_window, segments_BT)
         else:
             cache = kv_cache.write(cache, k_BTKH, v_BTKH, positions_BT, pages)
             mixed_BTNH = attend_pages(q_BTNH, cache, positions_BT, pages, self.sliding_window)
@@ -70,33 +70,31 @@ def attend(
     q_BTNH: jax.Array,
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
-    q_positions_BT: jax.Array,
-    kv_positions_BS: jax.Array,
+    positions_BT: jax.Array,
     sliding_window: int | None = None,
     segments_BT: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(q·k / √H) v over the keys each query may see, [B, T, N, H] in q's dtype; the softmax in at least float32.
 
-    A query at position p sees the keys at positions 0 … p, or the last `sliding_window` of them, and with `segments_BT`
-    (queries and keys are then the same tokens) only those of its own segment; a negative position is padding, seen by none.
-    Keys come in order: the last T of the S slots are the queries' own, so query t needs no slot after S - T + t, whatever
-    its position; a block of queries does not touch the rest.
+    Queries and keys are of the same tokens in order: query t needs no key after the t-th, whatever its position, and a
+    block of queries does not touch the rest. A query at position p sees the keys at positions 0 … p, or the last
+    `sliding_window` of them, and with `segments_BT` only those of its own segment; a negative position is padding, seen by
+    none.
     """
     # With the length split over C devices (context parallelism) each has its own queries and all keys. A block then has as
     # many queries of each device, of which the last device's see the most.
     k_BKSH = constrain(k_BKSH, "batch", "kv_heads", "kv_length", "head_dim")
     v_BKSH = constrain(v_BKSH, "batch", "kv_heads", "kv_length", "head_dim")
-    num_queries, num_keys = q_BTNH.shape[1], k_BKSH.shape[2]
-    C = num_parts("length", num_queries)
-    q_BCTNH, positions_BCT = split(q_BTNH, C), split(q_positions_BT, C)
-    segments_BCT = None if segments_BT is None else split(segments_BT, C)
+    T = q_BTNH.shape[1]
+    C = num_parts("length", T)
+    q_BCTNH, positions_BCT = split(q_BTNH, C), split(positions_BT, C)
     outputs = []
-    for start in range(0, num_queries // C, QUERY_BLOCK):
-        block = slice(start, min(start + QUERY_BLOCK, num_queries // C))
-        end = num_keys - num_queries // C + block.stop
-        seen_BTS = visible(join(positions_BCT[:, :, block]), kv_positions_BS[:, :end], sliding_window)
-        if segments_BT is not None and segments_BCT is not None:
-            seen_BTS &= join(segments_BCT[:, :, block])[:, :, None] == segments_BT[:, None, :end]
+    for start in range(0, T // C, QUERY_BLOCK):
+        block = slice(start, min(start + QUERY_BLOCK, T // C))
+        end = T - T // C + block.stop
+        seen_BTS = visible(join(positions_BCT[:, :, block]), positions_BT[:, :end], sliding_window)
+        if segments_BT is not None:
+            seen_BTS &= join(split(segments_BT, C)[:, :, block])[:, :, None] == segments_BT[:, None, :end]
         with scope(f"queries_{start}"):
             mixed_BTNH = _attend_block(join(q_BCTNH[:, :, block]), k_BKSH[:, :, :end], v_BKSH[:, :, :end], seen_BTS)
             outputs.append(split(mixed_BTNH, C))

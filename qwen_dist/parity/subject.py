@@ -117,7 +117,7 @@ class Subject:
             with resolving(resolver):
                 model = bind(self.loaded.module, parameters)
                 hidden_BTD, _, router_logits = model(tokens, positions)
-                log_probabilities_BTV = jax.nn.log_softmax(model.unembed(hidden_BTD[:, :-1]))
+                log_probabilities_BTV = jax.nn.log_softmax(model.unembed(hidden_BTD))[:, :-1]
             picked_BT = jnp.take_along_axis(log_probabilities_BTV, tokens[:, 1:, None], axis=-1)[..., 0]
             is_predicted_BT = positions[:, 1:] > 0
             losses = {"loss": -jnp.where(is_predicted_BT, picked_BT, 0).sum() / is_predicted_BT.sum()}

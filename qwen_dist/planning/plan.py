@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from qwen_dist.errors import UsageError
 from qwen_dist.mesh import MeshConfig
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.planning.chips import Chip, Topology
-from qwen_dist.planning.compile import Compiled, DoesNotFit, compile_program, extrapolate, lower, topology_mesh
 from qwen_dist.planning.memory import Arithmetic, Cost, abstract_resolver
 from qwen_dist.planning.workload import Phase, Workload
 from qwen_dist.sharding import Resolver
+
+if TYPE_CHECKING:
+    from qwen_dist.planning.compile import Compiled
 
 NUM_PROPOSALS = 5
 LARGEST = 2**24
@@ -53,6 +56,11 @@ class PhasePlan:
     @property
     def device_bytes(self) -> int:
         return sum(self.memory.values())
+
+    @property
+    def needed_bytes(self) -> float:
+        """The larger of the arithmetic's and the compiler's word."""
+        return max(self.device_bytes, self.compiled.device_bytes if self.compiled else 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,11 +134,13 @@ def with_compiled(plan: Plan, config: ModelConfig, layers: tuple[int, ...]) -> P
 
     Raises UserError when the topology's compiler is not here.
     """
+    from qwen_dist.planning.compile import topology_mesh
+
     workload = plan.chosen.workload
     resolver = Resolver(topology_mesh(plan.topology, MeshConfig.parse(plan.chosen.mesh)), workload.rules)
     phases = tuple(_compile_phase(phase, config, resolver, plan, layers) for phase in plan.chosen.phases)
-    refused = any(phase.refused for phase in phases)
-    chosen = dataclasses.replace(plan.chosen, phases=phases, fits=plan.chosen.fits and not refused)
+    fits = all(not phase.refused and phase.needed_bytes <= plan.topology.chip.memory_bytes for phase in phases)
+    chosen = dataclasses.replace(plan.chosen, phases=phases, fits=fits)
     return dataclasses.replace(plan, chosen=chosen, compiled_layers=layers or (len(config.layers),))
 
 
@@ -169,6 +179,8 @@ def step_time(chip: Chip, flops: float, nbytes: float, exchanged: float) -> Step
 def _compile_phase(
     plan: PhasePlan, config: ModelConfig, resolver: Resolver, whole: Plan, layers: tuple[int, ...]
 ) -> PhasePlan:
+    from qwen_dist.planning.compile import DoesNotFit, compile_program, extrapolate, lower
+
     workload, chip = whole.chosen.workload, whole.topology.chip
     depths = [dataclasses.replace(config, layers=config.layers[:depth]) for depth in layers] or [config]
     try:

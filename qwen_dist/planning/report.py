@@ -57,7 +57,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     if plan.proposals:
         console.print(_proposal_table(plan.proposals))
     fits = "[green]fits[/]" if chosen.fits else "[red]does not fit[/]"
-    console.print(f"{fits}: {_gb(chosen.device_bytes)} of {_gb(chip.memory_bytes)} a device", highlight=False)
+    needed = max(phase.needed_bytes for phase in chosen.phases)
+    console.print(f"{fits}: {_gb(needed)} of {_gb(chip.memory_bytes)} a device", highlight=False)
 
 
 def _plain(text: str) -> str:

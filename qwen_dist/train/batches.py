@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
-import grain
 import numpy as np
-from grain.experimental import BestFitPackIterDataset
 
 from qwen_dist.config import DataOptions
 from qwen_dist.train.examples import Examples
@@ -64,16 +62,23 @@ def rows_per_epoch(examples: Examples, options: DataOptions) -> float:
 
 def training_batches(examples: Examples, options: DataOptions, batch_size: int) -> BatchIterator:
     """Batches without end, shuffled anew in each epoch."""
+    import grain
+
     shuffled = grain.MapDataset.source(examples).seed(options.seed).shuffle().repeat()
     return iter(_batched(shuffled, examples, options, batch_size))
 
 
 def evaluation_batches(examples: Examples, options: DataOptions, batch_size: int) -> Iterator[Batch]:
     """Every example once, in order; the last batch is filled up with padding."""
+    import grain
+
     return iter(_batched(grain.MapDataset.source(examples), examples, options, batch_size))
 
 
 def _batched(dataset: Any, examples: Examples, options: DataOptions, batch_size: int) -> Any:
+    import grain
+    from grain.experimental import BestFitPackIterDataset
+
     length = row_length(examples, options)
     # All is in memory already: threads would only make a saved position lag behind.
     rows = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))

@@ -36,7 +36,7 @@ def on_mesh(text: str, arrays, **options):
 
     def output(q, k, v, positions):
         with resolving(resolver):
-            return attend(q, k, v, positions, positions, **options)
+            return attend(q, k, v, positions, **options)
 
     def loss(*operands):
         mixed = output(*operands)

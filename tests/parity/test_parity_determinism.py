@@ -28,8 +28,9 @@ def digests(checkpoint: str, dtype: str) -> dict[str, str]:
     inputs = random_tokens(311, 30, 2)
     values = dict(subject.forward(inputs, np.arange(30)))
     values["cached"], values["whole"] = subject.decode(inputs, inputs.tokens[:, :3], chunk=13)
-    loss, gradients = subject.gradient(inputs)
-    values |= {"loss": np.array(loss)} | {f"gradient of {name}": value for name, value in gradients.items()}
+    losses, gradients = subject.gradient(inputs)
+    values |= {name: np.array(loss) for name, loss in losses.items()}
+    values |= {f"gradient of {name}": value for name, value in gradients.items()}
     return {name: hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest() for name, value in values.items()}
 
 

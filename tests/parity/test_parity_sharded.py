@@ -19,10 +19,12 @@ pytestmark = pytest.mark.parity
 # Every size divides by 8, except the key/value heads, of which each device then has all.
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64, "head_dim": 8, "vocab_size": 320}
 MESHES = ["data=8", "fsdp=8", "tensor=8", "data=4,fsdp=2", "data=2,tensor=4", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2"]
+MESHES += ["context=4", "fsdp=2,context=2,tensor=2"]
 QUICK = "data=2,fsdp=2,tensor=2"
 # Layers with and without experts, a shared expert, and every axis that a mesh can have.
 MOE_SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64, "vocab_size": 320, "num_experts": 8}
 MOE_MESHES = ["expert=8", "data=2,expert=4", "expert=4,tensor=2", "fsdp=4,expert=2", "data=2,fsdp=2,tensor=2"]
+MOE_MESHES += ["expert=2,context=2,tensor=2"]
 QUICK_MOE = "fsdp=2,expert=2,tensor=2"
 INPUTS = random_tokens(320, 20, 8)
 

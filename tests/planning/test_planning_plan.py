@@ -128,4 +128,4 @@ def test_the_verb(tmp_path):
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("qwen-dist plan: topology 'v5e:3' is not known")
     wrong = qwen_dist("plan", "--model", str(path), "--topology", "cpu:8", "--num-cpu-devices", "4")
-    assert (wrong.returncode, "such as cpu:8" in wrong.stderr) == (2, True)
+    assert (wrong.returncode, "--num-cpu-devices" in wrong.stderr) == (2, True)
