@@ -5,10 +5,9 @@
     qwen-dist finetune --config configs/demo.py --model untrained --data demo.jsonl --output demo
     qwen-dist export --model demo/model --output qwen_dist/demo/model --dtype bfloat16
 
-The text is written by qwen_dist/demo/questions.py itself, under this project's licence. The model in the package took 13
-minutes of processor time, in pieces, and ended with a loss of 0.11. Its first 299 steps were taken with `--steps 1000`,
-with a learning rate that fell more slowly, and the run then went on to step 500. `python benchmarks/demo.py` counts
-how often it is right.
+The text is written by qwen_dist/demo/questions.py itself, under this project's licence. The first 299 steps of the
+model in the package were taken with `--steps 1000`, with a learning rate that fell more slowly, and the run then went on to
+step 500. `python benchmarks/demo.py` counts how often it is right.
 """
 
 from ml_collections import config_dict

@@ -168,3 +168,13 @@ def tiny_directory(
         return directory
 
     return make
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory):
+    """A file of 40 short conversations."""
+    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    turns = [(f"the quick {'fox ' * (n % 5)}", f"brown dog {'lazy ' * (n % 7)}") for n in range(40)]
+    messages = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in turns]
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in messages))
+    return path

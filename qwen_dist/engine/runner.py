@@ -79,7 +79,7 @@ class Runner:
         self.parts = model.resolver.batch_multiple()
         self._read = jax.jit(self._read_piece, donate_argnames="state", static_argnames="num_top")
         self._continue = jax.jit(self._continue_rows, donate_argnames="state", static_argnames="num_top")
-        self._resize = jax.jit(self._resized, donate_argnames="cache", static_argnames="num_pages")
+        self._resize = jax.jit(self._resized, static_argnames="num_pages")
 
     def start(self, num_pages: int) -> State:
         """The state before anything is read, with so many pages in each part of the mesh."""
@@ -89,7 +89,7 @@ class Runner:
         return State(self._empty_cache(num_pages), *small)
 
     def resize(self, state: State, num_pages: int) -> State:
-        """The same state, which is used up, with so many pages in each part."""
+        """The same state with so many pages in each part."""
         return state._replace(cache=self._resize(state.cache, num_pages=num_pages))
 
     def read(self, state: State, piece: scheduler.Piece, rules: Rules, *, num_top: int | None) -> tuple[State, Chosen]:

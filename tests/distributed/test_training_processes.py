@@ -9,15 +9,6 @@ ARGUMENTS = "--dtype float32 --steps 6 --batch-size 4 --mesh fsdp=-1 --config.da
 ARGUMENTS = f"{ARGUMENTS} --config.optimizer.schedule=constant".split()
 
 
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
-    turns = [(f"the quick {'fox ' * (n % 5)}", f"brown dog {'lazy ' * (n % 7)}") for n in range(40)]
-    messages = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in turns]
-    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in messages))
-    return path
-
-
 def train(start, launch, directory, chats, output, processes, *more):
     command = [launch / "local.sh", "--processes", processes, "--devices", 2 // processes, "--logs", output / "logs", "--"]
     command += ["finetune", "--model", directory, "--data", chats, "--output", output / "run", *ARGUMENTS, *more]

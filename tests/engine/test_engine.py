@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -11,9 +12,11 @@ import transformers
 from qwen_dist.checkpoint.model import load_model
 from qwen_dist.engine.engine import BLOCK, NUM_BLOCKS, Engine
 from qwen_dist.engine.request import Request, SamplingParams, Update
+from qwen_dist.engine.runner import RuleTable, Runner
+from qwen_dist.engine.scheduler import Piece, Scheduler
 from qwen_dist.errors import UserError
 from qwen_dist.mesh import MeshConfig, make_mesh
-from qwen_dist.models.cache import PAGE
+from qwen_dist.models.cache import CACHE_AXES, PAGE, page_bytes
 from qwen_dist.sharding import INFERENCE, Resolver
 from qwen_dist.tokenizer import Tokenizer
 
@@ -155,6 +158,40 @@ def test_a_batch_that_is_never_full(engine, expected):
     updates = answers(engine(""), [PROMPTS[3], PROMPTS[0], PROMPTS[1]], GREEDY)
     assert [tokens_of(row) for row in updates] == [expected(1.0)[index] for index in (3, 0, 1)]
     assert list(engine("").run([])) == []
+
+
+@pytest.mark.parametrize("num_steps", [3, PAGE])
+def test_several_steps_in_a_dispatch(model, tokenizer, expected, num_steps):
+    engine = Engine(model(""), tokenizer, max_batch_size=4, steps_per_dispatch=num_steps)
+    assert [tokens_of(row) for row in answers(engine, PROMPTS, GREEDY)] == expected(1.0)
+
+
+def test_rows_that_give_their_pages_back_are_answered_all_the_same(model, tokenizer, expected):
+    """Two prompts fill all pages; the first to need one more takes them from the other."""
+    one = page_bytes(model("").config, model("").resolver, model("").dtype)
+    prompts = [PROMPTS[2][:-2], PROMPTS[2][:-1], PROMPTS[2]]
+    small = Engine(model(""), tokenizer, max_batch_size=4, cache_bytes=8 * one)
+    large = Engine(model(""), tokenizer, max_batch_size=4)
+    assert [tokens_of(row) for row in answers(small, prompts, GREEDY)] == [
+        tokens_of(row) for row in answers(large, prompts, GREEDY)
+    ]
+    assert small.load.num_preempted > 0 and large.load.num_preempted == 0
+    assert small.load.held_positions == 0
+
+
+def test_the_state_is_used_up_and_stays_where_the_rules_say(model):
+    loaded = model("data=2,fsdp=2,tensor=2")
+    runner, rules = Runner(loaded, num_rows=2), RuleTable(2)
+    plans = Scheduler(num_rows=2, page_size=PAGE, block_size=BLOCK, max_pages=8, max_length=PAGE, parts=2)
+    plans.add(Request(0, PROMPTS[1], GREEDY), end=PAGE - 1)
+    piece = plans.plan(can_preempt=True)
+    assert isinstance(piece, Piece)
+    before = runner.start(plans.num_pages)
+    after, _ = runner.read(before, piece, rules.look_up(piece.rows_B, ())[0], num_top=None)
+    for old, new in zip(jax.tree.leaves(before.cache), jax.tree.leaves(after.cache), strict=True):
+        assert old.is_deleted()
+        assert new.sharding.is_equivalent_to(loaded.resolver.activation("cache", new.shape, CACHE_AXES), new.ndim)
+        assert new.addressable_shards[0].data.size == new.size // 4  # of the batch and of the heads a half each
 
 
 # --- ends ---

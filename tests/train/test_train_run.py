@@ -33,15 +33,6 @@ def model(tiny_directory):
 
 
 @pytest.fixture(scope="module")
-def chats(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
-    turns = [(f"the quick {'fox ' * (n % 5)}", f"brown dog {'lazy ' * (n % 7)}") for n in range(40)]
-    messages = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in turns]
-    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in messages))
-    return path
-
-
-@pytest.fixture(scope="module")
 def config(model, chats):
     """A function (output, **changes) -> configuration of a short run; a change's key may have dots."""
 
