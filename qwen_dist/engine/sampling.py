@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -83,29 +83,59 @@ def log_probabilities(logits_BV: jax.Array, tokens_B: jax.Array, num_top: int) -
 
 
 def _truncate(logits_BV: jax.Array, params: SamplingArrays) -> jax.Array:
-    """Tokens outside top-k, top-p or min-p at -inf; one sort gives all three thresholds, exactly.
+    """Tokens outside top-k, top-p or min-p at -inf.
 
     A token goes where transformers' warpers would remove it; tokens tied with the last kept one are kept.
     """
 
     def threshold() -> jax.Array:
-        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-        last = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, sorted_BV.shape[-1]), sorted_BV.shape[-1]) - 1
-        kth_B1 = jnp.take_along_axis(sorted_BV, last[:, None], axis=-1)
-        within_k_BV = jnp.where(sorted_BV >= kth_B1, sorted_BV, -jnp.inf)
-        probs_BV = jax.nn.softmax(within_k_BV, axis=-1)
+        top_k_B1 = jnp.where(params.top_k > 0, params.top_k, logits_BV.shape[-1])[:, None]
+        kth_B1 = _lowest(logits_BV, lambda value_B1: _sum(logits_BV > value_B1) < top_k_B1)
+        highest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+        masses_BV = jnp.where(logits_BV >= kth_B1, jnp.exp(logits_BV - highest_B1), 0)
         # A sum of rounded numbers can reach 1 before the last token, but a row without top-p keeps them all.
-        more_probable_BV = jnp.where(params.top_p[:, None] < 1, jnp.cumsum(probs_BV, axis=-1) - probs_BV, 0)
-        kept_BV = (within_k_BV > -jnp.inf) & (more_probable_BV < params.top_p[:, None])
-        return jnp.min(jnp.where(kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+        top_p_B1 = jnp.where(params.top_p < 1, params.top_p, jnp.inf)[:, None].astype(logits_BV.dtype)
+        limit_B1 = top_p_B1 * _sum(masses_BV)
+        pth_B1 = _lowest(logits_BV, lambda value_B1: _sum(jnp.where(logits_BV > value_B1, masses_BV, 0)) < limit_B1)
+        return jnp.maximum(kth_B1, pth_B1)
 
     def everything() -> jax.Array:
         return jnp.full((logits_BV.shape[0], 1), -jnp.inf, logits_BV.dtype)
 
-    needs_sort = jnp.any((params.top_k > 0) | (params.top_p < 1))
-    lowest_B1 = jax.lax.cond(needs_sort, threshold, everything)
+    is_cut = jnp.any((params.top_k > 0) | (params.top_p < 1))
+    lowest_B1 = jax.lax.cond(is_cut, threshold, everything)
     min_p_B1 = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(params.min_p)[:, None].astype(logits_BV.dtype)
     return jnp.where(logits_BV >= jnp.maximum(lowest_B1, min_p_B1), logits_BV, -jnp.inf)
+
+
+def _lowest(logits_BV: jax.Array, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The lowest value [B, 1] that `holds` in each row, from its least to its highest logit; what is above holds too.
+
+    The interval of floats between them is halved until one is left. A sort would give the same at several times the cost,
+    and on TPUs takes minutes to compile; it also needs all of a row on one device.
+    """
+    bits = jnp.iinfo(f"int{8 * logits_BV.dtype.itemsize}")
+
+    def reorder(bits_B1: jax.Array) -> jax.Array:
+        """A float's bits as an integer of the same order, and back: those of negative floats run the other way."""
+        return jnp.where(bits_B1 < 0, bits_B1 ^ bits.max, bits_B1)
+
+    def as_float(order_B1: jax.Array) -> jax.Array:
+        return reorder(order_B1).view(logits_BV.dtype)
+
+    def halve(_: int, interval: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low_B1, high_B1 = interval
+        middle_B1 = (low_B1 & high_B1) + ((low_B1 ^ high_B1) >> 1)  # of the sum, which may be too large, the half
+        is_enough_B1 = holds(as_float(middle_B1))
+        return jnp.where(is_enough_B1, low_B1, middle_B1 + 1), jnp.where(is_enough_B1, middle_B1, high_B1)
+
+    ends = (jnp.min(logits_BV, axis=-1, keepdims=True), jnp.max(logits_BV, axis=-1, keepdims=True))
+    low_B1, high_B1 = (reorder(end_B1.view(bits.dtype)) for end_B1 in ends)
+    return as_float(jax.lax.fori_loop(0, bits.bits, halve, (low_B1, high_B1))[1])
+
+
+def _sum(x_BV: jax.Array) -> jax.Array:
+    return jnp.sum(x_BV, axis=-1, keepdims=True)
 
 
 def _gumbel(seed: jax.Array | np.ndarray, positions_B: jax.Array, like_BV: jax.Array) -> jax.Array:

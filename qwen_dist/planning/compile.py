@@ -54,8 +54,7 @@ class Collective:
 class Compiled:
     """What the compiler reports of one program, for each device. `seconds` is how long it took.
 
-    `flops` and `bytes_accessed` count a loop's body once, as XLA does: of attention in inference, which goes over as many
-    pages as there are, one group.
+    `flops` and `bytes_accessed` count a loop's body once, as XLA does: see `Arithmetic.repeated`.
     """
 
     seconds: float

@@ -25,6 +25,7 @@ from qwen_dist.models.moe import room_for
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.planning.workload import Phase, Workload
 from qwen_dist.sharding import Resolver, abstract_parameters
+from qwen_dist.train.loss import BLOCK_TOKENS
 
 WIDE = 4  # bytes of a float32: scores, logits, the optimiser's numbers
 
@@ -127,10 +128,9 @@ class Arithmetic:
                 "saved activations": saved,
                 "working set": self._training_set(),
             }
-        cache = 2 * self._local("batch", "kv_heads", "kv_length", "head_dim") * self._width * len(self.config.layers)
         seen = self.workload.batch * self.config.vocab_size  # on every device
         working = self._of_step(phase)._inference_set(self._tokens_of(phase)[1])
-        return {"parameters": parameters, "cache": cache, "sampling": seen, "working set": working}
+        return {"parameters": parameters, "cache": self._cache(), "sampling": seen, "working set": working}
 
     def cost(self, phase: Phase) -> Cost:
         """What one step of a phase takes: all of prefill is as many steps as pieces of prompts."""
@@ -140,10 +140,28 @@ class Arithmetic:
         if phase == "train":
             passes = 4 if self.workload.remat == "blocks" else 3
             moved = passes * self._gathered_layers() + 3 * self.local_parameters * WIDE + 2 * self._saved()
-            return Cost(passes * forward, moved, _nonzero(self._training_collectives()))
-        cache = self.memory(phase)["cache"]
-        moved = parameters - step._experts_without_tokens(tokens) + cache
+            again = (passes - 3) * (forward - step._head_flops(tokens))  # the loss is computed once
+            return Cost(3 * forward + again, moved, _nonzero(self._training_collectives()))
+        moved = parameters - step._experts_without_tokens(tokens) + step._cache()
         return Cost(forward, moved, _nonzero(step._inference_collectives(tokens)))
+
+    def repeated(self, phase: Phase) -> Cost:
+        """The part of `cost` that loops take after their first turn, which is all that a compiler's report counts of them.
+
+        In inference they are attention's over groups of pages, in training the loss's over blocks of tokens.
+        """
+        step, tokens = self._of_step(phase), self._tokens_of(phase)[1]
+        if phase == "train":
+            turns = self._tokens_here() / BLOCK_TOKENS
+            once_more = max(turns - 1, 0)
+            head = self._gathered([HEAD])
+            flops = 3 * 2 * min(self._tokens_here(), BLOCK_TOKENS) * head
+            # Read for the logits and for their gradient; its own gradient is added to.
+            return Cost(once_more * flops, once_more * head * 2 * (self._width + WIDE), {})
+        rows = step.workload.batch // self.resolver.batch_multiple()
+        visits = rows * self.workload.num_slots // PAGE
+        part = 1 - 1 / max(visits / group_size(rows, tokens), 1)
+        return Cost(part * step._attention_flops(tokens), part * step._cache(), {})
 
     def _tokens_of(self, phase: Phase) -> tuple[int, int]:
         return self.workload.tokens_of(phase, self.resolver.batch_multiple())
@@ -158,7 +176,15 @@ class Arithmetic:
         shape = tuple(replaced.get(axis, self._sizes.get(axis, 0)) for axis in axes)
         return math.prod(self.resolver.activation("activation", shape, axes).shard_shape(shape))
 
+    def _tokens_here(self) -> int:
+        """Tokens of a training step whose logits one device has a part of."""
+        return self._local("batch", "length")
+
     # --- memory ---
+
+    def _cache(self) -> int:
+        """Bytes of the keys and values of the workload's rows."""
+        return 2 * self._local("batch", "kv_heads", "kv_length", "head_dim") * self._width * len(self.config.layers)
 
     def _inference_set(self, length: int) -> int:
         stream = self._local("batch", "length", "embed", length=length) * self._width
@@ -264,11 +290,18 @@ class Arithmetic:
         config, workload = self.config, self.workload
         in_blocks = sum(count * self._used(_block_weights(config, ffn)) for ffn, count in self._layers.items())
         unembedded = tokens if workload.verb == "finetune" else 1
+        products = workload.batch * 2 * tokens * in_blocks / math.prod(self.resolver.mesh.shape.values())
+        return products + self._head_flops(unembedded) + self._attention_flops(tokens)
+
+    def _head_flops(self, tokens: int) -> float:
+        weights = self.config.vocab_size * self.config.hidden_size
+        return self.workload.batch * 2 * tokens * weights / math.prod(self.resolver.mesh.shape.values())
+
+    def _attention_flops(self, tokens: int) -> float:
+        config, workload = self.config, self.workload
         keys = workload.num_slots if workload.verb == "batch" else workload.context / 2
-        attention = 4 * tokens * keys * config.num_attention_heads * config.head_dim * len(config.layers)
-        head = config.vocab_size * config.hidden_size
-        total = workload.batch * (2 * tokens * in_blocks + 2 * unembedded * head + attention)
-        return total / math.prod(self.resolver.mesh.shape.values())
+        heads = config.num_attention_heads * config.head_dim * len(config.layers)
+        return workload.batch * 4 * tokens * keys * heads / math.prod(self.resolver.mesh.shape.values())
 
     def _used(self, weights: Iterable[Weight]) -> int:
         """Elements of weights that a token is multiplied by: of experts only those that it chooses."""

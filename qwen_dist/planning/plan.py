@@ -42,12 +42,14 @@ class StepTime:
 class PhasePlan:
     """One program. memory: bytes on each device by kind. step: by arithmetic; without its collectives, the floor.
 
-    compiled: the compiler's word, if asked for, and the step from it; or `refused`, why it would not compile.
+    repeated: what of `cost` is in turns of loops that a compiler does not count. compiled: its word, if asked for, and the
+    step from both; or `refused`, why it would not compile.
     """
 
     phase: Phase
     memory: dict[str, int]
     cost: Cost
+    repeated: Cost
     step: StepTime | None
     compiled: Compiled | None = None
     compiled_step: StepTime | None = None
@@ -166,7 +168,7 @@ def plan_mesh(config: ModelConfig, topology: Topology, workload: Workload, mesh:
 def _phase(arithmetic: Arithmetic, phase: Phase, chip: Chip) -> PhasePlan:
     cost = arithmetic.cost(phase)
     step = step_time(chip, cost.flops, cost.bytes, sum(cost.collectives.values()))
-    return PhasePlan(phase, arithmetic.memory(phase), cost, step)
+    return PhasePlan(phase, arithmetic.memory(phase), cost, arithmetic.repeated(phase), step)
 
 
 def step_time(chip: Chip, flops: float, nbytes: float, exchanged: float) -> StepTime | None:
@@ -189,7 +191,7 @@ def _compile_phase(
         return dataclasses.replace(plan, refused=str(error))
     one = compiled[0] if len(compiled) == 1 else extrapolate(compiled, layers, len(config.layers))
     exchanged = sum(collective.bytes for collective in one.collectives)
-    step = step_time(chip, one.flops, one.bytes_accessed, exchanged)
+    step = step_time(chip, one.flops + plan.repeated.flops, one.bytes_accessed + plan.repeated.bytes, exchanged)
     return dataclasses.replace(plan, compiled=one, compiled_step=step)
 
 

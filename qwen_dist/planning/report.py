@@ -77,18 +77,12 @@ def _memory_table(plan: Plan) -> Table:
     table.add_row("[bold]sum[/]", *(f"[bold]{_number(phase.device_bytes, 1e9)}[/]" for phase in phases))
     if any(phase.compiled for phase in phases):
         table.add_row("compiler", *(_number(compiled_bytes(phase), 1e9) for phase in phases))
-        table.add_row("the same by arithmetic", *(_number(comparable_bytes(phase), 1e9) for phase in phases))
     return table
 
 
 def compiled_bytes(phase: PhasePlan) -> float | None:
     """Bytes that the compiled program holds on each device."""
     return None if phase.compiled is None else phase.compiled.device_bytes
-
-
-def comparable_bytes(phase: PhasePlan) -> int:
-    """The arithmetic of what is in the compiled program; the optimiser is not."""
-    return phase.device_bytes - phase.memory.get("optimizer", 0)
 
 
 def _time_table(phases: Iterable[PhasePlan]) -> Table:

@@ -117,3 +117,18 @@ def test_every_part_of_the_workload_counts():
         assert more["saved activations"] > memory["saved activations"], changed
         assert math.isclose(more["parameters"], memory["parameters"])
     assert not np.isclose(sum(arithmetic(SMALL, "fsdp=8", base).memory("train").values()), sum(memory.values()))
+
+
+@pytest.mark.parametrize(
+    ("verb", "phase", "sizes"),
+    [("batch", "decode", [{"context": 512}, {"context": 4096}]), ("finetune", "train", [{"batch": 8}, {"batch": 32}])],
+)
+def test_what_loops_repeat_is_what_the_compiler_leaves_out(verb, phase, sizes):
+    """More pages, or more tokens with a loss, are more turns of a loop, of which the compiler counts one."""
+    workloads = [Workload(verb, **{"batch": 8, "context": 512} | size) for size in sizes]
+    plans = [arithmetic(SMALL, "data=4,tensor=2", workload) for workload in workloads]
+    reports = [compiled(SMALL, "data=4,tensor=2", workload, phase) for workload in workloads]
+    counted = [report.flops + plan.repeated(phase).flops for plan, report in zip(plans, reports, strict=True)]
+    more = plans[1].cost(phase).flops - plans[0].cost(phase).flops
+    assert counted[1] - counted[0] == pytest.approx(more, rel=0.1)
+    assert reports[1].flops - reports[0].flops < 0.9 * more

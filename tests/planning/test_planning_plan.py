@@ -102,7 +102,7 @@ def test_terminal_json_and_chart_of_a_compiled_plan(tmp_path, capsys):
         assert words in page
     print_plan(plan, Console(width=120))
     printed = capsys.readouterr().out
-    for words in ("small[8]", "the same by arithmetic", "from 1 and 2 layers", "all-reduce", "largest batch"):
+    for words in ("small[8]", "compiler", "from 1 and 2 layers", "all-reduce", "largest batch"):
         assert words in printed
 
 
