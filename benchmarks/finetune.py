@@ -95,7 +95,7 @@ def open_qwen_dist(options: argparse.Namespace, method: str, dtype: str, tokens:
     import jax
 
     from qwen_dist.checkpoint.model import load_model
-    from qwen_dist.cli import start_jax
+    from qwen_dist.cli import keep_freed_memory, start_jax
     from qwen_dist.config import LoraOptions, OptimizerOptions
     from qwen_dist.mesh import MeshConfig, make_mesh
     from qwen_dist.sharding import TRAIN, Resolver, disk_shapes
@@ -105,6 +105,7 @@ def open_qwen_dist(options: argparse.Namespace, method: str, dtype: str, tokens:
     from qwen_dist.train.step import Trainer
 
     start_jax(None, dtype)
+    keep_freed_memory()
     kept_in = "float32" if method == "full" else dtype
     model = load_model(options.model, Resolver(make_mesh(MeshConfig()), TRAIN), dtype=kept_in)
     trained = list(model.parameters)

@@ -41,6 +41,7 @@ LEVELS = {
     "demo": 1,
     "batch": 6,
     "planning": 6,
+    "planning.chips": 1,
     "parity": 6,
     "cli": 7,
 }
@@ -57,6 +58,7 @@ WITHOUT_JAX = {
     "batch.jsonl",
     "batch.output",
     "models.config",
+    "planning.chips",
 }
 MESH_AXES = {"data", "fsdp", "tensor", "expert", "context"}
 

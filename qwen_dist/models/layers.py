@@ -55,11 +55,23 @@ def _product_backward(operands: tuple[jax.Array, jax.Array], gradient: jax.Array
     """Products of the operands' own type, as PyTorch's are; by default jax would widen them, at half the speed."""
     x, weight = operands
     gradient = gradient.astype(x.dtype)
-    rows, of_rows = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-    return _dot(gradient, weight, x.ndim - 1, 0).astype(x.dtype), _dot(of_rows, rows, 0, 0).astype(weight.dtype)
+    by_x, by_weight = _dot(gradient, weight, x.ndim - 1, 0), _sum_over_rows(gradient, x)
+    return by_x.astype(x.dtype), by_weight.astype(weight.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
+def _sum_over_rows(x: jax.Array, y: jax.Array) -> jax.Array:
+    """[..., out] and [..., in]: [out, in] in at least float32, summed over all other dimensions.
+
+    XLA's CPU backend multiplies 16-bit floats fast only when it has the rows in order. Summing over two dimensions makes it
+    put them so; over one it would widen both to float32 and take twice the time.
+    """
+    num_rows = x.size // x.shape[-1]
+    parts = (2, num_rows // 2) if x.dtype.itemsize < 4 and num_rows % 2 == 0 else (1, num_rows)
+    x, y = x.reshape(*parts, x.shape[-1]), y.reshape(*parts, y.shape[-1])
+    return jax.lax.dot_general(x, y, (((0, 1), (0, 1)), ((), ())), preferred_element_type=at_least_float32(x.dtype))
 
 
 def _dot(x: jax.Array, y: jax.Array, x_dim: int, y_dim: int) -> jax.Array:

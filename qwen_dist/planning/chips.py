@@ -40,6 +40,23 @@ CHIPS = {
     "tpu7x": Chip(int(94.75 * GIB), 3, 3690e9, 1153.5e12, 100e9, devices_per_chip=2),
 }
 
+# What jax calls a device of each kind, `Device.device_kind`.
+_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+
+
+def chip_of_device(device_kind: str) -> Chip | None:
+    """The data sheet of a device that jax names so; None where there is none."""
+    return CHIPS[_KINDS[device_kind]] if device_kind in _KINDS else None
+
 
 @dataclasses.dataclass(frozen=True)
 class Topology:

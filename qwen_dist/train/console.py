@@ -120,6 +120,8 @@ def describe_step(progress: Progressing) -> str:
     text = (
         f"loss {progress.loss:.4f}, {progress.num_tokens / progress.seconds:,.0f} tokens/s, {progress.seconds:.2f} s a step"
     )
+    if progress.mfu is not None:
+        text += f", MFU {100 * progress.mfu:.1f}%"
     if progress.eval_loss is not None:
         text += f", evaluation {progress.eval_loss:.4f}"
     return f"{text}, {peak_memory() / 1e9:.2f} GB"

@@ -17,58 +17,70 @@ def next_token_loss(
 ) -> jax.Array:
     """The sum of the targets' cross-entropies, each times its weight, in at least float32.
 
-    The gradient is computed together with the loss, a block of tokens at a time: no logits are computed twice, or kept.
+    The gradient is computed together with the loss, a block of tokens at a time: no logits are computed twice, or kept, and
+    none for tokens that weigh nothing (but for those that fill up the last block).
 
     Args:
       x_BTD: hidden states. head_VD: the output weights.
       targets_BT: token ids. weights_BT: 0 where a target does not count.
       rows_apart: over how many devices the rows are spread.
     """
-    B, T = targets_BT.shape
-    num_blocks = -(-B * T // (BLOCK_TOKENS * rows_apart))
-    width = -(-T // num_blocks)
+    num_tokens = targets_BT.size // rows_apart
+    num_blocks = -(-num_tokens // BLOCK_TOKENS)
+    width = -(-num_tokens // num_blocks)
+
+    def of_device(x: jax.Array) -> jax.Array:
+        """[B, T, ...] -> [devices, tokens of a device, ...]"""
+        return x.reshape(rows_apart, num_tokens, *x.shape[2:])
+
+    weights = of_device(weights_BT)
+    order = jnp.argsort(weights == 0, axis=1, stable=True)
 
     def in_blocks(x: jax.Array) -> jax.Array:
-        """[B, T, ...] -> [blocks, B, width, ...]; what is added weighs nothing."""
-        padded = jnp.pad(x, [(0, 0), (0, num_blocks * width - T)] + [(0, 0)] * (x.ndim - 2))
-        return padded.reshape(B, num_blocks, width, *x.shape[2:]).swapaxes(0, 1)
+        """[B, T, ...] -> [blocks, devices, width, ...], what counts first; what is added weighs nothing."""
+        sorted_ = jnp.take_along_axis(of_device(x), order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
+        padded = jnp.pad(sorted_, [(0, 0), (0, num_blocks * width - num_tokens)] + [(0, 0)] * (x.ndim - 2))
+        return padded.reshape(rows_apart, num_blocks, width, *x.shape[2:]).swapaxes(0, 1)
 
     wide = at_least_float32(x_BTD.dtype)
-    return _loss_of_blocks(in_blocks(x_BTD), head_VD, in_blocks(targets_BT), in_blocks(weights_BT).astype(wide))
+    num_used = -(-jnp.max(jnp.sum(weights != 0, axis=1)) // width)
+    blocks = in_blocks(x_BTD), in_blocks(targets_BT), in_blocks(weights_BT).astype(wide)
+    return _loss_of_blocks(blocks[0], head_VD, *blocks[1:], num_used)
 
 
 @jax.custom_vjp
-def _loss_of_blocks(x: jax.Array, head_VD: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-    def add(total: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        x_BTD, *labels = block
-        return total + _loss_of_block(x_BTD, head_VD, *labels), None
+def _loss_of_blocks(
+    x: jax.Array, head_VD: jax.Array, targets: jax.Array, weights: jax.Array, num_used: jax.Array
+) -> jax.Array:
+    """Of the first `num_used` of the blocks; the others weigh nothing."""
 
-    return jax.lax.scan(add, jnp.zeros((), weights.dtype), (x, targets, weights))[0]
+    def add(index: jax.Array, total: jax.Array) -> jax.Array:
+        return total + _loss_of_block(x[index], head_VD, targets[index], weights[index])
+
+    return jax.lax.fori_loop(0, num_used, add, jnp.zeros((), weights.dtype))
 
 
 def _forward(
-    x: jax.Array, head_VD: jax.Array, targets: jax.Array, weights: jax.Array
+    x: jax.Array, head_VD: jax.Array, targets: jax.Array, weights: jax.Array, num_used: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     gradient = jax.value_and_grad(_loss_of_block, argnums=(0, 1))
 
-    def add(
-        sums: tuple[jax.Array, jax.Array], block: tuple[jax.Array, ...]
-    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        x_BTD, *labels = block
-        loss, (by_x_BTD, by_head_VD) = gradient(x_BTD, head_VD, *labels)
-        return (sums[0] + loss, sums[1] + by_head_VD.astype(sums[1].dtype)), by_x_BTD
+    def add(index: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        total, by_x, by_head_VD = sums
+        loss, (by_block, more_by_head_VD) = gradient(x[index], head_VD, targets[index], weights[index])
+        return total + loss, by_x.at[index].set(by_block), by_head_VD + more_by_head_VD.astype(by_head_VD.dtype)
 
-    zeros = (jnp.zeros((), weights.dtype), jnp.zeros(head_VD.shape, weights.dtype))
-    (loss, by_head_VD), by_x = jax.lax.scan(add, zeros, (x, targets, weights))
+    zeros = jnp.zeros((), weights.dtype), jnp.zeros_like(x), jnp.zeros(head_VD.shape, weights.dtype)
+    loss, by_x, by_head_VD = jax.lax.fori_loop(0, num_used, add, zeros)
     return loss, (by_x, by_head_VD.astype(head_VD.dtype), weights)
 
 
 def _backward(
     gradients: tuple[jax.Array, jax.Array, jax.Array], scale: jax.Array
-) -> tuple[jax.Array, jax.Array, None, jax.Array]:
+) -> tuple[jax.Array, jax.Array, None, jax.Array, None]:
     by_x, by_head_VD, weights = gradients
     by_x, by_head_VD = ((scale * gradient).astype(gradient.dtype) for gradient in (by_x, by_head_VD))
-    return by_x, by_head_VD, None, jnp.zeros_like(weights)
+    return by_x, by_head_VD, None, jnp.zeros_like(weights), None
 
 
 _loss_of_blocks.defvjp(_forward, _backward)

@@ -40,6 +40,7 @@ from qwen_dist.train.lora import adapter_of, attach, new_adapter, with_adapter
 from qwen_dist.train.optim import make_optimizer, make_schedule
 from qwen_dist.train.records import expand, read
 from qwen_dist.train.step import State, Trainer
+from qwen_dist.train.utilization import StepFlops, flops_per_second
 
 # What may be different when a run goes on: where and how it computes and for how long, but not what.
 _MAY_CHANGE = frozenset(
@@ -62,7 +63,7 @@ class Prepared:
 
 @dataclasses.dataclass
 class Progressing:
-    """How a run stands, after each step."""
+    """How a run stands, after each step. `mfu`: see `train.utilization`; None where the devices' peak is not known."""
 
     step: int
     num_steps: int
@@ -71,6 +72,7 @@ class Progressing:
     learning_rate: float
     seconds: float
     num_tokens: int
+    mfu: float | None
     eval_loss: float | None = None
 
 
@@ -148,7 +150,7 @@ def finetune(
             batches.set_state(position["data"])
         journal = Journal(output, done=found or 0, tensorboard=config.tensorboard, is_first=jax.process_index() == 0)
         with contextlib.closing(journal), _told_to_stop() as is_told:
-            run = _Run(prepared, setup.trainer, checkpoints, journal, watch, is_told)
+            run = _Run(prepared, setup, checkpoints, journal, watch, is_told)
             state, step = run.train(state, batches, found or 0)
         if step < prepared.num_steps:
             return Summary(step, run.loss, run.eval_loss, True, "")
@@ -238,15 +240,17 @@ class _Run:
     def __init__(
         self,
         prepared: Prepared,
-        trainer: Trainer,
+        setup: Setup,
         checkpoints: Checkpoints,
         journal: Journal,
         watch: Watcher,
         is_told: threading.Event,
     ):
-        self._prepared, self._config, self._trainer = prepared, prepared.config, trainer
+        self._prepared, self._config, self._trainer = prepared, prepared.config, setup.trainer
         self._checkpoints, self._journal, self._watch, self._is_told = checkpoints, journal, watch, is_told
         self._identity = identity(prepared)
+        self._flops = StepFlops(setup.model, setup.trained)
+        self._flops_per_second = flops_per_second(setup.model.resolver.mesh.devices.flatten(), setup.trainer.dtype)
         self.loss: float | None = None
         self.eval_loss: float | None = None
 
@@ -263,9 +267,9 @@ class _Run:
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise UserError(self._describe_nan(step, batch, loss, norm))
             self.loss = loss
-            progress = Progressing(
-                step, num_steps, loss, norm, rate, time.monotonic() - start, int((batch.positions >= 0).sum())
-            )
+            seconds = time.monotonic() - start
+            num_tokens, mfu = int((batch.positions >= 0).sum()), self._utilization(batch, seconds)
+            progress = Progressing(step, num_steps, loss, norm, rate, seconds, num_tokens, mfu)
             stops = _any_process(self._is_told.is_set())
             is_last = step == num_steps
             if self._prepared.evaluation is not None and (is_last or _is_due(step, config.eval_every)):
@@ -275,6 +279,10 @@ class _Run:
                 self._checkpoints.save(step, state, {"data": position, "run": self._identity}, self.eval_loss)
             batch = following
         return state, step
+
+    def _utilization(self, batch: Batch, seconds: float) -> float | None:
+        peak = self._flops_per_second
+        return None if peak is None else self._flops(batch.positions) / (seconds * peak)
 
     def _evaluate(self, state: State) -> float:
         """The mean loss of all tokens to be learnt in the evaluation data."""
@@ -287,7 +295,7 @@ class _Run:
         return total / max(count, 1)
 
     def _record(self, progress: Progressing) -> None:
-        names = ("loss", "gradient_norm", "learning_rate", "seconds", "num_tokens", "eval_loss")
+        names = ("loss", "gradient_norm", "learning_rate", "seconds", "num_tokens", "mfu", "eval_loss")
         numbers = {name: value for name in names if (value := getattr(progress, name)) is not None}
         self._journal.add(progress.step, numbers)
         self._watch(progress)

@@ -5,15 +5,17 @@ import json
 import numpy as np
 import pytest
 
-ARGUMENTS = "--dtype float32 --steps 6 --batch-size 4 --mesh fsdp=-1 --config.data.max_length=64 --config.lora.rank=4"
+ARGUMENTS = "--dtype float32 --batch-size 4 --mesh fsdp=-1 --config.data.max_length=64 --config.lora.rank=4"
 ARGUMENTS = f"{ARGUMENTS} --config.optimizer.schedule=constant".split()
+DEVICES = 4
 
 
-def train(start, launch, directory, chats, output, processes, *more):
-    command = [launch / "local.sh", "--processes", processes, "--devices", 2 // processes, "--logs", output / "logs", "--"]
-    command += ["finetune", "--model", directory, "--data", chats, "--output", output / "run", *ARGUMENTS, *more]
+def train(start, launch, directory, chats, output, processes, steps):
+    """Train, or go on, with four devices in so many processes; returns what was printed and the numbers of every step."""
+    command = [launch / "local.sh", "--processes", processes, "--devices", DEVICES // processes, "--logs", output / "logs"]
+    command += ["--", "finetune", "--model", directory, "--data", chats, "--output", output / "run", "--steps", steps]
     (output / "run").parent.mkdir(exist_ok=True)
-    process = start(command)
+    process = start([*command, *ARGUMENTS])
     out, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors[-3000:]
     lines = (output / "run" / "metrics.jsonl").read_text().splitlines()
@@ -21,11 +23,16 @@ def train(start, launch, directory, chats, output, processes, *more):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_go_on_as_one(start, launch, directory, chats, tmp_path):
-    _, alone = train(start, launch, directory, chats, tmp_path / "one", 1)
-    train(start, launch, directory, chats, tmp_path / "two", 2, "--steps", "3")
-    out, both = train(start, launch, directory, chats, tmp_path / "two", 1)
-    assert out.splitlines() == [f"6 steps, loss {both[-1]['loss']:.4f}: {tmp_path / 'two' / 'run' / 'adapter'}"]
-    assert [entry["step"] for entry in both] == [1, 2, 3, 4, 5, 6]
-    assert [entry["num_tokens"] for entry in both] == [entry["num_tokens"] for entry in alone], "the same batches"
-    np.testing.assert_allclose([e["loss"] for e in both], [e["loss"] for e in alone], rtol=1e-6)
+@pytest.mark.parametrize("numbers", [(2, 1), (1, 2, 4, 2, 1)], ids=str)
+def test_a_run_goes_on_with_any_number_of_processes(start, launch, directory, chats, tmp_path, numbers):
+    last = 2 * len(numbers)
+    _, alone = train(start, launch, directory, chats, tmp_path / "one", 1, last)
+    for index, processes in enumerate(numbers):
+        out, several = train(start, launch, directory, chats, tmp_path / "several", processes, 2 * (index + 1))
+    result = tmp_path / "several" / "run" / "adapter"
+    assert out.splitlines() == [f"{last} steps, loss {several[-1]['loss']:.4f}: {result}"]
+    assert [entry["step"] for entry in several] == list(range(1, last + 1))
+    assert [entry["num_tokens"] for entry in several] == [entry["num_tokens"] for entry in alone], "the same batches"
+    losses = np.array([[entry["loss"] for entry in entries] for entries in (alone, several)])
+    print(f"processes {numbers}, two steps each: losses differ by {np.ptp(losses, axis=0).max():.1e} at most")
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)

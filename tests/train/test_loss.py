@@ -33,10 +33,19 @@ def test_a_program_has_logits_of_one_block_only(monkeypatch):
     monkeypatch.setattr(loss_module, "BLOCK_TOKENS", 64)
     vocab, tokens = 1009, 640
 
-    def train(x, head):
-        labels = jnp.zeros((1, tokens), jnp.int32)
-        return next_token_loss(x, head, labels, labels)
-
     shapes = jax.ShapeDtypeStruct((1, tokens, 8), jnp.float32), jax.ShapeDtypeStruct((vocab, 8), jnp.float32)
-    text = jax.jit(jax.grad(train, argnums=(0, 1))).lower(*shapes).compile().as_text()
+    labels = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+    text = jax.jit(jax.grad(next_token_loss, argnums=(0, 1))).lower(*shapes, labels, labels).compile().as_text()
     assert f"64,{vocab}]" in text and f"{tokens},{vocab}]" not in text
+
+
+def test_nothing_is_computed_for_tokens_that_are_not_learnt(monkeypatch):
+    """But for those that fill up a block: the others may be anything."""
+    monkeypatch.setattr(loss_module, "BLOCK_TOKENS", 4)
+    weights = np.zeros((2, 8), np.int32)
+    weights[0, 2:5] = weights[1, 7] = 1
+    x = np.where(weights[..., None], np.ones((2, 8, 3), np.float32), np.nan)
+    head, targets = jnp.eye(5, 3), jnp.zeros((2, 8), jnp.int32)
+    by_x, by_head = jax.grad(next_token_loss, argnums=(0, 1))(jnp.asarray(x), head, targets, jnp.asarray(weights))
+    assert np.isfinite(by_head).all()
+    assert (np.asarray(by_x)[weights == 1] != 0).all() and (np.asarray(by_x)[weights == 0] == 0).all()

@@ -1,5 +1,6 @@
 """One training step is the step of transformers and torch.optim.AdamW: in float64, by every gradient and parameter."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -43,11 +44,11 @@ def remember() -> optax.GradientTransformation:
     return optax.GradientTransformation(zeros, lambda gradients, state, parameters=None: (gradients, gradients))
 
 
-def make_trainer(loaded, trained, **options) -> Trainer:
+def make_trainer(loaded, trained, options=OPTIMIZER, **settings) -> Trainer:
     shapes = {name: loaded.parameters[name].shape for name in trained}
-    schedule = make_schedule(OPTIMIZER, 100)
-    optimizer = optax.chain(remember(), make_optimizer(OPTIMIZER, schedule, shapes, disk_shapes(loaded.module)))
-    settings = {"dtype": loaded.dtype, "clip_norm": OPTIMIZER.clip_norm} | options
+    schedule = make_schedule(options, 100)
+    optimizer = optax.chain(remember(), make_optimizer(options, schedule, shapes, disk_shapes(loaded.module)))
+    settings = {"dtype": loaded.dtype, "clip_norm": options.clip_norm} | settings
     return Trainer(loaded, trained, optimizer, schedule, **settings)
 
 
@@ -121,6 +122,22 @@ def test_a_lora_step_is_pefts(adapted, examples, packing, accumulation, remat):
     with jax.enable_x64(True):
         loaded, trained = with_adapter(load(directory), read_adapter(adapter), dtype="float64")
         check_step(loaded, trained, wanted, one_batch(examples, packing).parts(accumulation), remat)
+
+
+def test_twenty_steps_in_float32_have_the_losses_of_pytorch(full, examples):
+    directory, _ = full
+    settings = {"rate": 1e-3, "weight_decay": 0.1, "clip_norm": 0.5}
+    wanted = torch_steps(load_torch(directory, "float32"), examples.examples, steps=20, **settings).losses
+    loaded = load(directory, dtype="float32")
+    options = dataclasses.replace(OPTIMIZER, learning_rate=1e-3)
+    trainer = make_trainer(loaded, loaded.parameters.keys(), options)
+    state, losses = trainer.start(), []
+    for _ in range(20):
+        state, metrics = trainer.step(state, one_batch(examples, True).parts(1))
+        losses.append(float(metrics.loss))
+    print(f"20 steps: loss {losses[0]:.4f} to {losses[-1]:.4f}, at most {far(losses, np.array(wanted)):.1e} from PyTorch's")
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
+    assert losses[-1] < losses[0] - 0.1
 
 
 MESHES = [

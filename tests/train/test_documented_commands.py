@@ -1,0 +1,64 @@
+"""The commands of docs/finetune.md do what the page says, on a small model."""
+
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from qwen_dist.cli import main
+
+ROOT = pathlib.Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "finetune.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("qwen-dist ")]
+
+
+@pytest.fixture(scope="module")
+def place(tiny_directory, chats, tmp_path_factory):
+    """A directory with all that the commands name: DIR, chats.jsonl, configs."""
+    place = tmp_path_factory.mktemp("place")
+    (place / "configs").symlink_to(ROOT / "configs")
+    (place / "DIR").symlink_to(tiny_directory("qwen3", num_hidden_layers=1))
+    (place / "chats.jsonl").symlink_to(chats)
+    return place
+
+
+def test_every_command_runs_in_the_order_of_the_page(place, monkeypatch, capsys):
+    """Fewer steps than the page says, of shorter rows, on one device."""
+    monkeypatch.chdir(place)
+    assert len(COMMANDS) >= 5
+    said = {}
+    for command in COMMANDS:
+        arguments = shlex.split(command, comments=True)[1:]
+        if arguments[0] == "finetune":
+            arguments += ["--steps", "12", "--mesh", "data=1", "--config.data.max_length=64"]
+        if arguments[0] == "generate":
+            arguments += ["--max-new-tokens", "4"]
+        assert main(arguments) == 0, command
+        said[command] = capsys.readouterr().out
+    assert {path.name for path in (place / "run").iterdir()} >= {"adapter", "metrics.jsonl", "loss.html", "checkpoints"}
+    assert (place / "merged" / "model.safetensors").is_file()
+    assert any("--show-data" in command and "to be learnt" in text for command, text in said.items())
+    assert any("--dry-run" in command and "parameters are trained" in text for command, text in said.items())
+
+
+def test_every_option_that_the_page_names_exists():
+    """`group.field` and `field=value` in the text are fields of the configuration, and `--flags` are flags."""
+    import dataclasses
+    import typing
+
+    from qwen_dist.config import FinetuneConfig
+
+    def fields(cls, prefix=""):
+        for field in dataclasses.fields(cls):
+            yield prefix + field.name
+            kind = typing.get_type_hints(cls)[field.name]
+            if dataclasses.is_dataclass(kind):
+                yield from fields(kind, f"{prefix}{field.name}.")
+
+    known = set(fields(FinetuneConfig))
+    named = set(re.findall(r"`((?:model|data|optimizer|lora)\.[a-z_]+)`", PAGE))
+    assert named and named <= known, named - known
+    named = set(re.findall(r"`([a-z_]+)=[^`]*`", PAGE))
+    assert named and named <= known, named - known

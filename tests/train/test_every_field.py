@@ -1,0 +1,206 @@
+"""Every field of the configuration does something: with another value something else comes out, or is refused."""
+
+import dataclasses
+import json
+import pathlib
+import typing
+
+import pytest
+
+from qwen_dist.config import FinetuneConfig, bind
+from qwen_dist.errors import UserError
+from qwen_dist.train.batches import training_batches
+from qwen_dist.train.run import finetune, prepare, set_up_abstract
+
+REFUSED = "refused"
+
+
+@pytest.fixture(scope="module")
+def model(tiny_directory):
+    return tiny_directory("qwen3", num_hidden_layers=1, num_attention_heads=4, head_dim=8, hidden_size=32)
+
+
+@pytest.fixture(scope="module")
+def files(chats, tiny_directory, tmp_path_factory):
+    """Chats that are fewer, one with a broken line, prompts with completions; another model, and one with a strange key."""
+    place = tmp_path_factory.mktemp("files")
+    few = chats.read_text().splitlines()[:12]
+    (place / "few.jsonl").write_text("\n".join(few) + "\n")
+    (place / "broken.jsonl").write_text("\n".join([*few, '{"messages": [']) + "\n")
+    (place / "pairs.jsonl").write_text(json.dumps({"prompt": "the fox", "completion": "brown dog"}) + "\n")
+    (place / "other").symlink_to(tiny_directory("qwen2", num_hidden_layers=1))
+    strange = tiny_directory("qwen3", num_hidden_layers=1, hidden_size=32)
+    config = json.loads((strange / "config.json").read_text()) | {"attn_scale": 2.0}
+    (strange / "config.json").write_text(json.dumps(config))
+    (place / "strange").symlink_to(strange)
+    return place
+
+
+@pytest.fixture(scope="module")
+def base(model, chats):
+    """A function (output, **changes) -> configuration; `{files}` in a value is the directory of other data."""
+
+    def base(output, changes) -> FinetuneConfig:
+        values = {
+            "model": {"path": str(model), "dtype": "bfloat16"},
+            "data": {"files": (str(chats),), "max_length": 64},
+            "lora": {"rank": 4},
+            "output": str(output),
+            "mesh": "data=1",
+            "batch_size": 4,
+            "steps": 4,
+        }
+        for key, value in changes.items():
+            *groups, name = key.split(".")
+            place = values
+            for group in groups:
+                place = place.setdefault(group, {})
+            place[name] = value
+        return bind(FinetuneConfig, values)
+
+    return base
+
+
+def leaves(cls, prefix="") -> list[str]:
+    """The names of all fields, with dots."""
+    hints = typing.get_type_hints(cls)
+    return [
+        name
+        for field in dataclasses.fields(cls)
+        for name in (
+            leaves(hints[field.name], f"{prefix}{field.name}.")
+            if dataclasses.is_dataclass(hints[field.name])
+            else [prefix + field.name]
+        )
+    ]
+
+
+# What is looked at: (field, another value, what both runs have besides).
+IN_PROGRAM = [  # the program of a step, not compiled
+    ("model.dtype", "float32", {}),
+    ("method", "full", {}),
+    ("lora.rank", 5, {}),
+    ("lora.alpha", 3.0, {}),
+    ("lora.rslora", True, {}),
+    ("lora.targets", ("q_proj",), {}),
+    ("optimizer.name", "muon", {}),
+    ("optimizer.learning_rate", 2e-3, {}),
+    ("optimizer.schedule", "linear", {}),
+    ("optimizer.warmup_steps", 2, {}),
+    ("optimizer.final_fraction", 0.5, {}),
+    ("optimizer.weight_decay", 0.5, {}),
+    ("optimizer.clip_norm", 0.125, {}),
+    ("optimizer.b1", 0.75, {}),
+    ("optimizer.b2", 0.75, {}),
+    ("optimizer.eps", 0.125, {}),
+    ("mesh", "fsdp=2", {}),
+    ("batch_size", 8, {}),
+    ("accumulation", 2, {}),
+    ("remat", "blocks", {}),
+    ("master_weights", False, {}),
+]
+IN_DATA = [  # the first batch and how long the run is
+    ("data.files", ("{files}/few.jsonl",), {}),
+    ("data.max_length", 48, {}),
+    ("data.packing", False, {}),
+    ("data.raw", True, {"data.files": ("{files}/pairs.jsonl",)}),
+    ("data.bad_records", "skip", {"data.files": ("{files}/broken.jsonl",)}),
+    ("data.seed", 1, {}),
+    ("steps", 5, {}),
+    ("epochs", 2.5, {"steps": 0}),
+]
+EVALUATED = {"data.eval_files": ("{files}/few.jsonl",)}
+IN_RUN = [  # what a run of some steps leaves behind
+    ("model.path", "{files}/other", {}),
+    ("model.load_format", "dummy", {}),
+    ("model.ignored_config_keys", "attn_scale", {"model.path": "{files}/strange"}),
+    ("model.host_memory_budget", "nothing", {}),
+    ("model.adapter", "{files}/nowhere", {}),
+    ("data.eval_files", ("{files}/few.jsonl",), {}),
+    ("save_every", 1, {}),
+    ("keep", 1, {"save_every": 1}),
+    ("keep_best", True, {"save_every": 1, "eval_every": 1, "keep": 1, "optimizer.learning_rate": 1.0} | EVALUATED),
+    ("eval_every", 1, EVALUATED),
+    ("tensorboard", True, {}),
+]
+ON_ITS_OWN = ("output", "overwrite")  # has a test for itself
+
+
+def test_every_field_is_here():
+    here = [field for field, *_ in (*IN_PROGRAM, *IN_DATA, *IN_RUN)]
+    assert sorted([*here, *ON_ITS_OWN]) == sorted(leaves(FinetuneConfig))
+
+
+def filled_in(value, files):
+    if isinstance(value, tuple):
+        return tuple(filled_in(item, files) for item in value)
+    return value.replace("{files}", str(files)) if isinstance(value, str) else value
+
+
+@pytest.fixture
+def differs(base, files, tmp_path):
+    """A function (observe, field, value, besides): whether the field changes what is observed of a configuration."""
+
+    def differs(observe, field, value, besides) -> bool:
+        seen = []
+        for number, changes in enumerate((besides, {**besides, field: value})):
+            filled = {name: filled_in(value, files) for name, value in changes.items()}
+            try:
+                seen.append(observe(base(tmp_path / str(number), filled)))
+            except UserError as error:
+                seen.append((REFUSED, str(error)))
+        assert REFUSED not in seen[0] or field in ("data.bad_records", "model.ignored_config_keys"), seen[0]
+        return seen[0] != seen[1]
+
+    return differs
+
+
+def program(config) -> str:
+    prepared = prepare(config)
+    batch = next(training_batches(prepared.training, config.data, config.batch_size))
+    part = batch.parts(config.accumulation)[0]
+    return set_up_abstract(prepared).trainer.lower(part, config.accumulation).as_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("field", "value", "besides"), IN_PROGRAM)
+def test_of_the_computation(differs, field, value, besides):
+    assert differs(program, field, value, besides)
+
+
+def data(config) -> tuple:
+    prepared = prepare(config)
+    batch = next(training_batches(prepared.training, config.data, config.batch_size))
+    return prepared.num_steps, *(None if x is None else x.tolist() for x in batch)
+
+
+@pytest.mark.parametrize(("field", "value", "besides"), IN_DATA)
+def test_of_the_data(differs, field, value, besides):
+    assert differs(data, field, value, besides)
+
+
+def traces(config) -> tuple:
+    """The numbers of a run but for times, and its files but for those named by the time."""
+    finetune(prepare(config))
+    output = pathlib.Path(config.output)
+    entries = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    numbers = [{name: value for name, value in entry.items() if name != "seconds"} for entry in entries]
+    steps = sorted(path.name for path in (output / "checkpoints").iterdir())
+    return numbers, steps, sorted(path.name for path in output.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("field", "value", "besides"), IN_RUN)
+def test_of_the_run(differs, field, value, besides):
+    assert differs(traces, field, value, besides)
+
+
+def test_of_where_it_goes_and_whether_it_begins_anew(base, tmp_path):
+    config = base(tmp_path / "here", {"steps": 1})
+    finetune(prepare(config))
+    seen = []
+    finetune(prepare(config), watch=seen.append)
+    assert seen == [], "all had been done"
+    finetune(prepare(dataclasses.replace(config, overwrite=True)), watch=seen.append)
+    assert [progress.step for progress in seen] == [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]

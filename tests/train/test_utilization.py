@@ -1,0 +1,70 @@
+"""The arithmetic of a step is three times that which is traced of a forward pass; the peaks are of known devices."""
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen_dist.checkpoint.model import load_model
+from qwen_dist.config import LoraOptions
+from qwen_dist.mesh import MeshConfig, make_mesh
+from qwen_dist.planning.chips import CHIPS, chip_of_device
+from qwen_dist.sharding import TRAIN, Resolver, bind
+from qwen_dist.train.console import describe_step
+from qwen_dist.train.lora import new_adapter
+from qwen_dist.train.run import Progressing
+from qwen_dist.train.utilization import StepFlops, flops_per_second
+
+
+@pytest.fixture
+def loaded(tiny_checkpoint):
+    directory = tiny_checkpoint("qwen3", num_hidden_layers=1)
+    return load_model(directory, Resolver(make_mesh(MeshConfig()), TRAIN), dtype="float32")
+
+
+def dots(jaxpr) -> float:
+    """Flops of every product in a traced program."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2 * equation.outvars[0].aval.size * np.prod([shape[dim] for dim in contracted])
+        total += sum(dots(inner) for inner in jax.extend.core.jaxprs_in_params(equation.params))
+    return total
+
+
+def test_a_step_needs_three_times_the_products_of_a_forward_pass(loaded):
+    T = 64  # one block of queries, so that the program computes the whole square of scores
+    positions = np.arange(T, dtype=np.int32)[None]
+
+    def forward(parameters):
+        module = bind(loaded.module, parameters)
+        return module.unembed(module(jnp.zeros((1, T), jnp.int32), jnp.asarray(positions))[0])
+
+    traced = dots(jax.make_jaxpr(forward)(loaded.parameters).jaxpr)
+    config = loaded.config
+    square = 4 * T * T * config.num_attention_heads * config.head_dim
+    seen = square * (T + 1) / (2 * T)
+    found = StepFlops(loaded, loaded.parameters)(positions)
+    assert found == pytest.approx(3 * (traced - square + seen), rel=1e-12)
+
+
+def test_what_is_frozen_needs_no_gradient_and_padding_nothing(loaded):
+    positions = np.arange(16, dtype=np.int32)[None]
+    flops = StepFlops(loaded, loaded.parameters)
+    adapted, trained = new_adapter(loaded, LoraOptions(rank=1, targets=("q_proj",)), dtype="float32")
+    assert 0.65 < StepFlops(adapted, trained)(positions) / flops(positions) < 0.75
+    padded = np.concatenate([positions, np.full_like(positions, -1)], axis=1)
+    assert flops(padded) == flops(positions)
+
+
+def test_the_peak_of_known_devices():
+    assert chip_of_device("TPU v5 lite") is CHIPS["v5e"] and chip_of_device("TPU v5") is CHIPS["v5p"]
+    assert flops_per_second(jax.devices(), "bfloat16") is None, "nobody knows what a CPU can do"
+
+
+def test_the_line_of_a_step_says_it():
+    progress = Progressing(1, 2, 3.0, 1.0, 1e-3, 0.5, 100, 0.4321)
+    assert "200 tokens/s, 0.50 s a step, MFU 43.2%" in describe_step(progress)
