@@ -4,13 +4,14 @@
 
 Each system answers the same prompts greedily in a process of its own, after answering a few to warm up. transformers has
 them sorted by length, in left-padded batches of 32; a batch lasts as long as its longest answer. Tokens count up to each
-answer's end. "busy" is the share of this project's wall time in which the devices compute: what is left is scheduling,
-tokens to text and the rest of the host's work, measured with every step waited for, so that nothing overlaps.
+answer's end. "busy" is the share of this project's wall time in which the host has nothing to do but wait for a step: the
+devices compute all that time, and more, because they have the next step already while the host works.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--max-batch-size", type=int, default=64, help="of this project")
+    parser.add_argument("--max-batch-size", type=int, default=96, help="of this project")
     parser.add_argument("--systems", default=",".join(SYSTEMS))
     parser.add_argument("--worker", metavar="SYSTEM", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -93,9 +94,14 @@ def answer_with_qwen_dist(options: argparse.Namespace) -> dict[str, float]:
         chats = [tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in questions(number)]
         return [Request(index, tuple(chat), params) for index, chat in enumerate(chats)]
 
-    few = params.override({"max_new_tokens": 8})
-    list(engine.run(requests(options.max_batch_size, few)))
     everything = requests(options.prompts, params)
+    # The longest prompts fill the cache, and answers of all lengths let every number of rows occur: all programs are there.
+    longest = sorted(everything, key=lambda request: -len(request.prompt))[: options.max_batch_size]
+    limits = [params.override({"max_new_tokens": 2 + index // 2}) for index in range(len(longest))]
+    list(engine.run(dataclasses.replace(request, params=few) for request, few in zip(longest, limits, strict=True)))
+    planned, waited = [], []
+    timed(engine._scheduler, "plan", planned)
+    timed(jax, "device_get", waited)
     held, live, rows = [], [], []
     start = time.perf_counter()
     written = 0
@@ -106,19 +112,11 @@ def answer_with_qwen_dist(options: argparse.Namespace) -> dict[str, float]:
         live.append(load.live_positions)
         rows.append(load.num_running)
     seconds = time.perf_counter() - start
-
-    planned, computed = [], []
-    timed(engine._scheduler, "plan", planned)
-    for name in ("read", "step"):
-        timed(engine._runner, name, computed, wait=jax.block_until_ready)
-    start = time.perf_counter()
-    list(engine.run(requests(options.max_batch_size, few)))
-    waited = time.perf_counter() - start
     return {
         "seconds": seconds,
         "tokens read": sum(len(request.prompt) for request in everything),
         "tokens written": written,
-        "busy": sum(computed) / waited,
+        "busy": sum(waited) / seconds,
         "plan ms": 1e3 * statistics.mean(planned),
         "cache waste": 1 - sum(live) / sum(held),
         "mean rows": statistics.mean(rows),
@@ -126,13 +124,13 @@ def answer_with_qwen_dist(options: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def timed(owner: Any, name: str, seconds: list[float], wait: Any = lambda result: result) -> None:
-    """Let a method of an object say how long each call takes."""
-    method = getattr(owner, name)
+def timed(owner: Any, name: str, seconds: list[float]) -> None:
+    """Let a function of an object or a module say how long each call takes."""
+    function = getattr(owner, name)
 
     def call(*arguments: Any, **options: Any) -> Any:
         start = time.perf_counter()
-        result = wait(method(*arguments, **options))
+        result = function(*arguments, **options)
         seconds.append(time.perf_counter() - start)
         return result
 

@@ -23,8 +23,10 @@ from qwen_dist.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from qwen_dist.batch.run import Summary
+    from qwen_dist.batch.series import Series
     from qwen_dist.engine.engine import Engine, Load
     from qwen_dist.engine.request import SamplingParams, Update
     from qwen_dist.hosts.join import Hosts
@@ -168,8 +170,8 @@ def _parser() -> argparse.ArgumentParser:
     batch.add_argument(
         "--input", metavar="FILE", help='lines {"id","prompt"}, {"id","messages"} or of OpenAI; .gz, .zst, .parquet'
     )
-    batch.add_argument("--output", metavar="FILE", help="in the same form; .gz, .zst; a run that is cut off goes on")
-    batch.add_argument("--max-batch-size", type=int, metavar="N", help="answer so many at a time (32)")
+    batch.add_argument("--output", metavar="FILE", help="of the same kinds; a run that is cut off goes on")
+    batch.add_argument("--max-batch-size", type=int, metavar="N", help="answer so many at a time (96)")
     batch.add_argument(
         "--groups", type=int, metavar="N", help="divide the processes into N groups, each with all weights (1)"
     )
@@ -177,6 +179,9 @@ def _parser() -> argparse.ArgumentParser:
     batch.add_argument("--overwrite", action="store_true", default=None, help="begin anew where results exist")
     batch.add_argument("--retry-errors", action="store_true", default=None, help="answer again what ended in an error")
     batch.add_argument("--keep-order", action="store_true", default=None, help="results in the order of the input")
+    batch.add_argument("--chart", metavar="FILE", help="an HTML page of speed, requests and cache use over time")
+    batch.add_argument("--metrics-port", type=int, metavar="PORT", help="serve numbers for Prometheus while it runs")
+    batch.add_argument("--profile", metavar="DIR", help="a trace of the first seconds, for TensorBoard or XProf")
     _add_run_flags(batch)
     _add_host_flags(batch)
 
@@ -469,7 +474,7 @@ def _answer_json(text: str, updates: list[Update], tokenizer: Tokenizer) -> dict
 
 def _batch(options: argparse.Namespace, overrides: list[str]) -> int:
     names = ("input", "output", "max_batch_size", "groups", "raw", "overwrite", "retry_errors", "keep_order")
-    values = _config_values(options, *names)
+    values = _config_values(options, *names, "chart", "metrics_port", "profile")
     config = load_config(BatchConfig, options.config, overrides, values, _DEMONSTRATION)
     with _joined(options, config, groups=config.groups, input=config.input) as hosts:
         start_jax(options.num_cpu_devices, config.model.dtype)
@@ -518,7 +523,7 @@ def _run_share(config: BatchConfig, hosts: Hosts, stopped: Callable[[], bool], *
         retry_errors=config.retry_errors,
         keep_order=config.keep_order,
     )
-    with share as (records, results):
+    with share as (records, results), _watching(config, hosts, quiet=quiet) as watch:
         with _loading(quiet=quiet) as progress:
             engine, tokenizer, sampling = open_engine(
                 config.model,
@@ -536,6 +541,7 @@ def _run_share(config: BatchConfig, hosts: Hosts, stopped: Callable[[], bool], *
             def report(summary: Summary, load: Load) -> None:
                 results.collect()
                 show(summary, load)
+                watch(summary, load)
 
             summary = run_batch(
                 engine, tokenizer, sampling, records, results, raw=config.raw, report=report, stopped=stopped
@@ -557,6 +563,51 @@ def _print_summary(summary: Summary, output: str, *, as_json: bool) -> None:
             f"tokens read and {summary.num_generated_tokens} written in {summary.seconds:.1f} s ({speed:.1f} a second): "
             f"{output}"
         )
+
+
+@contextlib.contextmanager
+def _watching(config: BatchConfig, hosts: Hosts, *, quiet: bool) -> Iterator[Callable[[Summary, Load], None]]:
+    """What is asked for beside the answers of this process: metrics, a profile, a chart, and a table at the end."""
+    from qwen_dist.batch.metrics import metrics_server
+    from qwen_dist.batch.series import Series, check_chart, write_chart
+    from qwen_dist.engine.profile import profiling
+
+    series = Series()
+    with contextlib.ExitStack() as stack:
+        watches: list[Callable[[Summary, Load], None]] = [series.add]
+        if hosts.is_first and config.chart:
+            check_chart(config.chart)
+            stack.callback(write_chart, config.chart, series)
+        if hosts.is_first and config.metrics_port is not None:
+            watches.append(stack.enter_context(metrics_server(config.metrics_port)))
+        if hosts.is_first and config.profile:
+            tick = stack.enter_context(profiling(config.profile))
+            watches.append(lambda summary, load: tick())
+
+        def watch(summary: Summary, load: Load) -> None:
+            for one in watches:
+                one(summary, load)
+
+        yield watch
+        _console(stderr=True, quiet=quiet).print(_table(series))
+
+
+def _table(series: Series) -> Table:
+    """What a batch did over time, on this process."""
+    from rich.table import Table
+
+    last, table = series.samples[-1], Table()
+    for column in ("", "in all", "mean", "most"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, field in (("tokens read", "num_read"), ("tokens written", "num_written")):
+        speeds = [speed for _, speed in series.speeds(field)]
+        total = getattr(last, field)
+        mean = f"{total / max(last.seconds, 1e-9):.1f} a second"
+        table.add_row(name, str(total), mean, f"{max(speeds, default=0):.1f} a second")
+    for name, field, form in (("requests at a time", "num_running", ".1f"), ("cache held", "cache_use", ".0%")):
+        most = max(getattr(sample, field) for sample in series.samples)
+        table.add_row(name, "", f"{series.mean(field):{form}}", f"{most:{form}}")
+    return table
 
 
 @contextlib.contextmanager

@@ -79,7 +79,9 @@ class BatchConfig:
 
     An interrupted run goes on where it was; `overwrite` begins anew, `retry_errors` answers again what ended in an error,
     `keep_order` puts the finished output into the order of the input. `cache_memory` bounds the key/value cache of each
-    device; `steps_per_dispatch` is how many tokens a device makes before the host looks at them.
+    device; `steps_per_dispatch` is how many tokens a device makes before the host looks at them. While it runs, numbers are
+    served for Prometheus at `metrics_port`, and a trace of its first seconds goes to the directory `profile`; the file
+    `chart` shows afterwards how it went.
 
     `groups` divides the processes of a run into as many groups, each with the whole model on a `mesh` of its own devices
     and its share of the records; 1 is one mesh over all.
@@ -90,7 +92,7 @@ class BatchConfig:
     output: str
     mesh: str = ""
     sampling: SamplingOptions = SamplingOptions()
-    max_batch_size: int = 32
+    max_batch_size: int = 96
     groups: int = 1
     raw: bool = False
     overwrite: bool = False
@@ -98,10 +100,15 @@ class BatchConfig:
     keep_order: bool = False
     cache_memory: str = "4GB"
     steps_per_dispatch: int = 1
+    metrics_port: int | None = None
+    profile: str = ""
+    chart: str = ""
 
     def __post_init__(self) -> None:
         if self.max_batch_size < 1:
             raise UsageError(f"max_batch_size is {self.max_batch_size}; it must be at least 1")
+        if self.metrics_port is not None and not 0 < self.metrics_port < 2**16:
+            raise UsageError(f"metrics_port is {self.metrics_port}; it must be from 1 to {2**16 - 1}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ import os
 import pathlib
 import platform
 import signal
+import socket
 import subprocess
 import sys
 import typing
@@ -216,8 +217,14 @@ def test_a_batch_is_answered_and_told_about(run, model, prompts, tmp_path):
         one = run("generate", "--model", model, *ASK, "--prompt", prompt, "--json").json
         assert answers[id] == {"id": id} | {key: one[key] for key in ("text", "finish_reason", "usage")}
 
-    told = run(*base, "--output", tmp_path / "again.jsonl")
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    more = ("--chart", tmp_path / "chart.html", "--profile", tmp_path / "profile", "--metrics-port", port)
+    told = run(*base, "--output", tmp_path / "again.jsonl", *more)
     assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "out.jsonl").read_text()
+    assert "polyline" in (tmp_path / "chart.html").read_text() and "requests at a time" in told.err
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
     assert told.out.startswith("2 answered, 1 with an error; 117 tokens read and 24 written in ")
     assert "3/3" in told.err
 
@@ -428,7 +435,7 @@ def test_debug_shows_the_traceback(model):
 def test_help_fits_a_screen_and_shows_an_example(run, verb):
     result = run(verb, "--help")
     assert result.code == 0
-    assert len(result.out.splitlines()) <= 40
+    assert len(result.out.splitlines()) <= 44
     assert max(map(len, result.out.splitlines())) <= 124
     assert "example" in result.out and f"  qwen-dist {verb} " in result.out
     assert f" {verb} " in run("--help").out
@@ -506,6 +513,9 @@ PERTURBED = {
     "keep_order": None,
     "cache_memory": "1KB",
     "steps_per_dispatch": "0",
+    "metrics_port": "70000",
+    "profile": "/dev/null/profile",
+    "chart": "no-such-directory/chart.html",
 }
 
 

@@ -1,4 +1,4 @@
-"""Files of records by the end of their name: .jsonl (or any other), .jsonl.gz, .jsonl.zst; .parquet to read. No jax."""
+"""Files of records by the end of their name, .jsonl (or any other), .jsonl.gz, .jsonl.zst or .parquet, anywhere. No jax."""
 
 from __future__ import annotations
 
@@ -10,14 +10,26 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import IO, Any, cast
 
+from qwen_dist.batch import remote
+from qwen_dist.batch.columns import write_parquet
 from qwen_dist.errors import UserError
 
 _ROWS_AT_ONCE = 1024
 
 
-def is_compressed(path: str) -> bool:
-    """Whether a file of this name cannot simply be appended to."""
-    return path.endswith((".gz", ".zst"))
+def is_appendable(path: str) -> bool:
+    """Whether a file of this name can simply be appended to."""
+    return not (remote.is_url(path) or path.endswith((".gz", ".zst", ".parquet")))
+
+
+def keeps_lines(path: str) -> bool:
+    """Whether lines that are written to a file of this name can be read from it again, byte by byte."""
+    return not (remote.is_url(path) or path.endswith(".parquet"))
+
+
+def exists(path: str) -> bool:
+    """Whether there is something, at a path or an address. Raises UserError if that cannot be found out."""
+    return remote.exists(path) if remote.is_url(path) else os.path.exists(path)
 
 
 def read_lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
@@ -30,18 +42,21 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
     try:
         if path.endswith(".parquet"):
             return _guarded(path, _parquet_lines(path))
-        return _guarded(path, _file_lines(_open(path, "rb")))
+        return _guarded(path, _file_lines(_open(path)))
     except OSError as error:
         raise UserError(f"cannot read the input {path}: {error.strerror or error}") from error
 
 
 def write_lines(path: str, lines: Iterable[bytes]) -> None:
     """Write whole lines to a file that is complete or not there. Raises UserError."""
+    if remote.is_url(path):
+        with remote.open_writer(path) as file:
+            _write(file, lines, path)
+        return
     partial = f"{path}.partial"
     try:
-        with _open(partial, "wb", name=path) as file:
-            for line in lines:
-                file.write(line)
+        with open(partial, "wb") as file:
+            _write(file, lines, path)
         with open(partial, "rb") as written:
             os.fsync(written.fileno())
         os.replace(partial, path)
@@ -49,14 +64,30 @@ def write_lines(path: str, lines: Iterable[bytes]) -> None:
         raise UserError(f"cannot write to {path}: {error.strerror or error}") from error
 
 
-def _open(path: str, mode: str, name: str | None = None) -> IO[bytes]:
-    name = name or path
-    if name.endswith(".gz"):
-        return cast(IO[bytes], gzip.open(path, mode))
-    if name.endswith(".zst"):
-        file = _extra("zstandard", "zstd", name).open(path, mode)
-        return cast(IO[bytes], io.BufferedReader(file) if mode == "rb" else file)
-    return cast(IO[bytes], open(path, mode))
+def _write(file: IO[bytes], lines: Iterable[bytes], name: str) -> None:
+    """Write lines to an open file in the form that its name asks for."""
+    if name.endswith(".parquet"):
+        write_parquet(file, lines, _extra("pyarrow", "parquet", name), _extra("pyarrow.parquet", "parquet", name))
+    elif name.endswith(".gz"):
+        with gzip.open(file, "wb") as packed:
+            packed.writelines(lines)
+    elif name.endswith(".zst"):
+        with _extra("zstandard", "zstd", name).ZstdCompressor().stream_writer(file, closefd=False) as packed:
+            for line in lines:
+                packed.write(line)
+    else:
+        for line in lines:
+            file.write(line)
+
+
+def _open(path: str) -> IO[bytes]:
+    """The bytes of a file, unpacked."""
+    place = remote.open_reader(path) if remote.is_url(path) else path
+    if path.endswith(".gz"):
+        return cast(IO[bytes], gzip.open(place, "rb"))
+    if path.endswith(".zst"):
+        return io.BufferedReader(_extra("zstandard", "zstd", path).open(place, "rb"))
+    return open(place, "rb") if isinstance(place, str) else place
 
 
 def _file_lines(file: IO[bytes]) -> Iterator[bytes]:
@@ -66,7 +97,8 @@ def _file_lines(file: IO[bytes]) -> Iterator[bytes]:
 
 def _parquet_lines(path: str) -> Iterator[bytes]:
     parquet = _extra("pyarrow.parquet", "parquet", path)
-    file = parquet.ParquetFile(path)  # opened now, so that what is wrong with it is said now
+    place = remote.open_reader(path) if remote.is_url(path) else path
+    file = parquet.ParquetFile(place)  # opened now, so that what is wrong with it is said now
 
     def rows() -> Iterator[bytes]:
         with contextlib.closing(file):

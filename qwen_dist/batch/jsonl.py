@@ -3,7 +3,7 @@
 Three kinds of line are read, and each is answered in its own form:
   {"id": "a", "prompt": "Hi", "temperature": 0}             plain
   {"id": "b", "messages": [{"role": "user", …}]}            plain
-  {"custom_id": "c", "method": "POST", "url": …, "body": …}  a line of the OpenAI batch API
+  {"custom_id": "c", "method": "POST", "url": …, "body": …}  a line of the OpenAI batch API: a chat, or a text to go on from
 A line that cannot be used becomes a `BadRecord`, and the run goes on with the next.
 """
 
@@ -21,7 +21,7 @@ from qwen_dist.errors import UserError
 
 Form = Literal["plain", "openai"]
 
-_CHAT_URL = "/v1/chat/completions"
+_CHAT_URL, _TEXT_URL = "/v1/chat/completions", "/v1/completions"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Record:
       params: the sampling parameters of this line under our names (`_PARAMS`). Names and types have been checked here;
         what values make sense is for the engine to say, and what makes a conversation for the tokenizer.
       model: the model that an OpenAI line names; echoed, not obeyed.
+      echo: whether the answer begins with the prompt.
       fingerprint: a number of this line; another line, or a later one that repeats it, has another.
     """
 
@@ -45,6 +46,7 @@ class Record:
     prompt: str | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
     model: str | None = None
+    echo: bool = False
     fingerprint: int = dataclasses.field(default=0, compare=False)
 
 
@@ -157,25 +159,43 @@ def _openai_contents(fields: dict[str, Any], faults: list[str]) -> dict[str, Any
     unknown = sorted(fields.keys() - {"method", "url", "body"})
     if unknown:
         faults.append(f"unknown {', '.join(unknown)}; allowed are custom_id, method, url, body")
-    for name, only in (("method", "POST"), ("url", _CHAT_URL)):
-        if fields.get(name, only) != only:
-            faults.append(f"{name} must be {only}; got {_show(fields[name])}")
-    body = fields.get("body")
+    for name, allowed in (("method", ("POST",)), ("url", (_CHAT_URL, _TEXT_URL))):
+        if fields.get(name, allowed[0]) not in allowed:
+            faults.append(f"{name} must be {' or '.join(allowed)}; got {_show(fields[name])}")
+    body, is_chat = fields.get("body"), fields.get("url") != _TEXT_URL
     if not isinstance(body, dict):
-        faults.append(f'body must be an object with "messages"; got {_show(body)}')
+        faults.append(f'body must be an object with "{"messages" if is_chat else "prompt"}"; got {_show(body)}')
         return {}
-    _check_messages(body.get("messages"), faults)
+    contents = _chat_contents(body, faults) if is_chat else _text_contents(body, faults)
     model = body.get("model")
     if not isinstance(model, str | None):
         faults.append(f"model must be a string; got {_show(model)}")
-    params = _checked_params(body, _OPENAI_NAMES, faults) | _openai_logprobs(body, faults)
-    known = {"messages", "model", "logprobs", "top_logprobs"} | _OPENAI_NAMES.keys() | _OPENAI_HARMLESS
+    params = _checked_params(body, _OPENAI_NAMES, faults) | contents.pop("params")
+    known = {*contents, "model", "logprobs", "top_logprobs"} | _OPENAI_NAMES.keys() | _OPENAI_HARMLESS
     refused = sorted(
         name for name in body.keys() - known if body[name] is not None and body[name] != _OPENAI_NEUTRAL.get(name)
     )
     if refused:
         faults.append(f"cannot be honoured, so leave out: {', '.join(refused)}")
-    return {"messages": body.get("messages"), "params": params, "model": model}
+    return contents | {"params": params, "model": model}
+
+
+def _chat_contents(body: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
+    _check_messages(body.get("messages"), faults)
+    return {"messages": body.get("messages"), "params": _openai_logprobs(body, faults)}
+
+
+def _text_contents(body: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
+    """A text to go on from. With `echo` the answer begins with it, and `logprobs` are also those of its tokens."""
+    prompt, echo, logprobs = body.get("prompt"), body.get("echo") or False, body.get("logprobs")
+    if not isinstance(prompt, str):
+        faults.append(f"prompt must be a string; got {_show(prompt)}")
+    if not isinstance(echo, bool):
+        faults.append(f"echo must be true or false; got {_show(echo)}")
+    if logprobs is not None and not _is_count(logprobs):
+        faults.append(f"logprobs must be a whole number, 0 or more; got {_show(logprobs)}")
+    wanted = {} if logprobs is None else {"logprobs": logprobs} | ({"prompt_logprobs": logprobs} if echo else {})
+    return {"prompt": prompt, "echo": echo, "params": wanted}
 
 
 def _openai_logprobs(body: Mapping[str, Any], faults: list[str]) -> dict[str, int]:
@@ -272,12 +292,14 @@ _OPENAI_HARMLESS = {
 }
 # These would, unless they have the value that asks for nothing.
 _OPENAI_NEUTRAL = {
+    "best_of": 1,
     "frequency_penalty": 0,
     "logit_bias": {},
     "n": 1,
     "presence_penalty": 0,
     "response_format": {"type": "text"},
     "stream": False,
+    "suffix": "",
     "tool_choice": "none",
     "tools": [],
 }
@@ -299,27 +321,45 @@ def result_line(
       finish_reason: "stop" or "length".
       prompt_tokens: how many tokens the model read.
       completion_tokens: how many it wrote, the stop token included.
-      logprobs: for each written token `{"token", "logprob", "bytes", "top_logprobs"}`, as OpenAI lists them.
+      logprobs: for each token of the text `{"token", "logprob", "bytes", "top_logprobs"}`, as OpenAI lists them; the first
+        of a text that begins with the prompt has None.
     """
     usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
     if record.form == "plain":
         line = {"id": record.id, "text": text, "finish_reason": finish_reason, "usage": usage}
         return line if logprobs is None else line | {"logprobs": list(logprobs)}
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": text, "refusal": None},
-        "logprobs": None if logprobs is None else {"content": list(logprobs), "refusal": None},
-        "finish_reason": finish_reason,
-    }
+    choice: dict[str, Any] = {"index": 0, "finish_reason": finish_reason}
+    if record.messages is None:
+        choice |= {"text": text, "logprobs": None if logprobs is None else _text_logprobs(logprobs)}
+    else:
+        choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+        choice["logprobs"] = None if logprobs is None else {"content": list(logprobs), "refusal": None}
     body = {
-        "id": f"chatcmpl-{record.line_number}",
-        "object": "chat.completion",
+        "id": f"{'cmpl' if record.messages is None else 'chatcmpl'}-{record.line_number}",
+        "object": "text_completion" if record.messages is None else "chat.completion",
         "created": int(time.time()),
         "model": record.model or "",
         "choices": [choice],
         "usage": usage | {"total_tokens": prompt_tokens + completion_tokens},
     }
     return _openai_line(record, 200, body, None)
+
+
+def _text_logprobs(logprobs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Log-probabilities as `/v1/completions` lists them: a column each, and where in the text each token begins."""
+    decoder, offset, offsets = codecs.getincrementaldecoder("utf-8")("replace"), 0, []
+    for entry in logprobs:
+        offsets.append(offset)
+        offset += len(decoder.decode(bytes(entry["bytes"])))
+    return {
+        "tokens": [entry["token"] for entry in logprobs],
+        "token_logprobs": [entry["logprob"] for entry in logprobs],
+        "top_logprobs": [
+            None if entry["logprob"] is None else {top["token"]: top["logprob"] for top in entry["top_logprobs"]}
+            for entry in logprobs
+        ],
+        "text_offset": offsets,
+    }
 
 
 def error_line(record: Record | BadRecord, message: str, code: str = "invalid_request") -> dict[str, Any]:

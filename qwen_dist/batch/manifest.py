@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 import qwen_dist
+from qwen_dist.batch.output import local_path
 from qwen_dist.batch.run import Summary
 from qwen_dist.config import BatchConfig
 from qwen_dist.hosts.preflight import checkpoint_digest, checkpoint_files
@@ -46,5 +47,5 @@ def write_manifest(config: BatchConfig, settings: dict[str, Any], summary: Summa
             "written": round(summary.num_generated_tokens / seconds, 1),
         },
     }
-    with open(f"{config.output}.manifest.json", "w", encoding="utf-8") as file:
+    with open(f"{local_path(config.output)}.manifest.json", "w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=2)

@@ -5,7 +5,9 @@ answers. A run that is killed leaves at most one result (whole or torn) without 
 on with the lines that have no entry. The journal begins with the settings that the answers depend on; a run with others
 does not go on with it.
 
-A compressed output is made when all is done; until then the results are in OUTPUT.jsonl.
+An output that cannot be appended to (compressed, parquet, in an object store) is made when all is done; until then the
+results are in OUTPUT.jsonl, or for one that is not on this machine in a file of its name here. They stay there if they
+could not be read back from the output byte by byte.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen_dist.batch import formats
+from qwen_dist.batch import formats, remote
 from qwen_dist.batch.jsonl import BadRecord, Record, digest
 from qwen_dist.errors import UserError
 
@@ -28,6 +30,11 @@ from qwen_dist.errors import UserError
 ENTRY = np.dtype([("fingerprint", "<u8"), ("digest", "<u8"), ("size", "<u4"), ("is_error", "<u4")])
 # What was written longer ago survives a power failure too.
 SYNC_EVERY_S = 5.0
+
+
+def local_path(output: str) -> str:
+    """Where what belongs to an output is kept: beside it, or in this directory if it is not on this machine."""
+    return remote.name_of(output) if remote.is_url(output) else output
 
 
 class Output:
@@ -50,8 +57,9 @@ class Output:
         self, path: str | os.PathLike[str], *, settings: str = "", overwrite: bool = False, retry_errors: bool = False
     ):
         self.path = os.fspath(path)
-        self._work_path = f"{self.path}.jsonl" if formats.is_compressed(self.path) else self.path
-        self._journal_path = f"{self.path}.journal"
+        here = local_path(self.path)
+        self._work_path = self.path if formats.is_appendable(self.path) else f"{here}.jsonl"
+        self._journal_path = f"{here}.journal"
         self._settings = np.array([(digest(settings.encode()), 0, 0, 0)], ENTRY)
         self.num_before, self._num_written, self._size, self._last_sync = 0, 0, 0, time.monotonic()
         self._is_old = False
@@ -88,10 +96,10 @@ class Output:
 
     def _open_regular(self, overwrite: bool, retry_errors: bool) -> np.ndarray:
         self._journal = os.open(self._journal_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        there = max(os.fstat(self._file).st_size, self._finished_size())
+        there = self._holds_results()
         entries = self._entries()
         if overwrite or not there:
-            self._is_old = there > 0
+            self._is_old = there
             if not self._is_old:
                 self._begin()
             return np.zeros(0, ENTRY)
@@ -106,7 +114,7 @@ class Output:
                 f"the output {self.path} holds results of another checkpoint or of other parameters: name another file, or "
                 "ask to overwrite it"
             )
-        if self._work_path != self.path and os.path.exists(self.path):
+        if self._work_path != self.path and formats.keeps_lines(self.path) and os.path.exists(self.path):
             self._unpack()
         return self._cut(entries[1:], retry_errors)
 
@@ -115,8 +123,11 @@ class Output:
         os.ftruncate(self._journal, whole)
         return np.frombuffer(os.pread(self._journal, whole, 0), ENTRY)
 
-    def _finished_size(self) -> int:
-        return os.path.getsize(self.path) if os.path.exists(self.path) else 0
+    def _holds_results(self) -> bool:
+        """Whether there are results, in the making or finished."""
+        if os.path.exists(self._work_path) and os.path.getsize(self._work_path):
+            return True
+        return self._work_path != self.path and formats.exists(self.path)
 
     def _remove_empty(self) -> None:
         """A run that is refused leaves nothing behind."""
@@ -128,7 +139,7 @@ class Output:
         os.ftruncate(self._file, 0)
         os.ftruncate(self._journal, 0)
         os.write(self._journal, self._settings.tobytes())
-        if self._work_path != self.path:
+        if self._work_path != self.path and formats.keeps_lines(self.path):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path)
         self._is_old = False
@@ -242,7 +253,8 @@ class Output:
         if self._work_path != self.path:
             with open(self._work_path, "rb") as lines:
                 formats.write_lines(self.path, lines)
-            os.unlink(self._work_path)
+            if formats.keeps_lines(self.path):
+                os.unlink(self._work_path)
 
     def close(self) -> None:
         """Ends the file once everything is on the disk.
@@ -264,7 +276,7 @@ class Output:
 
     def _remove_unused(self) -> None:
         """A run that has written nothing, and had nothing to go on with, leaves no journal."""
-        if os.fstat(self._journal).st_size <= ENTRY.itemsize and not self._finished_size():
+        if os.fstat(self._journal).st_size <= ENTRY.itemsize and not self._holds_results():
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._journal_path)
 

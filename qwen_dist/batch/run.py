@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,6 +14,9 @@ from qwen_dist.engine.engine import Engine, Load
 from qwen_dist.engine.request import Request, SamplingParams, TokenLogprob, Update
 from qwen_dist.errors import UsageError, UserError
 from qwen_dist.tokenizer import Tokenizer
+
+# How often a person, or a chart, wants to know.
+REPORT_EVERY_S = 0.1
 
 
 @dataclasses.dataclass
@@ -66,13 +70,13 @@ def run_batch(
       records: from `read_records`; they are read as there is room for them.
       writer: takes the results.
       raw: give prompts to the model as they are, without the chat template.
-      report: called after every update with the counts so far, and how full the engine is.
+      report: called now and then, and at the end, with the counts so far and how full the engine is.
       stopped: once it says so, answers that have begun are finished, and nothing else is begun.
 
     Raises:
       UserError: the output cannot be written; what was written before is whole.
     """
-    summary, start = Summary(), time.monotonic()
+    summary, start, last_report = Summary(), time.monotonic(), -math.inf
 
     def requests() -> Iterator[Request]:
         for record in records:
@@ -94,7 +98,9 @@ def run_batch(
             writer.write(_result(answer, update, tokenizer), answer.record.fingerprint)
             summary.num_answered += 1
             summary.num_prompt_tokens += len(update.request.prompt)
-        report(summary, engine.load)
+        if summary.seconds - last_report >= REPORT_EVERY_S:
+            report(summary, engine.load)
+            last_report = summary.seconds
         if stopped():
             engine.cancel_waiting()
     summary.seconds = time.monotonic() - start
@@ -109,7 +115,7 @@ def _request(
         raise UserError(record.message)
     if record.messages is not None:
         prompt = tokenizer.apply_chat_template(record.messages)
-    elif raw:
+    elif raw or record.form == "openai":
         prompt = tokenizer.encode(record.prompt or "")
     else:
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": record.prompt}])
@@ -120,11 +126,14 @@ def _request(
 
 def _result(answer: _Answer, update: Update, tokenizer: Tokenizer) -> dict[str, Any]:
     assert update.finish_reason is not None
-    logprobs = None
+    prompt, record, logprobs = update.request.prompt, answer.record, None
     if update.request.params.logprobs is not None:
         logprobs = [logprob_json(token, tokenizer) for token in answer.logprobs]
-    num_prompt = len(update.request.prompt)
-    return result_line(answer.record, answer.text, update.finish_reason, num_prompt, update.num_generated, logprobs)
+        if record.echo:
+            first = logprob_json(TokenLogprob(prompt[0], 0.0, ()), tokenizer) | {"logprob": None}
+            logprobs = [first, *(logprob_json(token, tokenizer) for token in update.prompt_logprobs), *logprobs]
+    text = (record.prompt or "") + answer.text if record.echo else answer.text
+    return result_line(record, text, update.finish_reason, len(prompt), update.num_generated, logprobs)
 
 
 def logprob_json(logprob: TokenLogprob, tokenizer: Tokenizer) -> dict[str, Any]:

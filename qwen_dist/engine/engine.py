@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -131,8 +132,8 @@ class Engine:
             )
 
     def _end(self, request: Request) -> int:
-        """The last position that a token of the answer may have."""
-        return min(len(request.prompt) + request.params.max_new_tokens, self.max_context) - 1
+        """The last position that a token of the answer may have; there is one even if the prompt is only scored."""
+        return min(len(request.prompt) + max(1, request.params.max_new_tokens), self.max_context) - 1
 
     def submit(self, request: Request) -> None:
         """Let a request wait for its turn. Raises UserError if it fails `check`."""
@@ -189,9 +190,10 @@ class Engine:
             for sequence in plan.sequences:
                 if sequence is not None:
                     self._rules.set(sequence.row, sequence.request.params, sequence.end)
-        rules, num_top = self._rules.look_up(plan.rows_B, self._tokenizer.stop_ids)
+        rules, num_top = self._rules.look_up(plan.rows_B, self._tokenizer.stop_ids), self._rules.num_top(plan.rows_B)
         if isinstance(plan, Piece):
-            self._state, chosen = self._runner.read(self._state, plan, rules, num_top=num_top)
+            num_scored = self._rules.num_scored(plan.rows_B)
+            self._state, chosen = self._runner.read(self._state, plan, rules, num_top=num_top, num_scored=num_scored)
         else:
             self._state, chosen = self._runner.step(self._state, plan, rules, num_top=num_top)
         return chosen
@@ -200,9 +202,13 @@ class Engine:
         chosen = jax.device_get(chosen)
         for index, sequence in enumerate(plan.sequences):
             tokens = [token for token in chosen.tokens_XB[:, index].tolist() if token >= 0]
-            if sequence is None or sequence.is_over or not tokens:
+            if sequence is None or sequence.is_over:
                 continue
             answer = self._answers[sequence]
+            if isinstance(plan, Piece):
+                answer.score(chosen, index, int(plan.positions_BT[index, 0]))
+            if not tokens:
+                continue
             logprobs = _logprobs(chosen, index, tokens, sequence.request.params.logprobs)
             update = answer.push(tokens, logprobs)
             sequence.tokens += update.tokens
@@ -216,14 +222,28 @@ class _Answer:
 
     def __init__(self, request: Request, tokenizer: Tokenizer, end: int):
         self.request = request
-        self.max_new_tokens = end + 1 - len(request.prompt)
+        self.max_new_tokens = min(end + 1 - len(request.prompt), request.params.max_new_tokens)
         self.num_generated = 0
+        self.scores: list[TokenLogprob] = []
         self._stop_ids = tokenizer.stop_ids
         self._decoder = StreamDecoder(tokenizer)
         self._stops = StopStrings(request.params.stop)
 
+    def score(self, chosen: Chosen, index: int, start: int) -> None:
+        """Take the scores of the tokens that follow those from position `start` on, unless they are known.
+
+        They are when a request that had given its pages back is read again.
+        """
+        num_top, prompt = self.request.params.prompt_logprobs, self.request.prompt
+        if chosen.scores is None or num_top is None or start != len(self.scores):
+            return
+        following = prompt[start + 1 : start + 1 + chosen.scores[0].shape[1]]
+        self.scores += _entries(tuple(x[index] for x in chosen.scores), following, num_top)
+
     def push(self, tokens: list[int], logprobs: list[TokenLogprob]) -> Update:
         """Count tokens in, up to the end; what of the text has become final, and whether there was the end."""
+        if self.max_new_tokens == 0:
+            return Update(self.request, "", (), 0, "length", prompt_logprobs=tuple(self.scores))
         text, finish_reason = "", None
         for taken, token in enumerate(tokens, 1):
             self.num_generated += 1
@@ -243,12 +263,18 @@ class _Answer:
                 text += self._stops.flush()
             else:
                 finish_reason = "stop"
-        return Update(self.request, text, tuple(tokens), self.num_generated, finish_reason, tuple(logprobs))
+        scores = () if finish_reason is None else tuple(self.scores)
+        return Update(self.request, text, tuple(tokens), self.num_generated, finish_reason, tuple(logprobs), scores)
 
 
 def _logprobs(chosen: Chosen, index: int, tokens: list[int], num_top: int | None) -> list[TokenLogprob]:
     if chosen.logprobs is None or num_top is None:
         return []
-    of_chosen, best_tokens, of_best = (np.asarray(x)[: len(tokens), index].tolist() for x in chosen.logprobs)
+    return _entries(tuple(x[:, index] for x in chosen.logprobs), tokens, num_top)
+
+
+def _entries(logprobs: tuple[Any, ...], tokens: list[int] | tuple[int, ...], num_top: int) -> list[TokenLogprob]:
+    """The first of these, as many as there are tokens; `logprobs` as `sampling.log_probabilities` gives them."""
+    of_tokens, best_tokens, of_best = (np.asarray(x)[: len(tokens)].tolist() for x in logprobs)
     best = [tuple(zip(a[:num_top], b[:num_top], strict=True)) for a, b in zip(best_tokens, of_best, strict=True)]
-    return [TokenLogprob(*entry) for entry in zip(tokens, of_chosen, best, strict=True)]
+    return [TokenLogprob(*entry) for entry in zip(tokens, of_tokens, best, strict=True)]

@@ -20,7 +20,9 @@ class SamplingParams:
     `temperature` divides the logits (0 takes the most probable token and ignores the rest); `top_k` keeps that many
     tokens (0: all); `top_p` the smallest set with that probability; `min_p` those at least that fraction as probable as
     the best. `seed` fixes the draws of this request, whoever else is in the batch. `logprobs` asks for the
-    log-probability of each chosen token under the unmodified distribution, and of that many best alternatives.
+    log-probability of each chosen token under the unmodified distribution, and of that many best alternatives;
+    `prompt_logprobs` for the same of the prompt's tokens from the second on. With it `max_new_tokens` may be 0, which only
+    scores the prompt.
     """
 
     max_new_tokens: int = 512
@@ -32,10 +34,12 @@ class SamplingParams:
     seed: int = 0
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        is_scored = self.prompt_logprobs is not None
         checks = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "max_new_tokens": (self.max_new_tokens >= (0 if is_scored else 1), "at least 1, or 0 to score the prompt"),
             "temperature": (0 <= self.temperature < math.inf, "0 or more"),
             "top_k": (self.top_k >= 0, "0 (off) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
@@ -44,6 +48,7 @@ class SamplingParams:
             "seed": (-(2**63) <= self.seed < 2**63, "a 64-bit integer"),
             "stop": (all(self.stop), "non-empty strings"),
             "logprobs": (self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS, f"0 to {MAX_TOP_LOGPROBS}"),
+            "prompt_logprobs": (0 <= (self.prompt_logprobs or 0) <= MAX_TOP_LOGPROBS, f"0 to {MAX_TOP_LOGPROBS}"),
         }
         wrong = [f"{name} is {getattr(self, name)!r}; it must be {rule}" for name, (ok, rule) in checks.items() if not ok]
         if wrong:
@@ -82,7 +87,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprob:
-    """A chosen token's log-probability (nats), and the most probable (token, log-probability) pairs, best first."""
+    """A token's log-probability (nats), and the most probable (token, log-probability) pairs, best first."""
 
     token: int
     logprob: float
@@ -94,7 +99,8 @@ class Update:
     """What became final for one request: more text, and at the end the reason.
 
     `finish_reason` is None while more may come, "stop" (an end-of-text token or a stop string; neither is in the text)
-    or "length" (max_new_tokens, or the end of the context). The counts are totals so far.
+    or "length" (max_new_tokens, or the end of the context). The counts are totals so far. `prompt_logprobs` come with the
+    last update, if they were asked for.
     """
 
     request: Request
@@ -103,3 +109,4 @@ class Update:
     num_generated: int
     finish_reason: str | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()

@@ -16,10 +16,13 @@ from qwen_dist.engine.request import MAX_TOP_LOGPROBS, SamplingParams
 from qwen_dist.engine.sampling import SamplingArrays, choose, log_probabilities, penalise
 from qwen_dist.models import cache as kv_cache
 from qwen_dist.models.cache import PAGE, VISITS, Cache, LayerCache, Pages
+from qwen_dist.models.transformer import Transformer
 from qwen_dist.sharding import bind, constrain, resolving
 
 NUM_STOP_IDS = 16
 NUM_TOPS = (0, 5, MAX_TOP_LOGPROBS)
+# Of each block of a prompt that is scored, so many tokens' logits are there at a time.
+SCORED = 8
 
 
 class State(NamedTuple):
@@ -49,6 +52,7 @@ class Blocks(NamedTuple):
 
     tokens_BT: jax.Array | np.ndarray
     positions_BT: jax.Array | np.ndarray
+    next_BT: jax.Array | np.ndarray
     rows_B: jax.Array | np.ndarray
     last_B: jax.Array | np.ndarray
     pages: Pages
@@ -64,11 +68,18 @@ class Rows(NamedTuple):
     pages: Pages
 
 
+LogProbs = tuple[jax.Array, jax.Array, jax.Array]
+
+
 class Chosen(NamedTuple):
-    """The tokens of each step [steps, B], -1 where there is none, and if asked for `log_probabilities` of them."""
+    """The tokens of each step [steps, B], -1 where there is none, and if asked for `log_probabilities` of them.
+
+    `scores` are those of the tokens that follow each token of a piece [B, T], if asked for.
+    """
 
     tokens_XB: jax.Array
-    logprobs: tuple[jax.Array, jax.Array, jax.Array] | None
+    logprobs: LogProbs | None
+    scores: LogProbs | None = None
 
 
 class Runner:
@@ -77,7 +88,7 @@ class Runner:
     def __init__(self, model: LoadedModel, num_rows: int, max_steps: int = 1):
         self._model, self._num_rows, self._max_steps = model, num_rows, max_steps
         self.parts = model.resolver.batch_multiple()
-        self._read = jax.jit(self._read_piece, donate_argnames="state", static_argnames="num_top")
+        self._read = jax.jit(self._read_piece, donate_argnames="state", static_argnames=("num_top", "num_scored"))
         self._continue = jax.jit(self._continue_rows, donate_argnames="state", static_argnames="num_top")
         self._resize = jax.jit(self._resized, static_argnames="num_pages")
 
@@ -92,7 +103,9 @@ class Runner:
         """The same state with so many pages in each part."""
         return state._replace(cache=self._resize(state.cache, num_pages=num_pages))
 
-    def read(self, state: State, piece: scheduler.Piece, rules: Rules, *, num_top: int | None) -> tuple[State, Chosen]:
+    def read(
+        self, state: State, piece: scheduler.Piece, rules: Rules, *, num_top: int | None, num_scored: int | None = None
+    ) -> tuple[State, Chosen]:
         """Read a piece and choose the first token of the rows whose prompt ends in it.
 
         Args:
@@ -100,11 +113,12 @@ class Runner:
           piece: from the scheduler.
           rules: of each block's row.
           num_top: how many alternatives' log-probabilities to return; None for no log-probabilities at all.
+          num_scored: the same for the tokens of the prompts.
         """
         write_BT = np.where(piece.positions_BT < 0, -1, piece.pages_B[:, None]).astype(np.int32)
         pages = Pages(write_BT, *piece.visits)
-        blocks = Blocks(piece.tokens_BT, piece.positions_BT, piece.rows_B, piece.last_B, pages)
-        return self._read(self._model.parameters, state, blocks, rules, num_top=num_top)
+        blocks = Blocks(piece.tokens_BT, piece.positions_BT, piece.next_BT, piece.rows_B, piece.last_B, pages)
+        return self._read(self._model.parameters, state, blocks, rules, num_top=num_top, num_scored=num_scored)
 
     def step(self, state: State, steps: scheduler.Steps, rules: Rules, *, num_top: int | None) -> tuple[State, Chosen]:
         """Choose up to `num_steps` more tokens in every row; arguments as for `read`."""
@@ -121,9 +135,9 @@ class Runner:
         numbers: Any = functools.partial(jax.ShapeDtypeStruct, dtype=np.int32, sharding=self._model.resolver.replicated())
         tokens, rows = numbers((num_blocks, block)), numbers((num_blocks,))
         visits = numbers((self.parts, _padded(num_blocks // self.parts * max_visits)))
-        blocks = Blocks(tokens, tokens, rows, rows, Pages(tokens, visits, visits, visits, numbers(())))
+        blocks = Blocks(tokens, tokens, tokens, rows, rows, Pages(tokens, visits, visits, visits, numbers(())))
         state, rules = self._abstract_state(num_pages), self._abstract_rules(num_blocks)
-        return self._read.lower(self._model.parameters, state, blocks, rules, num_top=None)
+        return self._read.lower(self._model.parameters, state, blocks, rules, num_top=None, num_scored=None)
 
     def lower_step(self, num_pages: int) -> jax.stages.Lowered:
         """The program of `step` for all rows; see `lower_read`."""
@@ -146,11 +160,11 @@ class Runner:
         return State(jax.tree.map(lambda x: x.update(sharding=in_cache), cache), *small)
 
     def _abstract_rules(self, num_rows: int) -> Rules:
-        rules, _ = RuleTable(0).look_up(np.zeros(num_rows, np.int32), ())
+        rules = RuleTable(0).look_up(np.zeros(num_rows, np.int32), ())
         everywhere = self._model.resolver.replicated()
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), rules)
 
-    def _read_piece(self, parameters, state, blocks, rules, *, num_top):  # type: ignore[no-untyped-def]
+    def _read_piece(self, parameters, state, blocks, rules, *, num_top, num_scored):  # type: ignore[no-untyped-def]
         with resolving(self._model.resolver):
             module = bind(self._model.module, parameters)
             x_BTD, cache, _ = module(blocks.tokens_BT, blocks.positions_BT, state.cache, blocks.pages)
@@ -161,7 +175,8 @@ class Runner:
             state, tokens_B, logprobs = self._choose(
                 state, logits_BV, blocks.rows_B, next_B, blocks.last_B >= 0, rules, num_top
             )
-            return state, self._replicated(Chosen(tokens_B[None], jax.tree.map(lambda x: x[None], logprobs)))
+            scores = None if num_scored is None else _scores(module, x_BTD, blocks.next_BT, num_scored)
+            return state, self._replicated(Chosen(tokens_B[None], jax.tree.map(lambda x: x[None], logprobs), scores))
 
     def _continue_rows(self, parameters, state, rows, rules, *, num_top):  # type: ignore[no-untyped-def]
         with resolving(self._model.resolver):
@@ -216,7 +231,7 @@ class Runner:
         is_chosen_B: jax.Array,
         rules: Rules,
         num_top: int | None,
-    ) -> tuple[State, jax.Array, tuple[jax.Array, jax.Array, jax.Array] | None]:
+    ) -> tuple[State, jax.Array, LogProbs | None]:
         """Choose a token for position `next_B` of each row, and move the rows `is_chosen_B` there."""
         likely_BV = penalise(logits_BV, rules.sampling, state.seen_RV, rows_B)
         tokens_B = choose(likely_BV, rules.sampling, next_B)
@@ -251,24 +266,48 @@ class RuleTable:
     def __init__(self, num_rows: int):
         # One more than there are rows: what stands in for a row that is none.
         self._sampling = SamplingArrays.from_params([SamplingParams()] * (num_rows + 1))
-        self._end_R, self._num_top_R = np.zeros(num_rows + 1, np.int32), np.full(num_rows + 1, -1)
+        self._end_R = np.zeros(num_rows + 1, np.int32)
+        self._num_top_R, self._num_scored_R = np.full(num_rows + 1, -1), np.full(num_rows + 1, -1)
 
     def set(self, row: int, params: SamplingParams, end: int) -> None:
         for column, value in zip(self._sampling, SamplingArrays.from_params([params]), strict=True):
             column[row] = value[0]
-        self._end_R[row], self._num_top_R[row] = end, -1 if params.logprobs is None else params.logprobs
+        self._end_R[row] = end
+        self._num_top_R[row] = -1 if params.logprobs is None else params.logprobs
+        self._num_scored_R[row] = -1 if params.prompt_logprobs is None else params.prompt_logprobs
 
-    def look_up(self, rows_B: np.ndarray, stop_ids: Collection[int]) -> tuple[Rules, int | None]:
-        """The rules of these rows, and how many alternatives' log-probabilities they want; None for none at all.
+    def look_up(self, rows_B: np.ndarray, stop_ids: Collection[int]) -> Rules:
+        """The rules of these rows."""
+        padded = np.full(-(-max(len(stop_ids), 1) // NUM_STOP_IDS) * NUM_STOP_IDS, -1, np.int32)
+        padded[: len(stop_ids)] = sorted(stop_ids)
+        return Rules(SamplingArrays(*(column[rows_B] for column in self._sampling)), self._end_R[rows_B], padded)
+
+    def num_top(self, rows_B: np.ndarray) -> int | None:
+        """How many alternatives' log-probabilities these rows want; None for no log-probabilities at all.
 
         Each number is a program, so it is one of a few.
         """
-        padded = np.full(-(-max(len(stop_ids), 1) // NUM_STOP_IDS) * NUM_STOP_IDS, -1, np.int32)
-        padded[: len(stop_ids)] = sorted(stop_ids)
-        sampling = SamplingArrays(*(column[rows_B] for column in self._sampling))
-        wanted = int(self._num_top_R[rows_B].max(initial=-1))
-        num_top = None if wanted < 0 else next(number for number in NUM_TOPS if number >= wanted)
-        return Rules(sampling, self._end_R[rows_B], padded), num_top
+        return _one_of_few(self._num_top_R[rows_B])
+
+    def num_scored(self, rows_B: np.ndarray) -> int | None:
+        """The same for the tokens of their prompts."""
+        return _one_of_few(self._num_scored_R[rows_B])
+
+
+def _one_of_few(wanted_B: np.ndarray) -> int | None:
+    wanted = int(wanted_B.max(initial=-1))
+    return None if wanted < 0 else next(number for number in NUM_TOPS if number >= wanted)
+
+
+def _scores(module: Transformer, x_BTD: jax.Array, next_BT: jax.Array, num_top: int) -> LogProbs:
+    """`log_probabilities` of the tokens that follow, a few of each row at a time: logits are wide."""
+    T = next_BT.shape[1]
+    pieces = [
+        log_probabilities(module.unembed(x_BTD[:, start : start + SCORED]), next_BT[:, start : start + SCORED], num_top)
+        for start in range(0, T, SCORED)
+    ]
+    of_tokens, best, of_best = (jnp.concatenate(parts, axis=1) for parts in zip(*pieces, strict=True))
+    return of_tokens, best, of_best
 
 
 def _seen_with(seen_RV: jax.Array, blocks: Blocks) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_dist.engine.request import SamplingParams
+
+# Blocks of the vocabulary in which the most likely token is looked for, at most; published vocabularies divide by it.
+MAX_BLOCKS = 128
 
 
 class SamplingArrays(NamedTuple):
@@ -63,23 +67,36 @@ def choose(logits_BV: jax.Array, params: SamplingArrays, positions_B: jax.Array)
       params: of each row.
       positions_B: the position that the chosen token will have: with the seed it fixes the draw.
     """
-    greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    greedy_B = _most_likely(logits_BV)
 
     def draw() -> jax.Array:
         is_greedy_B = params.temperature == 0
         scaled_BV = logits_BV / jnp.where(is_greedy_B, 1, params.temperature)[:, None]
-        drawn_B = jnp.argmax(_truncate(scaled_BV, params) + _gumbel(params.seed, positions_B, scaled_BV), axis=-1)
-        return jnp.where(is_greedy_B, greedy_B, drawn_B.astype(jnp.int32))
+        drawn_B = _most_likely(_truncate(scaled_BV, params) + _gumbel(params.seed, positions_B, scaled_BV))
+        return jnp.where(is_greedy_B, greedy_B, drawn_B)
 
     return jax.lax.cond(jnp.any(params.temperature > 0), draw, lambda: greedy_B)
 
 
-def log_probabilities(logits_BV: jax.Array, tokens_B: jax.Array, num_top: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Log-probability of the chosen tokens [B], and the `num_top` best tokens and theirs [B, num_top]."""
-    log_probs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
-    chosen_B = jnp.take_along_axis(log_probs_BV, tokens_B[:, None], axis=-1)[:, 0]
-    top, tokens = jax.lax.top_k(log_probs_BV, num_top)
-    return chosen_B, tokens, top
+def log_probabilities(logits: jax.Array, tokens: jax.Array, num_top: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probability of tokens [...] under logits [..., V], and the `num_top` best tokens and theirs [..., num_top]."""
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    of_tokens = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
+    of_best, best = jax.lax.top_k(log_probs, num_top)
+    return of_tokens, best, of_best
+
+
+def _most_likely(logits_BV: jax.Array) -> jax.Array:
+    """`jnp.argmax` of each row: first which block of tokens has the highest logit, then which token of that block.
+
+    XLA's CPU backend finds a maximum 70 times as fast as where it is, so that is only asked of a few numbers.
+    """
+    num_rows, vocab = logits_BV.shape
+    num_blocks = math.gcd(vocab, MAX_BLOCKS)
+    blocks_BXY = logits_BV.reshape(num_rows, num_blocks, -1)
+    block_B = jnp.argmax(blocks_BXY.max(axis=2), axis=1)
+    inside_B = jnp.argmax(jnp.take_along_axis(blocks_BXY, block_B[:, None, None], axis=1)[:, 0], axis=1)
+    return (block_B * (vocab // num_blocks) + inside_B).astype(jnp.int32)
 
 
 def _truncate(logits_BV: jax.Array, params: SamplingArrays) -> jax.Array:

@@ -70,6 +70,7 @@ class Piece(NamedTuple):
     """Blocks of prompts to read, B = D × blocks of each part.
 
     tokens_BT, positions_BT: a block of tokens; behind the end of a prompt the position is -1.
+    next_BT: the token that follows each of them; 0 where none is known.
     rows_B: whose they are; the number of all rows where there is no block.
     pages_B: the page that each is written to, in its part.
     last_B: the index of a prompt's last token, -1 in blocks where it does not end.
@@ -78,6 +79,7 @@ class Piece(NamedTuple):
 
     tokens_BT: np.ndarray
     positions_BT: np.ndarray
+    next_BT: np.ndarray
     rows_B: np.ndarray
     pages_B: np.ndarray
     last_B: np.ndarray
@@ -266,6 +268,7 @@ class Scheduler:
         width = next(width for width in self._piece_sizes if width >= most)
         total = width * len(blocks)
         tokens_BT, positions_BT = np.zeros((total, size), np.int32), np.full((total, size), -1, np.int32)
+        next_BT = np.zeros((total, size), np.int32)
         rows_B, pages_B = np.full(total, self.num_rows, np.int32), np.full(total, -1, np.int32)
         last_B, sequences = np.full(total, -1, np.int32), list[Sequence | None]([None] * total)
         seen: list[list[tuple[int, int, int]]] = [[] for _ in blocks]
@@ -275,6 +278,8 @@ class Scheduler:
                 tokens = sequence.tokens[start : min(start + size, sequence.num_read)]
                 tokens_BT[b, : len(tokens)] = tokens
                 positions_BT[b, : len(tokens)] = range(start, start + len(tokens))
+                following = sequence.tokens[start + 1 : start + 1 + size]
+                next_BT[b, : len(following)] = following
                 rows_B[b], pages_B[b], sequences[b] = sequence.row, sequence.pages[start // page_size], sequence
                 visited = sequence.pages[: start // page_size + 1]
                 seen[part] += [(index, page, n * page_size) for n, page in enumerate(visited)]
@@ -284,7 +289,7 @@ class Scheduler:
         capacity = width * min(self._max_sequence_pages, self.num_pages)
         columns = [np.array(visits, np.int32).reshape(-1, 3).T for visits in seen]
         visits = self._visits([(row, page, start) for row, page, start in columns], capacity)
-        return Piece(tokens_BT, positions_BT, rows_B, pages_B, last_B, visits, sequences)
+        return Piece(tokens_BT, positions_BT, next_BT, rows_B, pages_B, last_B, visits, sequences)
 
     def _blocks(self, reading: list[Sequence]) -> Iterator[tuple[Sequence, int]]:
         for sequence in reading:
@@ -358,5 +363,5 @@ class _Part:
 
 
 def _sizes(rows: int) -> list[int]:
-    """Rows that are continued together: all, or a quarter if that is enough; each size is a program to compile."""
-    return sorted({rows, -(-rows // 4)}) if rows >= 4 else [rows]
+    """Rows that are continued together: as many quarters of all as it takes, or one; each size is a program to compile."""
+    return sorted({1, *(-(-rows * quarters // 4) for quarters in range(1, 5))})

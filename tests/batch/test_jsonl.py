@@ -105,7 +105,10 @@ def test_openai_parameters_that_ask_for_nothing_are_accepted(tmp_path):
         ({"prompt": "a", "stop": ["a", ""]}, "stop must be a non-empty string or a list"),
         ({"prompt": "a", "logprobs": True}, "logprobs must be a whole number"),
         ({"custom_id": "c"}, 'body must be an object with "messages"; got None'),
-        (openai() | {"method": "GET", "url": "/v1/embeddings"}, "method must be POST; got 'GET'; url must be /v1/chat"),
+        (
+            openai() | {"method": "GET", "url": "/v1/embeddings"},
+            "method must be POST; got 'GET'; url must be /v1/chat/completions or /v1/completions",
+        ),
         (openai() | {"priority": 1}, "unknown priority; allowed are custom_id"),
         (openai(messages="hi"), "messages must be"),
         (openai(model=3), "model must be a string; got 3"),

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from qwen_dist.batch import run
 from qwen_dist.batch.jsonl import Record, read_records
 from qwen_dist.batch.output import Output
 from qwen_dist.batch.run import Summary, check_paths, run_batch
@@ -198,7 +199,44 @@ def test_stopping_finishes_what_has_begun(opened):
     assert engine.is_idle and engine.load.held_positions == 0
 
 
-def test_progress_only_grows(answer):
+def test_a_text_is_gone_on_from_and_scored(opened, answer):
+    """`/v1/completions`; with `echo` and no new tokens the text is only scored."""
+    _, tokenizer, _ = opened
+    text = "the fox: 日本 e"
+
+    def line(id: str, **body) -> dict:
+        return {"custom_id": id, "method": "POST", "url": "/v1/completions", "body": {"prompt": text, **body}}
+
+    lines = [
+        line("go on"),
+        line("score", echo=True, max_tokens=0, logprobs=2),
+        line("both", echo=True, max_tokens=3, logprobs=1),
+        line("none", max_tokens=0),
+    ]
+    named = by_id(answer(lines)[0])
+    assert "max_new_tokens is 0; it must be at least 1" in named["none"]["error"]["message"]
+    (choice,) = named["go on"]["response"]["body"]["choices"]
+    prompt = tokenizer.encode(text)
+    expected = alone(opened, prompt)
+    assert (choice["text"], choice["logprobs"]) == (expected["text"], None)
+    body = named["score"]["response"]["body"]
+    (choice,), usage = body["choices"], body["usage"]
+    assert (body["object"], choice["text"], choice["finish_reason"]) == ("text_completion", text, "length")
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (len(prompt), 0)
+    columns = choice["logprobs"]
+    assert [len(column) for column in columns.values()] == [len(prompt)] * 4
+    assert columns["token_logprobs"][0] is None and columns["top_logprobs"][0] is None
+    assert all(value < 0 for value in columns["token_logprobs"][1:])
+    assert all(1 <= len(top) <= 2 for top in columns["top_logprobs"][1:])
+    for token, offset in zip(columns["tokens"], columns["text_offset"], strict=True):
+        assert "\ufffd" in token or text[offset:].startswith(token)
+    (both,) = named["both"]["response"]["body"]["choices"]
+    assert both["text"].startswith(text) and len(both["logprobs"]["tokens"]) == len(prompt) + 3
+    assert both["logprobs"]["token_logprobs"][: len(prompt)] == pytest.approx(columns["token_logprobs"])
+
+
+def test_progress_only_grows(answer, monkeypatch):
+    monkeypatch.setattr(run, "REPORT_EVERY_S", 0)
     reports: list[Summary] = []
     _, summary = answer([*LINES, "{"], report=lambda summary, load: reports.append(dataclasses.replace(summary)))
     assert reports[-1] == summary

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import random
 import signal
 import sys
 import time
@@ -162,6 +163,40 @@ def test_one_that_is_killed_ends_all_by_name(start, launch, directory, tmp_path,
         assert f"stops: process {victim} on " in log and f"(pid {pids[victim]}) is gone" in log
     for line in output.read_text().splitlines():
         json.loads(line)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_answers_every_record_once(start, launch, directory, tmp_path, qwen_dist):
+    """Four processes in two groups; at a random moment a random one is killed, and the same command goes on."""
+    count, kills, rng = 120, 5, random.Random(4)
+    input, output = write_input(tmp_path / "in.jsonl", count, 40), tmp_path / "out.jsonl"
+    process = qwen_dist(batch(directory, input, tmp_path / "alone.jsonl", "--num-cpu-devices", "1"))
+    assert process.wait(timeout=120) == 0, process.communicate()
+    undisturbed = sorted((tmp_path / "alone.jsonl").read_text().splitlines())
+    assert len(undisturbed) == count + 1
+    size = (tmp_path / "alone.jsonl").stat().st_size
+    command = [launch / "local.sh", "--processes", "4", "--devices", "1", "--logs", tmp_path / "logs", "--"]
+    command += batch(directory, input, output, "--groups", "2", "--mesh", "tensor=2", "--max-batch-size", "4")
+    victims, sizes = [], []
+    for kill in range(kills):
+        process = start(command)
+        wanted, deadline = rng.randrange(size * kill // kills, size * (kill + 1) // kills), time.monotonic() + 120
+        while process.poll() is None and not (output.exists() and output.stat().st_size > wanted):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        pids = processes_of(os.fsencode(output))
+        victims.append(rng.choice(sorted(pids)))
+        os.kill(pids[victims[-1]], signal.SIGKILL)
+        process.communicate(timeout=60)
+        assert process.returncode == 128 + signal.SIGKILL and processes_of(os.fsencode(output)) == {}
+        sizes.append(output.stat().st_size)
+    process = start(command)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert sorted(output.read_text().splitlines()) == undisturbed
+    counts = json.loads(out)
+    assert counts["num_before"] + counts["num_answered"] + counts["num_errors"] == count + 1
+    print(f"processes {victims} of 4 killed with {sizes} of {size} bytes written: {count + 1} records, each once")
 
 
 def test_one_that_fails_ends_all_by_name(start, launch, directory, tmp_path):

@@ -187,7 +187,7 @@ def test_the_state_is_used_up_and_stays_where_the_rules_say(model):
     piece = plans.plan(can_preempt=True)
     assert isinstance(piece, Piece)
     before = runner.start(plans.num_pages)
-    after, _ = runner.read(before, piece, rules.look_up(piece.rows_B, ())[0], num_top=None)
+    after, _ = runner.read(before, piece, rules.look_up(piece.rows_B, ()), num_top=None)
     for old, new in zip(jax.tree.leaves(before.cache), jax.tree.leaves(after.cache), strict=True):
         assert old.is_deleted()
         assert new.sharding.is_equivalent_to(loaded.resolver.activation("cache", new.shape, CACHE_AXES), new.ndim)
@@ -303,6 +303,39 @@ def test_log_probabilities(engine, reference, expected):
             assert [token for token, _ in logprob.top] == np.argsort(-log_probs[step])[:number].tolist()
             for token, value in logprob.top:
                 assert abs(value - log_probs[step, token]) < 2e-5
+
+
+@pytest.mark.parametrize("mesh", ["", "data=2,fsdp=2,tensor=2"])
+def test_prompts_are_scored(engine, reference, expected, mesh):
+    """With and without an answer after it, next to one that is not scored; a prompt may be read in several pieces."""
+    scored = SamplingParams(0, prompt_logprobs=3)
+    params = [SamplingParams(0, prompt_logprobs=0), GREEDY, scored, scored.override({"max_new_tokens": NUM_NEW})]
+    for index, row in enumerate(answers(engine(mesh), PROMPTS, params)):
+        prompt, wanted, scores = PROMPTS[index], params[index].prompt_logprobs, row[-1].prompt_logprobs
+        is_answered = params[index].max_new_tokens > 0
+        assert tokens_of(row) == (expected(1.0)[index] if is_answered else [])
+        assert row[-1].finish_reason == "length"
+        assert [score.token for score in scores] == ([] if wanted is None else list(prompt[1:]))
+        with torch.no_grad():
+            log_probs = torch.log_softmax(reference(torch.tensor([prompt])).logits[0].double(), dim=-1).numpy()
+        for step, score in enumerate(scores):
+            assert abs(score.logprob - log_probs[step, score.token]) < 2e-5
+            assert len(score.top) == wanted
+            assert all(abs(value - log_probs[step, token]) < 2e-5 for token, value in score.top)
+            assert [value for _, value in score.top] == sorted((value for _, value in score.top), reverse=True)
+            assert not score.top or abs(score.top[0][1] - log_probs[step].max()) < 2e-5
+
+
+def test_a_prompt_that_is_read_twice_is_scored_once(model, tokenizer):
+    """A pool that is too small for all: some give their pages back, and are read again."""
+    params = SamplingParams(3 * PAGE, prompt_logprobs=1)
+    prompts = [tuple(RNG.integers(0, 331, PAGE + 1 + 7 * row).tolist()) for row in range(4)]
+    small = 6 * page_bytes(model("").config, model("").resolver, model("").dtype)
+    crowded = Engine(model(""), tokenizer, max_batch_size=4, cache_bytes=small)
+    rows = answers(crowded, prompts, params)
+    assert crowded.load.num_preempted > 0
+    for prompt, row in zip(prompts, rows, strict=True):
+        assert [score.token for score in row[-1].prompt_logprobs] == list(prompt[1:])
 
 
 def test_no_log_probability_of_the_stop_token(engine, expected, tokenizer, monkeypatch):

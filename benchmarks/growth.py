@@ -1,0 +1,88 @@
+"""What a batch costs as it grows: speed and memory from 200 prompts to 5,000, and the scheduler's time at 256 requests.
+
+    python benchmarks/growth.py [--model DIR] [--counts 200,5000]
+
+By default with the demonstration model, which is so small that what the host does weighs most. The prompts are the same 200
+again and again, each time under another id. The programs have been compiled and run before; memory is the process's peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import resource
+import statistics
+import tempfile
+from collections.abc import Callable
+
+from batch import timed
+
+import qwen_dist
+from qwen_dist.batch.jsonl import read_records
+from qwen_dist.batch.output import Output
+from qwen_dist.batch.run import run_batch
+from qwen_dist.cli import start_jax
+from qwen_dist.config import ModelOptions, SamplingOptions
+from qwen_dist.engine.engine import Load
+from qwen_dist.engine.open import open_engine
+
+DEMONSTRATION = pathlib.Path(qwen_dist.__file__).parent / "demo" / "model"
+Run = Callable[[int], tuple[float, int]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(DEMONSTRATION), help="checkpoint directory")
+    parser.add_argument("--counts", default="200,5000", help="numbers of prompts, separated by commas")
+    options = parser.parse_args()
+    start_jax(None, "float32")
+    run, _ = open_batch(options.model, max_batch_size=16)
+    run(200)
+    for count in map(int, options.counts.split(",")):
+        seconds, tokens = run(count)
+        print(f"{count:6} prompts {tokens / seconds:9.1f} tokens/s written, peak memory {peak_gb():.3f} GB")
+    planned: list[float] = []
+    rows: list[int] = []
+    run, scheduler = open_batch(options.model, max_batch_size=256, watch=lambda load: rows.append(load.num_running))
+    timed(scheduler, "plan", planned)
+    run(2000)
+    slowest = statistics.quantiles(planned, n=100)[-1]
+    print(
+        f"scheduler: {1e3 * statistics.mean(planned):.3f} ms a step (99 of 100 below {1e3 * slowest:.3f} ms), "
+        f"{max(rows)} requests at a time at most, {statistics.mean(rows):.0f} on average"
+    )
+
+
+def open_batch(model: str, *, max_batch_size: int, watch: Callable[[Load], None] = lambda load: None) -> tuple[Run, object]:
+    """A function that answers so many prompts, from file to file (seconds, tokens written), and the scheduler."""
+    sampling = SamplingOptions(temperature=0.0)
+    engine, tokenizer, params = open_engine(ModelOptions(model, "float32"), "", sampling, max_batch_size=max_batch_size)
+    tokenizer.stop_ids = frozenset()
+
+    def run(count: int) -> tuple[float, int]:
+        with tempfile.TemporaryDirectory() as directory:
+            input, output = f"{directory}/in.jsonl", f"{directory}/out.jsonl"
+            with open(input, "w") as file:
+                file.writelines(json.dumps(record(number)) + "\n" for number in range(count))
+            with Output(output) as writer:
+                summary = run_batch(
+                    engine, tokenizer, params, read_records(input), writer, report=lambda summary, load: watch(load)
+                )
+        assert (summary.num_answered, summary.num_errors) == (count, 0)
+        return summary.seconds, summary.num_generated_tokens
+
+    return run, engine._scheduler
+
+
+def record(number: int) -> dict[str, object]:
+    kind = number % 200
+    return {"id": number, "prompt": "Which is more, 3 or 7? " * (1 + kind * 7 % 13), "max_new_tokens": 4 + kind * 11 % 61}
+
+
+def peak_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Results as the columns of a parquet file. No jax."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable
+from typing import IO, Any
+
+_ROWS_AT_ONCE = 1024
+
+
+def write_parquet(file: IO[bytes], lines: Iterable[bytes], pyarrow: Any, parquet: Any) -> None:
+    """Write result lines as rows. Ids are text; log-probabilities and the responses of OpenAI lines stay JSON."""
+    text, number = pyarrow.string(), pyarrow.int64()
+    schema = pyarrow.schema(
+        {
+            "id": text,
+            "custom_id": text,
+            "text": text,
+            "finish_reason": text,
+            "usage": pyarrow.struct({"prompt_tokens": number, "completion_tokens": number}),
+            "logprobs": text,
+            "response": text,
+            "error": pyarrow.struct({"code": text, "message": text, "line": number}),
+        }
+    )
+    with parquet.ParquetWriter(file, schema) as writer:
+        left = iter(lines)
+        while some := list(itertools.islice(left, _ROWS_AT_ONCE)):
+            writer.write_table(pyarrow.Table.from_pylist([_row(json.loads(line)) for line in some], schema))
+
+
+def _row(result: dict[str, Any]) -> dict[str, Any]:
+    as_json = {name: json.dumps(result[name], ensure_ascii=False) for name in ("logprobs", "response") if name in result}
+    return result | as_json | {"id": str(result["id"])}
