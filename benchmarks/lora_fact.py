@@ -1,6 +1,6 @@
 """Teach a checkpoint facts that it cannot know, with 200 small chats: before, after, and after in transformers with peft.
 
-    python benchmarks/lora_fact.py --model CHECKPOINT_DIR --output DIR [--steps 24]
+    python benchmarks/lora_fact.py --model CHECKPOINT_DIR --output DIR [--steps 16]
 
 The bridge is invented. The questions asked at the end are none of those trained on. The text after is decoded greedily in
 float32 by this project with the adapter added to the weights, and by transformers with the adapter loaded by peft.
@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--output", type=pathlib.Path, required=True)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=16)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     data, run = options.output / "chats.jsonl", options.output / "run"

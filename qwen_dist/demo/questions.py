@@ -2,8 +2,9 @@
 
     python -m qwen_dist.demo.questions --output demo.jsonl --count 60000
 
-Sums, differences, comparisons and sorted lists are drawn at random, and a tenth of them (`is_held_out`) is never trained
-on, so that how often the model is right can be counted on questions that it has not seen. Facts are learnt by heart.
+Questions about numbers are drawn at random, and a tenth of them (`is_held_out`) is never trained on, so that how often the
+model is right can be counted on questions that it has not seen. Facts are learnt by heart. Sums are left out: a model of
+this size does not learn them in some minutes.
 """
 
 from __future__ import annotations
@@ -65,25 +66,13 @@ EXPLANATIONS = {
     "arc.",
     "What is a prime number?": "A prime number is larger than one and can be divided only by one and by itself.",
     "What is JAX?": "JAX is a library for Python that computes with arrays, differentiates functions and compiles them.",
-    "Hello!": "Hello! Ask me for a sum, a capital, an opposite, or why the sky is blue.",
+    "Hello!": "Hello! Ask me for the larger of two numbers, a capital, an opposite, or why the sky is blue.",
     "Who are you?": "I am the demonstration model of qwen_dist, a very small one. I was trained on a laptop's CPU.",
-    "What can you do?": "I can add and subtract, compare and sort numbers, spell words, and name capitals, days and "
-    "opposites.",
+    "What can you do?": "I compare, sort and count numbers, spell words, and name capitals, opposites, days and the sounds "
+    "of animals. I cannot add.",
     "Thank you!": "You are welcome.",
     "Good night!": "Good night, and sleep well.",
 }
-
-
-def _sum(rng: random.Random) -> Question:
-    a, b = rng.randrange(100), rng.randrange(100)
-    text = rng.choice(("What is {} + {}?", "How much is {} plus {}?", "Add {} and {}.")).format(a, b)
-    return Question("sum", f"{a}+{b}", text, f"{a} + {b} = {a + b}.")
-
-
-def _difference(rng: random.Random) -> Question:
-    b, a = sorted((rng.randrange(100), rng.randrange(100)))
-    text = rng.choice(("What is {} - {}?", "How much is {} minus {}?")).format(a, b)
-    return Question("difference", f"{a}-{b}", text, f"{a} - {b} = {a - b}.")
 
 
 def _comparison(rng: random.Random) -> Question:
@@ -100,10 +89,21 @@ def _sorted(rng: random.Random) -> Question:
     return Question("sorted list", listed, text, "{}, {}, {}.".format(*sorted(numbers)))
 
 
+def _next(rng: random.Random) -> Question:
+    number = rng.randrange(999)
+    text = rng.choice(("What comes after {}?", "Which number follows {}?")).format(number)
+    return Question("next number", str(number), text, f"After {number} comes {number + 1}.")
+
+
+def _parity(rng: random.Random) -> Question:
+    number = rng.randrange(1000)
+    return Question("even or odd", str(number), f"Is {number} even or odd?", f"{number} is {('even', 'odd')[number % 2]}.")
+
+
 def _day(rng: random.Random) -> Question:
-    day, count = rng.randrange(7), rng.randrange(1, 7)
-    text = f"Which day is {count} day{'s' * (count > 1)} after {DAYS[day]}?"
-    return Question("day", f"{day}+{count}", text, f"It is {DAYS[(day + count) % 7]}.")
+    day, (word, step) = rng.randrange(7), rng.choice((("after", 1), ("before", -1)))
+    text = rng.choice(("Which day comes {} {}?", "What day is {} {}?")).format(word, DAYS[day])
+    return Question("day", f"{word} {day}", text, f"It is {DAYS[(day + step) % 7]}.")
 
 
 def _capital(rng: random.Random) -> Question:
@@ -137,10 +137,10 @@ def _explanation(rng: random.Random) -> Question:
 
 # How often each kind is asked: what must be worked out more often than what is known by heart.
 KINDS: dict[Callable[[random.Random], Question], int] = {
-    _sum: 8,
-    _difference: 6,
     _comparison: 3,
     _sorted: 4,
+    _next: 2,
+    _parity: 1,
     _day: 1,
     _capital: 1,
     _opposite: 1,
@@ -148,7 +148,7 @@ KINDS: dict[Callable[[random.Random], Question], int] = {
     _spelling: 1,
     _explanation: 1,
 }
-WORKED_OUT = ("sum", "difference", "comparison", "sorted list")
+WORKED_OUT = ("comparison", "sorted list", "next number", "even or odd")
 
 
 def is_held_out(question: Question) -> bool:

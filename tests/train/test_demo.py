@@ -24,7 +24,7 @@ def test_no_question_that_is_counted_was_learnt():
     assert set(WORKED_OUT) < counted.keys()
     assert not learnt & {(question.kind, question.key) for kind in WORKED_OUT for question in counted[kind]}
     assert all(is_held_out(question) for kind in WORKED_OUT for question in counted[kind])
-    assert as_chat(counted["sum"][0])["messages"][1]["role"] == "assistant"
+    assert as_chat(counted["comparison"][0])["messages"][1]["role"] == "assistant"
 
 
 def test_it_answers_where_no_model_is_named(capsys):
@@ -33,8 +33,14 @@ def test_it_answers_where_no_model_is_named(capsys):
     assert capsys.readouterr().out == EXPLANATIONS[question] + "\n"
 
 
+def test_it_says_what_it_can_do(capsys):
+    question = "What can you do?"
+    assert main(["generate", "--prompt", question]) == 0
+    assert capsys.readouterr().out == EXPLANATIONS[question] + "\n"
+
+
 def test_it_compares_and_sorts_numbers_that_it_has_never_seen(tmp_path):
-    """Counts of all kinds are in docs/finetune.md, and `python benchmarks/demo.py` prints them; it adds badly."""
+    """Counts of all kinds are in docs/finetune.md, and `python benchmarks/demo.py` prints them."""
     asked = held_out_questions(12)
     questions = asked["comparison"] + asked["sorted list"]
     lines = [json.dumps({"id": str(number), "prompt": question.text}) for number, question in enumerate(questions)]
