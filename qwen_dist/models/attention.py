@@ -18,7 +18,8 @@ from qwen_dist.models.rope import rotate
 from qwen_dist.sharding import constrain, num_parts
 
 # Queries are taken in blocks so that the scores of a block stay in a CPU's cache and keys after the block are not touched.
-QUERY_BLOCK = 128
+# A compiler's time grows with the number of blocks: eight leave one key in nine too many.
+QUERY_BLOCK, MAX_QUERY_BLOCKS = 128, 8
 
 
 class Attention(nnx.Module):
@@ -89,8 +90,9 @@ def attend(
     C = num_parts("length", T)
     q_BCTNH, positions_BCT = split(q_BTNH, C), split(positions_BT, C)
     outputs = []
-    for start in range(0, T // C, QUERY_BLOCK):
-        block = slice(start, min(start + QUERY_BLOCK, T // C))
+    size = query_block(T // C)
+    for start in range(0, T // C, size):
+        block = slice(start, min(start + size, T // C))
         end = T - T // C + block.stop
         seen_BTS = visible(join(positions_BCT[:, :, block]), positions_BT[:, :end], sliding_window)
         if segments_BT is not None:
@@ -99,6 +101,11 @@ def attend(
             mixed_BTNH = _attend_block(join(q_BCTNH[:, :, block]), k_BKSH[:, :, :end], v_BKSH[:, :, :end], seen_BTS)
             outputs.append(split(mixed_BTNH, C))
     return join(outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=2))
+
+
+def query_block(num_queries: int) -> int:
+    """How many of so many queries `attend` takes at a time."""
+    return min(num_queries, max(QUERY_BLOCK, -(-num_queries // MAX_QUERY_BLOCKS)))
 
 
 def split(x_BT: jax.Array, parts: int) -> jax.Array:

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from qwen_dist.mesh import AXES, MeshConfig
-from qwen_dist.models.attention import QUERY_BLOCK
+from qwen_dist.models.attention import query_block
 from qwen_dist.models.cache import PAGE, group_size
 from qwen_dist.models.config import LayerConfig, ModelConfig
 from qwen_dist.models.moe import room_for
@@ -227,7 +227,7 @@ class Arithmetic:
         channels = 3 * self._local("batch", "length", "mlp") if self._layers["mlp"] else 0
         channels = max(channels, self._expert_set(self.workload.context) // width)
         # Blocks of queries do not touch the keys after them.
-        seen = (self.workload.context + min(QUERY_BLOCK, self.workload.context)) / 2 / self.workload.context
+        seen = (self.workload.context + query_block(self.workload.context)) / 2 / self.workload.context
         scores = seen * self._local("batch", "length", "q_heads", "kv_length", kv_length=self.workload.context)
         return (normed + queries + keys + channels) * width + int(scores * (WIDE + width))
 

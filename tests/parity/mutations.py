@@ -403,4 +403,4 @@ if __name__ == "__main__":
     import pytest
 
     tests = pathlib.Path(__file__).with_name("test_parity_mutations.py")
-    sys.exit(pytest.main([str(tests), "-q", "-s", "-m", "parity", "-p", "no:cacheprovider"]))
+    sys.exit(pytest.main([str(tests), "-q", "-s", "-m", "slow", "-p", "no:cacheprovider"]))

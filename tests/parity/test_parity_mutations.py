@@ -7,7 +7,7 @@ import functools
 import pytest
 from mutations import MUTATIONS, SCENARIOS, Bench
 
-pytestmark = [pytest.mark.parity, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

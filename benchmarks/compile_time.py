@@ -1,0 +1,157 @@
+"""How long the compiler takes over layers one after the other, and over one layer in a loop; one table, one run.
+
+    python benchmarks/compile_time.py [--layers 28,64,94] [--phases decode,train] [--topology v5e:4x4] [--context 2048]
+
+The blocks of Qwen3-32B, compiled ahead of time and never run: a decode step (`data=2,tensor=8`, 16 rows) and the gradient
+of a training step (`fsdp=16`, a row for each, blocks rematerialised). "unrolled" is the model as it is; "scanned" is the
+same blocks over stacked weights and caches. Memory is what the compiler says one device needs. A TPU topology needs libtpu.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import math
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from qwen_dist.mesh import MeshConfig
+from qwen_dist.models import cache as kv_cache
+from qwen_dist.models.config import ModelConfig
+from qwen_dist.models.rope import rope_table
+from qwen_dist.models.transformer import Block, Transformer
+from qwen_dist.planning.chips import Topology
+from qwen_dist.planning.compile import Compiled, compile_program, topology_mesh
+from qwen_dist.sharding import INFERENCE, TRAIN, Resolver, abstract_parameters, bind, constrain, resolving
+from qwen_dist.train.loss import next_token_loss
+
+QWEN3_32B: dict[str, Any] = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 5120,
+    "intermediate_size": 25600,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000,
+    "tie_word_embeddings": False,
+}
+SETTINGS = {"decode": ("data=2,tensor=8", INFERENCE), "train": ("fsdp=16", TRAIN)}
+ROWS = 16
+
+
+class Scanned(Transformer):
+    """The same model, of whose one block's parameters and cache there are `num_layers`, stacked."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(dataclasses.replace(config, layers=config.layers[:1]), dtype="bfloat16")
+
+    def __call__(self, tokens_BT, positions_BT, cache=None, pages=None, *, segments_BT=None, remat=None):  # type: ignore[no-untyped-def,override]
+        x_BTD = constrain(self.embed_tokens(tokens_BT), "batch", "length", "embed")
+        rope = rope_table(self.config.rope, self.config.head_dim, positions_BT, x_BTD.dtype)
+        graph, stacked = nnx.split(self.layers[0])
+
+        def run(x_BTD: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, Any]:
+            state, layer_cache = layer
+            block: Block = nnx.merge(graph, state)
+            x_BTD, layer_cache, _ = block(x_BTD, rope, positions_BT, layer_cache, pages, segments_BT)
+            return x_BTD, layer_cache
+
+        if remat is not None:
+            run = jax.checkpoint(run, policy=remat)
+        x_BTD, updated = jax.lax.scan(run, x_BTD, (stacked, None if cache is None else cache[0]))
+        return self.norm(x_BTD), None if cache is None else (updated,), ()
+
+
+def lower(phase: str, num_layers: int, is_scanned: bool, topology: Topology, context: int) -> jax.stages.Lowered:
+    mesh, rules = SETTINGS[phase]
+    config = ModelConfig.from_hf(QWEN3_32B | {"num_hidden_layers": num_layers})
+    resolver = Resolver(topology_mesh(topology, MeshConfig.parse(mesh)), rules)
+    module = Scanned(config) if is_scanned else Transformer(config, dtype="bfloat16")
+    parameters = abstract_parameters(module, resolver)
+    if is_scanned:
+        parameters = {k: stack(v, num_layers) if k.startswith("layers.") else v for k, v in parameters.items()}
+    numbers = functools.partial(jax.ShapeDtypeStruct, dtype=np.int32)
+    if phase == "train":
+        tokens = numbers((ROWS, context), sharding=resolver.activation("tokens", (ROWS, context), ("batch", "length")))
+        step = jax.jit(functools.partial(gradient, module, resolver))
+        return step.lower(parameters, tokens, tokens)
+    parts = resolver.batch_multiple()
+    num_pages = ROWS // parts * kv_cache.num_pages(context)
+    cache = jax.eval_shape(lambda: kv_cache.empty(module.config, parts, num_pages, "bfloat16"))
+    place = resolver.activation("cache", cache[0].k.shape, kv_cache.CACHE_AXES)
+    cache = jax.tree.map(lambda x: x.update(sharding=place), cache)
+    if is_scanned:
+        cache = jax.tree.map(lambda x: stack(x, num_layers), cache)
+    everywhere = functools.partial(numbers, sharding=resolver.replicated())
+    visits = everywhere((parts, num_pages))
+    column = everywhere((ROWS, 1))
+    pages = kv_cache.Pages(column, visits, visits, visits, everywhere(()))
+    step = jax.jit(functools.partial(decode, module, resolver), donate_argnums=1)
+    return step.lower(parameters, cache, column, column, pages)
+
+
+def stack(leaf: jax.ShapeDtypeStruct, num_layers: int) -> jax.ShapeDtypeStruct:
+    sharding = leaf.sharding
+    assert isinstance(sharding, jax.sharding.NamedSharding)
+    spec = jax.sharding.PartitionSpec(None, *sharding.spec)
+    return jax.ShapeDtypeStruct((num_layers, *leaf.shape), leaf.dtype, sharding=sharding.update(spec=spec))
+
+
+def decode(module, resolver, parameters, cache, tokens, positions, pages):  # type: ignore[no-untyped-def]
+    with resolving(resolver):
+        model = bind(module, parameters)
+        x_BTD, cache, _ = model(tokens, positions, cache, pages)
+        return jnp.argmax(model.unembed(x_BTD), axis=-1), cache
+
+
+def gradient(module, resolver, parameters, tokens, positions):  # type: ignore[no-untyped-def]
+    def loss(parameters: Any) -> jax.Array:
+        model = bind(module, parameters)
+        x_BTD, _, _ = model(tokens, positions, remat=jax.checkpoint_policies.nothing_saveable)
+        return next_token_loss(x_BTD, model.head(), tokens, jnp.ones(tokens.shape), resolver.batch_multiple())
+
+    with resolving(resolver):
+        return jax.grad(loss)(parameters)
+
+
+def row(phase: str, num_layers: int, how: str, compiled: Compiled) -> list[str]:
+    sizes = (compiled.argument_bytes, compiled.temporary_bytes)
+    return [phase, str(num_layers), how, f"{compiled.seconds:.1f}", *(f"{size / 1e9:.2f}" for size in sizes)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", default="28,64,94", help="numbers of layers, separated by commas")
+    parser.add_argument("--phases", default="decode,train", help="of decode and train, separated by commas")
+    parser.add_argument("--topology", default="v5e:4x4", help="of 16 devices")
+    parser.add_argument("--context", type=int, default=2048)
+    options = parser.parse_args()
+    topology = Topology.parse(options.topology)
+    if topology.num_devices != math.prod(MeshConfig.parse(SETTINGS["train"][0]).sizes(16).values()):
+        parser.error(f"--topology {options.topology}: give one of 16 devices")
+    table = Table(box=box.SIMPLE)
+    for name in ("phase", "layers", "as", "compile, s", "arguments, GB", "temporaries, GB"):
+        table.add_column(name, justify="left" if name in ("phase", "as") else "right")
+    for phase in options.phases.split(","):
+        for num_layers in map(int, options.layers.split(",")):
+            for how in ("unrolled", "scanned"):
+                compiled = compile_program(lower(phase, num_layers, how == "scanned", topology, options.context))
+                table.add_row(*row(phase, num_layers, how, compiled))
+                print(f"{phase}, {num_layers} layers {how}: {compiled.seconds:.1f} s", file=sys.stderr, flush=True)
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()
