@@ -244,8 +244,8 @@ MUTATIONS = [
     _mutation(
         "gate and up swapped",
         "models.mlp:MLP.__call__",
-        "jax.nn.silu(gate_BTF) * up_BTF",
-        "jax.nn.silu(up_BTF) * gate_BTF",
+        "silu(gate_BTF) * up_BTF",
+        "silu(up_BTF) * gate_BTF",
         named="layers.0.mlp.down_proj",
     ),
     _mutation(
@@ -255,7 +255,7 @@ MUTATIONS = [
         "self.gate_proj(x_BTD)",
         named="layers.0.mlp.up_proj",
     ),
-    _mutation("gelu for silu", "models.mlp:MLP.__call__", "jax.nn.silu", "jax.nn.gelu", named="layers.0.mlp.down_proj"),
+    _mutation("gelu for silu", "models.mlp:silu", "jax.nn.silu", "jax.nn.gelu", named="layers.0.mlp.down_proj"),
     _mutation("no final norm", MODEL + "Transformer.__call__", "self.norm(x_BTD)", "x_BTD", named="norm"),
     _mutation(
         "tied head untied",
@@ -353,8 +353,8 @@ MUTATIONS = [
     _mutation(
         "no gradient through the gate",
         "models.mlp:MLP.__call__",
-        "jax.nn.silu(gate_BTF)",
-        "jax.lax.stop_gradient(jax.nn.silu(gate_BTF))",
+        "silu(gate_BTF)",
+        "jax.lax.stop_gradient(silu(gate_BTF))",
         named="layers.1.mlp.gate_proj.weight",
     ),
 ]
