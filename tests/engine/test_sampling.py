@@ -202,7 +202,7 @@ def test_every_wrong_parameter_is_listed():
         )
     assert str(error.value).split("; it must be ") == [
         "max_new_tokens is 0",
-        "at least 1; temperature is -1.0",
+        "at least 1, or 0 to score the prompt; temperature is -1.0",
         "0 or more; top_k is -1",
         "0 (off) or more; top_p is 0.0",
         "above 0 and at most 1; min_p is 1.5",
