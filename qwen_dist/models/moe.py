@@ -6,8 +6,10 @@ experts are on different devices, tokens travel to them and back.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +24,8 @@ from qwen_dist.models.grouped import grouped_product
 from qwen_dist.models.layers import Linear, at_least_float32
 from qwen_dist.models.mlp import MLP
 from qwen_dist.sharding import Parts, annotate, on_each_device
+
+Axes = tuple[str, ...]
 
 
 class MoE(nnx.Module):
@@ -84,47 +88,92 @@ def load_balancing_loss(router_logits: Sequence[jax.Array], experts_per_token: i
     return num_experts * jnp.sum(chosen_E / num_rows * (probability_E / num_rows))
 
 
+# The dimensions of each stack of matrices besides the experts: what comes out, and what goes in.
+STACKS: dict[str, tuple[Axes, Axes]] = {
+    "gate_up_proj": (("gate_up", "mlp"), ("embed",)),
+    "down_proj": (("embed",), ("mlp",)),
+}
+
+
 class Experts(nnx.Module):
-    """The experts' weights, stacked: `gate_up_proj` [E, 2, F, D] and `down_proj` [E, D, F]."""
+    """The experts' weights, stacked: `gate_up_proj` [E, 2, F, D] and `down_proj` [E, D, F]; `lora` has their adapters."""
 
     def __init__(self, num_experts: int, embed: int, mlp: int, *, dtype: DTypeLike, std: float):
-        self.gate_up_proj = annotate(
-            jax.ShapeDtypeStruct((num_experts, 2, mlp, embed), dtype),
-            ("experts", "gate_up", "mlp", "embed"),
-            std=std,
-            disk_shape=(num_experts, 2 * mlp, embed),
-        )
-        self.down_proj = annotate(
-            jax.ShapeDtypeStruct((num_experts, embed, mlp), dtype),
-            ("experts", "embed", "mlp"),
-            std=std,
-            disk_shape=(num_experts, embed, mlp),
-        )
+        self.sizes = (("experts", num_experts), ("gate_up", 2), ("mlp", mlp), ("embed", embed))
+        self.gate_up_proj = _stack(dict(self.sizes), *STACKS["gate_up_proj"], dtype=dtype, std=std)
+        self.down_proj = _stack(dict(self.sizes), *STACKS["down_proj"], dtype=dtype, std=std)
+        self.lora: nnx.Dict[Any] = nnx.Dict()
+        self.lora_scale = 0.0
+
+    def add_lora(self, stack: str, rank: int, scale: float, *, dtype: DTypeLike) -> None:
+        """Give the experts of one stack low-rank adapters, as `Linear.add_lora` does: A [E, R, …] and B [E, …, R]."""
+        (out, inp), sizes = STACKS[stack], dict(self.sizes) | {"lora_rank": rank}
+        lora_A = _stack(sizes, ("lora_rank",), inp, dtype=dtype, std=(3 * sizes[inp[0]]) ** -0.5)
+        lora_B = _stack(sizes, out, ("lora_rank",), dtype=dtype, std=0.0)
+        self.lora[stack] = nnx.Dict(lora_A=nnx.Dict(weight=lora_A), lora_B=nnx.Dict(weight=lora_B))
+        self.lora_scale = scale
 
     def __call__(self, x_BTD: jax.Array, chosen_BTK: jax.Array, scores_BTK: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The sum of each token's experts, weighed by their scores, [B, T, D]; and each expert's output [B, T, K, D]."""
-        names = ("batch", "length", "embed"), ("batch", "length", "top_k"), ("batch", "length", "top_k")
-        return on_each_device(
-            _mix,
-            (x_BTD, chosen_BTK, scores_BTK, self.gate_up_proj[...], self.down_proj[...]),
-            (*names, ("experts", "gate_up", "mlp", "embed"), ("experts", "embed", "mlp")),
-            (("batch", "length", "embed"), ("batch", "length", "top_k", "embed")),
-        )
+        arrays = [x_BTD, chosen_BTK, scores_BTK]
+        names: list[Axes] = [("batch", "length", axis) for axis in ("embed", "top_k", "top_k")]
+        for stack, (out, inp) in STACKS.items():
+            arrays, names = [*arrays, getattr(self, stack)[...]], [*names, ("experts", *out, *inp)]
+            if stack in self.lora:
+                arrays += [self.lora[stack][side]["weight"][...] for side in ("lora_A", "lora_B")]
+                names += [("experts", "lora_rank", *inp), ("experts", *out, "lora_rank")]
+        mix = functools.partial(_mix, {stack: self.lora_scale for stack in STACKS if stack in self.lora})
+        return on_each_device(mix, arrays, names, (("batch", "length", "embed"), ("batch", "length", "top_k", "embed")))
+
+
+def _stack(sizes: Mapping[str, int], out: Axes, inp: Axes, *, dtype: DTypeLike, std: float) -> nnx.Param:
+    axes = ("experts", *out, *inp)
+    shape = tuple(sizes[axis] for axis in axes)
+    disk_shape = (shape[0], math.prod(sizes[axis] for axis in out), shape[-1])
+    return annotate(jax.ShapeDtypeStruct(shape, dtype), axes, std=std, disk_shape=disk_shape)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["stack_EOI", "lora"], meta_fields=["lora_scale"])
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """One matrix [O, I] of every expert, and the A [E, R, I] and B [E, O, R] of its adapters, if it has them."""
+
+    stack_EOI: jax.Array
+    lora: tuple[jax.Array, jax.Array] | None
+    lora_scale: float
+
+    @classmethod
+    def take(cls, arrays: list[jax.Array], lora_scale: float | None) -> Stack:
+        """The first of these arrays, or the first three, which are taken away."""
+        taken = [arrays.pop(0) for _ in range(1 if lora_scale is None else 3)]
+        stack, *lora = (x.reshape(len(x), -1, x.shape[-1]) for x in taken)
+        return cls(stack, (lora[0], lora[1]) if lora else None, lora_scale or 0.0)
+
+    def __call__(self, rows_RI: jax.Array, sizes_E: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """The rows of each expert times its matrix, `grouped_product`."""
+        if self.lora is None:
+            return grouped_product(rows_RI, self.stack_EOI, sizes_E, dtype)
+        exact = at_least_float32(rows_RI.dtype)
+        narrow = grouped_product(rows_RI, self.lora[0], sizes_E, rows_RI.dtype)
+        added = self.lora_scale * grouped_product(narrow, self.lora[1], sizes_E, exact)
+        return (grouped_product(rows_RI, self.stack_EOI, sizes_E, exact) + added).astype(dtype)
 
 
 def _mix(
+    lora_scales: Mapping[str, float],
     parts: Parts,
     x_BTD: jax.Array,
     chosen_BTK: jax.Array,
     scores_BTK: jax.Array,
-    gate_up_EXFD: jax.Array,
-    down_EDF: jax.Array,
+    *stacks: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """What `Experts` does, on one device: its tokens, which may choose any expert, and its experts."""
+    arrays = list(stacks)
+    gate_up, down = (Stack.take(arrays, lora_scales.get(name)) for name in STACKS)
     x_TD, chosen_R = x_BTD.reshape(-1, x_BTD.shape[-1]), chosen_BTK.reshape(-1)
-    num_experts = len(down_EDF) * parts.count("experts")
+    num_experts = len(down.stack_EOI) * parts.count("experts")
     run = _run_here if parts.count("experts") == 1 else _run_where_they_are
-    each_RD = run(parts, x_TD, chosen_R, gate_up_EXFD, down_EDF)
+    each_RD = run(parts, x_TD, chosen_R, gate_up, down)
     each_BTKD = jnp.where(chosen_R[:, None] < num_experts, each_RD, 0).reshape(*chosen_BTK.shape, -1)
     mixed_BTD = jnp.sum(scores_BTK[..., None] * each_BTKD, axis=2)
     # Mixed first and then summed over the parts of the channels: one token travels instead of its K outputs.
@@ -132,23 +181,18 @@ def _mix(
     return mixed_BTD.astype(x_BTD.dtype), each_BTKD.astype(x_BTD.dtype)
 
 
-def _run_here(
-    parts: Parts, x_TD: jax.Array, chosen_R: jax.Array, gate_up_EXFD: jax.Array, down_EDF: jax.Array
-) -> jax.Array:
+def _run_here(parts: Parts, x_TD: jax.Array, chosen_R: jax.Array, gate_up: Stack, down: Stack) -> jax.Array:
     """The output [R, D] of expert `chosen_R[r]` for token r // (R / T); nothing where there is no such expert.
 
     Where the channels are cut, each part's share of the sum, in at least float32.
     """
-    num_experts, _, mlp, _ = gate_up_EXFD.shape
     exact = at_least_float32(x_TD.dtype)
     order_R = jnp.argsort(chosen_R, stable=True)
-    sizes_E = jnp.zeros(num_experts, jnp.int32).at[chosen_R].add(1, mode="drop")
+    sizes_E = jnp.zeros(len(down.stack_EOI), jnp.int32).at[chosen_R].add(1, mode="drop")
     rows_RD = x_TD[order_R // (len(chosen_R) // len(x_TD))]
-    gate_up_EOD = gate_up_EXFD.reshape(num_experts, 2 * mlp, -1)
-    hidden_RO = grouped_product(rows_RD, gate_up_EOD, sizes_E, x_TD.dtype if parts.count("embed") == 1 else exact)
+    hidden_RO = gate_up(rows_RD, sizes_E, x_TD.dtype if parts.count("embed") == 1 else exact)
     gate_RF, up_RF = jnp.split(parts.sum(hidden_RO, "embed").astype(x_TD.dtype), 2, axis=-1)
-    dtype = x_TD.dtype if parts.count("mlp") == 1 else exact
-    out_RD = grouped_product(jax.nn.silu(gate_RF) * up_RF, down_EDF, sizes_E, dtype)
+    out_RD = down(jax.nn.silu(gate_RF) * up_RF, sizes_E, x_TD.dtype if parts.count("mlp") == 1 else exact)
     return out_RD[jnp.argsort(order_R)]
 
 
@@ -162,29 +206,27 @@ def room_for(num_tokens: int, experts_per_token: int, num_parts: int, num_local:
     )
 
 
-def _run_where_they_are(
-    parts: Parts, x_TD: jax.Array, chosen_R: jax.Array, gate_up_EXFD: jax.Array, down_EDF: jax.Array
-) -> jax.Array:
+def _run_where_they_are(parts: Parts, x_TD: jax.Array, chosen_R: jax.Array, gate_up: Stack, down: Stack) -> jax.Array:
     """As `_run_here`, for experts on any device: tokens are sent to them, and their outputs back.
 
     Shapes are static, so a device has room for so many tokens of each other device; what has no room waits for the next
     round. There are as many rounds as the fullest queue needs.
     """
-    num_parts, num_local = parts.count("experts"), len(down_EDF)
+    num_parts, num_local = parts.count("experts"), len(down.stack_EOI)
     owner_R = chosen_R // num_local  # padding belongs to nobody
     queue_P = jnp.zeros(num_parts, jnp.int32).at[owner_R].add(1, mode="drop")
     order_R = jnp.argsort(chosen_R, stable=True)
     room = room_for(len(x_TD), len(chosen_R) // len(x_TD), num_parts, num_local)
     num_rounds = parts.largest(-(-queue_P.max() // room))
     one_round = functools.partial(_one_round, parts, room)
-    return _sum_of_rounds(one_round, num_rounds, (chosen_R, order_R, queue_P), (x_TD, gate_up_EXFD, down_EDF))
+    return _sum_of_rounds(one_round, num_rounds, (chosen_R, order_R, queue_P), (x_TD, gate_up, down))
 
 
 def _one_round(parts: Parts, room: int, number: jax.Array, queues: Any, operands: Any) -> jax.Array:
     """The outputs [R, D] of what is sent in one round; 0 for the rest."""
     chosen_R, order_R, queue_P = queues
-    x_TD, gate_up_EXFD, down_EDF = operands
-    num_local, num_rows = len(down_EDF), len(chosen_R)
+    x_TD, gate_up, down = operands
+    num_local, num_rows = len(down.stack_EOI), len(chosen_R)
     place_PC = number * room + jnp.arange(room)[None]
     is_sent_PC = place_PC < queue_P[:, None]
     starts_P1 = (jnp.cumsum(queue_P) - queue_P)[:, None]
@@ -192,7 +234,7 @@ def _one_round(parts: Parts, room: int, number: jax.Array, queues: Any, operands
     tokens_PCD = x_TD.at[row_PC // (num_rows // len(x_TD))].get(mode="fill", fill_value=0)
     expert_PC = jnp.where(is_sent_PC, chosen_R.at[row_PC].get(mode="fill", fill_value=0) % num_local, num_local)
     arrived_RD = parts.exchange(tokens_PCD, "experts").reshape(-1, x_TD.shape[1])
-    out_RD = _run_here(parts, arrived_RD, parts.exchange(expert_PC, "experts").reshape(-1), gate_up_EXFD, down_EDF)
+    out_RD = _run_here(parts, arrived_RD, parts.exchange(expert_PC, "experts").reshape(-1), gate_up, down)
     returned_PCD = parts.exchange(out_RD.reshape(*row_PC.shape, -1), "experts")
     out = jnp.zeros((num_rows, returned_PCD.shape[-1]), returned_PCD.dtype)
     return out.at[row_PC].set(returned_PCD, mode="drop")

@@ -16,6 +16,7 @@ from qwen_dist.checkpoint.model import LoadedModel
 from qwen_dist.config import LoraOptions
 from qwen_dist.errors import UsageError
 from qwen_dist.models.layers import Linear
+from qwen_dist.models.moe import STACKS, Experts
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.sharding import Resolver, abstract_parameters, disk_shapes, random_parameters
 
@@ -35,7 +36,7 @@ def attach(module: Transformer, options: LoraOptions, *, dtype: DTypeLike) -> li
 
     Raises UsageError when a target matches no layer.
     """
-    layers = [name for name, _ in linear_layers(module)]
+    layers = [*(name for name, _ in linear_layers(module)), *expert_stacks(module)]
     matches = {target: [name for name in layers if _matches(target, name)] for target in options.targets}
     if unused := [target for target, names in matches.items() if not names]:
         kinds = sorted({name.rpartition(".")[2] for name in layers})
@@ -63,10 +64,13 @@ def with_adapter(model: LoadedModel, adapter: Adapter, *, dtype: DTypeLike) -> t
 def adapter_of(parameters: Mapping[str, jax.Array], options: LoraOptions, resolver: Resolver) -> Adapter:
     """The trained adapter on the host of every process, in matrices."""
     everywhere = jax.jit(lambda x: x, out_shardings=resolver.replicated())
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for name, value in parameters.items():
         whole = np.asarray(everywhere(value))
-        arrays[name] = whole.reshape(len(whole), -1) if ".lora_A." in name else whole.reshape(-1, whole.shape[-1])
+        if ".experts.lora." in name:
+            arrays[name] = whole.reshape(len(whole), -1, whole.shape[-1])
+        else:
+            arrays[name] = whole.reshape(len(whole), -1) if ".lora_A." in name else whole.reshape(-1, whole.shape[-1])
     return Adapter(options.rank, options.alpha, options.rslora, arrays)
 
 
@@ -74,6 +78,9 @@ def _attach_to(module: Transformer, layers: Container[str], rank: int, scale: fl
     for name, layer in list(linear_layers(module)):
         if name in layers:
             layer.add_lora(rank, scale, dtype=dtype)
+    for name, experts in expert_stacks(module).items():
+        if name in layers:
+            experts.add_lora(name.rpartition(".")[2], rank, scale, dtype=dtype)
     return [name for name in disk_shapes(module) if ".lora_" in name]
 
 
@@ -85,5 +92,14 @@ def linear_layers(module: Transformer) -> Iterator[tuple[str, Linear]]:
             yield name, layer
 
 
+def expert_stacks(module: Transformer) -> dict[str, Experts]:
+    """The stacks of experts' matrices by the name of their adapter, such as `layers.0.mlp.experts.lora.down_proj`."""
+    modules = [(".".join(map(str, path)), layer) for path, layer in nnx.iter_modules(module)]
+    return {f"{name}.lora.{stack}": layer for name, layer in modules if isinstance(layer, Experts) for stack in STACKS}
+
+
 def _matches(target: str, name: str) -> bool:
+    """Gate and up of experts are one matrix, which answers to either name."""
+    if ".experts.lora." in name and target in ("gate_proj", "up_proj"):
+        return name.endswith(".gate_up_proj")
     return name == target or name.endswith(f".{target}") or re.fullmatch(target, name) is not None

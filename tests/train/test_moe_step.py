@@ -1,13 +1,21 @@
 """Fine-tuning a mixture of experts: the step of transformers, with its load-balancing loss."""
 
+import json
+
 import jax
 import numpy as np
+import peft
 import pytest
+import safetensors.numpy
 import torch
-from test_step import LOSS, NUMBERS, TORCH, assert_same, load, make_trainer, one_batch
+from test_step import LOSS, NUMBERS, TORCH, assert_same, far, load, make_trainer, one_batch
 from torch_step import load_torch, made_examples, torch_steps
 
+from qwen_dist.checkpoint.adapter import merge_adapter, read_adapter, write_adapter
+from qwen_dist.config import LoraOptions
 from qwen_dist.parity.reference import LiftedToFloat64
+from qwen_dist.sharding import bind
+from qwen_dist.train.lora import adapter_of, attach, with_adapter
 
 
 def one_step(directory, mesh=""):
@@ -42,3 +50,80 @@ def test_the_load_balancing_loss_is_transformers(tiny_checkpoint):
             input_ids=torch.from_numpy(np.array(batch.tokens)).long(), attention_mask=mask, output_router_logits=True
         )
     assert loss - plain == pytest.approx(0.5 * output.aux_loss.item(), rel=1e-9)
+
+
+# --- adapters ---
+
+ONE_LAYER = {"num_hidden_layers": 1, "decoder_sparse_step": 1, "router_aux_loss_coef": 0.0}
+STACKS = {"both": ["experts.gate_up_proj", "experts.down_proj"], "down": ["experts.down_proj"]}
+
+
+@pytest.fixture(scope="module", params=STACKS)
+def adapted(request, tiny_checkpoint, tmp_path_factory):
+    """A mixture, an adapter of its attention and experts that peft wrote, and what a step makes of that."""
+    directory = tiny_checkpoint("qwen3_moe", **ONE_LAYER)
+    adapter = tmp_path_factory.mktemp("adapter")
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], target_parameters=STACKS[request.param])
+    with LiftedToFloat64():
+        model = peft.get_peft_model(load_torch(directory, "float64"), config, autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():  # B begins as zero, which would hide faults
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(adapter)
+    with torch.no_grad(), LiftedToFloat64():
+        logits = model(input_ids=torch.from_numpy(made_examples().examples[0].tokens).long()[None], use_cache=False).logits
+    return directory, adapter, logits.numpy(), torch_steps(model, made_examples().examples, **TORCH)
+
+
+def test_a_lora_step_of_attention_and_experts_is_pefts(adapted, tmp_path):
+    directory, path, _, wanted = adapted
+    with jax.enable_x64(True):
+        loaded, trained = with_adapter(load(directory), read_adapter(path), dtype="float64")
+        trainer = make_trainer(loaded, trained)
+        state, metrics = trainer.step(trainer.start(), one_batch(made_examples(), True).parts(1))
+        assert far(metrics.loss, np.array(wanted.losses[0])) < LOSS
+        found = [
+            written(directory, tree, loaded.resolver, tmp_path / str(i))
+            for i, tree in enumerate((state.optimizer[0], state.parameters))
+        ]
+    for ours, theirs in zip(found, (wanted.gradients, wanted.parameters), strict=True):
+        theirs = {name.replace(".default.", "."): value for name, value in theirs.items()}
+        assert ours.keys() == theirs.keys()
+        assert max(far(ours[name], theirs[name]) for name in ours) < NUMBERS
+
+
+def written(directory, parameters, resolver, path):
+    """The numbers under PEFT's names and in its order."""
+    adapter = adapter_of(parameters, LoraOptions(rank=4, alpha=6), resolver)
+    write_adapter(path, adapter, base=str(directory))
+    return safetensors.numpy.load_file(path / "adapter_model.safetensors")
+
+
+def test_an_adapter_of_experts_comes_back_and_merges(adapted, tmp_path):
+    directory, path, logits, _ = adapted
+    adapter = read_adapter(path)
+    write_adapter(tmp_path / "again", adapter, base=str(directory))
+    config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert all(name.startswith("model.layers.0.mlp.experts.") for name in config["target_parameters"])
+    with LiftedToFloat64():
+        model = peft.PeftModel.from_pretrained(
+            load_torch(directory, "float64"), tmp_path / "again", autocast_adapter_dtype=False
+        )
+    tokens = made_examples().examples[0].tokens[None]
+    with torch.no_grad(), LiftedToFloat64():
+        again = model(input_ids=torch.from_numpy(tokens).long(), use_cache=False).logits.numpy()
+    np.testing.assert_array_equal(again, logits)
+    with jax.enable_x64(True):
+        loaded = load(directory)
+        merged = merge_adapter(loaded.parameters, adapter, loaded.resolver)
+        model = bind(loaded.module, merged)
+        hidden, _, _ = model(tokens, np.arange(tokens.shape[1], dtype=np.int32)[None])
+        assert far(model.unembed(hidden), logits) < NUMBERS
+
+
+def test_default_targets_are_attention_and_experts(tiny_checkpoint):
+    loaded = load(tiny_checkpoint("qwen3_moe", **ONE_LAYER), dtype="float32")
+    trained = attach(loaded.module, LoraOptions(rank=2), dtype="float32")
+    layers = {name.removeprefix("layers.0.").rpartition(".lora_")[0] for name in trained}
+    attention = {f"self_attn.{each}_proj" for each in "qkvo"}
+    assert layers == attention | {"mlp.experts.lora.gate_up_proj", "mlp.experts.lora.down_proj"}
