@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from qwen_dist.parity.bounds import CHOICES_REPORTED, MAX_MEAN_KL
-from qwen_dist.parity.compare import ParityReport, Row, difference
+from qwen_dist.parity.compare import Distributions, ParityReport, Row, difference
 from qwen_dist.parity.compare import row as row_of
 from qwen_dist.parity.comparison import Answers, Comparison, Values, backwards, without_logits
 from qwen_dist.parity.reference import Reference
@@ -40,7 +40,7 @@ def compare_with_truth(comparison: Comparison) -> ParityReport:
     _judge_components(comparison, found, truth, sdpa, eager)
     comparison.report_routing(found, truth.values)
     comparison.compare_next_token(found, truth.values)
-    _judge_next_token(comparison)
+    _judge_next_token(comparison, found, truth, sdpa)
     _judge_decoding(comparison, comparison.compare_decoding(subject, sdpa), truth, sdpa)
     _report_gradients(comparison, subject.gradient(comparison.gradient_inputs), truth, sdpa)
     return comparison.report()
@@ -67,10 +67,32 @@ def _error_ratio_of(comparison: Comparison, name: str, found: Values, rival: Val
     return error_ratio(ours, other, exact, comparison.is_compared)
 
 
-def _judge_next_token(comparison: Comparison) -> None:
+def _judge_next_token(comparison: Comparison, found: Values, truth: Answers, sdpa: Answers) -> None:
     assert comparison.distributions is not None
-    mean_kl = float(comparison.distributions.kl.mean())
-    comparison.rows.append(Row("whole model", "next token", "kl", mean_kl, MAX_MEAN_KL))
+    kl = comparison.distributions.kl
+    comparison.rows.append(Row("whole model", "next token", "kl", float(kl.mean()), MAX_MEAN_KL))
+    positions = comparison.distributions.position
+    rival, exact = (comparison.tokens_of("logits", values) for values in (sdpa.values, truth.values))
+    of_rival = Distributions.of(rival, exact, positions).kl
+    comparison.facts["mean KL of the next token, PyTorch's"] = f"{of_rival.mean():.3g} nats"
+    routed = [_routed_alike(comparison, values, truth.values) for values in (found, sdpa.values)]
+    if not all(map(np.all, routed)):
+        means = [
+            f"{one[same].mean():.3g}" if same.any() else "none" for one, same in zip((kl, of_rival), routed, strict=True)
+        ]
+        shares = [f"{same.mean():.1%}" for same in routed]
+        comparison.facts["the same of tokens that go to the exact model's experts"] = (
+            f"{means[0]} ({shares[0]} of the tokens), PyTorch's {means[1]} ({shares[1]})"
+        )
+
+
+def _routed_alike(comparison: Comparison, found: Values, exact: Values) -> np.ndarray:
+    """Which tokens go to the same experts in every layer."""
+    same = np.ones(int(comparison.is_compared.sum()), bool)
+    for name in (name for name in exact if name.endswith(".chosen")):
+        ours, other = (np.sort(comparison.tokens_of(name, values)) for values in (found, exact))
+        same &= (ours == other).all(axis=-1)
+    return same
 
 
 def _judge_decoding(comparison: Comparison, decoded: np.ndarray, truth: Answers, sdpa: Answers) -> None:
