@@ -19,8 +19,6 @@ from qwen_dist.models.layers import at_least_float32
 # Rows multiplied at a time on a CPU, where a product takes as long for eight rows as for two; the small blocks are followed
 # by how many rows a group may have on average.
 LARGE_BLOCK, SMALL_BLOCKS = 64, {1: 0.25, 8: 4, 16: math.inf}
-# A TPU multiplies 170 (v5p) to 240 (v5e) rows by a bfloat16 weight in the time in which it reads it.
-FEW_ROWS = 256
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -53,25 +51,11 @@ grouped_product.defvjp(_forward, _backward)
 
 def _rows_by_weights(x_RI: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Array, dim: int, dtype: DTypeLike) -> jax.Array:
     """Each row times its weight, summing over the weight's dimension `dim`."""
-    ragged = _all_groups if len(x_RI) <= FEW_ROWS else _ragged
-    on_cpu, default = (functools.partial(each, dim=dim, dtype=jnp.dtype(dtype)) for each in (_in_blocks, ragged))
-    return jax.lax.platform_dependent(x_RI, weights_EOC, sizes_E, cpu=on_cpu, default=default)
+    in_blocks, ragged = (functools.partial(each, dim=dim, dtype=jnp.dtype(dtype)) for each in (_in_blocks, _ragged))
+    return jax.lax.platform_dependent(x_RI, weights_EOC, sizes_E, cpu=in_blocks, default=ragged)
 
 
 # --- accelerators ---
-
-
-def _all_groups(x_RI: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Array, *, dim: int, dtype: jnp.dtype) -> jax.Array:
-    """Every row times every weight, of which its own is kept.
-
-    So few rows are multiplied in less time than the weights take to be read, and these are read where they lie: for
-    `ragged_dot` the TPU's compiler copies them all into another layout first.
-    """
-    wide = at_least_float32(x_RI.dtype)
-    products = jax.lax.dot_general(x_RI, weights_EOC, (((1,), (dim,)), ((), ())), preferred_element_type=wide)
-    group_R = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(len(x_RI)), side="right")
-    is_own_RE1 = (group_R[:, None] == jnp.arange(len(sizes_E)))[..., None]
-    return jnp.where(is_own_RE1, products, 0).sum(1).astype(dtype)
 
 
 def _ragged(x_RI: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Array, *, dim: int, dtype: jnp.dtype) -> jax.Array:

@@ -1,7 +1,6 @@
 """Grouped products beside a plain loop over the groups, routing and its loss, and experts on several devices."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -82,15 +81,17 @@ def test_gradients_of_the_grouped_product_are_the_loops(name):
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_the_forms_for_accelerators_compute_the_same(name):
+def test_the_form_for_accelerators_computes_the_same(name):
     """`ragged_dot` runs here too, only slowly."""
     with jax.enable_x64(True):
         rows, weights, sizes = make(name, "float64")
         num_rows = int(sizes.sum())
         other = jnp.asarray(np.random.default_rng(1).standard_normal((len(rows), O)))
         wide = jnp.dtype("float64")
-        for form, (dim, x) in itertools.product((grouped._ragged, grouped._all_groups), ((2, rows), (1, other))):
-            found, expected = (each(x, weights, sizes, dim=dim, dtype=wide) for each in (form, grouped._in_blocks))
+        for dim, x in ((2, rows), (1, other)):
+            found, expected = (
+                each(x, weights, sizes, dim=dim, dtype=wide) for each in (grouped._ragged, grouped._in_blocks)
+            )
             np.testing.assert_allclose(found[:num_rows], expected[:num_rows], rtol=1e-13, atol=1e-13)
         found, expected = (
             each(other, rows, sizes) for each in (grouped._rows_by_rows_ragged, grouped._rows_by_rows_in_blocks)
