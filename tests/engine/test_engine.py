@@ -166,6 +166,7 @@ def test_several_steps_in_a_dispatch(model, tokenizer, expected, num_steps):
     assert [tokens_of(row) for row in answers(engine, PROMPTS, GREEDY)] == expected(1.0)
 
 
+@pytest.mark.slow
 def test_rows_that_give_their_pages_back_are_answered_all_the_same(model, tokenizer, expected):
     """Two prompts fill all pages; the first to need one more takes them from the other."""
     one = page_bytes(model("").config, model("").resolver, model("").dtype)
@@ -305,7 +306,7 @@ def test_log_probabilities(engine, reference, expected):
                 assert abs(value - log_probs[step, token]) < 2e-5
 
 
-@pytest.mark.parametrize("mesh", ["", "data=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize("mesh", ["", pytest.param("data=2,fsdp=2,tensor=2", marks=pytest.mark.slow)])
 def test_prompts_are_scored(engine, reference, expected, mesh):
     """With and without an answer after it, next to one that is not scored; a prompt may be read in several pieces."""
     scored = SamplingParams(0, prompt_logprobs=3)

@@ -15,7 +15,7 @@ from qwen_dist.tokenizer import Tokenizer
 @pytest.mark.parametrize(
     ("count", "rows", "num_pages", "num_steps"),
     [
-        (300, 16, 20, 1),
+        pytest.param(300, 16, 20, 1, marks=pytest.mark.slow),
         pytest.param(10_000, 48, 90, 1, marks=pytest.mark.slow),
         pytest.param(2000, 7, 12, 8, marks=pytest.mark.slow),
     ],

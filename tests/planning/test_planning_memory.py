@@ -121,7 +121,10 @@ def test_every_part_of_the_workload_counts():
 
 @pytest.mark.parametrize(
     ("verb", "phase", "sizes"),
-    [("batch", "decode", [{"context": 512}, {"context": 4096}]), ("finetune", "train", [{"batch": 8}, {"batch": 32}])],
+    [
+        ("batch", "decode", [{"context": 512}, {"context": 4096}]),
+        pytest.param("finetune", "train", [{"batch": 8}, {"batch": 32}], marks=pytest.mark.slow),
+    ],
 )
 def test_what_loops_repeat_is_what_the_compiler_leaves_out(verb, phase, sizes):
     """More pages, or more tokens with a loss, are more turns of a loop, of which the compiler counts one."""
