@@ -89,7 +89,7 @@ def log_probabilities(logits: jax.Array, tokens: jax.Array, num_top: int) -> tup
 def _most_likely(logits_BV: jax.Array) -> jax.Array:
     """`jnp.argmax` of each row: first which block of tokens has the highest logit, then which token of that block.
 
-    XLA's CPU backend finds a maximum 70 times as fast as where it is, so that is only asked of a few numbers.
+    XLA's CPU backend finds a maximum many times as fast as where it is, so that is only asked of a few numbers.
     """
     num_rows, vocab = logits_BV.shape
     num_blocks = math.gcd(vocab, MAX_BLOCKS)
@@ -129,7 +129,7 @@ def _lowest(logits_BV: jax.Array, holds: Callable[[jax.Array], jax.Array]) -> ja
     """The lowest value [B, 1] that `holds` in each row, from its least to its highest logit; what is above holds too.
 
     The interval of floats between them is halved until one is left. A sort would give the same at several times the cost,
-    and on TPUs takes minutes to compile; it also needs all of a row on one device.
+    and on TPUs takes longer to compile than the model's layers; it also needs all of a row on one device.
     """
     bits = jnp.iinfo(f"int{8 * logits_BV.dtype.itemsize}")
 

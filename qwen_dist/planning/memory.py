@@ -198,7 +198,7 @@ class Arithmetic:
         kept = 4 * WIDE if self.resolver.mesh.shape["fsdp"] > 1 else 3 * self._width
         channels = kept * self._local("batch", "length", "mlp", length=length) if self._layers["mlp"] else 0
         channels = max(channels, self._expert_set(length))
-        # The sampler sorts: logits as they are, with the penalty, scaled, sorted, and with noise.
+        # The sampler's: logits as they are, with the penalty, scaled, as masses, and with noise.
         logits = 5 * self._local("batch", "vocab") * WIDE
         return max(2 * stream + 2 * heads + keys + scores, 2 * stream + channels, logits)
 
