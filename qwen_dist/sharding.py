@@ -204,6 +204,12 @@ def num_parts(axis: str, size: int) -> int:
     return 1 if resolver is None else size // resolver.activation("activation", (size,), (axis,)).shard_shape((size,))[0]
 
 
+def platform() -> str:
+    """The kind of devices that the active rules place arrays on; without rules, jax's own choice."""
+    resolver = _active.get()
+    return jax.default_backend() if resolver is None else resolver.mesh.devices.flat[0].platform
+
+
 class Parts:
     """How one device's parts of the arrays in `on_each_device` belong to those of the others.
 

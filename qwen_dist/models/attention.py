@@ -15,7 +15,8 @@ from qwen_dist.models.config import LayerConfig, ModelConfig
 from qwen_dist.models.layers import Linear, RMSNorm, at_least_float32
 from qwen_dist.models.paged_attention import attend_pages
 from qwen_dist.models.rope import rotate
-from qwen_dist.sharding import constrain, num_parts
+from qwen_dist.models.splash_attention import attend_tiles
+from qwen_dist.sharding import constrain, num_parts, platform
 
 # Queries are taken in blocks so that the scores of a block stay in a CPU's cache and keys after the block are not touched.
 # A compiler's time grows with the number of blocks: eight leave one key in nine too many.
@@ -82,12 +83,14 @@ def attend(
     `sliding_window` of them, and with `segments_BT` only those of its own segment; a negative position is padding, seen by
     none.
     """
+    T = q_BTNH.shape[1]
+    C = num_parts("length", T)
+    if platform() == "tpu" and q_BTNH.dtype.itemsize < 4 and C == 1:
+        return attend_tiles(q_BTNH, k_BKSH, v_BKSH, positions_BT, sliding_window, segments_BT)
     # With the length split over C devices (context parallelism) each has its own queries and all keys. A block then has as
     # many queries of each device, of which the last device's see the most.
     k_BKSH = constrain(k_BKSH, "batch", "kv_heads", "kv_length", "head_dim")
     v_BKSH = constrain(v_BKSH, "batch", "kv_heads", "kv_length", "head_dim")
-    T = q_BTNH.shape[1]
-    C = num_parts("length", T)
     q_BCTNH, positions_BCT = split(q_BTNH, C), split(positions_BT, C)
     outputs = []
     size = query_block(T // C)

@@ -192,14 +192,20 @@ class Result:
 def collectives(text: str) -> Iterator[Result]:
     """Every collective in a compiled program's text.
 
-    The TPU's compiler writes a reduce-scatter as a computation of that name, in which a sum is cut.
+    The TPU's compiler writes a reduce-scatter as a computation of that name, in which a sum is cut, and a collective that
+    goes on beside several computations once in each of them, over the same channel.
     """
     is_scattered = False
+    channels = set()
     for line in text.splitlines():
         if line.endswith("{"):
             is_scattered = line.startswith("%all-reduce-scatter")
         if (match := _COLLECTIVE.search(line)) is None:
             continue
+        if channel := re.search(r"channel_id=(\d+)", line):
+            if channel[1] in channels:
+                continue
+            channels.add(channel[1])
         result, kind, is_started = match.groups()
         arrays = [
             (math.prod(int(size) for size in dims.split(",") if size), int(bits or 8))

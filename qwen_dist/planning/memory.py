@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from qwen_dist.mesh import AXES, MeshConfig
 from qwen_dist.models.attention import query_block
+from qwen_dist.models.splash_attention import LANES
 from qwen_dist.models.cache import PAGE, group_size
 from qwen_dist.models.config import LayerConfig, ModelConfig
 from qwen_dist.models.moe import room_for
@@ -80,12 +81,13 @@ class Arithmetic:
     workload: Workload
     num_parameters: int
     local_parameters: int
+    is_tpu: bool = False
 
     @classmethod
-    def of(cls, config: ModelConfig, resolver: Resolver, workload: Workload) -> Arithmetic:
+    def of(cls, config: ModelConfig, resolver: Resolver, workload: Workload, *, is_tpu: bool = False) -> Arithmetic:
         """Raises UsageError when the model or the batch does not fit the mesh."""
         everywhere, local = _count_parameters(config, resolver, workload.dtype)
-        arithmetic = cls(config, resolver, workload, everywhere, local)
+        arithmetic = cls(config, resolver, workload, everywhere, local, is_tpu)
         arithmetic._local("batch")
         return arithmetic
 
@@ -148,7 +150,8 @@ class Arithmetic:
     def repeated(self, phase: Phase) -> Cost:
         """The part of `cost` that loops take after their first turn, which is all that a compiler's report counts of them.
 
-        In inference they are attention's over groups of pages, in training the loss's over blocks of tokens.
+        In inference they are attention's over groups of pages, in training the loss's over blocks of tokens. What a kernel
+        does it does not count either.
         """
         step, tokens = self._of_step(phase), self._tokens_of(phase)[1]
         if phase == "train":
@@ -157,7 +160,10 @@ class Arithmetic:
             head = self._gathered([HEAD])
             flops = 3 * 2 * min(self._tokens_here(), BLOCK_TOKENS) * head
             # Read for the logits and for their gradient; its own gradient is added to.
-            return Cost(once_more * flops, once_more * head * 2 * (self._width + WIDE), {})
+            moved = once_more * head * 2 * (self._width + WIDE)
+            passes = 4 if self.workload.remat == "blocks" else 3
+            in_kernel = passes * self._attention_flops(tokens) if self._has_kernel else 0
+            return Cost(once_more * flops + in_kernel, moved, {})
         rows = step.workload.batch // self.resolver.batch_multiple()
         visits = rows * self.workload.num_slots // PAGE
         part = 1 - 1 / max(visits / group_size(rows, tokens), 1)
@@ -226,10 +232,20 @@ class Arithmetic:
         keys = 3 * self._local("batch", "length", "kv_heads", "head_dim")
         channels = 3 * self._local("batch", "length", "mlp") if self._layers["mlp"] else 0
         channels = max(channels, self._expert_set(self.workload.context) // width)
-        # Blocks of queries do not touch the keys after them.
-        seen = (self.workload.context + query_block(self.workload.context)) / 2 / self.workload.context
-        scores = seen * self._local("batch", "length", "q_heads", "kv_length", kv_length=self.workload.context)
-        return (normed + queries + keys + channels) * width + int(scores * (WIDE + width))
+        return (normed + queries + keys + channels) * width + self._scores()
+
+    @property
+    def _has_kernel(self) -> bool:
+        """Whether attention of training is `splash_attention`, which keeps no scores."""
+        return self.is_tpu and self._width < 4 and self.resolver.num_parts("length") == 1
+
+    def _scores(self) -> int:
+        """Bytes of what attention keeps beside its operands and result."""
+        if self._has_kernel:
+            return self._local("batch", "length", "q_heads") * LANES * WIDE  # a logarithm, in as many copies
+        context = self.workload.context
+        seen = (context + query_block(context)) / 2 / context  # blocks of queries do not touch the keys after them
+        return int(seen * self._local("batch", "length", "q_heads", "kv_length", kv_length=context) * (WIDE + self._width))
 
     def _training_set(self) -> int:
         """The larger of one block's backward pass and the loss's.
@@ -241,7 +257,7 @@ class Arithmetic:
             2 * self._of_one_block()
             + max(self._gathered(_block_weights(self.config, ffn)) for ffn in self._layers) * weight
         )
-        logits = self._local("batch", "length", "vocab") * WIDE
+        logits = self._local("vocab") * min(self._tokens_here(), BLOCK_TOKENS) * WIDE
         return max(block, logits + self._gathered([HEAD]) * weight)
 
     def _gathered(self, weights: Iterable[Weight]) -> int:

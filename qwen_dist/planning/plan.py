@@ -197,7 +197,7 @@ def _compile_phase(
 
 def _arithmetic(config: ModelConfig, topology: Topology, workload: Workload, mesh: str) -> Arithmetic:
     resolver = abstract_resolver(MeshConfig.parse(mesh), topology.num_devices, workload)
-    return Arithmetic.of(config, resolver, workload)
+    return Arithmetic.of(config, resolver, workload, is_tpu=not topology.is_cpu)
 
 
 def _fits(arithmetic: Arithmetic, chip: Chip) -> bool:

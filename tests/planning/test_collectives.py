@@ -19,6 +19,8 @@ TEXT = """
   %q = f8e4m3fn[32]{0} all-gather(%c), replica_groups=mesh['a'=8] {'a':(1)2}, dimensions={0}
   %a2a = (f32[1,512]{1,0}, /*index=1*/f32[1,512]{1,0}) all-to-all(%c, %d), replica_groups={{0,1}}
   ROOT %cp = (f32[16,8]{0}, f32[16,8]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%y), pairs
+  %ag1 = bf16[4,16]{1,0} all-gather(%a), channel_id=7, replica_groups={{0,1}}, dimensions={1}
+  %ag2 = bf16[4,16]{1,0} all-gather(%b), channel_id=7, replica_groups={{0,1}}, dimensions={1}
   %name = f32[2]{0} fusion(%all-reduce.5), calls=%all-gather.clone
 }
 
@@ -31,7 +33,7 @@ TEXT = """
 def test_collectives_of_a_compiled_text():
     found = {one.kind: (one.count, one.bytes) for one in count_collectives(TEXT)}
     assert found == {
-        "all-gather": (2, 64 * 2 * 7 / 8 + 32 / 2),
+        "all-gather": (3, 64 * 2 * 7 / 8 + 32 / 2 + 64 * 2 / 2),
         "all-reduce": (1, (4 * 4 + 128 * 2) * 2 * 3 / 4),
         "reduce-scatter": (2, 40 * 3 + 4096 * 1024 * 4 * 7 / 8),
         "all-to-all": (1, 1024 * 4 / 2),
@@ -80,12 +82,19 @@ def test_training_over_fsdp_gathers_weights_and_nothing_larger():
 
 @pytest.mark.slow
 def test_training_over_fsdp_on_tpus_scatters_gradients():
-    """All of a gradient is on no device: the sum of every matrix is a reduce-scatter, and other sums are small."""
+    """All of a gradient is on no device: the sum of every matrix is a reduce-scatter, and other sums are small.
+
+    But for the embedding's, to which every device adds its part of all tokens' gradients: they are what travels.
+    """
     pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: pip install libtpu")
     found = list(collectives(text("v5e:2x4", "fsdp=8", ONE_LAYER, "finetune", "train")))
     sums = [elements for one in found if one.kind == "all-reduce" for elements, _ in one.arrays]
     assert max(sums) <= SMALL["hidden_size"]
-    assert sum(len(one.arrays) for one in found if one.kind == "reduce-scatter") == 7 + 2
+    assert sum(len(one.arrays) for one in found if one.kind == "reduce-scatter") == 7 + 1
+    gathered = sorted(elements for one in found if one.kind == "all-gather" for elements, _ in one.arrays)
+    heads, embed = SMALL["num_attention_heads"] * SMALL["head_dim"], SMALL["hidden_size"]
+    rows = 2 * [heads // 2, heads, SMALL["vocab_size"]] + 3 * [SMALL["intermediate_size"]]
+    assert gathered[-9:] == sorted(each * embed for each in rows)  # each weight once
 
 
 @pytest.mark.slow
