@@ -81,9 +81,8 @@ def _kernel(num_heads: int, length: int, block: int, sliding_window: int | None,
 
     shape = (length, length)
     mask = masks.CausalMask(shape) if sliding_window is None else masks.LocalMask(shape, (sliding_window - 1, 0), 0)
-    sizes = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    sizes: dict[str, Any] = {f"block_{name}": block for name in names}
     return splash.make_splash_mha_single_device(
-        masks.MultiHeadMask([mask] * num_heads),
-        block_sizes=splash.BlockSizes(**{f"block_{size}": block for size in sizes}),
-        interpret=interpret,
+        masks.MultiHeadMask([mask] * num_heads), block_sizes=splash.BlockSizes(**sizes), interpret=interpret
     )

@@ -19,10 +19,10 @@ from jax.sharding import AbstractMesh, Mesh
 
 from qwen_dist.mesh import AXES, MeshConfig
 from qwen_dist.models.attention import query_block
-from qwen_dist.models.splash_attention import LANES
 from qwen_dist.models.cache import PAGE, group_size
 from qwen_dist.models.config import LayerConfig, ModelConfig
 from qwen_dist.models.moe import room_for
+from qwen_dist.models.splash_attention import LANES
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.planning.workload import Phase, Workload
 from qwen_dist.sharding import Resolver, abstract_parameters
