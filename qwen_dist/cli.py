@@ -18,7 +18,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import qwen_dist
-from qwen_dist.config import BatchConfig, FinetuneConfig, GenerateConfig, ModelOptions, load_config, parse_bytes
+from qwen_dist.config import (
+    BatchConfig,
+    FinetuneConfig,
+    GenerateConfig,
+    LoraOptions,
+    ModelOptions,
+    load_config,
+    parse_bytes,
+)
 from qwen_dist.errors import UsageError, UserError
 
 if TYPE_CHECKING:
@@ -123,7 +131,7 @@ exit code 1 names the first component beyond its bound; needs the extra: pip ins
 _PLAN_EXAMPLE = """\
 examples:
   qwen-dist plan --model ~/qwen3-32b --topology v5e:8x8 --verb batch --batch 64 --context 4096
-  qwen-dist plan --model config.json --topology v6e:4x4 --mesh fsdp=16 --verb finetune --compile 1,3 --chart plan.html
+  qwen-dist plan --model config.json --topology v6e:4x4 --mesh fsdp=16 --verb finetune --method full --compile 1,3
   qwen-dist plan --model ~/qwen3-0.6b --topology cpu:8 --mesh data=2,tensor=4 --compile
 only config.json is read; --compile for a TPU needs libtpu (pip install libtpu), and no TPU; exit code 1: does not fit"""
 
@@ -228,6 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--verb", dest="planned", choices=("batch", "finetune"), default="batch", help="what to run (batch)")
     plan.add_argument("--batch", type=int, metavar="N", default=32, help="rows at a time, on all devices together (32)")
     plan.add_argument("--context", type=int, metavar="N", default=4096, help="tokens a row, with the answer (4096)")
+    plan.add_argument("--method", choices=("lora", "full"), default="lora", help="of finetune (lora)")
     plan.add_argument("--remat", choices=("none", "products", "blocks"), default="blocks", help="of finetune (blocks)")
     plan.add_argument("--compile", nargs="?", const="all", metavar="A,B", help="ask the compiler; A,B: from so many layers")
     plan.add_argument("--chart", metavar="FILE", help="also write an HTML page with the memory of each device")
@@ -802,8 +811,15 @@ def _preflight(options: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+@dataclasses.dataclass(frozen=True)
+class _PlanConfig(_ModelConfig):
+    """What `plan` is told besides."""
+
+    lora: LoraOptions = dataclasses.field(default_factory=LoraOptions)
+
+
 def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
-    config = load_config(_ModelConfig, None, overrides, _config_values(options))
+    config = load_config(_PlanConfig, None, overrides, _config_values(options))
     from qwen_dist.models.config import ModelConfig
     from qwen_dist.planning.chips import Topology
 
@@ -814,7 +830,8 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     from qwen_dist.planning.workload import Workload
 
     model = ModelConfig.from_directory(config.model.path, config.model.ignored_keys)
-    workload = Workload(options.planned, options.batch, options.context, config.model.dtype, options.remat)
+    lora = config.lora if options.planned == "finetune" and options.method == "lora" else None
+    workload = Workload(options.planned, options.batch, options.context, config.model.dtype, options.remat, lora)
     plan = make_plan(config.model.path, model, topology, workload, config.mesh or None)
     if options.compile is not None:
         plan = with_compiled(plan, model, compiled_layers(options.compile, len(model.layers)))

@@ -32,6 +32,7 @@ from qwen_dist.planning.chips import Topology
 from qwen_dist.planning.workload import Phase, Workload
 from qwen_dist.sharding import Resolver, abstract_parameters, disk_shapes
 from qwen_dist.train.batches import Batch
+from qwen_dist.train.lora import attach
 from qwen_dist.train.optim import make_optimizer, make_schedule
 from qwen_dist.train.step import Trainer
 
@@ -236,13 +237,17 @@ def _group_size(line: str) -> int:
 
 
 def _lower_training(config: ModelConfig, resolver: Resolver, workload: Workload) -> jax.stages.Lowered:
-    """A step of full fine-tuning with the default optimiser: master weights, gradient, and all that the step changes."""
+    """A step with the default optimiser: master weights of what is trained, gradient, and all that the step changes."""
     kept = at_least_float32(jnp.dtype(workload.dtype))
-    module = Transformer(config, dtype=kept)
+    if workload.lora is None:
+        module, names = Transformer(config, dtype=kept), None
+    else:
+        module = Transformer(config, dtype=workload.dtype)
+        names = attach(module, workload.lora, dtype=kept)
     model = LoadedModel(config, module, abstract_parameters(module, resolver), resolver)  # type: ignore[arg-type]
     options = OptimizerOptions()
     schedule = make_schedule(options, options.warmup_steps + 1)
-    shapes = {name: leaf.shape for name, leaf in model.parameters.items()}
+    shapes = {name: model.parameters[name].shape for name in names or model.parameters}
     optimizer = make_optimizer(options, schedule, shapes, disk_shapes(module))
     trainer = Trainer(model, shapes.keys(), optimizer, schedule, dtype=workload.dtype, remat=workload.remat)
     tokens = jax.ShapeDtypeStruct((workload.batch, workload.context), np.int32)

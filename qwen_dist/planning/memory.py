@@ -26,6 +26,7 @@ from qwen_dist.models.splash_attention import LANES
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.planning.workload import Phase, Workload
 from qwen_dist.sharding import Resolver, abstract_parameters
+from qwen_dist.train.lora import attach
 from qwen_dist.train.loss import BLOCK_TOKENS
 
 WIDE = 4  # bytes of a float32: scores, logits, the optimiser's numbers
@@ -81,13 +82,13 @@ class Arithmetic:
     workload: Workload
     num_parameters: int
     local_parameters: int
+    local_trained: int
     is_tpu: bool = False
 
     @classmethod
     def of(cls, config: ModelConfig, resolver: Resolver, workload: Workload, *, is_tpu: bool = False) -> Arithmetic:
         """Raises UsageError when the model or the batch does not fit the mesh."""
-        everywhere, local = _count_parameters(config, resolver, workload.dtype)
-        arithmetic = cls(config, resolver, workload, everywhere, local, is_tpu)
+        arithmetic = cls(config, resolver, workload, *_count_parameters(config, resolver, workload), is_tpu)
         arithmetic._local("batch")
         return arithmetic
 
@@ -125,8 +126,8 @@ class Arithmetic:
             saved = self._saved()
             return {
                 "parameters": parameters,
-                "gradients": self.local_parameters * WIDE,
-                "optimizer": self.local_parameters * WIDE * (2 if self._width > 2 else 3),
+                "gradients": self.local_trained * WIDE,
+                "optimizer": self.local_trained * WIDE * (2 if self._width > 2 else 3),
                 "saved activations": saved,
                 "working set": self._training_set(),
             }
@@ -140,10 +141,10 @@ class Arithmetic:
         forward = step._forward_flops(tokens)
         parameters = self.local_parameters * self._width
         if phase == "train":
-            passes = 4 if self.workload.remat == "blocks" else 3
-            moved = passes * self._gathered_layers() + 3 * self.local_parameters * WIDE + 2 * self._saved()
-            again = (passes - 3) * (forward - step._head_flops(tokens))  # the loss is computed once
-            return Cost(3 * forward + again, moved, _nonzero(self._training_collectives()))
+            again = 1 if self.workload.remat == "blocks" else 0
+            moved = (self._passes + again) * self._gathered_layers() + 3 * self.local_trained * WIDE + 2 * self._saved()
+            flops = self._passes * forward + again * (forward - step._head_flops(tokens))  # the loss is computed once
+            return Cost(flops, moved, _nonzero(self._training_collectives()))
         moved = parameters - step._experts_without_tokens(tokens) + step._cache()
         return Cost(forward, moved, _nonzero(step._inference_collectives(tokens)))
 
@@ -158,16 +159,21 @@ class Arithmetic:
             turns = self._tokens_here() / BLOCK_TOKENS
             once_more = max(turns - 1, 0)
             head = self._gathered([HEAD])
-            flops = 3 * 2 * min(self._tokens_here(), BLOCK_TOKENS) * head
+            flops = self._passes * 2 * min(self._tokens_here(), BLOCK_TOKENS) * head
             # Read for the logits and for their gradient; its own gradient is added to.
-            moved = once_more * head * 2 * (self._width + WIDE)
-            passes = 4 if self.workload.remat == "blocks" else 3
-            in_kernel = passes * self._attention_flops(tokens) if self._has_kernel else 0
+            moved = once_more * head * 2 * (self._width + (0 if self.workload.lora else WIDE))
+            again = 1 if self.workload.remat == "blocks" else 0
+            in_kernel = (3 + again) * self._attention_flops(tokens) if self._has_kernel else 0
             return Cost(once_more * flops + in_kernel, moved, {})
         rows = step.workload.batch // self.resolver.batch_multiple()
         visits = rows * self.workload.num_slots // PAGE
         part = 1 - 1 / max(visits / group_size(rows, tokens), 1)
         return Cost(part * step._attention_flops(tokens), part * step._cache(), {})
+
+    @property
+    def _passes(self) -> int:
+        """How many products a step makes of each weight: forward, for what goes in, and for its own gradient."""
+        return 3 if self.workload.lora is None else 2
 
     def _tokens_of(self, phase: Phase) -> tuple[int, int]:
         return self.workload.tokens_of(phase, self.resolver.batch_multiple())
@@ -250,9 +256,9 @@ class Arithmetic:
     def _training_set(self) -> int:
         """The larger of one block's backward pass and the loss's.
 
-        Each has its weights whole, and their gradients twice: summed in float32, and rounded.
+        Each has its weights whole, and if they are trained their gradients twice: summed in float32, and rounded.
         """
-        weight = 2 * self._width + WIDE
+        weight = self._width if self.workload.lora else 2 * self._width + WIDE
         block = (
             2 * self._of_one_block()
             + max(self._gathered(_block_weights(self.config, ffn)) for ffn in self._layers) * weight
@@ -345,9 +351,10 @@ class Arithmetic:
         # The backward pass of the experts sends tokens and gradients, each there and back.
         yield "all-to-all", (passes + 1) * self._exchanged(self.workload.context)
         stream = self._local("batch", "length", "embed") * self._width
-        gradients = self.local_parameters * self._width
+        gradients = self.local_trained * self._width
         yield "all-gather", self._others("fsdp") * passes * self._gathered_layers()
-        yield "reduce-scatter", self._others("fsdp") * self._gathered_layers()
+        cut = self.local_trained * self._width * self.resolver.mesh.shape["fsdp"]
+        yield "reduce-scatter", self._others("fsdp") * (cut if self.workload.lora else self._gathered_layers())
         sums = self._others("tensor") * passes * (2 * len(self.config.layers) + 1) * stream
         yield "all-reduce", 2 * (sums + self._others("data") * gradients)
 
@@ -363,19 +370,21 @@ class Arithmetic:
         return (size - 1) / size
 
 
-def _count_parameters(config: ModelConfig, resolver: Resolver, dtype: str) -> tuple[int, int]:
-    """In all, and on each device. Layers of one kind are alike, so one of each is placed."""
+def _count_parameters(config: ModelConfig, resolver: Resolver, workload: Workload) -> tuple[int, int, int]:
+    """In all, on each device, and of these the trained ones. Layers of one kind are alike, so one of each is placed."""
 
     def count(layers: tuple[LayerConfig, ...]) -> np.ndarray:
-        module = Transformer(dataclasses.replace(config, layers=layers), dtype=dtype)
-        leaves = abstract_parameters(module, resolver).values()
-        local = (leaf.sharding.shard_shape(leaf.shape) for leaf in leaves)
-        return np.array([sum(math.prod(leaf.shape) for leaf in leaves), sum(map(math.prod, local))])
+        module = Transformer(dataclasses.replace(config, layers=layers), dtype=workload.dtype)
+        adapters = attach(module, workload.lora, dtype=workload.dtype) if workload.lora and layers else []
+        leaves = abstract_parameters(module, resolver)
+        local = {name: math.prod(leaf.sharding.shard_shape(leaf.shape)) for name, leaf in leaves.items()}
+        trained = sum(local[name] for name in (adapters if workload.lora else local))
+        return np.array([sum(math.prod(leaf.shape) for leaf in leaves.values()), sum(local.values()), trained])
 
     outside = count(())
     kinds = collections.Counter(config.layers)
-    total, local = outside + sum(number * (count((kind,)) - outside) for kind, number in kinds.items())
-    return int(total), int(local)
+    total, local, trained = outside + sum(number * (count((kind,)) - outside) for kind, number in kinds.items())
+    return int(total), int(local), int(trained)
 
 
 def _nonzero(collectives: Iterator[tuple[str, float]]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from qwen_dist.config import LoraOptions
 from qwen_dist.engine.engine import BLOCK, NUM_BLOCKS
 from qwen_dist.errors import UsageError
 from qwen_dist.models.cache import PAGE, num_pages
@@ -18,7 +19,8 @@ class Workload:
     """`batch` rows at a time on all devices together, `context` tokens each, prompt and answer together.
 
     remat, of finetune, is what the backward pass computes again: nothing, all but the products with weights, or whole
-    blocks, of which it then has what goes in.
+    blocks, of which it then has what goes in. lora, of finetune: the adapters that are trained, and nothing else; None
+    trains all parameters.
     """
 
     verb: Literal["batch", "finetune"]
@@ -26,6 +28,7 @@ class Workload:
     context: int
     dtype: str = "bfloat16"
     remat: Literal["none", "products", "blocks"] = "blocks"
+    lora: LoraOptions | None = None
 
     def __post_init__(self) -> None:
         sizes = {"batch": self.batch, "context": self.context}

@@ -9,6 +9,7 @@ import pytest
 from shapes import QWEN3_8B, QWEN3_32B, SMALL, qwen3
 
 from qwen_dist.checkpoint.model import LoadedModel
+from qwen_dist.config import LoraOptions
 from qwen_dist.engine.runner import Runner
 from qwen_dist.errors import UsageError
 from qwen_dist.mesh import MeshConfig, make_mesh
@@ -86,6 +87,21 @@ def test_optimizer_state_is_float32_and_a_copy_of_narrow_parameters():
     assert narrow["optimizer"] == narrow["parameters"] // 2 * 4 * 3
     assert wide["optimizer"] == wide["parameters"] * 2
     assert wide["gradients"] == narrow["gradients"] == wide["parameters"] == 2 * narrow["parameters"]
+
+
+def test_of_adapters_only_their_own_numbers_are_trained():
+    """A matrix [O, I] gets R · (O + I) of them; the mesh cuts what has a dimension that it cuts."""
+    everywhere = Workload("finetune", 8, 128)
+    adapters = dataclasses.replace(everywhere, lora=LoraOptions(rank=4))
+    heads, keys, (embed, mlp) = 16 * 128, 8 * 128, (SMALL["hidden_size"], SMALL["intermediate_size"])
+    count = 4 * 3 * (2 * (heads + embed) + 2 * (keys + embed) + 3 * (mlp + embed))
+    plan, memory = arithmetic(SMALL, "", adapters, 1), arithmetic(SMALL, "", adapters, 1).memory("train")
+    assert plan.num_parameters - count == arithmetic(SMALL, "", everywhere, 1).num_parameters
+    assert (memory["gradients"], memory["optimizer"]) == (4 * count, 12 * count)
+    assert memory["working set"] < arithmetic(SMALL, "", everywhere, 1).memory("train")["working set"]
+    only_some = dataclasses.replace(adapters, lora=LoraOptions(rank=4, targets=("q_proj",)))
+    cut = arithmetic(SMALL, "fsdp=4,tensor=2", only_some).memory("train")
+    assert cut["gradients"] == 4 * 4 * 3 * (heads // 2 + embed // 4)
 
 
 @pytest.mark.slow
