@@ -189,7 +189,8 @@ def gather(weight: jax.Array, *axes: str) -> jax.Array:
 
     @jax.custom_vjp
     def lay_out(weight: jax.Array) -> jax.Array:
-        return jax.lax.with_sharding_constraint(weight, used)
+        # Said of both sides: else the compiler gathers where the weight comes from, and so in float32, once, and for good.
+        return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(weight, kept), used)
 
     lay_out.defvjp(
         lambda weight: (lay_out(weight), None),

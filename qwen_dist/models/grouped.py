@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +20,17 @@ from qwen_dist.models.layers import at_least_float32
 # Rows multiplied at a time on a CPU, where a product takes as long for eight rows as for two; the small blocks are followed
 # by how many rows a group may have on average.
 LARGE_BLOCK, SMALL_BLOCKS = 64, {1: 0.25, 8: 4, 16: math.inf}
+# Rows, and elements in and out, of a tile of the kernel.
+ROWS_OF_TILE, TILE = 128, 1024
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_product(rows_RC: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Each row times the weight of its group: [R, O], accumulated in at least float32 and rounded once, to `dtype`.
 
-    This is `jax.lax.ragged_dot`, which accelerators' compilers have kernels for. XLA's CPU backend would compute each group
-    for every row; it gets a loop over the groups that have rows.
+    This is `jax.lax.ragged_dot`. The TPU's compiler copies all weights for it, so 16-bit floats get jax's kernel there,
+    which reads them where they lie. XLA's CPU backend would compute each group for every row; it gets a loop over the
+    groups that have rows.
     """
     return _rows_by_weights(rows_RC, weights_EOC, sizes_E, 2, dtype)
 
@@ -39,9 +43,8 @@ def _backward(_dtype, operands, gradient_RO):  # type: ignore[no-untyped-def]
     rows_RC, weights_EOC, sizes_E = operands
     gradient_RO = gradient_RO.astype(rows_RC.dtype)
     of_rows = _rows_by_weights(gradient_RO, weights_EOC, sizes_E, 1, rows_RC.dtype)
-    of_weights = jax.lax.platform_dependent(
-        gradient_RO, rows_RC, sizes_E, cpu=_rows_by_rows_in_blocks, default=_rows_by_rows_ragged
-    )
+    forms = {"cpu": _rows_by_rows_in_blocks, "default": _rows_by_rows_ragged}
+    of_weights = jax.lax.platform_dependent(gradient_RO, rows_RC, sizes_E, **_on_tpu(forms, rows_RC, rows_by_rows_in_tiles))
     has_group_R1 = jnp.arange(len(rows_RC))[:, None] < sizes_E.sum()
     return jnp.where(has_group_R1, of_rows, 0), of_weights, np.zeros(sizes_E.shape, jax.dtypes.float0)
 
@@ -51,11 +54,51 @@ grouped_product.defvjp(_forward, _backward)
 
 def _rows_by_weights(x_RI: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Array, dim: int, dtype: DTypeLike) -> jax.Array:
     """Each row times its weight, summing over the weight's dimension `dim`."""
-    in_blocks, ragged = (functools.partial(each, dim=dim, dtype=jnp.dtype(dtype)) for each in (_in_blocks, _ragged))
-    return jax.lax.platform_dependent(x_RI, weights_EOC, sizes_E, cpu=in_blocks, default=ragged)
+    forms = {"cpu": _in_blocks, "default": _ragged}
+    chosen = _on_tpu(forms, x_RI, rows_by_weights_in_tiles)
+    given = {name: functools.partial(form, dim=dim, dtype=jnp.dtype(dtype)) for name, form in chosen.items()}
+    return jax.lax.platform_dependent(x_RI, weights_EOC, sizes_E, **given)
 
 
-# --- accelerators ---
+def _on_tpu(forms: dict[str, Any], rows: jax.Array, in_tiles: Any) -> dict[str, Any]:
+    """The kernel besides, for 16-bit floats: it would round wider ones."""
+    return forms | {"tpu": in_tiles} if rows.dtype.itemsize == 2 else forms
+
+
+# --- TPU ---
+
+
+def rows_by_weights_in_tiles(
+    x_RI: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Array, *, dim: int, dtype: jnp.dtype, interpret: bool = False
+) -> jax.Array:
+    """Each row times its weight, summing over the weight's dimension `dim`; `interpret` runs where there is no TPU."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
+    num_out, num_in = weights_EOC.shape[3 - dim], x_RI.shape[1]
+    x, tile = _in_tiles(x_RI)
+    tiling = tile, min(num_in, TILE), min(num_out, TILE)
+    options = {"transpose_rhs": dim == 2, "interpret": interpret}
+    return gmm(x, weights_EOC, sizes_E, dtype, tiling, **options)[: len(x_RI)]
+
+
+def rows_by_rows_in_tiles(
+    left_RO: jax.Array, right_RC: jax.Array, sizes_E: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """The sum of the outer products of each group's rows, [E, O, C]."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    (left, tile), (right, _) = _in_tiles(left_RO), _in_tiles(right_RC)
+    tiling = tile, min(left.shape[1], TILE), min(right.shape[1], TILE)
+    return tgmm(left.T, right, sizes_E, left_RO.dtype, tiling, interpret=interpret)
+
+
+def _in_tiles(x: jax.Array) -> tuple[jax.Array, int]:
+    """Rows filled up to whole tiles, and how many a tile has. It is multiplied once for each group that it has a row of."""
+    tile = min(ROWS_OF_TILE, -(-len(x) // 16) * 16)
+    return jnp.pad(x, ((0, -len(x) % tile), (0, 0))), tile
+
+
+# --- other accelerators ---
 
 
 def _ragged(x_RI: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Array, *, dim: int, dtype: jnp.dtype) -> jax.Array:

@@ -99,6 +99,26 @@ def test_the_form_for_accelerators_computes_the_same(name):
         np.testing.assert_allclose(found, expected, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("name", ["some empty", "more than a block each"])
+def test_the_kernel_for_tpus_computes_the_same(name):
+    """Interpreted, with more in and out than a tile has."""
+    sizes, behind = GROUPS[name]
+    rng, num_rows = np.random.default_rng(0), sum(sizes)
+    rows, other = (
+        jnp.asarray(rng.standard_normal((num_rows + behind, width)), jnp.float32) for width in (grouped.TILE + 64, 192)
+    )
+    weights = jnp.asarray(rng.standard_normal((len(sizes), 192, grouped.TILE + 64)) / 32, jnp.float32)
+    sizes = jnp.asarray(sizes, jnp.int32)
+    given = {"dtype": jnp.dtype("float32")}
+    for dim, x in ((2, rows), (1, other)):
+        expected = grouped._in_blocks(x, weights, sizes, dim=dim, **given)
+        found = grouped.rows_by_weights_in_tiles(x, weights, sizes, dim=dim, interpret=True, **given)
+        np.testing.assert_allclose(found[:num_rows], expected[:num_rows], rtol=1e-5, atol=1e-5)
+    expected = grouped._rows_by_rows_in_blocks(other, rows, sizes)
+    found = grouped.rows_by_rows_in_tiles(other, rows, sizes, interpret=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_scores_and_choices(normalize):
     logits = jnp.array([[[0.0, 2.0, 1.0, -1.0]]])
