@@ -21,7 +21,7 @@ from qwen_dist.models.layers import at_least_float32
 # by how many rows a group may have on average.
 LARGE_BLOCK, SMALL_BLOCKS = 64, {1: 0.25, 8: 4, 16: math.inf}
 # Rows, and elements in and out, of a tile of the kernel.
-ROWS_OF_TILE, TILE = 128, 1024
+ROWS_OF_TILE, TILE, LANES = 128, 1024, 128
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -44,7 +44,9 @@ def _backward(_dtype, operands, gradient_RO):  # type: ignore[no-untyped-def]
     gradient_RO = gradient_RO.astype(rows_RC.dtype)
     of_rows = _rows_by_weights(gradient_RO, weights_EOC, sizes_E, 1, rows_RC.dtype)
     forms = {"cpu": _rows_by_rows_in_blocks, "default": _rows_by_rows_ragged}
-    of_weights = jax.lax.platform_dependent(gradient_RO, rows_RC, sizes_E, **_on_tpu(forms, rows_RC, rows_by_rows_in_tiles))
+    of_weights = jax.lax.platform_dependent(
+        gradient_RO, rows_RC, sizes_E, **_on_tpu(forms, weights_EOC, rows_by_rows_in_tiles)
+    )
     has_group_R1 = jnp.arange(len(rows_RC))[:, None] < sizes_E.sum()
     return jnp.where(has_group_R1, of_rows, 0), of_weights, np.zeros(sizes_E.shape, jax.dtypes.float0)
 
@@ -55,14 +57,16 @@ grouped_product.defvjp(_forward, _backward)
 def _rows_by_weights(x_RI: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Array, dim: int, dtype: DTypeLike) -> jax.Array:
     """Each row times its weight, summing over the weight's dimension `dim`."""
     forms = {"cpu": _in_blocks, "default": _ragged}
-    chosen = _on_tpu(forms, x_RI, rows_by_weights_in_tiles)
+    chosen = _on_tpu(forms, weights_EOC, rows_by_weights_in_tiles)
     given = {name: functools.partial(form, dim=dim, dtype=jnp.dtype(dtype)) for name, form in chosen.items()}
     return jax.lax.platform_dependent(x_RI, weights_EOC, sizes_E, **given)
 
 
-def _on_tpu(forms: dict[str, Any], rows: jax.Array, in_tiles: Any) -> dict[str, Any]:
-    """The kernel besides, for 16-bit floats: it would round wider ones."""
-    return forms | {"tpu": in_tiles} if rows.dtype.itemsize == 2 else forms
+def _on_tpu(forms: dict[str, Any], weights_EOC: jax.Array, in_tiles: Any) -> dict[str, Any]:
+    """The kernel besides, for 16-bit floats (it would round wider ones) that fill its lanes (or they would be copied)."""
+    _, num_out, num_in = weights_EOC.shape
+    has_kernel = weights_EOC.dtype.itemsize == 2 and num_out % LANES == num_in % LANES == 0
+    return forms | {"tpu": in_tiles} if has_kernel else forms
 
 
 # --- TPU ---

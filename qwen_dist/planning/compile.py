@@ -39,6 +39,7 @@ from qwen_dist.train.step import Trainer
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _SHAPE = re.compile(r"\b(pred|[a-z]+?(\d+)\w*)\[([\d,]*)\]")
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\}|mesh\[(.*?)\] \{(.*?)\})")
+_CHAIN = re.compile(r"channel_id=(\d+).*chain_id=\"(\d+)\"")
 _COLLECTIVE = re.compile(rf"= (\([^()]*(?:\([^()]*\)[^()]*)*\)|\S+) ({'|'.join(COLLECTIVES)})(-start)?\(")
 
 
@@ -194,19 +195,19 @@ def collectives(text: str) -> Iterator[Result]:
     """Every collective in a compiled program's text.
 
     The TPU's compiler writes a reduce-scatter as a computation of that name, in which a sum is cut, and a collective that
-    goes on beside several computations once in each of them, over the same channel.
+    goes on beside several computations once in each of them: a chain.
     """
     is_scattered = False
-    channels = set()
+    chains = set()
     for line in text.splitlines():
         if line.endswith("{"):
             is_scattered = line.startswith("%all-reduce-scatter")
         if (match := _COLLECTIVE.search(line)) is None:
             continue
-        if channel := re.search(r"channel_id=(\d+)", line):
-            if channel[1] in channels:
+        if chain := _CHAIN.search(line):
+            if chain.groups() in chains:
                 continue
-            channels.add(channel[1])
+            chains.add(chain.groups())
         result, kind, is_started = match.groups()
         arrays = [
             (math.prod(int(size) for size in dims.split(",") if size), int(bits or 8))

@@ -131,7 +131,8 @@ class Arithmetic:
                 "saved activations": saved,
                 "working set": self._training_set(),
             }
-        seen = self.workload.batch * self.config.vocab_size  # on every device
+        # Which tokens each row has seen, on every device; a TPU changes a copy of it.
+        seen = self.workload.batch * self.config.vocab_size * (2 if self.is_tpu else 1)
         working = self._of_step(phase)._inference_set(self._tokens_of(phase)[1])
         return {"parameters": parameters, "cache": self._cache(), "sampling": seen, "working set": working}
 
@@ -222,7 +223,8 @@ class Arithmetic:
             return (2 * layers + 1) * stream
         if self.workload.remat == "products":
             return layers * (2 * stream + self._products() * WIDE) + stream
-        return layers * (2 * stream + self._of_one_block()) + stream
+        gathered = self._gathered_layers() if self.resolver.mesh.shape["fsdp"] > 1 else 0
+        return layers * (2 * stream + self._of_one_block()) + stream + gathered
 
     def _products(self) -> int:
         """Elements of what a block's weights give."""
@@ -348,11 +350,12 @@ class Arithmetic:
     def _training_collectives(self) -> Iterator[tuple[str, float]]:
         """Weights gathered for each pass, gradients summed and cut again; sums of the stream as in inference, each pass."""
         passes = 3 if self.workload.remat == "blocks" else 2
+        gathers = 1 if self.workload.remat == "none" else 2
         # The backward pass of the experts sends tokens and gradients, each there and back.
         yield "all-to-all", (passes + 1) * self._exchanged(self.workload.context)
         stream = self._local("batch", "length", "embed") * self._width
         gradients = self.local_trained * self._width
-        yield "all-gather", self._others("fsdp") * passes * self._gathered_layers()
+        yield "all-gather", self._others("fsdp") * gathers * self._gathered_layers()
         cut = self.local_trained * self._width * self.resolver.mesh.shape["fsdp"]
         yield "reduce-scatter", self._others("fsdp") * (cut if self.workload.lora else self._gathered_layers())
         sums = self._others("tensor") * passes * (2 * len(self.config.layers) + 1) * stream

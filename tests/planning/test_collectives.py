@@ -17,10 +17,11 @@ TEXT = """
   %agd = bf16[4,16]{1,0} all-gather-done(%ag)
   %rs = f32[10]{0} reduce-scatter(%y), replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4] {'axis_2'}, to_apply=%add
   %q = f8e4m3fn[32]{0} all-gather(%c), replica_groups=mesh['a'=8] {'a':(1)2}, dimensions={0}
-  %a2a = (f32[1,512]{1,0}, /*index=1*/f32[1,512]{1,0}) all-to-all(%c, %d), replica_groups={{0,1}}
+  %a2a = (f32[1,512]{1,0}, /*index=1*/f32[1,512]{1,0}) all-to-all(%c, %d), channel_id=1, replica_groups={{0,1}}
+  %next = f32[512]{0} all-to-all(%e), channel_id=1, replica_groups={{0,1}}
   ROOT %cp = (f32[16,8]{0}, f32[16,8]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%y), pairs
-  %ag1 = bf16[4,16]{1,0} all-gather(%a), channel_id=7, replica_groups={{0,1}}, dimensions={1}
-  %ag2 = bf16[4,16]{1,0} all-gather(%b), channel_id=7, replica_groups={{0,1}}, dimensions={1}
+  %ag1 = bf16[4,16]{1,0} all-gather(%a), channel_id=7, replica_groups={{0,1}}, dimensions={1}, attributes={chain_id="0"}
+  %ag2 = bf16[4,16]{1,0} all-gather(%b), channel_id=7, replica_groups={{0,1}}, dimensions={1}, attributes={chain_id="0"}
   %name = f32[2]{0} fusion(%all-reduce.5), calls=%all-gather.clone
 }
 
@@ -36,7 +37,7 @@ def test_collectives_of_a_compiled_text():
         "all-gather": (3, 64 * 2 * 7 / 8 + 32 / 2 + 64 * 2 / 2),
         "all-reduce": (1, (4 * 4 + 128 * 2) * 2 * 3 / 4),
         "reduce-scatter": (2, 40 * 3 + 4096 * 1024 * 4 * 7 / 8),
-        "all-to-all": (1, 1024 * 4 / 2),
+        "all-to-all": (2, 1024 * 4 / 2 + 512 * 4 / 2),
         "collective-permute": (1, 128 * 4),
     }
 
@@ -84,17 +85,22 @@ def test_training_over_fsdp_gathers_weights_and_nothing_larger():
 def test_training_over_fsdp_on_tpus_scatters_gradients():
     """All of a gradient is on no device: the sum of every matrix is a reduce-scatter, and other sums are small.
 
-    But for the embedding's, to which every device adds its part of all tokens' gradients: they are what travels.
+    Weights of a block are gathered when it runs and again when it runs backward, not once for good. Of the embedding what
+    tokens find travels, and the gradient of that.
     """
     pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: pip install libtpu")
     found = list(collectives(text("v5e:2x4", "fsdp=8", ONE_LAYER, "finetune", "train")))
-    sums = [elements for one in found if one.kind == "all-reduce" for elements, _ in one.arrays]
-    assert max(sums) <= SMALL["hidden_size"]
-    assert sum(len(one.arrays) for one in found if one.kind == "reduce-scatter") == 7 + 1
-    gathered = sorted(elements for one in found if one.kind == "all-gather" for elements, _ in one.arrays)
+
+    def sizes(kind: str) -> list[int]:
+        return sorted(elements for one in found if one.kind == kind for elements, _ in one.arrays)
+
     heads, embed = SMALL["num_attention_heads"] * SMALL["head_dim"], SMALL["hidden_size"]
-    rows = 2 * [heads // 2, heads, SMALL["vocab_size"]] + 3 * [SMALL["intermediate_size"]]
-    assert gathered[-9:] == sorted(each * embed for each in rows)  # each weight once
+    block = sorted(rows * embed for rows in 2 * [heads // 2, heads] + 3 * [SMALL["intermediate_size"]])
+    head = SMALL["vocab_size"] * embed
+    assert max(sizes("all-reduce")) <= embed
+    assert sizes("reduce-scatter") == [*(size // 8 for size in block), head // 8]
+    assert [size for size in sizes("all-gather") if size >= block[0]] == [*sorted(2 * block), head]
+    assert sizes("all-to-all") == 2 * [8 * 256 * embed // 8]
 
 
 @pytest.mark.slow
