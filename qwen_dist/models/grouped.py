@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from qwen_dist.models.layers import at_least_float32
+from qwen_dist.models.layers import at_least_float32, weight_first
 
 # Rows multiplied at a time on a CPU, where a product takes as long for eight rows as for two; the small blocks are followed
 # by how many rows a group may have on average.
@@ -169,9 +169,7 @@ def _by_weight(x_RI: jax.Array, weight_OC: jax.Array, dim: int) -> jax.Array:
         return jax.lax.dot_general(x_RI, weight_OC, (((1,), (0,)), ((), ())), preferred_element_type=wide)
     if x_RI.dtype.itemsize == 2 and len(x_RI) < 32:
         return jax.lax.dot_general(x_RI, weight_OC, (((1,), (1,)), ((), ())), preferred_element_type=wide)
-    weight_first = jax.lax.dot_general(weight_OC, x_RI, (((1,), (1,)), ((), ())), preferred_element_type=wide)
-    # Without the barrier XLA would swap the two again, to save the transposition.
-    return jax.lax.optimization_barrier(weight_first).T
+    return weight_first(x_RI, weight_OC)
 
 
 def _rows_by_rows_in_blocks(left_RO: jax.Array, right_RC: jax.Array, sizes_E: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -44,7 +45,27 @@ def contract(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return _dot(x, weight, x.ndim - 1, 1)
+    rows_first = functools.partial(_dot, x_dim=x.ndim - 1, y_dim=1)
+    on_cpu = weight_first if _is_weight_first(x, weight) else rows_first
+    return jax.lax.platform_dependent(x, weight, cpu=on_cpu, default=rows_first)
+
+
+def weight_first(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """`contract` as the weight times the rows, transposed: on XLA's CPU backend faster for few rows.
+
+    The operand that comes second is packed anew for each product, so that had better be the smaller one.
+    """
+    product = _dot(weight, x, 1, x.ndim - 1)
+    # Without the barrier XLA would swap the two again, to save the transposition.
+    return jnp.moveaxis(jax.lax.optimization_barrier(product), 0, -1)
+
+
+def _is_weight_first(x: jax.Array, weight: jax.Array) -> bool:
+    """As measured on the shapes of a 0.5B model. Of 16-bit floats that backend multiplies 16 rows at a time, or pads."""
+    num_rows = x.size // x.shape[-1]
+    if x.dtype.itemsize >= 4:
+        return 2 <= num_rows <= 64
+    return num_rows in (16, 32, 64) or (num_rows < 16 and weight.shape[0] < weight.shape[1])
 
 
 def _product_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
