@@ -1,11 +1,13 @@
 """A file of prompts of mixed lengths: this project's engine beside transformers' `generate` (PyTorch); one table.
 
     python benchmarks/batch.py --model CHECKPOINT_DIR [--prompts 200] [--dtype bfloat16] [--max-new-tokens 128]
+        [--systems qwen_dist,transformers,continuous]
 
 Each system answers the same prompts greedily in a process of its own, after answering a few to warm up. transformers has
-them sorted by length, in left-padded batches of 32; a batch lasts as long as its longest answer. Tokens count up to each
-answer's end. "busy" is the share of this project's wall time in which the host has nothing to do but wait for a step: the
-devices compute all that time, and more, because they have the next step already while the host works.
+them sorted by length, in left-padded batches of 32; a batch lasts as long as its longest answer. "continuous", if asked
+for, is transformers' continuous batching as it is by default. Tokens count up to each answer's end. "busy" is the share of
+this project's wall time in which the host has nothing to do but wait for a step: the devices compute all that time, and
+more, because they have the next step already while the host works.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-SYSTEMS = ("qwen_dist", "transformers")
+SYSTEMS = ("qwen_dist", "transformers", "continuous")
 TASKS = (
     "What is {a} plus {b}? Answer with the number only.",
     "Is {a} a prime number? Answer yes or no.",
@@ -44,7 +47,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--max-batch-size", type=int, default=96, help="of this project")
-    parser.add_argument("--systems", default=",".join(SYSTEMS))
+    parser.add_argument("--systems", default=",".join(SYSTEMS[:2]), help=f"of {', '.join(SYSTEMS)}, separated by commas")
     parser.add_argument("--worker", metavar="SYSTEM", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -144,26 +147,58 @@ def answer_with_transformers(options: argparse.Namespace) -> dict[str, float]:
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model, padding_side="left")
     model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
-    ends = set(model.generation_config.eos_token_id)
 
     def answer(texts: list[str]) -> tuple[int, int]:
-        chats = [
-            tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
-            for text in texts
-        ]
-        chats.sort(key=lambda chat: -len(tokenizer(chat)["input_ids"]))
-        read = written = 0
+        chats = sorted(chat_ids(tokenizer, texts), key=len, reverse=True)
+        written = 0
         for start in range(0, len(chats), 32):
-            batch = tokenizer(chats[start : start + 32], return_tensors="pt", padding=True)
+            batch = tokenizer.pad({"input_ids": chats[start : start + 32]}, return_tensors="pt")
             out = model.generate(**batch, do_sample=False, repetition_penalty=1.0, max_new_tokens=options.max_new_tokens)
-            read += int(batch["attention_mask"].sum())
-            for row in out[:, batch["input_ids"].shape[1] :].tolist():
-                written += next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
-        return read, written
+            answers = out[:, batch["input_ids"].shape[1] :].tolist()
+            written += sum(until_end(row, model.generation_config.eos_token_id) for row in answers)
+        return sum(map(len, chats)), written
 
+    return timed_answers(answer, options.prompts)
+
+
+def answer_with_continuous_batching(options: argparse.Namespace) -> dict[str, float]:
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
+    model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
+    ends = model.generation_config.eos_token_id
+    greedy = transformers.GenerationConfig(
+        do_sample=False,
+        max_new_tokens=options.max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=model.generation_config.pad_token_id,
+    )
+
+    def answer(texts: list[str]) -> tuple[int, int]:
+        chats = chat_ids(tokenizer, texts)
+        answers = model.generate_batch(chats, generation_config=greedy).values()
+        assert not any(answer.error for answer in answers) and len(answers) == len(chats)
+        return sum(map(len, chats)), sum(until_end(answer.generated_tokens, ends) for answer in answers)
+
+    return timed_answers(answer, options.prompts)
+
+
+def chat_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    return [tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in chats]
+
+
+def until_end(tokens: list[int], ends: list[int]) -> int:
+    """How many tokens an answer has, its end included."""
+    return next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))
+
+
+def timed_answers(answer: Callable[[list[str]], tuple[int, int]], number: int) -> dict[str, float]:
+    """What it takes to answer so many questions, after a few to warm up; `answer` says how much it has read and written."""
     answer(questions(4))
     start = time.perf_counter()
-    read, written = answer(questions(options.prompts))
+    read, written = answer(questions(number))
     return {
         "seconds": time.perf_counter() - start,
         "tokens read": read,
@@ -172,19 +207,21 @@ def answer_with_transformers(options: argparse.Namespace) -> dict[str, float]:
     }
 
 
-SYSTEM = {"qwen_dist": answer_with_qwen_dist, "transformers": answer_with_transformers}
+ANSWERS = (answer_with_qwen_dist, answer_with_transformers, answer_with_continuous_batching)
+SYSTEM = dict(zip(SYSTEMS, ANSWERS, strict=True))
 
 
 def print_table(options: argparse.Namespace, measured: dict[str, dict[str, float]]) -> None:
     packages = ("jax", "flax", "torch", "transformers")
     print(f"{platform.machine()}, {os.cpu_count()} cores; {', '.join(f'{name} {version(name)}' for name in packages)}")
     print(f"{options.prompts} prompts, {options.dtype}, at most {options.max_new_tokens} tokens each")
+    speeds = {system: result["tokens written"] / result["seconds"] for system, result in measured.items()}
     for system, result in measured.items():
-        speed = result["tokens written"] / result["seconds"]
-        print(f"{system:14}{speed:8.1f} tokens/s written; " + ", ".join(f"{k} {v:.4g}" for k, v in result.items()))
-    if len(measured) == len(SYSTEMS):
-        ours, theirs = (measured[system]["tokens written"] / measured[system]["seconds"] for system in SYSTEMS)
-        print(f"ratio {ours / theirs:.2f}×")
+        print(f"{system:14}{speeds[system]:8.1f} tokens/s written; " + ", ".join(f"{k} {v:.4g}" for k, v in result.items()))
+    ours = speeds.pop(SYSTEMS[0], None)
+    for other, speed in speeds.items():
+        if ours is not None:
+            print(f"{SYSTEMS[0]} is {ours / speed:.2f}× as fast as {other}")
 
 
 if __name__ == "__main__":
