@@ -9,12 +9,12 @@ import time
 
 import pytest
 
-COUNT = 60
+COUNT = 120
 
 
 @pytest.fixture(scope="module")
 def command(tiny_directory, tmp_path_factory):
-    """A function (output) -> the command line; 60 records of different lengths, two of them errors."""
+    """A function (output) -> the command line; COUNT records of different lengths, two of them errors."""
     directory = tiny_directory("qwen3", num_hidden_layers=1, num_attention_heads=8, head_dim=10)
     input = tmp_path_factory.mktemp("killed") / "in.jsonl"
     lines = [{"id": n, "prompt": "the fox " * (n % 7), "max_new_tokens": 5 + 23 * (n % 5)} for n in range(COUNT)]
@@ -52,19 +52,24 @@ def wait_for(path, size: int, process) -> None:
 def test_killed_at_random_moments(command, undisturbed, tmp_path, kills):
     output, rng = tmp_path / "out.jsonl", random.Random(kills)
     size = sum(len(line.encode()) + 1 for line in undisturbed)
+    num_running, written = 0, []
     for kill in range(kills):
         process = subprocess.Popen(command(output), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         wait_for(output, rng.randrange(size * kill // kills, size * (kill + 1) // kills), process)
         time.sleep(rng.random() * 0.01)
+        num_running += process.poll() is None
         process.kill()
         process.communicate()
+        written.append(output.read_bytes().count(b"\n") if output.exists() else 0)
     done = subprocess.run(command(output), check=True, capture_output=True, text=True)
     assert sorted(output.read_text().splitlines()) == undisturbed
     counts = json.loads(done.stdout)
     assert counts["num_before"] + counts["num_answered"] + counts["num_errors"] == COUNT
     print(
-        f"{kills} times killed: {COUNT} records, each once and as undisturbed; {counts['num_before']} before the last run"
+        f"{kills} times killed, {num_running} of them while running, with so many records written: {written}; "
+        f"{COUNT} records, each once and as undisturbed"
     )
+    assert num_running >= kills - 1 and len(set(written)) > kills // 2
 
 
 def test_ctrl_c_finishes_what_has_begun_and_twice_ends_at_once(command, undisturbed, tmp_path):
