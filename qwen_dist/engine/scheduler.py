@@ -136,7 +136,7 @@ class Scheduler:
         self._page_size, self._block_size, self._group = page_size, block_size, group
         self._num_blocks, self._num_steps = num_blocks, num_steps
         # Few sizes, because each is a program to compile; but one prompt that somebody waits for is padded to little.
-        self._piece_sizes = sorted({max(1, num_blocks >> halvings) for halvings in range(4 if num_rows == 1 else 2)})
+        self._piece_sizes = sorted({max(1, num_blocks >> halvings) for halvings in range(4 if num_rows == 1 else 3)})
         self._max_sequence_pages = self._pages_for(max_length)
         self._waiting: list[tuple[int, int, Sequence]] = []
         self._arrivals = itertools.count()

@@ -11,6 +11,7 @@ from qwen_dist.models import cache as kv_cache
 from qwen_dist.models.layers import at_least_float32
 
 
+@functools.partial(jax.jit, static_argnames="sliding_window")  # traced once for all layers that are alike
 def attend_pages(
     q_BTNH: jax.Array,
     cache: kv_cache.LayerCache,
