@@ -98,11 +98,13 @@ def answer_with_qwen_dist(options: argparse.Namespace) -> dict[str, float]:
         return [Request(index, tuple(chat), params) for index, chat in enumerate(chats)]
 
     everything = requests(options.prompts, params)
-    # The longest prompts fill the cache, and answers of all lengths let every number of rows occur: all programs are there.
+    # The longest prompts fill the cache, and answers of all lengths let every number of rows occur; then one prompt alone,
+    # of as many lengths as there are sizes of pieces: all programs are there.
     longest = sorted(everything, key=lambda request: -len(request.prompt))[: options.max_batch_size]
     limits = [params.override({"max_new_tokens": 2 + index // 2}) for index in range(len(longest))]
     list(engine.run(dataclasses.replace(request, params=few) for request, few in zip(longest, limits, strict=True)))
-    list(engine.run([dataclasses.replace(longest[-1], params=limits[-1])]))  # and one alone
+    for length in (512, 256, 128):
+        list(engine.run([Request(length, (longest[0].prompt * 9)[:length], limits[0])]))
     planned, waited = [], []
     timed(engine._scheduler, "plan", planned)
     timed(jax, "device_get", waited)
