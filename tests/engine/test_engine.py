@@ -16,7 +16,7 @@ from qwen_dist.engine.runner import RuleTable, Runner
 from qwen_dist.engine.scheduler import Piece, Scheduler
 from qwen_dist.errors import UserError
 from qwen_dist.mesh import MeshConfig, make_mesh
-from qwen_dist.models.cache import CACHE_AXES, PAGE, page_bytes
+from qwen_dist.models.cache import CACHE_AXES, PAGE, VISITS, page_bytes
 from qwen_dist.sharding import INFERENCE, Resolver
 from qwen_dist.tokenizer import Tokenizer
 
@@ -183,7 +183,8 @@ def test_rows_that_give_their_pages_back_are_answered_all_the_same(model, tokeni
 def test_the_state_is_used_up_and_stays_where_the_rules_say(model):
     loaded = model("data=2,fsdp=2,tensor=2")
     runner, rules = Runner(loaded, num_rows=2), RuleTable(2)
-    plans = Scheduler(num_rows=2, page_size=PAGE, block_size=BLOCK, max_pages=8, max_length=PAGE, parts=2)
+    sizes = {"page_size": PAGE, "block_size": BLOCK, "max_pages": 8, "max_length": PAGE, "group": VISITS}
+    plans = Scheduler(num_rows=2, parts=2, **sizes)
     plans.add(Request(0, PROMPTS[1], GREEDY), end=PAGE - 1)
     piece = plans.plan(can_preempt=True)
     assert isinstance(piece, Piece)
