@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from qwen_dist.models import cache as kv_cache
 from qwen_dist.models.capture import scope, tap
 from qwen_dist.models.config import LayerConfig, ModelConfig
-from qwen_dist.models.layers import Linear, RMSNorm, at_least_float32
+from qwen_dist.models.layers import Linear, RMSNorm, at_least_float32, product
 from qwen_dist.models.paged_attention import attend_pages
 from qwen_dist.models.rope import rotate
 from qwen_dist.models.splash_attention import attend_tiles
@@ -136,16 +136,17 @@ def _attend_block(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visib
     wide = at_least_float32(q_BTNH.dtype)
     # All of a key head's queries are rows of one matrix: [B, K] products of [T·G, H] and [S, H].
     q_BKRH = q_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B, K, T * N // K, H)
-    batch = ((0, 1), (0, 1))
-    scores_BKRS = jax.lax.dot_general(q_BKRH, k_BKSH, (((3,), (3,)), batch), preferred_element_type=wide)
+    scores_BKRS = product(q_BKRH, k_BKSH)
     scores_BKTGS = scores_BKRS.reshape(B, K, T, N // K, S) * H**-0.5
     # A finite number, so that a row which sees nothing (padding) stays finite.
     scores_BKTGS = jnp.where(visible_BTS[:, None, :, None], scores_BKTGS, jnp.finfo(wide).min)
-    weights_BKTGS = jnp.exp(scores_BKTGS - scores_BKTGS.max(axis=-1, keepdims=True))
+    # Any number would do in place of the largest, so there is no gradient through it.
+    largest_BKTG1 = jax.lax.stop_gradient(scores_BKTGS.max(axis=-1, keepdims=True))
+    weights_BKTGS = jnp.exp(scores_BKTGS - largest_BKTG1)
     total_BKTG1 = weights_BKTGS.sum(axis=-1, keepdims=True)
     tap("weights", (weights_BKTGS / total_BKTG1).swapaxes(2, 3).reshape(B, N, T, S))
     # Dividing after the product touches H numbers a row instead of S.
     weights_BKRS = weights_BKTGS.astype(v_BKSH.dtype).reshape(scores_BKRS.shape)
-    mixed_BKRH = jax.lax.dot_general(weights_BKRS, v_BKSH, (((3,), (2,)), batch), preferred_element_type=wide)
+    mixed_BKRH = product(weights_BKRS, v_BKSH.swapaxes(2, 3))
     mixed_BKTGH = mixed_BKRH.reshape(B, K, T, N // K, H) / total_BKTG1
     return mixed_BKTGH.swapaxes(1, 2).reshape(B, T, N, H).astype(q_BTNH.dtype)

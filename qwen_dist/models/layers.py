@@ -40,14 +40,15 @@ def contract(x: jax.Array, weight: jax.Array) -> jax.Array:
     if x.size == x.shape[-1] and x.dtype.itemsize < 4:
         two_rows = jnp.concatenate([x, jnp.zeros_like(x)], axis=0)
         return contract(two_rows, weight)[:1]
-    return _product(x, weight)
+    return product(x, weight)
 
 
 @jax.custom_vjp
-def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    rows_first = functools.partial(_dot, x_dim=x.ndim - 1, y_dim=1)
-    on_cpu = weight_first if _is_weight_first(x, weight) else rows_first
-    return jax.lax.platform_dependent(x, weight, cpu=on_cpu, default=rows_first)
+def product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Multiply [*batch, ..., in] with [*batch, out, in], matrix by matrix: [*batch, ..., out] in at least float32."""
+    rows_first = functools.partial(_dot, y_dim=y.ndim - 1)
+    on_cpu = weight_first if _is_weight_first(x, y) else rows_first
+    return jax.lax.platform_dependent(x, y, cpu=on_cpu, default=rows_first)
 
 
 def weight_first(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -55,7 +56,8 @@ def weight_first(x: jax.Array, weight: jax.Array) -> jax.Array:
 
     The operand that comes second is packed anew for each product, so that had better be the smaller one.
     """
-    product = _dot(weight, x, 1, x.ndim - 1)
+    dims = ((1,), (x.ndim - 1,)), ((), ())
+    product = jax.lax.dot_general(weight, x, dims, preferred_element_type=at_least_float32(x.dtype))
     # Without the barrier XLA would swap the two again, to save the transposition.
     return jnp.moveaxis(jax.lax.optimization_barrier(product), 0, -1)
 
@@ -63,41 +65,55 @@ def weight_first(x: jax.Array, weight: jax.Array) -> jax.Array:
 def _is_weight_first(x: jax.Array, weight: jax.Array) -> bool:
     """As measured on the shapes of a 0.5B model. Of 16-bit floats that backend multiplies 16 rows at a time, or pads."""
     num_rows = x.size // x.shape[-1]
+    if weight.ndim > 2:
+        return False
     if x.dtype.itemsize >= 4:
         return 2 <= num_rows <= 64
     return num_rows in (16, 32, 64) or (num_rows < 16 and weight.shape[0] < weight.shape[1])
 
 
-def _product_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product(x, weight), (x, weight)
+def _product_forward(x: jax.Array, y: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return product(x, y), (x, y)
 
 
 def _product_backward(operands: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Products of the operands' own type, as PyTorch's are; by default jax would widen them, at half the speed."""
-    x, weight = operands
+    x, y = operands
     gradient = gradient.astype(x.dtype)
-    by_x, by_weight = _dot(gradient, weight, x.ndim - 1, 0), _sum_over_rows(gradient, x)
-    return by_x.astype(x.dtype), by_weight.astype(weight.dtype)
+    by_x, by_y = _dot(gradient, y, y.ndim - 2), _sum_over_rows(gradient, x, y.ndim - 2)
+    return by_x.astype(x.dtype), by_y.astype(y.dtype)
 
 
-_product.defvjp(_product_forward, _product_backward)
+product.defvjp(_product_forward, _product_backward)
 
 
-def _sum_over_rows(x: jax.Array, y: jax.Array) -> jax.Array:
-    """[..., out] and [..., in]: [out, in] in at least float32, summed over all other dimensions.
+def _dot(x: jax.Array, y: jax.Array, y_dim: int) -> jax.Array:
+    """Sum over the last dimension of x and one of the last two of y, in at least float32; y's others are a batch."""
+    batch = tuple(range(y.ndim - 2))
+    dims = ((x.ndim - 1,), (y_dim,)), (batch, batch)
+    return jax.lax.dot_general(x, y, dims, preferred_element_type=at_least_float32(x.dtype))
 
-    XLA's CPU backend multiplies 16-bit floats fast only when it has the rows in order. Summing over two dimensions makes it
-    put them so; over one it would widen both to float32 and take twice the time.
+
+# Not more columns than a rank or a head has.
+_NARROW = 128
+
+
+def _sum_over_rows(x: jax.Array, y: jax.Array, num_batch: int) -> jax.Array:
+    """[*batch, ..., out] and [*batch, ..., in]: [*batch, out, in] in at least float32, summed over all rows between.
+
+    XLA's CPU backend turns the first operand over, so a narrow one stands there: the gradient of a low-rank matrix, or of
+    the keys, then takes a quarter of the time. And it multiplies 16-bit floats fast only when it has the rows in order.
+    Summing over two dimensions makes it put them so; over one it would widen both to float32 and take twice the time.
     """
-    num_rows = x.size // x.shape[-1]
+    if y.shape[-1] <= _NARROW < x.shape[-1]:
+        # XLA would put the operands back where they were, to save a transposition.
+        return jax.lax.optimization_barrier(_sum_over_rows(y, x, num_batch)).swapaxes(-1, -2)
+    num_rows = math.prod(x.shape[num_batch:-1])
     parts = (2, num_rows // 2) if x.dtype.itemsize < 4 and num_rows % 2 == 0 else (1, num_rows)
-    x, y = x.reshape(*parts, x.shape[-1]), y.reshape(*parts, y.shape[-1])
-    return jax.lax.dot_general(x, y, (((0, 1), (0, 1)), ((), ())), preferred_element_type=at_least_float32(x.dtype))
-
-
-def _dot(x: jax.Array, y: jax.Array, x_dim: int, y_dim: int) -> jax.Array:
-    """Sum over one dimension of each, in at least float32."""
-    return jax.lax.dot_general(x, y, (((x_dim,), (y_dim,)), ((), ())), preferred_element_type=at_least_float32(x.dtype))
+    x, y = (z.reshape(*z.shape[:num_batch], *parts, z.shape[-1]) for z in (x, y))
+    batch, rows = tuple(range(num_batch)), (num_batch, num_batch + 1)
+    dims = (rows, rows), (batch, batch)
+    return jax.lax.dot_general(x, y, dims, preferred_element_type=at_least_float32(x.dtype))
 
 
 class Linear(nnx.Module):
