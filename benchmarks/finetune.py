@@ -95,11 +95,12 @@ def open_qwen_dist(options: argparse.Namespace, method: str, dtype: str, tokens:
     import jax
 
     from qwen_dist.checkpoint.model import load_model
-    from qwen_dist.cli import keep_freed_memory, start_jax
+    from qwen_dist.cli import start_jax
     from qwen_dist.config import LoraOptions, OptimizerOptions
     from qwen_dist.mesh import MeshConfig, make_mesh
     from qwen_dist.sharding import TRAIN, Resolver, disk_shapes
     from qwen_dist.train.batches import Batch
+    from qwen_dist.train.heap import keep_freed_memory
     from qwen_dist.train.lora import new_adapter
     from qwen_dist.train.optim import make_optimizer, make_schedule
     from qwen_dist.train.step import Trainer

@@ -310,23 +310,6 @@ def start_jax(num_cpu_devices: int | None, dtype: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def keep_freed_memory() -> None:
-    """Have the C library keep what is freed instead of giving it back to the system, where it is glibc.
-
-    A training step on a CPU takes gigabytes for its temporaries and frees them; the system would hand out, and clear, every
-    page of them again for each step.
-    """
-    import ctypes
-    import platform
-
-    if platform.libc_ver()[0] == "glibc":
-        trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_TRIM_THRESHOLD, M_MMAP_MAX and M_ARENA_MAX of malloc.h
-        libc = ctypes.CDLL(None)
-        libc.mallopt(arena_max, 1)  # one heap for all threads
-        libc.mallopt(trim_threshold, -1)  # its end is never given back
-        libc.mallopt(mmap_max, 0)  # and nothing is mapped outside it
-
-
 @contextlib.contextmanager
 def _joined(
     options: argparse.Namespace, config: Any, *, groups: int = 1, input: str | None = None, **more: Any
@@ -658,6 +641,8 @@ def _finetune(options: argparse.Namespace, overrides: list[str]) -> int:
     values = _config_values(options, *(key for _, key, *_ in _TRAINING_FLAGS), "overwrite")
     config = load_config(FinetuneConfig, options.config, overrides, values)
     with _joined(options, config) as hosts:
+        from qwen_dist.train.heap import keep_freed_memory
+
         start_jax(options.num_cpu_devices, config.model.dtype)
         keep_freed_memory()
         hosts.check_devices()

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import pathlib
-import platform
 import signal
 import socket
 import subprocess
@@ -445,34 +444,6 @@ def test_version(run):
     import qwen_dist
 
     assert run("--version") == (0, f"qwen-dist {qwen_dist.__version__}\n", "")
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is only done with glibc")
-def test_memory_that_training_frees_is_not_cleared_again():
-    program = """
-import ctypes, resource, threading
-from qwen_dist.cli import keep_freed_memory
-
-libc = ctypes.CDLL(None)
-libc.malloc.restype = ctypes.c_void_p
-
-def page_faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    place = ctypes.c_void_p(libc.malloc(ctypes.c_size_t(100_000_000)))
-    libc.memset(place, 1, ctypes.c_size_t(100_000_000))
-    libc.free(place)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-keep_freed_memory()
-page_faults()
-found = []
-thread = threading.Thread(target=lambda: found.append(page_faults()))
-thread.start()
-thread.join()
-print(*found)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 1000, "there are 24,000 pages"
 
 
 # --- every field of the configuration changes something ---

@@ -140,13 +140,34 @@ def _attend_block(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visib
     scores_BKTGS = scores_BKRS.reshape(B, K, T, N // K, S) * H**-0.5
     # A finite number, so that a row which sees nothing (padding) stays finite.
     scores_BKTGS = jnp.where(visible_BTS[:, None, :, None], scores_BKTGS, jnp.finfo(wide).min)
-    # Any number would do in place of the largest, so there is no gradient through it.
-    largest_BKTG1 = jax.lax.stop_gradient(scores_BKTGS.max(axis=-1, keepdims=True))
-    weights_BKTGS = jnp.exp(scores_BKTGS - largest_BKTG1)
-    total_BKTG1 = weights_BKTGS.sum(axis=-1, keepdims=True)
+    narrow_BKTGS, total_BKTG1, weights_BKTGS = _exponentials(scores_BKTGS, v_BKSH.dtype)
     tap("weights", (weights_BKTGS / total_BKTG1).swapaxes(2, 3).reshape(B, N, T, S))
     # Dividing after the product touches H numbers a row instead of S.
-    weights_BKRS = weights_BKTGS.astype(v_BKSH.dtype).reshape(scores_BKRS.shape)
-    mixed_BKRH = product(weights_BKRS, v_BKSH.swapaxes(2, 3))
+    mixed_BKRH = product(narrow_BKTGS.reshape(scores_BKRS.shape), v_BKSH.swapaxes(2, 3))
     mixed_BKTGH = mixed_BKRH.reshape(B, K, T, N // K, H) / total_BKTG1
     return mixed_BKTGH.swapaxes(1, 2).reshape(B, T, N, H).astype(q_BTNH.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _exponentials(scores: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """exp(s - the largest of the row): rounded to `dtype`, its sum over the row, and as it is, which is only looked at.
+
+    Of these the backward pass keeps the first, and there is no gradient through the largest: any number would do.
+    """
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights.astype(dtype), weights.sum(axis=-1, keepdims=True), weights
+
+
+def _exponentials_forward(scores: jax.Array, dtype: DTypeLike) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
+    rounded, total, weights = _exponentials(scores, dtype)
+    return (rounded, total, weights), rounded
+
+
+def _exponentials_backward(
+    dtype: DTypeLike, rounded: jax.Array, gradients: tuple[jax.Array, jax.Array, jax.Array]
+) -> tuple[jax.Array]:
+    by_rounded, by_total, _ = gradients
+    return (rounded.astype(by_total.dtype) * (by_rounded.astype(by_total.dtype) + by_total),)
+
+
+_exponentials.defvjp(_exponentials_forward, _exponentials_backward)

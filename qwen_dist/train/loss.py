@@ -67,7 +67,9 @@ def _forward(
 
     def add(index: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         total, by_x, by_head_VD = sums
-        loss, (by_block, more_by_head_VD) = gradient(x[index], head_VD, targets[index], weights[index])
+        # The barrier ties the head to this turn of the loop: XLA would turn a copy of it over in front of it.
+        head, index = jax.lax.optimization_barrier((head_VD, index))
+        loss, (by_block, more_by_head_VD) = gradient(x[index], head, targets[index], weights[index])
         return total + loss, by_x.at[index].set(by_block), by_head_VD + more_by_head_VD.astype(by_head_VD.dtype)
 
     zeros = jnp.zeros((), weights.dtype), jnp.zeros_like(x), jnp.zeros(head_VD.shape, weights.dtype)

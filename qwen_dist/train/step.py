@@ -17,6 +17,7 @@ from qwen_dist.models.layers import at_least_float32
 from qwen_dist.models.moe import load_balancing_loss
 from qwen_dist.sharding import bind, resolving
 from qwen_dist.train.batches import Batch
+from qwen_dist.train.heap import join_crumbs
 from qwen_dist.train.loss import next_token_loss
 from qwen_dist.train.optim import Schedule, clip
 
@@ -63,7 +64,7 @@ class Trainer:
         remat: str = "none",
         clip_norm: float = 0.0,
     ):
-        """Takes over the trained parameters of the model, whose arrays are used up by the first step.
+        """Takes over the trained parameters of the model, whose arrays are used up by `start`.
 
         Args:
           model: parameters in the types in which they are kept; abstract ones serve to `lower` a step.
@@ -85,7 +86,8 @@ class Trainer:
     def start(self) -> State:
         """The state before the first step."""
         optimizer = jax.jit(self._optimizer.init, out_shardings=self._shardings.optimizer)(self._initial)
-        return State(self._initial, optimizer, self._resolver.replicate(np.zeros((), np.int32)))
+        parameters = {name: _owned(value) for name, value in self._initial.items()}
+        return State(parameters, optimizer, self._resolver.replicate(np.zeros((), np.int32)))
 
     def abstract_state(self) -> State:
         """Shapes, types and shardings of `start`'s result."""
@@ -97,6 +99,7 @@ class Trainer:
 
     def step(self, state: State, parts: Iterable[Batch]) -> tuple[State, Metrics]:
         """One step with the gradient of all parts of a batch, which are alike in shape; `state` is used up."""
+        join_crumbs()
         return self._step(state, self._frozen, tuple(self._place(part) for part in parts))
 
     def evaluate(self, state: State, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -187,3 +190,13 @@ class Trainer:
                 is_real_BT = batch.positions >= 0
                 aux_loss = moe.aux_loss_coef * load_balancing_loss(router_logits, moe.experts_per_token, is_real_BT)
         return loss, batch.is_learnt.sum(), aux_loss
+
+
+def _owned(value: jax.Array) -> jax.Array:
+    """The array in memory of jax's own, in place of the given one.
+
+    What the loader has put beside a CPU's processors cannot be changed in place: the first step would hold it all twice.
+    """
+    copy = jnp.copy(value)
+    value.delete()
+    return copy

@@ -244,8 +244,8 @@ MUTATIONS = [
     _mutation(
         "gate and up swapped",
         "models.mlp:MLP.__call__",
-        "silu(gate_BTF) * up_BTF",
-        "silu(up_BTF) * gate_BTF",
+        "gated(gate_BTF, up_BTF)",
+        "gated(up_BTF, gate_BTF)",
         named="layers.0.mlp.down_proj",
     ),
     _mutation(
@@ -353,8 +353,8 @@ MUTATIONS = [
     _mutation(
         "no gradient through the gate",
         "models.mlp:MLP.__call__",
-        "silu(gate_BTF)",
-        "jax.lax.stop_gradient(silu(gate_BTF))",
+        "gated(gate_BTF, up_BTF)",
+        "gated(jax.lax.stop_gradient(gate_BTF), up_BTF)",
         named="layers.1.mlp.gate_proj.weight",
     ),
 ]

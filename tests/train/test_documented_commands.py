@@ -1,8 +1,10 @@
-"""The commands of docs/finetune.md do what the page says, on a small model."""
+"""The commands of docs/finetune.md do what the page says, on a small model; those that take long are only looked at."""
 
 import pathlib
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -12,6 +14,10 @@ ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "finetune.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("qwen-dist ")]
+LAUNCHED = [line for block in BLOCKS for line in block.splitlines() if line.startswith("launch/")]
+# Of benchmarks, what is said of training here and on the page of all of them.
+SPEED = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+MEASURED = re.findall(r"benchmarks/\w+\.py[^`#\n:]*", PAGE) + re.findall(r"benchmarks/finetune\.py[^`#\n:]*", SPEED)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +47,39 @@ def test_every_command_runs_in_the_order_of_the_page(place, monkeypatch, capsys)
     assert (place / "merged" / "model.safetensors").is_file()
     assert any("--show-data" in command and "to be learnt" in text for command, text in said.items())
     assert any("--dry-run" in command and "parameters are trained" in text for command, text in said.items())
+
+
+@pytest.mark.parametrize("command", LAUNCHED)
+def test_what_is_launched_is_a_command(command, place, monkeypatch, capsys):
+    """The launcher would start as many processes as it is told, with a command that one process takes as well."""
+    launcher, arguments = (shlex.split(part) for part in command.split(" -- "))
+    process = [ROOT / launcher[0], *launcher[1:], "--dry-run", "--", *arguments]
+    lines = subprocess.run(process, check=True, capture_output=True, text=True, cwd=place).stdout.splitlines()
+    assert len(lines) == int(launcher[launcher.index("--processes") + 1])
+    assert all(f"qwen-dist {shlex.join(arguments)} " in line for line in lines)
+    monkeypatch.chdir(place)
+    elsewhere = ["--output", "elsewhere", "--config.data.max_length=64", "--dry-run"]
+    assert main([*arguments, *elsewhere]) == 0
+    assert "parameters are trained" in capsys.readouterr().out
+
+
+def test_benchmarks_know_the_flags_that_are_named():
+    assert len(MEASURED) >= 3
+    known = {}
+    for command in MEASURED:
+        script, *arguments = shlex.split(command)
+        if script not in known:
+            asked = [sys.executable, ROOT / script, "--help"]
+            known[script] = subprocess.run(asked, check=True, capture_output=True, text=True).stdout
+        assert all(f"{flag} " in known[script] for flag in arguments if flag.startswith("--")), command
+
+
+def test_tests_that_are_named_exist():
+    named = re.findall(r"`pytest [^`]*?(tests/\S+?)(?: -k (\w+))?`", PAGE)
+    assert len(named) >= 2
+    for path, word in named:
+        files = [ROOT / path] if path.endswith(".py") else sorted((ROOT / path).glob("test_*.py"))
+        assert any(re.search(rf"def test_\w*{word}", file.read_text(encoding="utf-8")) for file in files), path
 
 
 def test_every_option_that_the_page_names_exists():

@@ -6,8 +6,9 @@ import pathlib
 import typing
 
 import pytest
+from short_run import short_run
 
-from qwen_dist.config import FinetuneConfig, bind
+from qwen_dist.config import FinetuneConfig
 from qwen_dist.errors import UserError
 from qwen_dist.train.batches import training_batches
 from qwen_dist.train.run import finetune, prepare, set_up_abstract
@@ -38,27 +39,8 @@ def files(chats, tiny_directory, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(model, chats):
-    """A function (output, **changes) -> configuration; `{files}` in a value is the directory of other data."""
-
-    def base(output, changes) -> FinetuneConfig:
-        values = {
-            "model": {"path": str(model), "dtype": "bfloat16"},
-            "data": {"files": (str(chats),), "max_length": 64},
-            "lora": {"rank": 4},
-            "output": str(output),
-            "mesh": "data=1",
-            "batch_size": 4,
-            "steps": 4,
-        }
-        for key, value in changes.items():
-            *groups, name = key.split(".")
-            place = values
-            for group in groups:
-                place = place.setdefault(group, {})
-            place[name] = value
-        return bind(FinetuneConfig, values)
-
-    return base
+    """A function (output, changes) -> configuration; `{files}` in a value is the directory of other data."""
+    return lambda output, changes: short_run(model, chats, output, {"model.dtype": "bfloat16", **changes})
 
 
 def leaves(cls, prefix="") -> list[str]:

@@ -17,9 +17,10 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
+from short_run import short_run
 
 from qwen_dist.cli import main
-from qwen_dist.config import FinetuneConfig, bind
+from qwen_dist.config import FinetuneConfig
 from qwen_dist.errors import UserError
 from qwen_dist.train.run import finetune, prepare
 
@@ -34,27 +35,12 @@ def model(tiny_directory):
 
 @pytest.fixture(scope="module")
 def config(model, chats):
-    """A function (output, **changes) -> configuration of a short run; a change's key may have dots."""
+    """A function (output, **changes) -> configuration of a short run; `__` in a change's key is a dot."""
+    usual = {"model.dtype": "float32", "optimizer.learning_rate": 3e-3, "steps": STEPS, "save_every": 2}
 
     def config(output, **changes) -> FinetuneConfig:
-        values = {
-            "model": {"path": str(model), "dtype": "float32"},
-            "data": {"files": (str(chats),), "max_length": 64},
-            "optimizer": {"learning_rate": 3e-3},
-            "lora": {"rank": 4},
-            "output": str(output),
-            "mesh": "data=1",
-            "batch_size": 4,
-            "steps": STEPS,
-            "save_every": 2,
-        }
-        for key, value in changes.items():
-            *groups, name = key.split("__")
-            place = values
-            for group in groups:
-                place = place.setdefault(group, {})
-            place[name] = value
-        return bind(FinetuneConfig, values)
+        named = {key.replace("__", "."): value for key, value in changes.items()}
+        return short_run(model, chats, output, usual | named)
 
     return config
 
@@ -122,7 +108,7 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(whole, config, tmp_
 
 
 def killed_at_random(config, times: int, rng) -> list[tuple[int, int]]:
-    """Starts the run in a process `times` times and kills each at a random moment.
+    """Starts the run in a process `times` times and kills each at a random moment, the first early and the last late.
 
     Returns the step after which each went on, and the one that it was seen to do last.
     """
@@ -134,14 +120,16 @@ config = bind(FinetuneConfig, json.loads({json.dumps(dataclasses.asdict(config))
 finetune(prepare(config), watch=lambda progress: print(progress.step, flush=True))
 """
     killed = []
-    for _ in range(times):
+    for number in range(times):
+        last = (number + rng.random()) / times * 0.95 * config.steps
         process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-        first = process.stdout.readline()
-        # A step takes some 10 ms, a save more: somewhere in these.
-        time.sleep(rng.uniform(0, 0.5))
+        steps = [int(process.stdout.readline())]
+        while steps[-1] < last:
+            steps.append(int(process.stdout.readline()))
+        time.sleep(rng.uniform(0, 0.05))  # a step takes some 10 ms, a save more: somewhere in these
         process.kill()
-        steps = (first + process.communicate()[0]).split()
-        killed.append((int(steps[0]) - 1, int(steps[-1])))
+        steps += map(int, process.communicate()[0].split())
+        killed.append((steps[0] - 1, steps[-1]))
     return killed
 
 
