@@ -31,7 +31,7 @@ def one_step(directory, mesh=""):
         return float(metrics.loss), plain, state.optimizer[0], state.parameters, batch
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen2_moe", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 def test_without_load_balancing_it_is_the_step_of_transformers(tiny_checkpoint, family):
     directory = tiny_checkpoint(family, num_hidden_layers=2, router_aux_loss_coef=0.0)
     wanted = torch_steps(load_torch(directory, "float64"), made_examples().examples, **TORCH)
@@ -58,7 +58,7 @@ ONE_LAYER = {"num_hidden_layers": 1, "decoder_sparse_step": 1, "router_aux_loss_
 STACKS = {"both": ["experts.gate_up_proj", "experts.down_proj"], "down": ["experts.down_proj"]}
 
 
-@pytest.fixture(scope="module", params=STACKS)
+@pytest.fixture(scope="module", params=["both", pytest.param("down", marks=pytest.mark.slow)])
 def adapted(request, tiny_checkpoint, tmp_path_factory):
     """A mixture, an adapter of its attention and experts that peft wrote, and what a step makes of that."""
     directory = tiny_checkpoint("qwen3_moe", **ONE_LAYER)
