@@ -47,8 +47,9 @@ def contract(x: jax.Array, weight: jax.Array) -> jax.Array:
 def product(x: jax.Array, y: jax.Array) -> jax.Array:
     """Multiply [*batch, ..., in] with [*batch, out, in], matrix by matrix: [*batch, ..., out] in at least float32."""
     rows_first = functools.partial(_dot, y_dim=y.ndim - 1)
-    on_cpu = weight_first if _is_weight_first(x, y) else rows_first
-    return jax.lax.platform_dependent(x, y, cpu=on_cpu, default=rows_first)
+    if _is_weight_first(x, y):
+        return jax.lax.platform_dependent(x, y, cpu=weight_first, default=rows_first)
+    return rows_first(x, y)
 
 
 def weight_first(x: jax.Array, weight: jax.Array) -> jax.Array:
