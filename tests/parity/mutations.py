@@ -194,8 +194,8 @@ MUTATIONS = [
     _mutation(
         "softmax in float32 whatever the model",
         ATTEND,
-        "scores_BKTGS - scores_BKTGS.max(axis=-1, keepdims=True)",
-        "(scores_BKTGS - scores_BKTGS.max(axis=-1, keepdims=True)).astype(jnp.float32)",
+        "_exponentials(scores_BKTGS,",
+        "_exponentials(scores_BKTGS.astype(jnp.float32),",
         named=FIRST + "weights",
     ),
     _mutation(
