@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.typing import DTypeLike
 from qwen_dist.models import cache as kv_cache
 from qwen_dist.models.capture import scope, tap
 from qwen_dist.models.config import LayerConfig, ModelConfig
-from qwen_dist.models.layers import Linear, RMSNorm, at_least_float32, product
+from qwen_dist.models.layers import Linear, RMSNorm, at_least_float32, product, sum_over_rows
 from qwen_dist.models.paged_attention import attend_pages
 from qwen_dist.models.rope import rotate
 from qwen_dist.models.splash_attention import attend_tiles
@@ -140,34 +141,38 @@ def _attend_block(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visib
     scores_BKTGS = scores_BKRS.reshape(B, K, T, N // K, S) * H**-0.5
     # A finite number, so that a row which sees nothing (padding) stays finite.
     scores_BKTGS = jnp.where(visible_BTS[:, None, :, None], scores_BKTGS, jnp.finfo(wide).min)
-    narrow_BKTGS, total_BKTG1, weights_BKTGS = _exponentials(scores_BKTGS, v_BKSH.dtype)
-    tap("weights", (weights_BKTGS / total_BKTG1).swapaxes(2, 3).reshape(B, N, T, S))
-    # Dividing after the product touches H numbers a row instead of S.
-    mixed_BKRH = product(narrow_BKTGS.reshape(scores_BKRS.shape), v_BKSH.swapaxes(2, 3))
-    mixed_BKTGH = mixed_BKRH.reshape(B, K, T, N // K, H) / total_BKTG1
-    return mixed_BKTGH.swapaxes(1, 2).reshape(B, T, N, H).astype(q_BTNH.dtype)
+    mixed_BKRH, weights_BKRS = _softmax_product(scores_BKTGS.reshape(scores_BKRS.shape), v_BKSH)
+    tap("weights", weights_BKRS.reshape(scores_BKTGS.shape).swapaxes(2, 3).reshape(B, N, T, S))
+    return mixed_BKRH.reshape(B, K, T, N // K, H).swapaxes(1, 2).reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _exponentials(scores: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """exp(s - the largest of the row): rounded to `dtype`, its sum over the row, and as it is, which is only looked at.
+@jax.custom_vjp
+def _softmax_product(scores_BKRS: jax.Array, v_BKSH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """softmax(scores) v in at least float32, and the softmax, which is only looked at.
 
-    Of these the backward pass keeps the first, and there is no gradient through the largest: any number would do.
+    The backward pass is that of arXiv:2205.14135: it keeps the exponentials in v's type, and the gradient by them, of which
+    the row's mean is taken away, is not rounded before that.
     """
-    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-    return weights.astype(dtype), weights.sum(axis=-1, keepdims=True), weights
+    return _softmax_product_forward(scores_BKRS, v_BKSH)[0]
 
 
-def _exponentials_forward(scores: jax.Array, dtype: DTypeLike) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
-    rounded, total, weights = _exponentials(scores, dtype)
-    return (rounded, total, weights), rounded
+def _softmax_product_forward(scores_BKRS: jax.Array, v_BKSH: jax.Array) -> tuple[Any, Any]:
+    weights_BKRS = jnp.exp(scores_BKRS - scores_BKRS.max(axis=-1, keepdims=True))
+    total_BKR1 = weights_BKRS.sum(axis=-1, keepdims=True)
+    rounded_BKRS = weights_BKRS.astype(v_BKSH.dtype)
+    # Dividing after the product touches H numbers a row instead of S.
+    mixed_BKRH = product(rounded_BKRS, v_BKSH.swapaxes(2, 3)) / total_BKR1
+    return (mixed_BKRH, weights_BKRS / total_BKR1), (rounded_BKRS, total_BKR1, mixed_BKRH, v_BKSH)
 
 
-def _exponentials_backward(
-    dtype: DTypeLike, rounded: jax.Array, gradients: tuple[jax.Array, jax.Array, jax.Array]
-) -> tuple[jax.Array]:
-    by_rounded, by_total, _ = gradients
-    return (rounded.astype(by_total.dtype) * (by_rounded.astype(by_total.dtype) + by_total),)
+def _softmax_product_backward(saved: Any, gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    rounded_BKRS, total_BKR1, mixed_BKRH, v_BKSH = saved
+    by_mixed_BKRH, _ = gradients
+    by_weights_BKRS = product(by_mixed_BKRH.astype(v_BKSH.dtype), v_BKSH)
+    mean_BKR1 = jnp.sum(by_mixed_BKRH * mixed_BKRH, axis=-1, keepdims=True)
+    by_scores_BKRS = rounded_BKRS.astype(total_BKR1.dtype) * ((by_weights_BKRS - mean_BKR1) / total_BKR1)
+    by_v_BKSH = sum_over_rows(rounded_BKRS, (by_mixed_BKRH / total_BKR1).astype(v_BKSH.dtype), 2)
+    return by_scores_BKRS, by_v_BKSH.astype(v_BKSH.dtype)
 
 
-_exponentials.defvjp(_exponentials_forward, _exponentials_backward)
+_softmax_product.defvjp(_softmax_product_forward, _softmax_product_backward)

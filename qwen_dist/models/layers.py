@@ -81,7 +81,7 @@ def _product_backward(operands: tuple[jax.Array, jax.Array], gradient: jax.Array
     """Products of the operands' own type, as PyTorch's are; by default jax would widen them, at half the speed."""
     x, y = operands
     gradient = gradient.astype(x.dtype)
-    by_x, by_y = _dot(gradient, y, y.ndim - 2), _sum_over_rows(gradient, x, y.ndim - 2)
+    by_x, by_y = _dot(gradient, y, y.ndim - 2), sum_over_rows(gradient, x, y.ndim - 2)
     return by_x.astype(x.dtype), by_y.astype(y.dtype)
 
 
@@ -99,7 +99,7 @@ def _dot(x: jax.Array, y: jax.Array, y_dim: int) -> jax.Array:
 _NARROW = 128
 
 
-def _sum_over_rows(x: jax.Array, y: jax.Array, num_batch: int) -> jax.Array:
+def sum_over_rows(x: jax.Array, y: jax.Array, num_batch: int) -> jax.Array:
     """[*batch, ..., out] and [*batch, ..., in]: [*batch, out, in] in at least float32, summed over all rows between.
 
     XLA's CPU backend turns the first operand over, so a narrow one stands there: the gradient of a low-rank matrix, or of
@@ -108,7 +108,7 @@ def _sum_over_rows(x: jax.Array, y: jax.Array, num_batch: int) -> jax.Array:
     """
     if y.shape[-1] <= _NARROW < x.shape[-1]:
         # XLA would put the operands back where they were, to save a transposition.
-        return jax.lax.optimization_barrier(_sum_over_rows(y, x, num_batch)).swapaxes(-1, -2)
+        return jax.lax.optimization_barrier(sum_over_rows(y, x, num_batch)).swapaxes(-1, -2)
     num_rows = math.prod(x.shape[num_batch:-1])
     parts = (2, num_rows // 2) if x.dtype.itemsize < 4 and num_rows % 2 == 0 else (1, num_rows)
     x, y = (z.reshape(*z.shape[:num_batch], *parts, z.shape[-1]) for z in (x, y))

@@ -194,8 +194,8 @@ MUTATIONS = [
     _mutation(
         "softmax in float32 whatever the model",
         ATTEND,
-        "_exponentials(scores_BKTGS,",
-        "_exponentials(scores_BKTGS.astype(jnp.float32),",
+        "_softmax_product(scores_BKTGS.",
+        "_softmax_product(scores_BKTGS.astype(jnp.float32).",
         named=FIRST + "weights",
     ),
     _mutation(
