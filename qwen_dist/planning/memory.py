@@ -142,9 +142,9 @@ class Arithmetic:
         forward = step._forward_flops(tokens)
         parameters = self.local_parameters * self._width
         if phase == "train":
-            again = 1 if self.workload.remat == "blocks" else 0
-            moved = (self._passes + again) * self._gathered_layers() + 3 * self.local_trained * WIDE + 2 * self._saved()
-            flops = self._passes * forward + again * (forward - step._head_flops(tokens))  # the loss is computed once
+            weights = (self._passes + self._again) * self._gathered_layers()
+            moved = weights + 3 * self.local_trained * WIDE + 2 * self._saved()
+            flops = self._passes * forward + self._again * (forward - step._head_flops(tokens))  # the loss is computed once
             return Cost(flops, moved, _nonzero(self._training_collectives()))
         moved = parameters - step._experts_without_tokens(tokens) + step._cache()
         return Cost(forward, moved, _nonzero(step._inference_collectives(tokens)))
@@ -163,8 +163,7 @@ class Arithmetic:
             flops = self._passes * 2 * min(self._tokens_here(), BLOCK_TOKENS) * head
             # Read for the logits and for their gradient; its own gradient is added to.
             moved = once_more * head * 2 * (self._width + (0 if self.workload.lora else WIDE))
-            again = 1 if self.workload.remat == "blocks" else 0
-            in_kernel = (3 + again) * self._attention_flops(tokens) if self._has_kernel else 0
+            in_kernel = (3 + self._again) * self._attention_flops(tokens) if self._has_kernel else 0
             return Cost(once_more * flops + in_kernel, moved, {})
         rows = step.workload.batch // self.resolver.batch_multiple()
         visits = rows * self.workload.num_slots // PAGE
@@ -175,6 +174,11 @@ class Arithmetic:
     def _passes(self) -> int:
         """How many products a step makes of each weight: forward, for what goes in, and for its own gradient."""
         return 3 if self.workload.lora is None else 2
+
+    @property
+    def _again(self) -> int:
+        """How often a step computes the blocks once more."""
+        return 1 if self.workload.remat == "blocks" else 0
 
     def _tokens_of(self, phase: Phase) -> tuple[int, int]:
         return self.workload.tokens_of(phase, self.resolver.batch_multiple())
