@@ -65,7 +65,7 @@ class Scanned(Transformer):
         def run(x_BTD: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, Any]:
             state, layer_cache = layer
             block: Block = nnx.merge(graph, state)
-            x_BTD, layer_cache, _ = block(x_BTD, rope, positions_BT, layer_cache, pages, segments_BT)
+            x_BTD, layer_cache, _ = block(x_BTD, rope, positions_BT, layer_cache, pages and pages[0], segments_BT)
             return x_BTD, layer_cache
 
         if remat is not None:
@@ -89,7 +89,7 @@ def lower(phase: str, num_layers: int, is_scanned: bool, topology: Topology, con
         return step.lower(parameters, tokens, tokens)
     parts = resolver.batch_multiple()
     num_pages = ROWS // parts * kv_cache.num_pages(context)
-    cache = jax.eval_shape(lambda: kv_cache.empty(module.config, parts, num_pages, "bfloat16"))
+    cache = jax.eval_shape(lambda: kv_cache.empty(module.config, parts, [num_pages], "bfloat16"))
     place = resolver.activation("cache", cache[0].k.shape, kv_cache.CACHE_AXES)
     cache = jax.tree.map(lambda x: x.update(sharding=place), cache)
     if is_scanned:
@@ -97,7 +97,7 @@ def lower(phase: str, num_layers: int, is_scanned: bool, topology: Topology, con
     everywhere = functools.partial(numbers, sharding=resolver.replicated())
     visits = everywhere((parts, num_pages))
     column = everywhere((ROWS, 1))
-    pages = kv_cache.Pages(column, visits, visits, visits, everywhere(()))
+    pages = [kv_cache.Pages(column, visits, visits, visits, everywhere(()))]
     step = jax.jit(functools.partial(decode, module, resolver), donate_argnums=1)
     return step.lower(parameters, cache, column, column, pages)
 

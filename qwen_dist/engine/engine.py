@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import operator
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -30,7 +31,10 @@ TAKEN_AHEAD = 8
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """How full the engine is: requests, and positions of the cache: that there are, that requests hold, and in use."""
+    """How full the engine is: requests, and positions of the cache: that there are, that requests hold, and in use.
+
+    Of positions it is the average over layers, of which those with a window keep fewer.
+    """
 
     num_running: int
     num_waiting: int
@@ -73,26 +77,28 @@ class Engine:
             raise UsageError(f"steps_per_dispatch is {steps_per_dispatch}; it must be from 1 to {PAGE}")
         parts = model.resolver.batch_multiple()
         num_rows = -(-max_batch_size // parts) * parts
-        max_pages = cache_bytes // page_bytes(model.config, model.resolver, model.dtype)
-        if max_pages < 1:
-            raise UsageError(f"a cache of {cache_bytes} bytes on each device is less than one page; give more")
         self.max_batch_size = max_batch_size
         self.max_context = model.config.max_position_embeddings
         self._tokenizer = tokenizer
         self._vocab_size = model.config.vocab_size
+        self._layers = tuple(model.config.windows.values())
         self._runner, self._rules = Runner(model, num_rows, steps_per_dispatch), RuleTable(num_rows)
         self._scheduler = Scheduler(
             num_rows=num_rows,
             page_size=PAGE,
             block_size=BLOCK,
-            max_pages=max_pages,
+            max_pages=cache_bytes // page_bytes(model.config, model.resolver, model.dtype),
             max_length=self.max_context,
+            kinds=model.config.windows,
             parts=parts,
             num_blocks=NUM_BLOCKS,
             num_steps=steps_per_dispatch,
             group=VISITS,
         )
+        if self._scheduler.max_pages < 1:
+            raise UsageError(f"a cache of {cache_bytes} bytes on each device is less than one page; give more")
         self._state: State | None = None
+        self._num_pages: tuple[int, ...] = ()
         self._in_flight: tuple[Piece | Steps, Chosen] | None = None
         self._answers: dict[Sequence, _Answer] = {}
 
@@ -108,10 +114,14 @@ class Engine:
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             num_preempted=scheduler.num_preempted,
-            cache_positions=scheduler.num_pages * parts * PAGE,
-            held_positions=scheduler.num_held_pages * PAGE,
-            live_positions=scheduler.num_live,
+            cache_positions=self._of_a_layer(scheduler.num_pages) * parts * PAGE,
+            held_positions=self._of_a_layer(scheduler.num_held_pages) * PAGE,
+            live_positions=self._of_a_layer(scheduler.num_live),
         )
+
+    def _of_a_layer(self, by_kind: tuple[int, ...]) -> int:
+        """The average over all layers of what is counted for each kind of them."""
+        return sum(map(operator.mul, by_kind, self._layers)) // sum(self._layers)
 
     def check(self, request: Request) -> None:
         """Raises UserError if the request cannot be run."""
@@ -184,8 +194,9 @@ class Engine:
         num_pages = self._scheduler.num_pages
         if self._state is None:
             self._state = self._runner.start(num_pages)
-        elif self._state.cache[0].k.shape[1] < num_pages:
+        elif num_pages != self._num_pages:
             self._state = self._runner.resize(self._state, num_pages)
+        self._num_pages = num_pages
         if isinstance(plan, Piece):
             for sequence in plan.sequences:
                 if sequence is not None:

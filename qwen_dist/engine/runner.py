@@ -55,17 +55,17 @@ class Blocks(NamedTuple):
     next_BT: jax.Array | np.ndarray
     rows_B: jax.Array | np.ndarray
     last_B: jax.Array | np.ndarray
-    pages: Pages
+    pages: tuple[Pages, ...]
 
 
 class Rows(NamedTuple):
-    """`scheduler.Steps`, as the devices need it; `pages.write_BT` is still open, for it moves with every step."""
+    """`scheduler.Steps`, as the devices need it, its `pages_BN` and visits for each kind of layers."""
 
     rows_B: jax.Array | np.ndarray
     first_B: jax.Array | np.ndarray
-    pages_BN: jax.Array | np.ndarray
     num_steps: jax.Array | np.ndarray
-    pages: Pages
+    pages_BN: tuple[jax.Array | np.ndarray, ...]
+    visits: tuple[tuple[jax.Array | np.ndarray, ...], ...]
 
 
 LogProbs = tuple[jax.Array, jax.Array, jax.Array]
@@ -92,15 +92,15 @@ class Runner:
         self._continue = jax.jit(self._continue_rows, donate_argnames="state", static_argnames="num_top")
         self._resize = jax.jit(self._resized, static_argnames="num_pages")
 
-    def start(self, num_pages: int) -> State:
-        """The state before anything is read, with so many pages in each part of the mesh."""
+    def start(self, num_pages: tuple[int, ...]) -> State:
+        """The state before anything is read, with so many pages of each kind in each part of the mesh."""
         zeros_R = np.zeros(self._num_rows, np.int32)
         seen_RV = np.zeros((self._num_rows, self._model.config.vocab_size), bool)
         small = self._model.resolver.replicate((zeros_R, zeros_R, zeros_R > 0, seen_RV))
         return State(self._empty_cache(num_pages), *small)
 
-    def resize(self, state: State, num_pages: int) -> State:
-        """The same state with so many pages in each part."""
+    def resize(self, state: State, num_pages: tuple[int, ...]) -> State:
+        """The same state with so many pages of each kind in each part."""
         return state._replace(cache=self._resize(state.cache, num_pages=num_pages))
 
     def read(
@@ -115,49 +115,56 @@ class Runner:
           num_top: how many alternatives' log-probabilities to return; None for no log-probabilities at all.
           num_scored: the same for the tokens of the prompts.
         """
-        write_BT = np.where(piece.positions_BT < 0, -1, piece.pages_B[:, None]).astype(np.int32)
-        pages = Pages(write_BT, *piece.visits)
+        is_kept_BT = piece.positions_BT >= 0
+        pages = tuple(Pages(np.where(is_kept_BT, table.pages_BN, np.int32(-1)), *table.visits) for table in piece.tables)
         blocks = Blocks(piece.tokens_BT, piece.positions_BT, piece.next_BT, piece.rows_B, piece.last_B, pages)
         return self._read(self._model.parameters, state, blocks, rules, num_top=num_top, num_scored=num_scored)
 
     def step(self, state: State, steps: scheduler.Steps, rules: Rules, *, num_top: int | None) -> tuple[State, Chosen]:
         """Choose up to `num_steps` more tokens in every row; arguments as for `read`."""
-        write_BT = np.full((len(steps.rows_B), 1), -1, np.int32)
-        num_steps = np.array(steps.num_steps, np.int32)
-        rows = Rows(steps.rows_B, steps.first_B, steps.pages_BN, num_steps, Pages(write_BT, *steps.visits))
+        pages = tuple(table.pages_BN for table in steps.tables)
+        visits = tuple(tuple(table.visits) for table in steps.tables)
+        rows = Rows(steps.rows_B, steps.first_B, np.array(steps.num_steps, np.int32), pages, visits)
         return self._continue(self._model.parameters, state, rows, rules, num_top=num_top)
 
-    def lower_read(self, num_pages: int, num_blocks: int, block: int, max_visits: int) -> jax.stages.Lowered:
+    def lower_read(
+        self, num_pages: tuple[int, ...], num_blocks: int, block: int, max_visits: tuple[int, ...]
+    ) -> jax.stages.Lowered:
         """The program of `read`, to be compiled but not run: `num_blocks` in all, each looking at up to `max_visits` pages.
+
+        Pages are counted for each kind of layers.
 
         The model's parameters may be abstract, and the devices of its mesh mere descriptions.
         """
         numbers: Any = functools.partial(jax.ShapeDtypeStruct, dtype=np.int32, sharding=self._model.resolver.replicated())
         tokens, rows = numbers((num_blocks, block)), numbers((num_blocks,))
-        visits = numbers((self.parts, _padded(num_blocks // self.parts * max_visits)))
-        blocks = Blocks(tokens, tokens, tokens, rows, rows, Pages(tokens, visits, visits, visits, numbers(())))
+        visits = [numbers((self.parts, _padded(num_blocks // self.parts * most))) for most in max_visits]
+        pages = tuple(Pages(tokens, of_kind, of_kind, of_kind, numbers(())) for of_kind in visits)
+        blocks = Blocks(tokens, tokens, tokens, rows, rows, pages)
         state, rules = self._abstract_state(num_pages), self._abstract_rules(num_blocks)
         return self._read.lower(self._model.parameters, state, blocks, rules, num_top=None, num_scored=None)
 
-    def lower_step(self, num_pages: int) -> jax.stages.Lowered:
+    def lower_step(self, num_pages: tuple[int, ...]) -> jax.stages.Lowered:
         """The program of `step` for all rows; see `lower_read`."""
         numbers: Any = functools.partial(jax.ShapeDtypeStruct, dtype=np.int32, sharding=self._model.resolver.replicated())
-        ids, visits = numbers((self._num_rows,)), numbers((self.parts, _padded(num_pages)))
-        pages = Pages(numbers((self._num_rows, 1)), visits, visits, visits, numbers(()))
-        rows = Rows(ids, ids, numbers((self._num_rows, 2)), numbers(()), pages)
+        ids, visits = numbers((self._num_rows,)), [numbers((self.parts, _padded(number))) for number in num_pages]
+        pages = (numbers((self._num_rows, 2)),) * len(num_pages)
+        rows = Rows(ids, ids, numbers(()), pages, tuple((of_kind,) * 3 + (numbers(()),) for of_kind in visits))
         state, rules = self._abstract_state(num_pages), self._abstract_rules(self._num_rows)
         return self._continue.lower(self._model.parameters, state, rows, rules, num_top=None)
 
-    def _abstract_state(self, num_pages: int) -> State:
+    def _abstract_state(self, num_pages: tuple[int, ...]) -> State:
         """Shapes and shardings of what `start` makes."""
         model = self._model
         cache = jax.eval_shape(lambda: kv_cache.empty(model.config, self.parts, num_pages, model.dtype))
-        in_cache = model.resolver.activation("cache", cache[0].k.shape, kv_cache.CACHE_AXES)
+        placed = jax.tree.map(
+            lambda x: x.update(sharding=model.resolver.activation("cache", x.shape, kv_cache.CACHE_AXES)), cache
+        )
         everywhere, rows = model.resolver.replicated(), (self._num_rows,)
         dtypes = (np.int32, np.int32, np.bool_, np.bool_)
         shapes = (rows, rows, rows, (*rows, model.config.vocab_size))
         small: list[Any] = [jax.ShapeDtypeStruct(*one, sharding=everywhere) for one in zip(shapes, dtypes, strict=True)]
-        return State(jax.tree.map(lambda x: x.update(sharding=in_cache), cache), *small)
+        return State(placed, *small)
 
     def _abstract_rules(self, num_rows: int) -> Rules:
         rules = RuleTable(0).look_up(np.zeros(num_rows, np.int32), ())
@@ -192,8 +199,10 @@ class Runner:
                 is_running_B = is_running(state)
                 positions_B = jnp.where(is_running_B, state.positions_R[inside_B], -1)
                 column_B1 = jnp.clip(positions_B // PAGE - rows.first_B, 0, 1)[:, None]
-                write_B1 = jnp.take_along_axis(rows.pages_BN, column_B1, axis=1)
-                pages = rows.pages._replace(write_BT=jnp.where(is_running_B[:, None], write_B1, -1))
+                pages = tuple(
+                    Pages(jnp.where(is_running_B[:, None], jnp.take_along_axis(pages_BN, column_B1, axis=1), -1), *visits)
+                    for pages_BN, visits in zip(rows.pages_BN, rows.visits, strict=True)
+                )
                 tokens_B1 = state.tokens_R[inside_B][:, None]
                 x_B1D, cache, _ = module(tokens_B1, positions_B[:, None], state.cache, pages)
                 logits_BV = module.unembed(x_B1D)[:, 0]
@@ -251,13 +260,13 @@ class Runner:
         return jax.lax.with_sharding_constraint(tree, self._model.resolver.replicated())
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
-    def _empty_cache(self, num_pages: int) -> Cache:
+    def _empty_cache(self, num_pages: tuple[int, ...]) -> Cache:
         with resolving(self._model.resolver):
             return _constrain_cache(kv_cache.empty(self._model.config, self.parts, num_pages, self._model.dtype))
 
-    def _resized(self, cache: Cache, *, num_pages: int) -> Cache:
+    def _resized(self, cache: Cache, *, num_pages: tuple[int, ...]) -> Cache:
         with resolving(self._model.resolver):
-            return _constrain_cache(kv_cache.resized(cache, num_pages))
+            return _constrain_cache(kv_cache.resized(self._model.config, cache, num_pages))
 
 
 class RuleTable:

@@ -1,12 +1,14 @@
 """The key/value cache: a pool of pages a layer, each holding PAGE consecutive positions of one sequence.
 
 A sequence owns as many pages as it has positions for, wherever they lie in the pool, so memory follows the lengths that are
-there. Who owns what is the host's business (`engine.scheduler`); a step is told by a `Pages`.
+there. Who owns what is the host's business (`engine.pages`); a step is told by a `Pages` for each kind of layer, which is
+how far back it sees: where that is a window, the pages behind it are used again.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -43,7 +45,7 @@ CACHE_AXES = ("batch", "pages", "kv_heads", "kv_length", "head_dim")
 
 
 class Pages(NamedTuple):
-    """Where the tokens of a step go and what they look at, int32.
+    """Where the tokens of a step go and what they look at in layers of one kind, int32.
 
     write_BT: the page of each token, counted in its part of the pool; negative for tokens that are not kept. The slot in
       it is the token's position modulo PAGE.
@@ -76,21 +78,33 @@ def page_bytes(config: ModelConfig, resolver: Resolver, dtype: DTypeLike) -> int
     return 2 * math.prod(on_device) * jnp.dtype(dtype).itemsize * len(config.layers)
 
 
-def empty(config: ModelConfig, parts: int, num_pages: int, dtype: DTypeLike) -> Cache:
-    """A cache of zeros of `num_pages` pages in each of `parts`, for a model that computes in `dtype`."""
-    shape = (parts, num_pages, config.num_key_value_heads, PAGE, config.head_dim)
-    zeros = jnp.zeros(shape, _stored_dtype(dtype))
-    return tuple(LayerCache(zeros, zeros) for _ in config.layers)
+def empty(config: ModelConfig, parts: int, num_pages: Sequence[int], dtype: DTypeLike) -> Cache:
+    """A cache of zeros for a model that computes in `dtype`: `num_pages` of each of `config.windows` in each of `parts`."""
+
+    def layer(pages: int) -> LayerCache:
+        zeros = jnp.zeros((parts, pages, config.num_key_value_heads, PAGE, config.head_dim), _stored_dtype(dtype))
+        return LayerCache(zeros, zeros)
+
+    return tuple(map(layer, _by_layer(config, num_pages)))
 
 
-def resized(cache: Cache, num_pages: int) -> Cache:
-    """The cache with so many more pages that each part has `num_pages`."""
-    more = num_pages - cache[0].k.shape[1]
-    return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, more), (0, 0), (0, 0), (0, 0)]), cache)
+def resized(config: ModelConfig, cache: Cache, num_pages: Sequence[int]) -> Cache:
+    """The cache with so many more pages that each part has `num_pages` of each of `config.windows`."""
+
+    def layer(old: LayerCache, pages: int) -> LayerCache:
+        widths = [(0, 0), (0, pages - old.k.shape[1]), (0, 0), (0, 0), (0, 0)]
+        return LayerCache(*(jnp.pad(x, widths) for x in old))
+
+    return tuple(map(layer, cache, _by_layer(config, num_pages)))
 
 
-def in_order(positions_BT: jax.Array, parts: int, pages_per_row: int) -> Pages:
-    """Pages for rows that each own `pages_per_row` pages, one row after the other: the plainest allocation there is."""
+def _by_layer(config: ModelConfig, num_pages: Sequence[int]) -> list[int]:
+    by_window = dict(zip(config.windows, num_pages, strict=True))
+    return [by_window[layer.sliding_window] for layer in config.layers]
+
+
+def in_order(config: ModelConfig, positions_BT: jax.Array, parts: int, pages_per_row: int) -> tuple[Pages, ...]:
+    """Pages for rows that each own `pages_per_row` of every kind, one row after the other: the plainest allocation."""
     num_rows, rows = len(positions_BT), len(positions_BT) // parts
     first_B1 = (jnp.arange(num_rows) % rows * pages_per_row)[:, None]
     num_visits = rows * pages_per_row
@@ -99,7 +113,7 @@ def in_order(positions_BT: jax.Array, parts: int, pages_per_row: int) -> Pages:
     start_E = jnp.pad(page_E[:num_visits] % pages_per_row * PAGE, (0, missing), constant_values=NOWHERE)
     row_DE, page_DE, start_DE = (jnp.tile(x, (parts, 1)) for x in (page_E // pages_per_row, page_E, start_E))
     write_BT = jnp.where(positions_BT < 0, -1, first_B1 + positions_BT // PAGE)
-    return Pages(write_BT, row_DE, page_DE, start_DE, jnp.int32(num_visits))
+    return (Pages(write_BT, row_DE, page_DE, start_DE, jnp.int32(num_visits)),) * len(config.windows)
 
 
 def write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array, pages: Pages) -> LayerCache:

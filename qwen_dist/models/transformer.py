@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -76,7 +76,7 @@ class Transformer(nnx.Module):
         tokens_BT: jax.Array,
         positions_BT: jax.Array,
         cache: Cache | None = None,
-        pages: Pages | None = None,
+        pages: Sequence[Pages] | None = None,
         *,
         segments_BT: jax.Array | None = None,
         remat: Remat | None = None,
@@ -91,8 +91,8 @@ class Transformer(nnx.Module):
           positions_BT: each token's position in its sequence, int32; negative for padding, which nothing sees and which may
             stand on either side.
           cache: keys and values of earlier positions (see `cache.empty`); these tokens' are added.
-          pages: with a cache, where in it these tokens go and what they look at. A row may be a part of a sequence, and
-            several rows parts of one.
+          pages: with a cache, where in it these tokens go and what they look at, for each of `config.windows`. A row may be
+            a part of a sequence, and several rows parts of one.
           segments_BT: without a cache: where a row holds several sequences, one after the other, the number of the one that
             each token is of. Positions begin at 0 in each of them, and none sees another.
           remat: what the forward pass keeps of each block for the backward pass, which computes the rest again: a policy of
@@ -101,12 +101,15 @@ class Transformer(nnx.Module):
         x_BTD = constrain(tap("embed_tokens", self.embed_tokens(tokens_BT)), "batch", "length", "embed")
         rope = rope_table(self.config.rope, self.config.head_dim, positions_BT, x_BTD.dtype)
         caches = (None,) * len(self.layers) if cache is None else cache
+        windows = self.config.windows
+        by_window = dict.fromkeys(windows) if pages is None else dict(zip(windows, pages, strict=True))
         updated: list[Any] = []
         router_logits: list[jax.Array] = []
         run: Any = Block.__call__ if remat is None else jax.checkpoint(Block.__call__, policy=remat)
-        for index, (block, layer_cache) in enumerate(zip(self.layers, caches, strict=True)):
+        for index, (block, layer, layer_cache) in enumerate(zip(self.layers, self.config.layers, caches, strict=True)):
             with scope(f"layers.{index}"):
-                x_BTD, layer_cache, of_router = run(block, x_BTD, rope, positions_BT, layer_cache, pages, segments_BT)
+                of_kind = by_window[layer.sliding_window]
+                x_BTD, layer_cache, of_router = run(block, x_BTD, rope, positions_BT, layer_cache, of_kind, segments_BT)
                 x_BTD = tap("output", x_BTD)
                 updated.append(layer_cache)
                 router_logits += [] if of_router is None else [of_router]

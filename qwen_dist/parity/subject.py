@@ -71,7 +71,7 @@ class Subject:
         parts = self.loaded.resolver.batch_multiple()
         rows = len(self._with_padding_rows(inputs.lengths, 0)) // parts
         pages_per_row = kv_cache.num_pages(longest + num_steps)
-        cache = kv_cache.empty(config, parts, rows * pages_per_row, dtype)
+        cache = kv_cache.empty(config, parts, [rows * pages_per_row] * len(config.windows), dtype)
         step = jax.jit(self._cached_step)
 
         def feed(tokens: np.ndarray, positions: np.ndarray, last: np.ndarray) -> np.ndarray:
@@ -102,7 +102,7 @@ class Subject:
         with resolving(self.loaded.resolver):
             model = bind(self.loaded.module, parameters)
             parts, num_pages = cache[0].k.shape[:2]
-            pages = kv_cache.in_order(positions_BT, parts, num_pages * parts // len(tokens_BT))
+            pages = kv_cache.in_order(self.loaded.config, positions_BT, parts, num_pages * parts // len(tokens_BT))
             hidden_BTD, cache_after, _ = model(tokens_BT, positions_BT, cache, pages)
             assert cache_after is not None
             hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)

@@ -24,7 +24,6 @@ from qwen_dist.engine.engine import BLOCK
 from qwen_dist.engine.runner import Runner
 from qwen_dist.errors import UserError
 from qwen_dist.mesh import AXES, MeshConfig
-from qwen_dist.models.cache import PAGE
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.layers import at_least_float32
 from qwen_dist.models.transformer import Transformer
@@ -132,11 +131,12 @@ def lower(config: ModelConfig, resolver: Resolver, workload: Workload, phase: Ph
     module = Transformer(config, dtype=workload.dtype)
     model = LoadedModel(config, module, abstract_parameters(module, resolver), resolver)  # type: ignore[arg-type]
     runner = Runner(model, workload.batch)
-    num_pages = workload.batch // runner.parts * (workload.num_slots // PAGE)
+    of_row = tuple(workload.pages(config.windows).values())
+    num_pages = tuple(workload.batch // runner.parts * number for number in of_row)
     if phase == "decode":
         return runner.lower_step(num_pages)
     num_blocks, _ = workload.tokens_of(phase, runner.parts)
-    return runner.lower_read(num_pages, num_blocks, BLOCK, workload.num_slots // PAGE)
+    return runner.lower_read(num_pages, num_blocks, BLOCK, of_row)
 
 
 def compile_program(lowered: jax.stages.Lowered) -> Compiled:

@@ -102,7 +102,6 @@ class Arithmetic:
         return {
             "batch": workload.batch,
             "length": workload.context,
-            "kv_length": workload.num_slots,
             "q_heads": config.num_attention_heads,
             "kv_heads": config.num_key_value_heads,
             "head_dim": config.head_dim,
@@ -166,9 +165,10 @@ class Arithmetic:
             in_kernel = (3 + self._again) * self._attention_flops(tokens) if self._has_kernel else 0
             return Cost(once_more * flops + in_kernel, moved, {})
         rows = step.workload.batch // self.resolver.batch_multiple()
-        visits = rows * self.workload.num_slots // PAGE
-        part = 1 - 1 / max(visits / group_size(rows, tokens), 1)
-        return Cost(part * step._attention_flops(tokens), part * step._cache(), {})
+        parts = {w: 1 - 1 / max(rows * pages / group_size(rows, tokens), 1) for w, pages in self._pages.items()}
+        in_loops = sum(part * step._attention_of(window, tokens) for window, part in parts.items())
+        read_there = sum(part * step._cache_of(window) for window, part in parts.items())
+        return Cost(in_loops, read_there, {})
 
     @property
     def _passes(self) -> int:
@@ -199,9 +199,20 @@ class Arithmetic:
 
     # --- memory ---
 
+    @functools.cached_property
+    def _pages(self) -> dict[int | None, int]:
+        """Pages of a row by how far back a layer sees."""
+        return self.workload.pages(self.config.windows)
+
     def _cache(self) -> int:
         """Bytes of the keys and values of the workload's rows."""
-        return 2 * self._local("batch", "kv_heads", "kv_length", "head_dim") * self._width * len(self.config.layers)
+        return sum(map(self._cache_of, self._pages))
+
+    def _cache_of(self, window: int | None) -> int:
+        """The same, in the layers that see so far back."""
+        slots = self._pages[window] * PAGE
+        in_layer = 2 * self._local("batch", "kv_heads", "kv_length", "head_dim", kv_length=slots) * self._width
+        return in_layer * self.config.windows[window]
 
     def _inference_set(self, length: int) -> int:
         stream = self._local("batch", "length", "embed", length=length) * self._width
@@ -326,9 +337,14 @@ class Arithmetic:
         return self.workload.batch * 2 * tokens * weights / math.prod(self.resolver.mesh.shape.values())
 
     def _attention_flops(self, tokens: int) -> float:
+        return sum(self._attention_of(window, tokens) for window in self.config.windows)
+
+    def _attention_of(self, window: int | None, tokens: int) -> float:
+        """Of the layers that see so far back; training computes what is behind a window too."""
         config, workload = self.config, self.workload
-        keys = workload.num_slots if workload.verb == "batch" else workload.context / 2
-        heads = config.num_attention_heads * config.head_dim * len(config.layers)
+        slots = self._pages[window] * PAGE
+        keys = min(slots, window or slots) if workload.verb == "batch" else workload.context / 2
+        heads = config.num_attention_heads * config.head_dim * config.windows[window]
         return workload.batch * 4 * tokens * keys * heads / math.prod(self.resolver.mesh.shape.values())
 
     def _used(self, weights: Iterable[Weight]) -> int:

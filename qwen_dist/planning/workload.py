@@ -7,8 +7,9 @@ from typing import Literal
 
 from qwen_dist.config import LoraOptions
 from qwen_dist.engine.engine import BLOCK, NUM_BLOCKS
+from qwen_dist.engine.pages import Kinds, Needs
 from qwen_dist.errors import UsageError
-from qwen_dist.models.cache import PAGE, num_pages
+from qwen_dist.models.cache import PAGE
 from qwen_dist.sharding import INFERENCE, TRAIN, RuleSet
 
 Phase = Literal["prefill", "decode", "train"]
@@ -43,10 +44,11 @@ class Workload:
     def rules(self) -> RuleSet:
         return INFERENCE if self.verb == "batch" else TRAIN
 
-    @property
-    def num_slots(self) -> int:
-        """Positions of the cache that a row of the whole context has."""
-        return num_pages(self.context) * PAGE
+    def pages(self, kinds: Kinds) -> dict[int | None, int]:
+        """Pages of each kind of layers that a row of the whole context has."""
+        ahead = NUM_BLOCKS * BLOCK
+        needs = Needs(kinds, num_rows=self.batch, page_size=PAGE, max_length=self.context, ahead=ahead)
+        return dict(zip(needs.windows, needs.of_sequence(self.context), strict=True))
 
     def tokens_of(self, phase: Phase, parts: int) -> tuple[int, int]:
         """Rows and tokens of each of one step; `parts` is over how many parts of the mesh rows are split.

@@ -183,7 +183,14 @@ def test_rows_that_give_their_pages_back_are_answered_all_the_same(model, tokeni
 def test_the_state_is_used_up_and_stays_where_the_rules_say(model):
     loaded = model("data=2,fsdp=2,tensor=2")
     runner, rules = Runner(loaded, num_rows=2), RuleTable(2)
-    sizes = {"page_size": PAGE, "block_size": BLOCK, "max_pages": 8, "max_length": PAGE, "group": VISITS}
+    sizes = {
+        "page_size": PAGE,
+        "block_size": BLOCK,
+        "max_pages": 8,
+        "max_length": PAGE,
+        "group": VISITS,
+        "kinds": {None: 2},
+    }
     plans = Scheduler(num_rows=2, parts=2, **sizes)
     plans.add(Request(0, PROMPTS[1], GREEDY), end=PAGE - 1)
     piece = plans.plan(can_preempt=True)

@@ -16,23 +16,33 @@ class Device:
     another sequence has written over gives another answer than the request has alone.
     """
 
-    def __init__(self, scheduler: Scheduler, parts: int, max_steps: int):
-        self.scheduler, self.parts, self.max_steps = scheduler, parts, max_steps
-        self.slots: dict[tuple[int, int, int], tuple[int, int]] = {}
+    def __init__(self, scheduler: Scheduler, parts: int, max_steps: int, windows):
+        self.scheduler, self.parts, self.max_steps, self.windows = scheduler, parts, max_steps, windows
+        self.slots: dict[tuple[int, int, int, int], tuple[int, int]] = {}
         self.tokens, self.positions, self.are_over, self.ends = {}, {}, {}, {}
 
     def run(self, plan: Piece | Steps) -> list[list[int]]:
         return self._read(plan) if isinstance(plan, Piece) else self._continue(plan)
 
-    def _seen(self, visits, part: int, index: int, position: int) -> list[tuple[int, int]]:
-        """What row `index` of a part finds on the pages that it looks at, up to its own position."""
-        seen = []
-        for e in range(int(visits.num_visits)):
-            if visits.row_DE[part, e] == index and visits.start_DE[part, e] < NOWHERE:
-                for slot in range(PAGE):
-                    if visits.start_DE[part, e] + slot <= position:
-                        seen.append(self.slots[part, int(visits.page_DE[part, e]), slot])
-        return sorted(seen)
+    def _seen(self, tables, part: int, index: int, position: int) -> list[int]:
+        """The tokens that row `index` of a part finds on the pages of each kind, up to its own position."""
+        tokens = []
+        for kind, (table, window) in enumerate(zip(tables, self.windows, strict=True)):
+            visits, first = table.visits, 0 if window is None else max(0, position - window + 1)
+            seen = []
+            for e in range(int(visits.num_visits)):
+                if visits.row_DE[part, e] == index and visits.start_DE[part, e] < NOWHERE:
+                    start, page = int(visits.start_DE[part, e]), int(visits.page_DE[part, e])
+                    assert start + PAGE > first - self.max_steps, "a page behind the window"
+                    there = range(max(start, first), min(start + PAGE, position + 1))
+                    seen += [self.slots[kind, part, page, at - start] for at in there]
+            assert [p for p, _ in sorted(seen)] == list(range(first, position + 1))
+            tokens += [token for _, token in sorted(seen)]
+        return tokens
+
+    def _write(self, tables, b: int, part: int, column: int, position: int, token: int) -> None:
+        for kind, table in enumerate(tables):
+            self.slots[kind, part, int(table.pages_BN[b, column]), position % PAGE] = (position, token)
 
     def _read(self, piece: Piece) -> list[list[int]]:
         width = len(piece.rows_B) // self.parts
@@ -41,15 +51,13 @@ class Device:
                 self.ends[int(piece.rows_B[b])] = sequence.end
             for token, position in zip(piece.tokens_BT[b], piece.positions_BT[b], strict=True):
                 if position >= 0:
-                    self.slots[b // width, int(piece.pages_B[b]), int(position) % PAGE] = (int(position), int(token))
+                    self._write(piece.tables, b, b // width, 0, int(position), int(token))
         chosen = []
         for b, row in enumerate(piece.rows_B.tolist()):
             chosen.append([])
             if piece.last_B[b] >= 0:
                 position = int(piece.positions_BT[b, piece.last_B[b]])
-                seen = self._seen(piece.visits, b // width, b % width, position)
-                assert [p for p, _ in seen] == list(range(position + 1))
-                chosen[b].append(self._move(row, seen))
+                chosen[b].append(self._move(row, self._seen(piece.tables, b // width, b % width, position), position + 1))
         return chosen
 
     def _continue(self, steps: Steps) -> list[list[int]]:
@@ -60,17 +68,16 @@ class Device:
             for b, row in enumerate(steps.rows_B.tolist()):
                 if row < self.scheduler.num_rows and not self.are_over[row]:
                     position = self.positions[row]
-                    page = int(steps.pages_BN[b, position // PAGE - steps.first_B[b]])
-                    self.slots[b // width, page, position % PAGE] = (position, self.tokens[row])
-                    seen = self._seen(steps.visits, b // width, b % width, position)
-                    assert [p for p, _ in seen] == list(range(position + 1))
-                    chosen[b].append(self._move(row, seen))
+                    column = position // PAGE - int(steps.first_B[b])
+                    self._write(steps.tables, b, b // width, column, position, self.tokens[row])
+                    seen = self._seen(steps.tables, b // width, b % width, position)
+                    chosen[b].append(self._move(row, seen, position + 1))
         return chosen
 
-    def _move(self, row: int, seen: list[tuple[int, int]]) -> int:
-        token = next_token([token for _, token in seen])
-        self.tokens[row], self.positions[row] = token, len(seen)
-        self.are_over[row] = token == STOP or len(seen) >= self.ends[row]
+    def _move(self, row: int, seen: list[int], position: int) -> int:
+        token = next_token(seen)
+        self.tokens[row], self.positions[row] = token, position
+        self.are_over[row] = token == STOP or position >= self.ends[row]
         return token
 
 
@@ -78,20 +85,29 @@ def next_token(tokens: list[int]) -> int:
     return (sum((index + 3) * (token + 1) for index, token in enumerate(tokens)) * 7919 + len(tokens)) % VOCAB
 
 
-def alone(prompt, max_new_tokens: int) -> list[int]:
+def alone(prompt, max_new_tokens: int, windows) -> list[int]:
     tokens = list(prompt)
     while len(tokens) < len(prompt) + max_new_tokens:
-        tokens.append(next_token(tokens))
+        tokens.append(next_token([token for window in windows for token in tokens[-(window or len(tokens)) :]]))
         if tokens[-1] == STOP:
             break
     return tokens[len(prompt) :]
 
 
 @pytest.mark.parametrize(
-    ("parts", "rows", "max_pages", "num_steps", "in_flight"),
-    [(1, 7, 40, 1, 1), (1, 16, 12, 1, 1), (2, 8, 9, 5, 1), (1, 5, 8, 8, 0), (4, 8, 30, 3, 1)],
+    ("parts", "rows", "max_pages", "num_steps", "in_flight", "kinds"),
+    [
+        (1, 7, 40, 1, 1, {None: 1}),
+        (1, 16, 12, 1, 1, {None: 3}),
+        (2, 8, 9, 5, 1, {None: 1}),
+        (1, 5, 8, 8, 0, {None: 1}),
+        (4, 8, 30, 3, 1, {None: 1}),
+        (1, 7, 40, 1, 1, {None: 1, 5: 3}),
+        (1, 16, 9, 3, 1, {11: 2, None: 1}),
+        (2, 8, 5, 8, 1, {9: 1}),
+    ],
 )
-def test_thousands_of_requests_each_as_if_alone(parts, rows, max_pages, num_steps, in_flight):
+def test_thousands_of_requests_each_as_if_alone(parts, rows, max_pages, num_steps, in_flight, kinds):
     """Lengths, limits, stops on the device, stops that only the host sees, cancellations; pages short and plenty."""
     rng = np.random.default_rng(rows)
     scheduler = Scheduler(
@@ -100,12 +116,13 @@ def test_thousands_of_requests_each_as_if_alone(parts, rows, max_pages, num_step
         block_size=BLOCK,
         max_pages=max_pages,
         max_length=8 * PAGE,
+        kinds=kinds,
         parts=parts,
         num_blocks=5,
         num_steps=num_steps,
         group=4,
     )
-    device = Device(scheduler, parts, num_steps)
+    device = Device(scheduler, parts, num_steps, list(kinds))
     total, answers, cancelled, running, flying = 2000, {}, set(), {}, []
     coming = iter(range(total))
     most_running = num_plans = 0
@@ -143,21 +160,26 @@ def test_thousands_of_requests_each_as_if_alone(parts, rows, max_pages, num_step
                         scheduler.release(sequence)
                         del running[sequence.request.key]
         most_running = max(most_running, scheduler.num_running)
-        assert scheduler.num_pages <= max_pages
-        assert 0 <= scheduler.num_live <= scheduler.num_held_pages * PAGE
+        layers = np.array(list(kinds.values()))
+        assert layers @ scheduler.num_pages <= layers.sum() * max_pages
+        for window, live, held in zip(kinds, scheduler.num_live, scheduler.num_held_pages, strict=True):
+            assert 0 <= live <= held * PAGE
+            # A window before the first token of a piece of 5 blocks, and these, which may begin anywhere on a page.
+            assert window is None or held <= scheduler.num_running * (-(-(window + 5 * BLOCK - 2) // PAGE) + 1)
 
     assert answers.keys() | cancelled == set(range(total)) and not answers.keys() & cancelled
     for request, answer in answers.values():
-        expected = alone(request.prompt, request.params.max_new_tokens)
+        expected = alone(request.prompt, request.params.max_new_tokens, kinds)
         assert answer == (expected[:3] if request.params.stop else expected)
     assert most_running == rows or scheduler.num_preempted > 0
-    assert (scheduler.num_running, scheduler.num_waiting, scheduler.num_held_pages, scheduler.num_live) == (0, 0, 0, 0)
+    assert (scheduler.num_running, scheduler.num_waiting) == (0, 0)
+    assert not any(scheduler.num_held_pages) and not any(scheduler.num_live)
     print(f"{total} requests: {len(answers)} answered, {len(cancelled)} cancelled, {scheduler.num_preempted} preempted, ")
     print(f"{num_plans} plans, at most {most_running} at a time; pool empty")
 
 
 def scheduler_of(**changes) -> Scheduler:
-    sizes = {"num_rows": 4, "page_size": PAGE, "block_size": BLOCK, "max_pages": 64, "max_length": 64}
+    sizes = {"num_rows": 4, "page_size": PAGE, "block_size": BLOCK, "max_pages": 64, "max_length": 64, "kinds": {None: 1}}
     return Scheduler(**sizes | changes)
 
 
@@ -185,14 +207,26 @@ def test_reading_and_continuing_take_turns():
 
 def test_the_pool_grows_with_what_is_there_and_not_further():
     scheduler = scheduler_of()
-    assert scheduler.num_pages == 0
+    assert scheduler.num_pages == (0,)
     scheduler.add(Request(0, (1,), SamplingParams()), 30)
     scheduler.plan(can_preempt=True)
-    assert (scheduler.num_pages, scheduler.num_held_pages) == (16, 1)
+    assert (scheduler.num_pages, scheduler.num_held_pages) == ((16,), (1,))
     for key in range(1, 4):
         scheduler.add(Request(key, (1,) * 47, SamplingParams()), 60)
     scheduler.plan(can_preempt=True)
-    assert (scheduler.num_pages, scheduler.num_held_pages) == (32, 19)
+    assert (scheduler.num_pages, scheduler.num_held_pages) == ((32,), (19,))
+
+
+def test_memory_is_divided_so_that_a_window_never_runs_out_first():
+    """Memory for 64 pages in each of 4 layers is for 256; 3 layers need 3 pages for each of 4 rows, the one has the rest.
+
+    3, because the 8 tokens of a piece and the 4 that its first one sees before it may begin anywhere on a page of 8.
+    """
+    scheduler = scheduler_of(kinds={None: 1, 5: 3}, num_blocks=2, max_length=1000)
+    assert scheduler.max_pages == 256 - 3 * 12
+    assert scheduler.fits(1000)
+    small = scheduler_of(kinds={None: 1, 5: 3}, num_blocks=2, max_pages=1)
+    assert small.fits(PAGE) and not small.fits(PAGE + 1)
 
 
 def test_what_never_fits_is_known_before():

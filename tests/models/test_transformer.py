@@ -127,11 +127,18 @@ def forward(model: LoadedModel) -> Callable[..., Any]:
     @jax.jit
     def run(parameters, tokens_BT, positions_BT, cache=None):
         module = bind(model.module, parameters)
-        pages = None if cache is None else kv_cache.in_order(positions_BT, 1, cache[0].k.shape[1] // len(tokens_BT))
+        if cache is None:
+            pages = None
+        else:
+            pages = kv_cache.in_order(model.config, positions_BT, 1, cache[0].k.shape[1] // len(tokens_BT))
         x_BTD, cache, _ = module(tokens_BT, positions_BT, cache, pages)
         return module.unembed(x_BTD), cache
 
     return functools.partial(run, model.parameters)
+
+
+def empty(model: LoadedModel, num_pages: int) -> kv_cache.Cache:
+    return kv_cache.empty(model.config, 1, [num_pages] * len(model.config.windows), "float32")
 
 
 def distance(ours, reference) -> float:
@@ -168,7 +175,7 @@ def test_chunked_prefill_and_decoding_through_the_cache_equal_one_forward(case, 
     model, run, tokens_BT, _, logits_BTV, _ = case(name)
     rows, num_decoded = [0, 2], 9
     lengths = [LENGTH - num_decoded, LENGTH - PADDING - num_decoded]
-    cache = kv_cache.empty(model.config, 1, 2 * kv_cache.num_pages(LENGTH), "float32")
+    cache = empty(model, 2 * kv_cache.num_pages(LENGTH))
     pieces = []
     for start in range(0, LENGTH - num_decoded, 197):
         positions = np.tile(np.arange(start, start + 197, dtype=np.int32), (2, 1))
@@ -187,7 +194,7 @@ def test_chunked_prefill_and_decoding_through_the_cache_equal_one_forward(case, 
 
 def test_tokens_are_written_to_their_pages_and_nowhere_else(case):
     model, run, tokens_BT, *_ = case("qwen3")
-    cache = kv_cache.empty(model.config, 1, 6, "float32")  # two pages for each of three rows
+    cache = empty(model, 6)  # two pages for each of three rows
     _, filled = run(tokens_BT[:, :16], np.tile(np.arange(16, dtype=np.int32), (3, 1)), cache)
     positions = np.array([np.arange(56, 72), np.full(16, -1), np.where(np.arange(16) < 4, np.arange(16, 32), -1)], np.int32)
     _, after = run(tokens_BT[:, 16:32], positions, filled)
@@ -214,7 +221,7 @@ def test_a_row_may_be_any_part_of_a_sequence_on_pages_in_any_order(case):
     start[:] = kv_cache.NOWHERE
     for index, visit in enumerate(visits):
         row[0, index], page[0, index], start[0, index] = visit
-    pages = kv_cache.Pages(write, row, page, start, np.int32(len(visits)))
+    pages = [kv_cache.Pages(write, row, page, start, np.int32(len(visits)))]
 
     @jax.jit
     def run(parameters, cache):
@@ -222,7 +229,7 @@ def test_a_row_may_be_any_part_of_a_sequence_on_pages_in_any_order(case):
         x_BTD, cache, _ = module(tokens, positions, cache, pages)
         return module.unembed(x_BTD), cache
 
-    out, cache = run(model.parameters, kv_cache.empty(model.config, 1, 5, "float32"))
+    out, cache = run(model.parameters, empty(model, 5))
     assert distance(np.asarray(out)[:3].reshape(120, -1), logits_BTV[0, :120]) < OWN_TOLERANCE
     assert np.all(np.isfinite(out))
     assert not np.any(np.asarray(cache[0].k)[0, [1, 3]])
@@ -237,7 +244,7 @@ def test_bfloat16_is_as_far_from_float32_as_transformers_is(case, tiny_checkpoin
     with torch.no_grad():
         theirs = distance(reference(torch.tensor(tokens_BT)).logits[0].float().numpy(), expected_TV)
     model = load(directory, "bfloat16")
-    run, cache = forward(model), kv_cache.empty(model.config, 1, 1, "bfloat16")
+    run, cache = forward(model), kv_cache.empty(model.config, 1, [1], "bfloat16")
     assert all(leaf.dtype == jnp.uint16 for leaf in jax.tree.leaves(cache))
     first, cache = run(tokens_BT[:, :32], np.arange(32, dtype=np.int32)[None], cache)
     last, _ = run(tokens_BT[:, 32:], np.array([[32]], np.int32), cache)

@@ -13,7 +13,6 @@ from qwen_dist.config import LoraOptions
 from qwen_dist.engine.runner import Runner
 from qwen_dist.errors import UsageError
 from qwen_dist.mesh import MeshConfig, make_mesh
-from qwen_dist.models.cache import PAGE
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.planning.chips import Topology
@@ -50,12 +49,13 @@ def test_parameters_of_released_models():
 def test_parameters_and_cache_are_those_of_arrays_that_exist(mesh):
     """Two kinds of layers, one of which the count must not forget."""
     hf = SMALL | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
-    config, workload = ModelConfig.from_hf(hf), Workload("batch", 8, 100)
+    config, workload = ModelConfig.from_hf(hf), Workload("batch", 8, 1000)
     resolver = Resolver(make_mesh(MeshConfig.parse(mesh)), workload.rules)
     module = Transformer(config, dtype="bfloat16")
     model = LoadedModel(config, module, random_parameters(module, resolver), resolver)
     runner = Runner(model, workload.batch)
-    state = runner.start(workload.batch // runner.parts * workload.num_slots // PAGE)
+    # All positions of a row, and of the window what a piece of prompts and 16 tokens before it span.
+    state = runner.start(tuple(workload.batch // runner.parts * pages for pages in (16, 10)))
     memory = arithmetic(hf, mesh, workload).memory("decode")
     assert memory["parameters"] == on_first_device(model.parameters)
     assert memory["cache"] == on_first_device(state.cache)

@@ -1,0 +1,69 @@
+"""Layers that see a window only: the answers are transformers', and the cache keeps the window only."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from qwen_dist.checkpoint.model import load_model
+from qwen_dist.engine.engine import BLOCK, NUM_BLOCKS, Engine
+from qwen_dist.engine.request import Request, SamplingParams
+from qwen_dist.mesh import MeshConfig, make_mesh
+from qwen_dist.models.cache import PAGE, page_bytes
+from qwen_dist.sharding import INFERENCE, Resolver
+from qwen_dist.tokenizer import Tokenizer
+
+WINDOW, PIECE = 37, NUM_BLOCKS * BLOCK
+# What a window and a piece span: where a longer sequence begins to go round in its pages.
+RING = -(-(WINDOW + PIECE - 2) // PAGE) + 1
+# The first is read in three pieces and goes round twice, the second goes round while it is answered.
+LENGTHS, NUM_NEW = (2 * RING * PAGE + 50, RING * PAGE - 20, WINDOW + 5, 3), 60
+SIZES = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3, "sliding_window": WINDOW}
+CASES = {
+    "mixed": ("qwen3", {"head_dim": 10, "use_sliding_window": True, "max_window_layers": 1}, {None: 1, WINDOW: 2}),
+    "mixed experts": ("qwen2_moe", {"use_sliding_window": True, "max_window_layers": 2}, {WINDOW: 1, None: 2}),
+    "windows only": ("qwen2", {"use_sliding_window": True, "max_window_layers": 0}, {WINDOW: 3}),
+}
+
+
+@pytest.fixture(params=["mixed", *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != "mixed")])
+def checkpoint(request, tiny_directory):
+    family, values, windows = CASES[request.param]
+    return tiny_directory(family, **SIZES, **values), windows
+
+
+@pytest.mark.parametrize("mesh", ["", pytest.param("data=2,fsdp=2,tensor=2", marks=pytest.mark.slow)])
+def test_answers_beyond_the_window_are_transformers_and_memory_is_the_windows(checkpoint, mesh):
+    directory, windows = checkpoint
+    resolver = Resolver(make_mesh(MeshConfig.parse(mesh)), INFERENCE)
+    model, tokenizer = load_model(directory, resolver, dtype="float32"), Tokenizer.from_directory(directory)
+    assert model.config.windows == windows
+    tokenizer.stop_ids = frozenset()
+    rng = np.random.default_rng(3)
+    prompts = [tuple(rng.integers(0, 300, length).tolist()) for length in LENGTHS]
+    expected = transformers_answers(directory, prompts)
+    # With little memory the others wait for the first.
+    little = (2 * RING + 3) * page_bytes(model.config, resolver, model.dtype)
+    for cache_bytes in (10**9, little):
+        engine = Engine(model, tokenizer, max_batch_size=4, cache_bytes=cache_bytes)
+        found: list[list[int]] = [[] for _ in prompts]
+        requests = [Request(index, prompt, SamplingParams(NUM_NEW)) for index, prompt in enumerate(prompts)]
+        for update in engine.run(requests):
+            found[update.request.key] += update.tokens
+            for window, held in zip(windows, engine._scheduler.num_held_pages, strict=True):
+                assert window is None or held <= engine.load.num_running * RING
+        assert found == expected
+        assert engine.load.held_positions == 0
+
+
+def transformers_answers(directory, prompts):
+    """One prompt at a time."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model.generation_config = transformers.GenerationConfig(eos_token_id=None, pad_token_id=0)
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NUM_NEW)
+        found.append(out[0, len(prompt) :].tolist())
+    return found
