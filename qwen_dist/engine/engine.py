@@ -100,6 +100,7 @@ class Engine:
         self._state: State | None = None
         self._num_pages: tuple[int, ...] = ()
         self._in_flight: tuple[Piece | Steps, Chosen] | None = None
+        self._has_delivered = False
         self._answers: dict[Sequence, _Answer] = {}
 
     @property
@@ -163,8 +164,12 @@ class Engine:
 
     def step(self) -> list[Update]:
         """Start the next step on the devices, and return what the one before it gave."""
-        plan = self._scheduler.plan(can_preempt=self._in_flight is None)
-        before, self._in_flight = self._in_flight, None if plan is None else (plan, self._dispatch(plan))
+        before, self._in_flight = self._in_flight, None
+        # The first result of all is not kept waiting until the program of the next step has been made.
+        if before is None or self._has_delivered:
+            plan = self._scheduler.plan(can_preempt=before is None)
+            self._in_flight = None if plan is None else (plan, self._dispatch(plan))
+        self._has_delivered |= before is not None
         return [] if before is None else list(self._deliver(*before))
 
     def run(self, requests: Iterable[Request]) -> Iterator[Update]:

@@ -160,6 +160,13 @@ def test_a_batch_that_is_never_full(engine, expected):
     assert list(engine("").run([])) == []
 
 
+def test_the_first_token_does_not_wait_for_the_next_program(model, tokenizer, expected, monkeypatch):
+    engine = Engine(model(""), tokenizer, max_batch_size=1)
+    monkeypatch.setattr(engine._runner, "step", lambda *args, **more: pytest.fail("the next step came first"))
+    first = next(engine.run([Request(0, PROMPTS[1], GREEDY)]))
+    assert list(first.tokens) == expected(1.0)[1][:1]
+
+
 @pytest.mark.parametrize("num_steps", [3, PAGE])
 def test_several_steps_in_a_dispatch(model, tokenizer, expected, num_steps):
     engine = Engine(model(""), tokenizer, max_batch_size=4, steps_per_dispatch=num_steps)
