@@ -20,6 +20,9 @@ from qwen_dist.models.layers import at_least_float32, weight_first
 # Rows multiplied at a time on a CPU, where a product takes as long for eight rows as for two; the small blocks are followed
 # by how many rows a group may have on average.
 LARGE_BLOCK, SMALL_BLOCKS = 64, {1: 0.25, 8: 4, 16: math.inf}
+# The first rows of all groups can be one product, without a copy of any weight. It pays for wide floats, if groups have so
+# many rows on average.
+AT_ONCE, MEAN_FOR_AT_ONCE = 8, (2, 4)
 # Rows, and elements in and out, of a tile of the kernel.
 ROWS_OF_TILE, TILE, LANES = 128, 1024, 128
 
@@ -56,7 +59,7 @@ grouped_product.defvjp(_forward, _backward)
 
 def _rows_by_weights(x_RI: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Array, dim: int, dtype: DTypeLike) -> jax.Array:
     """Each row times its weight, summing over the weight's dimension `dim`."""
-    forms = {"cpu": _in_blocks, "default": _ragged}
+    forms = {"cpu": _on_cpu, "default": _ragged}
     chosen = _on_tpu(forms, weights_EOC, rows_by_weights_in_tiles)
     given = {name: functools.partial(form, dim=dim, dtype=jnp.dtype(dtype)) for name, form in chosen.items()}
     return jax.lax.platform_dependent(x_RI, weights_EOC, sizes_E, **given)
@@ -125,14 +128,43 @@ def _rows_by_rows_ragged(left_RO: jax.Array, right_RC: jax.Array, sizes_E: jax.A
 # --- CPU ---
 
 
-def _in_blocks(x_RI: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Array, *, dim: int, dtype: jnp.dtype) -> jax.Array:
-    """The groups that have rows one after the other: in large blocks of rows, and small ones for the few that are left.
+def _on_cpu(x_RI: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Array, *, dim: int, dtype: jnp.dtype) -> jax.Array:
+    """The first rows of all groups in one product, if that is faster, and the others in blocks."""
+    num_rows, num_groups = len(x_RI), len(sizes_E)
+    least, most = (mean * num_groups for mean in MEAN_FOR_AT_ONCE)
+    if x_RI.dtype.itemsize < 4 or dim == 1 or not least <= num_rows <= most:
+        return _in_blocks(x_RI, weights_EOC, sizes_E, dim=dim, dtype=dtype)
+    starts_E = jnp.cumsum(sizes_E) - sizes_E
+
+    def product() -> jax.Array:
+        # What is behind the end of a group is another's, and not looked at.
+        x_EXI = x_RI.at[starts_E[:, None] + jnp.arange(AT_ONCE)].get(mode="fill", fill_value=0)
+        return jax.lax.dot_general(weights_EOC, x_EXI, (((2,), (2,)), ((0,), (0,))))
+
+    # It reads the weights of groups without rows too, so these had better be few.
+    pays = 2 * (sizes_E > 0).sum() > num_groups
+    shape = (num_groups, weights_EOC.shape[1], AT_ONCE)
+    first_EOX = jax.lax.cond(pays, product, lambda: jnp.zeros(shape, x_RI.dtype))
+    group_R = jnp.repeat(jnp.arange(num_groups), sizes_E, total_repeat_length=num_rows)
+    place_R = jnp.arange(num_rows) - starts_E[group_R]
+    first_RO = first_EOX[group_R, :, jnp.minimum(place_R, AT_ONCE - 1)].astype(dtype)
+    num_first = jnp.where(pays, AT_ONCE, 0)
+    rest_RO = _in_blocks(x_RI, weights_EOC, sizes_E, num_first, dim=dim, dtype=dtype)
+    return jnp.where(place_R[:, None] < num_first, first_RO, rest_RO)
+
+
+def _in_blocks(
+    x_RI: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Array, skipped: jax.Array | int = 0, *, dim: int, dtype: jnp.dtype
+) -> jax.Array:
+    """The groups that have rows one after the other, each without its first `skipped`: in large blocks of rows, and small
+    ones for the few that are left.
 
     A group's last block reaches into the next group's rows, which then overwrite what it made of them.
     """
     small, num_out = _small_block(len(x_RI), len(sizes_E)), weights_EOC.shape[3 - dim]
     padded = _bits(jnp.pad(x_RI, ((0, LARGE_BLOCK), (0, 0))))
-    starts_E = jnp.cumsum(sizes_E) - sizes_E
+    starts_E = jnp.cumsum(sizes_E) - sizes_E + skipped
+    sizes_E = jnp.maximum(sizes_E - skipped, 0)
     with_rows_first_E = jnp.argsort(sizes_E == 0, stable=True)
 
     def group(index: jax.Array, out: jax.Array) -> jax.Array:
@@ -161,7 +193,7 @@ def _in_blocks(x_RI: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Array, *, d
 def _by_weight(x_RI: jax.Array, weight_OC: jax.Array, dim: int) -> jax.Array:
     """A block of rows times one weight, in the form that is fastest on XLA's CPU backend."""
     wide = at_least_float32(x_RI.dtype)
-    if len(x_RI) == 1:  # becomes one loop over the weight where it lies, without a copy
+    if len(x_RI) == 1:  # a matrix times a vector is fast in float32, even if the matrix has to be widened for it
         x = x_RI[0].astype(wide)
         weight = _widened(weight_OC).astype(wide)
         return (weight @ x if dim == 1 else x @ weight)[None]

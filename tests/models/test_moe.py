@@ -22,6 +22,8 @@ C, O = 12, 10
 # rows of each group, and rows behind the last one that belong to none
 GROUPS = {
     "about even": ([3, 5, 4, 6], 0),
+    "two to four each": ([3, 12, 2, 0, 1], 0),
+    "as many, in few": ([0, 0, 12, 0, 0], 2),
     "some empty": ([0, 7, 0, 0, 2, 0], 3),
     "all in one": ([0, 0, 200, 0], 1),
     "few rows, many groups": ([0] * 9 + [1] + [0] * 20 + [2] + [0] * 9, 0),
@@ -89,9 +91,7 @@ def test_the_form_for_accelerators_computes_the_same(name):
         other = jnp.asarray(np.random.default_rng(1).standard_normal((len(rows), O)))
         wide = jnp.dtype("float64")
         for dim, x in ((2, rows), (1, other)):
-            found, expected = (
-                each(x, weights, sizes, dim=dim, dtype=wide) for each in (grouped._ragged, grouped._in_blocks)
-            )
+            found, expected = (each(x, weights, sizes, dim=dim, dtype=wide) for each in (grouped._ragged, grouped._on_cpu))
             np.testing.assert_allclose(found[:num_rows], expected[:num_rows], rtol=1e-13, atol=1e-13)
         found, expected = (
             each(other, rows, sizes) for each in (grouped._rows_by_rows_ragged, grouped._rows_by_rows_in_blocks)
