@@ -14,7 +14,7 @@ import functools
 import math
 import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_dist.errors import UsageError
+
+Tree = TypeVar("Tree")
 
 LOGICAL_AXES = frozenset(
     "batch length pages kv_length embed vocab q_heads kv_heads head_dim mlp experts lora_rank router top_k gate_up".split()
@@ -197,6 +199,24 @@ def gather(weight: jax.Array, *axes: str) -> jax.Array:
         lambda _, gradient: (jax.lax.with_sharding_constraint(gradient, kept),),
     )
     return lay_out(weight)
+
+
+def gather_after(x: jax.Array, weights: Tree) -> Tree:
+    """The weights, of which none is gathered before `x` is there.
+
+    As nothing else says when, the compiler would gather the weights of many layers at once, ahead of all of them. Their
+    gradients are not held up.
+    """
+    resolver = _active.get()
+    if resolver is None or resolver.mesh.shape["fsdp"] == 1:
+        return weights
+
+    @jax.custom_vjp
+    def wait(weights: Tree, x: jax.Array) -> Tree:
+        return jax.lax.optimization_barrier((weights, x))[0]
+
+    wait.defvjp(lambda weights, x: (wait(weights, x), None), lambda _, gradients: (gradients, None))
+    return wait(weights, jax.lax.stop_gradient(x))
 
 
 def num_parts(axis: str, size: int) -> int:

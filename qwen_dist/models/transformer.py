@@ -18,7 +18,7 @@ from qwen_dist.models.layers import Embedding, Linear, RMSNorm, contract
 from qwen_dist.models.mlp import MLP
 from qwen_dist.models.moe import MoE
 from qwen_dist.models.rope import rope_table
-from qwen_dist.sharding import constrain, gather
+from qwen_dist.sharding import constrain, gather, gather_after
 
 # A policy of `jax.checkpoint`, such as `jax.checkpoint_policies.nothing_saveable`.
 Remat = Callable[..., bool]
@@ -109,6 +109,7 @@ class Transformer(nnx.Module):
         for index, (block, layer, layer_cache) in enumerate(zip(self.layers, self.config.layers, caches, strict=True)):
             with scope(f"layers.{index}"):
                 of_kind = by_window[layer.sliding_window]
+                block = gather_after(x_BTD, block)
                 x_BTD, layer_cache, of_router = run(block, x_BTD, rope, positions_BT, layer_cache, of_kind, segments_BT)
                 x_BTD = tap("output", x_BTD)
                 updated.append(layer_cache)

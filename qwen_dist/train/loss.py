@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from qwen_dist.models.layers import at_least_float32
-from qwen_dist.models.transformer import logits
+from qwen_dist.models.layers import at_least_float32, contract, sum_over_rows
+from qwen_dist.sharding import constrain
 
 # Tokens whose logits exist at a time, on each device.
 BLOCK_TOKENS = 512
@@ -55,7 +55,7 @@ def _loss_of_blocks(
     """Of the first `num_used` of the blocks; the others weigh nothing."""
 
     def add(index: jax.Array, total: jax.Array) -> jax.Array:
-        return total + _loss_of_block(x[index], head_VD, targets[index], weights[index])
+        return total + _cross_entropy(contract(x[index], head_VD), targets[index], weights[index])
 
     return jax.lax.fori_loop(0, num_used, add, jnp.zeros((), weights.dtype))
 
@@ -63,18 +63,24 @@ def _loss_of_blocks(
 def _forward(
     x: jax.Array, head_VD: jax.Array, targets: jax.Array, weights: jax.Array, num_used: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    gradient = jax.value_and_grad(_loss_of_block, argnums=(0, 1))
-
     def add(index: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        total, by_x, by_head_VD = sums
+        total, by_x, by_head_NVD = sums
         # The barrier ties the head to this turn of the loop: XLA would turn a copy of it over in front of it.
         head, index = jax.lax.optimization_barrier((head_VD, index))
-        loss, (by_block, more_by_head_VD) = gradient(x[index], head, targets[index], weights[index])
-        return total + loss, by_x.at[index].set(by_block), by_head_VD + more_by_head_VD.astype(by_head_VD.dtype)
+        loss, by_logits = jax.value_and_grad(_cross_entropy)(contract(x[index], head), targets[index], weights[index])
+        by_logits = by_logits.astype(x.dtype)
+        by_block = contract(by_logits, head.T).astype(x.dtype)
+        # Each device sums its own tokens' gradient; a loop that adds to a sum over devices sums over them in every turn.
+        by_head_NVD = of_devices(by_head_NVD + sum_over_rows(by_logits, x[index], 1))
+        return total + loss, by_x.at[index].set(by_block), by_head_NVD
 
-    zeros = jnp.zeros((), weights.dtype), jnp.zeros_like(x), jnp.zeros(head_VD.shape, weights.dtype)
-    loss, by_x, by_head_VD = jax.lax.fori_loop(0, num_used, add, zeros)
-    return loss, (by_x, by_head_VD.astype(head_VD.dtype), weights)
+    def of_devices(by_head_NVD: jax.Array) -> jax.Array:
+        return constrain(by_head_NVD, "batch", "vocab", "embed")
+
+    by_head_NVD = of_devices(jnp.zeros((x.shape[1], *head_VD.shape), weights.dtype))
+    zeros = jnp.zeros((), weights.dtype), jnp.zeros_like(x), by_head_NVD
+    loss, by_x, by_head_NVD = jax.lax.fori_loop(0, num_used, add, zeros)
+    return loss, (by_x, by_head_NVD.sum(axis=0).astype(head_VD.dtype), weights)
 
 
 def _backward(
@@ -88,9 +94,8 @@ def _backward(
 _loss_of_blocks.defvjp(_forward, _backward)
 
 
-def _loss_of_block(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
-    logits_BTV = logits(x_BTD, head_VD)
+def _cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
     # Compared and summed rather than looked up: the vocabulary may be spread over devices.
-    is_target_BTV = targets_BT[..., None] == jnp.arange(head_VD.shape[0])
-    target_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0), axis=-1)
-    return jnp.sum(weights_BT * (jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT))
+    is_target = targets[..., None] == jnp.arange(logits.shape[-1])
+    of_target = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+    return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - of_target))
