@@ -273,15 +273,15 @@ class Arithmetic:
     def _training_set(self) -> int:
         """The larger of one block's backward pass and the loss's.
 
-        Each has its weights whole, and if they are trained their gradients twice: summed in float32, and rounded.
+        Each has its weights whole, and if they are trained their gradients: a block's summed in float32 and rounded, the
+        head's as the sum of one device's tokens in float32.
         """
-        weight = self._width if self.workload.lora else 2 * self._width + WIDE
-        block = (
-            2 * self._of_one_block()
-            + max(self._gathered(_block_weights(self.config, ffn)) for ffn in self._layers) * weight
-        )
-        logits = self._local("vocab") * min(self._tokens_here(), BLOCK_TOKENS) * WIDE
-        return max(block, logits + self._gathered([HEAD]) * weight)
+        trained = self.workload.lora is None
+        block_weights = max(self._gathered(_block_weights(self.config, ffn)) for ffn in self._layers)
+        block = 2 * self._of_one_block() + block_weights * (self._width + trained * (self._width + WIDE))
+        # The logits, what becomes of them under the softmax, and their gradient.
+        logits = self._local("vocab") * min(self._tokens_here(), BLOCK_TOKENS) * (2 * WIDE + self._width)
+        return max(block, logits + self._gathered([HEAD]) * (self._width + trained * WIDE))
 
     def _gathered(self, weights: Iterable[Weight]) -> int:
         """Elements of weights as they are multiplied: cut as the activations are, whole otherwise."""
