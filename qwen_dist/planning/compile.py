@@ -55,22 +55,18 @@ class Collective:
 class Compiled:
     """What the compiler reports of one program, for each device. `seconds` is how long it took.
 
+    `device_bytes` is the most that is in memory at once, arguments included. It may be less than arguments and temporaries
+    together: these the compiler gives with the gaps between them.
     `flops` and `bytes_accessed` count a loop's body once, as XLA does: see `Arithmetic.repeated`.
     """
 
     seconds: float
     argument_bytes: float
-    output_bytes: float
-    alias_bytes: float
     temporary_bytes: float
+    device_bytes: float
     flops: float
     bytes_accessed: float
     collectives: tuple[Collective, ...]
-
-    @property
-    def device_bytes(self) -> float:
-        """All that must be in memory at once; donated arguments are outputs too and count once."""
-        return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temporary_bytes
 
 
 def extrapolate(two: Sequence[Compiled], layers: Sequence[int], num_layers: int) -> Compiled:
@@ -154,13 +150,21 @@ def compile_program(lowered: jax.stages.Lowered) -> Compiled:
     return Compiled(
         seconds=seconds,
         argument_bytes=memory.argument_size_in_bytes,
-        output_bytes=memory.output_size_in_bytes,
-        alias_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
+        device_bytes=_peak(compiled, memory),
         flops=cost.get("flops", 0.0),
         bytes_accessed=cost.get("bytes accessed", 0.0),
         collectives=count_collectives(compiled.as_text() or ""),
     )
+
+
+def _peak(compiled: jax.stages.Compiled, memory: Any) -> float:
+    """The most that is in memory at once. The CPU's compiler leaves temporaries out of what it calls so."""
+    devices = jax.tree.leaves(compiled.output_shardings)[0].device_set
+    if any(device.platform == "cpu" for device in devices):
+        results = memory.output_size_in_bytes - memory.alias_size_in_bytes  # donated arguments are outputs too
+        return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
+    return memory.peak_memory_in_bytes
 
 
 def count_collectives(text: str) -> tuple[Collective, ...]:

@@ -25,8 +25,6 @@ def to_json(plan: Plan) -> str:
         for name, step in (("step", phase.step), ("compiled_step", phase.compiled_step)):
             if step is not None:
                 given[name]["total"] = step.total
-        if phase.compiled is not None:
-            given["compiled"]["device_bytes"] = phase.compiled.device_bytes
     return json.dumps(content, indent=2)
 
 
@@ -105,8 +103,8 @@ def _compiled_line(phase: PhasePlan, plan: Plan) -> str:
     exchanged = ", ".join(f"{one.count:.0f} {one.kind} {_gb(one.bytes)}" for one in compiled.collectives) or "none"
     how = f"from {' and '.join(map(str, plan.compiled_layers))} layers, " if len(plan.compiled_layers) > 1 else ""
     return (
-        f"{phase.phase} compiled ({how}{compiled.seconds:.0f} s): arguments {_gb(compiled.argument_bytes)}, temporaries "
-        f"{_gb(compiled.temporary_bytes)}, {compiled.flops:.3g} flops, {_gb(compiled.bytes_accessed)} accessed; "
+        f"{phase.phase} compiled ({how}{compiled.seconds:.0f} s): arguments {_gb(compiled.argument_bytes)}, at once "
+        f"{_gb(compiled.device_bytes)}, {compiled.flops:.3g} flops, {_gb(compiled.bytes_accessed)} accessed; "
         f"collectives: {exchanged}"
     )
 
@@ -148,9 +146,8 @@ def write_chart(plan: Plan, path: str) -> None:
     for phase in plan.chosen.phases:
         bars.append((f"{phase.phase}, arithmetic", dict(phase.memory)))
         if (compiled := phase.compiled) is not None:
-            donated = {"arguments": compiled.argument_bytes, "temporaries": compiled.temporary_bytes}
-            results = {"results": compiled.output_bytes - compiled.alias_bytes}
-            bars.append((f"{phase.phase}, compiled", donated | results))
+            others = compiled.device_bytes - compiled.argument_bytes
+            bars.append((f"{phase.phase}, compiled", {"arguments": compiled.argument_bytes, "others": others}))
     widest = max(limit, *(sum(bar.values()) for _, bar in bars))
     kinds = dict.fromkeys(kind for _, bar in bars for kind in bar)
     color = {kind: COLORS[index % len(COLORS)] for index, kind in enumerate(kinds)}
