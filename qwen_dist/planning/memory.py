@@ -235,7 +235,8 @@ class Arithmetic:
         stream = self._local("batch", "length", "embed") * self._width
         layers = len(self.config.layers)
         if self.workload.remat == "blocks":
-            return (2 * layers + 1) * stream
+            # What goes into each block. On a CPU also a copy of it, for the barrier before the block is computed again.
+            return ((1 if self.is_tpu else 2) * layers + 1) * stream
         if self.workload.remat == "products":
             return layers * (2 * stream + self._products() * WIDE) + stream
         gathered = self._gathered_layers() if self.resolver.mesh.shape["fsdp"] > 1 else 0
