@@ -37,7 +37,7 @@ from qwen_dist.train.step import Trainer
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _SHAPE = re.compile(r"\b(pred|[a-z]+?(\d+)\w*)\[([\d,]*)\]")
-_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\}|mesh\[(.*?)\] \{(.*?)\})")
+_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\}|mesh\[(.*?)\](?:, device_ids=\(.*?\))? \{(.*?)\})")
 _CHAIN = re.compile(r"channel_id=(\d+).*chain_id=\"(\d+)\"")
 _COLLECTIVE = re.compile(rf"= (\([^()]*(?:\([^()]*\)[^()]*)*\)|\S+) ({'|'.join(COLLECTIVES)})(-start)?\(")
 
@@ -84,6 +84,8 @@ def extrapolate(two: Sequence[Compiled], layers: Sequence[int], num_layers: int)
         for field in dataclasses.fields(Compiled)
         if field.name not in ("collectives", "seconds")
     }
+    # The largest moment of the deeper program may be another one, and the line of peaks too steep.
+    numbers["device_bytes"] = min(numbers["device_bytes"], numbers["argument_bytes"] + numbers["temporary_bytes"])
     low, high = ({one.kind: one for one in compiled.collectives} for compiled in (shallow, deep))
     none = Collective("", 0, 0)
     both = [(kind, low.get(kind, none), high.get(kind, none)) for kind in COLLECTIVES if kind in low | high]
@@ -226,7 +228,10 @@ def collectives(text: str) -> Iterator[Result]:
 
 
 def _group_size(line: str) -> int:
-    """How many devices exchange with each other: [number,size]<=…, {{0,1,…},…} or mesh['a'=2,'b'=4] {'b'}."""
+    """How many devices exchange with each other: [number,size]<=…, {{0,1,…},…} or mesh['a'=2,'b'=4] {'b'}.
+
+    The last may have the order of the devices before its axes.
+    """
     match = _GROUPS.search(line)
     if match is None:
         return 1  # a collective-permute names pairs

@@ -22,6 +22,7 @@ TEXT = """
   ROOT %cp = (f32[16,8]{0}, f32[16,8]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%y), pairs
   %ag1 = bf16[4,16]{1,0} all-gather(%a), channel_id=7, replica_groups={{0,1}}, dimensions={1}, attributes={chain_id="0"}
   %ag2 = bf16[4,16]{1,0} all-gather(%b), channel_id=7, replica_groups={{0,1}}, dimensions={1}, attributes={chain_id="0"}
+  %ag3 = bf16[64]{0} all-gather(%e), replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}, dimensions={0}
   %name = f32[2]{0} fusion(%all-reduce.5), calls=%all-gather.clone
 }
 
@@ -34,7 +35,7 @@ TEXT = """
 def test_collectives_of_a_compiled_text():
     found = {one.kind: (one.count, one.bytes) for one in count_collectives(TEXT)}
     assert found == {
-        "all-gather": (3, 64 * 2 * 7 / 8 + 32 / 2 + 64 * 2 / 2),
+        "all-gather": (4, 64 * 2 * 7 / 8 + 32 / 2 + 64 * 2 / 2 + 64 * 2 * 3 / 4),
         "all-reduce": (1, (4 * 4 + 128 * 2) * 2 * 3 / 4),
         "reduce-scatter": (2, 40 * 3 + 4096 * 1024 * 4 * 7 / 8),
         "all-to-all": (2, 1024 * 4 / 2 + 512 * 4 / 2),
