@@ -139,7 +139,8 @@ def _on_cpu(x_RI: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Array, *, dim:
     def product() -> jax.Array:
         # What is behind the end of a group is another's, and not looked at.
         x_EXI = x_RI.at[starts_E[:, None] + jnp.arange(AT_ONCE)].get(mode="fill", fill_value=0)
-        return jax.lax.dot_general(weights_EOC, x_EXI, (((2,), (2,)), ((0,), (0,))))
+        dims = ((2,), (2,)), ((0,), (0,))
+        return jax.lax.dot_general(weights_EOC, x_EXI, dims, preferred_element_type=at_least_float32(x_EXI.dtype))
 
     # It reads the weights of groups without rows too, so these had better be few.
     pays = 2 * (sizes_E > 0).sum() > num_groups

@@ -76,10 +76,14 @@ def test_inference_over_fsdp_leaves_the_weights_where_they_are():
 def test_training_over_fsdp_gathers_weights_and_nothing_larger():
     """The gradient of the logits, [batch, length, vocab], stays where it is; so do all activations."""
     largest = SMALL["vocab_size"] * SMALL["hidden_size"]
-    found = list(collectives(text("cpu:8", "fsdp=8", ONE_LAYER, "finetune", "train")))
+    compiled = text("cpu:8", "fsdp=8", ONE_LAYER, "finetune", "train")
+    found = list(collectives(compiled))
     gathered = [elements for result in found if result.kind == "all-gather" for elements, _ in result.arrays]
     assert max(gathered) == largest
     assert 8 * 256 * SMALL["vocab_size"] > largest
+    # The head's gradient is summed over the devices once, not in each turn of the loss's loop.
+    in_loop = [line for line in compiled.splitlines() if "/jvp()/while/body/" in line]
+    assert in_loop and all(max(sum(result.arrays, ())) < largest // 8 for result in collectives("\n".join(in_loop)))
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -123,11 +124,14 @@ finetune(prepare(config), watch=lambda progress: print(progress.step, flush=True
     for number in range(times):
         last = (number + rng.random()) / times * 0.95 * config.steps
         process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+        limit = threading.Timer(300, process.kill)  # then there is no next line, and the test fails
+        limit.start()
         steps = [int(process.stdout.readline())]
         while steps[-1] < last:
             steps.append(int(process.stdout.readline()))
         time.sleep(rng.uniform(0, 0.05))  # a step takes some 10 ms, a save more: somewhere in these
         process.kill()
+        limit.cancel()
         steps += map(int, process.communicate()[0].split())
         killed.append((steps[0] - 1, steps[-1]))
     return killed
