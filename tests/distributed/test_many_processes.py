@@ -168,7 +168,7 @@ def test_one_that_is_killed_ends_all_by_name(start, launch, directory, tmp_path,
 @pytest.mark.slow
 def test_killed_again_and_again_it_answers_every_record_once(start, launch, directory, tmp_path, qwen_dist):
     """Four processes in two groups; at a random moment a random one is killed, and the same command goes on."""
-    count, kills, rng = 120, 5, random.Random(4)
+    count, kills, rng = 300, 20, random.Random(4)
     input, output = write_input(tmp_path / "in.jsonl", count, 40), tmp_path / "out.jsonl"
     process = qwen_dist(batch(directory, input, tmp_path / "alone.jsonl", "--num-cpu-devices", "1"))
     assert process.wait(timeout=120) == 0, process.communicate()
