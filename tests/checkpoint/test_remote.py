@@ -20,8 +20,6 @@ from qwen_dist.checkpoint.load import load, make_plan
 from qwen_dist.checkpoint.source import Access, open_checkpoint
 from qwen_dist.errors import CheckpointError
 
-pytest.importorskip("urllib3")
-
 
 @pytest.fixture
 def folder(write_checkpoint):
@@ -298,7 +296,6 @@ def test_hub_id(folder, tmp_path):
 @pytest.fixture
 def bucket(folder, monkeypatch):
     """An object store that speaks as much S3 as reading takes."""
-    pytest.importorskip("obstore")
     with serve(folder.parent) as store:
         store.serves_text_ranges = True
         for name, value in {

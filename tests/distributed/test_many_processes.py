@@ -120,6 +120,10 @@ def test_every_record_is_answered_once(start, launch, directory, tmp_path, alone
     }
 
 
+def size_of(path):
+    return path.stat().st_size if path.exists() else 0
+
+
 def processes_of(marker):
     """{QWEN_DIST_PROCESS_ID: pid} of the running programs that have `marker` among their arguments."""
     found = {}
@@ -174,24 +178,23 @@ def test_killed_again_and_again_it_answers_every_record_once(start, launch, dire
     assert process.wait(timeout=120) == 0, process.communicate()
     undisturbed = sorted((tmp_path / "alone.jsonl").read_text().splitlines())
     assert len(undisturbed) == count + 1
-    size = (tmp_path / "alone.jsonl").stat().st_size
+    size = size_of(tmp_path / "alone.jsonl")
     command = [launch / "local.sh", "--processes", "4", "--devices", "1", "--logs", tmp_path / "logs", "--"]
     command += batch(directory, input, output, "--groups", "2", "--mesh", "tensor=2", "--max-batch-size", "4")
     victims, sizes = [], []
     for kill in range(kills):
-        process, before = start(command), output.stat().st_size if output.exists() else 0
-        wanted, deadline = rng.randrange(size * kill // kills, size * (kill + 1) // kills), time.monotonic() + 120
+        # Each writes something: one that dies before the four have met costs the launcher's minute of grace.
+        wanted = max(size_of(output), rng.randrange(size * kill // kills, size * (kill + 1) // kills))
+        process, deadline = start(command), time.monotonic() + 120
         pids: dict[int, int] = {}
-        while process.poll() is None and not (
-            len(pids) == 4 and output.exists() and output.stat().st_size > max(wanted, before)
-        ):
+        while process.poll() is None and not (len(pids) == 4 and size_of(output) > wanted):
             assert time.monotonic() < deadline
             time.sleep(0.005)
             pids = processes_of(os.fsencode(output))
         if is_killed := process.poll() is None:
             victims.append(rng.choice(sorted(pids)))
             os.kill(pids[victims[-1]], signal.SIGKILL)
-            sizes.append(output.stat().st_size)
+            sizes.append(size_of(output))
         process.communicate(timeout=100)
         # The last may come to its end before it is killed.
         assert process.returncode == (128 + signal.SIGKILL if is_killed else 0)
