@@ -231,6 +231,18 @@ def platform() -> str:
     return jax.default_backend() if resolver is None else resolver.mesh.devices.flat[0].platform
 
 
+def infers_on_cpus() -> bool:
+    """Whether the active rules are those of inference, on CPUs."""
+    resolver = _active.get()
+    return resolver is not None and resolver.rules is INFERENCE and platform() == "cpu"
+
+
+def is_divided() -> bool:
+    """Whether the compiler divides arrays among devices, outside `on_each_device`: what it does not know it cannot divide."""
+    resolver = _active.get()
+    return resolver is not None and resolver.mesh.size > 1
+
+
 class Parts:
     """How one device's parts of the arrays in `on_each_device` belong to those of the others.
 

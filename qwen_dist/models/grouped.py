@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from qwen_dist.models import native
 from qwen_dist.models.layers import at_least_float32, weight_first
+from qwen_dist.sharding import infers_on_cpus
 
 # Rows multiplied at a time on a CPU, where a product takes as long for eight rows as for two; the small blocks are followed
 # by how many rows a group may have on average.
@@ -32,8 +34,8 @@ def grouped_product(rows_RC: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Arr
     """Each row times the weight of its group: [R, O], accumulated in at least float32 and rounded once, to `dtype`.
 
     This is `jax.lax.ragged_dot`. The TPU's compiler copies all weights for it, so 16-bit floats get jax's kernel there,
-    which reads them where they lie. XLA's CPU backend would compute each group for every row; it gets a loop over the
-    groups that have rows.
+    which reads them where they lie. XLA's CPU backend would compute each group for every row; inference gets this project's
+    kernel there, and what that cannot do a loop over the groups that have rows.
     """
     return _rows_by_weights(rows_RC, weights_EOC, sizes_E, 2, dtype)
 
@@ -59,6 +61,8 @@ grouped_product.defvjp(_forward, _backward)
 
 def _rows_by_weights(x_RI: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Array, dim: int, dtype: DTypeLike) -> jax.Array:
     """Each row times its weight, summing over the weight's dimension `dim`."""
+    if dim == 2 and infers_on_cpus() and native.can_multiply(x_RI, weights_EOC, dtype):
+        return native.grouped_product(x_RI, weights_EOC, sizes_E, dtype)
     forms = {"cpu": _on_cpu, "default": _ragged}
     chosen = _on_tpu(forms, weights_EOC, rows_by_weights_in_tiles)
     given = {name: functools.partial(form, dim=dim, dtype=jnp.dtype(dtype)) for name, form in chosen.items()}

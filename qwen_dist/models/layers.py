@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from qwen_dist.sharding import annotate, gather
+from qwen_dist.models import native
+from qwen_dist.sharding import annotate, gather, infers_on_cpus, is_divided
 
 
 def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
@@ -37,6 +38,8 @@ def contract(x: jax.Array, weight: jax.Array) -> jax.Array:
     A narrower result would be rounded twice by PyTorch's measure, and is 10 times slower on XLA's CPU backend. A single
     row of a 16-bit type would fall off that backend's fast path, so it gets company; elsewhere a second row is free.
     """
+    if _is_native(x, weight):
+        return product(x, weight)
     if x.size == x.shape[-1] and x.dtype.itemsize < 4:
         two_rows = jnp.concatenate([x, jnp.zeros_like(x)], axis=0)
         return contract(two_rows, weight)[:1]
@@ -46,10 +49,18 @@ def contract(x: jax.Array, weight: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def product(x: jax.Array, y: jax.Array) -> jax.Array:
     """Multiply [*batch, ..., in] with [*batch, out, in], matrix by matrix: [*batch, ..., out] in at least float32."""
+    if _is_native(x, y):
+        return native.product(x, y, jnp.float32)
     rows_first = functools.partial(_dot, y_dim=y.ndim - 1)
     if _is_weight_first(x, y):
         return jax.lax.platform_dependent(x, y, cpu=weight_first, default=rows_first)
     return rows_first(x, y)
+
+
+def _is_native(x: jax.Array, weight: jax.Array) -> bool:
+    """Inference on one CPU; training multiplies many rows, which XLA does as fast."""
+    one_cpu = infers_on_cpus() and not is_divided()
+    return one_cpu and weight.ndim == 2 and native.can_multiply(x, weight, jnp.float32)
 
 
 def weight_first(x: jax.Array, weight: jax.Array) -> jax.Array:
