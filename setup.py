@@ -1,5 +1,6 @@
-"""The part of the installation that pyproject.toml has no words for: the kernel, where there is a compiler for it."""
+"""The part of the installation that pyproject.toml has no words for: the kernels, where there is a compiler for it."""
 
+import glob
 import pathlib
 
 import jaxlib
@@ -9,12 +10,13 @@ setup(
     ext_modules=[
         Extension(
             "qwen_dist.models._native",
-            ["qwen_dist/models/native.cc"],
+            sorted(glob.glob("qwen_dist/models/cpu/*.cc")),
+            depends=["qwen_dist/models/cpu/simd.h"],
             include_dirs=[str(pathlib.Path(jaxlib.__file__).parent / "include")],
             # The headers are XLA's, and so are their warnings.
             extra_compile_args=["-std=c++17", "-O3", "-w"],
             language="c++",
-            # Without it products are XLA's: slower in bfloat16, and right.
+            # Without them XLA does the work: slower, and right.
             optional=True,
         )
     ]

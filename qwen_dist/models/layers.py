@@ -32,35 +32,40 @@ def parameter(
     return annotate(jax.ShapeDtypeStruct(tuple(sizes.values()), dtype), tuple(sizes), std=std, disk_shape=disk_shape)
 
 
-def contract(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Multiply [..., in] with an out-features-first [out, in]: [..., out] in at least float32.
+def contract(x: jax.Array, weight: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
+    """Multiply [..., in] with an out-features-first [out, in]: [..., out], summed in at least float32 and returned so, or
+    rounded once to `dtype`.
 
-    A narrower result would be rounded twice by PyTorch's measure, and is 10 times slower on XLA's CPU backend. A single
+    A narrower sum would be rounded twice by PyTorch's measure, and is 10 times slower on XLA's CPU backend. A single
     row of a 16-bit type would fall off that backend's fast path, so it gets company; elsewhere a second row is free.
     """
-    if _is_native(x, weight):
-        return product(x, weight)
+    dtype = jnp.dtype(at_least_float32(x.dtype) if dtype is None else dtype)
+    if _is_native(x, weight, dtype):
+        return _native_product(x, weight, dtype)
     if x.size == x.shape[-1] and x.dtype.itemsize < 4:
         two_rows = jnp.concatenate([x, jnp.zeros_like(x)], axis=0)
-        return contract(two_rows, weight)[:1]
-    return product(x, weight)
+        return contract(two_rows, weight, dtype)[:1]
+    return product(x, weight).astype(dtype)
 
 
 @jax.custom_vjp
 def product(x: jax.Array, y: jax.Array) -> jax.Array:
     """Multiply [*batch, ..., in] with [*batch, out, in], matrix by matrix: [*batch, ..., out] in at least float32."""
-    if _is_native(x, y):
-        return native.product(x, y, jnp.float32)
     rows_first = functools.partial(_dot, y_dim=y.ndim - 1)
     if _is_weight_first(x, y):
         return jax.lax.platform_dependent(x, y, cpu=weight_first, default=rows_first)
     return rows_first(x, y)
 
 
-def _is_native(x: jax.Array, weight: jax.Array) -> bool:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _native_product(x: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`contract` by this project's kernel, with the gradient of `product`."""
+    return native.product(x, weight, dtype)
+
+
+def _is_native(x: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> bool:
     """Inference on one CPU; training multiplies many rows, which XLA does as fast."""
-    one_cpu = infers_on_cpus() and not is_divided()
-    return one_cpu and weight.ndim == 2 and native.can_multiply(x, weight, jnp.float32)
+    return infers_on_cpus() and not is_divided() and native.can_multiply(x, weight, dtype)
 
 
 def weight_first(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -97,6 +102,10 @@ def _product_backward(operands: tuple[jax.Array, jax.Array], gradient: jax.Array
 
 
 product.defvjp(_product_forward, _product_backward)
+_native_product.defvjp(
+    lambda x, weight, dtype: (_native_product(x, weight, dtype), (x, weight)),
+    lambda _dtype, operands, gradient: _product_backward(operands, gradient),
+)
 
 
 def _dot(x: jax.Array, y: jax.Array, y_dim: int) -> jax.Array:
@@ -157,20 +166,24 @@ class Linear(nnx.Module):
         self.lora_scale = scale
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.unrounded(x).astype(x.dtype)
+        return self._rounded_to(x.dtype, x)
 
     def unrounded(self, x: jax.Array) -> jax.Array:
         """The same in at least float32, before the rounding to x's dtype."""
+        return self._rounded_to(at_least_float32(x.dtype), x)
+
+    def _rounded_to(self, dtype: DTypeLike, x: jax.Array) -> jax.Array:
         weight = gather(self.weight[...], *dict(self.out_sizes + self.in_sizes))
         in_shape, out_shape = ([size for _, size in sizes] for sizes in (self.in_sizes, self.out_sizes))
         rows = x.reshape(*x.shape[: x.ndim - len(in_shape)], -1)
-        y = contract(rows, weight.reshape(-1, rows.shape[-1]))
+        is_all = self.bias is None and self.lora_A is None
+        y = contract(rows, weight.reshape(-1, rows.shape[-1]), dtype if is_all else None)
         y = y.reshape(*y.shape[:-1], *out_shape)
         if self.bias is not None:
             y = y + gather(self.bias[...], *dict(self.out_sizes)).astype(y.dtype)
         if self.lora_A is not None and self.lora_B is not None:
             y = y + self.lora_scale * self.lora_B.unrounded(self.lora_A(x))
-        return y
+        return y.astype(dtype)
 
 
 class Embedding(nnx.Module):

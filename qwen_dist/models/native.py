@@ -1,9 +1,9 @@
-"""Matrix products of inference by a kernel of this project's own, on processors with AVX512-BF16.
+"""Matrix products and attention of inference by kernels of this project's own, on processors with AVX512-BF16.
 
-XLA's CPU backend reads the weights of a step of few rows at less than half of the memory's speed in bfloat16, and copies
-those of experts. `native.cc` reads them where they lie and as fast as memory gives them. What it computes for a row is the
-same, bit for bit, whatever the other rows are. It is compiled when the package is installed; where there is no compiler, or a
-processor of another kind, products are XLA's.
+XLA's CPU backend reads the weights of a step of few rows at less than half of the memory's speed in bfloat16, copies those
+of experts, and makes many passes over the scores of attention. The kernels in `cpu/` read weights and pages where they lie
+and as fast as memory gives them. What they compute for a row is the same, bit for bit, whatever the other rows are. They are
+compiled when the package is installed; where there is no compiler, or a processor of another kind, XLA does the work.
 """
 
 from __future__ import annotations
@@ -15,16 +15,21 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
-TARGET = "qwen_dist_grouped_product"
-# What a tile of the kernel computes at least.
-MIN_FEATURES = 4
+from qwen_dist.models.cache import PAGE, LayerCache, Pages
+
+# jax's names for the functions of the library.
+TARGETS = {"qwen_dist_grouped_product": "GroupedProduct", "qwen_dist_paged_attention": "PagedAttention"}
+GROUPED_PRODUCT, PAGED_ATTENTION = TARGETS
+# What a tile of the product computes at least; a head is so many vectors of so many numbers; positions of a page.
+MIN_FEATURES, LANES, PAGE_OF_KERNEL = 4, 16, 64
 
 
 @functools.cache
 def is_available() -> bool:
-    """Whether the kernel was compiled and this processor can run it; registers it with jax then."""
+    """Whether the kernels were compiled and this processor can run them; registers them with jax then."""
     folder = pathlib.Path(__file__).parent
     compiled = [path for suffix in importlib.machinery.EXTENSION_SUFFIXES if (path := folder / f"_native{suffix}").exists()]
     if not compiled:
@@ -32,7 +37,8 @@ def is_available() -> bool:
     library = ctypes.CDLL(str(compiled[0]))
     if not library.IsSupported():
         return False
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.GroupedProduct), platform="cpu")
+    for name, symbol in TARGETS.items():
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
     return True
 
 
@@ -50,7 +56,7 @@ def grouped_product(rows_RC: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Arr
     nothing. Only where `can_multiply`.
     """
     result = jax.ShapeDtypeStruct((len(rows_RC), weights_EOC.shape[1]), dtype)
-    return jax.ffi.ffi_call(TARGET, result)(rows_RC, weights_EOC, sizes_E.astype(jnp.int32))
+    return jax.ffi.ffi_call(GROUPED_PRODUCT, result)(rows_RC, weights_EOC, sizes_E.astype(jnp.int32))
 
 
 def product(x: jax.Array, weight_OC: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -58,3 +64,21 @@ def product(x: jax.Array, weight_OC: jax.Array, dtype: DTypeLike) -> jax.Array:
     rows_RC = x.reshape(-1, x.shape[-1])
     out_RO = grouped_product(rows_RC, weight_OC[None], jnp.full(1, len(rows_RC)), dtype)
     return out_RO.reshape(*x.shape[:-1], -1)
+
+
+def can_attend(q_BTNH: jax.Array, cache: LayerCache) -> bool:
+    """Whether the kernel attends from these queries to a cache of this kind."""
+    has_form = q_BTNH.dtype in (jnp.float32, jnp.bfloat16) and cache.k.shape[0] == 1 and PAGE == PAGE_OF_KERNEL
+    return has_form and q_BTNH.shape[-1] % LANES == 0 and q_BTNH.size > 0 and is_available()
+
+
+def attend_pages(
+    q_BTNH: jax.Array, cache: LayerCache, positions_BT: jax.Array, pages: Pages, sliding_window: int | None
+) -> jax.Array:
+    """What `paged_attention.attend_pages` computes, [B, T, N, H]. Only where `can_attend`."""
+    visits = (jnp.asarray(x[0]) for x in (pages.row_DE, pages.page_DE, pages.start_DE))
+    num_visits = jnp.asarray(pages.num_visits).reshape(1)
+    numbers = [x.astype(jnp.int32) for x in (positions_BT, *visits, num_visits)]
+    call = jax.ffi.ffi_call(PAGED_ATTENTION, jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype))
+    scale = np.float32(q_BTNH.shape[-1] ** -0.5)
+    return call(q_BTNH, cache.k[0], cache.v[0], *numbers, scale=scale, window=np.int64(sliding_window or 0))

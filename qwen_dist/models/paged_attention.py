@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from qwen_dist.models import cache as kv_cache
+from qwen_dist.models import native
 from qwen_dist.models.layers import at_least_float32
+from qwen_dist.sharding import infers_on_cpus, is_divided
 
 
-@functools.partial(jax.jit, static_argnames="sliding_window")  # traced once for all layers that are alike
 def attend_pages(
     q_BTNH: jax.Array,
     cache: kv_cache.LayerCache,
@@ -24,6 +25,19 @@ def attend_pages(
     A row's pages are looked at one by one, in groups across all rows, and what they give is added up by row with a running
     maximum (arXiv:2205.14135). The work is that of the pages that are there, whatever the longest row is.
     """
+    if infers_on_cpus() and not is_divided() and native.can_attend(q_BTNH, cache):
+        return native.attend_pages(q_BTNH, cache, positions_BT, pages, sliding_window)
+    return _attend_groups(q_BTNH, cache, positions_BT, pages, sliding_window)
+
+
+@functools.partial(jax.jit, static_argnames="sliding_window")  # traced once for all layers that are alike
+def _attend_groups(
+    q_BTNH: jax.Array,
+    cache: kv_cache.LayerCache,
+    positions_BT: jax.Array,
+    pages: kv_cache.Pages,
+    sliding_window: int | None,
+) -> jax.Array:
     parts = cache.k.shape[0]
     N, H, K = *q_BTNH.shape[2:], cache.k.shape[2]
     q_DBTKGH = q_BTNH.reshape(parts, -1, q_BTNH.shape[1], K, N // K, H)

@@ -99,7 +99,8 @@ class Transformer(nnx.Module):
             `jax.checkpoint`; everything when None.
         """
         x_BTD = constrain(tap("embed_tokens", self.embed_tokens(tokens_BT)), "batch", "length", "embed")
-        rope = rope_table(self.config.rope, self.config.head_dim, positions_BT, x_BTD.dtype)
+        # Made once: without the barrier XLA's CPU backend takes the sines again in each layer, for each head.
+        rope = jax.lax.optimization_barrier(rope_table(self.config.rope, self.config.head_dim, positions_BT, x_BTD.dtype))
         caches = (None,) * len(self.layers) if cache is None else cache
         windows = self.config.windows
         by_window = dict.fromkeys(windows) if pages is None else dict(zip(windows, pages, strict=True))

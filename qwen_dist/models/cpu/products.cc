@@ -1,4 +1,4 @@
-// Rows of each group times that group's weight, for processors with AVX512-BF16: see native.py.
+// Rows of each group times that group's weight, for processors with AVX512-BF16: see ../native.py.
 //
 // A weight lies as the checkpoint stores it, out-features first, so the sum over the inputs runs along memory for both
 // operands: six rows and four features at a time, in 24 registers, which are summed up at the end. Each number is therefore
@@ -7,23 +7,10 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
-#include <immintrin.h>
-
-#include <algorithm>
-#include <atomic>
-#include <cstdint>
 #include <cstring>
-#include <functional>
-#include <memory>
 #include <vector>
 
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
-
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
-#define INLINE inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
+#include "simd.h"
 
 namespace {
 
@@ -32,30 +19,6 @@ constexpr int64_t kBlockBytes = 64 << 10;
 constexpr int kMaxBlock = 32;  // features
 constexpr int64_t kJobs = 8;   // for each thread, so that one which falls behind has less to do
 constexpr int kLine = 64;      // bytes
-
-struct Float32 {
-  using Element = float;
-  using Vector = __m512;
-  static constexpr int kLanes = 16;
-  AVX512 static INLINE Vector Load(const Element* from) { return _mm512_loadu_ps(from); }
-  AVX512 static INLINE Vector Load(const Element* from, int number) {
-    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << number) - 1), from);
-  }
-  AVX512 static INLINE __m512 Add(__m512 sum, Vector x, Vector y) { return _mm512_fmadd_ps(x, y, sum); }
-};
-
-struct BFloat16 {
-  using Element = uint16_t;
-  using Vector = __m512i;
-  static constexpr int kLanes = 32;
-  AVX512 static INLINE Vector Load(const Element* from) { return _mm512_loadu_si512(from); }
-  AVX512 static INLINE Vector Load(const Element* from, int number) {
-    return _mm512_maskz_loadu_epi16((1u << number) - 1, from);
-  }
-  AVX512 static INLINE __m512 Add(__m512 sum, Vector x, Vector y) {
-    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(y));
-  }
-};
 
 // The sums of four vectors' elements.
 AVX512 INLINE __m128 Sums(__m512 a, __m512 b, __m512 c, __m512 d) {
@@ -111,38 +74,21 @@ void Block(const typename Type::Element* x, int64_t rows, const typename Type::E
            int64_t outputs, int64_t first, int64_t last, bool fetch_next) {
   const int64_t num_tiles = (rows + kRows - 1) / kRows;
   const int lines = fetch_next ? static_cast<int>((kFeatures + num_tiles - 1) / num_tiles) : 0;
+  const int64_t tile_bytes = lines * (inputs / Type::kLanes) * kLine;
   const char* ahead = reinterpret_cast<const char*>(weight + last * inputs);
+  const char* const end = ahead + (last - first) * inputs * sizeof(*weight);
   for (int64_t tile = num_tiles; tile > 0; --tile) {
     const int64_t number = (rows + tile - 1) / tile;
     for (int64_t f = first; f < last; f += kFeatures) {
       const int64_t feature = std::min(f, outputs - kFeatures);  // the last tile may do some features again
-      kTiles<Type, Result>[number - 1](x, weight + feature * inputs, inputs, y + feature, outputs, ahead, lines);
-      ahead += lines * (inputs / Type::kLanes) * kLine;
+      kTiles<Type, Result>[number - 1](x, weight + feature * inputs, inputs, y + feature, outputs, ahead,
+                                       ahead < end ? lines : 0);
+      ahead += tile_bytes;
     }
     x += number * inputs;
     y += number * outputs;
     rows -= number;
   }
-}
-
-// Calls job(0), …, job(number - 1), on this thread and on those of the pool that have nothing else to do. It never waits for
-// a job that nobody has begun, so the pool may be as busy as it likes.
-void ForEach(ffi::ThreadPool& pool, int64_t number, std::function<void(int64_t)> job) {
-  struct State {
-    std::atomic<int64_t> begun{0}, done{0};
-  };
-  auto state = std::make_shared<State>();
-  std::function<void()> work = [state, number, job = std::move(job)] {
-    for (int64_t index; (index = state->begun.fetch_add(1)) < number;) {
-      job(index);
-      state->done.fetch_add(1);
-    }
-  };
-  for (int64_t helper = 1; helper < std::min(pool.num_threads(), number); ++helper) {
-    pool.Schedule(std::function<void()>(work));
-  }
-  work();
-  while (state->done.load() < number) _mm_pause();
 }
 
 template <class Type, class Result>

@@ -1,0 +1,130 @@
+"""The kernels for CPUs beside the plain forms that they stand for."""
+
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen_dist.mesh import MeshConfig, make_mesh
+from qwen_dist.models import cache as kv_cache
+from qwen_dist.models import native, paged_attention
+from qwen_dist.models.layers import contract
+from qwen_dist.sharding import INFERENCE, Resolver, resolving
+
+CPU_INFO = pathlib.Path("/proc/cpuinfo")
+HAS_INSTRUCTIONS = CPU_INFO.exists() and "avx512_bf16" in CPU_INFO.read_text()
+pytestmark = pytest.mark.skipif(
+    not HAS_INSTRUCTIONS or shutil.which("c++") is None, reason="no processor with AVX512-BF16, or no compiler"
+)
+
+# Of numbers about as large as 1, or a sum's share of them.
+TOLERANCE = {"float32": 3e-6, "bfloat16": 1.6e-2}
+
+
+def test_they_were_compiled():
+    assert native.is_available()
+
+
+def normal(shape, dtype, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("inputs", [16, 72, 896])
+@pytest.mark.parametrize("outputs", [4, 7, 130])
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 13, 150])
+def test_product(rows, outputs, inputs, dtype):
+    x, weight = normal((rows, inputs), dtype), normal((outputs, inputs), dtype, 1) * inputs**-0.5
+    expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    wide = native.product(x, weight.astype(dtype), jnp.float32)
+    assert wide.dtype == jnp.float32
+    np.testing.assert_allclose(wide, expected, atol=3e-6, rtol=0)
+    rounded = native.product(x, weight.astype(dtype), dtype)
+    assert rounded.dtype == dtype
+    np.testing.assert_array_equal(rounded, wide.astype(dtype))  # once, as XLA rounds
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_groups(dtype):
+    sizes = [0, 7, 1, 0, 64, 3]
+    rows, weights = normal((sum(sizes) + 2, 40), dtype), normal((len(sizes), 12, 40), dtype, 1)
+    out = native.grouped_product(rows, weights, jnp.asarray(sizes), jnp.float32)
+    ends = np.cumsum(sizes)
+    for weight, size, end in zip(weights, sizes, ends, strict=True):
+        np.testing.assert_array_equal(
+            out[end - size : end], native.product(rows[end - size : end], weight, jnp.float32) if size else out[:0]
+        )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_does_not_depend_on_its_neighbours(dtype):
+    x, weight = normal((40, 200), dtype), normal((33, 200), dtype, 1)
+    together = native.product(x, weight, jnp.float32)
+    for rows in (1, 3, 11):
+        alone = jnp.concatenate([native.product(x[i : i + rows], weight, jnp.float32) for i in range(0, 40, rows)])
+        np.testing.assert_array_equal(alone, together)
+
+
+def pages_of(lengths, num_queries, window, seed=0):
+    """Pages in any order in a pool, as rows of these lengths look at them, and the positions of their last queries."""
+    rng = np.random.default_rng(seed)
+    visits = [
+        (row, start)
+        for row, length in enumerate(lengths)
+        for start in range(0, length, kv_cache.PAGE)
+        if window is None or start + kv_cache.PAGE > length - num_queries - window
+    ]
+    page = rng.permutation(len(visits) + 3)[: len(visits)]
+    order = rng.permutation(len(visits))
+    rows, starts = (np.array(x, np.int32)[order] for x in zip(*visits, strict=True))
+    padded = [np.full(-(-len(visits) // kv_cache.VISITS) * kv_cache.VISITS, fill, np.int32) for fill in (0, 0, 2**30)]
+    for to, what in zip(padded, (rows, page[order], starts), strict=True):
+        to[: len(visits)] = what
+    positions = np.array([[length - num_queries + t for t in range(num_queries)] for length in lengths], np.int32)
+    row_E, page_E, start_E = padded
+    pages = kv_cache.Pages(np.zeros((1, 1)), row_E[None], page_E[None], start_E[None], np.int32(len(visits)))
+    return pages, np.where(positions < 0, -1, positions), len(visits) + 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("num_queries", [1, 32])
+@pytest.mark.parametrize(("heads", "width"), [((14, 2), 64), ((4, 4), 128), ((6, 1), 16), ((8, 2), 80)])
+def test_attention(heads, width, num_queries, window, dtype):
+    pages, positions, num_pages = pages_of([1, 64, 65, 300, 5], num_queries, window)
+    q = normal((len(positions), num_queries, heads[0], width), dtype)
+    pools = (normal((1, num_pages, heads[1], kv_cache.PAGE, width), dtype, seed) for seed in (1, 2))
+    cache = kv_cache.LayerCache(*(pool.view(jnp.uint16) if dtype == "bfloat16" else pool for pool in pools))
+    assert native.can_attend(q, cache)
+    out = native.attend_pages(q, cache, jnp.asarray(positions), pages, window)
+    plain = paged_attention.attend_pages(q, cache, jnp.asarray(positions), pages, window)
+    is_real = positions >= 0  # the others are padding, of which nobody looks at what comes out
+    out_of_real, plain_of_real = (np.asarray(x, np.float32)[is_real] for x in (out, plain))
+    np.testing.assert_allclose(out_of_real, plain_of_real, atol=TOLERANCE[dtype], rtol=0)
+    for row in range(len(positions)):
+        mine = np.flatnonzero(pages.row_DE[0, : int(pages.num_visits)] == row)
+        one = pages._replace(
+            row_DE=np.zeros((1, len(mine)), np.int32), page_DE=pages.page_DE[:, mine], start_DE=pages.start_DE[:, mine],
+            num_visits=np.int32(len(mine)),
+        )  # fmt: skip
+        for first in range(0, num_queries, 11):
+            part = slice(first, first + 11)
+            query, position = q[row : row + 1, part], jnp.asarray(positions[row : row + 1, part])
+            alone = native.attend_pages(query, cache, position, one, window)
+            np.testing.assert_array_equal(alone[0], out[row, part])
+
+
+def test_where_they_are_used(monkeypatch):
+    x, weight = normal((3, 64), "float32"), normal((8, 64), "float32", 1)
+
+    def is_used(devices, rules=INFERENCE):
+        with resolving(Resolver(make_mesh(MeshConfig(data=devices), jax.devices()[:devices]), rules)):
+            return native.GROUPED_PRODUCT in jax.jit(lambda x, w: contract(x, w)).lower(x, weight).as_text()
+
+    assert is_used(1)
+    assert not is_used(2), "the compiler cannot divide a kernel among devices"
+    monkeypatch.setattr(native, "is_available", lambda: False)
+    assert not is_used(1)
