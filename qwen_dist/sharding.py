@@ -238,7 +238,7 @@ def infers_on_cpus() -> bool:
 
 
 def is_divided() -> bool:
-    """Whether the compiler divides arrays among devices, outside `on_each_device`. It cannot divide what it does not know."""
+    """Whether the compiler divides arrays among devices, outside `on_each_device`; not what it does not know."""
     resolver = _active.get()
     return resolver is not None and resolver.mesh.size > 1
 

@@ -2,7 +2,7 @@
 
 XLA's CPU backend reads the weights of a step of few rows at less than half of the memory's speed in bfloat16, copies those
 of experts, and makes many passes over the scores of attention. The kernels in `cpu/` read weights and pages where they lie
-and as fast as memory gives them. What they compute for a row is the same, bit for bit, whatever the other rows are. They are
+and as fast as memory gives them. What they compute for a row is the same, bit for bit, whatever other rows are. They are
 compiled when the package is installed; where there is no compiler, or a processor of another kind, XLA does the work.
 """
 
