@@ -55,6 +55,7 @@ def grouped_product(rows_RC: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Arr
     Groups follow each other, and group e has `sizes_E[e]` rows; what comes out for rows behind the last group means
     nothing. Only where `can_multiply`.
     """
+    assert is_available()
     result = jax.ShapeDtypeStruct((len(rows_RC), weights_EOC.shape[1]), dtype)
     return jax.ffi.ffi_call(GROUPED_PRODUCT, result)(rows_RC, weights_EOC, sizes_E.astype(jnp.int32))
 
@@ -76,9 +77,11 @@ def attend_pages(
     q_BTNH: jax.Array, cache: LayerCache, positions_BT: jax.Array, pages: Pages, sliding_window: int | None
 ) -> jax.Array:
     """What `paged_attention.attend_pages` computes, [B, T, N, H]. Only where `can_attend`."""
+    assert is_available()
     visits = (jnp.asarray(x[0]) for x in (pages.row_DE, pages.page_DE, pages.start_DE))
     num_visits = jnp.asarray(pages.num_visits).reshape(1)
     numbers = [x.astype(jnp.int32) for x in (positions_BT, *visits, num_visits)]
     call = jax.ffi.ffi_call(PAGED_ATTENTION, jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype))
     scale = np.float32(q_BTNH.shape[-1] ** -0.5)
-    return call(q_BTNH, cache.k[0], cache.v[0], *numbers, scale=scale, window=np.int64(sliding_window or 0))
+    # The cache as it is: XLA would write a reshaped one anew beside it, and copy it for that.
+    return call(q_BTNH, *cache, *numbers, scale=scale, window=np.int64(sliding_window or 0))

@@ -20,7 +20,7 @@ from qwen_dist.models.cache import CACHE_AXES, PAGE, VISITS, page_bytes
 from qwen_dist.sharding import INFERENCE, Resolver
 from qwen_dist.tokenizer import Tokenizer
 
-SIZES = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 10, "num_hidden_layers": 2}
+SIZES = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "num_hidden_layers": 2}
 NUM_NEW = 20
 # One token; a part of a page; the answer begins on a page of its own; more than a piece.
 LENGTHS = (1, 17, 4 * PAGE, NUM_BLOCKS * BLOCK + 70)

@@ -21,7 +21,7 @@ from qwen_dist.tokenizer import Tokenizer
     ],
 )
 def test_every_request_ends_as_it_should(tiny_directory, count, rows, num_pages, num_steps):
-    directory = tiny_directory("qwen3", num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    directory = tiny_directory("qwen3", num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
     resolver = Resolver(make_mesh(MeshConfig.parse("data=1")), INFERENCE)
     model, tokenizer = load_model(directory, resolver, dtype="float32"), Tokenizer.from_directory(directory)
     cache_bytes = num_pages * page_bytes(model.config, resolver, model.dtype)

@@ -20,7 +20,7 @@ RING = -(-(WINDOW + PIECE - 2) // PAGE) + 1
 LENGTHS, NUM_NEW = (2 * RING * PAGE + 50, RING * PAGE - 20, WINDOW + 5, 3), 60
 SIZES = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3, "sliding_window": WINDOW}
 CASES = {
-    "mixed": ("qwen3", {"head_dim": 10, "use_sliding_window": True, "max_window_layers": 1}, {None: 1, WINDOW: 2}),
+    "mixed": ("qwen3", {"head_dim": 16, "use_sliding_window": True, "max_window_layers": 1}, {None: 1, WINDOW: 2}),
     "mixed experts": ("qwen2_moe", {"use_sliding_window": True, "max_window_layers": 2}, {WINDOW: 1, None: 2}),
     "windows only": ("qwen2", {"use_sliding_window": True, "max_window_layers": 0}, {WINDOW: 3}),
 }

@@ -1,12 +1,10 @@
 """The kernels for CPUs beside the plain forms that they stand for."""
 
-import pathlib
-import shutil
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from native_kernels import needs_kernels
 
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models import cache as kv_cache
@@ -14,11 +12,7 @@ from qwen_dist.models import native, paged_attention
 from qwen_dist.models.layers import contract
 from qwen_dist.sharding import INFERENCE, Resolver, resolving
 
-CPU_INFO = pathlib.Path("/proc/cpuinfo")
-HAS_INSTRUCTIONS = CPU_INFO.exists() and "avx512_bf16" in CPU_INFO.read_text()
-pytestmark = pytest.mark.skipif(
-    not HAS_INSTRUCTIONS or shutil.which("c++") is None, reason="no processor with AVX512-BF16, or no compiler"
-)
+pytestmark = needs_kernels
 
 # Of numbers about as large as 1, or a sum's share of them.
 TOLERANCE = {"float32": 3e-6, "bfloat16": 1.6e-2}

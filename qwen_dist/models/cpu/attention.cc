@@ -254,17 +254,17 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys, f
                   ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> rows, ffi::Buffer<ffi::S32> pages,
                   ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::S32> num_visits, ffi::Result<ffi::AnyBuffer> out,
                   float scale, int64_t window) {
-  const auto shape = q.dimensions(), pool_shape = keys.dimensions();  // [B, T, N, H], [P, K, S, H]
-  if (shape.size() != 4 || pool_shape.size() != 4 || pool_shape[2] != kPage || pool_shape[3] != shape[3] ||
-      shape[3] % kLanes != 0 || shape[2] % pool_shape[1] != 0) {
-    return ffi::Error::InvalidArgument("queries [B, T, N, H] and pages [P, K, 64, H] are wanted, H a multiple of 16");
+  const auto shape = q.dimensions(), pages_shape = keys.dimensions();  // [B, T, N, H], [1, P, K, S, H]
+  if (shape.size() != 4 || pages_shape.size() != 5 || pages_shape[0] != 1 || pages_shape[3] != kPage ||
+      pages_shape[4] != shape[3] || shape[3] % kLanes != 0 || shape[2] % pages_shape[2] != 0) {
+    return ffi::Error::InvalidArgument("queries [B, T, N, H] and pages [1, P, K, 64, H] are wanted, H a multiple of 16");
   }
-  const Sizes sizes{shape[1], pool_shape[1], shape[2] / pool_shape[1], shape[3]};
+  const Sizes sizes{shape[1], pages_shape[2], shape[2] / pages_shape[2], shape[3]};
   std::vector<std::vector<Visit>> visits(shape[0]);
   const int64_t number = std::min<int64_t>(num_visits.typed_data()[0], rows.element_count());
   for (int64_t index = 0; index < number; ++index) {
     const int32_t row = rows.typed_data()[index], page = pages.typed_data()[index];
-    if (row < 0 || row >= shape[0] || page < 0 || page >= pool_shape[0]) continue;
+    if (row < 0 || row >= shape[0] || page < 0 || page >= pages_shape[1]) continue;
     visits[row].push_back({starts.typed_data()[index], page});
   }
   for (auto& of_row : visits) {
