@@ -12,6 +12,7 @@ from qwen_dist.batch.output import local_path
 from qwen_dist.batch.run import Summary
 from qwen_dist.config import BatchConfig
 from qwen_dist.hosts.preflight import checkpoint_digest, checkpoint_files
+from qwen_dist.models import native
 
 
 def settings_of(config: BatchConfig) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def write_manifest(config: BatchConfig, settings: dict[str, Any], summary: Summa
         "settings": settings,
         "versions": {"qwen-dist": qwen_dist.__version__}
         | {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "tokenizers")},
+        "kernels": native.is_available(),
         "counts": dataclasses.asdict(summary),
         "tokens_per_second": {
             "read": round(summary.num_prompt_tokens / seconds, 1),

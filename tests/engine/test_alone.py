@@ -1,6 +1,6 @@
 """On one CPU, with this project's kernels: an answer is the same whatever is answered beside it, in bfloat16 too.
 
-What remains is the last bits of a float32 sum, of a softmax or of a token's experts, which XLA adds by the shape of the batch.
+What remains is the last bits of a float32 sum (a softmax, a token's experts), which XLA adds by the shape of the batch.
 """
 
 import jax

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <thread>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -17,6 +18,8 @@ namespace ffi = xla::ffi;
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
+
+constexpr int kSpins = 2000;
 
 struct Float32 {
   using Element = float;
@@ -59,5 +62,12 @@ inline void ForEach(ffi::ThreadPool& pool, int64_t number, std::function<void(in
     pool.Schedule(std::function<void()>(work));
   }
   work();
-  while (state->done.load() < number) _mm_pause();
+  // Others are about to be done, unless there are more threads than cores.
+  for (int spins = 0; state->done.load() < number; ++spins) {
+    if (spins < kSpins) {
+      _mm_pause();
+    } else {
+      std::this_thread::yield();
+    }
+  }
 }
