@@ -6,14 +6,15 @@
 Each system answers the same prompts greedily in a process of its own, after answering a few to warm up. transformers has
 them sorted by length, in left-padded batches of 32; a batch lasts as long as its longest answer. "continuous", if asked
 for, is transformers' continuous batching as it is by default. Tokens count up to each answer's end. "busy" is the share of
-this project's wall time in which the host has nothing to do but wait for a step: the devices compute all that time, and
-more, because they have the next step already while the host works.
+ten seconds of the same work once more, as jax's profiler traces them, in which the devices run a compiled step; "waiting"
+that of the whole run in which the host has nothing to do but wait for one.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -22,12 +23,15 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 SYSTEMS = ("qwen_dist", "transformers", "continuous")
+BEFORE_TRACE = 15.0  # seconds, after which most rows are taken
 TASKS = (
     "What is {a} plus {b}? Answer with the number only.",
     "Is {a} a prime number? Answer yes or no.",
@@ -122,12 +126,42 @@ def answer_with_qwen_dist(options: argparse.Namespace) -> dict[str, float]:
         "seconds": seconds,
         "tokens read": sum(len(request.prompt) for request in everything),
         "tokens written": written,
-        "busy": sum(waited) / seconds,
+        "busy": share_in_steps(engine.run(everything)),
+        "waiting": sum(waited) / seconds,
         "plan ms": 1e3 * statistics.mean(planned),
         "cache waste": 1 - sum(live) / sum(held),
         "mean rows": statistics.mean(rows),
         "peak GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     }
+
+
+def share_in_steps(updates: Iterator[Any]) -> float:
+    """The part of a traced time, from the first step in it to the last, in which some compiled step runs."""
+    import jax
+
+    from qwen_dist.engine.profile import SECONDS, profiling
+
+    with tempfile.TemporaryDirectory() as folder:
+        with profiling(folder) as tick:
+            next(updates)
+            begin = time.monotonic()
+            for _ in itertools.takewhile(lambda _: time.monotonic() - begin < SECONDS + BEFORE_TRACE, updates):
+                if time.monotonic() - begin > BEFORE_TRACE:
+                    tick()
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        profile = jax.profiler.ProfileData.from_file(str(path))
+    steps = sorted(
+        (event.start_ns, event.end_ns)
+        for plane in profile.planes
+        for line in plane.lines
+        for event in line.events
+        if event.name.startswith("ThunkExecutor::Execute")
+    )
+    running, until = 0.0, steps[0][0]
+    for begin, end in steps:
+        running += max(0, end - max(begin, until))
+        until = max(until, end)
+    return running / (until - steps[0][0])
 
 
 def timed(owner: Any, name: str, seconds: list[float]) -> None:
