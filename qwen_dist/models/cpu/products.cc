@@ -18,6 +18,7 @@ constexpr int kRows = 6, kFeatures = 4;  // of a tile; 24 sums, 4 weights and a 
 constexpr int64_t kBlockBytes = 64 << 10;
 constexpr int kMaxBlock = 32;  // features
 constexpr int64_t kJobs = 8;   // for each thread, so that one which falls behind has less to do
+constexpr int64_t kPartsOfGroup = 4;  // at least: groups may have very different numbers of rows
 constexpr int kLine = 64;      // bytes
 
 // The sums of four vectors' elements.
@@ -107,7 +108,7 @@ void Multiply(ffi::ThreadPool& pool, const typename Type::Element* x, int64_t nu
   const int64_t feature_bytes = kFeatures * inputs * sizeof(*weights);
   const int64_t block = std::clamp<int64_t>(kBlockBytes / feature_bytes * kFeatures, kFeatures, kMaxBlock);
   const int64_t num_blocks = (outputs + block - 1) / block, num_groups = groups.size();
-  const int64_t wanted = (pool.num_threads() * kJobs + num_groups - 1) / num_groups;
+  const int64_t wanted = std::max(kPartsOfGroup, (pool.num_threads() * kJobs + num_groups - 1) / num_groups);
   const int64_t part = (num_blocks + wanted - 1) / wanted * block;  // features of a job
   const int64_t num_parts = (outputs + part - 1) / part;
   ForEach(pool, num_groups * num_parts, [=, &groups](int64_t job) {
