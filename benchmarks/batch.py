@@ -122,13 +122,14 @@ def answer_with_qwen_dist(options: argparse.Namespace) -> dict[str, float]:
         live.append(load.live_positions)
         rows.append(load.num_running)
     seconds = time.perf_counter() - start
+    waiting, plan_ms = sum(waited) / seconds, 1e3 * statistics.mean(planned)
     return {
         "seconds": seconds,
         "tokens read": sum(len(request.prompt) for request in everything),
         "tokens written": written,
         "busy": share_in_steps(engine.run(everything)),
-        "waiting": sum(waited) / seconds,
-        "plan ms": 1e3 * statistics.mean(planned),
+        "waiting": waiting,
+        "plan ms": plan_ms,
         "cache waste": 1 - sum(live) / sum(held),
         "mean rows": statistics.mean(rows),
         "peak GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
