@@ -237,10 +237,10 @@ def infers_on_cpus() -> bool:
     return resolver is not None and resolver.rules is INFERENCE and platform() == "cpu"
 
 
-def is_divided() -> bool:
-    """Whether the compiler divides arrays among devices, outside `on_each_device`; not what it does not know."""
+def infers_on_one_cpu() -> bool:
+    """The same, on a single one: among several the compiler divides arrays, and it cannot divide what it does not know."""
     resolver = _active.get()
-    return resolver is not None and resolver.mesh.size > 1
+    return infers_on_cpus() and resolver is not None and resolver.mesh.size == 1
 
 
 class Parts:

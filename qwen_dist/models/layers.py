@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from qwen_dist.models import native
-from qwen_dist.sharding import annotate, gather, infers_on_cpus, is_divided
+from qwen_dist.sharding import annotate, gather, infers_on_one_cpu
 
 
 def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
@@ -65,7 +65,7 @@ def _native_product(x: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Ar
 
 def _is_native(x: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> bool:
     """Inference on one CPU; training multiplies many rows, which XLA does as fast."""
-    return infers_on_cpus() and not is_divided() and native.can_multiply(x, weight, dtype)
+    return infers_on_one_cpu() and native.can_multiply(x, weight, dtype)
 
 
 def weight_first(x: jax.Array, weight: jax.Array) -> jax.Array:

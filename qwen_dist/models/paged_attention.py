@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from qwen_dist.models import cache as kv_cache
 from qwen_dist.models import native
 from qwen_dist.models.layers import at_least_float32
-from qwen_dist.sharding import infers_on_cpus, is_divided
+from qwen_dist.sharding import infers_on_one_cpu
 
 
 def attend_pages(
@@ -25,7 +25,7 @@ def attend_pages(
     A row's pages are looked at one by one, in groups across all rows, and what they give is added up by row with a running
     maximum (arXiv:2205.14135). The work is that of the pages that are there, whatever the longest row is.
     """
-    if infers_on_cpus() and not is_divided() and native.can_attend(q_BTNH, cache):
+    if infers_on_one_cpu() and native.can_attend(q_BTNH, cache):
         return native.attend_pages(q_BTNH, cache, positions_BT, pages, sliding_window)
     return _attend_groups(q_BTNH, cache, positions_BT, pages, sliding_window)
 

@@ -3,6 +3,9 @@
 What remains is the last bits of a float32 sum (a softmax, a token's experts), which XLA adds by the shape of the batch.
 """
 
+import math
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from qwen_dist.config import ModelOptions, SamplingOptions
 from qwen_dist.engine.open import open_engine
 from qwen_dist.engine.request import Request, SamplingParams
 from qwen_dist.engine.runner import Runner
+from qwen_dist.models.cache import PAGE
 
 pytestmark = needs_kernels
 
@@ -54,6 +58,6 @@ def test_a_step_copies_no_cache(tiny_directory):
     runner: Runner = engine._runner
     program = runner.lower_step((128,)).compile().as_text()
     assert "qwen_dist_paged_attention" in program
-    pool = next(line for line in program.splitlines() if "qwen_dist_paged_attention" in line).split("u16[")[1].split("]")[0]
-    assert f"u16[{pool}]" in program
-    assert not [line for line in program.splitlines() if f"= u16[{pool}]" in line and " copy(" in line]
+    # Whatever its shape: XLA copied the pool of a layer when it wrote another one, reshaped, beside it.
+    copied = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"= u16\[([\d,]+)\]\S* copy\(", program)]
+    assert max(copied, default=0) < 128 * PAGE * 16

@@ -10,7 +10,7 @@ from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models import cache as kv_cache
 from qwen_dist.models import native, paged_attention
 from qwen_dist.models.layers import contract
-from qwen_dist.sharding import INFERENCE, Resolver, resolving
+from qwen_dist.sharding import INFERENCE, TRAIN, Resolver, resolving
 
 pytestmark = needs_kernels
 
@@ -120,5 +120,6 @@ def test_where_they_are_used(monkeypatch):
 
     assert is_used(1)
     assert not is_used(2), "the compiler cannot divide a kernel among devices"
+    assert not is_used(1, TRAIN)
     monkeypatch.setattr(native, "is_available", lambda: False)
     assert not is_used(1)
