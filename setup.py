@@ -11,7 +11,7 @@ setup(
         Extension(
             "qwen_dist.models._native",
             sorted(glob.glob("qwen_dist/models/cpu/*.cc")),
-            depends=["qwen_dist/models/cpu/simd.h"],
+            depends=sorted(glob.glob("qwen_dist/models/cpu/*.h")),
             include_dirs=[str(pathlib.Path(jaxlib.__file__).parent / "include")],
             # The headers are XLA's, and so are their warnings.
             extra_compile_args=["-std=c++17", "-O3", "-w"],

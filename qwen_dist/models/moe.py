@@ -18,12 +18,13 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from qwen_dist.models import native
 from qwen_dist.models.capture import scope, tap
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.grouped import grouped_product
 from qwen_dist.models.layers import Linear, at_least_float32
 from qwen_dist.models.mlp import MLP
-from qwen_dist.sharding import Parts, annotate, on_each_device
+from qwen_dist.sharding import Parts, annotate, infers_on_one_cpu, on_each_device
 
 Axes = tuple[str, ...]
 
@@ -170,6 +171,34 @@ def _mix(
     """What `Experts` does, on one device: its tokens, which may choose any expert, and its experts."""
     arrays = list(stacks)
     gate_up, down = (Stack.take(arrays, lora_scales.get(name)) for name in STACKS)
+    if infers_on_one_cpu() and not lora_scales and native.can_mix(x_BTD, gate_up.stack_EOI, down.stack_EOI):
+        return _mix_natively(x_BTD, chosen_BTK, scores_BTK, gate_up, down)
+    return _mix_in_xla(parts, x_BTD, chosen_BTK, scores_BTK, gate_up, down)
+
+
+@jax.custom_vjp
+def _mix_natively(
+    x_BTD: jax.Array, chosen_BTK: jax.Array, scores_BTK: jax.Array, gate_up: Stack, down: Stack
+) -> tuple[jax.Array, jax.Array]:
+    """`_mix_in_xla` by this project's kernel, and with its gradient."""
+    return native.mix(x_BTD, chosen_BTK, scores_BTK, gate_up.stack_EOI, down.stack_EOI)
+
+
+def _natively_forward(*operands: Any) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
+    return _mix_natively(*operands), operands
+
+
+def _natively_backward(operands: tuple[Any, ...], gradients: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
+    return jax.vjp(functools.partial(_mix_in_xla, Parts()), *operands)[1](gradients)
+
+
+_mix_natively.defvjp(_natively_forward, _natively_backward)
+
+
+def _mix_in_xla(
+    parts: Parts, x_BTD: jax.Array, chosen_BTK: jax.Array, scores_BTK: jax.Array, gate_up: Stack, down: Stack
+) -> tuple[jax.Array, jax.Array]:
+    """`_mix` by operations of XLA's, which may have gradients, other devices and adapters."""
     x_TD, chosen_R = x_BTD.reshape(-1, x_BTD.shape[-1]), chosen_BTK.reshape(-1)
     num_experts = len(down.stack_EOI) * parts.count("experts")
     run = _run_here if parts.count("experts") == 1 else _run_where_they_are

@@ -21,10 +21,18 @@ from jax.typing import DTypeLike
 from qwen_dist.models.cache import PAGE, LayerCache, Pages
 
 # jax's names for the functions of the library.
-TARGETS = {"qwen_dist_grouped_product": "GroupedProduct", "qwen_dist_paged_attention": "PagedAttention"}
-GROUPED_PRODUCT, PAGED_ATTENTION = TARGETS
-# What a tile of the product computes at least; a head is so many vectors of so many numbers; positions of a page.
-MIN_FEATURES, LANES, PAGE_OF_KERNEL = 4, 16, 64
+TARGETS = {
+    "qwen_dist_grouped_product": "GroupedProduct",
+    "qwen_dist_experts": "Experts",
+    "qwen_dist_paged_attention": "PagedAttention",
+}
+GROUPED_PRODUCT, EXPERTS, PAGED_ATTENTION = TARGETS
+# Features and rows of a tile of the product.
+MIN_FEATURES, MAX_ROWS = 4, 6
+# What the size of a head is a multiple of, and the positions of a page.
+LANES, PAGE_OF_KERNEL = 16, 64
+# Bytes of a line of a core's first cache, and of all lines that do not want the same places.
+LINE, BYTES_OF_WAY = 64, 4096
 
 
 @functools.cache
@@ -57,7 +65,20 @@ def grouped_product(rows_RC: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Arr
     """
     assert is_available()
     result = jax.ShapeDtypeStruct((len(rows_RC), weights_EOC.shape[1]), dtype)
-    return jax.ffi.ffi_call(GROUPED_PRODUCT, result)(rows_RC, weights_EOC, sizes_E.astype(jnp.int32))
+    call = jax.ffi.ffi_call(GROUPED_PRODUCT, (result, _room_to_space(rows_RC)))
+    return call(rows_RC, weights_EOC, sizes_E.astype(jnp.int32))[0]
+
+
+def _room_to_space(rows_RC: jax.Array) -> jax.ShapeDtypeStruct:
+    """Where the kernel puts rows that would be in each other's way in a core's cache, if there are more than a tile has."""
+    is_wanted = len(rows_RC) > MAX_ROWS and _spaced(rows_RC.shape[1], rows_RC.dtype) > rows_RC.shape[1]
+    return jax.ShapeDtypeStruct((len(rows_RC) if is_wanted else 0, _spaced(rows_RC.shape[1], rows_RC.dtype)), rows_RC.dtype)
+
+
+def _spaced(size: int, dtype: DTypeLike) -> int:
+    """How far apart rows of this size lie best: not at a multiple of what the lines of each place in the cache cover."""
+    itemsize = jnp.dtype(dtype).itemsize
+    return size + LINE // itemsize if size * itemsize % BYTES_OF_WAY == 0 else size
 
 
 def product(x: jax.Array, weight_OC: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -65,6 +86,31 @@ def product(x: jax.Array, weight_OC: jax.Array, dtype: DTypeLike) -> jax.Array:
     rows_RC = x.reshape(-1, x.shape[-1])
     out_RO = grouped_product(rows_RC, weight_OC[None], jnp.full(1, len(rows_RC)), dtype)
     return out_RO.reshape(*x.shape[:-1], -1)
+
+
+def can_mix(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> bool:
+    """Whether the kernel takes tokens [..., D] and experts [E, 2F, D] and [E, D, F] of these types and sizes."""
+    has_form = x.dtype == gate_up.dtype == down.dtype and x.dtype in (jnp.float32, jnp.bfloat16)
+    return has_form and all(size % MIN_FEATURES == 0 for size in down.shape[1:]) and x.size > 0 and is_available()
+
+
+def mix(
+    x_BTD: jax.Array, chosen_BTK: jax.Array, scores_BTK: jax.Array, gate_up_EOD: jax.Array, down_EDF: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of each token's experts, weighed by their scores, [B, T, D]; and each expert's output [B, T, K, D].
+
+    Of an expert number that there is not the output is 0. Only where `can_mix`.
+    """
+    assert is_available()
+    x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    chosen_TK, scores_TK = (x.reshape(len(x_TD), -1) for x in (chosen_BTK, scores_BTK))
+    hidden = chosen_TK.size, _spaced(down_EDF.shape[2], x_TD.dtype)
+    shapes = x_TD.shape, (*chosen_TK.shape, x_TD.shape[1]), hidden
+    results = [jax.ShapeDtypeStruct(shape, x_TD.dtype) for shape in shapes]
+    mixed_TD, each_TKD, *_ = jax.ffi.ffi_call(EXPERTS, [*results, _room_to_space(x_TD)])(
+        x_TD, chosen_TK.astype(jnp.int32), scores_TK.astype(jnp.float32), gate_up_EOD, down_EDF
+    )
+    return mixed_TD.reshape(x_BTD.shape), each_TKD.reshape(*chosen_BTK.shape, -1)
 
 
 def can_attend(q_BTNH: jax.Array, cache: LayerCache) -> bool:

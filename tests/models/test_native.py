@@ -1,5 +1,7 @@
 """The kernels for CPUs beside the plain forms that they stand for."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,10 @@ from native_kernels import needs_kernels
 
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models import cache as kv_cache
-from qwen_dist.models import native, paged_attention
+from qwen_dist.models import moe, native, paged_attention
 from qwen_dist.models.layers import contract
-from qwen_dist.sharding import INFERENCE, TRAIN, Resolver, resolving
+from qwen_dist.models.moe import Stack
+from qwen_dist.sharding import INFERENCE, TRAIN, Parts, Resolver, bind, resolving
 
 pytestmark = needs_kernels
 
@@ -54,12 +57,60 @@ def test_groups(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_row_does_not_depend_on_its_neighbours(dtype):
-    x, weight = normal((40, 200), dtype), normal((33, 200), dtype, 1)
+@pytest.mark.parametrize("inputs", [200, 2048])  # of the latter many rows are put further apart
+def test_a_row_does_not_depend_on_its_neighbours(inputs, dtype):
+    x, weight = normal((40, inputs), dtype), normal((33, inputs), dtype, 1)
     together = native.product(x, weight, jnp.float32)
     for rows in (1, 3, 11):
         alone = jnp.concatenate([native.product(x[i : i + rows], weight, jnp.float32) for i in range(0, 40, rows)])
         np.testing.assert_array_equal(alone, together)
+
+
+def layer_of_experts(dtype, num_experts=5, embed=20, mlp=12, tokens=50, choices=3):
+    """Tokens, the numbers of their experts (one in nine is none) and scores, and the experts; loads are uneven."""
+    rng = np.random.default_rng(0)
+    chosen = rng.permuted(np.tile(np.arange(num_experts), (tokens, 1)), axis=1)[:, :choices]
+    chosen = np.where(
+        rng.random(chosen.shape) < 1 / 9, num_experts, np.where(rng.random((tokens, 1)) < 0.7, chosen, np.arange(choices))
+    )
+    x, scores = normal((2, tokens // 2, embed), dtype), normal((2, tokens // 2, choices), "float32", 1)
+    weights = [
+        normal((num_experts, *shape), dtype, seed) * np.asarray(shape[1] ** -0.5, dtype)
+        for seed, shape in ((2, (2 * mlp, embed)), (3, (embed, mlp)))
+    ]
+    return x, jnp.asarray(chosen.reshape(scores.shape)), scores, *(Stack(weight, None, 0.0) for weight in weights)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sizes", [{}, {"embed": 2048, "mlp": 1024}, {"tokens": 2}, {"num_experts": 60, "mlp": 76}])
+def test_experts(sizes, dtype):
+    operands = layer_of_experts(dtype, **sizes)
+    assert native.can_mix(operands[0], operands[3].stack_EOI, operands[4].stack_EOI)
+    mixed, each = moe._mix_natively(*operands)
+    plain_mixed, plain_each = moe._mix_in_xla(Parts(), *operands)
+    assert mixed.dtype == each.dtype == dtype
+    for out, plain in ((mixed, plain_mixed), (each, plain_each)):
+        out, plain = (np.asarray(y, np.float32) for y in (out, plain))
+        np.testing.assert_allclose(out, plain, atol=TOLERANCE[dtype] * np.abs(plain).max(), rtol=0)
+    is_none = np.asarray(operands[1]) == len(operands[3].stack_EOI)
+    assert (np.asarray(each, np.float32)[is_none] == 0).all()
+    for first in (0, 7 % operands[0][..., 0].size):  # alone it is the same
+        some = [x.reshape(-1, x.shape[-1])[None, first : first + 3] for x in operands[:3]]
+        alone, each_alone = moe._mix_natively(*some, *operands[3:])
+        np.testing.assert_array_equal(alone[0], mixed.reshape(-1, mixed.shape[-1])[first : first + 3])
+        np.testing.assert_array_equal(each_alone[0], each.reshape(-1, *each.shape[-2:])[first : first + 3])
+
+
+def test_gradients_of_experts():
+    x, chosen, scores, *stacks = layer_of_experts("float32")
+
+    def loss(mix, x, scores, stacks):
+        mixed, each = mix(x, chosen, scores, *stacks)
+        return jnp.sum(jnp.sin(mixed)) + jnp.sum(jnp.cos(each))
+
+    plain = functools.partial(moe._mix_in_xla, Parts())
+    of_kernel, of_plain = (jax.grad(loss, (1, 2, 3))(mix, x, scores, stacks) for mix in (moe._mix_natively, plain))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=0), of_kernel, of_plain)
 
 
 def pages_of(lengths, num_queries, window, seed=0):
@@ -111,12 +162,18 @@ def test_attention(heads, width, num_queries, window, dtype):
             np.testing.assert_array_equal(alone[0], out[row, part])
 
 
-def test_where_they_are_used(monkeypatch):
-    x, weight = normal((3, 64), "float32"), normal((8, 64), "float32", 1)
-
+@pytest.mark.parametrize("kernel", [native.GROUPED_PRODUCT, native.EXPERTS])
+def test_where_they_are_used(kernel, monkeypatch):
     def is_used(devices, rules=INFERENCE):
         with resolving(Resolver(make_mesh(MeshConfig(data=devices), jax.devices()[:devices]), rules)):
-            return native.GROUPED_PRODUCT in jax.jit(lambda x, w: contract(x, w)).lower(x, weight).as_text()
+            if kernel == native.GROUPED_PRODUCT:
+                run = jax.jit(lambda: contract(normal((3, 64), "float32"), normal((8, 64), "float32", 1)))
+            else:
+                module = moe.Experts(num_experts=4, embed=64, mlp=32, dtype=jnp.float32, std=0.02)
+                weights = {"gate_up_proj": jnp.ones((4, 2, 32, 64)), "down_proj": jnp.ones((4, 64, 32))}
+                x, chosen, scores = jnp.ones((2, 2, 64)), jnp.ones((2, 2, 1), jnp.int32), jnp.ones((2, 2, 1))
+                run = jax.jit(lambda: bind(module, weights)(x, chosen, scores))
+            return kernel in run.lower().as_text()
 
     assert is_used(1)
     assert not is_used(2), "the compiler cannot divide a kernel among devices"

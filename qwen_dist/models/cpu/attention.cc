@@ -24,20 +24,6 @@ constexpr int kLanes = 16;
 
 using Ints = const int32_t*;
 
-// e^x for x <= 0, by the constants of Cephes' expf; 0 where x is less than any exponent.
-AVX512 INLINE __m512 Exp(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-104.0f));
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
-  x = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  x = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), x);
-  __m512 y = _mm512_set1_ps(1.9875691500e-4f);
-  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
-    y = _mm512_fmadd_ps(y, x, _mm512_set1_ps(c));
-  }
-  y = _mm512_add_ps(_mm512_fmadd_ps(y, _mm512_mul_ps(x, x), x), _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(y, n);
-}
-
 // Rows and columns of 16 × 16 words changed over.
 AVX512 INLINE void Transpose(__m512i (&x)[16]) {
   __m512i y[16];
@@ -108,12 +94,6 @@ AVX512 INLINE __m512 Add(Float32, __m512 sum, int32_t word, __m512i vector) {
 }
 AVX512 INLINE __m512 Add(BFloat16, __m512 sum, int32_t word, __m512i vector) {
   return BFloat16::Add(sum, _mm512_set1_epi32(word), vector);
-}
-
-AVX512 INLINE void Store(__m512 x, float* to) { _mm512_storeu_ps(to, x); }
-AVX512 INLINE void Store(__m512 x, uint16_t* to) {
-  const __m256bh rounded = _mm512_cvtneps_pbh(x);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(rounded));
 }
 
 // What is known of a row so far: the highest score, the sum of the weights relative to it (in 16 parts), the weighed values.

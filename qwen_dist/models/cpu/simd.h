@@ -1,4 +1,4 @@
-// What the kernels share: vectors of floats of either kind, and a loop over the threads of XLA's pool.
+// What the kernels share: vectors of floats of either kind, their exponentials, and a loop over the threads of XLA's pool.
 
 #pragma once
 
@@ -20,6 +20,7 @@ namespace ffi = xla::ffi;
 #define UNROLL _Pragma("GCC unroll 8")
 
 constexpr int kSpins = 2000;
+constexpr int kFloats = 16;  // of a vector
 
 struct Float32 {
   using Element = float;
@@ -44,6 +45,31 @@ struct BFloat16 {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(y));
   }
 };
+
+// e^x by the constants of Cephes' expf; 0 or infinity where x is beyond any exponent.
+AVX512 INLINE __m512 Exp(__m512 x) {
+  x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-104.0f)), _mm512_set1_ps(104.0f));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
+  x = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  x = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), x);
+  __m512 y = _mm512_set1_ps(1.9875691500e-4f);
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
+    y = _mm512_fmadd_ps(y, x, _mm512_set1_ps(c));
+  }
+  y = _mm512_add_ps(_mm512_fmadd_ps(y, _mm512_mul_ps(x, x), x), _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(y, n);
+}
+
+// The first `number` of 16 floats of either kind; the others are 0, or not written.
+AVX512 INLINE __mmask16 First(int64_t number) { return static_cast<__mmask16>((1u << std::min<int64_t>(number, kFloats)) - 1); }
+AVX512 INLINE __m512 Floats(const float* from, __mmask16 first) { return _mm512_maskz_loadu_ps(first, from); }
+AVX512 INLINE __m512 Floats(const uint16_t* from, __mmask16 first) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first, from)), 16));
+}
+AVX512 INLINE void Store(__m512 x, float* to, __mmask16 first = 0xffff) { _mm512_mask_storeu_ps(to, first, x); }
+AVX512 INLINE void Store(__m512 x, uint16_t* to, __mmask16 first = 0xffff) {
+  _mm256_mask_storeu_epi16(to, first, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+}
 
 // Calls job(0), …, job(number - 1), on this thread and on those of the pool that have nothing else to do. It never waits for
 // a job that nobody has begun, so the pool may be as busy as it likes.
