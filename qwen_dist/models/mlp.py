@@ -6,9 +6,10 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
+from qwen_dist.models import native
 from qwen_dist.models.capture import tap
 from qwen_dist.models.layers import Linear, at_least_float32
-from qwen_dist.sharding import constrain
+from qwen_dist.sharding import constrain, infers_on_one_cpu
 
 
 class MLP(nnx.Module):
@@ -30,6 +31,8 @@ class MLP(nnx.Module):
 @jax.custom_vjp
 def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
     """silu(gate) · up, of which the backward pass keeps no more than gate and up."""
+    if infers_on_one_cpu() and native.can_gate(gate, up):
+        return native.gated(gate, up)
     return silu(gate) * up
 
 

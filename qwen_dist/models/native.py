@@ -24,9 +24,11 @@ from qwen_dist.models.cache import PAGE, LayerCache, Pages
 TARGETS = {
     "qwen_dist_grouped_product": "GroupedProduct",
     "qwen_dist_experts": "Experts",
+    "qwen_dist_gated": "Gated",
+    "qwen_dist_rotate": "Rotate",
     "qwen_dist_paged_attention": "PagedAttention",
 }
-GROUPED_PRODUCT, EXPERTS, PAGED_ATTENTION = TARGETS
+GROUPED_PRODUCT, EXPERTS, GATED, ROTATE, PAGED_ATTENTION = TARGETS
 # Features and rows of a tile of the product.
 MIN_FEATURES, MAX_ROWS = 4, 6
 # What the size of a head is a multiple of, and the positions of a page.
@@ -111,6 +113,28 @@ def mix(
         x_TD, chosen_TK.astype(jnp.int32), scores_TK.astype(jnp.float32), gate_up_EOD, down_EDF
     )
     return mixed_TD.reshape(x_BTD.shape), each_TKD.reshape(*chosen_BTK.shape, -1)
+
+
+def can_gate(gate: jax.Array, up: jax.Array) -> bool:
+    """Whether the kernel takes these."""
+    return gate.dtype == up.dtype and gate.dtype in (jnp.float32, jnp.bfloat16) and gate.size > 0 and is_available()
+
+
+def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) · up. Only where `can_gate`."""
+    assert is_available()
+    return jax.ffi.ffi_call(GATED, jax.ShapeDtypeStruct(gate.shape, gate.dtype))(gate, up)
+
+
+def can_rotate(x: jax.Array, cos: jax.Array) -> bool:
+    """Whether the kernel takes heads of this type, and angles of this one."""
+    return x.dtype in (jnp.float32, jnp.bfloat16) and cos.dtype == jnp.float32 and x.size > 0 and is_available()
+
+
+def rotate(x_BTNH: jax.Array, cos_BTC: jax.Array, sin_BTC: jax.Array) -> jax.Array:
+    """The pairs (i, i + H/2) of each head, rotated by their angles. Only where `can_rotate`."""
+    assert is_available()
+    return jax.ffi.ffi_call(ROTATE, jax.ShapeDtypeStruct(x_BTNH.shape, x_BTNH.dtype))(x_BTNH, cos_BTC, sin_BTC)
 
 
 def can_attend(q_BTNH: jax.Array, cache: LayerCache) -> bool:

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from qwen_dist.models import native
 from qwen_dist.models.config import RopeConfig
 from qwen_dist.models.layers import at_least_float32
+from qwen_dist.sharding import infers_on_one_cpu
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, dtype: DTypeLike = np.float32) -> np.ndarray:
@@ -45,10 +47,31 @@ def rope_table(rope: RopeConfig, head_dim: int, positions_BT: jax.Array, dtype: 
 
 def rotate(x_BTNH: jax.Array, cos_BTC: jax.Array, sin_BTC: jax.Array) -> jax.Array:
     """Rotate the pairs (i, i + H/2) of each head by their angles, in the table's precision; returns x's dtype."""
+    if infers_on_one_cpu() and native.can_rotate(x_BTNH, cos_BTC):
+        return _rotate_natively(x_BTNH, cos_BTC, sin_BTC)
     cos, sin = cos_BTC[:, :, None, :], sin_BTC[:, :, None, :]
     first, second = jnp.split(x_BTNH.astype(cos.dtype), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BTNH.dtype)
+
+
+@jax.custom_vjp
+def _rotate_natively(x_BTNH: jax.Array, cos_BTC: jax.Array, sin_BTC: jax.Array) -> jax.Array:
+    """`rotate` by this project's kernel."""
+    return native.rotate(x_BTNH, cos_BTC, sin_BTC)
+
+
+def _rotate_forward(x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _rotate_natively(x, cos, sin), (cos, sin)
+
+
+def _rotate_backward(angles: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, None, None]:
+    """Turned back; positions have no gradient."""
+    cos, sin = angles
+    return _rotate_natively(gradient, cos, -sin), None, None
+
+
+_rotate_natively.defvjp(_rotate_forward, _rotate_backward)
 
 
 def _yarn(rope: RopeConfig, head_dim: int, periods: np.ndarray, dtype: type) -> np.ndarray:

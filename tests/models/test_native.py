@@ -10,7 +10,7 @@ from native_kernels import needs_kernels
 
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models import cache as kv_cache
-from qwen_dist.models import moe, native, paged_attention
+from qwen_dist.models import mlp, moe, native, paged_attention, rope
 from qwen_dist.models.layers import contract
 from qwen_dist.models.moe import Stack
 from qwen_dist.sharding import INFERENCE, TRAIN, Parts, Resolver, bind, resolving
@@ -19,6 +19,8 @@ pytestmark = needs_kernels
 
 # Of numbers about as large as 1, or a sum's share of them.
 TOLERANCE = {"float32": 3e-6, "bfloat16": 1.6e-2}
+# Number by number: of bfloat16, a unit in the last place where XLA rounds otherwise.
+CLOSE = {"float32": {"rtol": 4e-7, "atol": 3e-7}, "bfloat16": {"rtol": 2**-7, "atol": 1e-6}}
 
 
 def test_they_were_compiled():
@@ -113,6 +115,33 @@ def test_gradients_of_experts():
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=0), of_kernel, of_plain)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gated(dtype):
+    gate, up = normal((3, 5, 1337), dtype) * 8, normal((3, 5, 1337), dtype, 1)
+    gate = gate.at[0, 0, :4].set(jnp.asarray([-1e4, -89, 89, 1e4], dtype))
+    out, plain = native.gated(gate, up), mlp.gated(gate, up)
+    assert out.dtype == dtype
+    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (out, plain)), **CLOSE[dtype])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [64, 80, 12])
+def test_rotation_and_its_gradient(width, dtype):
+    x = normal((2, 700, 3, width), dtype)
+    angles = jnp.arange(1400, dtype=jnp.float32).reshape(2, 700, 1) * 0.9 ** jnp.arange(width // 2)
+    plain = functools.partial(rope.rotate, cos_BTC=jnp.cos(angles), sin_BTC=jnp.sin(angles))
+
+    def kernel(x):
+        return rope._rotate_natively(x, jnp.cos(angles), jnp.sin(angles))
+
+    def gradient(rotate):
+        return jax.grad(lambda x: jnp.sum(jnp.sin(rotate(x))))(x)
+
+    for out, expected in ((kernel(x), plain(x)), (gradient(kernel), gradient(plain))):
+        assert out.dtype == dtype
+        np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (out, expected)), **CLOSE[dtype])
+
+
 def pages_of(lengths, num_queries, window, seed=0):
     """Pages in any order in a pool, as rows of these lengths look at them, and the positions of their last queries."""
     rng = np.random.default_rng(seed)
@@ -162,18 +191,27 @@ def test_attention(heads, width, num_queries, window, dtype):
             np.testing.assert_array_equal(alone[0], out[row, part])
 
 
-@pytest.mark.parametrize("kernel", [native.GROUPED_PRODUCT, native.EXPERTS])
+def program_with(kernel):
+    """A function of arrays in which inference on one CPU uses the kernel, and the arrays."""
+    if kernel == native.EXPERTS:
+        module = moe.Experts(num_experts=4, embed=64, mlp=32, dtype=jnp.float32, std=0.02)
+        weights = {"gate_up_proj": jnp.ones((4, 2, 32, 64)), "down_proj": jnp.ones((4, 64, 32))}
+        choices = jnp.ones((2, 2, 1), jnp.int32), jnp.ones((2, 2, 1))
+        return lambda weights, *arrays: bind(module, weights)(*arrays), (weights, jnp.ones((2, 2, 64)), *choices)
+    return {
+        native.GROUPED_PRODUCT: (lambda x, weight: contract(x, weight), (jnp.ones((3, 64)), jnp.ones((8, 64)))),
+        native.GATED: (lambda gate, up: mlp.gated(gate, up), (jnp.ones((3, 64)),) * 2),
+        native.ROTATE: (lambda x, *angles: rope.rotate(x, *angles), (jnp.ones((1, 2, 3, 8)), *(jnp.ones((1, 2, 4)),) * 2)),
+    }[kernel]
+
+
+@pytest.mark.parametrize("kernel", [native.GROUPED_PRODUCT, native.EXPERTS, native.GATED, native.ROTATE])
 def test_where_they_are_used(kernel, monkeypatch):
+    program, arrays = program_with(kernel)
+
     def is_used(devices, rules=INFERENCE):
         with resolving(Resolver(make_mesh(MeshConfig(data=devices), jax.devices()[:devices]), rules)):
-            if kernel == native.GROUPED_PRODUCT:
-                run = jax.jit(lambda: contract(normal((3, 64), "float32"), normal((8, 64), "float32", 1)))
-            else:
-                module = moe.Experts(num_experts=4, embed=64, mlp=32, dtype=jnp.float32, std=0.02)
-                weights = {"gate_up_proj": jnp.ones((4, 2, 32, 64)), "down_proj": jnp.ones((4, 64, 32))}
-                x, chosen, scores = jnp.ones((2, 2, 64)), jnp.ones((2, 2, 1), jnp.int32), jnp.ones((2, 2, 1))
-                run = jax.jit(lambda: bind(module, weights)(x, chosen, scores))
-            return kernel in run.lower().as_text()
+            return kernel in jax.jit(lambda *arrays: program(*arrays)).lower(*arrays).as_text()
 
     assert is_used(1)
     assert not is_used(2), "the compiler cannot divide a kernel among devices"

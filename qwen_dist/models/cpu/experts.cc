@@ -5,22 +5,12 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
+#include "gate.h"
 #include "products.h"
 
 namespace {
 
 constexpr int64_t kTokensOfJob = 8;  // when experts are mixed
-
-template <class Element>
-AVX512 void Gate(const Element* gate, const Element* up, int64_t number, Element* to) {
-  for (int64_t i = 0; i < number; i += kFloats) {
-    const __mmask16 first = First(number - i);
-    const __m512 x = Floats(gate + i, first), one = _mm512_set1_ps(1.0f);
-    const __m512 silu = _mm512_div_ps(x, _mm512_add_ps(one, Exp(_mm512_sub_ps(_mm512_setzero_ps(), x))));
-    Store(silu, to + i, first);  // rounded here too, as PyTorch does
-    Store(_mm512_mul_ps(Floats(to + i, first), Floats(up + i, first)), to + i, first);
-  }
-}
 
 // y = sum over k of scores[k] * x[k], of `size` numbers each.
 template <class Element>
@@ -64,20 +54,26 @@ struct Layer {
     }
     const auto groups = Groups(sizes.data(), experts, num_choices);
 
-    ForEachBlock<Element>(pool, groups, mlp, embed, [&](const Group& group, int64_t first, int64_t last, bool fetch_next) {
-      const int64_t features = last - first;
+    const auto gate_of = [&](const Part& part) { return gate_up + (part.group.index * 2 * mlp + part.first) * embed; };
+    ForEachPart<Element>(pool, groups, mlp, embed, [&](const Part& part, const Part* next) {
+      const Group& group = part.group;
+      const int64_t features = part.last - part.first, to_up = mlp * embed;
       std::vector<Element> gate(group.rows * features), up(group.rows * features);
-      const Element* weight = gate_up + (group.index * 2 * mlp + first) * embed;
       const Rows<const Element> rows{x.first, x.size, &token[group.first]};
-      Block<Type, Element>(rows, group.rows, weight, embed, {gate.data(), features}, features, fetch_next);
-      Block<Type, Element>(rows, group.rows, weight + mlp * embed, embed, {up.data(), features}, features, fetch_next);
+      const Element *weight = gate_of(part), *after = next == nullptr ? nullptr : gate_of(*next);
+      Block<Type, Element>(rows, group.rows, weight, embed, {gate.data(), features}, features, after);
+      Block<Type, Element>(rows, group.rows, weight + to_up, embed, {up.data(), features}, features,
+                           next == nullptr ? nullptr : after + to_up);
       for (int64_t row = 0; row < group.rows; ++row) {
-        Gate(&gate[row * features], &up[row * features], features, hidden[group.first + row] + first);
+        Gate(&gate[row * features], &up[row * features], features, hidden[group.first + row] + part.first);
       }
     });
-    ForEachBlock<Element>(pool, groups, embed, mlp, [&](const Group& group, int64_t first, int64_t last, bool fetch_next) {
-      Block<Type, Element>({hidden[group.first], hidden.size}, group.rows, down + (group.index * embed + first) * mlp, mlp,
-                           {each + first, embed, &order[group.first]}, last - first, fetch_next);
+    const auto down_of = [&](const Part& part) { return down + (part.group.index * embed + part.first) * mlp; };
+    ForEachPart<Element>(pool, groups, embed, mlp, [&](const Part& part, const Part* next) {
+      const Group& group = part.group;
+      Block<Type, Element>({hidden[group.first], hidden.size}, group.rows, down_of(part), mlp,
+                           {each + part.first, embed, &order[group.first]}, part.last - part.first,
+                           next == nullptr ? nullptr : down_of(*next));
     });
     ForEach(pool, (tokens + kTokensOfJob - 1) / kTokensOfJob, [&](int64_t job) {
       for (int64_t t = job * kTokensOfJob; t < std::min(tokens, (job + 1) * kTokensOfJob); ++t) {

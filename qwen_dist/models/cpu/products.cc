@@ -11,11 +11,13 @@ void Multiply(ffi::ThreadPool& pool, Rows<const typename Type::Element> x, int64
               const typename Type::Element* weights, ffi::AnyBuffer::Dimensions shape, const int32_t* sizes, Result* y) {
   const int64_t outputs = shape[1], inputs = shape[2];
   const auto groups = Groups(sizes, shape[0], num_rows);
-  const auto multiply = [=](const Group& group, int64_t first, int64_t last, bool fetch_next) {
-    Block<Type, Result>({x[group.first], x.size}, group.rows, weights + (group.index * outputs + first) * inputs, inputs,
-                        {y + group.first * outputs + first, outputs}, last - first, fetch_next);
-  };
-  ForEachBlock<typename Type::Element>(pool, groups, outputs, inputs, multiply);
+  const auto weight = [=](const Part& part) { return weights + (part.group.index * outputs + part.first) * inputs; };
+  ForEachPart<typename Type::Element>(pool, groups, outputs, inputs, [=](const Part& part, const Part* next) {
+    const Group& group = part.group;
+    Block<Type, Result>({x[group.first], x.size}, group.rows, weight(part), inputs,
+                        {y + group.first * outputs + part.first, outputs}, part.last - part.first,
+                        next == nullptr ? nullptr : weight(*next));
+  });
 }
 
 ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::Buffer<ffi::S32> sizes,

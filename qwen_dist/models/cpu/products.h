@@ -17,7 +17,7 @@ namespace {
 constexpr int kRows = 6, kFeatures = 4;  // of a tile; 24 sums, 4 weights and a row are 29 of 32 registers
 constexpr int64_t kBlockBytes = 64 << 10;
 constexpr int kMaxBlock = 32;         // features
-constexpr int64_t kJobs = 8;          // for each thread, so that one which falls behind has less to do
+constexpr int64_t kShare = 4;         // a thread takes one in so many of its share of the blocks that are left
 constexpr int64_t kPartsOfGroup = 4;  // at least: groups may have very different numbers of rows
 constexpr int64_t kRowsOfJob = 16;    // when they are copied
 constexpr int kLine = 64;             // bytes
@@ -102,15 +102,15 @@ constexpr decltype(&Tile<Type, Result, 1>) kTiles[] = {Tile<Type, Result, 1>, Ti
                                                        Tile<Type, Result, 3>, Tile<Type, Result, 4>,
                                                        Tile<Type, Result, 5>, Tile<Type, Result, 6>};
 
-// All rows of a group times some features of its weight, while as many that follow are fetched if they are wanted. Before
+// All rows of a group times some features of its weight, while as many from `next` on are fetched, unless it is null. Before
 // less than a tile of features there must be others, of which some are then done again.
 template <class Type, class Result>
 void Block(Rows<const typename Type::Element> x, int64_t rows, const typename Type::Element* weight, int64_t inputs,
-           Rows<Result> y, int64_t features, bool fetch_next) {
+           Rows<Result> y, int64_t features, const typename Type::Element* next) {
   const int64_t num_tiles = (rows + kRows - 1) / kRows;
-  const int lines = fetch_next ? static_cast<int>((kFeatures + num_tiles - 1) / num_tiles) : 0;
+  const int lines = next == nullptr ? 0 : static_cast<int>((kFeatures + num_tiles - 1) / num_tiles);
   const int64_t tile_bytes = lines * (inputs / Type::kLanes) * kLine;
-  const char* ahead = reinterpret_cast<const char*>(weight + features * inputs);
+  const char* ahead = reinterpret_cast<const char*>(next);
   const char* const end = ahead + features * inputs * sizeof(*weight);
   for (int64_t tile = num_tiles, row = 0; tile > 0; --tile) {
     const int64_t number = (rows - row + tile - 1) / tile;
@@ -128,8 +128,7 @@ struct Group {
   int64_t index, first, rows;
 };
 
-// The groups that have rows, of which there are `num_rows`. The largest come first, so that all threads come to the end
-// together.
+// The groups that have rows, of which there are `num_rows`; the largest come first, so that what is done last is small.
 inline std::vector<Group> Groups(const int32_t* sizes, int64_t number, int64_t num_rows) {
   std::vector<Group> groups;
   for (int64_t index = 0, first = 0; index < number && first < num_rows; first += sizes[index++]) {
@@ -140,22 +139,49 @@ inline std::vector<Group> Groups(const int32_t* sizes, int64_t number, int64_t n
   return groups;
 }
 
-// Calls job(group, first, last) with blocks of the features of each group's weight, some one after the other on one thread;
-// its third argument says whether the same thread will have the next block.
+// Some features of a group's weight.
+struct Part {
+  Group group;
+  int64_t first, last;
+};
+
+// Calls job(part, next) with parts of each group's features, as large as stays in a core's own cache. `next` is what the same
+// thread will be called with then, or null. Threads take parts that follow each other, and fewer the fewer are left, so that
+// they come to the end together.
 template <class Element, class Job>
-void ForEachBlock(ffi::ThreadPool& pool, const std::vector<Group>& groups, int64_t outputs, int64_t inputs, const Job& job) {
-  if (groups.empty()) return;
+void ForEachPart(ffi::ThreadPool& pool, const std::vector<Group>& groups, int64_t outputs, int64_t inputs, const Job& job) {
   const int64_t feature_bytes = kFeatures * inputs * sizeof(Element);
-  const int64_t block = std::clamp<int64_t>(kBlockBytes / feature_bytes * kFeatures, kFeatures, kMaxBlock);
-  const int64_t num_blocks = (outputs + block - 1) / block, num_groups = groups.size();
-  const int64_t wanted = std::max(kPartsOfGroup, (pool.num_threads() * kJobs + num_groups - 1) / num_groups);
-  const int64_t part = (num_blocks + wanted - 1) / wanted * block;  // features of a job
-  const int64_t num_parts = (outputs + part - 1) / part;
-  ForEach(pool, num_groups * num_parts, [&](int64_t index) {
-    const int64_t begin = index % num_parts * part, end = std::min(outputs, begin + part);
-    for (int64_t first = begin; first < end; first += block) {
-      const int64_t last = std::min(end, first + block);
-      job(groups[index / num_parts], first, last, last < end);
+  const int64_t size = std::clamp<int64_t>(kBlockBytes / feature_bytes * kFeatures, kFeatures, kMaxBlock);
+  const int64_t of_group = (outputs + size - 1) / size, number = of_group * groups.size();
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads()), most = (of_group + kPartsOfGroup - 1) / kPartsOfGroup;
+  std::atomic<int64_t> taken{0};
+  struct Span {
+    int64_t first, last;
+  };
+  const auto take = [&] {
+    int64_t first = taken.load(), last;
+    do {
+      const int64_t share = (number - first) / (threads * kShare);
+      last = std::min(number, first + std::clamp<int64_t>(share, 1, groups.size() == 1 ? number : most));
+    } while (first < number && !taken.compare_exchange_weak(first, last));
+    return Span{first, last};
+  };
+  const auto part = [&](int64_t index) {
+    const int64_t first = index % of_group * size;
+    return Part{groups[index / of_group], first, std::min(outputs, first + size)};
+  };
+  ForEach(pool, std::min(threads, number), [&](int64_t) {
+    for (Span span = take(), next; span.first < number; span = next) {
+      for (int64_t index = span.first; index < span.last; ++index) {
+        int64_t following = index + 1;
+        if (following == span.last) following = (next = take()).first;
+        if (following < number) {
+          const Part after = part(following);
+          job(part(index), &after);
+        } else {
+          job(part(index), nullptr);
+        }
+      }
     }
   });
 }
