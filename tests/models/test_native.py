@@ -20,7 +20,7 @@ pytestmark = needs_kernels
 # Of numbers about as large as 1, or a sum's share of them.
 TOLERANCE = {"float32": 3e-6, "bfloat16": 1.6e-2}
 # Number by number: of bfloat16, a unit in the last place where XLA rounds otherwise.
-CLOSE = {"float32": {"rtol": 4e-7, "atol": 3e-7}, "bfloat16": {"rtol": 2**-7, "atol": 1e-6}}
+CLOSE = {"float32": {"rtol": 4e-7, "atol": 1e-6}, "bfloat16": {"rtol": 2**-7, "atol": 1e-6}}
 
 
 def test_they_were_compiled():
