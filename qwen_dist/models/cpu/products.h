@@ -128,7 +128,7 @@ struct Group {
   int64_t index, first, rows;
 };
 
-// The groups that have rows, of which there are `num_rows`; the largest come first, so that what is done last is small.
+// The groups that have rows, of which there are `num_rows`, the largest first.
 inline std::vector<Group> Groups(const int32_t* sizes, int64_t number, int64_t num_rows) {
   std::vector<Group> groups;
   for (int64_t index = 0, first = 0; index < number && first < num_rows; first += sizes[index++]) {
@@ -147,39 +147,44 @@ struct Part {
 
 // Calls job(part, next) with parts of each group's features, as large as stays in a core's own cache. `next` is what the same
 // thread will be called with then, or null. Threads take parts that follow each other, and fewer the fewer are left, so that
-// they come to the end together.
+// they come to the end together. Every other thread begins with the last groups, of few rows: these keep the memory
+// busy, and those of many the cores.
 template <class Element, class Job>
 void ForEachPart(ffi::ThreadPool& pool, const std::vector<Group>& groups, int64_t outputs, int64_t inputs, const Job& job) {
   const int64_t feature_bytes = kFeatures * inputs * sizeof(Element);
   const int64_t size = std::clamp<int64_t>(kBlockBytes / feature_bytes * kFeatures, kFeatures, kMaxBlock);
   const int64_t of_group = (outputs + size - 1) / size, number = of_group * groups.size();
-  const int64_t threads = std::max<int64_t>(1, pool.num_threads()), most = (of_group + kPartsOfGroup - 1) / kPartsOfGroup;
-  std::atomic<int64_t> taken{0};
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  const int64_t most = groups.size() == 1 ? number : (of_group + kPartsOfGroup - 1) / kPartsOfGroup;
   struct Span {
-    int64_t first, last;
+    int32_t first, last;
   };
-  const auto take = [&] {
-    int64_t first = taken.load(), last;
+  std::atomic<Span> left{Span{0, static_cast<int32_t>(number)}};
+  const auto take = [&](bool at_end) {
+    Span before = left.load(), after, taken;
     do {
-      const int64_t share = (number - first) / (threads * kShare);
-      last = std::min(number, first + std::clamp<int64_t>(share, 1, groups.size() == 1 ? number : most));
-    } while (first < number && !taken.compare_exchange_weak(first, last));
-    return Span{first, last};
+      const int64_t share = (before.last - before.first) / (threads * kShare);
+      const auto some = std::min<int32_t>(std::clamp<int64_t>(share, 1, most), before.last - before.first);
+      taken = at_end ? Span{before.last - some, before.last} : Span{before.first, before.first + some};
+      after = at_end ? Span{before.first, taken.first} : Span{taken.last, before.last};
+    } while (!left.compare_exchange_weak(before, after));
+    return taken;
   };
   const auto part = [&](int64_t index) {
     const int64_t first = index % of_group * size;
     return Part{groups[index / of_group], first, std::min(outputs, first + size)};
   };
-  ForEach(pool, std::min(threads, number), [&](int64_t) {
-    for (Span span = take(), next; span.first < number; span = next) {
-      for (int64_t index = span.first; index < span.last; ++index) {
-        int64_t following = index + 1;
-        if (following == span.last) following = (next = take()).first;
-        if (following < number) {
-          const Part after = part(following);
-          job(part(index), &after);
-        } else {
+  ForEach(pool, std::min(threads, number), [&](int64_t thread) {
+    const bool at_end = groups.size() > 1 && thread % 2 == 1;
+    for (Span span = take(at_end), next; span.first < span.last; span = next) {
+      for (int32_t index = span.first; index < span.last; ++index) {
+        const bool is_last = index + 1 == span.last;
+        if (is_last) next = take(at_end);
+        if (is_last && next.first == next.last) {
           job(part(index), nullptr);
+        } else {
+          const Part following = part(is_last ? next.first : index + 1);
+          job(part(index), &following);
         }
       }
     }
