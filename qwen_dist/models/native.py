@@ -3,8 +3,9 @@
 XLA's CPU backend reads the weights of a step of few rows at less than half of the memory's speed in bfloat16, copies those
 of experts, makes many passes over the scores of attention, and takes the angles of positions anew for each head of each
 layer. The kernels in `cpu/` read weights and pages where they lie and as fast as memory gives them, and with many rows
-multiply nearly as fast as the processor can. What they compute for a row is the same, bit for bit, whatever other rows are. They are
-compiled when the package is installed; where there is no compiler, or a processor of another kind, XLA does the work.
+multiply nearly as fast as the processor can. What they compute for a row is the same, bit for bit, whatever other rows are.
+They are compiled when the package is installed; where there is no compiler, or a processor of another kind, XLA does the
+work.
 """
 
 from __future__ import annotations
