@@ -20,7 +20,6 @@ constexpr int kRows = 6;         // of a tile
 constexpr int kPage = 64;        // positions
 constexpr int kVectors = 4;      // of 16 floats: a page's scores, or as many columns of the values
 constexpr int64_t kJobRows = 120;
-constexpr int kLanes = 16;
 
 using Ints = const int32_t*;
 
@@ -66,7 +65,7 @@ AVX512 void TurnOver(Ints keys, int64_t words, int32_t* turned) {
 // Values [kPage][width] with so many positions side by side as a word holds, and `columns` of them, the last ones zeros.
 AVX512 void Pair(const float* values, int64_t width, int64_t columns, int32_t* paired) {
   for (int64_t position = 0; position < kPage; ++position) {
-    for (int64_t column = 0; column < columns; column += kLanes) {
+    for (int64_t column = 0; column < columns; column += kFloats) {
       const __m512 row = column < width ? _mm512_loadu_ps(values + position * width + column) : _mm512_setzero_ps();
       _mm512_storeu_ps(paired + position * columns + column, row);
     }
@@ -78,7 +77,7 @@ AVX512 void Pair(const uint16_t* values, int64_t width, int64_t columns, int32_t
         _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + position * width + column)));
   };
   for (int64_t position = 0; position < kPage; position += 2) {
-    for (int64_t column = 0; column < columns; column += kLanes) {
+    for (int64_t column = 0; column < columns; column += kFloats) {
       __m512i pair = _mm512_setzero_si512();
       if (column < width) {
         pair = _mm512_or_si512(load(position, column), _mm512_slli_epi32(load(position + 1, column), 16));
@@ -99,7 +98,7 @@ AVX512 INLINE __m512 Add(BFloat16, __m512 sum, int32_t word, __m512i vector) {
 // What is known of a row so far: the highest score, the sum of the weights relative to it (in 16 parts), the weighed values.
 struct Row {
   float highest;
-  float total[kLanes];
+  float total[kFloats];
 };
 
 // One page for some rows. `firsts` and `lasts` say which slots each row sees, from one up to, not including, another.
@@ -111,7 +110,7 @@ AVX512 void Tile(Ints q, int64_t words, Ints turned_keys, Ints paired_values, in
   UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int v = 0; v < kVectors; ++v) scores[r][v] = _mm512_setzero_ps();
   for (int64_t word = 0; word < words; ++word) {
     __m512i keys[kVectors];
-    UNROLL for (int v = 0; v < kVectors; ++v) keys[v] = _mm512_loadu_si512(turned_keys + word * kPage + v * kLanes);
+    UNROLL for (int v = 0; v < kVectors; ++v) keys[v] = _mm512_loadu_si512(turned_keys + word * kPage + v * kFloats);
     UNROLL for (int r = 0; r < rows; ++r) {
       UNROLL for (int v = 0; v < kVectors; ++v) scores[r][v] = Add(Type(), scores[r][v], q[r * words + word], keys[v]);
     }
@@ -123,7 +122,7 @@ AVX512 void Tile(Ints q, int64_t words, Ints turned_keys, Ints paired_values, in
   UNROLL for (int r = 0; r < rows; ++r) {
     const __m512i first = _mm512_set1_epi32(firsts[r]), last = _mm512_set1_epi32(lasts[r]);
     UNROLL for (int v = 0; v < kVectors; ++v) {
-      const __m512i slot = _mm512_add_epi32(lanes, _mm512_set1_epi32(v * kLanes));
+      const __m512i slot = _mm512_add_epi32(lanes, _mm512_set1_epi32(v * kFloats));
       const __mmask16 seen = _mm512_cmpge_epi32_mask(slot, first) & _mm512_cmplt_epi32_mask(slot, last);
       scores[r][v] = _mm512_mask_mul_ps(nothing, seen, scores[r][v], _mm512_set1_ps(scale));
     }
@@ -134,22 +133,22 @@ AVX512 void Tile(Ints q, int64_t words, Ints turned_keys, Ints paired_values, in
     UNROLL for (int v = 0; v < kVectors; ++v) {
       const __m512 weight = Exp(_mm512_sub_ps(scores[r][v], _mm512_set1_ps(highest)));
       total = _mm512_add_ps(total, weight);
-      Store(weight, weights[r] + v * kLanes);
+      Store(weight, weights[r] + v * kFloats);
     }
     known[r].highest = highest;
     shrink[r] = _mm512_cvtss_f32(shrunk);
     _mm512_storeu_ps(known[r].total, total);
   }
-  for (int64_t column = 0; column < columns; column += kVectors * kLanes) {
+  for (int64_t column = 0; column < columns; column += kVectors * kFloats) {
     __m512 sums[rows][kVectors];
     UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int v = 0; v < kVectors; ++v) {
-      const __m512 before = _mm512_loadu_ps(mixed + r * columns + column + v * kLanes);
+      const __m512 before = _mm512_loadu_ps(mixed + r * columns + column + v * kFloats);
       sums[r][v] = _mm512_mul_ps(before, _mm512_set1_ps(shrink[r]));
     }
     for (int word = 0; word < kWords; ++word) {
       __m512i values[kVectors];
       UNROLL for (int v = 0; v < kVectors; ++v) {
-        values[v] = _mm512_loadu_si512(paired_values + word * columns + column + v * kLanes);
+        values[v] = _mm512_loadu_si512(paired_values + word * columns + column + v * kFloats);
       }
       UNROLL for (int r = 0; r < rows; ++r) {
         const int32_t weight = reinterpret_cast<const int32_t*>(weights[r])[word];
@@ -157,7 +156,7 @@ AVX512 void Tile(Ints q, int64_t words, Ints turned_keys, Ints paired_values, in
       }
     }
     UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int v = 0; v < kVectors; ++v) {
-      _mm512_storeu_ps(mixed + r * columns + column + v * kLanes, sums[r][v]);
+      _mm512_storeu_ps(mixed + r * columns + column + v * kFloats, sums[r][v]);
     }
   }
 }
@@ -223,7 +222,7 @@ struct Attention {
     for (int64_t row = 0; row < rows; ++row) {
       const float total = _mm512_reduce_add_ps(_mm512_loadu_ps(known[row].total));
       const __m512 by = _mm512_set1_ps(std::max(total, std::numeric_limits<float>::min()));
-      for (int64_t column = 0; column < width; column += kLanes) {
+      for (int64_t column = 0; column < width; column += kFloats) {
         Store(_mm512_div_ps(_mm512_loadu_ps(&mixed[row * columns + column]), by), out + place[row] + column);
       }
     }
@@ -236,7 +235,7 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys, f
                   float scale, int64_t window) {
   const auto shape = q.dimensions(), pages_shape = keys.dimensions();  // [B, T, N, H], [1, P, K, S, H]
   if (shape.size() != 4 || pages_shape.size() != 5 || pages_shape[0] != 1 || pages_shape[3] != kPage ||
-      pages_shape[4] != shape[3] || shape[3] % kLanes != 0 || shape[2] % pages_shape[2] != 0) {
+      pages_shape[4] != shape[3] || shape[3] % kFloats != 0 || shape[2] % pages_shape[2] != 0) {
     return ffi::Error::InvalidArgument("queries [B, T, N, H] and pages [1, P, K, 64, H] are wanted, H a multiple of 16");
   }
   const Sizes sizes{shape[1], pages_shape[2], shape[2] / pages_shape[2], shape[3]};

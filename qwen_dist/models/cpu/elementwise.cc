@@ -10,13 +10,13 @@ namespace {
 
 constexpr int64_t kNumbersOfJob = 16 << 10;
 
-// Calls work(of, first, last) with parts of `number` things of `size` numbers each; `of` is the type of x.
+// Calls work(of, first, last) with slices of `number` things of `size` numbers each; `of` is the type of x.
 template <class Work>
-ffi::Error ForEachPart(ffi::ThreadPool& pool, ffi::DataType type, int64_t number, int64_t size, const Work& work) {
-  const int64_t part = std::max<int64_t>(1, kNumbersOfJob / std::max<int64_t>(1, size));
+ffi::Error ForEachSlice(ffi::ThreadPool& pool, ffi::DataType type, int64_t number, int64_t size, const Work& work) {
+  const int64_t slice = std::max<int64_t>(1, kNumbersOfJob / std::max<int64_t>(1, size));
   const auto run = [&](auto of) {
-    ForEach(pool, (number + part - 1) / part,
-            [&](int64_t job) { work(of, job * part, std::min(number, (job + 1) * part)); });
+    ForEach(pool, (number + slice - 1) / slice,
+            [&](int64_t job) { work(of, job * slice, std::min(number, (job + 1) * slice)); });
     return ffi::Error::Success();
   };
   if (type == ffi::F32) return run(Float32());
@@ -34,7 +34,7 @@ ffi::Error GateAll(ffi::ThreadPool pool, ffi::AnyBuffer gate, ffi::AnyBuffer up,
     return ffi::Error::InvalidArgument("gate and up of the same shape and type are wanted");
   }
   const int64_t number = gate.element_count();
-  return ForEachPart(pool, gate.element_type(), number, 1, [&](auto of, int64_t first, int64_t last) {
+  return ForEachSlice(pool, gate.element_type(), number, 1, [&](auto of, int64_t first, int64_t last) {
     using Element = typename decltype(of)::Element;
     Gate(Data<const Element>(gate) + first, Data<const Element>(up) + first, last - first, Data<Element>(*hidden) + first);
   });
@@ -64,7 +64,7 @@ ffi::Error TurnAll(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::F32>
     return ffi::Error::InvalidArgument("heads [B, T, N, H], and cosines and sines [B, T, H / 2], are wanted");
   }
   const int64_t heads = shape[2], width = shape[3], size = heads * width;
-  return ForEachPart(pool, x.element_type(), tokens, size, [&](auto of, int64_t first, int64_t last) {
+  return ForEachSlice(pool, x.element_type(), tokens, size, [&](auto of, int64_t first, int64_t last) {
     using Element = typename decltype(of)::Element;
     for (int64_t t = first; t < last; ++t) {
       Turn(Data<const Element>(x) + t * size, cos.typed_data() + t * half, sin.typed_data() + t * half, heads, width,

@@ -92,7 +92,8 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> cho
   const auto x_shape = x.dimensions(), choices = chosen.dimensions(), shape = down.dimensions();
   const auto type = x.element_type();
   if (x_shape.size() != 2 || choices.size() != 2 || shape.size() != 3 || gate_up.dimensions().size() != 3 ||
-      shape[1] != x_shape[1] || gate_up.dimensions()[1] != 2 * shape[2] || shape[1] % kFeatures != 0 ||
+      choices[0] != x_shape[0] || scores.element_count() != chosen.element_count() || shape[1] != x_shape[1] ||
+      gate_up.dimensions()[1] != 2 * shape[2] || shape[1] % kFeatures != 0 ||
       shape[2] % kFeatures != 0 || gate_up.element_type() != type || down.element_type() != type) {
     return ffi::Error::InvalidArgument(
         "tokens [T, D], choices and scores [T, K], weights [E, 2F, D] and [E, D, F] of the tokens' type are wanted, D and F "
