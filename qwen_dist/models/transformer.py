@@ -99,8 +99,7 @@ class Transformer(nnx.Module):
             `jax.checkpoint`; everything when None.
         """
         x_BTD = constrain(tap("embed_tokens", self.embed_tokens(tokens_BT)), "batch", "length", "embed")
-        # Made once for all layers. Where no kernel rotates, XLA's CPU backend may take the sines in each anyway.
-        rope = jax.lax.optimization_barrier(rope_table(self.config.rope, self.config.head_dim, positions_BT, x_BTD.dtype))
+        rope = rope_table(self.config.rope, self.config.head_dim, positions_BT, x_BTD.dtype)
         caches = (None,) * len(self.layers) if cache is None else cache
         windows = self.config.windows
         by_window = dict.fromkeys(windows) if pages is None else dict(zip(windows, pages, strict=True))
