@@ -51,6 +51,11 @@ def scope(name: str) -> Iterator[None]:
         _scope.reset(token)
 
 
+def is_capturing() -> bool:
+    """Whether intermediates are looked at, so that each must be there."""
+    return _taps.get() is not None
+
+
 def tap(name: str, value: jax.Array) -> jax.Array:
     """Return `value`; inside `capture()` also remember it under the enclosing scopes' names and `name`."""
     taps = _taps.get()

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from qwen_dist.models.attention import Attention
 from qwen_dist.models.cache import Cache, LayerCache, Pages
-from qwen_dist.models.capture import scope, tap
+from qwen_dist.models.capture import is_capturing, scope, tap
 from qwen_dist.models.config import LayerConfig, ModelConfig
 from qwen_dist.models.layers import Embedding, Linear, RMSNorm, contract
 from qwen_dist.models.mlp import MLP
@@ -106,6 +106,9 @@ class Transformer(nnx.Module):
         updated: list[Any] = []
         router_logits: list[jax.Array] = []
         run: Any = Block.__call__ if remat is None else jax.checkpoint(Block.__call__, policy=remat)
+        if cache is not None and not is_capturing():
+            # Traced once for all blocks that are alike, under the rules of this trace and no other.
+            run = jax.jit(lambda *operands: Block.__call__(*operands))
         for index, (block, layer, layer_cache) in enumerate(zip(self.layers, self.config.layers, caches, strict=True)):
             with scope(f"layers.{index}"):
                 of_kind = by_window[layer.sliding_window]
