@@ -3,10 +3,10 @@
     python benchmarks/growth.py [--model DIR] [--counts 200,5000]
 
 By default with the demonstration model, which is so small that what the host does weighs most. The prompts are the same 200
-again and again, each time under another id; the counts take turns, and the table has medians. The programs have been
-compiled and run before; memory is the process's peak, which is also told after each run. On a machine that does other
-things too, tokens in a second of processor time say more than tokens in a second. The scheduler's thread waits for a
-processor where all of them compute a step.
+again and again, each time under another id. The counts take turns, and each is run until as many prompts have been answered
+as the largest count has: the seconds are then equally many, of which some are slow on a machine that does other things too.
+The table has medians of the rounds. The programs have been compiled and run before; memory is the process's peak, which is
+also told after each round. The scheduler's thread waits for a processor where all of them compute a step.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(DEMONSTRATION), help="checkpoint directory")
     parser.add_argument("--counts", default="200,5000", help="numbers of prompts, separated by commas")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     start_jax(None, "float32")
     run, _ = open_batch(options.model, max_batch_size=16)
@@ -49,7 +49,8 @@ def main() -> None:
     for _ in range(options.rounds):
         for count, of_count in speeds.items():
             begin = time.process_time()
-            seconds, tokens = run(count)
+            runs = [run(count) for _ in range(max(speeds) // count)]
+            seconds, tokens = (sum(column) for column in zip(*runs, strict=True))
             of_count.append((tokens / seconds, tokens / (time.process_time() - begin)))
             print(f"{count} prompts: {of_count[-1][0]:.1f} tokens/s, peak memory {peak_gb():.3f} GB", file=sys.stderr)
     for count, of_count in speeds.items():
