@@ -77,6 +77,8 @@ def extrapolate(two: Sequence[Compiled], layers: Sequence[int], num_layers: int)
     shallow, deep = two
 
     def line(low: float, high: float) -> float:
+        if high < low:
+            return high  # the compiler does otherwise with a single layer; it is not what a layer adds
         return low + (high - low) * (num_layers - layers[0]) / (layers[1] - layers[0])
 
     numbers = {

@@ -16,7 +16,7 @@ from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.planning.chips import Topology
-from qwen_dist.planning.compile import compile_program, extrapolate, lower, topology_mesh
+from qwen_dist.planning.compile import Collective, Compiled, compile_program, extrapolate, lower, topology_mesh
 from qwen_dist.planning.memory import Arithmetic, abstract_resolver
 from qwen_dist.planning.workload import Workload
 from qwen_dist.sharding import Resolver, random_parameters
@@ -151,3 +151,13 @@ def test_what_loops_repeat_is_what_the_compiler_leaves_out(verb, phase, sizes):
     more = plans[1].cost(phase).flops - plans[0].cost(phase).flops
     assert counted[1] - counted[0] == pytest.approx(more, rel=0.1)
     assert reports[1].flops - reports[0].flops < 0.9 * more
+
+
+def test_what_gets_less_with_depth_is_not_what_a_layer_adds():
+    def compiled(flops: float, gathers: int) -> Compiled:
+        numbers = {field.name: 1.0 for field in dataclasses.fields(Compiled)} | {"flops": flops}
+        return Compiled(**numbers | {"collectives": (Collective("all-gather", gathers, 0.5 * gathers),)})
+
+    guess = extrapolate((compiled(10, 7), compiled(12, 6)), (1, 2), 48)
+    assert guess.flops == 104
+    assert guess.collectives == (Collective("all-gather", 6, 3.0),)
