@@ -105,10 +105,11 @@ class Transformer(nnx.Module):
         by_window = dict.fromkeys(windows) if pages is None else dict(zip(windows, pages, strict=True))
         updated: list[Any] = []
         router_logits: list[jax.Array] = []
-        run: Any = Block.__call__ if remat is None else jax.checkpoint(Block.__call__, policy=remat)
+        of_block: Any = Block.__call__ if remat is None else jax.checkpoint(Block.__call__, policy=remat)
+        run = of_block
         if cache is not None and not is_capturing():
             # Traced once for all blocks that are alike, under the rules of this trace and no other.
-            run = jax.jit(lambda *operands: Block.__call__(*operands))
+            run = jax.jit(lambda *operands: of_block(*operands))
         for index, (block, layer, layer_cache) in enumerate(zip(self.layers, self.config.layers, caches, strict=True)):
             with scope(f"layers.{index}"):
                 of_kind = by_window[layer.sliding_window]
