@@ -16,6 +16,7 @@ from qwen_dist.engine.request import MAX_TOP_LOGPROBS, SamplingParams
 from qwen_dist.engine.sampling import SamplingArrays, choose, log_probabilities, penalise
 from qwen_dist.models import cache as kv_cache
 from qwen_dist.models.cache import PAGE, VISITS, Cache, LayerCache, Pages
+from qwen_dist.models.layers import pick
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.sharding import bind, constrain, resolving
 
@@ -174,10 +175,11 @@ class Runner:
     def _read_piece(self, parameters, state, blocks, rules, *, num_top, num_scored):  # type: ignore[no-untyped-def]
         with resolving(self._model.resolver):
             module = bind(self._model.module, parameters)
-            x_BTD, cache, _ = module(blocks.tokens_BT, blocks.positions_BT, state.cache, blocks.pages)
-            index_B1 = jnp.maximum(blocks.last_B, 0)[:, None]
-            logits_BV = module.unembed(jnp.take_along_axis(x_BTD, index_B1[:, :, None], axis=1))[:, 0]
-            next_B = jnp.take_along_axis(blocks.positions_BT, index_B1, axis=1)[:, 0] + 1
+            only_B = blocks.last_B if num_scored is None else None
+            x_BTD, cache, _ = module(blocks.tokens_BT, blocks.positions_BT, state.cache, blocks.pages, only_B=only_B)
+            last_B1D = x_BTD if num_scored is None else pick(x_BTD, blocks.last_B)
+            logits_BV = module.unembed(last_B1D)[:, 0]
+            next_B = pick(blocks.positions_BT, blocks.last_B)[:, 0] + 1
             state = state._replace(cache=cache, seen_RV=_seen_with(state.seen_RV, blocks))
             state, tokens_B, logprobs = self._choose(
                 state, logits_BV, blocks.rows_B, next_B, blocks.last_B >= 0, rules, num_top

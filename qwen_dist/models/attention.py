@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from qwen_dist.models import cache as kv_cache
 from qwen_dist.models.capture import scope, tap
 from qwen_dist.models.config import LayerConfig, ModelConfig
-from qwen_dist.models.layers import Linear, RMSNorm, at_least_float32, product, sum_over_rows
+from qwen_dist.models.layers import Linear, RMSNorm, at_least_float32, pick, product, sum_over_rows
 from qwen_dist.models.paged_attention import attend_pages
 from qwen_dist.models.rope import rotate
 from qwen_dist.models.splash_attention import attend_tiles
@@ -49,22 +49,29 @@ class Attention(nnx.Module):
         cache: kv_cache.LayerCache | None,
         pages: kv_cache.Pages | None,
         segments_BT: jax.Array | None,
+        only_B: jax.Array | None = None,
     ) -> tuple[jax.Array, kv_cache.LayerCache | None]:
-        q_BTNH = tap("q_proj", self.q_proj(x_BTD))
+        """Mixed tokens [B, T, D], or with a cache and `only_B` [B, 1, D]: of each row the one with that index."""
+        asking_BTD, rope_of_q, q_positions_BT = x_BTD, rope, positions_BT
+        if only_B is not None:
+            asking_BTD, q_positions_BT = pick(x_BTD, only_B), pick(positions_BT, only_B, -1)
+            rope_of_q = pick(rope[0], only_B), pick(rope[1], only_B)
+        q_BTNH = tap("q_proj", self.q_proj(asking_BTD))
         k_BTKH = tap("k_proj", self.k_proj(x_BTD))
         v_BTKH = tap("v_proj", self.v_proj(x_BTD))
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH = tap("q_norm", self.q_norm(q_BTNH))
             k_BTKH = tap("k_norm", self.k_norm(k_BTKH))
-        q_BTNH = constrain(tap("q_rope", rotate(q_BTNH, *rope)), "batch", "length", "q_heads", "head_dim")
+        q_BTNH = constrain(tap("q_rope", rotate(q_BTNH, *rope_of_q)), "batch", "length", "q_heads", "head_dim")
         k_BTKH = constrain(tap("k_rope", rotate(k_BTKH, *rope)), "batch", "length", "kv_heads", "head_dim")
 
         if cache is None or pages is None:
             k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+            assert only_B is None
             mixed_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, positions_BT, self.sliding_window, segments_BT)
         else:
             cache = kv_cache.write(cache, k_BTKH, v_BTKH, positions_BT, pages)
-            mixed_BTNH = attend_pages(q_BTNH, cache, positions_BT, pages, self.sliding_window)
+            mixed_BTNH = attend_pages(q_BTNH, cache, q_positions_BT, pages, self.sliding_window)
         mixed_BTNH = constrain(tap("mixed", mixed_BTNH), "batch", "length", "q_heads", "head_dim")
         return tap("o_proj", self.o_proj(mixed_BTNH)), cache
 

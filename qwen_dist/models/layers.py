@@ -32,6 +32,12 @@ def parameter(
     return annotate(jax.ShapeDtypeStruct(tuple(sizes.values()), dtype), tuple(sizes), std=std, disk_shape=disk_shape)
 
 
+def pick(x_BT: jax.Array, index_B: jax.Array, otherwise: int = 0) -> jax.Array:
+    """Of each row [T, …] the element at its index, [B, 1, …]; `otherwise` where the index is negative."""
+    index = index_B.reshape(-1, *(1,) * (x_BT.ndim - 1))
+    return jnp.where(index < 0, jnp.array(otherwise, x_BT.dtype), jnp.take_along_axis(x_BT, jnp.maximum(index, 0), axis=1))
+
+
 def contract(x: jax.Array, weight: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
     """Multiply [..., in] with an out-features-first [out, in]: [..., out], summed in at least float32 and returned so, or
     rounded once to `dtype`.

@@ -14,7 +14,7 @@ from qwen_dist.models.attention import Attention
 from qwen_dist.models.cache import Cache, LayerCache, Pages
 from qwen_dist.models.capture import is_capturing, scope, tap
 from qwen_dist.models.config import LayerConfig, ModelConfig
-from qwen_dist.models.layers import Embedding, Linear, RMSNorm, contract
+from qwen_dist.models.layers import Embedding, Linear, RMSNorm, contract, pick
 from qwen_dist.models.mlp import MLP
 from qwen_dist.models.moe import MoE
 from qwen_dist.models.rope import rope_table
@@ -44,10 +44,14 @@ class Block(nnx.Module):
         cache: LayerCache | None,
         pages: Pages | None,
         segments_BT: jax.Array | None,
+        only_B: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
+        """What comes out for each token, or with a cache and `only_B` for the one of each row with that index."""
         normed_BTD = tap("input_layernorm", self.input_layernorm(x_BTD))
         with scope("self_attn"):
-            mixed_BTD, cache = self.self_attn(normed_BTD, rope, positions_BT, cache, pages, segments_BT)
+            mixed_BTD, cache = self.self_attn(normed_BTD, rope, positions_BT, cache, pages, segments_BT, only_B)
+        if only_B is not None:
+            x_BTD, positions_BT = pick(x_BTD, only_B), pick(positions_BT, only_B, -1)
         x_BTD = constrain(tap("residual", x_BTD + mixed_BTD), "batch", "length", "embed")
         normed_BTD = tap("post_attention_layernorm", self.post_attention_layernorm(x_BTD))
         with scope("mlp"):
@@ -80,6 +84,7 @@ class Transformer(nnx.Module):
         *,
         segments_BT: jax.Array | None = None,
         remat: Remat | None = None,
+        only_B: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None, tuple[jax.Array, ...]]:
         """Run tokens through every block.
 
@@ -97,6 +102,8 @@ class Transformer(nnx.Module):
             each token is of. Positions begin at 0 in each of them, and none sees another.
           remat: what the forward pass keeps of each block for the backward pass, which computes the rest again: a policy of
             `jax.checkpoint`; everything when None.
+          only_B: with a cache: the index of the one token of each row whose hidden state is wanted, [B, 1, D], negative for
+            none. Of the others the last block makes keys and values only.
         """
         x_BTD = constrain(tap("embed_tokens", self.embed_tokens(tokens_BT)), "batch", "length", "embed")
         rope = rope_table(self.config.rope, self.config.head_dim, positions_BT, x_BTD.dtype)
@@ -111,10 +118,12 @@ class Transformer(nnx.Module):
             # Traced once for all blocks that are alike, under the rules of this trace and no other.
             run = jax.jit(lambda *operands: of_block(*operands))
         for index, (block, layer, layer_cache) in enumerate(zip(self.layers, self.config.layers, caches, strict=True)):
+            is_last = index == len(self.layers) - 1
             with scope(f"layers.{index}"):
                 of_kind = by_window[layer.sliding_window]
                 block = gather_after(x_BTD, block)
-                x_BTD, layer_cache, of_router = run(block, x_BTD, rope, positions_BT, layer_cache, of_kind, segments_BT)
+                operands = (block, x_BTD, rope, positions_BT, layer_cache, of_kind, segments_BT)
+                x_BTD, layer_cache, of_router = run(*operands, only_B if is_last else None)
                 x_BTD = tap("output", x_BTD)
                 updated.append(layer_cache)
                 router_logits += [] if of_router is None else [of_router]

@@ -326,16 +326,35 @@ class Arithmetic:
     # --- flops and bytes ---
 
     def _forward_flops(self, tokens: int) -> float:
-        """2 a weight and token, 4 an element of queries and key; of prefill only the last token meets the vocabulary."""
-        config, workload = self.config, self.workload
+        """2 a weight and token, 4 an element of queries and key; of prefill only the last token meets the vocabulary.
+
+        In the last block the others meet the weights of keys and values only.
+        """
+        config, asking = self.config, self._asking(tokens)
         in_blocks = sum(count * self._used(_block_weights(config, ffn)) for ffn, count in self._layers.items())
-        unembedded = tokens if workload.verb == "finetune" else 1
-        products = workload.batch * 2 * tokens * in_blocks / math.prod(self.resolver.mesh.shape.values())
-        return products + self._head_flops(unembedded) + self._attention_flops(tokens)
+        last = _block_weights(config, config.layers[-1].ffn)
+        of_asking = self._used(last) - self._used(w for w in last if "kv_heads" in w.axes)
+        products = 2 * self.workload.batch * (tokens * in_blocks - (tokens - asking) * of_asking)
+        return products / self._num_devices + self._head_flops(asking) + self._attention_flops(tokens)
+
+    def _asking(self, tokens: int) -> int:
+        """Of so many tokens of a row those whose hidden states are wanted: all in training, one in inference."""
+        return tokens if self.workload.verb == "finetune" else 1
+
+    def _whole_blocks(self, count: int, tokens: int, *, has_last: bool = True) -> float:
+        """So many blocks as what they compute for a row's tokens, of which the last leaves most out."""
+        return count - has_last * (1 - self._asking(tokens) / tokens)
+
+    def _blocks_with(self, ffn: str, tokens: int) -> float:
+        return self._whole_blocks(self._layers[ffn], tokens, has_last=self.config.layers[-1].ffn == ffn)
+
+    @property
+    def _num_devices(self) -> int:
+        return math.prod(self.resolver.mesh.shape.values())
 
     def _head_flops(self, tokens: int) -> float:
         weights = self.config.vocab_size * self.config.hidden_size
-        return self.workload.batch * 2 * tokens * weights / math.prod(self.resolver.mesh.shape.values())
+        return self.workload.batch * 2 * tokens * weights / self._num_devices
 
     def _attention_flops(self, tokens: int) -> float:
         return sum(self._attention_of(window, tokens) for window in self.config.windows)
@@ -345,8 +364,10 @@ class Arithmetic:
         config, workload = self.config, self.workload
         slots = self._pages[window] * PAGE
         keys = min(slots, window or slots) if workload.verb == "batch" else workload.context / 2
-        heads = config.num_attention_heads * config.head_dim * config.windows[window]
-        return workload.batch * 4 * tokens * keys * heads / math.prod(self.resolver.mesh.shape.values())
+        has_last = window == config.layers[-1].sliding_window
+        layers = self._whole_blocks(config.windows[window], tokens, has_last=has_last)
+        heads = config.num_attention_heads * config.head_dim * layers
+        return workload.batch * 4 * tokens * keys * heads / self._num_devices
 
     def _used(self, weights: Iterable[Weight]) -> int:
         """Elements of weights that a token is multiplied by: of experts only those that it chooses."""
@@ -356,15 +377,15 @@ class Arithmetic:
 
     def _inference_collectives(self, tokens: int) -> Iterator[tuple[str, float]]:
         """Two sums a layer over the shards of heads and channels, and one for the embedding; five over those of embed."""
-        layers = len(self.config.layers)
+        layers = self._whole_blocks(len(self.config.layers), tokens)
         stream = self._local("batch", "length", "embed", length=tokens) * self._width
         heads = self._local("batch", "length", "q_heads", "head_dim", length=tokens)
         keys = 2 * self._local("batch", "length", "kv_heads", "head_dim", length=tokens)
-        channels = 2 * self._local("batch", "length", "mlp", length=tokens) * self._layers["mlp"]
+        channels = 2 * self._local("batch", "length", "mlp", length=tokens) * self._blocks_with("mlp", tokens)
         inputs = (layers * (heads + keys) + channels) * self._width + self._local("batch", "vocab") * WIDE
         if self.config.moe is not None:
             mlp = self._local("mlp", mlp=self.config.moe.expert_size)
-            inputs += self._layers["moe"] * self._expert_rows(tokens) * 2 * mlp * WIDE
+            inputs += self._blocks_with("moe", tokens) * self._expert_rows(tokens) * 2 * mlp * WIDE
         yield "all-to-all", self._exchanged(tokens)
         yield "all-reduce", 2 * (self._others("tensor") * (2 * layers + 1) * stream + self._others("fsdp") * inputs)
 
@@ -386,7 +407,7 @@ class Arithmetic:
         """Bytes of tokens that come to a device's experts, and of its own that come back, in all layers."""
         returned = WIDE if self.resolver.mesh.shape["tensor"] > 1 else self._width
         both_ways = self._local("embed") * (self._width + returned)
-        return self._others("expert") * self._layers["moe"] * self._expert_rows(length) * both_ways
+        return self._others("expert") * self._blocks_with("moe", length) * self._expert_rows(length) * both_ways
 
     def _others(self, axis: str) -> float:
         """The part of a result that a device gets from the others along a mesh axis."""

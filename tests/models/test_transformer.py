@@ -16,6 +16,7 @@ from qwen_dist.checkpoint.model import LoadedModel, load_model
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models import cache as kv_cache
 from qwen_dist.models.cache import PAGE
+from qwen_dist.models.capture import capture
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.sharding import INFERENCE, Resolver, bind
 
@@ -233,6 +234,32 @@ def test_a_row_may_be_any_part_of_a_sequence_on_pages_in_any_order(case):
     assert distance(np.asarray(out)[:3].reshape(120, -1), logits_BTV[0, :120]) < OWN_TOLERANCE
     assert np.all(np.isfinite(out))
     assert not np.any(np.asarray(cache[0].k)[0, [1, 3]])
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3 windows", "yarn"])
+def test_of_the_last_block_only_what_is_wanted_is_computed(case, name):
+    """The same hidden states and cache as with all of them; where none is wanted, something finite."""
+    model, _, tokens_BT, positions_BT, _, _ = case(name)
+    tokens, positions = tokens_BT[:, :70], positions_BT[[0, 0, 0], :70]
+    pages = kv_cache.in_order(model.config, positions, 1, 2)
+
+    def run(only_B=None):
+        with capture() as taps:
+            out = bind(model.module, model.parameters)(tokens, positions, empty(model, 6), pages, only_B=only_B)
+        return out, {name: value.shape[1] for name, value in taps.items()}
+
+    (all_BTD, whole, _), _ = run()
+    (only_B1D, cache, _), lengths = run(np.array([69, 3, -1], np.int32))
+    assert only_B1D.shape == (3, 1, model.config.hidden_size)
+    assert distance(only_B1D[0, 0], all_BTD[0, 69]) < OWN_TOLERANCE
+    assert distance(only_B1D[1, 0], all_BTD[1, 3]) < OWN_TOLERANCE
+    assert np.all(np.isfinite(only_B1D))
+    for one, other in zip(jax.tree.leaves(cache), jax.tree.leaves(whole), strict=True):
+        assert distance(one, other) < OWN_TOLERANCE
+    last = f"layers.{len(model.config.layers) - 1}."
+    of_all = {name.removeprefix(last) for name, length in lengths.items() if name.startswith(last) and length == 70}
+    assert of_all - {"self_attn.k_norm"} == {"input_layernorm", "self_attn.k_proj", "self_attn.v_proj", "self_attn.k_rope"}
+    assert {length for name, length in lengths.items() if name.startswith("layers.0.")} == {70}
 
 
 def test_bfloat16_is_as_far_from_float32_as_transformers_is(case, tiny_checkpoint):

@@ -81,6 +81,13 @@ def test_inference_is_within_a_tenth_of_the_compilers_word(mesh, phase):
     assert sum(plan.memory(phase).values()) == pytest.approx(real.device_bytes, rel=0.1)
 
 
+def test_of_the_last_block_prefill_computes_one_token_of_each_row():
+    """And keys and values of all; with a single block that is nearly all there is."""
+    one_block, mesh, workload = SMALL | {"num_hidden_layers": 1}, "data=4,tensor=2", Workload("batch", 8, 256)
+    plan, real = arithmetic(one_block, mesh, workload), compiled(one_block, mesh, workload, "prefill")
+    assert plan.cost("prefill").flops == pytest.approx(real.flops + plan.repeated("prefill").flops, rel=0.05)
+
+
 def test_optimizer_state_is_float32_and_a_copy_of_narrow_parameters():
     narrow = arithmetic(SMALL, "fsdp=8", Workload("finetune", 8, 128)).memory("train")
     wide = arithmetic(SMALL, "fsdp=8", Workload("finetune", 8, 128, dtype="float32")).memory("train")
