@@ -131,7 +131,7 @@ exit code 1 names the first component beyond its bound; needs the extra: pip ins
 _PLAN_EXAMPLE = """\
 examples:
   qwen-dist plan --model ~/qwen3-32b --topology v5e:8x8 --verb batch --batch 64 --context 4096
-  qwen-dist plan --model config.json --topology v6e:4x4 --mesh fsdp=16 --verb finetune --method full --compile 1,3
+  qwen-dist plan --model config.json --topology v6e:4x4 --mesh fsdp=16 --verb finetune --method full --compile 3,5
   qwen-dist plan --model ~/qwen3-0.6b --topology cpu:8 --mesh data=2,tensor=4 --compile
 only config.json is read; --compile for a TPU needs libtpu (pip install libtpu), and no TPU; exit code 1: does not fit"""
 
@@ -290,11 +290,12 @@ def _config_values(options: argparse.Namespace, *more: str) -> dict[str, Any]:
     return {key: value for key in keys if (value := getattr(options, key, None)) is not None}
 
 
-def start_jax(num_cpu_devices: int | None, dtype: str) -> None:
+def start_jax(num_cpu_devices: int | None, dtype: str, *, keeps_programs: bool = True) -> None:
     """The only place that changes jax's settings, before any device is used.
 
     Compiled programs are kept in JAX_COMPILATION_CACHE_DIR, by default ~/.cache/qwen_dist/compiled: the second start of
-    the same model on the same machine compiles nothing.
+    the same model on the same machine compiles nothing. Those for devices that are not here cannot be read back: without
+    `keeps_programs` none is kept.
     """
     import jax
 
@@ -308,6 +309,8 @@ def start_jax(num_cpu_devices: int | None, dtype: str) -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(_COMPILED).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if not keeps_programs:
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 @contextlib.contextmanager
@@ -809,7 +812,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     from qwen_dist.planning.chips import Topology
 
     topology = Topology.parse(options.topology)
-    start_jax(topology.num_devices if topology.is_cpu else 1, config.model.dtype)
+    start_jax(topology.num_devices if topology.is_cpu else 1, config.model.dtype, keeps_programs=topology.is_cpu)
     from qwen_dist.planning.plan import compiled_layers, make_plan, with_compiled
     from qwen_dist.planning.report import print_plan, to_json, write_chart
     from qwen_dist.planning.workload import Workload

@@ -147,12 +147,12 @@ def with_compiled(plan: Plan, config: ModelConfig, layers: tuple[int, ...]) -> P
 
 
 def compiled_layers(text: str, num_layers: int) -> tuple[int, ...]:
-    """Read `all`, or two numbers of layers such as `1,3` to extrapolate from. Raises UsageError."""
+    """Read `all`, or two numbers of layers such as `3,5` to extrapolate from. Raises UsageError."""
     if text == "all":
         return ()
     layers = tuple(int(part) if part.isdecimal() else 0 for part in text.split(","))
     if len(layers) != 2 or not 0 < layers[0] < layers[1] <= num_layers:
-        raise UsageError(f"--compile {text}: give two rising numbers up to {num_layers}, such as 1,3, or none")
+        raise UsageError(f"--compile {text}: give two rising numbers up to {num_layers}, such as 3,5, or none")
     return layers
 
 
