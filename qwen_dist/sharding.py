@@ -256,6 +256,10 @@ class Parts:
         """How many parts a dimension is cut into."""
         return 1 if self._resolver is None else self._resolver.num_parts(axis)
 
+    def first(self, axis: str, size: int) -> jax.Array | int:
+        """Where this device's part of a dimension begins, if each part has so many elements."""
+        return jax.lax.axis_index(self._axes(axis)) * size if self.count(axis) > 1 else 0
+
     def sum(self, x: jax.Array, axis: str) -> jax.Array:
         """The sum of what each part of a dimension gave."""
         return jax.lax.psum(x, self._axes(axis)) if self.count(axis) > 1 else x

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_dist.checkpoint.model import LoadedModel
-from qwen_dist.engine import scheduler
+from qwen_dist.engine import scheduler, seen
 from qwen_dist.engine.request import MAX_TOP_LOGPROBS, SamplingParams
 from qwen_dist.engine.sampling import SamplingArrays, choose, log_probabilities, penalise
 from qwen_dist.models import cache as kv_cache
@@ -30,7 +30,7 @@ class State(NamedTuple):
     """What is carried from step to step, all of it on the devices and donated to each step; R rows.
 
     `tokens_R` were chosen last and stand at `positions_R`; their keys and values are not in the cache yet. Rows that
-    `are_over` have met a stop token or their last position. `seen_RV` are the tokens of prompt and answer so far.
+    `are_over` have met a stop token or their last position. `seen_RV` is the table of `engine.seen`.
     """
 
     cache: Cache
@@ -96,8 +96,7 @@ class Runner:
     def start(self, num_pages: tuple[int, ...]) -> State:
         """The state before anything is read, with so many pages of each kind in each part of the mesh."""
         zeros_R = np.zeros(self._num_rows, np.int32)
-        seen_RV = np.zeros((self._num_rows, self._model.config.vocab_size), bool)
-        small = self._model.resolver.replicate((zeros_R, zeros_R, zeros_R > 0, seen_RV))
+        small: list[Any] = [*self._model.resolver.replicate((zeros_R, zeros_R, zeros_R > 0)), self._nothing_seen()]
         return State(self._empty_cache(num_pages), *small)
 
     def resize(self, state: State, num_pages: tuple[int, ...]) -> State:
@@ -161,10 +160,10 @@ class Runner:
         placed = jax.tree.map(
             lambda x: x.update(sharding=model.resolver.activation("cache", x.shape, kv_cache.CACHE_AXES)), cache
         )
-        everywhere, rows = model.resolver.replicated(), (self._num_rows,)
-        dtypes = (np.int32, np.int32, np.bool_, np.bool_)
-        shapes = (rows, rows, rows, (*rows, model.config.vocab_size))
-        small: list[Any] = [jax.ShapeDtypeStruct(*one, sharding=everywhere) for one in zip(shapes, dtypes, strict=True)]
+        rows, table = (self._num_rows,), (self._num_rows, model.config.vocab_size)
+        one = functools.partial(jax.ShapeDtypeStruct, rows, sharding=model.resolver.replicated())
+        seen_RV = jax.ShapeDtypeStruct(table, np.bool_, sharding=model.resolver.activation("seen", table, seen.AXES))
+        small: list[Any] = [one(np.int32), one(np.int32), one(np.bool_), seen_RV]
         return State(placed, *small)
 
     def _abstract_rules(self, num_rows: int) -> Rules:
@@ -180,7 +179,8 @@ class Runner:
             last_B1D = x_BTD if num_scored is None else pick(x_BTD, blocks.last_B)
             logits_BV = module.unembed(last_B1D)[:, 0]
             next_B = pick(blocks.positions_BT, blocks.last_B)[:, 0] + 1
-            state = state._replace(cache=cache, seen_RV=_seen_with(state.seen_RV, blocks))
+            seen_RV = seen.read(state.seen_RV, blocks.rows_B, blocks.tokens_BT, blocks.positions_BT)
+            state = state._replace(cache=cache, seen_RV=seen_RV)
             state, tokens_B, logprobs = self._choose(
                 state, logits_BV, blocks.rows_B, next_B, blocks.last_B >= 0, rules, num_top
             )
@@ -253,9 +253,9 @@ class Runner:
             state.tokens_R.at[to_B].set(tokens_B, mode="drop"),
             state.positions_R.at[to_B].set(next_B, mode="drop"),
             state.are_over_R.at[to_B].set(is_over_B, mode="drop"),
-            state.seen_RV.at[to_B, tokens_B].set(True, mode="drop"),
         )
-        state = State(_constrain_cache(state.cache), *self._replicated(small))
+        new: list[Any] = [*self._replicated(small), seen.add(state.seen_RV, to_B, tokens_B)]
+        state = State(_constrain_cache(state.cache), *new)
         return state, jnp.where(is_chosen_B, tokens_B, -1), logprobs
 
     def _replicated(self, tree):  # type: ignore[no-untyped-def]
@@ -265,6 +265,11 @@ class Runner:
     def _empty_cache(self, num_pages: tuple[int, ...]) -> Cache:
         with resolving(self._model.resolver):
             return _constrain_cache(kv_cache.empty(self._model.config, self.parts, num_pages, self._model.dtype))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _nothing_seen(self) -> jax.Array:
+        with resolving(self._model.resolver):
+            return seen.empty(self._num_rows, self._model.config.vocab_size)
 
     def _resized(self, cache: Cache, *, num_pages: tuple[int, ...]) -> Cache:
         with resolving(self._model.resolver):
@@ -319,15 +324,6 @@ def _scores(module: Transformer, x_BTD: jax.Array, next_BT: jax.Array, num_top: 
     ]
     of_tokens, best, of_best = (jnp.concatenate(parts, axis=1) for parts in zip(*pieces, strict=True))
     return of_tokens, best, of_best
-
-
-def _seen_with(seen_RV: jax.Array, blocks: Blocks) -> jax.Array:
-    """The tokens of a piece are seen, in rows that begin in it nothing else."""
-    num_rows = len(seen_RV)
-    begins_B = blocks.positions_BT[:, 0] == 0
-    seen_RV = seen_RV.at[jnp.where(begins_B, blocks.rows_B, num_rows)].set(False, mode="drop")
-    row_BT = jnp.where(blocks.positions_BT >= 0, blocks.rows_B[:, None], num_rows)
-    return seen_RV.at[row_BT, blocks.tokens_BT].set(True, mode="drop")
 
 
 def _constrain_cache(cache: Cache) -> Cache:

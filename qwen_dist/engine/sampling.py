@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwen_dist.engine import seen
 from qwen_dist.engine.request import SamplingParams
 
 # Blocks of the vocabulary in which the most likely token is looked for, at most; published vocabularies divide by it.
@@ -48,13 +49,13 @@ class SamplingArrays(NamedTuple):
 def penalise(logits_BV: jax.Array, params: SamplingArrays, seen_RV: jax.Array, rows_B: jax.Array) -> jax.Array:
     """The logits [B, V] after the repetition penalty.
 
-    `seen_RV`: bool; the tokens of prompt and answer so far of all rows; `rows_B` is which of them these are.
+    `seen_RV`: the table of `engine.seen`; `rows_B` is which of its rows these are.
     """
 
     def penalised() -> jax.Array:
         penalty_B1 = params.repetition_penalty[:, None].astype(logits_BV.dtype)
         penalised_BV = jnp.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1)
-        return jnp.where(seen_RV.at[rows_B].get(mode="clip"), penalised_BV, logits_BV)
+        return jnp.where(seen.of_rows(seen_RV, rows_B), penalised_BV, logits_BV)
 
     return jax.lax.cond(jnp.any(params.repetition_penalty != 1), penalised, lambda: logits_BV)
 

@@ -130,8 +130,8 @@ class Arithmetic:
                 "saved activations": saved,
                 "working set": self._training_set(),
             }
-        # Which tokens each row has seen, on every device; a TPU changes a copy of it.
-        seen = self.workload.batch * self.config.vocab_size * (2 if self.is_tpu else 1)
+        # Which tokens each row has seen; a TPU changes a copy of it.
+        seen = self._local("batch", "vocab") * (2 if self.is_tpu else 1)
         working = self._of_step(phase)._inference_set(self._tokens_of(phase)[1])
         return {"parameters": parameters, "cache": self._cache(), "sampling": seen, "working set": working}
 
