@@ -86,8 +86,9 @@ def extrapolate(two: Sequence[Compiled], layers: Sequence[int], num_layers: int)
         for field in dataclasses.fields(Compiled)
         if field.name not in ("collectives", "seconds")
     }
-    # The largest moment of the deeper program may be another one, and the line of peaks too steep.
-    numbers["device_bytes"] = min(numbers["device_bytes"], numbers["argument_bytes"] + numbers["temporary_bytes"])
+    # The largest moment of the deeper program may be another one, and the line of peaks too steep, or too flat.
+    least, most = numbers["argument_bytes"], numbers["argument_bytes"] + numbers["temporary_bytes"]
+    numbers["device_bytes"] = min(max(numbers["device_bytes"], least), most)
     low, high = ({one.kind: one for one in compiled.collectives} for compiled in (shallow, deep))
     none = Collective("", 0, 0)
     both = [(kind, low.get(kind, none), high.get(kind, none)) for kind in COLLECTIVES if kind in low | high]

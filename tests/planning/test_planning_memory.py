@@ -162,9 +162,11 @@ def test_what_loops_repeat_is_what_the_compiler_leaves_out(verb, phase, sizes):
 
 def test_what_gets_less_with_depth_is_not_what_a_layer_adds():
     def compiled(flops: float, gathers: int) -> Compiled:
-        numbers = {field.name: 1.0 for field in dataclasses.fields(Compiled)} | {"flops": flops}
+        numbers = {field.name: 1.0 for field in dataclasses.fields(Compiled)}
+        numbers |= {"flops": flops, "argument_bytes": flops}
         return Compiled(**numbers | {"collectives": (Collective("all-gather", gathers, 0.5 * gathers),)})
 
     guess = extrapolate((compiled(10, 7), compiled(12, 6)), (1, 2), 48)
     assert guess.flops == 104
+    assert guess.device_bytes == guess.argument_bytes == 104, "arguments are there at every moment"
     assert guess.collectives == (Collective("all-gather", 6, 3.0),)
