@@ -31,7 +31,7 @@ def expected(table, rows, tokens, positions):
     return table
 
 
-@pytest.mark.parametrize("mesh", ["data=1", "data=4,tensor=2", "data=2,context=2,tensor=2", "fsdp=2,tensor=4"])
+@pytest.mark.parametrize("mesh", ["data=1", "data=4,tensor=2", "data=2,expert=2,context=2", "fsdp=2,tensor=4"])
 def test_what_rows_have_met(mesh):
     config = MeshConfig.parse(mesh)
     resolver = Resolver(make_mesh(config, jax.devices()[: 1 if mesh == "data=1" else 8]), INFERENCE)

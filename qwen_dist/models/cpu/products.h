@@ -15,8 +15,9 @@
 namespace {
 
 constexpr int kRows = 6, kFeatures = 4;  // of a tile; 24 sums, 4 weights and a row are 29 of 32 registers
-constexpr int64_t kBlockBytes = 64 << 10;
-constexpr int kMaxBlock = 32;         // features
+// Of a weight at a time. Rows that a core's own cache does not hold come from further away once for each block: a larger one.
+constexpr int64_t kBlockBytes = 64 << 10, kLargeBlockBytes = 256 << 10, kOwnCache = 1 << 20;
+constexpr int kMaxBlock = 64;         // features
 constexpr int64_t kShare = 4;         // a thread takes one in so many of its share of the blocks that are left
 constexpr int64_t kPartsOfGroup = 4;  // at least: groups may have very different numbers of rows
 constexpr int64_t kRowsOfJob = 16;    // when they are copied
@@ -152,7 +153,9 @@ struct Part {
 template <class Element, class Job>
 void ForEachPart(ffi::ThreadPool& pool, const std::vector<Group>& groups, int64_t outputs, int64_t inputs, const Job& job) {
   const int64_t feature_bytes = kFeatures * inputs * sizeof(Element);
-  const int64_t size = std::clamp<int64_t>(kBlockBytes / feature_bytes * kFeatures, kFeatures, kMaxBlock);
+  const int64_t most_rows = groups.empty() ? 0 : groups.front().rows;
+  const int64_t bytes = most_rows * inputs * sizeof(Element) > kOwnCache ? kLargeBlockBytes : kBlockBytes;
+  const int64_t size = std::clamp<int64_t>(bytes / feature_bytes * kFeatures, kFeatures, kMaxBlock);
   const int64_t of_group = (outputs + size - 1) / size, number = of_group * groups.size();
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
   const int64_t most = groups.size() == 1 ? number : (of_group + kPartsOfGroup - 1) / kPartsOfGroup;
