@@ -172,7 +172,7 @@ def test_one_that_is_killed_ends_all_by_name(start, launch, directory, tmp_path,
 @pytest.mark.slow
 def test_killed_again_and_again_it_answers_every_record_once(start, launch, directory, tmp_path, qwen_dist):
     """Four processes in two groups; at a random moment a random one is killed, and the same command goes on."""
-    count, kills, rng = 300, 20, random.Random(4)
+    count, kills, rng = 1000, 20, random.Random(4)
     input, output = write_input(tmp_path / "in.jsonl", count, 40), tmp_path / "out.jsonl"
     process = qwen_dist(batch(directory, input, tmp_path / "alone.jsonl", "--num-cpu-devices", "1"))
     assert process.wait(timeout=120) == 0, process.communicate()
@@ -191,7 +191,8 @@ def test_killed_again_and_again_it_answers_every_record_once(start, launch, dire
         while process.poll() is None and not (len(pids) == 4 and size_of(output) > wanted):
             assert time.monotonic() < deadline
             time.sleep(0.005)
-            pids = processes_of(os.fsencode(output))
+            if len(pids) < 4:  # looking for them takes as long as some answers
+                pids = processes_of(os.fsencode(output))
         assert process.poll() is None
         victims.append(rng.choice(sorted(pids)))
         os.kill(pids[victims[-1]], signal.SIGKILL)
