@@ -117,10 +117,10 @@ def answer_with_qwen_dist(options: argparse.Namespace) -> dict[str, float]:
     written = 0
     for update in engine.run(everything):
         written += len(update.tokens)
-        load = engine.load
-        held.append(load.held_positions)
-        live.append(load.live_positions)
-        rows.append(load.num_running)
+        stats = engine.stats
+        held.append(stats.held_positions)
+        live.append(stats.live_positions)
+        rows.append(stats.num_running)
     seconds = time.perf_counter() - start
     waiting, plan_ms = sum(waited) / seconds, 1e3 * statistics.mean(planned)
     return {

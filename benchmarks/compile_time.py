@@ -31,7 +31,15 @@ from qwen_dist.models.rope import rope_table
 from qwen_dist.models.transformer import Block, Transformer
 from qwen_dist.planning.chips import Topology
 from qwen_dist.planning.compile import Compiled, compile_program, topology_mesh
-from qwen_dist.sharding import INFERENCE, TRAIN, Resolver, abstract_parameters, bind, constrain, resolving
+from qwen_dist.sharding import (
+    INFERENCE,
+    TRAIN,
+    ShardingContext,
+    abstract_parameters,
+    constrain,
+    use_sharding,
+    with_parameters,
+)
 from qwen_dist.train.loss import next_token_loss
 
 QWEN3_32B: dict[str, Any] = {
@@ -77,28 +85,28 @@ class Scanned(Transformer):
 def lower(phase: str, num_layers: int, is_scanned: bool, topology: Topology, context: int) -> jax.stages.Lowered:
     mesh, rules = SETTINGS[phase]
     config = ModelConfig.from_hf(QWEN3_32B | {"num_hidden_layers": num_layers})
-    resolver = Resolver(topology_mesh(topology, MeshConfig.parse(mesh)), rules)
+    sharding_ctx = ShardingContext(topology_mesh(topology, MeshConfig.parse(mesh)), rules)
     module = Scanned(config) if is_scanned else Transformer(config, dtype="bfloat16")
-    parameters = abstract_parameters(module, resolver)
+    parameters = abstract_parameters(module, sharding_ctx)
     if is_scanned:
         parameters = {k: stack(v, num_layers) if k.startswith("layers.") else v for k, v in parameters.items()}
     numbers = functools.partial(jax.ShapeDtypeStruct, dtype=np.int32)
     if phase == "train":
-        tokens = numbers((ROWS, context), sharding=resolver.activation("tokens", (ROWS, context), ("batch", "length")))
-        step = jax.jit(functools.partial(gradient, module, resolver))
+        tokens = numbers((ROWS, context), sharding=sharding_ctx.activation("tokens", (ROWS, context), ("batch", "length")))
+        step = jax.jit(functools.partial(gradient, module, sharding_ctx))
         return step.lower(parameters, tokens, tokens)
-    parts = resolver.batch_multiple()
+    parts = sharding_ctx.batch_multiple()
     num_pages = ROWS // parts * kv_cache.num_pages(context)
     cache = jax.eval_shape(lambda: kv_cache.empty(module.config, parts, [num_pages], "bfloat16"))
-    place = resolver.activation("cache", cache[0].k.shape, kv_cache.CACHE_AXES)
+    place = sharding_ctx.activation("cache", cache[0].k.shape, kv_cache.CACHE_AXES)
     cache = jax.tree.map(lambda x: x.update(sharding=place), cache)
     if is_scanned:
         cache = jax.tree.map(lambda x: stack(x, num_layers), cache)
-    everywhere = functools.partial(numbers, sharding=resolver.replicated())
+    everywhere = functools.partial(numbers, sharding=sharding_ctx.replicated())
     visits = everywhere((parts, num_pages))
     column = everywhere((ROWS, 1))
     pages = [kv_cache.Pages(column, visits, visits, visits, everywhere(()))]
-    step = jax.jit(functools.partial(decode, module, resolver), donate_argnums=1)
+    step = jax.jit(functools.partial(decode, module, sharding_ctx), donate_argnums=1)
     return step.lower(parameters, cache, column, column, pages)
 
 
@@ -109,20 +117,20 @@ def stack(leaf: jax.ShapeDtypeStruct, num_layers: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((num_layers, *leaf.shape), leaf.dtype, sharding=sharding.update(spec=spec))
 
 
-def decode(module, resolver, parameters, cache, tokens, positions, pages):  # type: ignore[no-untyped-def]
-    with resolving(resolver):
-        model = bind(module, parameters)
+def decode(module, sharding_ctx, parameters, cache, tokens, positions, pages):  # type: ignore[no-untyped-def]
+    with use_sharding(sharding_ctx):
+        model = with_parameters(module, parameters)
         x_BTD, cache, _ = model(tokens, positions, cache, pages)
         return jnp.argmax(model.unembed(x_BTD), axis=-1), cache
 
 
-def gradient(module, resolver, parameters, tokens, positions):  # type: ignore[no-untyped-def]
+def gradient(module, sharding_ctx, parameters, tokens, positions):  # type: ignore[no-untyped-def]
     def loss(parameters: Any) -> jax.Array:
-        model = bind(module, parameters)
+        model = with_parameters(module, parameters)
         x_BTD, _, _ = model(tokens, positions, remat=jax.checkpoint_policies.nothing_saveable)
-        return next_token_loss(x_BTD, model.head(), tokens, jnp.ones(tokens.shape), resolver.batch_multiple())
+        return next_token_loss(x_BTD, model.head(), tokens, jnp.ones(tokens.shape), sharding_ctx.batch_multiple())
 
-    with resolving(resolver):
+    with use_sharding(sharding_ctx):
         return jax.grad(loss)(parameters)
 
 

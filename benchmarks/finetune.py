@@ -98,7 +98,7 @@ def open_qwen_dist(options: argparse.Namespace, method: str, dtype: str, tokens:
     from qwen_dist.cli import start_jax
     from qwen_dist.config import LoraOptions, OptimizerOptions
     from qwen_dist.mesh import MeshConfig, make_mesh
-    from qwen_dist.sharding import TRAIN, Resolver, disk_shapes
+    from qwen_dist.sharding import TRAIN, ShardingContext, disk_shapes
     from qwen_dist.train.batches import Batch
     from qwen_dist.train.heap import keep_freed_memory
     from qwen_dist.train.lora import new_adapter
@@ -108,7 +108,7 @@ def open_qwen_dist(options: argparse.Namespace, method: str, dtype: str, tokens:
     start_jax(None, dtype)
     keep_freed_memory()
     kept_in = "float32" if method == "full" else dtype
-    model = load_model(options.model, Resolver(make_mesh(MeshConfig()), TRAIN), dtype=kept_in)
+    model = load_model(options.model, ShardingContext(make_mesh(MeshConfig()), TRAIN), dtype=kept_in)
     trained = list(model.parameters)
     if method == "lora":
         model, trained = new_adapter(model, LoraOptions(rank=RANK, alpha=ALPHA, targets=TARGETS), dtype="float32")

@@ -29,7 +29,7 @@ from qwen_dist.batch.output import Output
 from qwen_dist.batch.run import run_batch
 from qwen_dist.cli import start_jax
 from qwen_dist.config import ModelOptions, SamplingOptions
-from qwen_dist.engine.engine import Load
+from qwen_dist.engine.engine import EngineStats
 from qwen_dist.engine.open import open_engine
 
 DEMONSTRATION = pathlib.Path(qwen_dist.__file__).parent / "demo" / "model"
@@ -62,7 +62,7 @@ def main() -> None:
     # One clock at a time: asking the system for a thread's own time is where it may take the processor away.
     for clock in (time.perf_counter, time.thread_time):
         planned: list[float] = []
-        run, scheduler = open_batch(options.model, max_batch_size=256, watch=lambda load: rows.append(load.num_running))
+        run, scheduler = open_batch(options.model, max_batch_size=256, watch=lambda stats: rows.append(stats.num_running))
         timed(scheduler, "plan", planned, clock)
         run(2000)
         milliseconds.append(1e3 * statistics.mean(planned))
@@ -72,7 +72,9 @@ def main() -> None:
     )
 
 
-def open_batch(model: str, *, max_batch_size: int, watch: Callable[[Load], None] = lambda load: None) -> tuple[Run, object]:
+def open_batch(
+    model: str, *, max_batch_size: int, watch: Callable[[EngineStats], None] = lambda stats: None
+) -> tuple[Run, object]:
     """A function that answers so many prompts, from file to file (seconds, tokens written), and the scheduler."""
     sampling = SamplingOptions(temperature=0.0)
     engine, tokenizer, params = open_engine(ModelOptions(model, "float32"), "", sampling, max_batch_size=max_batch_size)
@@ -85,7 +87,7 @@ def open_batch(model: str, *, max_batch_size: int, watch: Callable[[Load], None]
                 file.writelines(json.dumps(record(number)) + "\n" for number in range(count))
             with Output(output) as writer:
                 summary = run_batch(
-                    engine, tokenizer, params, read_records(input), writer, report=lambda summary, load: watch(load)
+                    engine, tokenizer, params, read_records(input), writer, report=lambda summary, stats: watch(stats)
                 )
         assert (summary.num_answered, summary.num_errors) == (count, 0)
         return summary.seconds, summary.num_generated_tokens

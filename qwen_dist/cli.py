@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
     from qwen_dist.batch.run import Summary
     from qwen_dist.batch.series import Series
-    from qwen_dist.engine.engine import Engine, Load
-    from qwen_dist.engine.request import SamplingParams, Update
+    from qwen_dist.engine.engine import Engine, EngineStats
+    from qwen_dist.engine.request import RequestOutput, SamplingParams
     from qwen_dist.hosts.join import Hosts
     from qwen_dist.tokenizer import Tokenizer
 
@@ -426,7 +426,7 @@ def _answer(engine: Engine, tokenizer: Tokenizer, sampling: SamplingParams, ids:
     """Stream one answer to standard output, or print it as one JSON object; returns its text."""
     from qwen_dist.engine.request import Request
 
-    updates: list[Update] = []
+    updates: list[RequestOutput] = []
     start, first = time.monotonic(), 0.0
     for update in engine.run([Request(None, tuple(ids), sampling)]):
         first = first or time.monotonic()
@@ -449,7 +449,7 @@ def _answer(engine: Engine, tokenizer: Tokenizer, sampling: SamplingParams, ids:
     return text
 
 
-def _answer_json(text: str, updates: list[Update], tokenizer: Tokenizer) -> dict[str, Any]:
+def _answer_json(text: str, updates: list[RequestOutput], tokenizer: Tokenizer) -> dict[str, Any]:
     from qwen_dist.batch.run import logprob_json
 
     last = updates[-1]
@@ -533,10 +533,10 @@ def _run_share(config: BatchConfig, hosts: Hosts, stopped: Callable[[], bool], *
             )
         with _batch_progress(config.input, results.num_before, quiet=quiet) as show:
 
-            def report(summary: Summary, load: Load) -> None:
+            def report(summary: Summary, stats: EngineStats) -> None:
                 results.collect()
-                show(summary, load)
-                watch(summary, load)
+                show(summary, stats)
+                watch(summary, stats)
 
             summary = run_batch(
                 engine, tokenizer, sampling, records, results, raw=config.raw, report=report, stopped=stopped
@@ -561,7 +561,7 @@ def _print_summary(summary: Summary, output: str, *, as_json: bool) -> None:
 
 
 @contextlib.contextmanager
-def _watching(config: BatchConfig, hosts: Hosts, *, quiet: bool) -> Iterator[Callable[[Summary, Load], None]]:
+def _watching(config: BatchConfig, hosts: Hosts, *, quiet: bool) -> Iterator[Callable[[Summary, EngineStats], None]]:
     """What is asked for beside the answers of this process: metrics, a profile, a chart, and a table at the end."""
     from qwen_dist.batch.metrics import metrics_server
     from qwen_dist.batch.series import Series, check_chart, write_chart
@@ -569,7 +569,7 @@ def _watching(config: BatchConfig, hosts: Hosts, *, quiet: bool) -> Iterator[Cal
 
     series = Series()
     with contextlib.ExitStack() as stack:
-        watches: list[Callable[[Summary, Load], None]] = [series.add]
+        watches: list[Callable[[Summary, EngineStats], None]] = [series.add]
         if hosts.is_first and config.chart:
             check_chart(config.chart)
             stack.callback(write_chart, config.chart, series)
@@ -577,11 +577,11 @@ def _watching(config: BatchConfig, hosts: Hosts, *, quiet: bool) -> Iterator[Cal
             watches.append(stack.enter_context(metrics_server(config.metrics_port)))
         if hosts.is_first and config.profile:
             tick = stack.enter_context(profiling(config.profile))
-            watches.append(lambda summary, load: tick())
+            watches.append(lambda summary, stats: tick())
 
-        def watch(summary: Summary, load: Load) -> None:
+        def watch(summary: Summary, stats: EngineStats) -> None:
             for one in watches:
-                one(summary, load)
+                one(summary, stats)
 
         yield watch
         _console(stderr=True, quiet=quiet).print(_table(series))
@@ -606,7 +606,7 @@ def _table(series: Series) -> Table:
 
 
 @contextlib.contextmanager
-def _batch_progress(input: str, num_before: int, *, quiet: bool) -> Iterator[Callable[[Summary, Load], None]]:
+def _batch_progress(input: str, num_before: int, *, quiet: bool) -> Iterator[Callable[[Summary, EngineStats], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.table import Column
 
@@ -624,14 +624,14 @@ def _batch_progress(input: str, num_before: int, *, quiet: bool) -> Iterator[Cal
     with Progress(*columns, console=_console(stderr=True, quiet=quiet)) as bar:
         task = bar.add_task("", total=total, completed=num_before, told="")
 
-        def report(summary: Summary, load: Load) -> None:
+        def report(summary: Summary, stats: EngineStats) -> None:
             seconds = max(summary.seconds, 1e-9)
             bar.update(
                 task,
                 completed=num_before + summary.num_answered + summary.num_errors,
                 told=f"{summary.num_prompt_tokens / seconds:.0f} tokens/s in, {summary.num_generated_tokens / seconds:.0f} "
-                f"out; {load.num_running} running, {load.num_waiting} waiting, "
-                f"cache {load.held_positions / max(load.cache_positions, 1):.0%}",
+                f"out; {stats.num_running} running, {stats.num_waiting} waiting, "
+                f"cache {stats.held_positions / max(stats.cache_positions, 1):.0%}",
             )
 
         yield report
@@ -694,12 +694,12 @@ def _inspect(options: argparse.Namespace, overrides: list[str]) -> int:
     start_jax(options.num_cpu_devices or mesh.num_devices, config.model.dtype)
     from qwen_dist.checkpoint.inspect import inspect
     from qwen_dist.checkpoint.model import abstract_model
-    from qwen_dist.sharding import INFERENCE, Resolver
+    from qwen_dist.sharding import INFERENCE, ShardingContext
 
-    resolver = Resolver(make_mesh(mesh), INFERENCE)
+    sharding_ctx = ShardingContext(make_mesh(mesh), INFERENCE)
     report = inspect(
         config.model.path,
-        lambda hf: abstract_model(hf, resolver, config.model.dtype, config.model.ignored_keys),
+        lambda hf: abstract_model(hf, sharding_ctx, config.model.dtype, config.model.ignored_keys),
         host_memory_budget=config.model.host_memory_bytes,
     )
     if options.json:
@@ -717,12 +717,12 @@ def _export(options: argparse.Namespace, overrides: list[str]) -> int:
         hosts.check_devices()
         from qwen_dist.checkpoint.model import export_model
         from qwen_dist.mesh import MeshConfig, make_mesh
-        from qwen_dist.sharding import INFERENCE, Resolver
+        from qwen_dist.sharding import INFERENCE, ShardingContext
 
         with _loading("exporting", quiet=options.json or not hosts.is_first) as progress:
             export_model(
                 config.model.path,
-                Resolver(make_mesh(MeshConfig.parse(config.mesh)), INFERENCE),
+                ShardingContext(make_mesh(MeshConfig.parse(config.mesh)), INFERENCE),
                 options.output,
                 adapter=config.model.adapter,
                 dtype=values.get("model.dtype"),
@@ -771,21 +771,21 @@ def _preflight(options: argparse.Namespace, overrides: list[str]) -> int:
         import jax
 
         from qwen_dist.mesh import MeshConfig, add_over_all, make_mesh
-        from qwen_dist.sharding import INFERENCE, Resolver
+        from qwen_dist.sharding import INFERENCE, ShardingContext
 
         devices = jax.devices()
-        resolver = Resolver(make_mesh(MeshConfig.parse(config.mesh or "fsdp=-1")), INFERENCE)
-        total = add_over_all(resolver.mesh)
-        if total != resolver.mesh.size:
+        sharding_ctx = ShardingContext(make_mesh(MeshConfig.parse(config.mesh or "fsdp=-1")), INFERENCE)
+        total = add_over_all(sharding_ctx.mesh)
+        if total != sharding_ctx.mesh.size:
             raise UserError(
-                f"preflight: the sum of a 1 from each of {resolver.mesh.size} devices is {total}: the network or a "
+                f"preflight: the sum of a 1 from each of {sharding_ctx.mesh.size} devices is {total}: the network or a "
                 "device is faulty"
             )
         report = {
             "processes": list(hosts.names),
             "devices": len(devices),
             "kind": devices[0].device_kind,
-            "mesh": dict(resolver.mesh.shape),
+            "mesh": dict(sharding_ctx.mesh.shape),
         }
         if options.json:
             print(json.dumps(report))
@@ -794,7 +794,7 @@ def _preflight(options: argparse.Namespace, overrides: list[str]) -> int:
                 print(
                     f"{who}: {sum(device.process_index == process for device in devices)} {devices[0].device_kind} devices"
                 )
-            print(resolver.describe())
+            print(sharding_ctx.describe())
             print(f"all {hosts.count} processes and {len(devices)} devices answer")
     return 0
 

@@ -228,7 +228,7 @@ def load_config(
     """Read a configuration: defaults, then `file`, then `overrides`, then `values`.
 
     Args:
-      cls: the dataclass to bind to.
+      cls: the dataclass to bind_config to.
       file: `FILE` or `FILE:ARG`, a Python file with `get_config(arg) -> ConfigDict`; None for none.
       overrides: `--config.key=value` arguments as given.
       values: dotted key -> value, from other flags.
@@ -250,7 +250,7 @@ def load_config(
     for key, value in defaults.items():
         if not _is_set(given, key):
             _set(given, key, value, problems)
-    return bind(cls, given, problems)
+    return bind_config(cls, given, problems)
 
 
 def parse_bytes(text: str) -> int:
@@ -262,7 +262,7 @@ def parse_bytes(text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
 
 
-def bind(cls: type[T], given: Mapping[str, Any], problems: Iterable[str] = ()) -> T:
+def bind_config(cls: type[T], given: Mapping[str, Any], problems: Iterable[str] = ()) -> T:
     """An instance of the dataclass `cls` from nested dictionaries.
 
     Raises UsageError listing every problem, after those known before.
@@ -372,7 +372,7 @@ def _is_set(given: Any, key: str) -> bool:
 
 
 def _set(given: dict[str, Any], key: str, value: Any, problems: list[str]) -> None:
-    """Put a value at a dotted key; whether there is such a field and what type it has is for `bind` to judge."""
+    """Put a value at a dotted key; whether there is such a field and what type it has is for `bind_config` to judge."""
     *parents, name = key.split(".")
     for parent in parents:
         given = given.setdefault(parent, {})

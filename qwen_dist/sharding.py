@@ -2,7 +2,7 @@
 
 Parameters and activations name their dimensions (`embed`, `q_heads`, …). A rule set says which mesh axes each name is
 split over; nothing else in the project mentions a mesh axis. Flax checks neither unknown names, nor one mesh axis used
-twice, nor divisibility, so `Resolver` does, and all calls to flax's sharding interface are in this file.
+twice, nor divisibility, so `ShardingContext` does, and all calls to flax's sharding interface are in this file.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ RULE_SETS = {rules.name: rules for rules in (TRAIN, INFERENCE)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Resolver:
+class ShardingContext:
     """Logical names to shardings on one mesh under one rule set."""
 
     mesh: Mesh
@@ -156,13 +156,13 @@ def _sizes(mesh: Mesh) -> str:
     return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "data=1"
 
 
-_active: contextvars.ContextVar[Resolver | None] = contextvars.ContextVar("resolver", default=None)
+_active: contextvars.ContextVar[ShardingContext | None] = contextvars.ContextVar("sharding_ctx", default=None)
 
 
 @contextlib.contextmanager
-def resolving(resolver: Resolver) -> Iterator[None]:
-    """Make `constrain` place activations by `resolver` in functions traced in this block."""
-    token = _active.set(resolver)
+def use_sharding(sharding_ctx: ShardingContext) -> Iterator[None]:
+    """Make `constrain` place activations by `sharding_ctx` in functions traced in this block."""
+    token = _active.set(sharding_ctx)
     try:
         yield
     finally:
@@ -171,23 +171,23 @@ def resolving(resolver: Resolver) -> Iterator[None]:
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
     """Lay an activation out as the active rules say of its dimensions' names; without active rules, as it comes."""
-    resolver = _active.get()
-    if resolver is None:
+    sharding_ctx = _active.get()
+    if sharding_ctx is None:
         return x
-    return jax.lax.with_sharding_constraint(x, resolver.activation("activation", x.shape, axes))
+    return jax.lax.with_sharding_constraint(x, sharding_ctx.activation("activation", x.shape, axes))
 
 
-def gather(weight: jax.Array, *axes: str) -> jax.Array:
+def all_gather_weight(weight: jax.Array, *axes: str) -> jax.Array:
     """Lay a weight out as activations are cut, for use; its gradient is laid out as the parameter is.
 
     What training spreads over fsdp is gathered here, and the gradient, a sum over devices, is scattered among them: with
     `constrain` alone every device would be left with all of it.
     """
-    resolver = _active.get()
-    if resolver is None:
+    sharding_ctx = _active.get()
+    if sharding_ctx is None:
         return weight
-    used = resolver.activation("weight", weight.shape, axes)
-    kept = resolver.parameter("weight", weight.shape, axes)
+    used = sharding_ctx.activation("weight", weight.shape, axes)
+    kept = sharding_ctx.parameter("weight", weight.shape, axes)
 
     @jax.custom_vjp
     def lay_out(weight: jax.Array) -> jax.Array:
@@ -201,14 +201,14 @@ def gather(weight: jax.Array, *axes: str) -> jax.Array:
     return lay_out(weight)
 
 
-def gather_after(x: jax.Array, weights: Tree) -> Tree:
+def prefetch_barrier(x: jax.Array, weights: Tree) -> Tree:
     """The weights, of which none is gathered before `x` is there.
 
     As nothing else says when, the compiler would gather the weights of many layers at once, ahead of all of them. Their
     gradients are not held up.
     """
-    resolver = _active.get()
-    if resolver is None or resolver.mesh.shape["fsdp"] == 1:
+    sharding_ctx = _active.get()
+    if sharding_ctx is None or sharding_ctx.mesh.shape["fsdp"] == 1:
         return weights
 
     @jax.custom_vjp
@@ -221,40 +221,44 @@ def gather_after(x: jax.Array, weights: Tree) -> Tree:
 
 def num_parts(axis: str, size: int) -> int:
     """Into how many parts the active rules split a dimension of this size of an activation."""
-    resolver = _active.get()
-    return 1 if resolver is None else size // resolver.activation("activation", (size,), (axis,)).shard_shape((size,))[0]
+    sharding_ctx = _active.get()
+    return (
+        1
+        if sharding_ctx is None
+        else size // sharding_ctx.activation("activation", (size,), (axis,)).shard_shape((size,))[0]
+    )
 
 
 def platform() -> str:
     """The kind of devices that the active rules place arrays on; without rules, jax's own choice."""
-    resolver = _active.get()
-    return jax.default_backend() if resolver is None else resolver.mesh.devices.flat[0].platform
+    sharding_ctx = _active.get()
+    return jax.default_backend() if sharding_ctx is None else sharding_ctx.mesh.devices.flat[0].platform
 
 
 def infers_on_cpus() -> bool:
     """Whether the active rules are those of inference, on CPUs."""
-    resolver = _active.get()
-    return resolver is not None and resolver.rules is INFERENCE and platform() == "cpu"
+    sharding_ctx = _active.get()
+    return sharding_ctx is not None and sharding_ctx.rules is INFERENCE and platform() == "cpu"
 
 
 def infers_on_one_cpu() -> bool:
     """The same, on a single one: among several the compiler divides arrays, and it cannot divide what it does not know."""
-    resolver = _active.get()
-    return infers_on_cpus() and resolver is not None and resolver.mesh.size == 1
+    sharding_ctx = _active.get()
+    return infers_on_cpus() and sharding_ctx is not None and sharding_ctx.mesh.size == 1
 
 
-class Parts:
-    """How one device's parts of the arrays in `on_each_device` belong to those of the others.
+class LocalShard:
+    """How one device's parts of the arrays in `shard_map_op` belong to those of the others.
 
     Axes are logical ones, as activations are cut. Without rules, or on one device, everything is one part.
     """
 
-    def __init__(self, resolver: Resolver | None = None):
-        self._resolver = resolver
+    def __init__(self, sharding_ctx: ShardingContext | None = None):
+        self._sharding_ctx = sharding_ctx
 
     def count(self, axis: str) -> int:
         """How many parts a dimension is cut into."""
-        return 1 if self._resolver is None else self._resolver.num_parts(axis)
+        return 1 if self._sharding_ctx is None else self._sharding_ctx.num_parts(axis)
 
     def first(self, axis: str, size: int) -> jax.Array | int:
         """Where this device's part of a dimension begins, if each part has so many elements."""
@@ -270,13 +274,13 @@ class Parts:
 
     def largest(self, x: jax.Array) -> jax.Array:
         """The largest x of all devices."""
-        return x if self._resolver is None else jax.lax.pmax(x, self._resolver.mesh.axis_names)
+        return x if self._sharding_ctx is None else jax.lax.pmax(x, self._sharding_ctx.mesh.axis_names)
 
     def _axes(self, axis: str) -> tuple[str, ...]:
-        return () if self._resolver is None else self._resolver.rules.activations.get(axis, ())
+        return () if self._sharding_ctx is None else self._sharding_ctx.rules.activations.get(axis, ())
 
 
-def on_each_device(
+def shard_map_op(
     body: Callable[..., Any], arrays: Sequence[jax.Array], axes: Sequence[Sequence[str]], results: Sequence[Sequence[str]]
 ) -> Any:
     """Call `body(parts, *arrays)` on every device with its parts of the arrays, and put together what it returns there.
@@ -284,22 +288,24 @@ def on_each_device(
     For what the compiler cannot divide by itself. `axes` names the dimensions of each array and `results` those of each of
     body's results, of which all have occurred in the arrays; all are cut as activations are.
     """
-    resolver = _active.get()
-    if resolver is None or resolver.mesh.size == 1:
-        return body(Parts(), *arrays)
+    sharding_ctx = _active.get()
+    if sharding_ctx is None or sharding_ctx.mesh.size == 1:
+        return body(LocalShard(), *arrays)
     sizes = {axis: size for x, names in zip(arrays, axes, strict=True) for axis, size in zip(names, x.shape, strict=True)}
 
     def specs(of: Sequence[Sequence[str]]) -> tuple[PartitionSpec, ...]:
-        return tuple(resolver.activation("array", [sizes[axis] for axis in names], names).spec for names in of)
+        return tuple(sharding_ctx.activation("array", [sizes[axis] for axis in names], names).spec for names in of)
 
-    run = functools.partial(body, Parts(resolver))
-    return jax.shard_map(run, mesh=resolver.mesh, in_specs=specs(axes), out_specs=specs(results), check_vma=False)(*arrays)
+    run = functools.partial(body, LocalShard(sharding_ctx))
+    return jax.shard_map(run, mesh=sharding_ctx.mesh, in_specs=specs(axes), out_specs=specs(results), check_vma=False)(
+        *arrays
+    )
 
 
-def annotate(
+def declare_param(
     value: jax.ShapeDtypeStruct, axes: tuple[str, ...], *, std: float | None, disk_shape: tuple[int, ...]
 ) -> nnx.Param:
-    """A parameter whose dimensions have these logical names; where it lives is decided later, by a `Resolver`.
+    """A parameter whose dimensions have these logical names; where it lives is decided later, by a `ShardingContext`.
 
     `std` says how random values are drawn (see `random_parameters`), `disk_shape` how the checkpoint stores the bytes.
     """
@@ -312,7 +318,7 @@ def disk_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
     return {name: parameter.get_metadata()["disk_shape"] for name, parameter in _parameters(model).items()}
 
 
-def abstract_parameters(model: nnx.Module, resolver: Resolver) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_parameters(model: nnx.Module, sharding_ctx: ShardingContext) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape, dtype and sharding of every parameter of a model, by its checkpoint name; no memory is used.
 
     Raises UsageError listing every parameter that does not fit the mesh.
@@ -321,7 +327,7 @@ def abstract_parameters(model: nnx.Module, resolver: Resolver) -> dict[str, jax.
     for name, parameter in _parameters(model).items():
         value = parameter.get_value()
         try:
-            sharding = resolver.parameter(name, value.shape, parameter.get_metadata()["out_sharding"])
+            sharding = sharding_ctx.parameter(name, value.shape, parameter.get_metadata()["out_sharding"])
             leaves[name] = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
         except UsageError as error:
             problems.append(str(error))
@@ -334,7 +340,7 @@ def abstract_parameters(model: nnx.Module, resolver: Resolver) -> dict[str, jax.
 
 
 def random_parameters(
-    model: nnx.Module, resolver: Resolver, seed: int = 0, names: Container[str] | None = None
+    model: nnx.Module, sharding_ctx: ShardingContext, seed: int = 0, names: Container[str] | None = None
 ) -> dict[str, jax.Array]:
     """Random parameters for a model, or those of some names, made by each device for itself; the same on every mesh.
 
@@ -342,7 +348,7 @@ def random_parameters(
     """
     key = jax.random.key(seed)
     declared, values = _parameters(model), {}
-    for name, leaf in abstract_parameters(model, resolver).items():
+    for name, leaf in abstract_parameters(model, sharding_ctx).items():
         if names is not None and name not in names:
             continue
         std = declared[name].get_metadata()["std"]
@@ -361,7 +367,7 @@ def _draw(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding, std: floa
     return jax.jit(draw, out_shardings=sharding)
 
 
-def bind(model: nnx.Module, parameters: Mapping[str, jax.Array]) -> Any:
+def with_parameters(model: nnx.Module, parameters: Mapping[str, jax.Array]) -> Any:
     """The model with these parameters (by checkpoint name) in it; for use inside `jax.jit`."""
     graph, state = nnx.split(model)
     bound = [(path, variable.replace(parameters[_name(path)])) for path, variable in nnx.to_flat_state(state)]

@@ -6,7 +6,15 @@ import pathlib
 
 import pytest
 
-from qwen_dist.config import BatchConfig, GenerateConfig, ModelOptions, SamplingOptions, bind, load_config, parse_bytes
+from qwen_dist.config import (
+    BatchConfig,
+    GenerateConfig,
+    ModelOptions,
+    SamplingOptions,
+    bind_config,
+    load_config,
+    parse_bytes,
+)
 from qwen_dist.engine.request import SamplingParams
 from qwen_dist.errors import UsageError
 
@@ -167,7 +175,7 @@ def test_files_that_are_no_configuration(tmp_path, content, message):
 @pytest.mark.parametrize("size", [0, -3])
 def test_batches_hold_at_least_one(size):
     with pytest.raises(UsageError, match=f"max_batch_size is {size}; it must be at least 1"):
-        bind(BatchConfig, {"model": {"path": "x"}, "input": "i", "output": "o", "max_batch_size": size})
+        bind_config(BatchConfig, {"model": {"path": "x"}, "input": "i", "output": "o", "max_batch_size": size})
 
 
 def test_a_run_asks_for_what_the_engine_knows():

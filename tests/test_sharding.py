@@ -1,4 +1,4 @@
-"""Where arrays live: the resolver's refusals, the rules on real parameters, and the same logits on every mesh."""
+"""Where arrays live: the sharding_ctx's refusals, the rules on real parameters, and the same logits on every mesh."""
 
 import functools
 import json
@@ -19,12 +19,12 @@ from qwen_dist.sharding import (
     LOGICAL_AXES,
     RULE_SETS,
     TRAIN,
-    Resolver,
     RuleSet,
+    ShardingContext,
     abstract_parameters,
-    bind,
     random_parameters,
-    resolving,
+    use_sharding,
+    with_parameters,
 )
 
 # Sizes that 8 divides, but for the 2 key/value heads.
@@ -51,8 +51,8 @@ PARAMETER_SPECS = {
 }
 
 
-def resolver(mesh: str, rules: RuleSet = INFERENCE) -> Resolver:
-    return Resolver(make_mesh(MeshConfig.parse(mesh)), rules)
+def sharding_ctx(mesh: str, rules: RuleSet = INFERENCE) -> ShardingContext:
+    return ShardingContext(make_mesh(MeshConfig.parse(mesh)), rules)
 
 
 def parts(spec: P, mesh: jax.sharding.Mesh, ndim: int) -> tuple[tuple[str, ...], ...]:
@@ -62,7 +62,7 @@ def parts(spec: P, mesh: jax.sharding.Mesh, ndim: int) -> tuple[tuple[str, ...],
     return tuple(tuple(axis for axis in entry if mesh.shape[axis] > 1) for entry in entries)
 
 
-# --- the resolver ---
+# --- the sharding_ctx ---
 
 
 @pytest.mark.parametrize("rules", RULE_SETS.values(), ids=RULE_SETS)
@@ -74,25 +74,25 @@ def test_rules_only_name_logical_axes_and_axes_of_the_mesh(rules):
 
 def test_unknown_logical_names():
     with pytest.raises(UsageError, match=r"w \(4, 4\) .*'heads' is not a logical axis; there are batch, embed"):
-        resolver("").parameter("w", (4, 4), ("heads", "embed"))
+        sharding_ctx("").parameter("w", (4, 4), ("heads", "embed"))
 
 
 def test_rules_for_axes_that_the_mesh_does_not_have():
     rules = RuleSet("pipelined", {"embed": ("stage",)}, {})
     with pytest.raises(UsageError, match="the rules split embed over stage, which the mesh does not have"):
-        resolver("tensor=2", rules).parameter("w", (4,), ("embed",))
+        sharding_ctx("tensor=2", rules).parameter("w", (4,), ("embed",))
 
 
 def test_one_mesh_axis_for_two_dimensions():
     with pytest.raises(UsageError, match="mesh axis tensor would split both vocab and mlp"):
-        resolver("tensor=2").parameter("w", (4, 4), ("vocab", "mlp"))
-    sharding = resolver("fsdp=2").parameter("w", (4, 4), ("vocab", "mlp"))  # an axis of size 1 splits nothing
+        sharding_ctx("tensor=2").parameter("w", (4, 4), ("vocab", "mlp"))
+    sharding = sharding_ctx("fsdp=2").parameter("w", (4, 4), ("vocab", "mlp"))  # an axis of size 1 splits nothing
     assert sharding.spec == P(None, None)
 
 
 def test_sizes_that_do_not_divide_name_everything_and_the_legal_sizes():
     with pytest.raises(UsageError) as error:
-        resolver("fsdp=4,tensor=2").parameter("layers.0.mlp.up_proj.weight", (45, 30), ("mlp", "embed"))
+        sharding_ctx("fsdp=4,tensor=2").parameter("layers.0.mlp.up_proj.weight", (45, 30), ("mlp", "embed"))
     assert str(error.value) == (
         "layers.0.mlp.up_proj.weight (45, 30) does not fit mesh fsdp=4,tensor=2: "
         "mlp is 45, which the 2 parts of tensor do not divide (legal: 1, 3, 5, 9, 15, 45); "
@@ -103,13 +103,13 @@ def test_sizes_that_do_not_divide_name_everything_and_the_legal_sizes():
 def test_activations_have_rules_of_their_own():
     shape, axes = (8, 16, 32), ("batch", "length", "embed")
     mesh = "data=2,fsdp=2,tensor=2"
-    assert resolver(mesh, TRAIN).activation("x", shape, axes).spec == P(("data", "fsdp"), None, None)
-    assert resolver(mesh, INFERENCE).activation("x", shape, axes).spec == P("data", None, "fsdp")
-    assert resolver("context=4", TRAIN).activation("x", shape, axes).spec == P(None, "context", None)
-    assert resolver("context=4").activation("x", (8, 1, 32), axes).spec == P(None, None, None)  # a decoding step
-    assert (resolver(mesh, TRAIN).batch_multiple(), resolver(mesh, INFERENCE).batch_multiple()) == (4, 2)
+    assert sharding_ctx(mesh, TRAIN).activation("x", shape, axes).spec == P(("data", "fsdp"), None, None)
+    assert sharding_ctx(mesh, INFERENCE).activation("x", shape, axes).spec == P("data", None, "fsdp")
+    assert sharding_ctx("context=4", TRAIN).activation("x", shape, axes).spec == P(None, "context", None)
+    assert sharding_ctx("context=4").activation("x", (8, 1, 32), axes).spec == P(None, None, None)  # a decoding step
+    assert (sharding_ctx(mesh, TRAIN).batch_multiple(), sharding_ctx(mesh, INFERENCE).batch_multiple()) == (4, 2)
     with pytest.raises(UsageError, match="batch is 6, which the 4 parts of data×fsdp do not divide"):
-        resolver(mesh, TRAIN).activation("x", (6, 16, 32), axes)
+        sharding_ctx(mesh, TRAIN).activation("x", (6, 16, 32), axes)
 
 
 @pytest.mark.parametrize(
@@ -117,14 +117,14 @@ def test_activations_have_rules_of_their_own():
     [(8, "tensor=4", "tensor"), (4, "tensor=4", "tensor"), (2, "tensor=4", None), (1, "tensor=8", None)],
 )
 def test_key_value_heads_are_split_or_everywhere(kv_heads, mesh, split):
-    sharding = resolver(mesh).parameter("k", (kv_heads, 16, 32), ("kv_heads", "head_dim", "embed"))
+    sharding = sharding_ctx(mesh).parameter("k", (kv_heads, 16, 32), ("kv_heads", "head_dim", "embed"))
     assert sharding.spec == P(split, None, None)
 
 
 @pytest.mark.parametrize(("kv_heads", "mesh"), [(3, "tensor=4"), (6, "tensor=4"), (5, "tensor=2")])
 def test_key_value_heads_that_fit_neither_way(kv_heads, mesh):
     with pytest.raises(UsageError, match=rf"kv_heads is {kv_heads}, .* \(legal: 1, .*, or a multiple of {kv_heads}\)"):
-        resolver(mesh).parameter("k", (kv_heads, 16, 32), ("kv_heads", "head_dim", "embed"))
+        sharding_ctx(mesh).parameter("k", (kv_heads, 16, 32), ("kv_heads", "head_dim", "embed"))
 
 
 def test_a_model_that_does_not_fit_is_refused_before_a_byte_is_read(tmp_path, tiny_checkpoint):
@@ -133,7 +133,7 @@ def test_a_model_that_does_not_fit_is_refused_before_a_byte_is_read(tmp_path, ti
     config |= {"num_attention_heads": 6, "num_key_value_heads": 3, "vocab_size": 345}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError) as error:
-        load_model(tmp_path, resolver("tensor=4"), dtype="float32")
+        load_model(tmp_path, sharding_ctx("tensor=4"), dtype="float32")
     message = str(error.value)
     assert message.startswith("the model does not fit the mesh:\n  - ")
     assert "embed_tokens.weight (345, 40) does not fit mesh tensor=4: vocab is 345, which the 4 parts of tensor" in message
@@ -147,7 +147,7 @@ def test_a_deep_model_that_does_not_fit_is_a_short_error(tiny_checkpoint):
         tiny_checkpoint("qwen3", **(SIZES | {"num_hidden_layers": 9, "intermediate_size": 45}))
     )
     with pytest.raises(UsageError, match=r"… and 15 more parameters$"):
-        abstract_parameters(Transformer(config, dtype="float32"), resolver("tensor=2"))
+        abstract_parameters(Transformer(config, dtype="float32"), sharding_ctx("tensor=2"))
 
 
 # --- the model on meshes ---
@@ -163,12 +163,12 @@ def run(tiny_checkpoint):
 
     @functools.cache
     def on(mesh: str, rules: str):
-        model = load_model(directory, resolver(mesh, RULE_SETS[rules]), dtype="float32")
+        model = load_model(directory, sharding_ctx(mesh, RULE_SETS[rules]), dtype="float32")
 
         @jax.jit
         def logits(parameters):
-            with resolving(model.resolver):
-                module = bind(model.module, parameters)
+            with use_sharding(model.sharding_ctx):
+                module = with_parameters(model.module, parameters)
                 return module.unembed(module(tokens, positions)[0])
 
         return model.parameters, logits(model.parameters)
@@ -206,8 +206,8 @@ def test_parameters_live_where_the_rules_say(run, mesh):
 def test_random_parameters_are_the_same_on_every_mesh(tiny_checkpoint):
     config = ModelConfig.from_directory(tiny_checkpoint("qwen3", **SIZES))
     module = Transformer(config, dtype="float32")
-    alone, spread = (random_parameters(module, resolver(mesh)) for mesh in ("", "fsdp=2,tensor=2"))
-    assert alone.keys() == spread.keys() == abstract_parameters(module, resolver("")).keys()
+    alone, spread = (random_parameters(module, sharding_ctx(mesh)) for mesh in ("", "fsdp=2,tensor=2"))
+    assert alone.keys() == spread.keys() == abstract_parameters(module, sharding_ctx("")).keys()
     for name, value in alone.items():
         np.testing.assert_array_equal(value, spread[name])
         if name.endswith("norm.weight"):

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from qwen_dist.batch.run import Summary
-from qwen_dist.engine.engine import Load
+from qwen_dist.engine.engine import EngineStats
 from qwen_dist.errors import UserError
 
 _OF_SUMMARY = {
@@ -16,7 +16,7 @@ _OF_SUMMARY = {
     "num_generated_tokens": "Tokens written.",
     "seconds": "Time since the first record.",
 }
-_OF_LOAD = {
+_OF_STATS = {
     "num_running": "Requests that are being answered.",
     "num_waiting": "Requests that wait for their turn.",
     "num_preempted": "Times that a request gave its part of the cache back.",
@@ -27,7 +27,7 @@ _OF_LOAD = {
 
 
 @contextlib.contextmanager
-def metrics_server(port: int) -> Iterator[Callable[[Summary, Load], None]]:
+def metrics_server(port: int) -> Iterator[Callable[[Summary, EngineStats], None]]:
     """A function to be told the numbers, which are served at http://HOST:port/metrics as qwen_dist_batch_… for the block.
 
     Raises:
@@ -40,15 +40,15 @@ def metrics_server(port: int) -> Iterator[Callable[[Summary, Load], None]]:
     registry = prometheus_client.CollectorRegistry()
     gauges = {
         name: prometheus_client.Gauge(f"qwen_dist_batch_{name}", text, registry=registry)
-        for name, text in (_OF_SUMMARY | _OF_LOAD).items()
+        for name, text in (_OF_SUMMARY | _OF_STATS).items()
     }
     try:
         server, thread = prometheus_client.start_http_server(port, registry=registry)
     except OSError as error:
         raise UserError(f"cannot serve metrics at port {port}: {error.strerror}; name a free port") from error
 
-    def tell(summary: Summary, load: Load) -> None:
-        for owner, names in ((summary, _OF_SUMMARY), (load, _OF_LOAD)):
+    def tell(summary: Summary, stats: EngineStats) -> None:
+        for owner, names in ((summary, _OF_SUMMARY), (stats, _OF_STATS)):
             for name in names:
                 gauges[name].set(getattr(owner, name))
 

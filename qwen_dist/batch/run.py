@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from qwen_dist.batch.jsonl import BadRecord, Record, error_line, result_line
-from qwen_dist.engine.engine import Engine, Load
-from qwen_dist.engine.request import Request, SamplingParams, TokenLogprob, Update
+from qwen_dist.engine.engine import Engine, EngineStats
+from qwen_dist.engine.request import Request, RequestOutput, SamplingParams, TokenLogprob
 from qwen_dist.errors import UsageError, UserError
 from qwen_dist.tokenizer import Tokenizer
 
@@ -60,7 +60,7 @@ def run_batch(
     writer: Writer,
     *,
     raw: bool = False,
-    report: Callable[[Summary, Load], None] = lambda summary, load: None,
+    report: Callable[[Summary, EngineStats], None] = lambda summary, stats: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Summary:
     """Answer every record, writing each as it is finished.
@@ -99,12 +99,12 @@ def run_batch(
             summary.num_answered += 1
             summary.num_prompt_tokens += len(update.request.prompt)
         if summary.seconds - last_report >= REPORT_EVERY_S:
-            report(summary, engine.load)
+            report(summary, engine.stats)
             last_report = summary.seconds
         if stopped():
-            engine.cancel_waiting()
+            engine.abort_waiting()
     summary.seconds = time.monotonic() - start
-    report(summary, engine.load)
+    report(summary, engine.stats)
     return summary
 
 
@@ -124,7 +124,7 @@ def _request(
     return request
 
 
-def _result(answer: _Answer, update: Update, tokenizer: Tokenizer) -> dict[str, Any]:
+def _result(answer: _Answer, update: RequestOutput, tokenizer: Tokenizer) -> dict[str, Any]:
     assert update.finish_reason is not None
     prompt, record, logprobs = update.request.prompt, answer.record, None
     if update.request.params.logprobs is not None:

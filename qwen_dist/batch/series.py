@@ -7,7 +7,7 @@ import html
 import os
 
 from qwen_dist.batch.run import Summary
-from qwen_dist.engine.engine import Load
+from qwen_dist.engine.engine import EngineStats
 from qwen_dist.errors import UserError
 
 # With more samples than this every second one is dropped, and from then on half as many are taken.
@@ -34,14 +34,14 @@ class Series:
         self.samples = [Sample(0.0, 0, 0, 0, 0, 0.0)]
         self._skip, self._coming = 1, 0
 
-    def add(self, summary: Summary, load: Load) -> None:
+    def add(self, summary: Summary, stats: EngineStats) -> None:
         """Take a sample, unless there are as many as are wanted for so long a run."""
         self._coming += 1
         if self._coming % self._skip:
             return
-        cache_use = load.held_positions / max(load.cache_positions, 1)
+        cache_use = stats.held_positions / max(stats.cache_positions, 1)
         totals = summary.seconds, summary.num_prompt_tokens, summary.num_generated_tokens
-        self.samples.append(Sample(*totals, load.num_running, load.num_waiting, cache_use))
+        self.samples.append(Sample(*totals, stats.num_running, stats.num_waiting, cache_use))
         if len(self.samples) > MAX_SAMPLES:
             self.samples, self._skip = self.samples[::2], 2 * self._skip
 

@@ -27,7 +27,7 @@ from qwen_dist.checkpoint.agree import together
 from qwen_dist.checkpoint.mapping import PREFIXES
 from qwen_dist.errors import CheckpointError
 from qwen_dist.models.layers import at_least_float32
-from qwen_dist.sharding import Resolver
+from qwen_dist.sharding import ShardingContext
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _PEFT = "base_model.model."
@@ -200,7 +200,9 @@ def _peft_config(adapter: Adapter, base: str, prefix: str) -> dict[str, Any]:
     }
 
 
-def merge_adapter(parameters: Mapping[str, jax.Array], adapter: Adapter, resolver: Resolver) -> dict[str, jax.Array]:
+def merge_adapter(
+    parameters: Mapping[str, jax.Array], adapter: Adapter, sharding_ctx: ShardingContext
+) -> dict[str, jax.Array]:
     """The parameters with the adapter added to the weights, W + scale · B A, rounded once to the weights' type.
 
     The arrays of the layers that have an adapter are used up. Raises CheckpointError when the adapter does not fit.
@@ -209,7 +211,7 @@ def merge_adapter(parameters: Mapping[str, jax.Array], adapter: Adapter, resolve
     merged = dict(parameters)
     for layer in adapter.layers:
         name = weight_of(layer)
-        b, a = resolver.replicate([adapter.arrays[f"{layer}.lora_{side}.weight"] for side in "BA"])
+        b, a = sharding_ctx.replicate([adapter.arrays[f"{layer}.lora_{side}.weight"] for side in "BA"])
         merged[name] = _adder(merged[name].sharding)(merged[name], b, a, adapter.scale)
     return merged
 

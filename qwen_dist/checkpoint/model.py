@@ -17,17 +17,17 @@ from qwen_dist.checkpoint.source import Checkpoint, open_checkpoint
 from qwen_dist.errors import UsageError
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.transformer import Transformer
-from qwen_dist.sharding import Resolver, abstract_parameters, disk_shapes, random_parameters
+from qwen_dist.sharding import ShardingContext, abstract_parameters, disk_shapes, random_parameters
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model and its parameters, by checkpoint name; `module` is abstract until `sharding.bind` puts them in."""
+    """A model and its parameters, by checkpoint name; `module` is abstract until `with_parameters` puts them in."""
 
     config: ModelConfig
     module: Transformer
     parameters: dict[str, jax.Array]
-    resolver: Resolver
+    sharding_ctx: ShardingContext
 
     @property
     def dtype(self) -> jax.numpy.dtype:
@@ -36,7 +36,7 @@ class LoadedModel:
 
 def load_model(
     directory: str | pathlib.Path,
-    resolver: Resolver,
+    sharding_ctx: ShardingContext,
     *,
     dtype: DTypeLike,
     weights: str | None = None,
@@ -45,12 +45,12 @@ def load_model(
     host_memory_budget: int | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
-    """Load a checkpoint onto the resolver's mesh.
+    """Load a checkpoint onto the sharding_ctx's mesh.
 
     Args:
       directory: a checkpoint directory; for load_format "dummy" a directory with a `config.json`, or such a file, is
         enough.
-      resolver: the mesh and the rules.
+      sharding_ctx: the mesh and the rules.
       dtype: of the parameters and the computation.
       weights: where the weights are if not in `directory`: any location that `open_checkpoint` takes.
       load_format: "dummy" makes random weights on the devices instead of reading any.
@@ -64,9 +64,9 @@ def load_model(
     """
     config = ModelConfig.from_directory(directory, ignored_config_keys)
     module = Transformer(config, dtype=dtype)
-    target = abstract_parameters(module, resolver)  # refuses a mesh that does not fit before anything is read
+    target = abstract_parameters(module, sharding_ctx)  # refuses a mesh that does not fit before anything is read
     if load_format == "dummy":
-        return LoadedModel(config, module, random_parameters(module, resolver), resolver)
+        return LoadedModel(config, module, random_parameters(module, sharding_ctx), sharding_ctx)
     parameters = load(
         open_checkpoint(weights or directory),
         target,
@@ -75,14 +75,14 @@ def load_model(
         host_memory_budget=host_memory_budget,
         progress=progress,
     )
-    return LoadedModel(config, module, parameters, resolver)
+    return LoadedModel(config, module, parameters, sharding_ctx)
 
 
 AbstractModel = tuple[dict[str, jax.ShapeDtypeStruct], dict[str, tuple[int, ...]], bool]
 
 
 def abstract_model(
-    hf: Mapping[str, Any], resolver: Resolver, dtype: DTypeLike, ignored_config_keys: Iterable[str] = ()
+    hf: Mapping[str, Any], sharding_ctx: ShardingContext, dtype: DTypeLike, ignored_config_keys: Iterable[str] = ()
 ) -> AbstractModel:
     """What `load` needs to know of the model of a `config.json`: target, shapes on disk, and whether the head is tied.
 
@@ -90,12 +90,12 @@ def abstract_model(
     """
     config = ModelConfig.from_hf(hf, ignored_config_keys)
     module = Transformer(config, dtype=dtype)
-    return abstract_parameters(module, resolver), disk_shapes(module), config.tie_word_embeddings
+    return abstract_parameters(module, sharding_ctx), disk_shapes(module), config.tie_word_embeddings
 
 
 def export_model(
     location: str,
-    resolver: Resolver,
+    sharding_ctx: ShardingContext,
     output: str,
     *,
     adapter: str = "",
@@ -115,11 +115,11 @@ def export_model(
     low_rank = read_adapter(adapter) if adapter else None
     checkpoint = open_checkpoint(location)
     target, shapes, is_tied = abstract_model(
-        checkpoint.config, resolver, dtype or _stored_dtype(checkpoint), ignored_config_keys
+        checkpoint.config, sharding_ctx, dtype or _stored_dtype(checkpoint), ignored_config_keys
     )
     arrays = load(checkpoint, target, disk_shapes=shapes, tied=is_tied, host_memory_budget=host_memory_budget)
     if low_rank is not None:
-        arrays = merge_adapter(arrays, low_rank, resolver)
+        arrays = merge_adapter(arrays, low_rank, sharding_ctx)
     export(
         checkpoint,
         arrays,

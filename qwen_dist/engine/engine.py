@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from qwen_dist.checkpoint.model import LoadedModel
-from qwen_dist.engine.request import Request, TokenLogprob, Update
-from qwen_dist.engine.runner import Chosen, RuleTable, Runner, State
+from qwen_dist.engine.request import Request, RequestOutput, TokenLogprob
+from qwen_dist.engine.runner import DecodeState, Runner, SampledTokens, SamplingTable
 from qwen_dist.engine.scheduler import Piece, Scheduler, Sequence, Steps
 from qwen_dist.errors import UsageError, UserError
 from qwen_dist.models.cache import PAGE, VISITS, page_bytes
@@ -30,7 +30,7 @@ TAKEN_AHEAD = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Load:
+class EngineStats:
     """How full the engine is: requests, and positions of the cache: that there are, that requests hold, and in use.
 
     Of positions it is the average over layers, of which those with a window keep fewer.
@@ -75,19 +75,19 @@ class Engine:
             )
         if not 1 <= steps_per_dispatch <= PAGE:
             raise UsageError(f"steps_per_dispatch is {steps_per_dispatch}; it must be from 1 to {PAGE}")
-        parts = model.resolver.batch_multiple()
+        parts = model.sharding_ctx.batch_multiple()
         num_rows = -(-max_batch_size // parts) * parts
         self.max_batch_size = max_batch_size
         self.max_context = model.config.max_position_embeddings
         self._tokenizer = tokenizer
         self._vocab_size = model.config.vocab_size
         self._layers = tuple(model.config.windows.values())
-        self._runner, self._rules = Runner(model, num_rows, steps_per_dispatch), RuleTable(num_rows)
+        self._runner, self._rules = Runner(model, num_rows, steps_per_dispatch), SamplingTable(num_rows)
         self._scheduler = Scheduler(
             num_rows=num_rows,
             page_size=PAGE,
             block_size=BLOCK,
-            max_pages=cache_bytes // page_bytes(model.config, model.resolver, model.dtype),
+            max_pages=cache_bytes // page_bytes(model.config, model.sharding_ctx, model.dtype),
             max_length=self.max_context,
             kinds=model.config.windows,
             parts=parts,
@@ -97,9 +97,9 @@ class Engine:
         )
         if self._scheduler.max_pages < 1:
             raise UsageError(f"a cache of {cache_bytes} bytes on each device is less than one page; give more")
-        self._state: State | None = None
+        self._state: DecodeState | None = None
         self._num_pages: tuple[int, ...] = ()
-        self._in_flight: tuple[Piece | Steps, Chosen] | None = None
+        self._in_flight: tuple[Piece | Steps, SampledTokens] | None = None
         self._has_delivered = False
         self._answers: dict[Sequence, _Answer] = {}
 
@@ -109,9 +109,9 @@ class Engine:
         return not self._answers
 
     @property
-    def load(self) -> Load:
+    def stats(self) -> EngineStats:
         scheduler, parts = self._scheduler, self._runner.parts
-        return Load(
+        return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             num_preempted=scheduler.num_preempted,
@@ -146,23 +146,23 @@ class Engine:
         """The last position that a token of the answer may have; there is one even if the prompt is only scored."""
         return min(len(request.prompt) + max(1, request.params.max_new_tokens), self.max_context) - 1
 
-    def submit(self, request: Request) -> None:
+    def add_request(self, request: Request) -> None:
         """Let a request wait for its turn. Raises UserError if it fails `check`."""
         self.check(request)
         sequence = self._scheduler.add(request, self._end(request))
         self._answers[sequence] = _Answer(request, self._tokenizer, sequence.end)
 
-    def cancel(self, request: Request) -> None:
+    def abort(self, request: Request) -> None:
         """Nothing more comes of a request; one that has ended is no matter."""
         for sequence in [sequence for sequence in self._answers if sequence.request is request]:
             self._release(sequence)
 
-    def cancel_waiting(self) -> None:
+    def abort_waiting(self) -> None:
         """Nothing comes of the requests that are not being answered just now."""
         for sequence in [sequence for sequence in self._answers if sequence.row < 0]:
             self._release(sequence)
 
-    def step(self) -> list[Update]:
+    def step(self) -> list[RequestOutput]:
         """Start the next step on the devices, and return what the one before it gave."""
         before, self._in_flight = self._in_flight, None
         # The first result of all is not kept waiting until the program of the next step has been made.
@@ -172,7 +172,7 @@ class Engine:
         self._has_delivered |= before is not None
         return [] if before is None else list(self._deliver(*before))
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Update]:
+    def run(self, requests: Iterable[Request]) -> Iterator[RequestOutput]:
         """Answer the requests, longest prompts first; updates come as text becomes final.
 
         Every request ends with one update that has a `finish_reason`. An answer depends on its request alone, not on
@@ -183,7 +183,7 @@ class Engine:
         try:
             while True:
                 for request in itertools.islice(coming, max(0, ahead - len(self._answers))):
-                    self.submit(request)
+                    self.add_request(request)
                 if self.is_idle:
                     break
                 yield from self.step()
@@ -195,7 +195,7 @@ class Engine:
         self._scheduler.release(sequence)
         del self._answers[sequence]
 
-    def _dispatch(self, plan: Piece | Steps) -> Chosen:
+    def _dispatch(self, plan: Piece | Steps) -> SampledTokens:
         num_pages = self._scheduler.num_pages
         if self._state is None:
             self._state = self._runner.start(num_pages)
@@ -214,7 +214,7 @@ class Engine:
             self._state, chosen = self._runner.step(self._state, plan, rules, num_top=num_top)
         return chosen
 
-    def _deliver(self, plan: Piece | Steps, chosen: Chosen) -> Iterator[Update]:
+    def _deliver(self, plan: Piece | Steps, chosen: SampledTokens) -> Iterator[RequestOutput]:
         chosen = jax.device_get(chosen)
         for index, sequence in enumerate(plan.sequences):
             tokens = [token for token in chosen.tokens_XB[:, index].tolist() if token >= 0]
@@ -245,7 +245,7 @@ class _Answer:
         self._decoder = StreamDecoder(tokenizer)
         self._stops = StopStrings(request.params.stop)
 
-    def score(self, chosen: Chosen, index: int, start: int) -> None:
+    def score(self, chosen: SampledTokens, index: int, start: int) -> None:
         """Take the scores of the tokens that follow those from position `start` on, unless they are known.
 
         They are when a request that had given its pages back is read again.
@@ -256,10 +256,10 @@ class _Answer:
         following = prompt[start + 1 : start + 1 + chosen.scores[0].shape[1]]
         self.scores += _entries(tuple(x[index] for x in chosen.scores), following, num_top)
 
-    def push(self, tokens: list[int], logprobs: list[TokenLogprob]) -> Update:
+    def push(self, tokens: list[int], logprobs: list[TokenLogprob]) -> RequestOutput:
         """Count tokens in, up to the end; what of the text has become final, and whether there was the end."""
         if self.max_new_tokens == 0:
-            return Update(self.request, "", (), 0, "length", prompt_logprobs=tuple(self.scores))
+            return RequestOutput(self.request, "", (), 0, "length", prompt_logprobs=tuple(self.scores))
         text, finish_reason = "", None
         for taken, token in enumerate(tokens, 1):
             self.num_generated += 1
@@ -280,10 +280,10 @@ class _Answer:
             else:
                 finish_reason = "stop"
         scores = () if finish_reason is None else tuple(self.scores)
-        return Update(self.request, text, tuple(tokens), self.num_generated, finish_reason, tuple(logprobs), scores)
+        return RequestOutput(self.request, text, tuple(tokens), self.num_generated, finish_reason, tuple(logprobs), scores)
 
 
-def _logprobs(chosen: Chosen, index: int, tokens: list[int], num_top: int | None) -> list[TokenLogprob]:
+def _logprobs(chosen: SampledTokens, index: int, tokens: list[int], num_top: int | None) -> list[TokenLogprob]:
     if chosen.logprobs is None or num_top is None:
         return []
     return _entries(tuple(x[:, index] for x in chosen.logprobs), tokens, num_top)

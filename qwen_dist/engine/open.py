@@ -19,7 +19,7 @@ from qwen_dist.engine.request import SamplingParams
 from qwen_dist.errors import CheckpointError
 from qwen_dist.mesh import MeshConfig, default_mesh, make_mesh
 from qwen_dist.models.config import ModelConfig
-from qwen_dist.sharding import INFERENCE, Resolver
+from qwen_dist.sharding import INFERENCE, ShardingContext
 from qwen_dist.tokenizer import Tokenizer
 
 
@@ -55,12 +55,12 @@ def open_engine(
     tokenizer = Tokenizer.from_directory(directory)
     defaults = SamplingParams.from_generation_config(_generation_config(directory)).override(vars(sampling))
     chosen = given or make_mesh(default_mesh(ModelConfig.from_directory(directory, options.ignored_keys), devices), devices)
-    resolver = Resolver(chosen, INFERENCE)
+    sharding_ctx = ShardingContext(chosen, INFERENCE)
     if len(devices) > 1:
-        announce(resolver.describe())
+        announce(sharding_ctx.describe())
     model = load_model(
         directory,
-        resolver,
+        sharding_ctx,
         dtype=options.dtype,
         weights=options.path if "://" in options.path else None,
         load_format=options.load_format,
@@ -69,7 +69,7 @@ def open_engine(
         progress=progress,
     )
     if adapter is not None:
-        model = dataclasses.replace(model, parameters=merge_adapter(model.parameters, adapter, resolver))
+        model = dataclasses.replace(model, parameters=merge_adapter(model.parameters, adapter, sharding_ctx))
     engine = Engine(
         model,
         tokenizer,

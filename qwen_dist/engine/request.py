@@ -95,7 +95,7 @@ class TokenLogprob:
 
 
 @dataclasses.dataclass(frozen=True)
-class Update:
+class RequestOutput:
     """What became final for one request: more text, and at the end the reason.
 
     `finish_reason` is None while more may come, "stop" (an end-of-text token or a stop string; neither is in the text)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from qwen_dist.sharding import Parts, constrain, on_each_device
+from qwen_dist.sharding import LocalShard, constrain, shard_map_op
 
 AXES = ("batch", "vocab")
 # Of blocks of tokens: every device has their whole length.
@@ -26,35 +26,35 @@ def read(seen_RV: jax.Array, rows_B: jax.Array, tokens_BT: jax.Array, positions_
     `rows_B` are in the same part of the batch as the block, or no rows: R. Negative positions are padding.
     """
 
-    def here(parts: Parts, seen_RV: jax.Array, *blocks: jax.Array) -> tuple[jax.Array]:
+    def here(parts: LocalShard, seen_RV: jax.Array, *blocks: jax.Array) -> tuple[jax.Array]:
         (rows_B, tokens_BT), positions_BT = _of_part(parts, seen_RV, *blocks[:2]), blocks[2]
         none = len(seen_RV)
         begins_B = jnp.where(positions_BT[:, 0] == 0, rows_B, none)
         row_BT = jnp.where(positions_BT >= 0, rows_B[:, None], none)
         return (seen_RV.at[begins_B].set(False, mode="drop").at[row_BT, tokens_BT].set(True, mode="drop"),)
 
-    return on_each_device(here, [seen_RV, rows_B, tokens_BT, positions_BT], [AXES, AXES[:1], BLOCKS, BLOCKS], [AXES])[0]
+    return shard_map_op(here, [seen_RV, rows_B, tokens_BT, positions_BT], [AXES, AXES[:1], BLOCKS, BLOCKS], [AXES])[0]
 
 
 def add(seen_RV: jax.Array, rows_B: jax.Array, tokens_B: jax.Array) -> jax.Array:
     """The table after one more token of each of these rows; rows as in `read`."""
 
-    def here(parts: Parts, seen_RV: jax.Array, rows_B: jax.Array, tokens_B: jax.Array) -> tuple[jax.Array]:
+    def here(parts: LocalShard, seen_RV: jax.Array, rows_B: jax.Array, tokens_B: jax.Array) -> tuple[jax.Array]:
         return (seen_RV.at[_of_part(parts, seen_RV, rows_B, tokens_B)].set(True, mode="drop"),)
 
-    return on_each_device(here, [seen_RV, rows_B, tokens_B], [AXES, AXES[:1], AXES[:1]], [AXES])[0]
+    return shard_map_op(here, [seen_RV, rows_B, tokens_B], [AXES, AXES[:1], AXES[:1]], [AXES])[0]
 
 
 def of_rows(seen_RV: jax.Array, rows_B: jax.Array) -> jax.Array:
     """What these rows have met, [B, V]; rows as in `read`, where there is none anything."""
 
-    def here(parts: Parts, seen_RV: jax.Array, rows_B: jax.Array) -> tuple[jax.Array]:
+    def here(parts: LocalShard, seen_RV: jax.Array, rows_B: jax.Array) -> tuple[jax.Array]:
         return (seen_RV.at[_of_part(parts, seen_RV, rows_B, rows_B)[0]].get(mode="clip"),)
 
-    return on_each_device(here, [seen_RV, rows_B], [AXES, AXES[:1]], [AXES])[0]
+    return shard_map_op(here, [seen_RV, rows_B], [AXES, AXES[:1]], [AXES])[0]
 
 
-def _of_part(parts: Parts, seen_RV: jax.Array, rows: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _of_part(parts: LocalShard, seen_RV: jax.Array, rows: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rows and tokens as they are counted in this device's part of the table; its own size for those outside."""
 
     def inside(index: jax.Array, axis: str, size: int) -> jax.Array:

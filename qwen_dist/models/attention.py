@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from qwen_dist.models import cache as kv_cache
 from qwen_dist.models.capture import scope, tap
 from qwen_dist.models.config import LayerConfig, ModelConfig
-from qwen_dist.models.layers import Linear, RMSNorm, at_least_float32, pick, product, sum_over_rows
+from qwen_dist.models.layers import Linear, RMSNorm, at_least_float32, product, sum_over_rows, take_positions
 from qwen_dist.models.paged_attention import attend_pages
 from qwen_dist.models.rope import rotate
 from qwen_dist.models.splash_attention import attend_tiles
@@ -54,8 +54,8 @@ class Attention(nnx.Module):
         """Mixed tokens [B, T, D], or with a cache and `only_B` [B, 1, D]: of each row the one with that index."""
         asking_BTD, rope_of_q, q_positions_BT = x_BTD, rope, positions_BT
         if only_B is not None:
-            asking_BTD, q_positions_BT = pick(x_BTD, only_B), pick(positions_BT, only_B, -1)
-            rope_of_q = pick(rope[0], only_B), pick(rope[1], only_B)
+            asking_BTD, q_positions_BT = take_positions(x_BTD, only_B), take_positions(positions_BT, only_B, -1)
+            rope_of_q = take_positions(rope[0], only_B), take_positions(rope[1], only_B)
         q_BTNH = tap("q_proj", self.q_proj(asking_BTD))
         k_BTKH = tap("k_proj", self.k_proj(x_BTD))
         v_BTKH = tap("v_proj", self.v_proj(x_BTD))

@@ -17,7 +17,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from qwen_dist.models.config import ModelConfig
-from qwen_dist.sharding import Resolver
+from qwen_dist.sharding import ShardingContext
 
 # Positions of a page. Half a page a sequence is wasted on average; smaller ones make smaller, slower products.
 PAGE = 64
@@ -71,10 +71,10 @@ def num_pages(num_positions: int) -> int:
     return -(-num_positions // PAGE)
 
 
-def page_bytes(config: ModelConfig, resolver: Resolver, dtype: DTypeLike) -> int:
+def page_bytes(config: ModelConfig, sharding_ctx: ShardingContext, dtype: DTypeLike) -> int:
     """Bytes that a page takes on each device that has a part of it, in all layers."""
-    shape = (resolver.batch_multiple(), 1, config.num_key_value_heads, PAGE, config.head_dim)
-    on_device = resolver.activation("cache", shape, CACHE_AXES).shard_shape(shape)
+    shape = (sharding_ctx.batch_multiple(), 1, config.num_key_value_heads, PAGE, config.head_dim)
+    on_device = sharding_ctx.activation("cache", shape, CACHE_AXES).shard_shape(shape)
     return 2 * math.prod(on_device) * jnp.dtype(dtype).itemsize * len(config.layers)
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from qwen_dist.models import native
-from qwen_dist.sharding import annotate, gather, infers_on_one_cpu
+from qwen_dist.sharding import all_gather_weight, declare_param, infers_on_one_cpu
 
 
 def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
@@ -29,16 +29,16 @@ def parameter(
     """
     sizes = out | (inp or {})
     disk_shape = tuple(math.prod(part.values()) for part in (out, inp) if part)
-    return annotate(jax.ShapeDtypeStruct(tuple(sizes.values()), dtype), tuple(sizes), std=std, disk_shape=disk_shape)
+    return declare_param(jax.ShapeDtypeStruct(tuple(sizes.values()), dtype), tuple(sizes), std=std, disk_shape=disk_shape)
 
 
-def pick(x_BT: jax.Array, index_B: jax.Array, otherwise: int = 0) -> jax.Array:
+def take_positions(x_BT: jax.Array, index_B: jax.Array, otherwise: int = 0) -> jax.Array:
     """Of each row [T, …] the element at its index, [B, 1, …]; `otherwise` where the index is negative."""
     index = index_B.reshape(-1, *(1,) * (x_BT.ndim - 1))
     return jnp.where(index < 0, jnp.array(otherwise, x_BT.dtype), jnp.take_along_axis(x_BT, jnp.maximum(index, 0), axis=1))
 
 
-def contract(x: jax.Array, weight: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
+def matmul(x: jax.Array, weight: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
     """Multiply [..., in] with an out-features-first [out, in]: [..., out], summed in at least float32 and returned so, or
     rounded once to `dtype`.
 
@@ -50,7 +50,7 @@ def contract(x: jax.Array, weight: jax.Array, dtype: DTypeLike | None = None) ->
         return _native_product(x, weight, dtype)
     if x.size == x.shape[-1] and x.dtype.itemsize < 4:
         two_rows = jnp.concatenate([x, jnp.zeros_like(x)], axis=0)
-        return contract(two_rows, weight, dtype)[:1]
+        return matmul(two_rows, weight, dtype)[:1]
     return product(x, weight).astype(dtype)
 
 
@@ -65,7 +65,7 @@ def product(x: jax.Array, y: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _native_product(x: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """`contract` by this project's kernel, with the gradient of `product`."""
+    """`matmul` by this project's kernel, with the gradient of `product`."""
     return native.product(x, weight, dtype)
 
 
@@ -75,7 +75,7 @@ def _is_native(x: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> bool:
 
 
 def weight_first(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`contract` as the weight times the rows, transposed: on XLA's CPU backend faster for few rows.
+    """`matmul` as the weight times the rows, transposed: on XLA's CPU backend faster for few rows.
 
     The operand that comes second is packed anew for each product, so that had better be the smaller one.
     """
@@ -179,14 +179,14 @@ class Linear(nnx.Module):
         return self._rounded_to(at_least_float32(x.dtype), x)
 
     def _rounded_to(self, dtype: DTypeLike, x: jax.Array) -> jax.Array:
-        weight = gather(self.weight[...], *dict(self.out_sizes + self.in_sizes))
+        weight = all_gather_weight(self.weight[...], *dict(self.out_sizes + self.in_sizes))
         in_shape, out_shape = ([size for _, size in sizes] for sizes in (self.in_sizes, self.out_sizes))
         rows = x.reshape(*x.shape[: x.ndim - len(in_shape)], -1)
         is_all = self.bias is None and self.lora_A is None
-        y = contract(rows, weight.reshape(-1, rows.shape[-1]), dtype if is_all else None)
+        y = matmul(rows, weight.reshape(-1, rows.shape[-1]), dtype if is_all else None)
         y = y.reshape(*y.shape[:-1], *out_shape)
         if self.bias is not None:
-            y = y + gather(self.bias[...], *dict(self.out_sizes)).astype(y.dtype)
+            y = y + all_gather_weight(self.bias[...], *dict(self.out_sizes)).astype(y.dtype)
         if self.lora_A is not None and self.lora_B is not None:
             y = y + self.lora_scale * self.lora_B.unrounded(self.lora_A(x))
         return y.astype(dtype)
@@ -215,5 +215,5 @@ class RMSNorm(nnx.Module):
         variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         normed = (wide * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
         # Repeated while it is wide: then its gradient, the sum over all tokens, is taken in float32 and rounded once.
-        weight = jnp.broadcast_to(gather(self.weight[...], self.axis).astype(wide.dtype), x.shape)
+        weight = jnp.broadcast_to(all_gather_weight(self.weight[...], self.axis).astype(wide.dtype), x.shape)
         return weight.astype(x.dtype) * normed

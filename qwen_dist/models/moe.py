@@ -24,7 +24,7 @@ from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.grouped import grouped_product
 from qwen_dist.models.layers import Linear, at_least_float32
 from qwen_dist.models.mlp import MLP
-from qwen_dist.sharding import Parts, annotate, infers_on_one_cpu, on_each_device
+from qwen_dist.sharding import LocalShard, declare_param, infers_on_one_cpu, shard_map_op
 
 Axes = tuple[str, ...]
 
@@ -124,14 +124,14 @@ class Experts(nnx.Module):
                 arrays += [self.lora[stack][side]["weight"][...] for side in ("lora_A", "lora_B")]
                 names += [("experts", "lora_rank", *inp), ("experts", *out, "lora_rank")]
         mix = functools.partial(_mix, {stack: self.lora_scale for stack in STACKS if stack in self.lora})
-        return on_each_device(mix, arrays, names, (("batch", "length", "embed"), ("batch", "length", "top_k", "embed")))
+        return shard_map_op(mix, arrays, names, (("batch", "length", "embed"), ("batch", "length", "top_k", "embed")))
 
 
 def _stack(sizes: Mapping[str, int], out: Axes, inp: Axes, *, dtype: DTypeLike, std: float) -> nnx.Param:
     axes = ("experts", *out, *inp)
     shape = tuple(sizes[axis] for axis in axes)
     disk_shape = (shape[0], math.prod(sizes[axis] for axis in out), shape[-1])
-    return annotate(jax.ShapeDtypeStruct(shape, dtype), axes, std=std, disk_shape=disk_shape)
+    return declare_param(jax.ShapeDtypeStruct(shape, dtype), axes, std=std, disk_shape=disk_shape)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["stack_EOI", "lora"], meta_fields=["lora_scale"])
@@ -162,7 +162,7 @@ class Stack:
 
 def _mix(
     lora_scales: Mapping[str, float],
-    parts: Parts,
+    parts: LocalShard,
     x_BTD: jax.Array,
     chosen_BTK: jax.Array,
     scores_BTK: jax.Array,
@@ -189,14 +189,14 @@ def _natively_forward(*operands: Any) -> tuple[tuple[jax.Array, jax.Array], tupl
 
 
 def _natively_backward(operands: tuple[Any, ...], gradients: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
-    return jax.vjp(functools.partial(_mix_in_xla, Parts()), *operands)[1](gradients)
+    return jax.vjp(functools.partial(_mix_in_xla, LocalShard()), *operands)[1](gradients)
 
 
 _mix_natively.defvjp(_natively_forward, _natively_backward)
 
 
 def _mix_in_xla(
-    parts: Parts, x_BTD: jax.Array, chosen_BTK: jax.Array, scores_BTK: jax.Array, gate_up: Stack, down: Stack
+    parts: LocalShard, x_BTD: jax.Array, chosen_BTK: jax.Array, scores_BTK: jax.Array, gate_up: Stack, down: Stack
 ) -> tuple[jax.Array, jax.Array]:
     """`_mix` by operations of XLA's, which may have gradients, other devices and adapters."""
     x_TD, chosen_R = x_BTD.reshape(-1, x_BTD.shape[-1]), chosen_BTK.reshape(-1)
@@ -210,7 +210,7 @@ def _mix_in_xla(
     return mixed_BTD.astype(x_BTD.dtype), each_BTKD.astype(x_BTD.dtype)
 
 
-def _run_here(parts: Parts, x_TD: jax.Array, chosen_R: jax.Array, gate_up: Stack, down: Stack) -> jax.Array:
+def _run_here(parts: LocalShard, x_TD: jax.Array, chosen_R: jax.Array, gate_up: Stack, down: Stack) -> jax.Array:
     """The output [R, D] of expert `chosen_R[r]` for token r // (R / T); nothing where there is no such expert.
 
     Where the channels are cut, each part's share of the sum, in at least float32.
@@ -235,7 +235,7 @@ def room_for(num_tokens: int, experts_per_token: int, num_parts: int, num_local:
     )
 
 
-def _run_where_they_are(parts: Parts, x_TD: jax.Array, chosen_R: jax.Array, gate_up: Stack, down: Stack) -> jax.Array:
+def _run_where_they_are(parts: LocalShard, x_TD: jax.Array, chosen_R: jax.Array, gate_up: Stack, down: Stack) -> jax.Array:
     """As `_run_here`, for experts on any device: tokens are sent to them, and their outputs back.
 
     Shapes are static, so a device has room for so many tokens of each other device; what has no room waits for the next
@@ -251,7 +251,7 @@ def _run_where_they_are(parts: Parts, x_TD: jax.Array, chosen_R: jax.Array, gate
     return _sum_of_rounds(one_round, num_rounds, (chosen_R, order_R, queue_P), (x_TD, gate_up, down))
 
 
-def _one_round(parts: Parts, room: int, number: jax.Array, queues: Any, operands: Any) -> jax.Array:
+def _one_round(parts: LocalShard, room: int, number: jax.Array, queues: Any, operands: Any) -> jax.Array:
     """The outputs [R, D] of what is sent in one round; 0 for the rest."""
     chosen_R, order_R, queue_P = queues
     x_TD, gate_up, down = operands

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qwen_dist.sharding import Parts, num_parts, on_each_device
+from qwen_dist.sharding import LocalShard, num_parts, shard_map_op
 
 # Queries, and keys, that the kernel takes at a time; it wants multiples of 128.
 BLOCK, LANES = 512, 128
@@ -45,12 +45,12 @@ def attend_tiles(
     rows, keys = ("batch", "length", "q_heads", "head_dim"), ("batch", "kv_heads", "kv_length", "head_dim")
     body = functools.partial(_attend_here, sliding_window=sliding_window, interpret=interpret)
     arrays, axes = (scaled_BTNH, k_BKSH, v_BKSH, segments_BT), (rows, keys, keys, ("batch", "length"))
-    (mixed_BTNH,) = on_each_device(body, arrays, axes, (rows,))
+    (mixed_BTNH,) = shard_map_op(body, arrays, axes, (rows,))
     return mixed_BTNH
 
 
 def _attend_here(
-    _: Parts,
+    _: LocalShard,
     q_BTNH: jax.Array,
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,

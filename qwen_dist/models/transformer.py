@@ -14,11 +14,11 @@ from qwen_dist.models.attention import Attention
 from qwen_dist.models.cache import Cache, LayerCache, Pages
 from qwen_dist.models.capture import is_capturing, scope, tap
 from qwen_dist.models.config import LayerConfig, ModelConfig
-from qwen_dist.models.layers import Embedding, Linear, RMSNorm, contract, pick
+from qwen_dist.models.layers import Embedding, Linear, RMSNorm, matmul, take_positions
 from qwen_dist.models.mlp import MLP
 from qwen_dist.models.moe import MoE
 from qwen_dist.models.rope import rope_table
-from qwen_dist.sharding import constrain, gather, gather_after
+from qwen_dist.sharding import all_gather_weight, constrain, prefetch_barrier
 
 # A policy of `jax.checkpoint`, such as `jax.checkpoint_policies.nothing_saveable`.
 Remat = Callable[..., bool]
@@ -51,7 +51,7 @@ class Block(nnx.Module):
         with scope("self_attn"):
             mixed_BTD, cache = self.self_attn(normed_BTD, rope, positions_BT, cache, pages, segments_BT, only_B)
         if only_B is not None:
-            x_BTD, positions_BT = pick(x_BTD, only_B), pick(positions_BT, only_B, -1)
+            x_BTD, positions_BT = take_positions(x_BTD, only_B), take_positions(positions_BT, only_B, -1)
         x_BTD = constrain(tap("residual", x_BTD + mixed_BTD), "batch", "length", "embed")
         normed_BTD = tap("post_attention_layernorm", self.post_attention_layernorm(x_BTD))
         with scope("mlp"):
@@ -121,7 +121,7 @@ class Transformer(nnx.Module):
             is_last = index == len(self.layers) - 1
             with scope(f"layers.{index}"):
                 of_kind = by_window[layer.sliding_window]
-                block = gather_after(x_BTD, block)
+                block = prefetch_barrier(x_BTD, block)
                 operands = (block, x_BTD, rope, positions_BT, layer_cache, of_kind, segments_BT)
                 x_BTD, layer_cache, of_router = run(*operands, only_B if is_last else None)
                 x_BTD = tap("output", x_BTD)
@@ -135,10 +135,10 @@ class Transformer(nnx.Module):
 
     def head(self) -> jax.Array:
         """The output weights [V, D], of which a tied model's are its embedding's, as activations are cut."""
-        return gather((self.lm_head or self.embed_tokens).weight[...], "vocab", "embed")
+        return all_gather_weight((self.lm_head or self.embed_tokens).weight[...], "vocab", "embed")
 
 
 def logits(x_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
     """Hidden states against the weight of every token: logits [B, T, V] in at least float32."""
     # Never rounded to the model's dtype: a bfloat16 logit has 3 digits, and the choice of token hangs on it.
-    return constrain(tap("logits", contract(x_BTD, head_VD)), "batch", "length", "vocab")
+    return constrain(tap("logits", matmul(x_BTD, head_VD)), "batch", "length", "vocab")

@@ -19,7 +19,7 @@ from qwen_dist.parity.compare import Distributions, ParityReport, Row, first_fau
 from qwen_dist.parity.inputs import Inputs, ParityOptions, make_inputs
 from qwen_dist.parity.reference import Reference, versions
 from qwen_dist.parity.subject import Subject
-from qwen_dist.sharding import INFERENCE, Resolver, disk_shapes
+from qwen_dist.sharding import INFERENCE, ShardingContext, disk_shapes
 
 # A gradient needs room for logits [B, T, V] several times over; two rows show whatever eight do.
 GRADIENT_ROWS = 2
@@ -76,8 +76,8 @@ class Comparison:
 
     def load(self) -> Subject:
         """The checkpoint on this side."""
-        resolver = Resolver(make_mesh(MeshConfig.parse(self.options.mesh)), INFERENCE)
-        return Subject(load_model(self.options.model, resolver, dtype=self.options.dtype))
+        sharding_ctx = ShardingContext(make_mesh(MeshConfig.parse(self.options.mesh)), INFERENCE)
+        return Subject(load_model(self.options.model, sharding_ctx, dtype=self.options.dtype))
 
     @property
     def first_fault(self) -> Row | None:

@@ -14,7 +14,7 @@ from qwen_dist.models import cache as kv_cache
 from qwen_dist.models.capture import capture
 from qwen_dist.models.moe import load_balancing_loss
 from qwen_dist.parity.inputs import Inputs
-from qwen_dist.sharding import TRAIN, Resolver, bind, resolving
+from qwen_dist.sharding import TRAIN, ShardingContext, use_sharding, with_parameters
 
 _WEIGHTS_OF_A_BLOCK = re.compile(r"(.*)\.queries_(\d+)\.weights$")
 
@@ -36,8 +36,8 @@ class Subject:
         tokens, positions = self._padded(inputs)
 
         def run(parameters: Mapping[str, jax.Array], replacing: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-            with resolving(self.loaded.resolver), capture(replacing) as taps:
-                model = bind(self.loaded.module, parameters)
+            with use_sharding(self.loaded.sharding_ctx), capture(replacing) as taps:
+                model = with_parameters(self.loaded.module, parameters)
                 hidden_BTD, *_ = model(tokens, positions)
                 model.unembed(hidden_BTD[:, columns])
             return {name: _at_columns(name, value, columns)[: len(inputs.tokens)] for name, value in taps.items()}
@@ -57,8 +57,8 @@ class Subject:
         tokens, positions = self._padded(whole)
 
         def run(parameters: Mapping[str, jax.Array]) -> jax.Array:
-            with resolving(self.loaded.resolver):
-                model = bind(self.loaded.module, parameters)
+            with use_sharding(self.loaded.sharding_ctx):
+                model = with_parameters(self.loaded.module, parameters)
                 hidden_BTD, *_ = model(tokens, positions)
                 return model.unembed(hidden_BTD[:, -num_steps:])
 
@@ -68,7 +68,7 @@ class Subject:
         config, dtype = self.loaded.config, self.loaded.dtype
         num_rows, num_steps = continuation.shape
         longest = int(inputs.lengths.max())
-        parts = self.loaded.resolver.batch_multiple()
+        parts = self.loaded.sharding_ctx.batch_multiple()
         rows = len(self._with_padding_rows(inputs.lengths, 0)) // parts
         pages_per_row = kv_cache.num_pages(longest + num_steps)
         cache = kv_cache.empty(config, parts, [rows * pages_per_row] * len(config.windows), dtype)
@@ -99,8 +99,8 @@ class Subject:
         cache: kv_cache.Cache,
     ) -> tuple[jax.Array, kv_cache.Cache]:
         """The logits [B, V] at each row's token `last`, and the cache with all tokens in it."""
-        with resolving(self.loaded.resolver):
-            model = bind(self.loaded.module, parameters)
+        with use_sharding(self.loaded.sharding_ctx):
+            model = with_parameters(self.loaded.module, parameters)
             parts, num_pages = cache[0].k.shape[:2]
             pages = kv_cache.in_order(self.loaded.config, positions_BT, parts, num_pages * parts // len(tokens_BT))
             hidden_BTD, cache_after, _ = model(tokens_BT, positions_BT, cache, pages)
@@ -110,12 +110,12 @@ class Subject:
 
     def gradient(self, inputs: Inputs) -> tuple[dict[str, float], dict[str, jax.Array]]:
         """The losses of `Reference.gradient`, and the first one's gradient by every parameter, under the training rules."""
-        resolver = Resolver(self.loaded.resolver.mesh, TRAIN)
-        tokens, positions = self._padded(inputs, resolver)
+        sharding_ctx = ShardingContext(self.loaded.sharding_ctx.mesh, TRAIN)
+        tokens, positions = self._padded(inputs, sharding_ctx)
 
         def loss(parameters: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-            with resolving(resolver):
-                model = bind(self.loaded.module, parameters)
+            with use_sharding(sharding_ctx):
+                model = with_parameters(self.loaded.module, parameters)
                 hidden_BTD, _, router_logits = model(tokens, positions)
                 log_probabilities_BTV = jax.nn.log_softmax(model.unembed(hidden_BTD))[:, :-1]
             picked_BT = jnp.take_along_axis(log_probabilities_BTV, tokens[:, 1:, None], axis=-1)[..., 0]
@@ -131,15 +131,15 @@ class Subject:
         gradients, losses = differentiate(self.loaded.parameters)
         return {name: float(value) for name, value in losses.items()}, gradients
 
-    def _padded(self, inputs: Inputs, resolver: Resolver | None = None) -> tuple[jax.Array, jax.Array]:
+    def _padded(self, inputs: Inputs, sharding_ctx: ShardingContext | None = None) -> tuple[jax.Array, jax.Array]:
         tokens, positions = (
-            self._with_padding_rows(x, y, resolver) for x, y in ((inputs.tokens, 0), (inputs.positions, -1))
+            self._with_padding_rows(x, y, sharding_ctx) for x, y in ((inputs.tokens, 0), (inputs.positions, -1))
         )
         return jnp.asarray(tokens), jnp.asarray(positions)
 
-    def _with_padding_rows(self, rows: np.ndarray, value: int, resolver: Resolver | None = None) -> np.ndarray:
+    def _with_padding_rows(self, rows: np.ndarray, value: int, sharding_ctx: ShardingContext | None = None) -> np.ndarray:
         """Append rows of padding until the mesh can split the batch."""
-        missing = -len(rows) % (resolver or self.loaded.resolver).batch_multiple()
+        missing = -len(rows) % (sharding_ctx or self.loaded.sharding_ctx).batch_multiple()
         return np.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1), constant_values=value)
 
 

@@ -29,7 +29,7 @@ from qwen_dist.models.layers import at_least_float32
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.planning.chips import Topology
 from qwen_dist.planning.workload import Phase, Workload
-from qwen_dist.sharding import Resolver, abstract_parameters, disk_shapes
+from qwen_dist.sharding import ShardingContext, abstract_parameters, disk_shapes
 from qwen_dist.train.batches import Batch
 from qwen_dist.train.lora import attach
 from qwen_dist.train.optim import make_optimizer, make_schedule
@@ -125,12 +125,12 @@ def _devices(topology: Topology) -> Any:
         raise UserError(f"no devices for {topology.name}: {' '.join(str(error).split())[:300]} ({hint})") from None
 
 
-def lower(config: ModelConfig, resolver: Resolver, workload: Workload, phase: Phase) -> jax.stages.Lowered:
+def lower(config: ModelConfig, sharding_ctx: ShardingContext, workload: Workload, phase: Phase) -> jax.stages.Lowered:
     """The program of one phase, exactly as it would run, for parameters that are not there."""
     if phase == "train":
-        return _lower_training(config, resolver, workload)
+        return _lower_training(config, sharding_ctx, workload)
     module = Transformer(config, dtype=workload.dtype)
-    model = LoadedModel(config, module, abstract_parameters(module, resolver), resolver)  # type: ignore[arg-type]
+    model = LoadedModel(config, module, abstract_parameters(module, sharding_ctx), sharding_ctx)  # type: ignore[arg-type]
     runner = Runner(model, workload.batch)
     of_row = tuple(workload.pages(config.windows).values())
     num_pages = tuple(workload.batch // runner.parts * number for number in of_row)
@@ -249,7 +249,7 @@ def _group_size(line: str) -> int:
     return math.prod(int(part or sizes[axis]) for axis, part in parts)
 
 
-def _lower_training(config: ModelConfig, resolver: Resolver, workload: Workload) -> jax.stages.Lowered:
+def _lower_training(config: ModelConfig, sharding_ctx: ShardingContext, workload: Workload) -> jax.stages.Lowered:
     """A step with the default optimiser: master weights of what is trained, gradient, and all that the step changes."""
     kept = at_least_float32(jnp.dtype(workload.dtype))
     if workload.lora is None:
@@ -257,7 +257,7 @@ def _lower_training(config: ModelConfig, resolver: Resolver, workload: Workload)
     else:
         module = Transformer(config, dtype=workload.dtype)
         names = attach(module, workload.lora, dtype=kept)
-    model = LoadedModel(config, module, abstract_parameters(module, resolver), resolver)  # type: ignore[arg-type]
+    model = LoadedModel(config, module, abstract_parameters(module, sharding_ctx), sharding_ctx)  # type: ignore[arg-type]
     options = OptimizerOptions()
     schedule = make_schedule(options, options.warmup_steps + 1)
     shapes = {name: model.parameters[name].shape for name in names or model.parameters}

@@ -1,7 +1,7 @@
 """What each device must hold, and what each step costs, by arithmetic: no weights, no devices and no compiler.
 
-Every size is that of an array of the real model, or of its activations, cut as the real rules cut it: the same `Resolver`
-places them here, on a mesh of numbers.
+Every size is that of an array of the real model, or of its activations, cut as the real rules cut it: the same
+`ShardingContext` places them here, on a mesh of numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qwen_dist.models.moe import room_for
 from qwen_dist.models.splash_attention import LANES
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.planning.workload import Phase, Workload
-from qwen_dist.sharding import Resolver, abstract_parameters
+from qwen_dist.sharding import ShardingContext, abstract_parameters
 from qwen_dist.train.lora import attach
 from qwen_dist.train.loss import BLOCK_TOKENS
 
@@ -66,11 +66,11 @@ class Cost:
     collectives: Mapping[str, float]
 
 
-def abstract_resolver(mesh: MeshConfig, num_devices: int, workload: Workload) -> Resolver:
+def abstract_sharding_context(mesh: MeshConfig, num_devices: int, workload: Workload) -> ShardingContext:
     """The workload's rules on a mesh of numbers. Raises UsageError when the mesh does not fit the devices."""
     sizes = mesh.sizes(num_devices)
-    # A resolver asks a mesh for the sizes of its axes only.
-    return Resolver(cast(Mesh, AbstractMesh(tuple(sizes.values()), AXES)), workload.rules)
+    # A sharding_ctx asks a mesh for the sizes of its axes only.
+    return ShardingContext(cast(Mesh, AbstractMesh(tuple(sizes.values()), AXES)), workload.rules)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Arithmetic:
     """A model under a workload on a mesh; `Arithmetic.of` makes one."""
 
     config: ModelConfig
-    resolver: Resolver
+    sharding_ctx: ShardingContext
     workload: Workload
     num_parameters: int
     local_parameters: int
@@ -86,9 +86,11 @@ class Arithmetic:
     is_tpu: bool = False
 
     @classmethod
-    def of(cls, config: ModelConfig, resolver: Resolver, workload: Workload, *, is_tpu: bool = False) -> Arithmetic:
+    def of(
+        cls, config: ModelConfig, sharding_ctx: ShardingContext, workload: Workload, *, is_tpu: bool = False
+    ) -> Arithmetic:
         """Raises UsageError when the model or the batch does not fit the mesh."""
-        arithmetic = cls(config, resolver, workload, *_count_parameters(config, resolver, workload), is_tpu)
+        arithmetic = cls(config, sharding_ctx, workload, *_count_parameters(config, sharding_ctx, workload), is_tpu)
         arithmetic._local("batch")
         return arithmetic
 
@@ -164,7 +166,7 @@ class Arithmetic:
             moved = once_more * head * 2 * (self._width + (0 if self.workload.lora else WIDE))
             in_kernel = (3 + self._again) * self._attention_flops(tokens) if self._has_kernel else 0
             return Cost(once_more * flops + in_kernel, moved, {})
-        rows = step.workload.batch // self.resolver.batch_multiple()
+        rows = step.workload.batch // self.sharding_ctx.batch_multiple()
         parts = {w: 1 - 1 / max(rows * pages / group_size(rows, tokens), 1) for w, pages in self._pages.items()}
         in_loops = sum(part * step._attention_of(window, tokens) for window, part in parts.items())
         read_there = sum(part * step._cache_of(window) for window, part in parts.items())
@@ -181,7 +183,7 @@ class Arithmetic:
         return 1 if self.workload.remat == "blocks" else 0
 
     def _tokens_of(self, phase: Phase) -> tuple[int, int]:
-        return self.workload.tokens_of(phase, self.resolver.batch_multiple())
+        return self.workload.tokens_of(phase, self.sharding_ctx.batch_multiple())
 
     def _of_step(self, phase: Phase) -> Arithmetic:
         """The arithmetic of as many rows, of as many tokens, as one step of the phase has."""
@@ -191,7 +193,7 @@ class Arithmetic:
     def _local(self, *axes: str, **replaced: int) -> int:
         """Elements that one device has of an activation with these dimensions."""
         shape = tuple(replaced.get(axis, self._sizes.get(axis, 0)) for axis in axes)
-        return math.prod(self.resolver.activation("activation", shape, axes).shard_shape(shape))
+        return math.prod(self.sharding_ctx.activation("activation", shape, axes).shard_shape(shape))
 
     def _tokens_here(self) -> int:
         """Tokens of a training step whose logits one device has a part of."""
@@ -218,12 +220,12 @@ class Arithmetic:
         stream = self._local("batch", "length", "embed", length=length) * self._width
         heads = self._local("batch", "length", "q_heads", "head_dim", length=length) * self._width
         # Of one group of visits: keys and values, the scores, and what becomes of them under the softmax.
-        parts = self.resolver.batch_multiple()
+        parts = self.sharding_ctx.batch_multiple()
         visits = {"batch": parts * group_size(self.workload.batch // parts, length), "length": length, "kv_length": PAGE}
         keys = 2 * self._local("batch", "kv_heads", "kv_length", "head_dim", **visits) * self._width
         scores = 2 * self._local("batch", "length", "q_heads", "kv_length", **visits) * WIDE
         # With the weights spread over fsdp, gate and up are summed between devices, together and in float32.
-        kept = 4 * WIDE if self.resolver.mesh.shape["fsdp"] > 1 else 3 * self._width
+        kept = 4 * WIDE if self.sharding_ctx.mesh.shape["fsdp"] > 1 else 3 * self._width
         channels = kept * self._local("batch", "length", "mlp", length=length) if self._layers["mlp"] else 0
         channels = max(channels, self._expert_set(length))
         # The sampler's: logits as they are, with the penalty, scaled, as masses, and with noise.
@@ -239,7 +241,7 @@ class Arithmetic:
             return ((1 if self.is_tpu else 2) * layers + 1) * stream
         if self.workload.remat == "products":
             return layers * (2 * stream + self._products() * WIDE) + stream
-        gathered = self._gathered_layers() if self.resolver.mesh.shape["fsdp"] > 1 else 0
+        gathered = self._gathered_layers() if self.sharding_ctx.mesh.shape["fsdp"] > 1 else 0
         return layers * (2 * stream + self._of_one_block()) + stream + gathered
 
     def _products(self) -> int:
@@ -261,7 +263,7 @@ class Arithmetic:
     @property
     def _has_kernel(self) -> bool:
         """Whether attention of training is `splash_attention`, which keeps no scores."""
-        return self.is_tpu and self._width < 4 and self.resolver.num_parts("length") == 1
+        return self.is_tpu and self._width < 4 and self.sharding_ctx.num_parts("length") == 1
 
     def _scores(self) -> int:
         """Bytes of what attention keeps beside its operands and result."""
@@ -296,7 +298,7 @@ class Arithmetic:
 
     def _expert_rows(self, length: int) -> int:
         """Rows that go through a device's experts at a time: its tokens' choices, or what others have room to send."""
-        moe, parts = self.config.moe, self.resolver.mesh.shape["expert"]
+        moe, parts = self.config.moe, self.sharding_ctx.mesh.shape["expert"]
         if moe is None:
             return 0
         tokens = self._local("batch", "length", length=length)
@@ -309,8 +311,8 @@ class Arithmetic:
         if self.config.moe is None:
             return 0
         embed, mlp = self._local("embed"), self._local("mlp", mlp=self.config.moe.expert_size)
-        summed = WIDE if self.resolver.mesh.shape["fsdp"] > 1 else self._width
-        returned = WIDE if self.resolver.mesh.shape["tensor"] > 1 else self._width
+        summed = WIDE if self.sharding_ctx.mesh.shape["fsdp"] > 1 else self._width
+        returned = WIDE if self.sharding_ctx.mesh.shape["tensor"] > 1 else self._width
         each = embed * (self._width + returned) + mlp * (2 * summed + self._width)
         return self._expert_rows(length) * each
 
@@ -318,7 +320,7 @@ class Arithmetic:
         """Bytes of the weights that no token chooses, if each chooses at random."""
         if self.config.moe is None:
             return 0
-        sharing = self.workload.batch * tokens // self.resolver.mesh.shape["data"]
+        sharing = self.workload.batch * tokens // self.sharding_ctx.mesh.shape["data"]
         unused = (1 - self.config.moe.experts_per_token / self.config.moe.num_experts) ** sharing
         experts = self._gathered(w for w in _block_weights(self.config, "moe") if "experts" in w.axes)
         return int(unused * self._layers["moe"] * experts * self._width)
@@ -350,7 +352,7 @@ class Arithmetic:
 
     @property
     def _num_devices(self) -> int:
-        return math.prod(self.resolver.mesh.shape.values())
+        return math.prod(self.sharding_ctx.mesh.shape.values())
 
     def _head_flops(self, tokens: int) -> float:
         weights = self.config.vocab_size * self.config.hidden_size
@@ -398,30 +400,30 @@ class Arithmetic:
         stream = self._local("batch", "length", "embed") * self._width
         gradients = self.local_trained * self._width
         yield "all-gather", self._others("fsdp") * gathers * self._gathered_layers()
-        cut = self.local_trained * self._width * self.resolver.mesh.shape["fsdp"]
+        cut = self.local_trained * self._width * self.sharding_ctx.mesh.shape["fsdp"]
         yield "reduce-scatter", self._others("fsdp") * (cut if self.workload.lora else self._gathered_layers())
         sums = self._others("tensor") * passes * (2 * len(self.config.layers) + 1) * stream
         yield "all-reduce", 2 * (sums + self._others("data") * gradients)
 
     def _exchanged(self, length: int) -> float:
         """Bytes of tokens that come to a device's experts, and of its own that come back, in all layers."""
-        returned = WIDE if self.resolver.mesh.shape["tensor"] > 1 else self._width
+        returned = WIDE if self.sharding_ctx.mesh.shape["tensor"] > 1 else self._width
         both_ways = self._local("embed") * (self._width + returned)
         return self._others("expert") * self._blocks_with("moe", length) * self._expert_rows(length) * both_ways
 
     def _others(self, axis: str) -> float:
         """The part of a result that a device gets from the others along a mesh axis."""
-        size = self.resolver.mesh.shape[axis]
+        size = self.sharding_ctx.mesh.shape[axis]
         return (size - 1) / size
 
 
-def _count_parameters(config: ModelConfig, resolver: Resolver, workload: Workload) -> tuple[int, int, int]:
+def _count_parameters(config: ModelConfig, sharding_ctx: ShardingContext, workload: Workload) -> tuple[int, int, int]:
     """In all, on each device, and of these the trained ones. Layers of one kind are alike, so one of each is placed."""
 
     def count(layers: tuple[LayerConfig, ...]) -> np.ndarray:
         module = Transformer(dataclasses.replace(config, layers=layers), dtype=workload.dtype)
         adapters = attach(module, workload.lora, dtype=workload.dtype) if workload.lora and layers else []
-        leaves = abstract_parameters(module, resolver)
+        leaves = abstract_parameters(module, sharding_ctx)
         local = {name: math.prod(leaf.sharding.shard_shape(leaf.shape)) for name, leaf in leaves.items()}
         trained = sum(local[name] for name in (adapters if workload.lora else local))
         return np.array([sum(math.prod(leaf.shape) for leaf in leaves.values()), sum(local.values()), trained])

@@ -11,9 +11,9 @@ from qwen_dist.errors import UsageError
 from qwen_dist.mesh import MeshConfig
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.planning.chips import Chip, Topology
-from qwen_dist.planning.memory import Arithmetic, Cost, abstract_resolver
+from qwen_dist.planning.memory import Arithmetic, Cost, abstract_sharding_context
 from qwen_dist.planning.workload import Phase, Workload
-from qwen_dist.sharding import Resolver
+from qwen_dist.sharding import ShardingContext
 
 if TYPE_CHECKING:
     from qwen_dist.planning.compile import Compiled
@@ -113,7 +113,7 @@ def make_plan(name: str, config: ModelConfig, topology: Topology, workload: Work
     chosen = proposals[0] if mesh is None else plan_mesh(config, topology, workload, mesh)
     arithmetic = _arithmetic(config, topology, chosen.workload, chosen.mesh)
     axes = ("fsdp", "expert", "tensor") if config.moe else ("fsdp", "tensor")
-    planned, multiple = chosen.workload, arithmetic.resolver.batch_multiple()
+    planned, multiple = chosen.workload, arithmetic.sharding_ctx.batch_multiple()
 
     def fits_with(workload: Workload) -> bool:
         return _fits(dataclasses.replace(arithmetic, workload=workload), topology.chip)
@@ -139,8 +139,8 @@ def with_compiled(plan: Plan, config: ModelConfig, layers: tuple[int, ...]) -> P
     from qwen_dist.planning.compile import topology_mesh
 
     workload = plan.chosen.workload
-    resolver = Resolver(topology_mesh(plan.topology, MeshConfig.parse(plan.chosen.mesh)), workload.rules)
-    phases = tuple(_compile_phase(phase, config, resolver, plan, layers) for phase in plan.chosen.phases)
+    sharding_ctx = ShardingContext(topology_mesh(plan.topology, MeshConfig.parse(plan.chosen.mesh)), workload.rules)
+    phases = tuple(_compile_phase(phase, config, sharding_ctx, plan, layers) for phase in plan.chosen.phases)
     fits = all(not phase.refused and phase.needed_bytes <= plan.topology.chip.memory_bytes for phase in phases)
     chosen = dataclasses.replace(plan.chosen, phases=phases, fits=fits)
     return dataclasses.replace(plan, chosen=chosen, compiled_layers=layers or (len(config.layers),))
@@ -158,7 +158,7 @@ def compiled_layers(text: str, num_layers: int) -> tuple[int, ...]:
 
 def plan_mesh(config: ModelConfig, topology: Topology, workload: Workload, mesh: str) -> MeshPlan:
     """Plan one mesh by arithmetic. Raises UsageError when it does not fit the devices or the model."""
-    multiple = abstract_resolver(MeshConfig.parse(mesh), topology.num_devices, workload).batch_multiple()
+    multiple = abstract_sharding_context(MeshConfig.parse(mesh), topology.num_devices, workload).batch_multiple()
     workload = dataclasses.replace(workload, batch=-(-workload.batch // multiple) * multiple)
     arithmetic = _arithmetic(config, topology, workload, mesh)
     phases = tuple(_phase(arithmetic, phase, topology.chip) for phase in workload.phases)
@@ -179,14 +179,14 @@ def step_time(chip: Chip, flops: float, nbytes: float, exchanged: float) -> Step
 
 
 def _compile_phase(
-    plan: PhasePlan, config: ModelConfig, resolver: Resolver, whole: Plan, layers: tuple[int, ...]
+    plan: PhasePlan, config: ModelConfig, sharding_ctx: ShardingContext, whole: Plan, layers: tuple[int, ...]
 ) -> PhasePlan:
     from qwen_dist.planning.compile import DoesNotFit, compile_program, extrapolate, lower
 
     workload, chip = whole.chosen.workload, whole.topology.chip
     depths = [dataclasses.replace(config, layers=config.layers[:depth]) for depth in layers] or [config]
     try:
-        compiled = [compile_program(lower(depth, resolver, workload, plan.phase)) for depth in depths]
+        compiled = [compile_program(lower(depth, sharding_ctx, workload, plan.phase)) for depth in depths]
     except DoesNotFit as error:
         return dataclasses.replace(plan, refused=str(error))
     one = compiled[0] if len(compiled) == 1 else extrapolate(compiled, layers, len(config.layers))
@@ -196,8 +196,8 @@ def _compile_phase(
 
 
 def _arithmetic(config: ModelConfig, topology: Topology, workload: Workload, mesh: str) -> Arithmetic:
-    resolver = abstract_resolver(MeshConfig.parse(mesh), topology.num_devices, workload)
-    return Arithmetic.of(config, resolver, workload, is_tpu=not topology.is_cpu)
+    sharding_ctx = abstract_sharding_context(MeshConfig.parse(mesh), topology.num_devices, workload)
+    return Arithmetic.of(config, sharding_ctx, workload, is_tpu=not topology.is_cpu)
 
 
 def _fits(arithmetic: Arithmetic, chip: Chip) -> bool:

@@ -65,7 +65,7 @@ def describe_training(setup: Setup, prepared: Prepared) -> str:
     }
     sizes = ", ".join(f"{name} {size / 1e9:.3f} GB" for name, size in parts.items())
     lines.append(f"on each device: {sizes}; activations of a batch come on top (remat: {prepared.config.remat})")
-    return "\n".join([*lines, model.resolver.describe()])
+    return "\n".join([*lines, model.sharding_ctx.describe()])
 
 
 def _types(setup: Setup) -> str:

@@ -18,7 +18,7 @@ from qwen_dist.errors import UsageError
 from qwen_dist.models.layers import Linear
 from qwen_dist.models.moe import STACKS, Experts
 from qwen_dist.models.transformer import Transformer
-from qwen_dist.sharding import Resolver, abstract_parameters, disk_shapes, random_parameters
+from qwen_dist.sharding import ShardingContext, abstract_parameters, disk_shapes, random_parameters
 
 
 def new_adapter(model: LoadedModel, options: LoraOptions, *, dtype: DTypeLike) -> tuple[LoadedModel, list[str]]:
@@ -27,7 +27,7 @@ def new_adapter(model: LoadedModel, options: LoraOptions, *, dtype: DTypeLike) -
     Raises UsageError when a target matches no layer.
     """
     trained = attach(model.module, options, dtype=dtype)
-    parameters = model.parameters | random_parameters(model.module, model.resolver, names=trained)
+    parameters = model.parameters | random_parameters(model.module, model.sharding_ctx, names=trained)
     return dataclasses.replace(model, parameters=parameters), trained
 
 
@@ -52,7 +52,7 @@ def with_adapter(model: LoadedModel, adapter: Adapter, *, dtype: DTypeLike) -> t
     """
     check_fits(adapter, {name: leaf.shape for name, leaf in model.parameters.items()})
     trained = _attach_to(model.module, adapter.layers, adapter.rank, adapter.scale, dtype)
-    places = abstract_parameters(model.module, model.resolver)
+    places = abstract_parameters(model.module, model.sharding_ctx)
     parameters = dict(model.parameters)
     for name in trained:
         place = places[name]
@@ -61,9 +61,9 @@ def with_adapter(model: LoadedModel, adapter: Adapter, *, dtype: DTypeLike) -> t
     return dataclasses.replace(model, parameters=parameters), trained
 
 
-def adapter_of(parameters: Mapping[str, jax.Array], options: LoraOptions, resolver: Resolver) -> Adapter:
+def adapter_of(parameters: Mapping[str, jax.Array], options: LoraOptions, sharding_ctx: ShardingContext) -> Adapter:
     """The trained adapter on the host of every process, in matrices."""
-    everywhere = jax.jit(lambda x: x, out_shardings=resolver.replicated())
+    everywhere = jax.jit(lambda x: x, out_shardings=sharding_ctx.replicated())
     arrays: dict[str, np.ndarray] = {}
     for name, value in parameters.items():
         whole = np.asarray(everywhere(value))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from qwen_dist.models.layers import at_least_float32, contract, sum_over_rows
+from qwen_dist.models.layers import at_least_float32, matmul, sum_over_rows
 from qwen_dist.sharding import constrain
 
 # Tokens whose logits exist at a time, on each device.
@@ -55,7 +55,7 @@ def _loss_of_blocks(
     """Of the first `num_used` of the blocks; the others weigh nothing."""
 
     def add(index: jax.Array, total: jax.Array) -> jax.Array:
-        return total + _cross_entropy(contract(x[index], head_VD), targets[index], weights[index])
+        return total + _cross_entropy(matmul(x[index], head_VD), targets[index], weights[index])
 
     return jax.lax.fori_loop(0, num_used, add, jnp.zeros((), weights.dtype))
 
@@ -67,9 +67,9 @@ def _forward(
         total, by_x, by_head_NVD = sums
         # The barrier ties the head to this turn of the loop: XLA would turn a copy of it over in front of it.
         head, index = jax.lax.optimization_barrier((head_VD, index))
-        loss, by_logits = jax.value_and_grad(_cross_entropy)(contract(x[index], head), targets[index], weights[index])
+        loss, by_logits = jax.value_and_grad(_cross_entropy)(matmul(x[index], head), targets[index], weights[index])
         by_logits = by_logits.astype(x.dtype)
-        by_block = contract(by_logits, head.T).astype(x.dtype)
+        by_block = matmul(by_logits, head.T).astype(x.dtype)
         # Each device sums its own tokens' gradient; a loop that adds to a sum over devices sums over them in every turn.
         by_head_NVD = of_devices(by_head_NVD + sum_over_rows(by_logits, x[index], 1))
         return total + loss, by_x.at[index].set(by_block), by_head_NVD

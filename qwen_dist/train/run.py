@@ -30,7 +30,7 @@ from qwen_dist.mesh import MeshConfig, make_mesh, training_mesh
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.layers import at_least_float32
 from qwen_dist.models.transformer import Transformer
-from qwen_dist.sharding import TRAIN, Resolver, abstract_parameters, disk_shapes
+from qwen_dist.sharding import TRAIN, ShardingContext, abstract_parameters, disk_shapes
 from qwen_dist.tokenizer import Tokenizer
 from qwen_dist.train.batches import Batch, BatchIterator, evaluation_batches, rows_per_epoch, training_batches
 from qwen_dist.train.checkpoints import Checkpoints
@@ -174,7 +174,7 @@ def set_up(prepared: Prepared, loading: Progress | None = None) -> Setup:
     adapter = read_adapter(config.model.adapter) if config.model.adapter else None
     model = load_model(
         prepared.directory,
-        _resolver(prepared),
+        _sharding_ctx(prepared),
         dtype=_base_dtype(config),
         weights=config.model.path if "://" in config.model.path else None,
         load_format=config.model.load_format,
@@ -184,7 +184,7 @@ def set_up(prepared: Prepared, loading: Progress | None = None) -> Setup:
     )
     if config.method == "full":
         if adapter is not None:
-            model = dataclasses.replace(model, parameters=merge_adapter(model.parameters, adapter, model.resolver))
+            model = dataclasses.replace(model, parameters=merge_adapter(model.parameters, adapter, model.sharding_ctx))
         return _with_trainer(prepared, model, list(model.parameters), config.lora)
     if adapter is not None:
         lora = dataclasses.replace(config.lora, rank=adapter.rank, alpha=adapter.alpha, rslora=adapter.rslora)
@@ -197,15 +197,15 @@ def set_up_abstract(prepared: Prepared) -> Setup:
     config = prepared.config
     module = Transformer(prepared.model, dtype=_base_dtype(config))
     names = None if config.method == "full" else attach(module, config.lora, dtype=_trained_dtype(config))
-    leaves: Any = abstract_parameters(module, _resolver(prepared))
-    model = LoadedModel(prepared.model, module, leaves, _resolver(prepared))
+    leaves: Any = abstract_parameters(module, _sharding_ctx(prepared))
+    model = LoadedModel(prepared.model, module, leaves, _sharding_ctx(prepared))
     return _with_trainer(prepared, model, list(leaves) if names is None else names, config.lora)
 
 
-def _resolver(prepared: Prepared) -> Resolver:
+def _sharding_ctx(prepared: Prepared) -> ShardingContext:
     text = prepared.config.mesh
     mesh = MeshConfig.parse(text) if text else training_mesh(prepared.model, jax.devices())
-    return Resolver(make_mesh(mesh), TRAIN)
+    return ShardingContext(make_mesh(mesh), TRAIN)
 
 
 def _trained_dtype(config: FinetuneConfig) -> jax.numpy.dtype:
@@ -250,7 +250,7 @@ class _Run:
         self._checkpoints, self._journal, self._watch, self._is_told = checkpoints, journal, watch, is_told
         self._identity = identity(prepared)
         self._flops = StepFlops(setup.model, setup.trained)
-        self._flops_per_second = flops_per_second(setup.model.resolver.mesh.devices.flatten(), setup.trainer.dtype)
+        self._flops_per_second = flops_per_second(setup.model.sharding_ctx.mesh.devices.flatten(), setup.trainer.dtype)
         self.loss: float | None = None
         self.eval_loss: float | None = None
 
@@ -390,7 +390,7 @@ def _write_result(prepared: Prepared, setup: Setup, state: State, announce: Call
     config, output = prepared.config, pathlib.Path(prepared.config.output)
     if config.method == "lora":
         announce(f"writing the adapter: {output / 'adapter'}")
-        adapter: Adapter = adapter_of(state.parameters, setup.lora, setup.model.resolver)
+        adapter: Adapter = adapter_of(state.parameters, setup.lora, setup.model.sharding_ctx)
         write_adapter(output / "adapter", adapter, base=config.model.path)
         return output / "adapter"
     announce(f"writing the model: {output / 'model'}")

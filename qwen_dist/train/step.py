@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from qwen_dist.checkpoint.model import LoadedModel
 from qwen_dist.models.layers import at_least_float32
 from qwen_dist.models.moe import load_balancing_loss
-from qwen_dist.sharding import bind, resolving
+from qwen_dist.sharding import use_sharding, with_parameters
 from qwen_dist.train.batches import Batch
 from qwen_dist.train.heap import join_crumbs
 from qwen_dist.train.loss import next_token_loss
@@ -74,20 +74,22 @@ class Trainer:
           remat: see `REMAT`.
           clip_norm: see `optim.clip`.
         """
-        self._resolver, self._module = model.resolver, model.module
+        self._sharding_ctx, self._module = model.sharding_ctx, model.module
         self._frozen = {name: value for name, value in model.parameters.items() if name not in trained}
         self._initial = {name: value for name, value in model.parameters.items() if name in trained}
         self._optimizer, self._schedule = optimizer, schedule
         self.dtype, self._remat, self._clip_norm = dtype, REMAT[remat], clip_norm
         self._shardings = self._state_shardings()
-        self._step = jax.jit(self._update, donate_argnums=0, out_shardings=(self._shardings, self._resolver.replicated()))
-        self._evaluate = jax.jit(self._sum_losses, out_shardings=self._resolver.replicated())
+        self._step = jax.jit(
+            self._update, donate_argnums=0, out_shardings=(self._shardings, self._sharding_ctx.replicated())
+        )
+        self._evaluate = jax.jit(self._sum_losses, out_shardings=self._sharding_ctx.replicated())
 
     def start(self) -> State:
         """The state before the first step."""
         optimizer = jax.jit(self._optimizer.init, out_shardings=self._shardings.optimizer)(self._initial)
         parameters = {name: _owned(value) for name, value in self._initial.items()}
-        return State(parameters, optimizer, self._resolver.replicate(np.zeros((), np.int32)))
+        return State(parameters, optimizer, self._sharding_ctx.replicate(np.zeros((), np.int32)))
 
     def abstract_state(self) -> State:
         """Shapes, types and shardings of `start`'s result."""
@@ -117,7 +119,7 @@ class Trainer:
         return self._step.lower(self.abstract_state(), self._frozen, parts)
 
     def _rows(self, shape: tuple[int, ...]) -> NamedSharding:
-        return self._resolver.activation("batch", shape, ("batch", "length"))
+        return self._sharding_ctx.activation("batch", shape, ("batch", "length"))
 
     def _place(self, batch: Batch) -> Batch:
         """Host arrays to the devices; every process has all rows, and puts its own there."""
@@ -126,7 +128,7 @@ class Trainer:
         )
 
     def _state_shardings(self) -> State:
-        everywhere = self._resolver.replicated()
+        everywhere = self._sharding_ctx.replicated()
 
         def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
             """An array of a parameter's name and shape lies as the parameter; counts and Adafactor's sums are small."""
@@ -179,11 +181,11 @@ class Trainer:
         self, trained: Mapping[str, jax.Array], frozen: Parameters, batch: Batch
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The sum of the tokens' losses, how many are learnt, and what a mixture of experts adds to their mean."""
-        with resolving(self._resolver):
+        with use_sharding(self._sharding_ctx):
             rounded = {name: value.astype(self.dtype) for name, value in trained.items()}
-            module = bind(self._module, frozen | rounded)
+            module = with_parameters(self._module, frozen | rounded)
             x_BTD, _, router_logits = module(batch.tokens, batch.positions, segments_BT=batch.segments, remat=self._remat)
-            apart = self._resolver.batch_multiple()
+            apart = self._sharding_ctx.batch_multiple()
             loss = next_token_loss(x_BTD, module.head(), batch.targets, batch.is_learnt, apart)
             aux_loss = jnp.zeros((), loss.dtype)
             if (moe := self._module.config.moe) is not None:

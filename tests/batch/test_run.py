@@ -196,7 +196,7 @@ def test_stopping_finishes_what_has_begun(opened):
     engine = opened[0]
     assert 1 <= summary.num_answered == len(results) <= engine.max_batch_size
     assert all(result["usage"]["completion_tokens"] == 6 for result in results)
-    assert engine.is_idle and engine.load.held_positions == 0
+    assert engine.is_idle and engine.stats.held_positions == 0
 
 
 def test_a_text_is_gone_on_from_and_scored(opened, answer):

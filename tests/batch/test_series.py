@@ -9,13 +9,13 @@ import pytest
 from qwen_dist.batch.metrics import metrics_server
 from qwen_dist.batch.run import Summary
 from qwen_dist.batch.series import MAX_SAMPLES, Series, check_chart, write_chart
-from qwen_dist.engine.engine import Load
+from qwen_dist.engine.engine import EngineStats
 from qwen_dist.errors import UserError
 
 
-def moment(seconds: float, written: int, running: int = 4) -> tuple[Summary, Load]:
+def moment(seconds: float, written: int, running: int = 4) -> tuple[Summary, EngineStats]:
     summary = Summary(num_answered=1, num_prompt_tokens=2 * written, num_generated_tokens=written, seconds=seconds)
-    return summary, Load(running, 2, 3, cache_positions=1000, held_positions=500, live_positions=250)
+    return summary, EngineStats(running, 2, 3, cache_positions=1000, held_positions=500, live_positions=250)
 
 
 def test_a_long_run_has_as_many_samples_as_a_short_one_and_the_same_means():

@@ -9,7 +9,7 @@ from qwen_dist.checkpoint.load import load, make_plan
 from qwen_dist.checkpoint.model import abstract_model
 from qwen_dist.checkpoint.source import open_checkpoint
 from qwen_dist.mesh import MeshConfig, make_mesh
-from qwen_dist.sharding import INFERENCE, Resolver
+from qwen_dist.sharding import INFERENCE, ShardingContext
 
 
 def number_in(path, key):
@@ -23,9 +23,9 @@ def main():
     jax.config.update("jax_num_cpu_devices", 4)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address, num_processes=2, process_id=int(index))
-    resolver = Resolver(make_mesh(MeshConfig.parse("expert=8")), INFERENCE)
+    sharding_ctx = ShardingContext(make_mesh(MeshConfig.parse("expert=8")), INFERENCE)
     checkpoint = open_checkpoint(folder)
-    target, disk_shapes, tied = abstract_model(checkpoint.config, resolver, "bfloat16")
+    target, disk_shapes, tied = abstract_model(checkpoint.config, sharding_ctx, "bfloat16")
     options = {"disk_shapes": disk_shapes, "tied": tied, "host_memory_budget": int(budget)}
     plan = make_plan(checkpoint, target, **options)
     with open("/proc/self/clear_refs", "w") as refs:

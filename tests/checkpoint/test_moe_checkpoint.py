@@ -8,21 +8,21 @@ from safetensors.numpy import load_file
 
 from qwen_dist.checkpoint.model import export_model, load_model
 from qwen_dist.mesh import MeshConfig, make_mesh
-from qwen_dist.sharding import INFERENCE, Resolver
+from qwen_dist.sharding import INFERENCE, ShardingContext
 
 SIZES = {"num_experts": 8, "vocab_size": 320}
 
 
 @pytest.fixture
-def resolver():
-    return Resolver(make_mesh(MeshConfig.parse("expert=4,tensor=2")), INFERENCE)
+def sharding_ctx():
+    return ShardingContext(make_mesh(MeshConfig.parse("expert=4,tensor=2")), INFERENCE)
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
-def test_experts_are_stacked_where_they_are_used(tiny_checkpoint, resolver, family):
+def test_experts_are_stacked_where_they_are_used(tiny_checkpoint, sharding_ctx, family):
     directory = tiny_checkpoint(family, **SIZES)
     stored = load_file(directory / "model.safetensors")
-    parameters = load_model(directory, resolver, dtype="float32").parameters
+    parameters = load_model(directory, sharding_ctx, dtype="float32").parameters
     layer = 0 if family == "qwen2_moe" else 1  # mlp_only_layers, decoder_sparse_step
     experts = f"layers.{layer}.mlp.experts."
     held = parameters[experts + "gate_up_proj"]
@@ -36,9 +36,9 @@ def test_experts_are_stacked_where_they_are_used(tiny_checkpoint, resolver, fami
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
-def test_export_restores_every_experts_tensors_bit_for_bit(tiny_checkpoint, resolver, family, tmp_path):
+def test_export_restores_every_experts_tensors_bit_for_bit(tiny_checkpoint, sharding_ctx, family, tmp_path):
     directory = tiny_checkpoint(family, **SIZES)
-    export_model(str(directory), resolver, str(tmp_path / "new"), max_shard_bytes=50_000)
+    export_model(str(directory), sharding_ctx, str(tmp_path / "new"), max_shard_bytes=50_000)
     index = json.loads((tmp_path / "new" / "model.safetensors.index.json").read_text())
     files = {name: load_file(tmp_path / "new" / name) for name in set(index["weight_map"].values())}
     before = load_file(directory / "model.safetensors")

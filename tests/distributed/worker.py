@@ -17,7 +17,7 @@ from qwen_dist.hosts.cluster import detect
 from qwen_dist.hosts.join import join
 from qwen_dist.hosts.preflight import gather
 from qwen_dist.mesh import MeshConfig, make_mesh
-from qwen_dist.sharding import INFERENCE, TRAIN, Resolver, bind, resolving
+from qwen_dist.sharding import INFERENCE, TRAIN, ShardingContext, use_sharding, with_parameters
 from qwen_dist.tokenizer import Tokenizer
 
 NEW = SamplingParams(max_new_tokens=12)
@@ -39,8 +39,8 @@ def main():
 def compute(directory, mesh):
     devices = jax.devices()[:1] if mesh == "data=1" else jax.devices()
     placed = make_mesh(MeshConfig.parse(mesh), devices)
-    logits, gradients = forward_and_gradients(load_model(directory, Resolver(placed, TRAIN), dtype="float64"))
-    model = load_model(directory, Resolver(placed, INFERENCE), dtype="float64")
+    logits, gradients = forward_and_gradients(load_model(directory, ShardingContext(placed, TRAIN), dtype="float64"))
+    model = load_model(directory, ShardingContext(placed, INFERENCE), dtype="float64")
     tokenizer = Tokenizer.from_directory(directory)
     tokenizer.stop_ids = frozenset()
     rng = np.random.default_rng(3)
@@ -60,11 +60,11 @@ def forward_and_gradients(model):
     rng = np.random.default_rng(2)
     tokens_BT = rng.integers(0, 331, (8, 24)).astype(np.int32)
     positions_BT = np.tile(np.arange(24, dtype=np.int32), (8, 1))
-    replicated = model.resolver.replicated()
+    replicated = model.sharding_ctx.replicated()
 
     def loss(parameters):
-        with resolving(model.resolver):
-            module = bind(model.module, parameters)
+        with use_sharding(model.sharding_ctx):
+            module = with_parameters(model.module, parameters)
             x_BTD, *_ = module(tokens_BT, positions_BT)
             logits_BTV = module.unembed(x_BTD)
             log_probs_BTV = jax.nn.log_softmax(logits_BTV[:, :-1])

@@ -11,13 +11,13 @@ import transformers
 
 from qwen_dist.checkpoint.model import load_model
 from qwen_dist.engine.engine import BLOCK, NUM_BLOCKS, Engine
-from qwen_dist.engine.request import Request, SamplingParams, Update
-from qwen_dist.engine.runner import RuleTable, Runner
+from qwen_dist.engine.request import Request, RequestOutput, SamplingParams
+from qwen_dist.engine.runner import Runner, SamplingTable
 from qwen_dist.engine.scheduler import Piece, Scheduler
 from qwen_dist.errors import UserError
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.cache import CACHE_AXES, PAGE, VISITS, page_bytes
-from qwen_dist.sharding import INFERENCE, Resolver
+from qwen_dist.sharding import INFERENCE, ShardingContext
 from qwen_dist.tokenizer import Tokenizer
 
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "num_hidden_layers": 2}
@@ -47,8 +47,8 @@ def tokenizer(directory):
 def model(directory):
     @functools.cache
     def on(mesh: str):
-        resolver = Resolver(make_mesh(MeshConfig.parse(mesh)), INFERENCE)
-        return load_model(directory, resolver, dtype="float32")
+        sharding_ctx = ShardingContext(make_mesh(MeshConfig.parse(mesh)), INFERENCE)
+        return load_model(directory, sharding_ctx, dtype="float32")
 
     return on
 
@@ -88,11 +88,11 @@ def expected(reference):
     return tokens
 
 
-def answers(engine: Engine, prompts, params) -> list[list[Update]]:
+def answers(engine: Engine, prompts, params) -> list[list[RequestOutput]]:
     """The updates of each prompt; `params` is one for all or one each."""
     params = [params] * len(prompts) if isinstance(params, SamplingParams) else params
     requests = [Request(index, prompt, row) for index, (prompt, row) in enumerate(zip(prompts, params, strict=True))]
-    updates: list[list[Update]] = [[] for _ in requests]
+    updates: list[list[RequestOutput]] = [[] for _ in requests]
     for update in engine.run(requests):
         assert not updates[update.request.key] or updates[update.request.key][-1].finish_reason is None
         updates[update.request.key].append(update)
@@ -100,13 +100,13 @@ def answers(engine: Engine, prompts, params) -> list[list[Update]]:
     return updates
 
 
-def tokens_of(updates: list[Update]) -> list[int]:
+def tokens_of(updates: list[RequestOutput]) -> list[int]:
     tokens = [token for update in updates for token in update.tokens]
     assert updates[-1].num_generated == len(tokens)
     return tokens
 
 
-def text_of(updates: list[Update]) -> str:
+def text_of(updates: list[RequestOutput]) -> str:
     return "".join(update.text for update in updates)
 
 
@@ -176,7 +176,7 @@ def test_several_steps_in_a_dispatch(model, tokenizer, expected, num_steps):
 @pytest.mark.slow
 def test_rows_that_give_their_pages_back_are_answered_all_the_same(model, tokenizer, expected):
     """Two prompts fill all pages; the first to need one more takes them from the other."""
-    one = page_bytes(model("").config, model("").resolver, model("").dtype)
+    one = page_bytes(model("").config, model("").sharding_ctx, model("").dtype)
     prompts = [PROMPTS[2][:-2], PROMPTS[2][:-1], PROMPTS[2]]
     small = Engine(model(""), tokenizer, max_batch_size=4, cache_bytes=8 * one)
     large = Engine(model(""), tokenizer, max_batch_size=4)
@@ -189,7 +189,7 @@ def test_rows_that_give_their_pages_back_are_answered_all_the_same(model, tokeni
 
 def test_the_state_is_used_up_and_stays_where_the_rules_say(model):
     loaded = model("data=2,fsdp=2,tensor=2")
-    runner, rules = Runner(loaded, num_rows=2), RuleTable(2)
+    runner, rules = Runner(loaded, num_rows=2), SamplingTable(2)
     sizes = {
         "page_size": PAGE,
         "block_size": BLOCK,
@@ -206,7 +206,7 @@ def test_the_state_is_used_up_and_stays_where_the_rules_say(model):
     after, _ = runner.read(before, piece, rules.look_up(piece.rows_B, ()), num_top=None)
     for old, new in zip(jax.tree.leaves(before.cache), jax.tree.leaves(after.cache), strict=True):
         assert old.is_deleted()
-        assert new.sharding.is_equivalent_to(loaded.resolver.activation("cache", new.shape, CACHE_AXES), new.ndim)
+        assert new.sharding.is_equivalent_to(loaded.sharding_ctx.activation("cache", new.shape, CACHE_AXES), new.ndim)
         assert new.addressable_shards[0].data.size == new.size // 4  # of the batch and of the heads a half each
 
 
@@ -296,7 +296,7 @@ ASKED = (3, None, 0, 5)
 INDICES = (0, 1, 1, 0)
 
 
-def ask_for_log_probabilities(engine) -> list[list[Update]]:
+def ask_for_log_probabilities(engine) -> list[list[RequestOutput]]:
     params = [SamplingParams(NUM_NEW, repetition_penalty=1.3, logprobs=number) for number in ASKED]
     return answers(engine(""), [PROMPTS[index] for index in INDICES], params)
 
@@ -346,7 +346,7 @@ def test_a_prompt_that_is_read_twice_is_scored_once(model, tokenizer):
     """A pool that is too small for all: some give their pages back, and are read again."""
     params = SamplingParams(3 * PAGE, prompt_logprobs=1)
     prompts = [tuple(RNG.integers(0, 331, PAGE + 1 + 7 * row).tolist()) for row in range(4)]
-    small = 6 * page_bytes(model("").config, model("").resolver, model("").dtype)
+    small = 6 * page_bytes(model("").config, model("").sharding_ctx, model("").dtype)
     crowded = Engine(model(""), tokenizer, max_batch_size=4, cache_bytes=small)
     rows = answers(crowded, prompts, params)
     assert crowded.load.num_preempted > 0

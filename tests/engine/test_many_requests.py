@@ -8,7 +8,7 @@ from qwen_dist.engine.engine import Engine
 from qwen_dist.engine.request import Request, SamplingParams
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.cache import PAGE, page_bytes
-from qwen_dist.sharding import INFERENCE, Resolver
+from qwen_dist.sharding import INFERENCE, ShardingContext
 from qwen_dist.tokenizer import Tokenizer
 
 
@@ -22,9 +22,9 @@ from qwen_dist.tokenizer import Tokenizer
 )
 def test_every_request_ends_as_it_should(tiny_directory, count, rows, num_pages, num_steps):
     directory = tiny_directory("qwen3", num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
-    resolver = Resolver(make_mesh(MeshConfig.parse("data=1")), INFERENCE)
-    model, tokenizer = load_model(directory, resolver, dtype="float32"), Tokenizer.from_directory(directory)
-    cache_bytes = num_pages * page_bytes(model.config, resolver, model.dtype)
+    sharding_ctx = ShardingContext(make_mesh(MeshConfig.parse("data=1")), INFERENCE)
+    model, tokenizer = load_model(directory, sharding_ctx, dtype="float32"), Tokenizer.from_directory(directory)
+    cache_bytes = num_pages * page_bytes(model.config, sharding_ctx, model.dtype)
     engine = Engine(model, tokenizer, max_batch_size=rows, cache_bytes=cache_bytes, steps_per_dispatch=num_steps)
     rng, coming = np.random.default_rng(count), iter(range(count))
     running: dict[int, Request] = {}
@@ -37,17 +37,17 @@ def test_every_request_ends_as_it_should(tiny_directory, count, rows, num_pages,
         while len(running) < 3 * rows and (key := next(coming, None)) is not None:
             running[key] = random_request(rng, key)
             texts[key], tokens[key] = "", []
-            engine.submit(running[key])
+            engine.add_request(running[key])
         if running and rng.random() < 0.1:
             key = list(running)[int(rng.integers(len(running)))]
-            engine.cancel(running.pop(key))
+            engine.abort(running.pop(key))
             cancelled.add(key)
         if engine.is_idle:
             break
         updates = engine.step()
         num_idle = 0 if updates else num_idle + 1
         assert num_idle < 100, "stuck"
-        most_held = max(most_held, engine.load.held_positions)
+        most_held = max(most_held, engine.stats.held_positions)
         for update in updates:
             key = update.request.key
             assert key in running and running[key] is update.request
@@ -66,7 +66,7 @@ def test_every_request_ends_as_it_should(tiny_directory, count, rows, num_pages,
         assert len(written) == limit if reason == "length" else len(written) <= limit
         assert not any(stop in text for stop in request.params.stop)
     assert min(reasons.values()) > 0 and cancelled
-    load = engine.load
+    load = engine.stats
     assert (load.num_running, load.num_waiting, load.held_positions, load.live_positions) == (0, 0, 0, 0)
     assert most_held <= num_pages * PAGE
     # Each as if alone.

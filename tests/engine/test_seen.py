@@ -7,7 +7,7 @@ import pytest
 from qwen_dist.engine import seen
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.planning.compile import count_collectives
-from qwen_dist.sharding import INFERENCE, Resolver, resolving
+from qwen_dist.sharding import INFERENCE, ShardingContext, use_sharding
 
 ROWS, VOCAB, LENGTH = 8, 48, 5
 
@@ -34,17 +34,17 @@ def expected(table, rows, tokens, positions):
 @pytest.mark.parametrize("mesh", ["data=1", "data=4,tensor=2", "data=2,expert=2,context=2", "fsdp=2,tensor=4"])
 def test_what_rows_have_met(mesh):
     config = MeshConfig.parse(mesh)
-    resolver = Resolver(make_mesh(config, jax.devices()[: 1 if mesh == "data=1" else 8]), INFERENCE)
+    sharding_ctx = ShardingContext(make_mesh(config, jax.devices()[: 1 if mesh == "data=1" else 8]), INFERENCE)
 
     def jitted(function):
         def run(*operands):
-            with resolving(resolver):
+            with use_sharding(sharding_ctx):
                 return function(*operands)
 
         return jax.jit(run)
 
     read, add, of_rows = map(jitted, (seen.read, seen.add, seen.of_rows))
-    with resolving(resolver):
+    with use_sharding(sharding_ctx):
         table = jax.jit(lambda: seen.empty(ROWS, VOCAB))()
     wanted = np.zeros((ROWS, VOCAB), bool)
     rng = np.random.default_rng(0)

@@ -10,7 +10,7 @@ from qwen_dist.engine.engine import BLOCK, NUM_BLOCKS, Engine
 from qwen_dist.engine.request import Request, SamplingParams
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.cache import PAGE, page_bytes
-from qwen_dist.sharding import INFERENCE, Resolver
+from qwen_dist.sharding import INFERENCE, ShardingContext
 from qwen_dist.tokenizer import Tokenizer
 
 WINDOW, PIECE = 37, NUM_BLOCKS * BLOCK
@@ -35,15 +35,15 @@ def checkpoint(request, tiny_directory):
 @pytest.mark.parametrize("mesh", ["", pytest.param("data=2,fsdp=2,tensor=2", marks=pytest.mark.slow)])
 def test_answers_beyond_the_window_are_transformers_and_memory_is_the_windows(checkpoint, mesh):
     directory, windows = checkpoint
-    resolver = Resolver(make_mesh(MeshConfig.parse(mesh)), INFERENCE)
-    model, tokenizer = load_model(directory, resolver, dtype="float32"), Tokenizer.from_directory(directory)
+    sharding_ctx = ShardingContext(make_mesh(MeshConfig.parse(mesh)), INFERENCE)
+    model, tokenizer = load_model(directory, sharding_ctx, dtype="float32"), Tokenizer.from_directory(directory)
     assert model.config.windows == windows
     tokenizer.stop_ids = frozenset()
     rng = np.random.default_rng(3)
     prompts = [tuple(rng.integers(0, 300, length).tolist()) for length in LENGTHS]
     expected = transformers_answers(directory, prompts)
     # With little memory the others wait for the first.
-    little = (2 * RING + 3) * page_bytes(model.config, resolver, model.dtype)
+    little = (2 * RING + 3) * page_bytes(model.config, sharding_ctx, model.dtype)
     for cache_bytes in (10**9, little):
         engine = Engine(model, tokenizer, max_batch_size=4, cache_bytes=cache_bytes)
         found: list[list[int]] = [[] for _ in prompts]
@@ -51,9 +51,9 @@ def test_answers_beyond_the_window_are_transformers_and_memory_is_the_windows(ch
         for update in engine.run(requests):
             found[update.request.key] += update.tokens
             for window, held in zip(windows, engine._scheduler.num_held_pages, strict=True):
-                assert window is None or held <= engine.load.num_running * RING
+                assert window is None or held <= engine.stats.num_running * RING
         assert found == expected
-        assert engine.load.held_positions == 0
+        assert engine.stats.held_positions == 0
 
 
 def transformers_answers(directory, prompts):

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.attention import QUERY_BLOCK, attend
 from qwen_dist.planning.compile import collectives
-from qwen_dist.sharding import TRAIN, Resolver, resolving
+from qwen_dist.sharding import TRAIN, ShardingContext, use_sharding
 
 B, N, K, H = 2, 4, 2, 16
 
@@ -26,16 +26,16 @@ def inputs(length: int):
 
 def on_mesh(text: str, arrays, **options):
     """Output and gradients by q, k and v of attention under the training rules, and the compiled program."""
-    resolver = Resolver(make_mesh(MeshConfig.parse(text)), TRAIN)
+    sharding_ctx = ShardingContext(make_mesh(MeshConfig.parse(text)), TRAIN)
     names = (
         ("batch", "length", "q_heads", "head_dim"),
         *(("batch", "kv_heads", "length", "head_dim"),) * 2,
         ("batch", "length"),
     )
-    placed = [jax.device_put(x, resolver.activation("x", x.shape, axes)) for x, axes in zip(arrays, names, strict=True)]
+    placed = [jax.device_put(x, sharding_ctx.activation("x", x.shape, axes)) for x, axes in zip(arrays, names, strict=True)]
 
     def output(q, k, v, positions):
-        with resolving(resolver):
+        with use_sharding(sharding_ctx):
             return attend(q, k, v, positions, **options)
 
     def loss(*operands):

@@ -16,7 +16,7 @@ from qwen_dist.models.config import MoEConfig
 from qwen_dist.models.grouped import grouped_product
 from qwen_dist.models.moe import Experts, load_balancing_loss, route
 from qwen_dist.planning.compile import collectives
-from qwen_dist.sharding import INFERENCE, RULE_SETS, Resolver, bind, random_parameters, resolving
+from qwen_dist.sharding import INFERENCE, RULE_SETS, ShardingContext, random_parameters, use_sharding, with_parameters
 
 C, O = 12, 10
 # rows of each group, and rows behind the last one that belong to none
@@ -160,19 +160,19 @@ QUICK = "fsdp=2,expert=2,tensor=2"
 LOADS = {"random": (0, 16), "all to three": (0, 3), "all to the last device": (13, 16)}
 
 
-def resolver(mesh, rules=INFERENCE):
-    return Resolver(make_mesh(MeshConfig.parse(mesh)), rules)
+def sharding_ctx(mesh, rules=INFERENCE):
+    return ShardingContext(make_mesh(MeshConfig.parse(mesh)), rules)
 
 
 @functools.lru_cache
 def program(mesh, rules):
     """The mixture of some tokens, and its gradient by tokens, scores and weights; and the weights."""
-    where = resolver(mesh, RULE_SETS[rules])
+    where = sharding_ctx(mesh, RULE_SETS[rules])
     module = Experts(MOE.num_experts, D, MOE.expert_size, dtype="float64", std=1.0)
 
     def loss(x, scores, parameters, chosen, towards):
-        with resolving(where):
-            y, each = bind(module, parameters)(x, chosen, scores)
+        with use_sharding(where):
+            y, each = with_parameters(module, parameters)(x, chosen, scores)
         return jnp.vdot(y, towards), (y, each)
 
     return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True)), random_parameters(module, where)
@@ -221,14 +221,14 @@ def test_on_a_mesh_it_is_the_same_however_uneven_the_loads(mesh, load, rules):
 @functools.lru_cache
 def exchanged(mesh, rules):
     """Every collective of the compiled mixture: kind and elements."""
-    where = resolver(mesh, RULE_SETS[rules])
+    where = sharding_ctx(mesh, RULE_SETS[rules])
     # As many tokens as a row has are not a size that any weight has.
     module = Experts(MOE.num_experts, 64, 32, dtype="float32", std=1.0)
     parameters = random_parameters(module, where)
 
     def run(parameters, x, chosen, scores):
-        with resolving(where):
-            return bind(module, parameters)(x, chosen, scores)[0]
+        with use_sharding(where):
+            return with_parameters(module, parameters)(x, chosen, scores)[0]
 
     chosen = jnp.zeros((B, 5, 3), jnp.int32)
     text = jax.jit(run).lower(parameters, jnp.ones((B, 5, 64)), chosen, jnp.ones((B, 5, 3))).compile().as_text()
@@ -254,4 +254,4 @@ def test_experts_that_the_mesh_does_not_divide():
     with pytest.raises(
         UsageError, match=r"experts is 12, which the 8 parts of expert do not divide \(legal: 1, 2, 3, 4, 6"
     ):
-        random_parameters(module, resolver("expert=8"))
+        random_parameters(module, sharding_ctx("expert=8"))

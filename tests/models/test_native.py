@@ -11,9 +11,9 @@ from native_kernels import needs_kernels
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models import cache as kv_cache
 from qwen_dist.models import mlp, moe, native, paged_attention, rope
-from qwen_dist.models.layers import contract
+from qwen_dist.models.layers import matmul
 from qwen_dist.models.moe import Stack
-from qwen_dist.sharding import INFERENCE, TRAIN, Parts, Resolver, bind, resolving
+from qwen_dist.sharding import INFERENCE, TRAIN, LocalShard, ShardingContext, use_sharding, with_parameters
 
 pytestmark = needs_kernels
 
@@ -89,7 +89,7 @@ def test_experts(sizes, dtype):
     operands = layer_of_experts(dtype, **sizes)
     assert native.can_mix(operands[0], operands[3].stack_EOI, operands[4].stack_EOI)
     mixed, each = moe._mix_natively(*operands)
-    plain_mixed, plain_each = moe._mix_in_xla(Parts(), *operands)
+    plain_mixed, plain_each = moe._mix_in_xla(LocalShard(), *operands)
     assert mixed.dtype == each.dtype == dtype
     for out, plain in ((mixed, plain_mixed), (each, plain_each)):
         out, plain = (np.asarray(y, np.float32) for y in (out, plain))
@@ -110,7 +110,7 @@ def test_gradients_of_experts():
         mixed, each = mix(x, chosen, scores, *stacks)
         return jnp.sum(jnp.sin(mixed)) + jnp.sum(jnp.cos(each))
 
-    plain = functools.partial(moe._mix_in_xla, Parts())
+    plain = functools.partial(moe._mix_in_xla, LocalShard())
     of_kernel, of_plain = (jax.grad(loss, (1, 2, 3))(mix, x, scores, stacks) for mix in (moe._mix_natively, plain))
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=0), of_kernel, of_plain)
 
@@ -197,9 +197,9 @@ def program_with(kernel):
         module = moe.Experts(num_experts=4, embed=64, mlp=32, dtype=jnp.float32, std=0.02)
         weights = {"gate_up_proj": jnp.ones((4, 2, 32, 64)), "down_proj": jnp.ones((4, 64, 32))}
         choices = jnp.ones((2, 2, 1), jnp.int32), jnp.ones((2, 2, 1))
-        return lambda weights, *arrays: bind(module, weights)(*arrays), (weights, jnp.ones((2, 2, 64)), *choices)
+        return lambda weights, *arrays: with_parameters(module, weights)(*arrays), (weights, jnp.ones((2, 2, 64)), *choices)
     return {
-        native.GROUPED_PRODUCT: (lambda x, weight: contract(x, weight), (jnp.ones((3, 64)), jnp.ones((8, 64)))),
+        native.GROUPED_PRODUCT: (lambda x, weight: matmul(x, weight), (jnp.ones((3, 64)), jnp.ones((8, 64)))),
         native.GATED: (lambda gate, up: mlp.gated(gate, up), (jnp.ones((3, 64)),) * 2),
         native.ROTATE: (lambda x, *angles: rope.rotate(x, *angles), (jnp.ones((1, 2, 3, 8)), *(jnp.ones((1, 2, 4)),) * 2)),
     }[kernel]
@@ -210,7 +210,7 @@ def test_where_they_are_used(kernel, monkeypatch):
     program, arrays = program_with(kernel)
 
     def is_used(devices, rules=INFERENCE):
-        with resolving(Resolver(make_mesh(MeshConfig(data=devices), jax.devices()[:devices]), rules)):
+        with use_sharding(ShardingContext(make_mesh(MeshConfig(data=devices), jax.devices()[:devices]), rules)):
             return kernel in jax.jit(lambda *arrays: program(*arrays)).lower(*arrays).as_text()
 
     assert is_used(1)

@@ -10,7 +10,7 @@ import pytest
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.attention import attend
 from qwen_dist.models.splash_attention import attend_tiles
-from qwen_dist.sharding import TRAIN, Resolver, resolving
+from qwen_dist.sharding import TRAIN, ShardingContext, use_sharding
 
 B, N, K = 2, 4, 2
 
@@ -49,7 +49,7 @@ def run(function, arrays, sliding_window):
 def test_the_numbers_of_the_plain_form(length, head_dim, sliding_window, mesh):
     arrays = inputs(length, head_dim)
     expected = run(attend, arrays, sliding_window)
-    with resolving(Resolver(make_mesh(MeshConfig.parse(mesh)), TRAIN)):
+    with use_sharding(ShardingContext(make_mesh(MeshConfig.parse(mesh)), TRAIN)):
         found = run(functools.partial(attend_tiles, interpret=True), arrays, sliding_window)
     for name, x, y in zip(("output", "by q", "by k", "by v"), found, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5, err_msg=name)

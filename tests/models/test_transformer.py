@@ -18,7 +18,7 @@ from qwen_dist.models import cache as kv_cache
 from qwen_dist.models.cache import PAGE
 from qwen_dist.models.capture import capture
 from qwen_dist.models.transformer import Transformer
-from qwen_dist.sharding import INFERENCE, Resolver, bind
+from qwen_dist.sharding import INFERENCE, ShardingContext, with_parameters
 
 LENGTH, PADDING = 600, 53  # tokens; a partial-rotation fault shows only near position 500
 # Measured: 4e-7 to 1.1e-6 against transformers, 2e-7 to 4e-7 between the paths of this model.
@@ -119,7 +119,7 @@ def case(tiny_checkpoint) -> Callable[[str], Case]:
 
 
 def load(directory, dtype) -> LoadedModel:
-    return load_model(directory, Resolver(make_mesh(MeshConfig()), INFERENCE), dtype=dtype)
+    return load_model(directory, ShardingContext(make_mesh(MeshConfig()), INFERENCE), dtype=dtype)
 
 
 def forward(model: LoadedModel) -> Callable[..., Any]:
@@ -127,7 +127,7 @@ def forward(model: LoadedModel) -> Callable[..., Any]:
 
     @jax.jit
     def run(parameters, tokens_BT, positions_BT, cache=None):
-        module = bind(model.module, parameters)
+        module = with_parameters(model.module, parameters)
         if cache is None:
             pages = None
         else:
@@ -226,7 +226,7 @@ def test_a_row_may_be_any_part_of_a_sequence_on_pages_in_any_order(case):
 
     @jax.jit
     def run(parameters, cache):
-        module = bind(model.module, parameters)
+        module = with_parameters(model.module, parameters)
         x_BTD, cache, _ = module(tokens, positions, cache, pages)
         return module.unembed(x_BTD), cache
 
@@ -245,7 +245,7 @@ def test_of_the_last_block_only_what_is_wanted_is_computed(case, name):
 
     def run(only_B=None):
         with capture() as taps:
-            out = bind(model.module, model.parameters)(tokens, positions, empty(model, 6), pages, only_B=only_B)
+            out = with_parameters(model.module, model.parameters)(tokens, positions, empty(model, 6), pages, only_B=only_B)
         return out, {name: value.shape[1] for name, value in taps.items()}
 
     (all_BTD, whole, _), _ = run()

@@ -121,7 +121,7 @@ MUTATIONS = [
     _mutation(
         "missing bias",
         LAYERS + "Linear.unrounded",
-        "y + gather(self.bias[...], *dict(self.out_sizes)).astype(y.dtype)",
+        "y + all_gather_weight(self.bias[...], *dict(self.out_sizes)).astype(y.dtype)",
         "y",
         named=FIRST + "q_proj",
     ),
@@ -172,13 +172,13 @@ MUTATIONS = [
     _mutation(
         "norm weight is 1 + w",
         LAYERS + "RMSNorm.__call__",
-        "gather(self.weight[...], self.axis).astype",
+        "all_gather_weight(self.weight[...], self.axis).astype",
         "(1 + self.weight[...]).astype",
         named="layers.0.input_layernorm",
     ),
     _mutation(
         "transposed o_proj",
-        "sharding:bind",
+        "sharding:with_parameters",
         "parameters[_name(path)]",
         "(lambda w: w.reshape(w.shape[0], -1).T.reshape(w.shape) if 'o_proj' in path else w)(parameters[_name(path)])",
         named=FIRST + "o_proj",
@@ -268,9 +268,9 @@ MUTATIONS = [
     _mutation(
         "a loaded weight is rounded",
         "checkpoint.model:load_model",
-        "return LoadedModel(config, module, parameters, resolver)",
+        "return LoadedModel(config, module, parameters, sharding_ctx)",
         "bits = {n: p.astype('bfloat16').astype(dtype) for n, p in parameters.items()}\n"
-        "    return LoadedModel(config, module, bits, resolver)",
+        "    return LoadedModel(config, module, bits, sharding_ctx)",
         named="embed_tokens.weight",
     ),
     _mutation(

@@ -17,14 +17,14 @@ from qwen_dist.checkpoint.model import load_model
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.parity.inputs import random_tokens
 from qwen_dist.parity.subject import Subject
-from qwen_dist.sharding import INFERENCE, Resolver
+from qwen_dist.sharding import INFERENCE, ShardingContext
 
 pytestmark = pytest.mark.parity
 
 
 def digests(checkpoint: str, dtype: str) -> dict[str, str]:
     """A digest of everything that the model computes: intermediates, logits, decoding, loss and gradients."""
-    subject = Subject(load_model(checkpoint, Resolver(make_mesh(MeshConfig.parse("")), INFERENCE), dtype=dtype))
+    subject = Subject(load_model(checkpoint, ShardingContext(make_mesh(MeshConfig.parse("")), INFERENCE), dtype=dtype))
     inputs = random_tokens(311, 30, 2)
     values = dict(subject.forward(inputs, np.arange(30)))
     values["cached"], values["whole"] = subject.decode(inputs, inputs.tokens[:, :3], chunk=13)

@@ -10,7 +10,7 @@ import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from qwen_dist.models.layers import RMSNorm
-from qwen_dist.sharding import bind
+from qwen_dist.sharding import with_parameters
 
 pytestmark = pytest.mark.parity
 
@@ -24,7 +24,7 @@ def test_bfloat16_norm_weight_gradient_is_as_good_as_pytorch():
     exact = np.sum(exact_cotangent * normed, 0)
 
     module = RMSNorm("embed", 64, eps=1e-6, dtype=jnp.bfloat16)
-    _, pull = jax.vjp(lambda weight: bind(module, {"weight": weight})(x), weight)
+    _, pull = jax.vjp(lambda weight: with_parameters(module, {"weight": weight})(x), weight)
     ours = np.asarray(jax.jit(pull)(cotangent)[0], np.float64)
 
     theirs = Qwen3RMSNorm(64, eps=1e-6).to(torch.bfloat16)

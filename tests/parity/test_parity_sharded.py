@@ -12,7 +12,7 @@ import pytest
 from qwen_dist.checkpoint.model import load_model
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.parity.inputs import random_tokens
-from qwen_dist.sharding import RULE_SETS, Resolver, bind, resolving
+from qwen_dist.sharding import RULE_SETS, ShardingContext, use_sharding, with_parameters
 
 pytestmark = pytest.mark.parity
 
@@ -39,23 +39,23 @@ def run(tiny_checkpoint):
     @functools.lru_cache
     def run(mesh, rules, dtype, family="qwen3"):
         """Logits, and the gradient of a loss that weighs them all, by every parameter."""
-        resolver = Resolver(make_mesh(MeshConfig.parse(mesh)), RULE_SETS[rules])
+        sharding_ctx = ShardingContext(make_mesh(MeshConfig.parse(mesh)), RULE_SETS[rules])
         tokens, positions = jnp.asarray(INPUTS.tokens), jnp.asarray(INPUTS.positions)
 
         def loss(parameters, module):
-            with resolving(resolver):
-                model = bind(module, parameters)
+            with use_sharding(sharding_ctx):
+                model = with_parameters(module, parameters)
                 hidden, *_ = model(tokens, positions)
                 logits = model.unembed(hidden)
             real = jnp.where((positions >= 0)[..., None], jax.nn.log_softmax(logits), 0)
             return jnp.mean(jnp.square(real)), logits
 
         with jax.enable_x64(dtype == "float64"):
-            loaded = load_model(checkpoints[family], resolver, dtype=dtype)
+            loaded = load_model(checkpoints[family], sharding_ctx, dtype=dtype)
             differentiate = jax.grad(functools.partial(loss, module=loaded.module), has_aux=True)
             shardings = {name: value.sharding for name, value in loaded.parameters.items()}
             gradients, logits = jax.jit(differentiate, out_shardings=(shardings, None))(loaded.parameters)
-        return resolver, loaded, logits, gradients
+        return sharding_ctx, loaded, logits, gradients
 
     return run
 
@@ -73,7 +73,7 @@ def spelled_out(spec):
 
 def check(run, mesh, rules, dtype, bound, family="qwen3"):
     _, _, expected_logits, expected_gradients = run("", rules, dtype, family)
-    resolver, loaded, logits, gradients = run(mesh, rules, dtype, family)
+    sharding_ctx, loaded, logits, gradients = run(mesh, rules, dtype, family)
     real = INPUTS.is_real
     assert relative(np.asarray(logits)[real], np.asarray(expected_logits)[real]) <= bound
     if dtype == "float64":
@@ -81,7 +81,7 @@ def check(run, mesh, rules, dtype, bound, family="qwen3"):
     for name, gradient in gradients.items():
         assert relative(gradient, expected_gradients[name]) <= bound, name
         assert gradient.sharding == loaded.parameters[name].sharding
-    said = resolver.activation("logits", logits.shape, ("batch", "length", "vocab"))
+    said = sharding_ctx.activation("logits", logits.shape, ("batch", "length", "vocab"))
     assert spelled_out(logits.sharding.spec) == spelled_out(said.spec)
     assert logits.sharding.is_equivalent_to(said, logits.ndim)
 

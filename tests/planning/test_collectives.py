@@ -8,7 +8,7 @@ from qwen_dist.models.config import ModelConfig
 from qwen_dist.planning.chips import Topology
 from qwen_dist.planning.compile import collectives, count_collectives, lower, topology_mesh
 from qwen_dist.planning.workload import Workload
-from qwen_dist.sharding import Resolver
+from qwen_dist.sharding import ShardingContext
 
 ONE_LAYER = SMALL | {"num_hidden_layers": 1}
 TEXT = """
@@ -45,8 +45,8 @@ def test_collectives_of_a_compiled_text():
 
 def text(topology: str, mesh: str, hf, verb: str, phase: str) -> str:
     workload = Workload(verb, 8, 256)
-    resolver = Resolver(topology_mesh(Topology.parse(topology), MeshConfig.parse(mesh)), workload.rules)
-    return lower(ModelConfig.from_hf(hf), resolver, workload, phase).compile().as_text()
+    sharding_ctx = ShardingContext(topology_mesh(Topology.parse(topology), MeshConfig.parse(mesh)), workload.rules)
+    return lower(ModelConfig.from_hf(hf), sharding_ctx, workload, phase).compile().as_text()
 
 
 def check_tensor_parallel(topology: str, mesh: str, hf, phase: str) -> None:

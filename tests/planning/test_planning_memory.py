@@ -17,21 +17,21 @@ from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.planning.chips import Topology
 from qwen_dist.planning.compile import Collective, Compiled, compile_program, extrapolate, lower, topology_mesh
-from qwen_dist.planning.memory import Arithmetic, abstract_resolver
+from qwen_dist.planning.memory import Arithmetic, abstract_sharding_context
 from qwen_dist.planning.workload import Workload
-from qwen_dist.sharding import Resolver, random_parameters
+from qwen_dist.sharding import ShardingContext, random_parameters
 
 CPU = Topology.parse("cpu:8")
 
 
 def arithmetic(hf, mesh: str, workload: Workload, num_devices: int = 8) -> Arithmetic:
-    resolver = abstract_resolver(MeshConfig.parse(mesh), num_devices, workload)
-    return Arithmetic.of(ModelConfig.from_hf(hf), resolver, workload)
+    sharding_ctx = abstract_sharding_context(MeshConfig.parse(mesh), num_devices, workload)
+    return Arithmetic.of(ModelConfig.from_hf(hf), sharding_ctx, workload)
 
 
 def compiled(hf, mesh: str, workload: Workload, phase: str):
-    resolver = Resolver(topology_mesh(CPU, MeshConfig.parse(mesh)), workload.rules)
-    return compile_program(lower(ModelConfig.from_hf(hf), resolver, workload, phase))
+    sharding_ctx = ShardingContext(topology_mesh(CPU, MeshConfig.parse(mesh)), workload.rules)
+    return compile_program(lower(ModelConfig.from_hf(hf), sharding_ctx, workload, phase))
 
 
 def test_parameters_of_released_models():
@@ -50,9 +50,9 @@ def test_parameters_and_cache_are_those_of_arrays_that_exist(mesh):
     """Two kinds of layers, one of which the count must not forget."""
     hf = SMALL | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
     config, workload = ModelConfig.from_hf(hf), Workload("batch", 8, 1000)
-    resolver = Resolver(make_mesh(MeshConfig.parse(mesh)), workload.rules)
+    sharding_ctx = ShardingContext(make_mesh(MeshConfig.parse(mesh)), workload.rules)
     module = Transformer(config, dtype="bfloat16")
-    model = LoadedModel(config, module, random_parameters(module, resolver), resolver)
+    model = LoadedModel(config, module, random_parameters(module, sharding_ctx), sharding_ctx)
     runner = Runner(model, workload.batch)
     # All positions of a row, and of the window what a piece of prompts and 16 tokens before it span.
     state = runner.start(tuple(workload.batch // runner.parts * pages for pages in (16, 10)))

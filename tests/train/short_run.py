@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from qwen_dist.config import FinetuneConfig, bind
+from qwen_dist.config import FinetuneConfig, bind_config
 
 
 def short_run(model: pathlib.Path, data: pathlib.Path, output: pathlib.Path, changes: Mapping[str, Any]) -> FinetuneConfig:
@@ -19,4 +19,4 @@ def short_run(model: pathlib.Path, data: pathlib.Path, output: pathlib.Path, cha
         for group in groups:
             place = place.setdefault(group, {})
         place[name] = value
-    return bind(FinetuneConfig, values)
+    return bind_config(FinetuneConfig, values)

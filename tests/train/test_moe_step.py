@@ -14,7 +14,7 @@ from torch_step import load_torch, made_examples, torch_steps
 from qwen_dist.checkpoint.adapter import merge_adapter, read_adapter, write_adapter
 from qwen_dist.config import LoraOptions
 from qwen_dist.parity.reference import LiftedToFloat64
-from qwen_dist.sharding import bind
+from qwen_dist.sharding import with_parameters
 from qwen_dist.train.lora import adapter_of, attach, with_adapter
 
 
@@ -83,7 +83,7 @@ def test_a_lora_step_of_attention_and_experts_is_pefts(adapted, tmp_path):
         state, metrics = trainer.step(trainer.start(), one_batch(made_examples(), True).parts(1))
         assert far(metrics.loss, np.array(wanted.losses[0])) < LOSS
         found = [
-            written(directory, tree, loaded.resolver, tmp_path / str(i))
+            written(directory, tree, loaded.sharding_ctx, tmp_path / str(i))
             for i, tree in enumerate((state.optimizer[0], state.parameters))
         ]
     for ours, theirs in zip(found, (wanted.gradients, wanted.parameters), strict=True):
@@ -92,9 +92,9 @@ def test_a_lora_step_of_attention_and_experts_is_pefts(adapted, tmp_path):
         assert max(far(ours[name], theirs[name]) for name in ours) < NUMBERS
 
 
-def written(directory, parameters, resolver, path):
+def written(directory, parameters, sharding_ctx, path):
     """The numbers under PEFT's names and in its order."""
-    adapter = adapter_of(parameters, LoraOptions(rank=4, alpha=6), resolver)
+    adapter = adapter_of(parameters, LoraOptions(rank=4, alpha=6), sharding_ctx)
     write_adapter(path, adapter, base=str(directory))
     return safetensors.numpy.load_file(path / "adapter_model.safetensors")
 
@@ -115,8 +115,8 @@ def test_an_adapter_of_experts_comes_back_and_merges(adapted, tmp_path):
     np.testing.assert_array_equal(again, logits)
     with jax.enable_x64(True):
         loaded = load(directory)
-        merged = merge_adapter(loaded.parameters, adapter, loaded.resolver)
-        model = bind(loaded.module, merged)
+        merged = merge_adapter(loaded.parameters, adapter, loaded.sharding_ctx)
+        model = with_parameters(loaded.module, merged)
         hidden, _, _ = model(tokens, np.arange(tokens.shape[1], dtype=np.int32)[None])
         assert far(model.unembed(hidden), logits) < NUMBERS
 

@@ -19,7 +19,7 @@ from qwen_dist.config import DataOptions, OptimizerOptions
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.parity.reference import LiftedToFloat64
 from qwen_dist.planning.compile import collectives
-from qwen_dist.sharding import TRAIN, Resolver, disk_shapes
+from qwen_dist.sharding import TRAIN, ShardingContext, disk_shapes
 from qwen_dist.train.batches import Batch, evaluation_batches
 from qwen_dist.train.lora import with_adapter
 from qwen_dist.train.optim import make_optimizer, make_schedule
@@ -53,7 +53,7 @@ def make_trainer(loaded, trained, options=OPTIMIZER, **settings) -> Trainer:
 
 
 def load(directory, mesh="", dtype="float64"):
-    return load_model(directory, Resolver(make_mesh(MeshConfig.parse(mesh)), TRAIN), dtype=dtype)
+    return load_model(directory, ShardingContext(make_mesh(MeshConfig.parse(mesh)), TRAIN), dtype=dtype)
 
 
 def far(found, wanted) -> float:

@@ -115,9 +115,9 @@ def killed_at_random(config, times: int, rng) -> list[tuple[int, int]]:
     """
     program = f"""
 import json
-from qwen_dist.config import FinetuneConfig, bind
+from qwen_dist.config import FinetuneConfig, bind_config
 from qwen_dist.train.run import finetune, prepare
-config = bind(FinetuneConfig, json.loads({json.dumps(dataclasses.asdict(config))!r}))
+config = bind_config(FinetuneConfig, json.loads({json.dumps(dataclasses.asdict(config))!r}))
 finetune(prepare(config), watch=lambda progress: print(progress.step, flush=True))
 """
     killed = []

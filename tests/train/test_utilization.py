@@ -10,7 +10,7 @@ from qwen_dist.checkpoint.model import load_model
 from qwen_dist.config import LoraOptions
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.planning.chips import CHIPS, chip_of_device
-from qwen_dist.sharding import TRAIN, Resolver, bind
+from qwen_dist.sharding import TRAIN, ShardingContext, with_parameters
 from qwen_dist.train.console import describe_step
 from qwen_dist.train.lora import new_adapter
 from qwen_dist.train.run import Progressing
@@ -20,7 +20,7 @@ from qwen_dist.train.utilization import StepFlops, flops_per_second
 @pytest.fixture
 def loaded(tiny_checkpoint):
     directory = tiny_checkpoint("qwen3", num_hidden_layers=1)
-    return load_model(directory, Resolver(make_mesh(MeshConfig()), TRAIN), dtype="float32")
+    return load_model(directory, ShardingContext(make_mesh(MeshConfig()), TRAIN), dtype="float32")
 
 
 def dots(jaxpr) -> float:
@@ -41,7 +41,7 @@ def test_a_step_needs_three_times_the_products_of_a_forward_pass(loaded):
     positions = np.arange(T, dtype=np.int32)[None]
 
     def forward(parameters):
-        module = bind(loaded.module, parameters)
+        module = with_parameters(loaded.module, parameters)
         return module.unembed(module(jnp.zeros((1, T), jnp.int32), jnp.asarray(positions))[0])
 
     traced = dots(jax.make_jaxpr(forward)(loaded.parameters).jaxpr)
