@@ -9,9 +9,9 @@ from setuptools import Extension, setup
 setup(
     ext_modules=[
         Extension(
-            "qwen_dist.models._native",
-            sorted(glob.glob("qwen_dist/models/cpu/*.cc")),
-            depends=sorted(glob.glob("qwen_dist/models/cpu/*.h")),
+            "qwen_dist.ops._native",
+            sorted(glob.glob("qwen_dist/ops/cpu/*.cc")),
+            depends=sorted(glob.glob("qwen_dist/ops/cpu/*.h")),
             include_dirs=[str(pathlib.Path(jaxlib.__file__).parent / "include")],
             # The headers are XLA's, and so are their warnings.
             extra_compile_args=["-std=c++17", "-O3", "-w"],

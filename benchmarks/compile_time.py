@@ -31,15 +31,8 @@ from qwen_dist.models.rope import rope_table
 from qwen_dist.models.transformer import Block, Transformer
 from qwen_dist.planning.chips import Topology
 from qwen_dist.planning.compile import Compiled, compile_program, topology_mesh
-from qwen_dist.sharding import (
-    INFERENCE,
-    TRAIN,
-    ShardingContext,
-    abstract_parameters,
-    constrain,
-    use_sharding,
-    with_parameters,
-)
+from qwen_dist.models.parameters import abstract_parameters, with_parameters
+from qwen_dist.sharding import INFERENCE, TRAIN, ShardingContext, constrain, use_sharding
 from qwen_dist.train.loss import next_token_loss
 
 QWEN3_32B: dict[str, Any] = {

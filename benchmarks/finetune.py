@@ -98,7 +98,8 @@ def open_qwen_dist(options: argparse.Namespace, method: str, dtype: str, tokens:
     from qwen_dist.cli import start_jax
     from qwen_dist.config import LoraOptions, OptimizerOptions
     from qwen_dist.mesh import MeshConfig, make_mesh
-    from qwen_dist.sharding import TRAIN, ShardingContext, disk_shapes
+    from qwen_dist.models.parameters import disk_shapes
+    from qwen_dist.sharding import TRAIN, ShardingContext
     from qwen_dist.train.batches import Batch
     from qwen_dist.train.heap import keep_freed_memory
     from qwen_dist.train.lora import new_adapter

@@ -1,8 +1,8 @@
 """Where every array lives: logical axis names, the rule sets that map them to mesh axes, and the checks in between.
 
 Parameters and activations name their dimensions (`embed`, `q_heads`, …). A rule set says which mesh axes each name is
-split over; nothing else in the project mentions a mesh axis. Flax checks neither unknown names, nor one mesh axis used
-twice, nor divisibility, so `ShardingContext` does, and all calls to flax's sharding interface are in this file.
+sharded over; nothing else in the project mentions a mesh axis. Flax checks neither unknown names, nor one mesh axis used
+twice, nor divisibility, so `ShardingContext` does.
 """
 
 from __future__ import annotations
@@ -12,29 +12,28 @@ import contextvars
 import dataclasses
 import functools
 import math
-import zlib
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_dist.errors import UsageError
 
 Tree = TypeVar("Tree")
+Axes = tuple[str, ...]
 
 LOGICAL_AXES = frozenset(
-    "batch length pages kv_length embed vocab q_heads kv_heads head_dim mlp experts lora_rank router top_k gate_up".split()
+    "batch length pages slots kv_length embed vocab q_heads kv_heads head_dim mlp experts lora_rank router top_k "
+    "gate_up".split()
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class RuleSet:
-    """Mesh axes of each logical axis, for parameters and for activations; a name without a rule is not split."""
+    """Mesh axes of each logical axis, for parameters and for activations; an axis without a rule is not sharded."""
 
-    name: str
+    phase: Literal["train", "inference"]
     parameters: Mapping[str, tuple[str, ...]]
     activations: Mapping[str, tuple[str, ...]]
 
@@ -59,39 +58,39 @@ TRAIN = RuleSet("train", _WEIGHTS, {"batch": ("data", "fsdp", "expert"), **_SPLI
 INFERENCE = RuleSet(
     "inference", _WEIGHTS, {"batch": ("data", "expert"), "embed": ("fsdp",), **_SPLIT_ROWS, **_SPLIT_CHANNELS}
 )
-RULE_SETS = {rules.name: rules for rules in (TRAIN, INFERENCE)}
+RULE_SETS = {rules.phase: rules for rules in (TRAIN, INFERENCE)}
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardingContext:
-    """Logical names to shardings on one mesh under one rule set."""
+    """A mesh and a rule set: the sharding of every array by the logical names of its dimensions."""
 
     mesh: Mesh
     rules: RuleSet
 
     def parameter(self, what: str, shape: Sequence[int], axes: Sequence[str]) -> NamedSharding:
-        """The sharding of a parameter. Raises UsageError when a name, a mesh axis or a size does not fit."""
-        return self._resolve(what, shape, axes, self.rules.parameters)
+        """Return the sharding of a parameter. Raises UsageError when a name, a mesh axis or a size does not fit."""
+        return self._named_sharding(what, shape, axes, self.rules.parameters)
 
     def activation(self, what: str, shape: Sequence[int], axes: Sequence[str]) -> NamedSharding:
-        """The sharding of an activation or a cache. Raises UsageError as `parameter` does."""
-        return self._resolve(what, shape, axes, self.rules.activations)
+        """Return the sharding of an activation or a layer state. Raises UsageError as `parameter` does."""
+        return self._named_sharding(what, shape, axes, self.rules.activations)
 
-    def num_parts(self, axis: str) -> int:
-        """Into how many parts the rules split this dimension of an activation."""
+    def num_shards(self, axis: str) -> int:
+        """Return into how many shards the rules cut this dimension of an activation."""
         return math.prod(self.mesh.shape[name] for name in self.rules.activations.get(axis, ()))
 
     def batch_multiple(self) -> int:
-        """What the number of rows in a batch must be a multiple of."""
-        return self.num_parts("batch")
+        """Return what the number of rows in a batch must be a multiple of: the number of data-parallel shards."""
+        return self.num_shards("batch")
 
     def replicated(self) -> NamedSharding:
-        """Every device has the whole array."""
+        """Return the sharding with which every device has the whole array."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def describe(self) -> str:
-        """The mesh, and what the rules split over each of its axes that spans several devices."""
-        lines = [f"mesh {_sizes(self.mesh)} of {self.mesh.size} devices, rules for {self.rules.name}:"]
+        """Return the mesh, and what the rules shard over each of its axes that spans several devices, as text."""
+        lines = [f"mesh {_sizes(self.mesh)} of {self.mesh.size} devices, rules for {self.rules.phase}:"]
         for axis, size in self.mesh.shape.items():
             if size > 1:
                 weights, activations = (
@@ -102,14 +101,14 @@ class ShardingContext:
         return "\n".join(lines)
 
     def replicate(self, tree: Any) -> Any:
-        """The tree's host arrays, whole on every device; every process must give the same values.
+        """Put the tree's host arrays on every device, whole; every process must give the same values.
 
-        `jax.device_put` would have all processes exchange the values to compare them.
+        `jax.device_put` would make all processes exchange the values to compare them.
         """
         sharding = self.replicated()
         return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
 
-    def _resolve(
+    def _named_sharding(
         self, what: str, shape: Sequence[int], axes: Sequence[str], table: Mapping[str, tuple[str, ...]]
     ) -> NamedSharding:
         assert len(shape) == len(axes), f"{what}: {len(shape)} dimensions and {len(axes)} names"
@@ -129,25 +128,25 @@ class ShardingContext:
                 if name in used:
                     problems.append(f"mesh axis {name} would split both {used[name]} and {axis}")
                 used[name] = axis
-            parts = math.prod(self.mesh.shape[name] for name in mesh_axes)
+            num_shards = math.prod(self.mesh.shape[name] for name in mesh_axes)
             if axis == "length" and size == 1:
-                mesh_axes = ()  # a decoding step
-            elif size % parts:
-                if axis == "kv_heads" and parts % size == 0:
+                mesh_axes = ()  # a decode step
+            elif size % num_shards:
+                if axis == "kv_heads" and num_shards % size == 0:
                     mesh_axes = ()  # fewer key/value heads than devices: each device has them all
                 else:
-                    problems.append(_does_not_divide(axis, size, mesh_axes, parts))
+                    problems.append(_does_not_divide(axis, size, mesh_axes, num_shards))
             spec.append(mesh_axes or None)
         if problems:
             raise UsageError(f"{what} {tuple(shape)} does not fit mesh {_sizes(self.mesh)}: {'; '.join(problems)}")
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
 
-def _does_not_divide(axis: str, size: int, mesh_axes: tuple[str, ...], parts: int) -> str:
+def _does_not_divide(axis: str, size: int, mesh_axes: tuple[str, ...], num_shards: int) -> str:
     legal = [n for n in range(1, size + 1) if size % n == 0 and n <= 4096]
     also = f", or a multiple of {size}" if axis == "kv_heads" else ""
     return (
-        f"{axis} is {size}, which the {parts} parts of {'×'.join(mesh_axes)} do not divide "
+        f"{axis} is {size}, which the {num_shards} shards of {'×'.join(mesh_axes)} do not divide "
         f"(legal: {', '.join(map(str, legal))}{also})"
     )
 
@@ -159,9 +158,14 @@ def _sizes(mesh: Mesh) -> str:
 _active: contextvars.ContextVar[ShardingContext | None] = contextvars.ContextVar("sharding_ctx", default=None)
 
 
+def active_context() -> ShardingContext | None:
+    """Return the context of the enclosing `use_sharding`."""
+    return _active.get()
+
+
 @contextlib.contextmanager
 def use_sharding(sharding_ctx: ShardingContext) -> Iterator[None]:
-    """Make `constrain` place activations by `sharding_ctx` in functions traced in this block."""
+    """Place activations by `sharding_ctx` in functions traced in this block; both passes of training belong in it."""
     token = _active.set(sharding_ctx)
     try:
         yield
@@ -170,28 +174,28 @@ def use_sharding(sharding_ctx: ShardingContext) -> Iterator[None]:
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
-    """Lay an activation out as the active rules say of its dimensions' names; without active rules, as it comes."""
-    sharding_ctx = _active.get()
+    """Shard an activation as the active rules say for its dimensions' names; without active rules, leave it as it is."""
+    sharding_ctx = active_context()
     if sharding_ctx is None:
         return x
     return jax.lax.with_sharding_constraint(x, sharding_ctx.activation("activation", x.shape, axes))
 
 
 def all_gather_weight(weight: jax.Array, *axes: str) -> jax.Array:
-    """Lay a weight out as activations are cut, for use; its gradient is laid out as the parameter is.
+    """Shard a weight as activations are, for use; its gradient is sharded as the parameter is.
 
-    What training spreads over fsdp is gathered here, and the gradient, a sum over devices, is scattered among them: with
-    `constrain` alone every device would be left with all of it.
+    Training gathers here what it shards over fsdp, and reduce-scatters the gradient; with `constrain` alone every device
+    would keep the whole gradient.
     """
-    sharding_ctx = _active.get()
-    if sharding_ctx is None:
+    context = active_context()
+    if context is None:
         return weight
-    used = sharding_ctx.activation("weight", weight.shape, axes)
-    kept = sharding_ctx.parameter("weight", weight.shape, axes)
+    used = context.activation("weight", weight.shape, axes)
+    kept = context.parameter("weight", weight.shape, axes)
 
     @jax.custom_vjp
     def lay_out(weight: jax.Array) -> jax.Array:
-        # Said of both sides: else the compiler gathers where the weight comes from, and so in float32, once, and for good.
+        # Constrain both sides of the gather; otherwise XLA moves the gather before a cast and gathers float32.
         return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(weight, kept), used)
 
     lay_out.defvjp(
@@ -202,13 +206,12 @@ def all_gather_weight(weight: jax.Array, *axes: str) -> jax.Array:
 
 
 def prefetch_barrier(x: jax.Array, weights: Tree) -> Tree:
-    """The weights, of which none is gathered before `x` is there.
+    """Return the weights, none of which is gathered before `x` is computed.
 
-    As nothing else says when, the compiler would gather the weights of many layers at once, ahead of all of them. Their
-    gradients are not held up.
+    Otherwise XLA may gather the weights of many layers at once, ahead of all of them. Gradients are not delayed.
     """
-    sharding_ctx = _active.get()
-    if sharding_ctx is None or sharding_ctx.mesh.shape["fsdp"] == 1:
+    context = active_context()
+    if context is None or context.mesh.shape["fsdp"] == 1:
         return weights
 
     @jax.custom_vjp
@@ -219,164 +222,66 @@ def prefetch_barrier(x: jax.Array, weights: Tree) -> Tree:
     return wait(weights, jax.lax.stop_gradient(x))
 
 
-def num_parts(axis: str, size: int) -> int:
-    """Into how many parts the active rules split a dimension of this size of an activation."""
-    sharding_ctx = _active.get()
-    return (
-        1
-        if sharding_ctx is None
-        else size // sharding_ctx.activation("activation", (size,), (axis,)).shard_shape((size,))[0]
-    )
-
-
-def platform() -> str:
-    """The kind of devices that the active rules place arrays on; without rules, jax's own choice."""
-    sharding_ctx = _active.get()
-    return jax.default_backend() if sharding_ctx is None else sharding_ctx.mesh.devices.flat[0].platform
-
-
-def infers_on_cpus() -> bool:
-    """Whether the active rules are those of inference, on CPUs."""
-    sharding_ctx = _active.get()
-    return sharding_ctx is not None and sharding_ctx.rules is INFERENCE and platform() == "cpu"
-
-
-def infers_on_one_cpu() -> bool:
-    """The same, on a single one: among several the compiler divides arrays, and it cannot divide what it does not know."""
-    sharding_ctx = _active.get()
-    return infers_on_cpus() and sharding_ctx is not None and sharding_ctx.mesh.size == 1
+def active_num_shards(axis: str, size: int) -> int:
+    """Return into how many shards the active rules cut a dimension of this size of an activation."""
+    context = active_context()
+    return 1 if context is None else size // context.activation("activation", (size,), (axis,)).shard_shape((size,))[0]
 
 
 class LocalShard:
-    """How one device's parts of the arrays in `shard_map_op` belong to those of the others.
+    """This device's place among the shards of the arrays in `shard_map_op`, and its collectives.
 
-    Axes are logical ones, as activations are cut. Without rules, or on one device, everything is one part.
+    Axes are logical ones, as activations are sharded. Without rules, or on one device, everything is one shard.
     """
 
     def __init__(self, sharding_ctx: ShardingContext | None = None):
         self._sharding_ctx = sharding_ctx
 
-    def count(self, axis: str) -> int:
-        """How many parts a dimension is cut into."""
-        return 1 if self._sharding_ctx is None else self._sharding_ctx.num_parts(axis)
+    def num_shards(self, axis: str) -> int:
+        """Return into how many shards a dimension is cut."""
+        return 1 if self._sharding_ctx is None else self._sharding_ctx.num_shards(axis)
 
-    def first(self, axis: str, size: int) -> jax.Array | int:
-        """Where this device's part of a dimension begins, if each part has so many elements."""
-        return jax.lax.axis_index(self._axes(axis)) * size if self.count(axis) > 1 else 0
+    def offset(self, axis: str, size: int) -> jax.Array | int:
+        """Return where this device's shard of a dimension begins, if each shard has `size` elements."""
+        return jax.lax.axis_index(self._axes(axis)) * size if self.num_shards(axis) > 1 else 0
 
-    def sum(self, x: jax.Array, axis: str) -> jax.Array:
-        """The sum of what each part of a dimension gave."""
-        return jax.lax.psum(x, self._axes(axis)) if self.count(axis) > 1 else x
+    def psum(self, x: jax.Array, axis: str) -> jax.Array:
+        """Return the sum of x over the shards of a dimension."""
+        return jax.lax.psum(x, self._axes(axis)) if self.num_shards(axis) > 1 else x
 
-    def exchange(self, x: jax.Array, axis: str) -> jax.Array:
-        """Send x[i] to the i-th part of a dimension and return what the i-th sent here at i: x is [parts, ...]."""
-        return jax.lax.all_to_all(x, self._axes(axis), 0, 0, tiled=True) if self.count(axis) > 1 else x
+    def all_to_all(self, x: jax.Array, axis: str) -> jax.Array:
+        """Send x[i] to shard i of a dimension, and return at i what shard i sent here; x is [shards, ...]."""
+        return jax.lax.all_to_all(x, self._axes(axis), 0, 0, tiled=True) if self.num_shards(axis) > 1 else x
 
-    def largest(self, x: jax.Array) -> jax.Array:
-        """The largest x of all devices."""
+    def pmax(self, x: jax.Array) -> jax.Array:
+        """Return the largest x of all devices."""
         return x if self._sharding_ctx is None else jax.lax.pmax(x, self._sharding_ctx.mesh.axis_names)
 
     def _axes(self, axis: str) -> tuple[str, ...]:
         return () if self._sharding_ctx is None else self._sharding_ctx.rules.activations.get(axis, ())
 
 
-def shard_map_op(
-    body: Callable[..., Any], arrays: Sequence[jax.Array], axes: Sequence[Sequence[str]], results: Sequence[Sequence[str]]
-) -> Any:
-    """Call `body(parts, *arrays)` on every device with its parts of the arrays, and put together what it returns there.
+def shard_map_op(body: Callable[..., Any], arguments: Sequence[Any], axes: Sequence[Any], results: Sequence[Axes]) -> Any:
+    """Call `body(shard, *arguments)` on every device with its shards of the arguments, and assemble what it returns.
 
-    For what the compiler cannot divide by itself. `axes` names the dimensions of each array and `results` those of each of
-    body's results, of which all have occurred in the arrays; all are cut as activations are.
+    For operations that XLA cannot partition.
+
+    Args:
+      body: takes a `LocalShard` and the local arguments, and returns one array for each of `results`.
+      arguments: pytrees of arrays.
+      axes: for each argument, the same pytree with the logical names of the dimensions in place of arrays.
+      results: the logical names of the dimensions of each result; all of them occur in the arguments.
     """
-    sharding_ctx = _active.get()
-    if sharding_ctx is None or sharding_ctx.mesh.size == 1:
-        return body(LocalShard(), *arrays)
-    sizes = {axis: size for x, names in zip(arrays, axes, strict=True) for axis, size in zip(names, x.shape, strict=True)}
+    context = active_context()
+    if context is None or context.mesh.size == 1:
+        return body(LocalShard(), *arguments)
+    sizes: dict[str, int] = {}
 
-    def specs(of: Sequence[Sequence[str]]) -> tuple[PartitionSpec, ...]:
-        return tuple(sharding_ctx.activation("array", [sizes[axis] for axis in names], names).spec for names in of)
+    def spec(x: jax.Array, names: Axes) -> PartitionSpec:
+        sizes.update(zip(names, x.shape, strict=True))
+        return context.activation("array", x.shape, names).spec
 
-    run = functools.partial(body, LocalShard(sharding_ctx))
-    return jax.shard_map(run, mesh=sharding_ctx.mesh, in_specs=specs(axes), out_specs=specs(results), check_vma=False)(
-        *arrays
-    )
-
-
-def declare_param(
-    value: jax.ShapeDtypeStruct, axes: tuple[str, ...], *, std: float | None, disk_shape: tuple[int, ...]
-) -> nnx.Param:
-    """A parameter whose dimensions have these logical names; where it lives is decided later, by a `ShardingContext`.
-
-    `std` says how random values are drawn (see `random_parameters`), `disk_shape` how the checkpoint stores the bytes.
-    """
-    assert len(value.shape) == len(axes), f"{value.shape} and {axes}"
-    return nnx.Param(value, out_sharding=axes, eager_sharding=False, std=std, disk_shape=disk_shape)
-
-
-def disk_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
-    """The shape in which a checkpoint stores each parameter: the same bytes, with heads flattened."""
-    return {name: parameter.get_metadata()["disk_shape"] for name, parameter in _parameters(model).items()}
-
-
-def abstract_parameters(model: nnx.Module, sharding_ctx: ShardingContext) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape, dtype and sharding of every parameter of a model, by its checkpoint name; no memory is used.
-
-    Raises UsageError listing every parameter that does not fit the mesh.
-    """
-    leaves, problems = {}, []
-    for name, parameter in _parameters(model).items():
-        value = parameter.get_value()
-        try:
-            sharding = sharding_ctx.parameter(name, value.shape, parameter.get_metadata()["out_sharding"])
-            leaves[name] = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
-        except UsageError as error:
-            problems.append(str(error))
-    if problems:
-        shown = problems[:12]  # 64 layers that fail alike need not be read 64 times
-        if len(problems) > len(shown):
-            shown.append(f"… and {len(problems) - len(shown)} more parameters")
-        raise UsageError("the model does not fit the mesh:\n  - " + "\n  - ".join(shown))
-    return leaves
-
-
-def random_parameters(
-    model: nnx.Module, sharding_ctx: ShardingContext, seed: int = 0, names: Container[str] | None = None
-) -> dict[str, jax.Array]:
-    """Random parameters for a model, or those of some names, made by each device for itself; the same on every mesh.
-
-    Raises UsageError as `abstract_parameters` does.
-    """
-    key = jax.random.key(seed)
-    declared, values = _parameters(model), {}
-    for name, leaf in abstract_parameters(model, sharding_ctx).items():
-        if names is not None and name not in names:
-            continue
-        std = declared[name].get_metadata()["std"]
-        draw = _draw(leaf.shape, leaf.dtype, leaf.sharding, std)
-        values[name] = draw(jax.random.fold_in(key, zlib.crc32(name.encode())))
-    return values
-
-
-@functools.lru_cache
-def _draw(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding, std: float | None) -> Callable[..., jax.Array]:
-    """One program for all parameters that are alike."""
-
-    def draw(key: jax.Array) -> jax.Array:
-        return jnp.ones(shape, dtype) if std is None else (std * jax.random.normal(key, shape)).astype(dtype)
-
-    return jax.jit(draw, out_shardings=sharding)
-
-
-def with_parameters(model: nnx.Module, parameters: Mapping[str, jax.Array]) -> Any:
-    """The model with these parameters (by checkpoint name) in it; for use inside `jax.jit`."""
-    graph, state = nnx.split(model)
-    bound = [(path, variable.replace(parameters[_name(path)])) for path, variable in nnx.to_flat_state(state)]
-    return nnx.merge(graph, nnx.from_flat_state(bound))
-
-
-def _parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
-    return {_name(path): variable for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-
-
-def _name(path: Iterable[Any]) -> str:
-    return ".".join(map(str, path))
+    in_specs = jax.tree.map(spec, tuple(arguments), tuple(axes))
+    out_specs = tuple(context.activation("array", [sizes[axis] for axis in names], names).spec for names in results)
+    run = functools.partial(body, LocalShard(context))
+    return jax.shard_map(run, mesh=context.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arguments)

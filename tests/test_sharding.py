@@ -13,19 +13,9 @@ from qwen_dist.checkpoint.model import load_model
 from qwen_dist.errors import UsageError
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.config import ModelConfig
+from qwen_dist.models.parameters import abstract_parameters, random_parameters, with_parameters
 from qwen_dist.models.transformer import Transformer
-from qwen_dist.sharding import (
-    INFERENCE,
-    LOGICAL_AXES,
-    RULE_SETS,
-    TRAIN,
-    RuleSet,
-    ShardingContext,
-    abstract_parameters,
-    random_parameters,
-    use_sharding,
-    with_parameters,
-)
+from qwen_dist.sharding import INFERENCE, LOGICAL_AXES, RULE_SETS, TRAIN, RuleSet, ShardingContext, use_sharding
 
 # Sizes that 8 divides, but for the 2 key/value heads.
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 10, "vocab_size": 344, "num_hidden_layers": 2}

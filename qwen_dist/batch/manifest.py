@@ -12,7 +12,7 @@ from qwen_dist.batch.output import local_path
 from qwen_dist.batch.run import Summary
 from qwen_dist.config import BatchConfig
 from qwen_dist.hosts.preflight import checkpoint_digest, checkpoint_files
-from qwen_dist.models import native
+from qwen_dist.ops import native
 
 
 def settings_of(config: BatchConfig) -> dict[str, Any]:

@@ -26,7 +26,7 @@ import numpy as np
 from qwen_dist.checkpoint.agree import together
 from qwen_dist.checkpoint.mapping import PREFIXES
 from qwen_dist.errors import CheckpointError
-from qwen_dist.models.layers import at_least_float32
+from qwen_dist.ops.matmul import accum_dtype
 from qwen_dist.sharding import ShardingContext
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -233,7 +233,7 @@ def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
 @functools.lru_cache
 def _adder(sharding: jax.sharding.Sharding) -> Any:
     def add(weight: jax.Array, b: jax.Array, a: jax.Array, scale: jax.Array) -> jax.Array:
-        wide = at_least_float32(weight.dtype)
+        wide = accum_dtype(weight.dtype)
         product = jnp.asarray(scale, wide) * (b.astype(wide) @ a.astype(wide))
         return (weight.astype(wide) + product.reshape(weight.shape)).astype(weight.dtype)
 

@@ -16,8 +16,9 @@ from qwen_dist.checkpoint.save import export
 from qwen_dist.checkpoint.source import Checkpoint, open_checkpoint
 from qwen_dist.errors import UsageError
 from qwen_dist.models.config import ModelConfig
+from qwen_dist.models.parameters import abstract_parameters, disk_shapes, random_parameters
 from qwen_dist.models.transformer import Transformer
-from qwen_dist.sharding import ShardingContext, abstract_parameters, disk_shapes, random_parameters
+from qwen_dist.sharding import ShardingContext
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,9 +60,9 @@ class MoEConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LayerConfig:
-    """One block: how it mixes positions, how it mixes channels, and how far back it sees (tokens; None: everything)."""
+    """One block: its mixer (a key of `transformer.MIXERS`), its MLP, and its attention window in tokens (None: all)."""
 
-    mixer: Literal["attention"] = "attention"
+    mixer: str = "attention"
     ffn: Literal["mlp", "moe"] = "mlp"
     sliding_window: int | None = None
 

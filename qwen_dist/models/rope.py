@@ -1,4 +1,7 @@
-"""Rotary position embedding (arXiv:2104.09864) and its length extensions, as `modeling_rope_utils.py` defines them."""
+"""The angles of rotary position embedding (arXiv:2104.09864) and its length extensions, as in `modeling_rope_utils.py`.
+
+`ops.rotary` rotates by them. Letters: B batch, T length, A half of head_dim.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from qwen_dist.models import native
 from qwen_dist.models.config import RopeConfig
-from qwen_dist.models.layers import at_least_float32
-from qwen_dist.sharding import infers_on_one_cpu
+from qwen_dist.ops.matmul import accum_dtype
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, dtype: DTypeLike = np.float32) -> np.ndarray:
-    """The angle per position of each rotated pair, [head_dim / 2], computed on the host in `dtype`.
+    """Return the angle per position of each rotated pair, [A], computed on the host in `dtype`.
 
     In float32 every operation is rounded where PyTorch rounds it: at position 4,000 one unit in the last place of a
-    frequency is already 2e-4 radians. (The power itself is taken in float64 and rounded, which is what PyTorch's
-    float32 power gives to within its last bit.)
+    frequency is already 2e-4 radians. (The power is taken in float64 and rounded, which equals PyTorch's float32 power to
+    within its last bit.)
     """
     dtype = np.dtype(dtype).type
     exponents = np.arange(0, head_dim, 2, dtype=dtype) / dtype(head_dim)
@@ -36,8 +37,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, dtype: DTypeLike = np.f
 
 
 def rope_table(rope: RopeConfig, head_dim: int, positions_BT: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of every rotation angle, [B, T, head_dim / 2], in at least float32; `dtype` is the model's."""
-    wide = at_least_float32(dtype)
+    """Return cos and sin of every rotation angle, [B, T, A], in at least float32; `dtype` is the model's."""
+    wide = accum_dtype(dtype)
     frequencies = jnp.asarray(inverse_frequencies(rope, head_dim, wide))
     if rope.type == "dynamic":
         frequencies = _dynamic(rope, head_dim, frequencies, positions_BT)
@@ -45,37 +46,8 @@ def rope_table(rope: RopeConfig, head_dim: int, positions_BT: jax.Array, dtype: 
     return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 
 
-def rotate(x_BTNH: jax.Array, cos_BTC: jax.Array, sin_BTC: jax.Array) -> jax.Array:
-    """Rotate the pairs (i, i + H/2) of each head by their angles, in the table's precision; returns x's dtype."""
-    if infers_on_one_cpu() and native.can_rotate(x_BTNH, cos_BTC):
-        return _rotate_natively(x_BTNH, cos_BTC, sin_BTC)
-    cos, sin = cos_BTC[:, :, None, :], sin_BTC[:, :, None, :]
-    first, second = jnp.split(x_BTNH.astype(cos.dtype), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BTNH.dtype)
-
-
-@jax.custom_vjp
-def _rotate_natively(x_BTNH: jax.Array, cos_BTC: jax.Array, sin_BTC: jax.Array) -> jax.Array:
-    """`rotate` by this project's kernel."""
-    return native.rotate(x_BTNH, cos_BTC, sin_BTC)
-
-
-def _rotate_forward(x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _rotate_natively(x, cos, sin), (cos, sin)
-
-
-def _rotate_backward(angles: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, None, None]:
-    """Turned back; positions have no gradient."""
-    cos, sin = angles
-    return _rotate_natively(gradient, cos, -sin), None, None
-
-
-_rotate_natively.defvjp(_rotate_forward, _rotate_backward)
-
-
 def _yarn(rope: RopeConfig, head_dim: int, periods: np.ndarray, dtype: type) -> np.ndarray:
-    """YaRN (arXiv:2309.00071): slow pairs are interpolated by `factor`, fast ones kept, a linear ramp between."""
+    """YaRN (arXiv:2309.00071): divide slow pairs by `factor`, keep fast ones, with a linear ramp between."""
 
     def pair_that_turns(rotations: float) -> float:
         turns = rope.original_max_positions / (rotations * 2 * math.pi)
@@ -108,10 +80,10 @@ def _llama3(rope: RopeConfig, plain: np.ndarray, dtype: type) -> np.ndarray:
 
 
 def _dynamic(rope: RopeConfig, head_dim: int, plain: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """NTK-aware scaling that grows with each sequence's own length, [B, 1, head_dim / 2].
+    """Return NTK-aware frequencies for each sequence's own length, [B, 1, A].
 
-    The base is multiplied by s^(d/(d-2)) with s = factor·length/trained - (factor - 1), so pair i of d/2 turns
-    s^(-2i/(d-2)) as fast. PyTorch takes the longest sequence of the batch; here a row never depends on its neighbours.
+    The base is multiplied by s^(d/(d-2)) with s = factor·length/trained - (factor - 1), so the frequency of pair i of d/2
+    is multiplied by s^(-2i/(d-2)). PyTorch takes the longest sequence of the batch; here a row never depends on the others.
     """
     trained = rope.original_max_positions
     length = jnp.maximum(jnp.max(positions_BT, axis=1) + 1, trained).astype(plain.dtype)

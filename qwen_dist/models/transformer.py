@@ -1,57 +1,78 @@
-"""The decoder: one forward for training, prefill and decoding."""
+"""The decoder: one forward pass for training, prefill and decode.
+
+Letters: B batch, T length, X tokens whose hidden states are wanted, D embed, V vocab, E experts.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from qwen_dist.capture import is_capturing, scope, tap
 from qwen_dist.models.attention import Attention
-from qwen_dist.models.cache import Cache, LayerCache, Pages
-from qwen_dist.models.capture import is_capturing, scope, tap
 from qwen_dist.models.config import LayerConfig, ModelConfig
-from qwen_dist.models.layers import Embedding, Linear, RMSNorm, matmul, take_positions
+from qwen_dist.models.layers import Embedding, Linear, RMSNorm, take_positions
 from qwen_dist.models.mlp import MLP
 from qwen_dist.models.moe import MoE
 from qwen_dist.models.rope import rope_table
+from qwen_dist.models.state import LayerState, MixerInputs, States, StepIndices, page_of_tokens
+from qwen_dist.models.state_spec import LayerStateSpec, cache_groups
+from qwen_dist.ops.matmul import matmul
 from qwen_dist.sharding import all_gather_weight, constrain, prefetch_barrier
 
 # A policy of `jax.checkpoint`, such as `jax.checkpoint_policies.nothing_saveable`.
 Remat = Callable[..., bool]
 
 
+class Mixer(Protocol):
+    """A layer that mixes tokens of a sequence; `name` is the checkpoint's name of the submodule."""
+
+    name: str
+
+    def __call__(
+        self, x_BTD: jax.Array, inputs: MixerInputs, state: LayerState | None
+    ) -> tuple[jax.Array, LayerState | None]: ...
+
+
+# `LayerConfig.mixer` → (config, layer, dtype=…) → the mixer; the class also has `state_spec(config, layer, dtype)`.
+MIXERS: dict[str, Any] = {"attention": Attention}
+
+
+def state_specs(config: ModelConfig, dtype: DTypeLike) -> tuple[LayerStateSpec, ...]:
+    """Return what each layer of a model that computes in `dtype` keeps between steps."""
+    return tuple(MIXERS[layer.mixer].state_spec(config, layer, dtype) for layer in config.layers)
+
+
 class Block(nnx.Module):
-    """Attention and MLP (or a mixture of experts), each behind a norm and added to the residual stream."""
+    """A mixer and an MLP (or a mixture of experts), each after a norm and added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, *, dtype: DTypeLike):
         norm = functools.partial(RMSNorm, "embed", config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.input_layernorm = norm()
-        self.self_attn = Attention(config, layer, dtype=dtype)
+        self.mixer_name = MIXERS[layer.mixer].name
+        setattr(self, self.mixer_name, MIXERS[layer.mixer](config, layer, dtype=dtype))
         self.post_attention_layernorm = norm()
         sizes = config.hidden_size, config.intermediate_size
         is_mixture = layer.ffn == "moe"
         self.mlp = MoE(config, dtype=dtype) if is_mixture else MLP(*sizes, dtype=dtype, std=config.initializer_range)
 
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
-        positions_BT: jax.Array,
-        cache: LayerCache | None,
-        pages: Pages | None,
-        segments_BT: jax.Array | None,
-        only_B: jax.Array | None = None,
-    ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
-        """What comes out for each token, or with a cache and `only_B` for the one of each row with that index."""
+        self, x_BTD: jax.Array, inputs: MixerInputs, state: LayerState | None
+    ) -> tuple[jax.Array, LayerState | None, jax.Array | None]:
+        """Return the output for each token (with logit indices: for those), the state, and the router's logits."""
+        mixer: Mixer = getattr(self, self.mixer_name)
+        positions_BT, index_BX = inputs.positions_BT, inputs.logit_indices_BX
         normed_BTD = tap("input_layernorm", self.input_layernorm(x_BTD))
-        with scope("self_attn"):
-            mixed_BTD, cache = self.self_attn(normed_BTD, rope, positions_BT, cache, pages, segments_BT, only_B)
-        if only_B is not None:
-            x_BTD, positions_BT = take_positions(x_BTD, only_B), take_positions(positions_BT, only_B, -1)
+        with scope(self.mixer_name):
+            mixed_BTD, state = mixer(normed_BTD, inputs, state)
+        if index_BX is not None:
+            x_BTD, positions_BT = take_positions(x_BTD, index_BX), take_positions(positions_BT, index_BX, -1)
         x_BTD = constrain(tap("residual", x_BTD + mixed_BTD), "batch", "length", "embed")
         normed_BTD = tap("post_attention_layernorm", self.post_attention_layernorm(x_BTD))
         with scope("mlp"):
@@ -59,11 +80,11 @@ class Block(nnx.Module):
                 out_BTD, router_logits_BTE = self.mlp(normed_BTD), None
             else:
                 out_BTD, router_logits_BTE = self.mlp(normed_BTD, positions_BT >= 0)
-        return constrain(x_BTD + out_BTD, "batch", "length", "embed"), cache, router_logits_BTE
+        return constrain(x_BTD + out_BTD, "batch", "length", "embed"), state, router_logits_BTE
 
 
 class Transformer(nnx.Module):
-    """A Qwen text model whose parameters carry the checkpoint's names (without its prefix) and bytes."""
+    """A Qwen text model whose parameters have the checkpoint's names (without its prefix) and bytes."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike):
         std = config.initializer_range
@@ -79,66 +100,81 @@ class Transformer(nnx.Module):
         self,
         tokens_BT: jax.Array,
         positions_BT: jax.Array,
-        cache: Cache | None = None,
-        pages: Sequence[Pages] | None = None,
+        states: States | None = None,
+        indices: StepIndices | None = None,
         *,
         segments_BT: jax.Array | None = None,
         remat: Remat | None = None,
-        only_B: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None, tuple[jax.Array, ...]]:
+    ) -> tuple[jax.Array, States | None, tuple[jax.Array, ...]]:
         """Run tokens through every block.
-
-        Returns the normalised hidden states [B, T, D], the cache, and the router's logits [B, T, E] of every mixture of
-        experts, of which `moe.load_balancing_loss` is a function.
 
         Args:
           tokens_BT: token ids, int32.
           positions_BT: each token's position in its sequence, int32; negative for padding, which nothing sees and which may
-            stand on either side.
-          cache: keys and values of earlier positions (see `cache.empty`); these tokens' are added.
-          pages: with a cache, where in it these tokens go and what they look at, for each of `config.windows`. A row may be
-            a part of a sequence, and several rows parts of one.
-          segments_BT: without a cache: where a row holds several sequences, one after the other, the number of the one that
-            each token is of. Positions begin at 0 in each of them, and none sees another.
-          remat: what the forward pass keeps of each block for the backward pass, which computes the rest again: a policy of
-            `jax.checkpoint`; everything when None.
-          only_B: with a cache: the index of the one token of each row whose hidden state is wanted, [B, 1, D], negative for
-            none. Of the others the last block makes keys and values only.
+            be on either side.
+          states: what each layer keeps of earlier positions (see `state.empty_states`); these tokens are added.
+          indices: with states: where these tokens go in them. A row may be a chunk of a sequence, and several rows may
+            belong to one.
+          segments_BT: without states: the number of each token's sequence, where a row has several, one after the other.
+            Positions start at 0 in each of them, and none sees another.
+          remat: which values of each block the forward pass keeps for the backward pass, which recomputes the others: a
+            policy of `jax.checkpoint`; everything when None.
+
+        Returns:
+          The normalised hidden states [B, T, D], or of the tokens of `indices.logit_indices_BX` only [B, X, D]; the states;
+          and the router's logits [B, T, E] of every mixture of experts, for `moe.load_balancing_loss`.
         """
         x_BTD = constrain(tap("embed_tokens", self.embed_tokens(tokens_BT)), "batch", "length", "embed")
         rope = rope_table(self.config.rope, self.config.head_dim, positions_BT, x_BTD.dtype)
-        caches = (None,) * len(self.layers) if cache is None else cache
-        windows = self.config.windows
-        by_window = dict.fromkeys(windows) if pages is None else dict(zip(windows, pages, strict=True))
-        updated: list[Any] = []
+        inputs = _inputs_by_layer(self.config, MixerInputs(rope, positions_BT, segments_BT), indices, x_BTD.dtype)
+        run: Any = Block.__call__ if remat is None else jax.checkpoint(Block.__call__, policy=remat)
+        if states is not None and not is_capturing():
+            run = _traced_once(run)
+        new_states: list[LayerState] = []
         router_logits: list[jax.Array] = []
-        of_block: Any = Block.__call__ if remat is None else jax.checkpoint(Block.__call__, policy=remat)
-        run = of_block
-        if cache is not None and not is_capturing():
-            # Traced once for all blocks that are alike, under the rules of this trace and no other.
-            run = jax.jit(lambda *operands: of_block(*operands))
-        for index, (block, layer, layer_cache) in enumerate(zip(self.layers, self.config.layers, caches, strict=True)):
-            is_last = index == len(self.layers) - 1
+        for index, block in enumerate(self.layers):
             with scope(f"layers.{index}"):
-                of_kind = by_window[layer.sliding_window]
                 block = prefetch_barrier(x_BTD, block)
-                operands = (block, x_BTD, rope, positions_BT, layer_cache, of_kind, segments_BT)
-                x_BTD, layer_cache, of_router = run(*operands, only_B if is_last else None)
+                x_BTD, state, logits = run(block, x_BTD, inputs[index], None if states is None else states[index])
                 x_BTD = tap("output", x_BTD)
-                updated.append(layer_cache)
-                router_logits += [] if of_router is None else [of_router]
-        return tap("norm", self.norm(x_BTD)), None if cache is None else tuple(updated), tuple(router_logits)
+            new_states.append(state)
+            router_logits += [] if logits is None else [logits]
+        return tap("norm", self.norm(x_BTD)), None if states is None else tuple(new_states), tuple(router_logits)
 
     def unembed(self, x_BTD: jax.Array) -> jax.Array:
-        """The next token's logits [B, T, V] from hidden states, in at least float32."""
+        """Return the next token's logits [B, T, V] from hidden states, in at least float32."""
         return logits(x_BTD, self.head())
 
     def head(self) -> jax.Array:
-        """The output weights [V, D], of which a tied model's are its embedding's, as activations are cut."""
+        """Return the output weights [V, D], sharded as activations are; a tied model's are its embedding's."""
         return all_gather_weight((self.lm_head or self.embed_tokens).weight[...], "vocab", "embed")
 
 
+def _traced_once(run: Any) -> Any:
+    """Trace a block once for all blocks that are alike: a new function, so under the rules of this trace and no other."""
+    return jax.jit(lambda *operands: run(*operands))
+
+
+def _inputs_by_layer(
+    config: ModelConfig, shared: MixerInputs, indices: StepIndices | None, dtype: DTypeLike
+) -> list[MixerInputs]:
+    """Give each layer the pages of its cache group; only the last layer may leave out tokens that nobody asked for."""
+    if indices is None:
+        return [shared] * len(config.layers)
+    slots_B, continues_B, index_BX = (
+        None if x is None else jnp.asarray(x) for x in (indices.slots_B, indices.continues_B, indices.logit_indices_BX)
+    )
+    shared = shared._replace(slots_B=slots_B, continues_B=continues_B)
+    inputs = [shared] * len(config.layers)
+    for group, pages in zip(cache_groups(state_specs(config, dtype)), indices.pages, strict=True):
+        paged = shared._replace(pages=pages, page_BT=page_of_tokens(pages, shared.positions_BT))
+        for layer in group.layers:
+            inputs[layer] = paged
+    inputs[-1] = inputs[-1]._replace(logit_indices_BX=index_BX)
+    return inputs
+
+
 def logits(x_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
-    """Hidden states against the weight of every token: logits [B, T, V] in at least float32."""
-    # Never rounded to the model's dtype: a bfloat16 logit has 3 digits, and the choice of token hangs on it.
+    """Multiply hidden states by the output weights: logits [B, T, V] in at least float32."""
+    # Never rounded to the model's dtype: a bfloat16 logit has 3 digits, too few to choose between tokens.
     return constrain(tap("logits", matmul(x_BTD, head_VD)), "batch", "length", "vocab")

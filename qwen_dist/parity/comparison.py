@@ -14,12 +14,13 @@ import numpy as np
 from qwen_dist.checkpoint.model import load_model
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.config import ModelConfig
+from qwen_dist.models.parameters import disk_shapes
 from qwen_dist.parity.bounds import EXACT, Section, bound_of
 from qwen_dist.parity.compare import Distributions, ParityReport, Row, first_fault, missing, row
 from qwen_dist.parity.inputs import Inputs, ParityOptions, make_inputs
 from qwen_dist.parity.reference import Reference, versions
 from qwen_dist.parity.subject import Subject
-from qwen_dist.sharding import INFERENCE, ShardingContext, disk_shapes
+from qwen_dist.sharding import INFERENCE, ShardingContext
 
 # A gradient needs room for logits [B, T, V] several times over; two rows show whatever eight do.
 GRADIENT_ROWS = 2

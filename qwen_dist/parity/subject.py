@@ -9,12 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwen_dist.capture import capture
 from qwen_dist.checkpoint.model import LoadedModel
-from qwen_dist.models import cache as kv_cache
-from qwen_dist.models.capture import capture
 from qwen_dist.models.moe import load_balancing_loss
+from qwen_dist.models.parameters import with_parameters
+from qwen_dist.models.state import States, empty_states, indices_in_order
+from qwen_dist.models.state_spec import cache_groups
+from qwen_dist.models.transformer import state_specs
+from qwen_dist.ops.paged_cache import pages_for
 from qwen_dist.parity.inputs import Inputs
-from qwen_dist.sharding import TRAIN, ShardingContext, use_sharding, with_parameters
+from qwen_dist.sharding import TRAIN, ShardingContext, use_sharding
 
 _WEIGHTS_OF_A_BLOCK = re.compile(r"(.*)\.queries_(\d+)\.weights$")
 
@@ -68,16 +72,16 @@ class Subject:
         config, dtype = self.loaded.config, self.loaded.dtype
         num_rows, num_steps = continuation.shape
         longest = int(inputs.lengths.max())
-        parts = self.loaded.sharding_ctx.batch_multiple()
-        rows = len(self._with_padding_rows(inputs.lengths, 0)) // parts
-        pages_per_row = kv_cache.num_pages(longest + num_steps)
-        cache = kv_cache.empty(config, parts, [rows * pages_per_row] * len(config.windows), dtype)
-        step = jax.jit(self._cached_step)
+        specs, num_shards = state_specs(config, dtype), self.loaded.sharding_ctx.batch_multiple()
+        rows = len(self._with_padding_rows(inputs.lengths, 0)) // num_shards
+        pages_per_row = pages_for(longest + num_steps)
+        states = empty_states(specs, num_shards, [rows * pages_per_row] * len(cache_groups(specs)), rows)
+        step = jax.jit(self._cached_step, static_argnames="pages_per_row")
 
         def feed(tokens: np.ndarray, positions: np.ndarray, last: np.ndarray) -> np.ndarray:
-            nonlocal cache
+            nonlocal states
             padded = (self._with_padding_rows(x, y) for x, y in ((tokens, 0), (positions, -1), (last, 0)))
-            scores, cache = step(self.loaded.parameters, *padded, cache)
+            scores, states = step(self.loaded.parameters, *padded, states, pages_per_row=pages_per_row)
             return np.asarray(scores)[:num_rows]
 
         logits = np.zeros((num_rows, num_steps, config.vocab_size), jnp.promote_types(dtype, jnp.float32))
@@ -96,17 +100,22 @@ class Subject:
         tokens_BT: jax.Array,
         positions_BT: jax.Array,
         last_B: jax.Array,
-        cache: kv_cache.Cache,
-    ) -> tuple[jax.Array, kv_cache.Cache]:
-        """The logits [B, V] at each row's token `last`, and the cache with all tokens in it."""
+        states: States,
+        *,
+        pages_per_row: int,
+    ) -> tuple[jax.Array, States]:
+        """Return the logits [B, V] at each row's token `last`, and the states with all tokens in them."""
         with use_sharding(self.loaded.sharding_ctx):
             model = with_parameters(self.loaded.module, parameters)
-            parts, num_pages = cache[0].k.shape[:2]
-            pages = kv_cache.in_order(self.loaded.config, positions_BT, parts, num_pages * parts // len(tokens_BT))
-            hidden_BTD, cache_after, _ = model(tokens_BT, positions_BT, cache, pages)
-            assert cache_after is not None
+            specs, num_shards = (
+                state_specs(self.loaded.config, self.loaded.dtype),
+                self.loaded.sharding_ctx.batch_multiple(),
+            )
+            indices = indices_in_order(specs, positions_BT, num_shards, pages_per_row)
+            hidden_BTD, states_after, _ = model(tokens_BT, positions_BT, states, indices)
+            assert states_after is not None
             hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
-            return model.unembed(hidden_B1D)[:, 0], cache_after
+            return model.unembed(hidden_B1D)[:, 0], states_after
 
     def gradient(self, inputs: Inputs) -> tuple[dict[str, float], dict[str, jax.Array]]:
         """The losses of `Reference.gradient`, and the first one's gradient by every parameter, under the training rules."""

@@ -25,11 +25,12 @@ from qwen_dist.engine.runner import Runner
 from qwen_dist.errors import UserError
 from qwen_dist.mesh import AXES, MeshConfig
 from qwen_dist.models.config import ModelConfig
-from qwen_dist.models.layers import at_least_float32
+from qwen_dist.models.parameters import abstract_parameters, disk_shapes
 from qwen_dist.models.transformer import Transformer
+from qwen_dist.ops.matmul import accum_dtype
 from qwen_dist.planning.chips import Topology
 from qwen_dist.planning.workload import Phase, Workload
-from qwen_dist.sharding import ShardingContext, abstract_parameters, disk_shapes
+from qwen_dist.sharding import ShardingContext
 from qwen_dist.train.batches import Batch
 from qwen_dist.train.lora import attach
 from qwen_dist.train.optim import make_optimizer, make_schedule
@@ -251,7 +252,7 @@ def _group_size(line: str) -> int:
 
 def _lower_training(config: ModelConfig, sharding_ctx: ShardingContext, workload: Workload) -> jax.stages.Lowered:
     """A step with the default optimiser: master weights of what is trained, gradient, and all that the step changes."""
-    kept = at_least_float32(jnp.dtype(workload.dtype))
+    kept = accum_dtype(jnp.dtype(workload.dtype))
     if workload.lora is None:
         module, names = Transformer(config, dtype=kept), None
     else:

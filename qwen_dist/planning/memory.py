@@ -22,10 +22,11 @@ from qwen_dist.models.attention import query_block
 from qwen_dist.models.cache import PAGE, group_size
 from qwen_dist.models.config import LayerConfig, ModelConfig
 from qwen_dist.models.moe import room_for
+from qwen_dist.models.parameters import abstract_parameters
 from qwen_dist.models.splash_attention import LANES
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.planning.workload import Phase, Workload
-from qwen_dist.sharding import ShardingContext, abstract_parameters
+from qwen_dist.sharding import ShardingContext
 from qwen_dist.train.lora import attach
 from qwen_dist.train.loss import BLOCK_TOKENS
 

@@ -16,9 +16,10 @@ from qwen_dist.checkpoint.model import LoadedModel
 from qwen_dist.config import LoraOptions
 from qwen_dist.errors import UsageError
 from qwen_dist.models.layers import Linear
-from qwen_dist.models.moe import STACKS, Experts
+from qwen_dist.models.moe import EXPERT_MATRICES, Experts
+from qwen_dist.models.parameters import abstract_parameters, disk_shapes, random_parameters
 from qwen_dist.models.transformer import Transformer
-from qwen_dist.sharding import ShardingContext, abstract_parameters, disk_shapes, random_parameters
+from qwen_dist.sharding import ShardingContext
 
 
 def new_adapter(model: LoadedModel, options: LoraOptions, *, dtype: DTypeLike) -> tuple[LoadedModel, list[str]]:
@@ -95,7 +96,9 @@ def linear_layers(module: Transformer) -> Iterator[tuple[str, Linear]]:
 def expert_stacks(module: Transformer) -> dict[str, Experts]:
     """The stacks of experts' matrices by the name of their adapter, such as `layers.0.mlp.experts.lora.down_proj`."""
     modules = [(".".join(map(str, path)), layer) for path, layer in nnx.iter_modules(module)]
-    return {f"{name}.lora.{stack}": layer for name, layer in modules if isinstance(layer, Experts) for stack in STACKS}
+    return {
+        f"{name}.lora.{stack}": layer for name, layer in modules if isinstance(layer, Experts) for stack in EXPERT_MATRICES
+    }
 
 
 def _matches(target: str, name: str) -> bool:

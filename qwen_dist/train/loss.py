@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from qwen_dist.models.layers import at_least_float32, matmul, sum_over_rows
+from qwen_dist.ops.matmul import accum_dtype, matmul, weight_gradient
 from qwen_dist.sharding import constrain
 
 # Tokens whose logits exist at a time, on each device.
@@ -42,7 +42,7 @@ def next_token_loss(
         padded = jnp.pad(sorted_, [(0, 0), (0, num_blocks * width - num_tokens)] + [(0, 0)] * (x.ndim - 2))
         return padded.reshape(rows_apart, num_blocks, width, *x.shape[2:]).swapaxes(0, 1)
 
-    wide = at_least_float32(x_BTD.dtype)
+    wide = accum_dtype(x_BTD.dtype)
     num_used = -(-jnp.max(jnp.sum(weights != 0, axis=1)) // width)
     blocks = in_blocks(x_BTD), in_blocks(targets_BT), in_blocks(weights_BT).astype(wide)
     return _loss_of_blocks(blocks[0], head_VD, *blocks[1:], num_used)
@@ -71,7 +71,7 @@ def _forward(
         by_logits = by_logits.astype(x.dtype)
         by_block = matmul(by_logits, head.T).astype(x.dtype)
         # Each device sums its own tokens' gradient; a loop that adds to a sum over devices sums over them in every turn.
-        by_head_NVD = of_devices(by_head_NVD + sum_over_rows(by_logits, x[index], 1))
+        by_head_NVD = of_devices(by_head_NVD + weight_gradient(by_logits, x[index], 1))
         return total + loss, by_x.at[index].set(by_block), by_head_NVD
 
     def of_devices(by_head_NVD: jax.Array) -> jax.Array:

@@ -28,9 +28,10 @@ from qwen_dist.config import FinetuneConfig, LoraOptions
 from qwen_dist.errors import UsageError, UserError
 from qwen_dist.mesh import MeshConfig, make_mesh, training_mesh
 from qwen_dist.models.config import ModelConfig
-from qwen_dist.models.layers import at_least_float32
+from qwen_dist.models.parameters import abstract_parameters, disk_shapes
 from qwen_dist.models.transformer import Transformer
-from qwen_dist.sharding import TRAIN, ShardingContext, abstract_parameters, disk_shapes
+from qwen_dist.ops.matmul import accum_dtype
+from qwen_dist.sharding import TRAIN, ShardingContext
 from qwen_dist.tokenizer import Tokenizer
 from qwen_dist.train.batches import Batch, BatchIterator, evaluation_batches, rows_per_epoch, training_batches
 from qwen_dist.train.checkpoints import Checkpoints
@@ -210,7 +211,7 @@ def _sharding_ctx(prepared: Prepared) -> ShardingContext:
 
 def _trained_dtype(config: FinetuneConfig) -> jax.numpy.dtype:
     dtype = jax.numpy.dtype(config.model.dtype)
-    return at_least_float32(dtype) if config.master_weights else dtype
+    return accum_dtype(dtype) if config.master_weights else dtype
 
 
 def _base_dtype(config: FinetuneConfig) -> jax.numpy.dtype:

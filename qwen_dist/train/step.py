@@ -13,9 +13,10 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from qwen_dist.checkpoint.model import LoadedModel
-from qwen_dist.models.layers import at_least_float32
 from qwen_dist.models.moe import load_balancing_loss
-from qwen_dist.sharding import use_sharding, with_parameters
+from qwen_dist.models.parameters import with_parameters
+from qwen_dist.ops.matmul import accum_dtype
+from qwen_dist.sharding import use_sharding
 from qwen_dist.train.batches import Batch
 from qwen_dist.train.heap import join_crumbs
 from qwen_dist.train.loss import next_token_loss
@@ -167,7 +168,7 @@ class Trainer:
             gradients = jax.lax.with_sharding_constraint(gradients, self._shardings.parameters)
             return jax.tree.map(lambda total, more: total + more.astype(total.dtype), sums, (loss, gradients)), None
 
-        wide = at_least_float32(self.dtype)
+        wide = accum_dtype(self.dtype)
         zeros = {name: jnp.zeros(value.shape, wide) for name, value in rounded.items()}
         stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *parts)
         return jax.lax.scan(add, (jnp.zeros((), wide), zeros), stacked)[0]

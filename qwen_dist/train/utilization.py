@@ -10,8 +10,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from qwen_dist.checkpoint.model import LoadedModel
+from qwen_dist.models.parameters import disk_shapes
 from qwen_dist.planning.chips import chip_of_device
-from qwen_dist.sharding import disk_shapes
 
 
 def flops_per_second(devices: Collection[jax.Device], dtype: DTypeLike) -> float | None:

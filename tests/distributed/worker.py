@@ -17,7 +17,8 @@ from qwen_dist.hosts.cluster import detect
 from qwen_dist.hosts.join import join
 from qwen_dist.hosts.preflight import gather
 from qwen_dist.mesh import MeshConfig, make_mesh
-from qwen_dist.sharding import INFERENCE, TRAIN, ShardingContext, use_sharding, with_parameters
+from qwen_dist.models.parameters import with_parameters
+from qwen_dist.sharding import INFERENCE, TRAIN, ShardingContext, use_sharding
 from qwen_dist.tokenizer import Tokenizer
 
 NEW = SamplingParams(max_new_tokens=12)

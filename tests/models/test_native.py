@@ -13,7 +13,8 @@ from qwen_dist.models import cache as kv_cache
 from qwen_dist.models import mlp, moe, native, paged_attention, rope
 from qwen_dist.models.layers import matmul
 from qwen_dist.models.moe import Stack
-from qwen_dist.sharding import INFERENCE, TRAIN, LocalShard, ShardingContext, use_sharding, with_parameters
+from qwen_dist.models.parameters import with_parameters
+from qwen_dist.sharding import INFERENCE, TRAIN, LocalShard, ShardingContext, use_sharding
 
 pytestmark = needs_kernels
 

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from qwen_dist.models.splash_attention import attend_tiles
 
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.attention import attend
-from qwen_dist.models.splash_attention import attend_tiles
 from qwen_dist.sharding import TRAIN, ShardingContext, use_sharding
 
 B, N, K = 2, 4, 2

@@ -12,13 +12,14 @@ import pytest
 import torch
 import transformers
 
+from qwen_dist.capture import capture
 from qwen_dist.checkpoint.model import LoadedModel, load_model
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models import cache as kv_cache
-from qwen_dist.models.cache import PAGE
-from qwen_dist.models.capture import capture
+from qwen_dist.models.parameters import with_parameters
 from qwen_dist.models.transformer import Transformer
-from qwen_dist.sharding import INFERENCE, ShardingContext, with_parameters
+from qwen_dist.ops.paged_cache import PAGE
+from qwen_dist.sharding import INFERENCE, ShardingContext
 
 LENGTH, PADDING = 600, 53  # tokens; a partial-rotation fault shows only near position 500
 # Measured: 4e-7 to 1.1e-6 against transformers, 2e-7 to 4e-7 between the paths of this model.

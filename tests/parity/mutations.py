@@ -98,7 +98,7 @@ MUTATIONS = [
     _mutation(
         "rope in float32 whatever the model",
         ROPE + "rope_table",
-        "at_least_float32(dtype)",
+        "accum_dtype(dtype)",
         "jnp.dtype('float32')",
         named=FIRST + "q_rope",
     ),
@@ -146,14 +146,14 @@ MUTATIONS = [
     _mutation(
         "norm in float32 whatever the model",
         LAYERS + "RMSNorm.__call__",
-        "at_least_float32(x.dtype)",
+        "accum_dtype(x.dtype)",
         "jnp.float32",
         named="layers.0.input_layernorm",
     ),
     _mutation(
         "norm without upcast",
         LAYERS + "RMSNorm.__call__",
-        "x.astype(at_least_float32(x.dtype))",
+        "x.astype(accum_dtype(x.dtype))",
         "x",
         named="layers.0.input_layernorm",
         scenario="bfloat16",
@@ -178,7 +178,7 @@ MUTATIONS = [
     ),
     _mutation(
         "transposed o_proj",
-        "sharding:with_parameters",
+        "models.parameters:with_parameters",
         "parameters[_name(path)]",
         "(lambda w: w.reshape(w.shape[0], -1).T.reshape(w.shape) if 'o_proj' in path else w)(parameters[_name(path)])",
         named=FIRST + "o_proj",
@@ -297,7 +297,7 @@ MUTATIONS = [
     _mutation(
         "router in float32 whatever the model",
         MOE + "route",
-        "at_least_float32(logits_BTE.dtype)",
+        "accum_dtype(logits_BTE.dtype)",
         "'float32'",
         named="layers.0.mlp.scores",
         scenario="moe",

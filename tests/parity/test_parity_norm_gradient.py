@@ -10,7 +10,7 @@ import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from qwen_dist.models.layers import RMSNorm
-from qwen_dist.sharding import with_parameters
+from qwen_dist.models.parameters import with_parameters
 
 pytestmark = pytest.mark.parity
 

@@ -11,8 +11,9 @@ import pytest
 
 from qwen_dist.checkpoint.model import load_model
 from qwen_dist.mesh import MeshConfig, make_mesh
+from qwen_dist.models.parameters import with_parameters
 from qwen_dist.parity.inputs import random_tokens
-from qwen_dist.sharding import RULE_SETS, ShardingContext, use_sharding, with_parameters
+from qwen_dist.sharding import RULE_SETS, ShardingContext, use_sharding
 
 pytestmark = pytest.mark.parity
 

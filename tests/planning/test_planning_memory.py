@@ -14,12 +14,13 @@ from qwen_dist.engine.runner import Runner
 from qwen_dist.errors import UsageError
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.config import ModelConfig
+from qwen_dist.models.parameters import random_parameters
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.planning.chips import Topology
 from qwen_dist.planning.compile import Collective, Compiled, compile_program, extrapolate, lower, topology_mesh
 from qwen_dist.planning.memory import Arithmetic, abstract_sharding_context
 from qwen_dist.planning.workload import Workload
-from qwen_dist.sharding import ShardingContext, random_parameters
+from qwen_dist.sharding import ShardingContext
 
 CPU = Topology.parse("cpu:8")
 

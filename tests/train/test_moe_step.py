@@ -13,8 +13,8 @@ from torch_step import load_torch, made_examples, torch_steps
 
 from qwen_dist.checkpoint.adapter import merge_adapter, read_adapter, write_adapter
 from qwen_dist.config import LoraOptions
+from qwen_dist.models.parameters import with_parameters
 from qwen_dist.parity.reference import LiftedToFloat64
-from qwen_dist.sharding import with_parameters
 from qwen_dist.train.lora import adapter_of, attach, with_adapter
 
 

@@ -17,9 +17,10 @@ from qwen_dist.checkpoint.adapter import read_adapter
 from qwen_dist.checkpoint.model import load_model
 from qwen_dist.config import DataOptions, OptimizerOptions
 from qwen_dist.mesh import MeshConfig, make_mesh
+from qwen_dist.models.parameters import disk_shapes
 from qwen_dist.parity.reference import LiftedToFloat64
 from qwen_dist.planning.compile import collectives
-from qwen_dist.sharding import TRAIN, ShardingContext, disk_shapes
+from qwen_dist.sharding import TRAIN, ShardingContext
 from qwen_dist.train.batches import Batch, evaluation_batches
 from qwen_dist.train.lora import with_adapter
 from qwen_dist.train.optim import make_optimizer, make_schedule

@@ -9,8 +9,9 @@ import pytest
 from qwen_dist.checkpoint.model import load_model
 from qwen_dist.config import LoraOptions
 from qwen_dist.mesh import MeshConfig, make_mesh
+from qwen_dist.models.parameters import with_parameters
 from qwen_dist.planning.chips import CHIPS, chip_of_device
-from qwen_dist.sharding import TRAIN, ShardingContext, with_parameters
+from qwen_dist.sharding import TRAIN, ShardingContext
 from qwen_dist.train.console import describe_step
 from qwen_dist.train.lora import new_adapter
 from qwen_dist.train.run import Progressing

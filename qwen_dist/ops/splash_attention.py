@@ -1,7 +1,9 @@
-"""Attention without a cache on a TPU: jax's own kernel, which keeps scores in the chip's memory, forward and backward.
+"""Attention without a cache on a TPU: jax's splash attention kernel, forward and backward.
 
-The plain form, `attention.attend`, says what it computes. Besides being fast, the kernel compiles in seconds, where
-the compiler takes minutes for the gradient of the plain form.
+The kernel keeps scores in the chip's own memory, and compiles in seconds, where the compiler takes minutes for the gradient
+of the plain form, `attention.attention_in_blocks`.
+
+Letters: B batch, T queries, S keys, N query heads, K key/value heads, H head_dim.
 """
 
 from __future__ import annotations
@@ -12,13 +14,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qwen_dist.sharding import LocalShard, num_parts, shard_map_op
+from qwen_dist.sharding import LocalShard, active_num_shards, shard_map_op
 
-# Queries, and keys, that the kernel takes at a time; it wants multiples of 128.
+# Queries, and keys, that the kernel takes at a time; it needs multiples of 128.
 BLOCK, LANES = 512, 128
 
 
-def attend_tiles(
+def can_splash_attention(
+    q_BTNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    positions_BT: jax.Array,
+    sliding_window: int | None = None,
+    segments_BT: jax.Array | None = None,
+) -> bool:
+    """Whether the kernel takes these: it would round wider floats, and needs whole rows on each device."""
+    return is_for(q_BTNH.dtype.itemsize, active_num_shards("length", q_BTNH.shape[1]))
+
+
+def is_for(itemsize: int, num_length_shards: int) -> bool:
+    """As `can_splash_attention`, for planning without arrays."""
+    return itemsize < 4 and num_length_shards == 1
+
+
+def splash_attention(
     q_BTNH: jax.Array,
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
@@ -28,28 +47,28 @@ def attend_tiles(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """As `attention.attend`, of whose arguments these are; every device has whole rows.
+    """Compute `attention.attention` of the same arguments.
 
-    Scores and sums are float32. The factor 1 / √H is taken into the queries, which rounds them once more where H is no
-    power of 4. `interpret` runs the kernel where there is no TPU, slowly.
+    Scores and sums are float32. The factor 1 / √H is multiplied into the queries, which rounds them once more where H is
+    not a power of 4. `interpret` runs the kernel without a TPU, slowly.
     """
     N, H = q_BTNH.shape[2:]
-    # Where there are fewer key heads than devices along the query heads, each gets the one that its queries look at.
-    repeats = max(num_parts("q_heads", N) // k_BKSH.shape[1], 1)
+    # With fewer key heads than devices along the query heads, each device gets the one that its queries read.
+    repeats = max(active_num_shards("q_heads", N) // k_BKSH.shape[1], 1)
     k_BKSH, v_BKSH = (jnp.repeat(x, repeats, axis=1) for x in (k_BKSH, v_BKSH))
-    # Padding sees padding: a row without any key would come out as a division by 0.
+    # Padding sees padding: a row without any key would divide by 0.
     segments_BT = jnp.zeros_like(positions_BT) if segments_BT is None else segments_BT
     segments_BT = jnp.where(positions_BT < 0, -1, segments_BT)
     scaled_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)
 
     rows, keys = ("batch", "length", "q_heads", "head_dim"), ("batch", "kv_heads", "kv_length", "head_dim")
-    body = functools.partial(_attend_here, sliding_window=sliding_window, interpret=interpret)
+    body = functools.partial(_local_attention, sliding_window=sliding_window, interpret=interpret)
     arrays, axes = (scaled_BTNH, k_BKSH, v_BKSH, segments_BT), (rows, keys, keys, ("batch", "length"))
     (mixed_BTNH,) = shard_map_op(body, arrays, axes, (rows,))
     return mixed_BTNH
 
 
-def _attend_here(
+def _local_attention(
     _: LocalShard,
     q_BTNH: jax.Array,
     k_BKSH: jax.Array,
@@ -59,7 +78,7 @@ def _attend_here(
     sliding_window: int | None,
     interpret: bool,
 ) -> tuple[jax.Array]:
-    """One device's rows and heads."""
+    """Attend from one device's rows and heads."""
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
 
     T, N = q_BTNH.shape[1:3]

@@ -52,13 +52,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedProduct, Product,
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>());
 
-extern "C" int IsSupported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
+// One bit a feature, in the order of FEATURES in ../native.py.
+extern "C" int ProcessorFeatures() {
+  return (__builtin_cpu_supports("avx512f") != 0) | (__builtin_cpu_supports("avx512bw") != 0) << 1 |
+         (__builtin_cpu_supports("avx512dq") != 0) << 2 | (__builtin_cpu_supports("avx512vl") != 0) << 3 |
+         (__builtin_cpu_supports("avx512bf16") != 0) << 4;
 }
 
 #else
 
-extern "C" int IsSupported() { return 0; }
+extern "C" int ProcessorFeatures() { return 0; }
 
 #endif

@@ -1,0 +1,84 @@
+"""What each layer keeps between steps, as sizes. No jax.
+
+A mixer makes the spec of its layer; engine, planner and parity tool read specs and never the layer's kind. The names are
+vLLM's (`v1/kv_cache_interface.py`), where a recurrent state is `MambaSpec`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class StateArray:
+    """One array that a layer keeps, for one page or for one slot: `axes` are the logical names of its dimensions."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[str, ...]
+    initial: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class FullAttentionSpec:
+    """Keys and values of all positions of a sequence, in pages."""
+
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+
+    @property
+    def window(self) -> None:
+        return None
+
+    def page_arrays(self, page_size: int) -> tuple[StateArray, ...]:
+        return _keys_and_values(self.num_kv_heads, page_size, self.head_dim, self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class SlidingWindowSpec:
+    """Keys and values of the last `window` positions of a sequence, in a ring of pages."""
+
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    window: int
+
+    def page_arrays(self, page_size: int) -> tuple[StateArray, ...]:
+        return _keys_and_values(self.num_kv_heads, page_size, self.head_dim, self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class RecurrentSpec:
+    """A state of fixed size for each slot, whatever the length of its sequence.
+
+    The arrays have their initial value when a sequence starts at position 0, which also resets a slot that is reused.
+    """
+
+    slot_arrays: tuple[StateArray, ...]
+
+
+PagedSpec = FullAttentionSpec | SlidingWindowSpec
+LayerStateSpec = PagedSpec | RecurrentSpec
+
+
+def _keys_and_values(num_kv_heads: int, page_size: int, head_dim: int, dtype: str) -> tuple[StateArray, ...]:
+    return (StateArray((num_kv_heads, page_size, head_dim), dtype, ("kv_heads", "kv_length", "head_dim")),) * 2
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheGroup:
+    """Layers that keep the same positions, so that one page table serves them all."""
+
+    window: int | None
+    layers: tuple[int, ...]
+
+
+def cache_groups(specs: Sequence[LayerStateSpec]) -> tuple[CacheGroup, ...]:
+    """Return the groups of paged layers, in the order of their first layers; recurrent layers need no pages."""
+    layers: dict[int | None, list[int]] = {}
+    for index, spec in enumerate(specs):
+        if not isinstance(spec, RecurrentSpec):
+            layers.setdefault(spec.window, []).append(index)
+    return tuple(CacheGroup(window, tuple(indices)) for window, indices in layers.items())

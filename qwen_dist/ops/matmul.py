@@ -1,0 +1,145 @@
+"""Matrix products with weights that are stored out-features first, accumulated in at least float32.
+
+Letters: B any leading dimensions, C in-features, O out-features, R rows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from qwen_dist.ops import native
+from qwen_dist.ops.dispatch import Backend, Implementation, Op
+from qwen_dist.ops.weight import Weight, to_array
+
+
+def accum_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """Return the type to accumulate, normalise and rotate in: float32, or float64 when the model runs in float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def matmul(x: jax.Array, weight: Weight, dtype: DTypeLike | None = None) -> jax.Array:
+    """Multiply [..., C] with a weight [O, C].
+
+    Args:
+      x: floats.
+      weight: of x's dtype, or quantised.
+      dtype: what the result is rounded to, once; None leaves it in `accum_dtype`.
+
+    Returns:
+      [..., O], summed in at least float32. A narrower sum would round twice where PyTorch rounds once.
+    """
+    return MATMUL(x, weight, jnp.dtype(accum_dtype(x.dtype) if dtype is None else dtype))
+
+
+def _plain(x: jax.Array, weight: Weight, dtype: jnp.dtype) -> jax.Array:
+    return batched_matmul(x, to_array(weight)).astype(dtype)
+
+
+@jax.custom_vjp
+def batched_matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Multiply [*batch, ..., C] with [*batch, O, C], matrix by matrix: [*batch, ..., O] in at least float32."""
+    return BATCHED_MATMUL(x, y)
+
+
+def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
+    return dot(x, y, y.ndim - 1)
+
+
+def dot(x: jax.Array, y: jax.Array, y_dim: int) -> jax.Array:
+    """Sum over the last dimension of x and one of the last two of y, in at least float32; y's others are a batch."""
+    batch = tuple(range(y.ndim - 2))
+    dims = ((x.ndim - 1,), (y_dim,)), (batch, batch)
+    return jax.lax.dot_general(x, y, dims, preferred_element_type=accum_dtype(x.dtype))
+
+
+def _forward(x: jax.Array, y: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return batched_matmul(x, y), (x, y)
+
+
+def _backward(operands: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Multiply in the operands' own type, as PyTorch does; jax would widen them by default, at half the speed."""
+    x, y = operands
+    gradient = gradient.astype(x.dtype)
+    by_x, by_y = dot(gradient, y, y.ndim - 2), weight_gradient(gradient, x, y.ndim - 2)
+    return by_x.astype(x.dtype), by_y.astype(y.dtype)
+
+
+batched_matmul.defvjp(_forward, _backward)
+
+
+# --- CPU ---
+
+
+def matmul_weight_major(x: jax.Array, weight_OC: jax.Array) -> jax.Array:
+    """`batched_matmul` as the weight times the rows, transposed.
+
+    XLA CPU packs the second operand for each product, so few rows stand there rather than the weight.
+    """
+    dims = ((1,), (x.ndim - 1,)), ((), ())
+    product = jax.lax.dot_general(weight_OC, x, dims, preferred_element_type=accum_dtype(x.dtype))
+    # Without the barrier XLA swaps the operands back to save the transposition.
+    return jnp.moveaxis(jax.lax.optimization_barrier(product), 0, -1)
+
+
+def can_matmul_weight_major(x: jax.Array, weight: jax.Array) -> bool:
+    """Whether `matmul_weight_major` is the faster form, as measured on the shapes of a 0.5B model.
+
+    XLA CPU multiplies 16 rows of 16-bit floats at a time, or pads to 16.
+    """
+    num_rows = x.size // x.shape[-1]
+    if weight.ndim > 2:
+        return False
+    if x.dtype.itemsize >= 4:
+        return 2 <= num_rows <= 64
+    return num_rows in (16, 32, 64) or (num_rows < 16 and weight.shape[0] < weight.shape[1])
+
+
+def _two_rows(x: jax.Array, weight: Weight, dtype: jnp.dtype) -> jax.Array:
+    """XLA CPU has no fast path for one row of 16-bit floats: pad to two."""
+    return _plain(jnp.concatenate([x, jnp.zeros_like(x)], axis=0), weight, dtype)[:1]
+
+
+def _is_one_narrow_row(x: jax.Array, weight: Weight, dtype: jnp.dtype) -> bool:
+    return x.size == x.shape[-1] and x.dtype.itemsize < 4
+
+
+# Matrices this narrow are low-rank factors, or the keys and values of one head.
+_NARROW = 128
+
+
+def weight_gradient(x: jax.Array, y: jax.Array, num_batch: int) -> jax.Array:
+    """Multiply [*batch, ..., O] and [*batch, ..., C] over all rows between: [*batch, O, C] in at least float32.
+
+    XLA CPU transposes the first operand, so the narrow one stands there: the gradient of a low-rank matrix, or of the keys,
+    then takes a quarter of the time. It multiplies 16-bit floats fast only if the rows are in order, and summing over two
+    dimensions makes it put them so; over one it widens both operands to float32 and takes twice the time. Other backends
+    take any form equally well.
+    """
+    if y.shape[-1] <= _NARROW < x.shape[-1]:
+        # Without the barrier XLA swaps the operands back to save the transposition.
+        return jax.lax.optimization_barrier(weight_gradient(y, x, num_batch)).swapaxes(-1, -2)
+    num_rows = math.prod(x.shape[num_batch:-1])
+    halves = (2, num_rows // 2) if x.dtype.itemsize < 4 and num_rows % 2 == 0 else (1, num_rows)
+    x, y = (z.reshape(*z.shape[:num_batch], *halves, z.shape[-1]) for z in (x, y))
+    batch, rows = tuple(range(num_batch)), (num_batch, num_batch + 1)
+    dims = (rows, rows), (batch, batch)
+    return jax.lax.dot_general(x, y, dims, preferred_element_type=accum_dtype(x.dtype))
+
+
+_WEIGHT_MAJOR = Implementation("weight major", matmul_weight_major, can_matmul_weight_major)
+_TWO_ROWS = Implementation("two rows", _two_rows, _is_one_narrow_row)
+_ON_CPU = (Backend.CPU_KERNELS, Backend.CPU_KERNELS_LOCAL, Backend.CPU)
+BATCHED_MATMUL = Op("batched_matmul", _dot, dict.fromkeys(_ON_CPU, (_WEIGHT_MAJOR,)))
+MATMUL = Op(
+    "matmul",
+    _plain,
+    {
+        Backend.CPU_KERNELS: (Implementation("kernel", native.matmul, native.can_matmul), _TWO_ROWS),
+        Backend.CPU_KERNELS_LOCAL: (_TWO_ROWS,),
+        Backend.CPU: (_TWO_ROWS,),
+    },
+)

@@ -1,0 +1,189 @@
+"""The C++ kernels in `cpu/`, as jax functions, for processors with AVX512-BF16.
+
+XLA CPU reads the weights of a step of few rows at less than half of the memory's speed in bfloat16, copies the weights of
+experts, makes many passes over the scores of attention, and recomputes the rotation angles for each head of each layer. The
+kernels read weights and pages in place at the memory's speed, and multiply many rows nearly as fast as the processor can.
+What a kernel computes for a row does not depend on the other rows, bit for bit.
+
+The installation compiles them. Without a compiler, or on another processor, XLA does the work. `can_NAME` says whether the
+kernel `NAME` takes the same arguments; the C++ checks them again. No kernel has a gradient.
+
+Letters: B batch, T length, D embed, N query heads, H head_dim, C in-features, O out-features, R rows, E groups (experts),
+K experts of a token, F mlp, A half of head_dim.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from qwen_dist.ops.paged_cache import PAGE, PagedState, PageIndices
+from qwen_dist.ops.weight import Weight
+
+# jax's names for the functions of the library.
+TARGETS = {
+    "qwen_dist_grouped_matmul": "GroupedProduct",
+    "qwen_dist_experts": "Experts",
+    "qwen_dist_swiglu": "Gated",
+    "qwen_dist_rotate": "Rotate",
+    "qwen_dist_paged_attention": "PagedAttention",
+}
+GROUPED_MATMUL, EXPERTS, SWIGLU, ROTATE, PAGED_ATTENTION = TARGETS
+# The processor features that the kernels need, in the order of the bits that the library reports.
+FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
+# The least out-features of a matrix product, and the rows of one of its tiles.
+MIN_FEATURES, MAX_ROWS = 4, 6
+# Attention: head_dim is a multiple of LANES, and pages have KERNEL_PAGE positions.
+LANES, KERNEL_PAGE = 16, 64
+# Bytes of a cache line, and how far apart addresses are that compete for the same lines of the first cache.
+CACHE_LINE, CACHE_WAY = 64, 4096
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled kernels, registered with jax; None where the installation did not compile them."""
+    folder = pathlib.Path(__file__).parent
+    compiled = [path for suffix in importlib.machinery.EXTENSION_SUFFIXES if (path := folder / f"_native{suffix}").exists()]
+    if not compiled:
+        return None
+    library = ctypes.CDLL(str(compiled[0]))
+    if library.ProcessorFeatures():
+        for name, symbol in TARGETS.items():
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
+    return library
+
+
+def processor_features() -> frozenset[str]:
+    """Return those of `FEATURES` that this processor has; none where the kernels were not compiled.
+
+    The environment variable QWEN_DIST_CPU_FEATURES, a list with commas, leaves out all others: with it a machine that has
+    the kernels measures and tests what happens on one that has not.
+    """
+    library = _library()
+    bits = library.ProcessorFeatures() if library is not None else 0
+    allowed = os.environ.get("QWEN_DIST_CPU_FEATURES")
+    names = {name for bit, name in enumerate(FEATURES) if bits >> bit & 1}
+    return frozenset(names if allowed is None else names & set(allowed.replace(" ", "").split(",")))
+
+
+def is_available() -> bool:
+    """Return whether the kernels were compiled and this processor has every feature that they need."""
+    return processor_features() == frozenset(FEATURES)
+
+
+def can_grouped_matmul(rows_RC: jax.Array, weights_EOC: Weight, sizes_E: jax.Array, dtype: DTypeLike) -> bool:
+    return _can_multiply(rows_RC, weights_EOC, dtype)
+
+
+def can_matmul(x: jax.Array, weight_OC: Weight, dtype: DTypeLike) -> bool:
+    return _can_multiply(x, weight_OC, dtype)
+
+
+def _can_multiply(x: jax.Array, weight: Weight, dtype: DTypeLike) -> bool:
+    if not isinstance(weight, jax.Array):
+        return False
+    dtypes = x.dtype.name, weight.dtype.name, jnp.dtype(dtype).name
+    is_form = dtypes in (("float32",) * 3, ("bfloat16", "bfloat16", "float32"), ("bfloat16",) * 3)
+    return is_form and weight.shape[-2] >= MIN_FEATURES and x.size > 0
+
+
+def grouped_matmul(rows_RC: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Multiply each row by the weight of its group: [R, O], summed in float32 and rounded once, to `dtype`.
+
+    Groups follow each other, and group e has `sizes_E[e]` rows. Results for rows after the last group are undefined.
+    """
+    result = jax.ShapeDtypeStruct((len(rows_RC), weights_EOC.shape[1]), dtype)
+    call = jax.ffi.ffi_call(GROUPED_MATMUL, (result, _scratch_shape(rows_RC)))
+    return call(rows_RC, weights_EOC, sizes_E.astype(jnp.int32))[0]
+
+
+def _scratch_shape(rows_RC: jax.Array) -> jax.ShapeDtypeStruct:
+    """Return the scratch space for rows that would compete for the same cache lines, if they are more than one tile."""
+    stride = _padded_stride(rows_RC.shape[1], rows_RC.dtype)
+    is_needed = len(rows_RC) > MAX_ROWS and stride > rows_RC.shape[1]
+    return jax.ShapeDtypeStruct((len(rows_RC) if is_needed else 0, stride), rows_RC.dtype)
+
+
+def _padded_stride(size: int, dtype: DTypeLike) -> int:
+    """Return the distance between rows of this size at which they do not compete for cache lines: no multiple of a way."""
+    itemsize = jnp.dtype(dtype).itemsize
+    return size + CACHE_LINE // itemsize if size * itemsize % CACHE_WAY == 0 else size
+
+
+def matmul(x: jax.Array, weight_OC: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Multiply [..., C] with [O, C]: [..., O]; `grouped_matmul` with a single group."""
+    rows_RC = x.reshape(-1, x.shape[-1])
+    out_RO = grouped_matmul(rows_RC, weight_OC[None], jnp.full(1, len(rows_RC)), dtype)
+    return out_RO.reshape(*x.shape[:-1], -1)
+
+
+def can_experts(x: jax.Array, gate_up: Weight, down: Weight) -> bool:
+    """Return whether `experts` takes tokens [..., D] and experts [E, 2F, D] and [E, D, F] of these types and sizes."""
+    if not (isinstance(gate_up, jax.Array) and isinstance(down, jax.Array)):
+        return False
+    is_form = x.dtype == gate_up.dtype == down.dtype and x.dtype in (jnp.float32, jnp.bfloat16)
+    return is_form and all(size % MIN_FEATURES == 0 for size in down.shape[1:]) and x.size > 0
+
+
+def experts(
+    x_BTD: jax.Array, chosen_BTK: jax.Array, scores_BTK: jax.Array, gate_up_EOD: jax.Array, down_EDF: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return the sum of each token's experts, weighted by their scores, [B, T, D], and each expert's output [B, T, K, D].
+
+    The output for an expert number out of range is 0.
+    """
+    x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    chosen_TK, scores_TK = (x.reshape(len(x_TD), -1) for x in (chosen_BTK, scores_BTK))
+    hidden = chosen_TK.size, _padded_stride(down_EDF.shape[2], x_TD.dtype)
+    shapes = x_TD.shape, (*chosen_TK.shape, x_TD.shape[1]), hidden
+    results = [jax.ShapeDtypeStruct(shape, x_TD.dtype) for shape in shapes]
+    mixed_TD, each_TKD, *_ = jax.ffi.ffi_call(EXPERTS, [*results, _scratch_shape(x_TD)])(
+        x_TD, chosen_TK.astype(jnp.int32), scores_TK.astype(jnp.float32), gate_up_EOD, down_EDF
+    )
+    return mixed_TD.reshape(x_BTD.shape), each_TKD.reshape(*chosen_BTK.shape, -1)
+
+
+def can_swiglu(gate: jax.Array, up: jax.Array) -> bool:
+    return gate.dtype == up.dtype and gate.dtype in (jnp.float32, jnp.bfloat16) and gate.size > 0
+
+
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Return silu(gate) · up."""
+    return jax.ffi.ffi_call(SWIGLU, jax.ShapeDtypeStruct(gate.shape, gate.dtype))(gate, up)
+
+
+def can_rotate(x_BTNH: jax.Array, cos_BTA: jax.Array, sin_BTA: jax.Array) -> bool:
+    return x_BTNH.dtype in (jnp.float32, jnp.bfloat16) and cos_BTA.dtype == jnp.float32 and x_BTNH.size > 0
+
+
+def rotate(x_BTNH: jax.Array, cos_BTA: jax.Array, sin_BTA: jax.Array) -> jax.Array:
+    """Rotate the pairs (i, i + H/2) of each head by their angles."""
+    return jax.ffi.ffi_call(ROTATE, jax.ShapeDtypeStruct(x_BTNH.shape, x_BTNH.dtype))(x_BTNH, cos_BTA, sin_BTA)
+
+
+def can_paged_attention(
+    q_BTNH: jax.Array, state: PagedState, positions_BT: jax.Array, pages: PageIndices, sliding_window: int | None
+) -> bool:
+    is_form = q_BTNH.dtype in (jnp.float32, jnp.bfloat16) and state.k.shape[0] == 1 and PAGE == KERNEL_PAGE
+    return is_form and q_BTNH.shape[-1] % LANES == 0 and q_BTNH.size > 0
+
+
+def paged_attention(
+    q_BTNH: jax.Array, state: PagedState, positions_BT: jax.Array, pages: PageIndices, sliding_window: int | None
+) -> jax.Array:
+    """Compute what `ops.paged_attention.paged_attention` does, [B, T, N, H]."""
+    indices = (jnp.asarray(x[0]) for x in (pages.row_DE, pages.page_DE, pages.start_DE))
+    num_entries = jnp.asarray(pages.num_entries).reshape(1)
+    numbers = [x.astype(jnp.int32) for x in (positions_BT, *indices, num_entries)]
+    call = jax.ffi.ffi_call(PAGED_ATTENTION, jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype))
+    scale = np.float32(q_BTNH.shape[-1] ** -0.5)
+    # The pools go in as they are: XLA would copy them to reshape them.
+    return call(q_BTNH, *state, *numbers, scale=scale, window=np.int64(sliding_window or 0))

@@ -1,0 +1,87 @@
+"""Keys and values in pages: a pool of pages a layer, each with PAGE consecutive positions of one sequence.
+
+A sequence has as many pages as its positions need, anywhere in the pool, so memory follows the actual lengths. The host
+decides which pages belong to whom (`engine.page_allocator`); a step brings `PageIndices` for each cache group.
+
+Letters: D data-parallel shards, P pages of a shard's pool, K key/value heads, S positions of a page, H head_dim, B rows,
+T length, E entries (a row looking at a page).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+# Positions of a page. Half a page a sequence is wasted on average; smaller pages make smaller, slower products.
+PAGE = 64
+# Pages that attention reads at a time, at most, for rows of one query and of many: their scores fit into a CPU's cache.
+MAX_ENTRIES, MAX_ENTRIES_OF_MANY = 64, 8
+# The first position of a page that no query may see: it is after every query.
+NOWHERE = np.int32(2**30)
+
+
+class PagedState(NamedTuple):
+    """The rotated keys and the values of one layer, [D, P, K, S, H] each; 16-bit floats are stored as their bits.
+
+    The batch is split over D data-parallel shards, each with P pages. To change a few elements of a 16-bit float array, XLA
+    CPU widens all of it to float32 and back; it changes integers in place, 1,000 times faster. Other backends do not mind.
+    """
+
+    k: jax.Array
+    v: jax.Array
+
+
+class PageIndices(NamedTuple):
+    """Where the tokens of a step go, and which pages each row reads, in the layers of one cache group; int32.
+
+    Attributes:
+      write_BN, first_page_B: the pages that a row writes to, in its shard's pool: column n has the row's page number
+        first_page + n, which holds the positions from (first_page + n) · PAGE on.
+      row_DE, page_DE, start_DE: the entries of each shard: row `row` of the shard's B / D rows reads page `page`, whose
+        first position is `start`. E is a multiple of MAX_ENTRIES; entries that fill it up start at NOWHERE.
+      num_entries: how many of E to process: the most that any shard has.
+    """
+
+    write_BN: jax.Array | np.ndarray
+    first_page_B: jax.Array | np.ndarray
+    row_DE: jax.Array | np.ndarray
+    page_DE: jax.Array | np.ndarray
+    start_DE: jax.Array | np.ndarray
+    num_entries: jax.Array | np.ndarray
+
+
+def entries_at_a_time(num_rows: int, num_queries: int) -> int:
+    """Return how many entries attention processes together for rows with this many queries; it divides MAX_ENTRIES."""
+    return min(MAX_ENTRIES, 1 << (4 * num_rows - 1).bit_length()) if num_queries == 1 else MAX_ENTRIES_OF_MANY
+
+
+def pages_for(num_positions: int) -> int:
+    """Return how many pages this many positions take."""
+    return -(-num_positions // PAGE)
+
+
+def stored_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """Return the type in which keys and values of this type are stored: see `PagedState`."""
+    return jnp.dtype(jnp.uint16) if jnp.dtype(dtype).itemsize == 2 else jnp.dtype(dtype)
+
+
+def write(
+    state: PagedState, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array, page_BT: jax.Array
+) -> PagedState:
+    """Put the key and the value of each token into its page, at its position modulo PAGE; drop tokens of negative pages."""
+    num_shards, num_pages = state.k.shape[:2]
+    page_DX = jnp.where(page_BT < 0, num_pages, page_BT).reshape(num_shards, -1)
+    offset_DX = (positions_BT % PAGE).reshape(num_shards, -1)
+
+    def put(pool_PKSH: jax.Array, new_XKH: jax.Array, page_X: jax.Array, offset_X: jax.Array) -> jax.Array:
+        return pool_PKSH.at[page_X, :, offset_X].set(new_XKH, mode="drop")
+
+    def put_all(pool: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+        new_DXKH = new_BTKH.reshape(num_shards, -1, *new_BTKH.shape[2:]).view(pool.dtype)
+        return jax.vmap(put)(pool, new_DXKH, page_DX, offset_DX)
+
+    return PagedState(put_all(state.k, k_BTKH), put_all(state.v, v_BTKH))
