@@ -1,6 +1,6 @@
-"""From requests to text: requests come and go one by one, and all that are there are answered together.
+"""From requests to text: requests come and go one by one, and all that are present are answered together.
 
-The host decides and the devices compute: while one step runs, the tokens of the step before are turned into text here.
+The host decides and the devices compute: while one step runs, the host turns the tokens of the step before into text.
 """
 
 from __future__ import annotations
@@ -15,25 +15,31 @@ import jax
 import numpy as np
 
 from qwen_dist.checkpoint.model import LoadedModel
+from qwen_dist.engine.batch import Batch, BatchBuilder
+from qwen_dist.engine.page_allocator import CacheLimits, PagedGroup
 from qwen_dist.engine.request import Request, RequestOutput, TokenLogprob
 from qwen_dist.engine.runner import DecodeState, Runner, SampledTokens, SamplingTable
-from qwen_dist.engine.scheduler import Piece, Scheduler, Sequence, Steps
+from qwen_dist.engine.scheduler import POLICIES, Scheduler
+from qwen_dist.engine.sequence import Sequence
 from qwen_dist.errors import UsageError, UserError
-from qwen_dist.models.cache import PAGE, VISITS, page_bytes
+from qwen_dist.models.state import page_bytes, slot_bytes
+from qwen_dist.models.state_spec import LayerStateSpec, cache_groups
+from qwen_dist.ops.paged_cache import MAX_ENTRIES, PAGE
+from qwen_dist.sharding import ShardingContext
 from qwen_dist.tokenizer import StopStrings, StreamDecoder, Tokenizer
 
-# Prompts are read in blocks of so many tokens, and each part of the mesh reads so many blocks at a time: enough to keep a
-# device busy, with little padding.
-BLOCK, NUM_BLOCKS = 32, 16
-# Requests taken in for each that can be answered at a time: enough to choose from, few enough to hold in memory.
+# Prompts are computed in chunks of CHUNK_SIZE tokens, at most MAX_CHUNKS at a time in each data-parallel shard: enough to
+# keep a device busy, with little padding.
+CHUNK_SIZE, MAX_CHUNKS = 32, 16
+# Requests taken in for each that can be answered at a time: enough for the policy to choose from, few enough for memory.
 TAKEN_AHEAD = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineStats:
-    """How full the engine is: requests, and positions of the cache: that there are, that requests hold, and in use.
+    """How full the engine is: requests, and positions of the cache that exist, that requests hold, and that are in use.
 
-    Of positions it is the average over layers, of which those with a window keep fewer.
+    Positions are the average over layers with pages, of which those with a window keep fewer.
     """
 
     num_running: int
@@ -44,18 +50,40 @@ class EngineStats:
     live_positions: int
 
 
+def cache_limits(
+    specs: Iterable[LayerStateSpec],
+    sharding_ctx: ShardingContext,
+    *,
+    num_slots: int,
+    max_length: int,
+    num_decode_steps: int = 1,
+) -> CacheLimits:
+    """Return the limits of one shard with `num_slots` sequences of up to `max_length` positions each."""
+    specs = tuple(specs)
+    groups = zip(cache_groups(specs), page_bytes(specs, sharding_ctx), strict=True)
+    return CacheLimits(
+        [PagedGroup(group.window, len(group.layers), size) for group, size in groups],
+        num_slots=num_slots,
+        page_size=PAGE,
+        max_length=max_length,
+        max_step_tokens=max(CHUNK_SIZE * MAX_CHUNKS, num_decode_steps),
+    )
+
+
 class Engine:
     """Answers requests, many at a time.
 
     Args:
       model, tokenizer: of one checkpoint.
       max_batch_size: requests at a time.
-      cache_bytes: what the cache may grow to on each device.
+      cache_bytes: what the layers' states may grow to on each device.
       steps_per_dispatch: tokens of a request before the host sees them, up to a page: more keep a fast device busy,
         fewer let requests that end make room sooner.
+      policy: the order in which waiting requests are admitted: "throughput" (the longest prompt first) or "latency" (the
+        first to come).
 
     Raises:
-      UsageError: a number is out of range, or the cache cannot hold a page.
+      UsageError: an argument is out of range, or the cache cannot hold a page.
       UserError: tokenizer and model are not of the same checkpoint.
     """
 
@@ -67,6 +95,7 @@ class Engine:
         max_batch_size: int = 32,
         cache_bytes: int = 4 * 10**9,
         steps_per_dispatch: int = 1,
+        policy: str = "throughput",
     ):
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
@@ -75,33 +104,39 @@ class Engine:
             )
         if not 1 <= steps_per_dispatch <= PAGE:
             raise UsageError(f"steps_per_dispatch is {steps_per_dispatch}; it must be from 1 to {PAGE}")
-        parts = model.sharding_ctx.batch_multiple()
-        num_rows = -(-max_batch_size // parts) * parts
+        if policy not in POLICIES:
+            raise UsageError(f"engine.policy is {policy!r}; it must be one of {', '.join(POLICIES)}")
+        num_shards = model.sharding_ctx.batch_multiple()
+        slots_per_shard = -(-max_batch_size // num_shards)
+        num_slots = slots_per_shard * num_shards
         self.max_batch_size = max_batch_size
         self.max_context = model.config.max_position_embeddings
         self._tokenizer = tokenizer
         self._vocab_size = model.config.vocab_size
-        self._layers = tuple(model.config.windows.values())
-        self._runner, self._rules = Runner(model, num_rows, steps_per_dispatch), SamplingTable(num_rows)
-        self._scheduler = Scheduler(
-            num_rows=num_rows,
-            page_size=PAGE,
-            block_size=BLOCK,
-            max_pages=cache_bytes // page_bytes(model.config, model.sharding_ctx, model.dtype),
+        self._runner, self._sampling = Runner(model, num_slots, steps_per_dispatch), SamplingTable(num_slots)
+        specs = self._runner.specs
+        self._limits = cache_limits(
+            specs,
+            model.sharding_ctx,
+            num_slots=slots_per_shard,
             max_length=self.max_context,
-            kinds=model.config.windows,
-            parts=parts,
-            num_blocks=NUM_BLOCKS,
-            num_steps=steps_per_dispatch,
-            group=VISITS,
+            num_decode_steps=steps_per_dispatch,
         )
-        if self._scheduler.max_pages < 1:
+        sizes: dict[str, Any] = {"num_slots": num_slots, "num_shards": num_shards}
+        sizes |= {"chunk_size": CHUNK_SIZE, "max_chunks": MAX_CHUNKS}
+        self._batches = BatchBuilder(self._limits, entry_multiple=MAX_ENTRIES, **sizes)
+        max_pages = self._limits.largest(cache_bytes - slots_per_shard * slot_bytes(specs, model.sharding_ctx))
+        if max_pages < 1:
             raise UsageError(f"a cache of {cache_bytes} bytes on each device is less than one page; give more")
+        self._scheduler = Scheduler(
+            self._limits, max_pages=max_pages, num_decode_steps=steps_per_dispatch, policy=policy, **sizes
+        )
         self._state: DecodeState | None = None
         self._num_pages: tuple[int, ...] = ()
-        self._in_flight: tuple[Piece | Steps, SampledTokens] | None = None
+        self._in_flight: tuple[Batch, SampledTokens] | None = None
         self._has_delivered = False
-        self._answers: dict[Sequence, _Answer] = {}
+        self._answers: dict[Sequence, Detokenizer] = {}
+        self._sequences: dict[int, list[Sequence]] = {}  # by the identity of their request
 
     @property
     def is_idle(self) -> bool:
@@ -110,19 +145,20 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        scheduler, parts = self._scheduler, self._runner.parts
+        scheduler, num_shards = self._scheduler, self._runner.num_shards
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             num_preempted=scheduler.num_preempted,
-            cache_positions=self._of_a_layer(scheduler.num_pages) * parts * PAGE,
-            held_positions=self._of_a_layer(scheduler.num_held_pages) * PAGE,
-            live_positions=self._of_a_layer(scheduler.num_live),
+            cache_positions=self._mean_over_layers(scheduler.num_pages) * num_shards * PAGE,
+            held_positions=self._mean_over_layers(scheduler.num_held_pages) * PAGE,
+            live_positions=self._mean_over_layers(scheduler.num_live),
         )
 
-    def _of_a_layer(self, by_kind: tuple[int, ...]) -> int:
-        """The average over all layers of what is counted for each kind of them."""
-        return sum(map(operator.mul, by_kind, self._layers)) // sum(self._layers)
+    def _mean_over_layers(self, by_group: tuple[int, ...]) -> int:
+        """Return the average over all paged layers of what is counted for each cache group."""
+        layers = [group.num_layers for group in self._limits.groups]
+        return sum(map(operator.mul, by_group, layers)) // max(sum(layers), 1)
 
     def check(self, request: Request) -> None:
         """Raises UserError if the request cannot be run."""
@@ -139,45 +175,48 @@ class Engine:
         if not self._scheduler.fits(self._end(request)):
             raise UserError(
                 f"the prompt has {length} tokens and the answer up to {request.params.max_new_tokens}, more than the cache "
-                f"can grow to hold ({self._scheduler.max_pages * PAGE} on each part of the mesh); allow it more memory"
+                f"can hold ({self._scheduler.max_pages * PAGE} in each data-parallel shard); allow it more memory"
             )
 
     def _end(self, request: Request) -> int:
-        """The last position that a token of the answer may have; there is one even if the prompt is only scored."""
+        """Return the last position that a token of the answer may have; a prompt that is only scored has one too."""
         return min(len(request.prompt) + max(1, request.params.max_new_tokens), self.max_context) - 1
 
     def add_request(self, request: Request) -> None:
-        """Let a request wait for its turn. Raises UserError if it fails `check`."""
+        """Queue a request. Raises UserError if it fails `check`."""
         self.check(request)
         sequence = self._scheduler.add(request, self._end(request))
-        self._answers[sequence] = _Answer(request, self._tokenizer, sequence.end)
+        self._answers[sequence] = Detokenizer(request, self._tokenizer, sequence.end)
+        self._sequences.setdefault(id(request), []).append(sequence)
 
     def abort(self, request: Request) -> None:
-        """Nothing more comes of a request; one that has ended is no matter."""
-        for sequence in [sequence for sequence in self._answers if sequence.request is request]:
+        """Drop a request: no output follows. A request that has finished is ignored."""
+        for sequence in list(self._sequences.get(id(request), ())):
             self._release(sequence)
 
     def abort_waiting(self) -> None:
-        """Nothing comes of the requests that are not being answered just now."""
-        for sequence in [sequence for sequence in self._answers if sequence.row < 0]:
+        """Drop the requests that are not being answered at the moment."""
+        for sequence in [sequence for sequence in self._answers if sequence.slot < 0]:
             self._release(sequence)
 
     def step(self) -> list[RequestOutput]:
-        """Start the next step on the devices, and return what the one before it gave."""
+        """Start the next step on the devices, and return the outputs of the step before it."""
         before, self._in_flight = self._in_flight, None
-        # The first result of all is not kept waiting until the program of the next step has been made.
+        # The very first output does not wait until the program of the next step has been compiled.
         if before is None or self._has_delivered:
-            plan = self._scheduler.plan(can_preempt=before is None)
-            self._in_flight = None if plan is None else (plan, self._dispatch(plan))
+            schedule = self._scheduler.schedule(can_preempt=before is None)
+            if schedule:
+                batch = self._batches.build(schedule, self._scheduler.num_pages)
+                self._in_flight = batch, self._dispatch(batch)
         self._has_delivered |= before is not None
         return [] if before is None else list(self._deliver(*before))
 
     def run(self, requests: Iterable[Request]) -> Iterator[RequestOutput]:
-        """Answer the requests, longest prompts first; updates come as text becomes final.
+        """Answer the requests; outputs come as text becomes final.
 
-        Every request ends with one update that has a `finish_reason`. An answer depends on its request alone, not on
-        what else is answered (up to floating-point rounding, which in float32 practically never changes a token). Requests
-        are taken from the iterable as there is room for them, some ahead. Raises UserError if a request fails `check`.
+        Every request ends with one output that has a `finish_reason`. An answer depends on its request alone, not on the
+        other requests (up to floating-point rounding, which in float32 practically never changes a token). Requests are
+        taken from the iterable when there is room for them, and some ahead. Raises UserError if a request fails `check`.
         """
         coming, ahead = iter(requests), self.max_batch_size * TAKEN_AHEAD
         try:
@@ -194,47 +233,49 @@ class Engine:
     def _release(self, sequence: Sequence) -> None:
         self._scheduler.release(sequence)
         del self._answers[sequence]
+        of_request = self._sequences[id(sequence.request)]
+        of_request.remove(sequence)
+        if not of_request:
+            del self._sequences[id(sequence.request)]
 
-    def _dispatch(self, plan: Piece | Steps) -> SampledTokens:
+    def _dispatch(self, batch: Batch) -> SampledTokens:
         num_pages = self._scheduler.num_pages
         if self._state is None:
             self._state = self._runner.start(num_pages)
         elif num_pages != self._num_pages:
             self._state = self._runner.resize(self._state, num_pages)
         self._num_pages = num_pages
-        if isinstance(plan, Piece):
-            for sequence in plan.sequences:
+        if batch.is_prefill:
+            for sequence in batch.sequences:
                 if sequence is not None:
-                    self._rules.set(sequence.row, sequence.request.params, sequence.end)
-        rules, num_top = self._rules.look_up(plan.rows_B, self._tokenizer.stop_ids), self._rules.num_top(plan.rows_B)
-        if isinstance(plan, Piece):
-            num_scored = self._rules.num_scored(plan.rows_B)
-            self._state, chosen = self._runner.read(self._state, plan, rules, num_top=num_top, num_scored=num_scored)
-        else:
-            self._state, chosen = self._runner.step(self._state, plan, rules, num_top=num_top)
-        return chosen
+                    self._sampling.set(sequence.slot, sequence.request.params, sequence.end)
+        sampling = self._sampling.look_up(batch.slots_B, self._tokenizer.stop_ids)
+        num_top = self._sampling.num_top(batch.slots_B)
+        num_scored = self._sampling.num_scored(batch.slots_B) if batch.is_prefill else None
+        self._state, sampled = self._runner.step(self._state, batch, sampling, num_top=num_top, num_scored=num_scored)
+        return sampled
 
-    def _deliver(self, plan: Piece | Steps, chosen: SampledTokens) -> Iterator[RequestOutput]:
-        chosen = jax.device_get(chosen)
-        for index, sequence in enumerate(plan.sequences):
-            tokens = [token for token in chosen.tokens_XB[:, index].tolist() if token >= 0]
-            if sequence is None or sequence.is_over:
+    def _deliver(self, batch: Batch, sampled: SampledTokens) -> Iterator[RequestOutput]:
+        sampled = jax.device_get(sampled)
+        for index, sequence in enumerate(batch.sequences):
+            tokens = [token for token in sampled.tokens_SB[:, index].tolist() if token >= 0]
+            if sequence is None or sequence.is_finished:
                 continue
             answer = self._answers[sequence]
-            if isinstance(plan, Piece):
-                answer.score(chosen, index, int(plan.positions_BT[index, 0]))
+            if batch.is_prefill:
+                answer.score(sampled, index, int(batch.positions_BT[index, 0]))
             if not tokens:
                 continue
-            logprobs = _logprobs(chosen, index, tokens, sequence.request.params.logprobs)
-            update = answer.push(tokens, logprobs)
-            sequence.tokens += update.tokens
-            if update.finish_reason is not None:
+            logprobs = _logprobs(sampled, index, tokens, sequence.request.params.logprobs)
+            output = answer.push(tokens, logprobs)
+            sequence.tokens += output.tokens
+            if output.finish_reason is not None:
                 self._release(sequence)
-            yield update
+            yield output
 
 
-class _Answer:
-    """One request while it is being answered: from tokens to text."""
+class Detokenizer:
+    """The answer to one request: from tokens to text, and where it ends."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer, end: int):
         self.request = request
@@ -245,19 +286,19 @@ class _Answer:
         self._decoder = StreamDecoder(tokenizer)
         self._stops = StopStrings(request.params.stop)
 
-    def score(self, chosen: SampledTokens, index: int, start: int) -> None:
-        """Take the scores of the tokens that follow those from position `start` on, unless they are known.
+    def score(self, sampled: SampledTokens, index: int, start: int) -> None:
+        """Keep the scores of the tokens after those from position `start` on, unless they are known.
 
-        They are when a request that had given its pages back is read again.
+        They are known when a preempted request prefills again.
         """
         num_top, prompt = self.request.params.prompt_logprobs, self.request.prompt
-        if chosen.scores is None or num_top is None or start != len(self.scores):
+        if sampled.scores is None or num_top is None or start != len(self.scores):
             return
-        following = prompt[start + 1 : start + 1 + chosen.scores[0].shape[1]]
-        self.scores += _entries(tuple(x[index] for x in chosen.scores), following, num_top)
+        following = prompt[start + 1 : start + 1 + sampled.scores[0].shape[1]]
+        self.scores += _entries(tuple(x[index] for x in sampled.scores), following, num_top)
 
     def push(self, tokens: list[int], logprobs: list[TokenLogprob]) -> RequestOutput:
-        """Count tokens in, up to the end; what of the text has become final, and whether there was the end."""
+        """Take sampled tokens up to the end; return the text that has become final, and why the answer ended if it did."""
         if self.max_new_tokens == 0:
             return RequestOutput(self.request, "", (), 0, "length", prompt_logprobs=tuple(self.scores))
         text, finish_reason = "", None
@@ -283,14 +324,14 @@ class _Answer:
         return RequestOutput(self.request, text, tuple(tokens), self.num_generated, finish_reason, tuple(logprobs), scores)
 
 
-def _logprobs(chosen: SampledTokens, index: int, tokens: list[int], num_top: int | None) -> list[TokenLogprob]:
-    if chosen.logprobs is None or num_top is None:
+def _logprobs(sampled: SampledTokens, index: int, tokens: list[int], num_top: int | None) -> list[TokenLogprob]:
+    if sampled.logprobs is None or num_top is None:
         return []
-    return _entries(tuple(x[:, index] for x in chosen.logprobs), tokens, num_top)
+    return _entries(tuple(x[:, index] for x in sampled.logprobs), tokens, num_top)
 
 
 def _entries(logprobs: tuple[Any, ...], tokens: list[int] | tuple[int, ...], num_top: int) -> list[TokenLogprob]:
-    """The first of these, as many as there are tokens; `logprobs` as `sampling.log_probabilities` gives them."""
+    """Return one entry for each token; `logprobs` as `sampling.log_probabilities` gives them, maybe of more tokens."""
     of_tokens, best_tokens, of_best = (np.asarray(x)[: len(tokens)].tolist() for x in logprobs)
     best = [tuple(zip(a[:num_top], b[:num_top], strict=True)) for a, b in zip(best_tokens, of_best, strict=True)]
     return [TokenLogprob(*entry) for entry in zip(tokens, of_tokens, best, strict=True)]

@@ -1,8 +1,10 @@
-"""Choosing the next token on the devices, each row by its own parameters."""
+"""Sampling of the next token on the devices, each row by its own parameters.
+
+Letters: B rows, M slots, V vocab.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,15 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_dist.engine import seen
+from qwen_dist.engine import token_presence
 from qwen_dist.engine.request import SamplingParams
-
-# Blocks of the vocabulary in which the most likely token is looked for, at most; published vocabularies divide by it.
-MAX_BLOCKS = 128
+from qwen_dist.ops.argmax import argmax
 
 
 class SamplingArrays(NamedTuple):
-    """`SamplingParams` of every row, as arrays [B], so that no value of theirs means compiling again."""
+    """`SamplingParams` of every row as arrays [B], so that another value compiles no new program."""
 
     temperature: jax.Array | np.ndarray
     top_k: jax.Array | np.ndarray
@@ -29,12 +29,12 @@ class SamplingArrays(NamedTuple):
 
     @classmethod
     def from_params(cls, params: Sequence[SamplingParams]) -> SamplingArrays:
-        """The rows' parameters, on the host."""
+        """Return the rows' parameters, on the host."""
 
         def column(name: str, dtype: type) -> np.ndarray:
             return np.array([getattr(row, name) for row in params], dtype)
 
-        # Both halves of a 64-bit seed count; jax without x64 has 32-bit integers.
+        # A 64-bit seed in two halves: jax without x64 has 32-bit integers.
         seed = np.array([row.seed % 2**64 for row in params], np.uint64)
         return cls(
             temperature=column("temperature", np.float32),
@@ -46,64 +46,57 @@ class SamplingArrays(NamedTuple):
         )
 
 
-def penalise(logits_BV: jax.Array, params: SamplingArrays, seen_RV: jax.Array, rows_B: jax.Array) -> jax.Array:
-    """The logits [B, V] after the repetition penalty.
+def apply_repetition_penalty(
+    logits_BV: jax.Array, params: SamplingArrays, token_presence_MV: jax.Array, slots_B: jax.Array
+) -> jax.Array:
+    """Return the logits [B, V] after the repetition penalty (arXiv:1909.05858).
 
-    `seen_RV`: the table of `engine.seen`; `rows_B` is which of its rows these are.
+    Args:
+      logits_BV: of the rows.
+      params: of the rows.
+      token_presence_MV: the table of `engine.token_presence`.
+      slots_B: the rows' slots in that table.
     """
 
-    def penalised() -> jax.Array:
+    def penalized() -> jax.Array:
         penalty_B1 = params.repetition_penalty[:, None].astype(logits_BV.dtype)
-        penalised_BV = jnp.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1)
-        return jnp.where(seen.of_rows(seen_RV, rows_B), penalised_BV, logits_BV)
+        penalized_BV = jnp.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1)
+        return jnp.where(token_presence.of_slots(token_presence_MV, slots_B), penalized_BV, logits_BV)
 
-    return jax.lax.cond(jnp.any(params.repetition_penalty != 1), penalised, lambda: logits_BV)
+    return jax.lax.cond(jnp.any(params.repetition_penalty != 1), penalized, lambda: logits_BV)
 
 
-def choose(logits_BV: jax.Array, params: SamplingArrays, positions_B: jax.Array) -> jax.Array:
-    """The next token of each row, int32 [B].
+def sample(logits_BV: jax.Array, params: SamplingArrays, positions_B: jax.Array) -> jax.Array:
+    """Return the next token of each row, int32 [B].
 
     Args:
       logits_BV: float.
       params: of each row.
-      positions_B: the position that the chosen token will have: with the seed it fixes the draw.
+      positions_B: the position that the sampled token will have: with the seed it fixes the draw.
     """
-    greedy_B = _most_likely(logits_BV)
+    greedy_B = argmax(logits_BV)
 
     def draw() -> jax.Array:
         is_greedy_B = params.temperature == 0
         scaled_BV = logits_BV / jnp.where(is_greedy_B, 1, params.temperature)[:, None]
-        drawn_B = _most_likely(_truncate(scaled_BV, params) + _gumbel(params.seed, positions_B, scaled_BV))
+        drawn_B = argmax(_truncate(scaled_BV, params) + _gumbel(params.seed, positions_B, scaled_BV))
         return jnp.where(is_greedy_B, greedy_B, drawn_B)
 
     return jax.lax.cond(jnp.any(params.temperature > 0), draw, lambda: greedy_B)
 
 
 def log_probabilities(logits: jax.Array, tokens: jax.Array, num_top: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Log-probability of tokens [...] under logits [..., V], and the `num_top` best tokens and theirs [..., num_top]."""
+    """Return the log-probabilities of tokens [...] under logits [..., V], the `num_top` best tokens, and theirs."""
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     of_tokens = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
     of_best, best = jax.lax.top_k(log_probs, num_top)
     return of_tokens, best, of_best
 
 
-def _most_likely(logits_BV: jax.Array) -> jax.Array:
-    """`jnp.argmax` of each row: first which block of tokens has the highest logit, then which token of that block.
-
-    XLA's CPU backend finds a maximum many times as fast as where it is, so that is only asked of a few numbers.
-    """
-    num_rows, vocab = logits_BV.shape
-    num_blocks = math.gcd(vocab, MAX_BLOCKS)
-    blocks_BXY = logits_BV.reshape(num_rows, num_blocks, -1)
-    block_B = jnp.argmax(blocks_BXY.max(axis=2), axis=1)
-    inside_B = jnp.argmax(jnp.take_along_axis(blocks_BXY, block_B[:, None, None], axis=1)[:, 0], axis=1)
-    return (block_B * (vocab // num_blocks) + inside_B).astype(jnp.int32)
-
-
 def _truncate(logits_BV: jax.Array, params: SamplingArrays) -> jax.Array:
-    """Tokens outside top-k, top-p or min-p at -inf.
+    """Set the logits of tokens outside top-k, top-p or min-p to -inf.
 
-    A token goes where transformers' warpers would remove it; tokens tied with the last kept one are kept.
+    The same tokens as transformers' warpers remove; tokens tied with the last kept one are kept.
     """
 
     def threshold() -> jax.Array:
@@ -127,15 +120,15 @@ def _truncate(logits_BV: jax.Array, params: SamplingArrays) -> jax.Array:
 
 
 def _lowest(logits_BV: jax.Array, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The lowest value [B, 1] that `holds` in each row, from its least to its highest logit; what is above holds too.
+    """Return the lowest value [B, 1] in the range of each row's logits for which `holds` is true; it is true above it too.
 
-    The interval of floats between them is halved until one is left. A sort would give the same at several times the cost,
-    and on TPUs takes longer to compile than the model's layers; it also needs all of a row on one device.
+    Bisects the floats between the least and the highest logit. A sort would take several times as long to run and more to
+    compile than the model's layers, and needs the whole row on one device.
     """
     bits = jnp.iinfo(f"int{8 * logits_BV.dtype.itemsize}")
 
     def reorder(bits_B1: jax.Array) -> jax.Array:
-        """A float's bits as an integer of the same order, and back: those of negative floats run the other way."""
+        """Turn a float's bits into an integer of the same order, and back: those of negative floats are reversed."""
         return jnp.where(bits_B1 < 0, bits_B1 ^ bits.max, bits_B1)
 
     def as_float(order_B1: jax.Array) -> jax.Array:
@@ -143,7 +136,7 @@ def _lowest(logits_BV: jax.Array, holds: Callable[[jax.Array], jax.Array]) -> ja
 
     def halve(_: int, interval: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low_B1, high_B1 = interval
-        middle_B1 = (low_B1 & high_B1) + ((low_B1 ^ high_B1) >> 1)  # of the sum, which may be too large, the half
+        middle_B1 = (low_B1 & high_B1) + ((low_B1 ^ high_B1) >> 1)  # half of the sum, which itself may overflow
         is_enough_B1 = holds(as_float(middle_B1))
         return jnp.where(is_enough_B1, low_B1, middle_B1 + 1), jnp.where(is_enough_B1, middle_B1, high_B1)
 
@@ -157,7 +150,7 @@ def _sum(x_BV: jax.Array) -> jax.Array:
 
 
 def _gumbel(seed: jax.Array | np.ndarray, positions_B: jax.Array, like_BV: jax.Array) -> jax.Array:
-    """Noise whose maximum, added to logits, falls on each token with its probability; one stream a seed and position."""
+    """Return noise which, added to logits, makes each token the maximum with its probability; seed and position fix it."""
 
     def row(seed: jax.Array, position: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)

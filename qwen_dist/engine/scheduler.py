@@ -1,405 +1,294 @@
-"""Who is read or continued next, and where in the cache: rows, pages and the steps of the devices. No jax.
+"""Which sequences compute which of their tokens next. No jax, and no layout of a device.
 
-A sequence gets a row (its place in the state on the devices) and pages of the cache as it grows. Its prompt is read in
-blocks of tokens, which other prompts' blocks fill up to a whole piece; then it is continued together with all others
-that have been read. Rows and pages of a sequence that ends go to the next one at once. When pages run out, the sequence
-that came last gives its own back, and is read again, answer so far included, once there is room. How many pages there are,
-and which are whose, is counted by kind of layer in `engine.pages`.
-
-The batch may be split over several parts of the mesh: each part has rows and pages of its own.
+A sequence gets a slot and, as it grows, pages. Its prompt is computed in chunks (prefill), which share a step with the
+chunks of other prompts; then it decodes together with all others that have finished prefill. When it finishes, its slot and
+pages go to the next sequence at once. When pages run out, the sequence that was admitted last is preempted: it gives up its
+slot and pages, and later prefills again, answer so far included.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import heapq
 import itertools
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from qwen_dist.engine.pages import Kinds, Needs, Pool
+from qwen_dist.engine.page_allocator import CacheLimits, PageAllocator
 from qwen_dist.engine.request import Request
-
-# Where a page starts that nobody may see.
-NOWHERE = 2**30
+from qwen_dist.engine.sequence import PageTable, Sequence
 
 
-@dataclasses.dataclass(eq=False)
-class Sequence:
-    """A request while it is being answered.
+class ScheduledTokens(NamedTuple):
+    """Tokens of one sequence that the next step computes: `num_tokens` from position `start` on.
 
-    Attributes:
-      tokens: the prompt and the answer so far.
-      end: the last position that a token may have.
-      part, row: where it is on the devices; row is -1 while it waits.
-      pages: of each kind its pages, by their numbers in the part, in order.
-      num_read: the tokens to read before it can be continued.
-      num_planned: positions whose keys and values are in the cache once all that was planned has run.
-      is_over: whether it has been released for good.
+    Where `start` is before the end of prefill the tokens are known and are computed at once; otherwise each is sampled
+    after the one before it.
     """
 
-    request: Request
-    tokens: list[int]
-    end: int
-    part: int = 0
-    row: int = -1
-    pages: list[list[int]] = dataclasses.field(default_factory=list)
-    num_read: int = 0
-    num_planned: int = 0
-    is_over: bool = False
+    sequence: Sequence
+    start: int
+    num_tokens: int
 
     @property
-    def is_reading(self) -> bool:
-        return self.num_planned < self.num_read
-
-    @property
-    def can_continue(self) -> bool:
-        return self.num_read <= self.num_planned < self.end
+    def is_prefill(self) -> bool:
+        return self.start < self.sequence.num_prefill_tokens
 
 
-class Visits(NamedTuple):
-    """Which pages the rows of each part look at, [D, E] each; see `models.cache.Pages`."""
-
-    row_DE: np.ndarray
-    page_DE: np.ndarray
-    start_DE: np.ndarray
-    num_visits: np.ndarray
+Schedule = list[ScheduledTokens]
+# A sort key: the lowest is admitted first.
+Policy = Callable[[Sequence], Any]
 
 
-class Table(NamedTuple):
-    """Pages of one kind: tokens of row b go to `pages_BN[b]`, one after the other, and look at those of `visits`."""
-
-    pages_BN: np.ndarray
-    visits: Visits
+def _throughput(sequence: Sequence) -> Any:
+    """Admit preempted sequences first, then the longest prompt: the last sequences to finish are then short ones."""
+    return not sequence.was_preempted, -len(sequence.tokens), sequence.arrival
 
 
-class Piece(NamedTuple):
-    """Blocks of prompts to read, B = D × blocks of each part.
-
-    tokens_BT, positions_BT: a block of tokens; behind the end of a prompt the position is -1.
-    next_BT: the token that follows each of them; 0 where none is known.
-    rows_B: whose they are; the number of all rows where there is no block.
-    last_B: the index of a prompt's last token, -1 in blocks where it does not end.
-    tables: for each kind of layers, the page that each block is written to and the pages that it looks at.
-    sequences: who each block is of.
-    """
-
-    tokens_BT: np.ndarray
-    positions_BT: np.ndarray
-    next_BT: np.ndarray
-    rows_B: np.ndarray
-    last_B: np.ndarray
-    tables: tuple[Table, ...]
-    sequences: list[Sequence | None]
+def _latency(sequence: Sequence) -> Any:
+    """Admit who came first."""
+    return sequence.arrival
 
 
-class Steps(NamedTuple):
-    """Up to `num_steps` more tokens for each of B = D × n rows.
-
-    rows_B: as for `Piece`; tables, first_B: its tokens go to two pages of each kind, the first of which is the sequence's
-    page number `first_B`.
-    """
-
-    rows_B: np.ndarray
-    first_B: np.ndarray
-    tables: tuple[Table, ...]
-    num_steps: int
-    sequences: list[Sequence | None]
+POLICIES: dict[str, Policy] = {"throughput": _throughput, "latency": _latency}
 
 
 class Scheduler:
-    """Plans one step after the other; deterministic, so that several processes plan alike.
+    """Schedules one step after the other; deterministic, so that several processes schedule alike.
 
     Args:
-      num_rows: sequences at a time, a multiple of `parts`.
-      page_size: positions of a page.
-      block_size: tokens of a block; a page is some of them.
-      max_pages: for how many pages in every layer each part has memory; there are few at first.
-      max_length: positions that a sequence can have.
-      kinds: how far back layers see, and how many layers do.
-      parts: over how many parts of the mesh the batch is split.
-      num_blocks: blocks of a piece in each part.
-      num_steps: tokens of a row in one go, at most a page.
-      group: sizes of visits are rounded up to a multiple of this.
+      limits: pages that sequences of one shard can need.
+      num_slots: sequences at a time in all shards, a multiple of `num_shards`.
+      max_pages: the argument of `limits.of_pools` that memory allows; pools are small at first and grow up to it.
+      num_shards: over how many data-parallel shards sequences are distributed.
+      chunk_size: tokens of a chunk of a prompt.
+      max_chunks: chunks of prompts in a step, in each shard.
+      num_decode_steps: tokens that a sequence decodes in one step.
+      policy: the order in which waiting sequences are admitted.
     """
 
     def __init__(
         self,
+        limits: CacheLimits,
         *,
-        num_rows: int,
-        page_size: int,
-        block_size: int,
+        num_slots: int,
         max_pages: int,
-        max_length: int,
-        kinds: Kinds,
-        parts: int = 1,
-        num_blocks: int = 16,
-        num_steps: int = 1,
-        group: int = 1,
+        num_shards: int = 1,
+        chunk_size: int = 32,
+        max_chunks: int = 16,
+        num_decode_steps: int = 1,
+        policy: str = "throughput",
     ):
-        assert num_rows % parts == 0 and page_size % block_size == 0 and 1 <= num_steps <= page_size
-        ahead = max(num_blocks * block_size, num_steps)
-        rows = num_rows // parts
-        self._needs = Needs(kinds, num_rows=rows, page_size=page_size, max_length=max_length, ahead=ahead)
-        self.num_rows, self.max_pages = num_rows, self._needs.largest(max_pages)
+        assert num_slots % num_shards == 0 and limits.page_size % chunk_size == 0
+        assert 1 <= num_decode_steps <= limits.page_size
+        self._limits = limits
+        self.num_slots, self.max_pages = num_slots, max_pages
         self.num_preempted = 0
-        self._page_size, self._block_size, self._group = page_size, block_size, group
-        self._num_blocks, self._num_steps = num_blocks, num_steps
-        # Few sizes, because each is a program to compile; but one prompt that somebody waits for is padded to little.
-        self._piece_sizes = sorted({max(1, num_blocks >> halvings) for halvings in range(4 if num_rows == 1 else 3)})
-        self._waiting: list[tuple[int, int, Sequence]] = []
-        self._arrivals = itertools.count()
-        self._parts = [_Part(range(n * rows, (n + 1) * rows), self._needs, page_size) for n in range(parts)]
+        self.num_waiting = 0
+        self._chunk_size, self._max_chunks, self._num_decode_steps = chunk_size, max_chunks, num_decode_steps
+        self._policy = POLICIES[policy]
+        self._waiting: list[tuple[Any, int, Sequence]] = []
+        self._arrivals, self._pushes = itertools.count(), itertools.count()
+        slots = num_slots // num_shards
+        self._shards = [_Shard(range(n * slots, (n + 1) * slots), limits) for n in range(num_shards)]
         self._allowed_pages = 0
-        self._row_sizes = _sizes(rows)
-        self._has_just_read = False
+        self._was_prefill = False
 
-    # --- what is there ---
+    # --- the state ---
 
     @property
     def num_pages(self) -> tuple[int, ...]:
-        """Pages of each kind that each part has now."""
-        return self._needs.of_pools(self._allowed_pages)
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
+        """Pages of each cache group that each shard has now."""
+        return self._limits.of_pools(self._allowed_pages)
 
     @property
     def num_running(self) -> int:
-        return sum(len(part.sequences) for part in self._parts)
+        return sum(len(shard.sequences) for shard in self._shards)
 
     @property
     def num_held_pages(self) -> tuple[int, ...]:
-        """Pages of each kind that sequences have, in all parts."""
-        pools = zip(*(part.pools for part in self._parts), strict=True)
-        return tuple(sum(len(pool.owner) - len(pool.free) for pool in of_kind) for of_kind in pools)
+        """Pages of each cache group that sequences hold, in all shards."""
+        by_group = zip(*(shard.allocators for shard in self._shards), strict=True)
+        return tuple(sum(one.num_pages - one.num_free for one in allocators) for allocators in by_group)
 
     @property
     def num_live(self) -> tuple[int, ...]:
-        """Positions in the cache of each kind that hold what may still be looked at."""
-        lengths = [sequence.num_planned for part in self._parts for sequence in part.sequences]
-        return tuple(sum(map(pool.num_live, lengths)) for pool in self._parts[0].pools)
+        """Positions of each cache group that queries can still see."""
+        lengths = [sequence.num_computed_tokens for shard in self._shards for sequence in shard.sequences]
+        return tuple(
+            sum(self._limits.num_live(group, length) for length in lengths) for group in range(len(self._limits.groups))
+        )
 
-    # --- what the engine says ---
+    # --- requests ---
 
     def fits(self, num_positions: int) -> bool:
-        """Whether a sequence of so many positions can ever be answered."""
-        needed, most = self._needs.of_sequence(num_positions), self._needs.of_pools(self.max_pages)
+        """Return whether a sequence of this many positions can ever be computed."""
+        needed, most = self._limits.of_sequence(num_positions), self._limits.of_pools(self.max_pages)
         return all(number <= there for number, there in zip(needed, most, strict=True))
 
     def add(self, request: Request, end: int) -> Sequence:
-        """Let a request wait for its turn; longer prompts come first. `end`: the last position that a token may have."""
-        sequence = Sequence(request, list(request.prompt), end)
-        heapq.heappush(self._waiting, (-len(request.prompt), next(self._arrivals), sequence))
+        """Queue a request. `end`: the last position that a token may have."""
+        sequence = Sequence(request, list(request.prompt), end, arrival=next(self._arrivals))
+        self._push(sequence)
         return sequence
 
     def release(self, sequence: Sequence) -> None:
-        """The sequence has ended or is no longer wanted: its row and its pages are free."""
-        sequence.is_over = True
-        if sequence.row < 0:
-            self._waiting = [entry for entry in self._waiting if entry[2] is not sequence]
-            heapq.heapify(self._waiting)
+        """Free the slot and the pages of a sequence that is finished or aborted; it takes no time to find it."""
+        sequence.is_finished = True
+        if sequence.slot < 0:
+            self.num_waiting -= 1  # its entry in the queue is skipped when its turn comes
+            self._compact()
         else:
-            self._parts[sequence.part].give_back(sequence)
+            self._shards[sequence.shard].remove(sequence)
 
-    def plan(self, *, can_preempt: bool) -> Piece | Steps | None:
-        """What to do next; None when that depends on results still to come, or there is nothing to do.
+    def _push(self, sequence: Sequence) -> None:
+        heapq.heappush(self._waiting, (self._policy(sequence), next(self._pushes), sequence))
+        self.num_waiting += 1
 
-        can_preempt: nothing is in flight, so that every sequence's tokens are known.
+    def _compact(self) -> None:
+        """Drop the entries of released sequences once they are most of the queue."""
+        if len(self._waiting) > 2 * self.num_waiting + 64:
+            self._waiting = [entry for entry in self._waiting if not entry[2].is_finished]
+            heapq.heapify(self._waiting)
+
+    # --- steps ---
+
+    def schedule(self, *, can_preempt: bool) -> Schedule:
+        """Return what the next step computes: chunks of prompts, or tokens to decode.
+
+        Several chunks of one sequence are one entry. Empty when there is nothing to do, or when it depends on results still
+        to come.
+
+        Args:
+          can_preempt: no step is in flight, so that every sequence's tokens are known.
         """
         self._admit()
-        reading = [[s for s in part.sequences if s.is_reading] for part in self._parts]
-        ready = [[s for s in part.sequences if s.can_continue] for part in self._parts]
-        num_reading, num_ready = sum(map(len, reading)), sum(map(len, ready))
-        # Mostly in turn; but a batch is filled before few of its rows are continued for long.
-        if num_reading and (not self._has_just_read or num_ready < num_reading):
-            self._has_just_read = True
-            return self._piece(reading)
-        self._has_just_read = False
+        prefilling = [[s for s in shard.sequences if s.is_prefilling] for shard in self._shards]
+        ready = [[s for s in shard.sequences if s.can_decode] for shard in self._shards]
+        num_prefilling, num_ready = sum(map(len, prefilling)), sum(map(len, ready))
+        # Prefill and decode take turns, but most slots are filled before few sequences decode for long.
+        if num_prefilling and (not self._was_prefill or num_ready < num_prefilling):
+            self._was_prefill = True
+            return [scheduled for sequences in prefilling for scheduled in self._chunks(sequences)]
+        self._was_prefill = False
         if not num_ready:
-            return None
-        steps = min(self._num_steps, max(s.end - s.num_planned for part in ready for s in part))
-        if not self._make_room(ready, steps, can_preempt):
-            return None
-        return self._steps([[s for s in part if s.row >= 0] for part in ready], steps)
+            return []
+        steps = min(self._num_decode_steps, max(s.end - s.num_computed_tokens for sequences in ready for s in sequences))
+        if not self._ensure_pages(ready, steps, can_preempt):
+            return []
+        still_ready = (s for sequences in ready for s in sequences if s.slot >= 0)
+        return [self._compute(s, min(steps, s.end - s.num_computed_tokens)) for s in still_ready]
 
-    # --- how it decides ---
+    def _chunks(self, prefilling: list[Sequence]) -> Schedule:
+        """Distribute a step's chunks over the sequences of a shard, in order."""
+        left, schedule = self._max_chunks, []
+        for sequence in prefilling:
+            if left == 0:
+                break
+            num_tokens = min(left * self._chunk_size, sequence.num_prefill_tokens - sequence.num_computed_tokens)
+            left -= -(-num_tokens // self._chunk_size)
+            schedule.append(self._compute(sequence, num_tokens))
+        return schedule
+
+    def _compute(self, sequence: Sequence, num_tokens: int) -> ScheduledTokens:
+        start = sequence.num_computed_tokens
+        sequence.num_computed_tokens += num_tokens
+        return ScheduledTokens(sequence, start, num_tokens)
+
+    # --- slots and pages ---
 
     def _admit(self) -> None:
         while self._waiting:
             sequence = self._waiting[0][2]
-            part = max(self._parts, key=lambda part: (bool(part.free_rows), len(part.pools[0].free)))
-            # Together with the first position of the answer, so that it can at least begin.
-            needed = self._needs.of_sequence(min(len(sequence.tokens), sequence.end - 1) + 1)
-            if not part.free_rows or not self._find_pages(part, needed):
+            if sequence.is_finished:
+                heapq.heappop(self._waiting)
+                continue
+            shard = max(self._shards, key=lambda shard: (bool(shard.free_slots), shard.num_free_pages))
+            # With the first position of the answer, so that it can at least begin.
+            needed = self._limits.of_sequence(min(len(sequence.tokens), sequence.end - 1) + 1)
+            if not shard.free_slots or not self._find_pages(shard, needed):
                 return
             heapq.heappop(self._waiting)
-            sequence.part, sequence.num_planned, sequence.num_read = self._parts.index(part), 0, len(sequence.tokens)
-            part.take(sequence, needed)
+            self.num_waiting -= 1
+            sequence.shard = self._shards.index(shard)
+            sequence.num_computed_tokens, sequence.num_prefill_tokens = 0, len(sequence.tokens)
+            shard.add(sequence, needed)
 
-    def _find_pages(self, part: _Part, missing: tuple[int, ...]) -> bool:
-        """Whether a part has so many free pages of each kind, after letting all parts grow if they may."""
-        while any(len(pool.free) < number for pool, number in zip(part.pools, missing, strict=True)):
+    def _find_pages(self, shard: _Shard, missing: tuple[int, ...]) -> bool:
+        """Return whether a shard has this many free pages of each group, after growing all pools if memory allows it."""
+        while any(one.num_free < number for one, number in zip(shard.allocators, missing, strict=True)):
             if self._allowed_pages == self.max_pages:
                 return False
-            more = max(2 * self._allowed_pages, 4 * self.num_rows // len(self._parts), 16)
+            more = max(2 * self._allowed_pages, 4 * self.num_slots // len(self._shards), 16)
             self._allowed_pages = min(more, self.max_pages)
-            for one in self._parts:
+            for one in self._shards:
                 one.grow(self.num_pages)
         return True
 
-    def _make_room(self, ready: list[list[Sequence]], steps: int, can_preempt: bool) -> bool:
-        """Give every row the pages of its next steps, if need be by taking those of the last to come."""
-        for part, sequences in zip(self._parts, ready, strict=True):
+    def _ensure_pages(self, ready: list[list[Sequence]], steps: int, can_preempt: bool) -> bool:
+        """Give every sequence the pages of its next tokens, if need be those of the sequences admitted last."""
+        page_size = self._limits.page_size
+        for shard, sequences in zip(self._shards, ready, strict=True):
             for sequence in sequences:
-                after = self._planned_after(sequence, steps)
-                if (after - 1) // self._page_size == (sequence.num_planned - 1) // self._page_size:
-                    continue  # most steps need no other page than the one before
-                needed = self._needs.of_sequence(after)
-                while sequence.row >= 0 and any(missing := part.missing(sequence, needed)):
-                    if self._find_pages(part, missing):
-                        part.extend(sequence, needed)
+                after = min(sequence.num_computed_tokens + steps, sequence.end)
+                if (after - 1) // page_size == (sequence.num_computed_tokens - 1) // page_size:
+                    continue  # most steps need no further page
+                needed = self._limits.of_sequence(after)
+                while sequence.slot >= 0 and any(missing := shard.missing(sequence, needed)):
+                    if self._find_pages(shard, missing):
+                        shard.extend(sequence, needed)
                     elif can_preempt:
-                        self._preempt(part.sequences[-1])
+                        self._preempt(shard)
                     else:
                         return False
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
-        self._parts[sequence.part].give_back(sequence)
-        sequence.num_read = sequence.num_planned = 0
-        # Before all that have never begun.
-        heapq.heappush(self._waiting, (-(10**9) - len(sequence.tokens), next(self._arrivals), sequence))
+    def _preempt(self, shard: _Shard) -> None:
+        """Send the sequence that was admitted last back to the queue."""
+        sequence = next(reversed(shard.sequences))
+        shard.remove(sequence)
+        sequence.num_prefill_tokens = sequence.num_computed_tokens = 0
+        sequence.was_preempted = True
+        self._push(sequence)
         self.num_preempted += 1
 
-    # --- what it says, as arrays ---
 
-    def _piece(self, reading: list[list[Sequence]]) -> Piece:
-        size = self._block_size
-        blocks = [list(itertools.islice(self._blocks(part), self._num_blocks)) for part in reading]
-        most = max(map(len, blocks))
-        width = next(width for width in self._piece_sizes if width >= most)
-        total = width * len(blocks)
-        tokens_BT, positions_BT = np.zeros((total, size), np.int32), np.full((total, size), -1, np.int32)
-        next_BT = np.zeros((total, size), np.int32)
-        rows_B, last_B = np.full(total, self.num_rows, np.int32), np.full(total, -1, np.int32)
-        sequences = list[Sequence | None]([None] * total)
-        for part, of_part in enumerate(blocks):
-            for index, (sequence, start) in enumerate(of_part):
-                b = part * width + index
-                tokens = sequence.tokens[start : min(start + size, sequence.num_read)]
-                tokens_BT[b, : len(tokens)] = tokens
-                positions_BT[b, : len(tokens)] = range(start, start + len(tokens))
-                following = sequence.tokens[start + 1 : start + 1 + size]
-                next_BT[b, : len(following)] = following
-                rows_B[b], sequences[b] = sequence.row, sequence
-                sequence.num_planned = start + len(tokens)
-                if sequence.num_planned == sequence.num_read:
-                    last_B[b] = len(tokens) - 1
-        tables = tuple(self._table_of_piece(kind, blocks, width) for kind in range(len(self.num_pages)))
-        return Piece(tokens_BT, positions_BT, next_BT, rows_B, last_B, tables, sequences)
+class _Shard:
+    """The slots of one data-parallel shard, and a pool of pages for each cache group."""
 
-    def _table_of_piece(self, kind: int, blocks: list[list[tuple[Sequence, int]]], width: int) -> Table:
-        """The blocks of each part by their sequences and first positions."""
-        size = self._page_size
-        pages_BN, columns = np.full((width * len(blocks), 1), -1, np.int32), []
-        for n, (of_part, part) in enumerate(zip(blocks, self._parts, strict=True)):
-            pool, seen = part.pools[kind], []
-            for b, (sequence, start) in enumerate(of_part):
-                pages, last = sequence.pages[kind], start // size
-                pages_BN[n * width + b] = pool.page_at(pages, last)
-                numbers = range(pool.seen_from(start), last + 1)
-                seen += [(b, pool.page_at(pages, number), number * size) for number in numbers]
-            index, page, first = np.array(seen, np.int32).reshape(-1, 3).T
-            columns.append((index, page, first))
-        capacity = width * min(self._needs.rings[kind], self.num_pages[kind])
-        return Table(pages_BN, self._visits(columns, capacity))
+    def __init__(self, slots: range, limits: CacheLimits):
+        self.free_slots = list(slots)
+        self._limits = limits
+        self.allocators = [PageAllocator() for _ in limits.groups]
+        self.sequences: dict[Sequence, None] = {}  # in the order of admission
 
-    def _blocks(self, reading: list[Sequence]) -> Iterator[tuple[Sequence, int]]:
-        for sequence in reading:
-            for start in range(sequence.num_planned, sequence.num_read, self._block_size):
-                yield sequence, start
-
-    def _steps(self, ready: list[list[Sequence]], steps: int) -> Steps:
-        size = self._page_size
-        most = max(map(len, ready))
-        width = next(width for width in self._row_sizes if width >= most)
-        total = width * len(ready)
-        rows_B, first_B = np.full(total, self.num_rows, np.int32), np.zeros(total, np.int32)
-        sequences = list[Sequence | None]([None] * total)
-        tables = tuple(self._table_of_steps(kind, ready, width, steps) for kind in range(len(self.num_pages)))
-        for part, of_part in enumerate(ready):
-            for index, sequence in enumerate(of_part):
-                b = part * width + index
-                rows_B[b], first_B[b], sequences[b] = sequence.row, sequence.num_planned // size, sequence
-                sequence.num_planned = self._planned_after(sequence, steps)
-        return Steps(rows_B, first_B, tables, steps, sequences)
-
-    def _planned_after(self, sequence: Sequence, steps: int) -> int:
-        return min(sequence.num_planned + steps, sequence.end)
-
-    def _table_of_steps(self, kind: int, ready: list[list[Sequence]], width: int, steps: int) -> Table:
-        size = self._page_size
-        pages_BN, columns = np.zeros((width * len(ready), 2), np.int32), []
-        for n, (of_part, part) in enumerate(zip(ready, self._parts, strict=True)):
-            pool = part.pools[kind]
-            index_R, first_R = np.zeros(self.num_rows, np.int32), np.zeros(self.num_rows, np.int32)
-            last_R = np.full(self.num_rows, -1, np.int32)
-            for index, sequence in enumerate(of_part):
-                row, pages, start = sequence.row, sequence.pages[kind], sequence.num_planned
-                last = (self._planned_after(sequence, steps) - 1) // size
-                pages_BN[n * width + index] = pool.page_at(pages, start // size), pool.page_at(pages, last)
-                index_R[row], first_R[row], last_R[row] = index, pool.seen_from(start), last
-            page, number = pool.held(first_R, last_R)
-            columns.append((index_R[pool.owner[page]], page, number * size))
-        return Table(pages_BN, self._visits(columns, self.num_pages[kind]))
-
-    def _visits(self, columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]], capacity: int) -> Visits:
-        shape = (len(columns), -(-capacity // self._group) * self._group)
-        row_DE, page_DE, start_DE = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.full(shape, NOWHERE, np.int32)
-        for part, (row, page, start) in enumerate(columns):
-            row_DE[part, : len(row)], page_DE[part, : len(row)], start_DE[part, : len(row)] = row, page, start
-        return Visits(row_DE, page_DE, start_DE, np.array(max(len(row) for row, _, _ in columns), np.int32))
-
-
-class _Part:
-    """Rows of one part of the mesh, and a pool of pages of each kind."""
-
-    def __init__(self, rows: range, needs: Needs, page_size: int):
-        self.free_rows = list(rows)
-        self.pools = [Pool(window, ring, page_size) for window, ring in zip(needs.windows, needs.rings, strict=True)]
-        self.sequences: list[Sequence] = []  # in the order of their coming
+    @property
+    def num_free_pages(self) -> int:
+        return self.allocators[0].num_free if self.allocators else len(self.free_slots)
 
     def grow(self, num_pages: tuple[int, ...]) -> None:
-        for pool, number in zip(self.pools, num_pages, strict=True):
-            pool.grow(number)
+        for allocator, number in zip(self.allocators, num_pages, strict=True):
+            allocator.grow(number)
 
-    def take(self, sequence: Sequence, num_pages: tuple[int, ...]) -> None:
-        sequence.row = heapq.heappop(self.free_rows)
-        sequence.pages = [[] for _ in self.pools]
-        self.sequences.append(sequence)
+    def add(self, sequence: Sequence, num_pages: tuple[int, ...]) -> None:
+        sequence.slot = heapq.heappop(self.free_slots)
+        sequence.page_tables = [PageTable(ring) for ring in self._limits.ring_pages]
+        self.sequences[sequence] = None
         self.extend(sequence, num_pages)
 
     def missing(self, sequence: Sequence, num_pages: tuple[int, ...]) -> tuple[int, ...]:
-        """How many pages of each kind the sequence lacks to have so many."""
-        return tuple(max(0, number - len(pages)) for number, pages in zip(num_pages, sequence.pages, strict=True))
+        """Return how many pages of each group the sequence lacks to have `num_pages`."""
+        return tuple(max(0, n - table.num_pages) for n, table in zip(num_pages, sequence.page_tables, strict=True))
 
     def extend(self, sequence: Sequence, num_pages: tuple[int, ...]) -> None:
-        """Up to so many pages of each kind."""
-        for pool, pages, number in zip(self.pools, sequence.pages, num_pages, strict=True):
-            pool.extend(pages, number, sequence.row)
+        """Give a sequence pages of each group, up to `num_pages`."""
+        for allocator, table, number in zip(self.allocators, sequence.page_tables, num_pages, strict=True):
+            while table.num_pages < number:
+                table.append(allocator.allocate())
 
-    def give_back(self, sequence: Sequence) -> None:
-        self.sequences.remove(sequence)
-        heapq.heappush(self.free_rows, sequence.row)
-        for pool, pages in zip(self.pools, sequence.pages, strict=True):
-            pool.give_back(pages)
-        sequence.row = -1
-
-
-def _sizes(rows: int) -> list[int]:
-    """Rows that are continued together: as many quarters of all as it takes, or one; each size is a program to compile."""
-    return sorted({1, *(-(-rows * quarters // 4) for quarters in range(1, 5))})
+    def remove(self, sequence: Sequence) -> None:
+        del self.sequences[sequence]
+        heapq.heappush(self.free_slots, sequence.slot)
+        for allocator, table in zip(self.allocators, sequence.page_tables, strict=True):
+            for page in table.clear():
+                allocator.free(page)
+        sequence.slot = -1

@@ -15,7 +15,7 @@ from qwen_dist.config import ModelOptions, SamplingOptions
 from qwen_dist.engine.open import open_engine
 from qwen_dist.engine.request import Request, SamplingParams
 from qwen_dist.engine.runner import Runner
-from qwen_dist.models.cache import PAGE
+from qwen_dist.ops.paged_cache import PAGE
 
 pytestmark = needs_kernels
 
@@ -56,7 +56,7 @@ def test_a_step_copies_no_cache(tiny_directory):
     options = ModelOptions(path=str(tiny_directory("qwen3", head_dim=16)), dtype="bfloat16", load_format="dummy")
     engine, _, _ = open_engine(options, "data=1", SamplingOptions(), max_batch_size=1, devices=jax.devices()[:1])
     runner: Runner = engine._runner
-    program = runner.lower_step((128,)).compile().as_text()
+    program = runner.lower_decode((128,)).compile().as_text()
     assert "qwen_dist_paged_attention" in program
     # Whatever its shape: XLA copied the pool of a layer when it wrote another one, reshaped, beside it.
     copied = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"= u16\[([\d,]+)\]\S* copy\(", program)]

@@ -10,20 +10,23 @@ import torch
 import transformers
 
 from qwen_dist.checkpoint.model import load_model
-from qwen_dist.engine.engine import BLOCK, NUM_BLOCKS, Engine
+from qwen_dist.engine.batch import BatchBuilder
+from qwen_dist.engine.engine import CHUNK_SIZE, MAX_CHUNKS, Engine, cache_limits
 from qwen_dist.engine.request import Request, RequestOutput, SamplingParams
 from qwen_dist.engine.runner import Runner, SamplingTable
-from qwen_dist.engine.scheduler import Piece, Scheduler
+from qwen_dist.engine.scheduler import Scheduler
 from qwen_dist.errors import UserError
 from qwen_dist.mesh import MeshConfig, make_mesh
-from qwen_dist.models.cache import CACHE_AXES, PAGE, VISITS, page_bytes
+from qwen_dist.models.state import page_bytes
+from qwen_dist.models.transformer import state_specs
+from qwen_dist.ops.paged_cache import MAX_ENTRIES, PAGE
 from qwen_dist.sharding import INFERENCE, ShardingContext
 from qwen_dist.tokenizer import Tokenizer
 
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "num_hidden_layers": 2}
 NUM_NEW = 20
 # One token; a part of a page; the answer begins on a page of its own; more than a piece.
-LENGTHS = (1, 17, 4 * PAGE, NUM_BLOCKS * BLOCK + 70)
+LENGTHS = (1, 17, 4 * PAGE, MAX_CHUNKS * CHUNK_SIZE + 70)
 GREEDY = SamplingParams(max_new_tokens=NUM_NEW)
 PENALISED = SamplingParams(max_new_tokens=NUM_NEW, repetition_penalty=1.3)
 RNG = np.random.default_rng(11)
@@ -162,7 +165,7 @@ def test_a_batch_that_is_never_full(engine, expected):
 
 def test_the_first_token_does_not_wait_for_the_next_program(model, tokenizer, expected, monkeypatch):
     engine = Engine(model(""), tokenizer, max_batch_size=1)
-    monkeypatch.setattr(engine._runner, "step", lambda *args, **more: pytest.fail("the next step came first"))
+    monkeypatch.setattr(engine._runner, "_decode", lambda *args, **more: pytest.fail("the next step came first"))
     first = next(engine.run([Request(0, PROMPTS[1], GREEDY)]))
     assert list(first.tokens) == expected(1.0)[1][:1]
 
@@ -176,38 +179,33 @@ def test_several_steps_in_a_dispatch(model, tokenizer, expected, num_steps):
 @pytest.mark.slow
 def test_rows_that_give_their_pages_back_are_answered_all_the_same(model, tokenizer, expected):
     """Two prompts fill all pages; the first to need one more takes them from the other."""
-    one = page_bytes(model("").config, model("").sharding_ctx, model("").dtype)
+    one = sum(page_bytes(state_specs(model("").config, model("").dtype), model("").sharding_ctx))
     prompts = [PROMPTS[2][:-2], PROMPTS[2][:-1], PROMPTS[2]]
     small = Engine(model(""), tokenizer, max_batch_size=4, cache_bytes=8 * one)
     large = Engine(model(""), tokenizer, max_batch_size=4)
     assert [tokens_of(row) for row in answers(small, prompts, GREEDY)] == [
         tokens_of(row) for row in answers(large, prompts, GREEDY)
     ]
-    assert small.load.num_preempted > 0 and large.load.num_preempted == 0
-    assert small.load.held_positions == 0
+    assert small.stats.num_preempted > 0 and large.stats.num_preempted == 0
+    assert small.stats.held_positions == 0
 
 
-def test_the_state_is_used_up_and_stays_where_the_rules_say(model):
+def test_the_state_is_donated_and_stays_where_the_rules_say(model):
     loaded = model("data=2,fsdp=2,tensor=2")
-    runner, rules = Runner(loaded, num_rows=2), SamplingTable(2)
-    sizes = {
-        "page_size": PAGE,
-        "block_size": BLOCK,
-        "max_pages": 8,
-        "max_length": PAGE,
-        "group": VISITS,
-        "kinds": {None: 2},
-    }
-    plans = Scheduler(num_rows=2, parts=2, **sizes)
-    plans.add(Request(0, PROMPTS[1], GREEDY), end=PAGE - 1)
-    piece = plans.plan(can_preempt=True)
-    assert isinstance(piece, Piece)
-    before = runner.start(plans.num_pages)
-    after, _ = runner.read(before, piece, rules.look_up(piece.rows_B, ()), num_top=None)
-    for old, new in zip(jax.tree.leaves(before.cache), jax.tree.leaves(after.cache), strict=True):
+    runner, sampling = Runner(loaded, num_slots=2), SamplingTable(2)
+    limits = cache_limits(runner.specs, loaded.sharding_ctx, num_slots=1, max_length=PAGE)
+    sizes = {"num_slots": 2, "num_shards": 2, "chunk_size": CHUNK_SIZE, "max_chunks": MAX_CHUNKS}
+    scheduler, batches = Scheduler(limits, max_pages=8, **sizes), BatchBuilder(limits, entry_multiple=MAX_ENTRIES, **sizes)
+    scheduler.add(Request(0, PROMPTS[1], GREEDY), end=PAGE - 1)
+    batch = batches.build(scheduler.schedule(can_preempt=True), scheduler.num_pages)
+    assert batch.is_prefill
+    before = runner.start(scheduler.num_pages)
+    after, _ = runner.step(before, batch, sampling.look_up(batch.slots_B, ()), num_top=None)
+    axes = ("batch", "pages", "kv_heads", "kv_length", "head_dim")
+    for old, new in zip(jax.tree.leaves(before.states), jax.tree.leaves(after.states), strict=True):
         assert old.is_deleted()
-        assert new.sharding.is_equivalent_to(loaded.sharding_ctx.activation("cache", new.shape, CACHE_AXES), new.ndim)
-        assert new.addressable_shards[0].data.size == new.size // 4  # of the batch and of the heads a half each
+        assert new.sharding.is_equivalent_to(loaded.sharding_ctx.activation("state", new.shape, axes), new.ndim)
+        assert new.addressable_shards[0].data.size == new.size // 4  # half of the batch, and half of the heads
 
 
 # --- ends ---
@@ -346,10 +344,10 @@ def test_a_prompt_that_is_read_twice_is_scored_once(model, tokenizer):
     """A pool that is too small for all: some give their pages back, and are read again."""
     params = SamplingParams(3 * PAGE, prompt_logprobs=1)
     prompts = [tuple(RNG.integers(0, 331, PAGE + 1 + 7 * row).tolist()) for row in range(4)]
-    small = 6 * page_bytes(model("").config, model("").sharding_ctx, model("").dtype)
+    small = 6 * sum(page_bytes(state_specs(model("").config, model("").dtype), model("").sharding_ctx))
     crowded = Engine(model(""), tokenizer, max_batch_size=4, cache_bytes=small)
     rows = answers(crowded, prompts, params)
-    assert crowded.load.num_preempted > 0
+    assert crowded.stats.num_preempted > 0
     for prompt, row in zip(prompts, rows, strict=True):
         assert [score.token for score in row[-1].prompt_logprobs] == list(prompt[1:])
 

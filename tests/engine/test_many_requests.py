@@ -7,7 +7,9 @@ from qwen_dist.checkpoint.model import load_model
 from qwen_dist.engine.engine import Engine
 from qwen_dist.engine.request import Request, SamplingParams
 from qwen_dist.mesh import MeshConfig, make_mesh
-from qwen_dist.models.cache import PAGE, page_bytes
+from qwen_dist.models.state import page_bytes
+from qwen_dist.models.transformer import state_specs
+from qwen_dist.ops.paged_cache import PAGE
 from qwen_dist.sharding import INFERENCE, ShardingContext
 from qwen_dist.tokenizer import Tokenizer
 
@@ -24,7 +26,7 @@ def test_every_request_ends_as_it_should(tiny_directory, count, rows, num_pages,
     directory = tiny_directory("qwen3", num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
     sharding_ctx = ShardingContext(make_mesh(MeshConfig.parse("data=1")), INFERENCE)
     model, tokenizer = load_model(directory, sharding_ctx, dtype="float32"), Tokenizer.from_directory(directory)
-    cache_bytes = num_pages * page_bytes(model.config, sharding_ctx, model.dtype)
+    cache_bytes = num_pages * sum(page_bytes(state_specs(model.config, model.dtype), sharding_ctx))
     engine = Engine(model, tokenizer, max_batch_size=rows, cache_bytes=cache_bytes, steps_per_dispatch=num_steps)
     rng, coming = np.random.default_rng(count), iter(range(count))
     running: dict[int, Request] = {}

@@ -6,17 +6,19 @@ import torch
 import transformers
 
 from qwen_dist.checkpoint.model import load_model
-from qwen_dist.engine.engine import BLOCK, NUM_BLOCKS, Engine
+from qwen_dist.engine.engine import CHUNK_SIZE, MAX_CHUNKS, Engine
 from qwen_dist.engine.request import Request, SamplingParams
 from qwen_dist.mesh import MeshConfig, make_mesh
-from qwen_dist.models.cache import PAGE, page_bytes
+from qwen_dist.models.state import page_bytes
+from qwen_dist.models.transformer import state_specs
+from qwen_dist.ops.paged_cache import PAGE
 from qwen_dist.sharding import INFERENCE, ShardingContext
 from qwen_dist.tokenizer import Tokenizer
 
-WINDOW, PIECE = 37, NUM_BLOCKS * BLOCK
-# What a window and a piece span: where a longer sequence begins to go round in its pages.
-RING = -(-(WINDOW + PIECE - 2) // PAGE) + 1
-# The first is read in three pieces and goes round twice, the second goes round while it is answered.
+WINDOW, STEP = 37, MAX_CHUNKS * CHUNK_SIZE
+# The pages that a window and a step's tokens span: a longer sequence reuses its pages.
+RING = -(-(WINDOW + STEP - 2) // PAGE) + 1
+# The first is computed in three steps of prefill and uses its ring twice; the second reuses its pages while it decodes.
 LENGTHS, NUM_NEW = (2 * RING * PAGE + 50, RING * PAGE - 20, WINDOW + 5, 3), 60
 SIZES = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3, "sliding_window": WINDOW}
 CASES = {
@@ -43,7 +45,7 @@ def test_answers_beyond_the_window_are_transformers_and_memory_is_the_windows(ch
     prompts = [tuple(rng.integers(0, 300, length).tolist()) for length in LENGTHS]
     expected = transformers_answers(directory, prompts)
     # With little memory the others wait for the first.
-    little = (2 * RING + 3) * page_bytes(model.config, sharding_ctx, model.dtype)
+    little = (2 * RING + 3) * sum(page_bytes(state_specs(model.config, model.dtype), sharding_ctx))
     for cache_bytes in (10**9, little):
         engine = Engine(model, tokenizer, max_batch_size=4, cache_bytes=cache_bytes)
         found: list[list[int]] = [[] for _ in prompts]

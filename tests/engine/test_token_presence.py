@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from qwen_dist.engine import seen
+from qwen_dist.engine import token_presence
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.planning.compile import count_collectives
 from qwen_dist.sharding import INFERENCE, ShardingContext, use_sharding
@@ -43,9 +43,9 @@ def test_what_rows_have_met(mesh):
 
         return jax.jit(run)
 
-    read, add, of_rows = map(jitted, (seen.read, seen.add, seen.of_rows))
+    read, add, of_rows = map(jitted, (token_presence.add_chunks, token_presence.add_tokens, token_presence.of_slots))
     with use_sharding(sharding_ctx):
-        table = jax.jit(lambda: seen.empty(ROWS, VOCAB))()
+        table = jax.jit(lambda: token_presence.empty(ROWS, VOCAB))()
     wanted = np.zeros((ROWS, VOCAB), bool)
     rng = np.random.default_rng(0)
     for _ in range(6):

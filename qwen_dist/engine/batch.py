@@ -1,0 +1,204 @@
+"""One step as arrays: the record that runner and model take, built from a schedule. No jax.
+
+Letters: D data-parallel shards, B rows of a step (B / D in each shard), T tokens of a row, X = 1 token of a row whose
+logits are wanted, N pages that a row writes to, E entries (a row reading a page).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qwen_dist.engine.page_allocator import CacheLimits
+from qwen_dist.engine.scheduler import Schedule, ScheduledTokens
+from qwen_dist.engine.sequence import Sequence
+
+# In place of a token: the one that was sampled last in the row's slot, which only the devices know.
+LAST_SAMPLED = -1
+# The first position of an entry that fills up: after every query.
+NOWHERE = 2**30
+
+
+class PageArrays(NamedTuple):
+    """`ops.paged_cache.PageIndices` of one cache group, on the host."""
+
+    write_BN: np.ndarray
+    first_page_B: np.ndarray
+    row_DE: np.ndarray
+    page_DE: np.ndarray
+    start_DE: np.ndarray
+    num_entries: np.ndarray
+
+
+class Batch(NamedTuple):
+    """One step: chunks of prompts, one a row, or one token of each decoding sequence.
+
+    Attributes:
+      tokens_BT: token ids, or LAST_SAMPLED; 0 for padding.
+      positions_BT: of the tokens; negative for padding.
+      next_tokens_BT: the token after each, for scoring a prompt; 0 where it is not known.
+      slots_B: the slot of each row; the number of all slots where the row is padding.
+      continues_B: whether a row continues the sequence of the row before it. Rows of one sequence stand in order.
+      logit_indices_BX: the token of each row after which one is sampled; negative where there is none.
+      num_steps: how many tokens to decode, one after the other; 1 for prefill.
+      pages: for each cache group.
+      sequences: of each row, for the host; None for padding.
+    """
+
+    tokens_BT: np.ndarray
+    positions_BT: np.ndarray
+    next_tokens_BT: np.ndarray
+    slots_B: np.ndarray
+    continues_B: np.ndarray
+    logit_indices_BX: np.ndarray
+    num_steps: int
+    pages: tuple[PageArrays, ...]
+    sequences: list[Sequence | None]
+
+    @property
+    def is_prefill(self) -> bool:
+        return self.tokens_BT.shape[1] > 1
+
+
+class BatchBuilder:
+    """Lays a schedule out in arrays of few sizes, because each size is a program to compile.
+
+    Args:
+      limits: of the scheduler.
+      num_slots: sequences at a time in all shards.
+      num_shards: data-parallel shards; the rows of a shard are together.
+      chunk_size: tokens of a row of prefill.
+      max_chunks: rows of prefill in each shard.
+      entry_multiple: E is a multiple of it.
+    """
+
+    def __init__(
+        self, limits: CacheLimits, *, num_slots: int, num_shards: int, chunk_size: int, max_chunks: int, entry_multiple: int
+    ):
+        self._limits, self._num_slots, self._num_shards = limits, num_slots, num_shards
+        self._chunk_size, self._entry_multiple = chunk_size, entry_multiple
+        # A single prompt that somebody waits for gets one size more, so that it is padded less.
+        self._prefill_widths = sorted({max(1, max_chunks >> halvings) for halvings in range(4 if num_slots == 1 else 3)})
+        self._decode_widths = _decode_widths(num_slots // num_shards)
+
+    def build(self, schedule: Schedule, num_pages: tuple[int, ...]) -> Batch:
+        """Return the arrays of a schedule of one phase; `num_pages` are those of each cache group in each shard."""
+        if schedule[0].is_prefill:
+            return self._prefill(
+                self._by_shard(chunk for scheduled in schedule for chunk in self._cut(scheduled)), num_pages
+            )
+        return self._decode(self._by_shard(schedule), num_pages)
+
+    def _by_shard(self, rows: Any) -> list[Schedule]:
+        by_shard: list[Schedule] = [[] for _ in range(self._num_shards)]
+        for row in rows:
+            by_shard[row.sequence.shard].append(row)
+        return by_shard
+
+    def _cut(self, scheduled: ScheduledTokens) -> Schedule:
+        """Cut the tokens of a prompt into rows; each starts at a multiple of the chunk size, so it is within one page."""
+        sequence, start, num_tokens = scheduled
+        starts = range(start, start + num_tokens, self._chunk_size)
+        return [ScheduledTokens(sequence, s, min(self._chunk_size, start + num_tokens - s)) for s in starts]
+
+    def _prefill(self, rows: list[Schedule], num_pages: tuple[int, ...]) -> Batch:
+        width = next(width for width in self._prefill_widths if width >= max(map(len, rows)))
+        batch = self._empty(width, self._chunk_size, num_steps=1)
+        for b, (sequence, start, num_tokens) in _placed(rows, width):
+            tokens = sequence.tokens[start : start + num_tokens]
+            batch.tokens_BT[b, :num_tokens] = tokens
+            batch.positions_BT[b, :num_tokens] = range(start, start + num_tokens)
+            following = sequence.tokens[start + 1 : start + 1 + self._chunk_size]
+            batch.next_tokens_BT[b, : len(following)] = following
+            batch.slots_B[b], batch.sequences[b] = sequence.slot, sequence
+            batch.continues_B[b] = b % width > 0 and batch.sequences[b - 1] is sequence
+            if start + num_tokens == sequence.num_prefill_tokens:
+                batch.logit_indices_BX[b] = num_tokens - 1
+        # A row reads at most a ring of pages, or all that the shard has.
+        capacity = [width * min(ring, pages) for ring, pages in zip(self._limits.ring_pages, num_pages, strict=True)]
+        return batch._replace(pages=self._pages(rows, width, 1, capacity, self._entries_of_chunks))
+
+    def _decode(self, rows: list[Schedule], num_pages: tuple[int, ...]) -> Batch:
+        width = next(width for width in self._decode_widths if width >= max(map(len, rows)))
+        batch = self._empty(width, 1, num_steps=max(row.num_tokens for shard in rows for row in shard))
+        for b, (sequence, start, _) in _placed(rows, width):
+            batch.tokens_BT[b], batch.positions_BT[b] = LAST_SAMPLED, start
+            batch.slots_B[b], batch.sequences[b] = sequence.slot, sequence
+            batch.logit_indices_BX[b] = 0
+        return batch._replace(pages=self._pages(rows, width, 2, num_pages, self._entries_of_decode))
+
+    def _empty(self, width: int, num_tokens: int, num_steps: int) -> Batch:
+        total = width * self._num_shards
+        tokens_BT, next_tokens_BT = np.zeros((2, total, num_tokens), np.int32)
+        return Batch(
+            tokens_BT,
+            positions_BT=np.full((total, num_tokens), -1, np.int32),
+            next_tokens_BT=next_tokens_BT,
+            slots_B=np.full(total, self._num_slots, np.int32),
+            continues_B=np.zeros(total, bool),
+            logit_indices_BX=np.full((total, 1), -1, np.int32),
+            num_steps=num_steps,
+            pages=(),
+            sequences=[None] * total,
+        )
+
+    # --- pages ---
+
+    def _pages(
+        self, rows: list[Schedule], width: int, num_written: int, capacity: Any, entries_of: Callable[..., Any]
+    ) -> tuple[PageArrays, ...]:
+        """Return for each group the pages that rows write (N = `num_written`), and the entries that they read."""
+        arrays = []
+        for group, size in enumerate(capacity):
+            write_BN = np.zeros((width * len(rows), num_written), np.int32)
+            first_page_B = np.zeros(width * len(rows), np.int32)
+            for b, (sequence, start, num_tokens) in _placed(rows, width):
+                table = sequence.page_tables[group]
+                first, last = start // self._limits.page_size, (start + num_tokens - 1) // self._limits.page_size
+                write_BN[b, 0], write_BN[b, -1], first_page_B[b] = table.page(first), table.page(last), first
+            entries = [entries_of(group, shard) for shard in rows]
+            arrays.append(PageArrays(write_BN, first_page_B, *self._padded(entries, size)))
+        return tuple(arrays)
+
+    def _entries_of_chunks(self, group: int, rows: Schedule) -> tuple[np.ndarray, ...]:
+        return self._entries(group, rows)
+
+    def _entries_of_decode(self, group: int, rows: Schedule) -> tuple[np.ndarray, ...]:
+        """In the order of the pages in memory, so that neighbours are read together."""
+        entries = self._entries(group, rows)
+        order = np.argsort(entries[1], kind="stable")
+        return tuple(x[order] for x in entries)
+
+    def _entries(self, group: int, rows: Schedule) -> tuple[np.ndarray, ...]:
+        """Return row, page and first position of each page that the rows of a shard read."""
+        page_size = self._limits.page_size
+        first = [self._limits.first_visible_page(group, row.start) for row in rows]
+        last = [(row.start + row.num_tokens - 1) // page_size for row in rows]
+        pages = [row.sequence.page_tables[group].pages(a, b) for row, a, b in zip(rows, first, last, strict=True)]
+        counts = [len(x) for x in pages]
+        row_E = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
+        # Within a row, the page numbers from its first one on.
+        number_E = np.arange(len(row_E)) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(first, counts)
+        return row_E, np.concatenate(pages) if pages else row_E, (number_E * page_size).astype(np.int32)
+
+    def _padded(self, entries: list[tuple[np.ndarray, ...]], capacity: int) -> tuple[np.ndarray, ...]:
+        shape = (len(entries), -(-capacity // self._entry_multiple) * self._entry_multiple)
+        row_DE, page_DE, start_DE = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.full(shape, NOWHERE, np.int32)
+        for shard, columns in enumerate(entries):
+            for array, column in zip((row_DE, page_DE, start_DE), columns, strict=True):
+                array[shard, : len(column)] = column
+        return row_DE, page_DE, start_DE, np.array(max(len(row) for row, *_ in entries), np.int32)
+
+
+def _placed(rows: list[Schedule], width: int) -> Any:
+    """Yield each row with its index: the rows of shard n start at n · width."""
+    for shard, of_shard in enumerate(rows):
+        for index, row in enumerate(of_shard):
+            yield shard * width + index, row
+
+
+def _decode_widths(num_slots: int) -> list[int]:
+    """Return how many rows decode together: a number of quarters of all slots, or one row."""
+    return sorted({1, *(-(-num_slots * quarters // 4) for quarters in range(1, 5))})
