@@ -8,7 +8,8 @@ from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from qwen_dist.models.config import ModelConfig, RopeConfig
-from qwen_dist.models.rope import inverse_frequencies, rope_table, rotate
+from qwen_dist.models.rope import inverse_frequencies, rope_table
+from qwen_dist.ops.rotary import rotate
 
 # The thetas of released checkpoints and the head sizes of released and coming ones.
 THETAS, HEAD_DIMS = (1e4, 5e5, 1e6, 5e6, 1e7), (64, 80, 128, 256)

@@ -15,10 +15,11 @@ import transformers
 from qwen_dist.capture import capture
 from qwen_dist.checkpoint.model import LoadedModel, load_model
 from qwen_dist.mesh import MeshConfig, make_mesh
-from qwen_dist.models import cache as kv_cache
 from qwen_dist.models.parameters import with_parameters
-from qwen_dist.models.transformer import Transformer
-from qwen_dist.ops.paged_cache import PAGE
+from qwen_dist.models.state import States, StepIndices, empty_states, indices_in_order
+from qwen_dist.models.state_spec import cache_groups
+from qwen_dist.models.transformer import Transformer, state_specs
+from qwen_dist.ops.paged_cache import MAX_ENTRIES, NOWHERE, PAGE, PageIndices, pages_for
 from qwen_dist.sharding import INFERENCE, ShardingContext
 
 LENGTH, PADDING = 600, 53  # tokens; a partial-rotation fault shows only near position 500
@@ -124,23 +125,25 @@ def load(directory, dtype) -> LoadedModel:
 
 
 def forward(model: LoadedModel) -> Callable[..., Any]:
-    """(tokens, positions, cache=None) -> (logits, cache), compiled; each row has its own pages of the cache, in order."""
+    """(tokens, positions, states=None) -> (logits, states), compiled; each row has its own pages, in order."""
+    specs = state_specs(model.config, model.dtype)
 
     @jax.jit
-    def run(parameters, tokens_BT, positions_BT, cache=None):
+    def run(parameters, tokens_BT, positions_BT, states=None):
         module = with_parameters(model.module, parameters)
-        if cache is None:
-            pages = None
+        if states is None:
+            indices = None
         else:
-            pages = kv_cache.in_order(model.config, positions_BT, 1, cache[0].k.shape[1] // len(tokens_BT))
-        x_BTD, cache, _ = module(tokens_BT, positions_BT, cache, pages)
-        return module.unembed(x_BTD), cache
+            indices = indices_in_order(specs, positions_BT, 1, states[0].k.shape[1] // len(tokens_BT))
+        x_BTD, states, _ = module(tokens_BT, positions_BT, states, indices)
+        return module.unembed(x_BTD), states
 
     return functools.partial(run, model.parameters)
 
 
-def empty(model: LoadedModel, num_pages: int) -> kv_cache.Cache:
-    return kv_cache.empty(model.config, 1, [num_pages] * len(model.config.windows), "float32")
+def empty(model: LoadedModel, num_pages: int) -> States:
+    specs = state_specs(model.config, model.dtype)
+    return empty_states(specs, 1, [num_pages] * len(cache_groups(specs)), num_slots=3)
 
 
 def distance(ours, reference) -> float:
@@ -177,7 +180,7 @@ def test_chunked_prefill_and_decoding_through_the_cache_equal_one_forward(case, 
     model, run, tokens_BT, _, logits_BTV, _ = case(name)
     rows, num_decoded = [0, 2], 9
     lengths = [LENGTH - num_decoded, LENGTH - PADDING - num_decoded]
-    cache = empty(model, 2 * kv_cache.num_pages(LENGTH))
+    cache = empty(model, 2 * pages_for(LENGTH))
     pieces = []
     for start in range(0, LENGTH - num_decoded, 197):
         positions = np.tile(np.arange(start, start + 197, dtype=np.int32), (2, 1))
@@ -217,18 +220,20 @@ def test_a_row_may_be_any_part_of_a_sequence_on_pages_in_any_order(case):
     tokens[:3] = tokens_BT[0, :120].reshape(3, 40)
     positions = np.concatenate([np.arange(120).reshape(3, 40), np.full((1, 40), -1)]).astype(np.int32)
     order = np.array([4, 0, 2])
-    write = np.where(positions < 0, -1, order[positions // PAGE]).astype(np.int32)
-    visits = [(row, order[page], page * PAGE) for row in range(3) for page in range(2)]
-    row, page, start = (np.zeros((1, kv_cache.VISITS), np.int32) for _ in range(3))
-    start[:] = kv_cache.NOWHERE
-    for index, visit in enumerate(visits):
-        row[0, index], page[0, index], start[0, index] = visit
-    pages = [kv_cache.Pages(write, row, page, start, np.int32(len(visits)))]
+    first = np.array([0, 0, 1, 0], np.int32)
+    write = order[np.minimum(first[:, None] + np.arange(2), 2)].astype(np.int32)
+    entries = [(row, order[page], page * PAGE) for row in range(3) for page in range(2)]
+    row, page, start = (np.zeros((1, MAX_ENTRIES), np.int32) for _ in range(3))
+    start[:] = NOWHERE
+    for index, entry in enumerate(entries):
+        row[0, index], page[0, index], start[0, index] = entry
+    pages = PageIndices(write, first, row, page, start, np.int32(len(entries)))
+    indices = StepIndices(np.array([0, 0, 0, 3], np.int32), (pages,))
 
     @jax.jit
     def run(parameters, cache):
         module = with_parameters(model.module, parameters)
-        x_BTD, cache, _ = module(tokens, positions, cache, pages)
+        x_BTD, cache, _ = module(tokens, positions, cache, indices)
         return module.unembed(x_BTD), cache
 
     out, cache = run(model.parameters, empty(model, 5))
@@ -238,23 +243,30 @@ def test_a_row_may_be_any_part_of_a_sequence_on_pages_in_any_order(case):
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3 windows", "yarn"])
-def test_of_the_last_block_only_what_is_wanted_is_computed(case, name):
-    """The same hidden states and cache as with all of them; where none is wanted, something finite."""
+def test_the_last_block_computes_only_tokens_with_logit_indices(case, name):
+    """One or several a row: the same hidden states and layer states as with all; where none is wanted, something finite."""
     model, _, tokens_BT, positions_BT, _, _ = case(name)
     tokens, positions = tokens_BT[:, :70], positions_BT[[0, 0, 0], :70]
-    pages = kv_cache.in_order(model.config, positions, 1, 2)
+    indices = indices_in_order(state_specs(model.config, model.dtype), positions, 1, 2)
 
-    def run(only_B=None):
+    def run(logit_indices_BX=None):
+        step = indices._replace(logit_indices_BX=logit_indices_BX)
         with capture() as taps:
-            out = with_parameters(model.module, model.parameters)(tokens, positions, empty(model, 6), pages, only_B=only_B)
+            out = with_parameters(model.module, model.parameters)(tokens, positions, empty(model, 6), step)
         return out, {name: value.shape[1] for name, value in taps.items()}
 
     (all_BTD, whole, _), _ = run()
-    (only_B1D, cache, _), lengths = run(np.array([69, 3, -1], np.int32))
-    assert only_B1D.shape == (3, 1, model.config.hidden_size)
-    assert distance(only_B1D[0, 0], all_BTD[0, 69]) < OWN_TOLERANCE
-    assert distance(only_B1D[1, 0], all_BTD[1, 3]) < OWN_TOLERANCE
-    assert np.all(np.isfinite(only_B1D))
+    (one_B1D, cache, _), lengths = run(np.array([[69], [3], [-1]], np.int32))
+    assert one_B1D.shape == (3, 1, model.config.hidden_size)
+    (several_BXD, _, _), _ = run(np.array([[69, 68, 0], [3, -1, 3], [-1, -1, 5]], np.int32))
+    assert several_BXD.shape == (3, 3, model.config.hidden_size)
+    for some, wanted in (
+        (one_B1D, {(0, 0): 69, (1, 0): 3}),
+        (several_BXD, {(0, 0): 69, (0, 1): 68, (0, 2): 0, (1, 0): 3, (1, 2): 3, (2, 2): 5}),
+    ):
+        assert np.all(np.isfinite(some))
+        for (row, x), index in wanted.items():
+            assert distance(some[row, x], all_BTD[row, index]) < OWN_TOLERANCE
     for one, other in zip(jax.tree.leaves(cache), jax.tree.leaves(whole), strict=True):
         assert distance(one, other) < OWN_TOLERANCE
     last = f"layers.{len(model.config.layers) - 1}."
@@ -272,7 +284,7 @@ def test_bfloat16_is_as_far_from_float32_as_transformers_is(case, tiny_checkpoin
     with torch.no_grad():
         theirs = distance(reference(torch.tensor(tokens_BT)).logits[0].float().numpy(), expected_TV)
     model = load(directory, "bfloat16")
-    run, cache = forward(model), kv_cache.empty(model.config, 1, [1], "bfloat16")
+    run, cache = forward(model), empty(model, 1)
     assert all(leaf.dtype == jnp.uint16 for leaf in jax.tree.leaves(cache))
     first, cache = run(tokens_BT[:, :32], np.arange(32, dtype=np.int32)[None], cache)
     last, _ = run(tokens_BT[:, 32:], np.array([[32]], np.int32), cache)

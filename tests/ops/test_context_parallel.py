@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen_dist.mesh import MeshConfig, make_mesh
-from qwen_dist.models.attention import QUERY_BLOCK, attend
+from qwen_dist.ops.attention import QUERY_BLOCK, attention
 from qwen_dist.planning.compile import collectives
 from qwen_dist.sharding import TRAIN, ShardingContext, use_sharding
 
@@ -36,7 +36,7 @@ def on_mesh(text: str, arrays, **options):
 
     def output(q, k, v, positions):
         with use_sharding(sharding_ctx):
-            return attend(q, k, v, positions, **options)
+            return attention(q, k, v, positions, **options)
 
     def loss(*operands):
         mixed = output(*operands)

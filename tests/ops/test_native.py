@@ -1,6 +1,4 @@
-"""The kernels for CPUs beside the plain forms that they stand for."""
-
-import functools
+"""The C++ kernels against the plain forms of their operations."""
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +7,15 @@ import pytest
 from native_kernels import needs_kernels
 
 from qwen_dist.mesh import MeshConfig, make_mesh
-from qwen_dist.models import cache as kv_cache
-from qwen_dist.models import mlp, moe, native, paged_attention, rope
-from qwen_dist.models.layers import matmul
-from qwen_dist.models.moe import Stack
+from qwen_dist.models import moe
 from qwen_dist.models.parameters import with_parameters
+from qwen_dist.ops import native
+from qwen_dist.ops.experts import ExpertWeights, can_experts_kernel, experts_kernel, experts_plain
+from qwen_dist.ops.matmul import matmul
+from qwen_dist.ops.paged_attention import paged_attention_in_groups
+from qwen_dist.ops.paged_cache import MAX_ENTRIES, PAGE, PagedState, PageIndices
+from qwen_dist.ops.rotary import rotate, rotate_plain
+from qwen_dist.ops.swiglu import SWIGLU, swiglu
 from qwen_dist.sharding import INFERENCE, TRAIN, LocalShard, ShardingContext, use_sharding
 
 pytestmark = needs_kernels
@@ -36,13 +38,13 @@ def normal(shape, dtype, seed=0):
 @pytest.mark.parametrize("inputs", [16, 72, 896])
 @pytest.mark.parametrize("outputs", [4, 7, 130])
 @pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 13, 150])
-def test_product(rows, outputs, inputs, dtype):
+def test_matmul(rows, outputs, inputs, dtype):
     x, weight = normal((rows, inputs), dtype), normal((outputs, inputs), dtype, 1) * inputs**-0.5
     expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
-    wide = native.product(x, weight.astype(dtype), jnp.float32)
+    wide = native.matmul(x, weight.astype(dtype), jnp.float32)
     assert wide.dtype == jnp.float32
     np.testing.assert_allclose(wide, expected, atol=3e-6, rtol=0)
-    rounded = native.product(x, weight.astype(dtype), dtype)
+    rounded = native.matmul(x, weight.astype(dtype), dtype)
     assert rounded.dtype == dtype
     np.testing.assert_array_equal(rounded, wide.astype(dtype))  # once, as XLA rounds
 
@@ -51,11 +53,11 @@ def test_product(rows, outputs, inputs, dtype):
 def test_groups(dtype):
     sizes = [0, 7, 1, 0, 64, 3]
     rows, weights = normal((sum(sizes) + 2, 40), dtype), normal((len(sizes), 12, 40), dtype, 1)
-    out = native.grouped_product(rows, weights, jnp.asarray(sizes), jnp.float32)
+    out = native.grouped_matmul(rows, weights, jnp.asarray(sizes), jnp.float32)
     ends = np.cumsum(sizes)
     for weight, size, end in zip(weights, sizes, ends, strict=True):
         np.testing.assert_array_equal(
-            out[end - size : end], native.product(rows[end - size : end], weight, jnp.float32) if size else out[:0]
+            out[end - size : end], native.matmul(rows[end - size : end], weight, jnp.float32) if size else out[:0]
         )
 
 
@@ -63,9 +65,9 @@ def test_groups(dtype):
 @pytest.mark.parametrize("inputs", [200, 2048])  # of the latter many rows are put further apart
 def test_a_row_does_not_depend_on_its_neighbours(inputs, dtype):
     x, weight = normal((40, inputs), dtype), normal((33, inputs), dtype, 1)
-    together = native.product(x, weight, jnp.float32)
+    together = native.matmul(x, weight, jnp.float32)
     for rows in (1, 3, 11):
-        alone = jnp.concatenate([native.product(x[i : i + rows], weight, jnp.float32) for i in range(0, 40, rows)])
+        alone = jnp.concatenate([native.matmul(x[i : i + rows], weight, jnp.float32) for i in range(0, 40, rows)])
         np.testing.assert_array_equal(alone, together)
 
 
@@ -81,87 +83,68 @@ def layer_of_experts(dtype, num_experts=5, embed=20, mlp=12, tokens=50, choices=
         normal((num_experts, *shape), dtype, seed) * np.asarray(shape[1] ** -0.5, dtype)
         for seed, shape in ((2, (2 * mlp, embed)), (3, (embed, mlp)))
     ]
-    return x, jnp.asarray(chosen.reshape(scores.shape)), scores, *(Stack(weight, None, 0.0) for weight in weights)
+    return x, jnp.asarray(chosen.reshape(scores.shape)), scores, *map(ExpertWeights, weights)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("sizes", [{}, {"embed": 2048, "mlp": 1024}, {"tokens": 2}, {"num_experts": 60, "mlp": 76}])
 def test_experts(sizes, dtype):
     operands = layer_of_experts(dtype, **sizes)
-    assert native.can_mix(operands[0], operands[3].stack_EOI, operands[4].stack_EOI)
-    mixed, each = moe._mix_natively(*operands)
-    plain_mixed, plain_each = moe._mix_in_xla(LocalShard(), *operands)
+    shard = LocalShard()
+    assert can_experts_kernel(shard, *operands)
+    mixed, each = experts_kernel(shard, *operands)
+    plain_mixed, plain_each = experts_plain(shard, *operands)
     assert mixed.dtype == each.dtype == dtype
     for out, plain in ((mixed, plain_mixed), (each, plain_each)):
         out, plain = (np.asarray(y, np.float32) for y in (out, plain))
         np.testing.assert_allclose(out, plain, atol=TOLERANCE[dtype] * np.abs(plain).max(), rtol=0)
-    is_none = np.asarray(operands[1]) == len(operands[3].stack_EOI)
+    is_none = np.asarray(operands[1]) == len(operands[3])
     assert (np.asarray(each, np.float32)[is_none] == 0).all()
     for first in (0, 7 % operands[0][..., 0].size):  # alone it is the same
         some = [x.reshape(-1, x.shape[-1])[None, first : first + 3] for x in operands[:3]]
-        alone, each_alone = moe._mix_natively(*some, *operands[3:])
+        alone, each_alone = experts_kernel(shard, *some, *operands[3:])
         np.testing.assert_array_equal(alone[0], mixed.reshape(-1, mixed.shape[-1])[first : first + 3])
         np.testing.assert_array_equal(each_alone[0], each.reshape(-1, *each.shape[-2:])[first : first + 3])
 
 
-def test_gradients_of_experts():
-    x, chosen, scores, *stacks = layer_of_experts("float32")
-
-    def loss(mix, x, scores, stacks):
-        mixed, each = mix(x, chosen, scores, *stacks)
-        return jnp.sum(jnp.sin(mixed)) + jnp.sum(jnp.cos(each))
-
-    plain = functools.partial(moe._mix_in_xla, LocalShard())
-    of_kernel, of_plain = (jax.grad(loss, (1, 2, 3))(mix, x, scores, stacks) for mix in (moe._mix_natively, plain))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=0), of_kernel, of_plain)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gated(dtype):
+def test_swiglu(dtype):
     gate, up = normal((3, 5, 1337), dtype) * 8, normal((3, 5, 1337), dtype, 1)
     gate = gate.at[0, 0, :4].set(jnp.asarray([-1e4, -89, 89, 1e4], dtype))
-    out, plain = native.gated(gate, up), mlp.gated(gate, up)
+    out, plain = native.swiglu(gate, up), SWIGLU.plain.run(gate, up)
     assert out.dtype == dtype
     np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (out, plain)), **CLOSE[dtype])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("width", [64, 80, 12])
-def test_rotation_and_its_gradient(width, dtype):
+def test_rotation(width, dtype):
     x = normal((2, 700, 3, width), dtype)
     angles = jnp.arange(1400, dtype=jnp.float32).reshape(2, 700, 1) * 0.9 ** jnp.arange(width // 2)
-    plain = functools.partial(rope.rotate, cos_BTC=jnp.cos(angles), sin_BTC=jnp.sin(angles))
-
-    def kernel(x):
-        return rope._rotate_natively(x, jnp.cos(angles), jnp.sin(angles))
-
-    def gradient(rotate):
-        return jax.grad(lambda x: jnp.sum(jnp.sin(rotate(x))))(x)
-
-    for out, expected in ((kernel(x), plain(x)), (gradient(kernel), gradient(plain))):
-        assert out.dtype == dtype
-        np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (out, expected)), **CLOSE[dtype])
+    out, plain = (run(x, jnp.cos(angles), jnp.sin(angles)) for run in (native.rotate, rotate_plain))
+    assert out.dtype == dtype
+    np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (out, plain)), **CLOSE[dtype])
 
 
 def pages_of(lengths, num_queries, window, seed=0):
     """Pages in any order in a pool, as rows of these lengths look at them, and the positions of their last queries."""
     rng = np.random.default_rng(seed)
-    visits = [
+    entries = [
         (row, start)
         for row, length in enumerate(lengths)
-        for start in range(0, length, kv_cache.PAGE)
-        if window is None or start + kv_cache.PAGE > length - num_queries - window
+        for start in range(0, length, PAGE)
+        if window is None or start + PAGE > length - num_queries - window
     ]
-    page = rng.permutation(len(visits) + 3)[: len(visits)]
-    order = rng.permutation(len(visits))
-    rows, starts = (np.array(x, np.int32)[order] for x in zip(*visits, strict=True))
-    padded = [np.full(-(-len(visits) // kv_cache.VISITS) * kv_cache.VISITS, fill, np.int32) for fill in (0, 0, 2**30)]
+    page = rng.permutation(len(entries) + 3)[: len(entries)]
+    order = rng.permutation(len(entries))
+    rows, starts = (np.array(x, np.int32)[order] for x in zip(*entries, strict=True))
+    padded = [np.full(-(-len(entries) // MAX_ENTRIES) * MAX_ENTRIES, fill, np.int32) for fill in (0, 0, 2**30)]
     for to, what in zip(padded, (rows, page[order], starts), strict=True):
-        to[: len(visits)] = what
+        to[: len(entries)] = what
     positions = np.array([[length - num_queries + t for t in range(num_queries)] for length in lengths], np.int32)
     row_E, page_E, start_E = padded
-    pages = kv_cache.Pages(np.zeros((1, 1)), row_E[None], page_E[None], start_E[None], np.int32(len(visits)))
-    return pages, np.where(positions < 0, -1, positions), len(visits) + 3
+    pages = PageIndices(np.zeros((1, 1)), np.zeros(1), row_E[None], page_E[None], start_E[None], np.int32(len(entries)))
+    return pages, np.where(positions < 0, -1, positions), len(entries) + 3
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -171,24 +154,24 @@ def pages_of(lengths, num_queries, window, seed=0):
 def test_attention(heads, width, num_queries, window, dtype):
     pages, positions, num_pages = pages_of([1, 64, 65, 300, 5], num_queries, window)
     q = normal((len(positions), num_queries, heads[0], width), dtype)
-    pools = (normal((1, num_pages, heads[1], kv_cache.PAGE, width), dtype, seed) for seed in (1, 2))
-    cache = kv_cache.LayerCache(*(pool.view(jnp.uint16) if dtype == "bfloat16" else pool for pool in pools))
-    assert native.can_attend(q, cache)
-    out = native.attend_pages(q, cache, jnp.asarray(positions), pages, window)
-    plain = paged_attention.attend_pages(q, cache, jnp.asarray(positions), pages, window)
+    pools = (normal((1, num_pages, heads[1], PAGE, width), dtype, seed) for seed in (1, 2))
+    cache = PagedState(*(pool.view(jnp.uint16) if dtype == "bfloat16" else pool for pool in pools))
+    arguments = q, cache, jnp.asarray(positions), pages, window
+    assert native.can_paged_attention(*arguments)
+    out, plain = native.paged_attention(*arguments), paged_attention_in_groups(*arguments)
     is_real = positions >= 0  # the others are padding, of which nobody looks at what comes out
     out_of_real, plain_of_real = (np.asarray(x, np.float32)[is_real] for x in (out, plain))
     np.testing.assert_allclose(out_of_real, plain_of_real, atol=TOLERANCE[dtype], rtol=0)
     for row in range(len(positions)):
-        mine = np.flatnonzero(pages.row_DE[0, : int(pages.num_visits)] == row)
+        mine = np.flatnonzero(pages.row_DE[0, : int(pages.num_entries)] == row)
         one = pages._replace(
             row_DE=np.zeros((1, len(mine)), np.int32), page_DE=pages.page_DE[:, mine], start_DE=pages.start_DE[:, mine],
-            num_visits=np.int32(len(mine)),
+            num_entries=np.int32(len(mine)),
         )  # fmt: skip
         for first in range(0, num_queries, 11):
             part = slice(first, first + 11)
             query, position = q[row : row + 1, part], jnp.asarray(positions[row : row + 1, part])
-            alone = native.attend_pages(query, cache, position, one, window)
+            alone = native.paged_attention(query, cache, position, one, window)
             np.testing.assert_array_equal(alone[0], out[row, part])
 
 
@@ -200,13 +183,13 @@ def program_with(kernel):
         choices = jnp.ones((2, 2, 1), jnp.int32), jnp.ones((2, 2, 1))
         return lambda weights, *arrays: with_parameters(module, weights)(*arrays), (weights, jnp.ones((2, 2, 64)), *choices)
     return {
-        native.GROUPED_PRODUCT: (lambda x, weight: matmul(x, weight), (jnp.ones((3, 64)), jnp.ones((8, 64)))),
-        native.GATED: (lambda gate, up: mlp.gated(gate, up), (jnp.ones((3, 64)),) * 2),
-        native.ROTATE: (lambda x, *angles: rope.rotate(x, *angles), (jnp.ones((1, 2, 3, 8)), *(jnp.ones((1, 2, 4)),) * 2)),
+        native.GROUPED_MATMUL: (lambda x, weight: matmul(x, weight), (jnp.ones((3, 64)), jnp.ones((8, 64)))),
+        native.SWIGLU: (lambda gate, up: swiglu(gate, up), (jnp.ones((3, 64)),) * 2),
+        native.ROTATE: (lambda x, *angles: rotate(x, *angles), (jnp.ones((1, 2, 3, 8)), *(jnp.ones((1, 2, 4)),) * 2)),
     }[kernel]
 
 
-@pytest.mark.parametrize("kernel", [native.GROUPED_PRODUCT, native.EXPERTS, native.GATED, native.ROTATE])
+@pytest.mark.parametrize("kernel", [native.GROUPED_MATMUL, native.EXPERTS, native.SWIGLU, native.ROTATE])
 def test_where_they_are_used(kernel, monkeypatch):
     program, arrays = program_with(kernel)
 

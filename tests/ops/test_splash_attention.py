@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from qwen_dist.models.splash_attention import attend_tiles
 
 from qwen_dist.mesh import MeshConfig, make_mesh
-from qwen_dist.models.attention import attend
+from qwen_dist.ops.attention import attention_in_blocks
+from qwen_dist.ops.splash_attention import splash_attention
 from qwen_dist.sharding import TRAIN, ShardingContext, use_sharding
 
 B, N, K = 2, 4, 2
@@ -30,7 +30,7 @@ def inputs(length: int, head_dim: int):
 
 
 def run(function, arrays, sliding_window):
-    """The output and its gradients; what padding gets is nobody's."""
+    """The output and its gradients; the output of padding is undefined."""
     *operands, positions, segments = arrays
 
     def loss(*operands):
@@ -48,8 +48,8 @@ def run(function, arrays, sliding_window):
 )
 def test_the_numbers_of_the_plain_form(length, head_dim, sliding_window, mesh):
     arrays = inputs(length, head_dim)
-    expected = run(attend, arrays, sliding_window)
+    expected = run(attention_in_blocks, arrays, sliding_window)
     with use_sharding(ShardingContext(make_mesh(MeshConfig.parse(mesh)), TRAIN)):
-        found = run(functools.partial(attend_tiles, interpret=True), arrays, sliding_window)
+        found = run(functools.partial(splash_attention, interpret=True), arrays, sliding_window)
     for name, x, y in zip(("output", "by q", "by k", "by v"), found, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5, err_msg=name)
