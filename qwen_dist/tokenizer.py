@@ -1,8 +1,10 @@
-"""Text to token ids and back: tokenizer.json, the chat template, incremental decoding and stop strings.
+"""The tokenizer: tokenizer.json, the chat template, incremental decoding and stop strings.
 
-No transformers and no jax: `tokenizers` reads tokenizer.json, a sandboxed `jinja2` renders the chat template, and the
-way back is done here, byte by byte, so that a stream never shows half a character.
+It needs neither transformers nor jax: `tokenizers` reads tokenizer.json and a sandboxed `jinja2` renders the chat template.
+Decoding is done here byte by byte, so that a stream never shows half a character.
 """
+
+from __future__ import annotations
 
 import codecs
 import datetime
@@ -24,7 +26,7 @@ from qwen_dist.errors import CheckpointError, UserError
 
 Message = Mapping[str, Any]
 
-_TOKENIZER, _SETTINGS, _MODEL, _GENERATION = (
+_TOKENIZER_FILE, _TOKENIZER_CONFIG, _MODEL_CONFIG, _GENERATION_CONFIG = (
     "tokenizer.json",
     "tokenizer_config.json",
     "config.json",
@@ -34,12 +36,12 @@ _TEMPLATE_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class Tokenizer:
-    """A byte-level tokenizer with its chat template and the ids that end an answer.
+    """A byte-level tokenizer with its chat template and stop token ids.
 
     Attributes:
       stop_ids: generation stops at any of these token ids.
-      stop_texts: those tokens as they stand in a rendered conversation.
-      end_id: the one of them that ends a text: the tokenizer's eos_token, if it has one.
+      stop_texts: the text of these tokens.
+      eos_token_id: the id of the tokenizer's eos_token; without one, the smallest of the stop ids.
       vocab_size: one more than the largest id that `encode` can return.
     """
 
@@ -52,14 +54,14 @@ class Tokenizer:
     ):
         if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
             raise CheckpointError(
-                f"{_TOKENIZER} has the decoder {backend.decoder}; every Qwen tokenizer is byte-level (ByteLevel): "
+                f"{_TOKENIZER_FILE} has the decoder {backend.decoder}; every Qwen tokenizer is byte-level (ByteLevel): "
                 "is this a Qwen checkpoint?"
             )
         backend.no_truncation()
         backend.no_padding()
         self.stop_ids = stop_ids
         self.stop_texts = tuple(token for id in sorted(stop_ids) if (token := backend.id_to_token(id)))
-        self.end_id = backend.token_to_id(template_tokens.get("eos_token", "")) or min(stop_ids)
+        self.eos_token_id = backend.token_to_id(template_tokens.get("eos_token", "")) or min(stop_ids)
         added = backend.get_added_tokens_decoder()
         self.vocab_size = max([backend.get_vocab_size(with_added_tokens=False), *(id + 1 for id in added)])
         self._backend = backend
@@ -68,77 +70,77 @@ class Tokenizer:
         self._special_ids = frozenset(id for id, token in added.items() if token.special)
 
     @classmethod
-    def from_directory(cls, path: str | os.PathLike[str]) -> "Tokenizer":
-        """Reads the tokenizer of a checkpoint directory.
+    def from_directory(cls, path: str | os.PathLike[str]) -> Tokenizer:
+        """Read the tokenizer of a checkpoint directory.
 
-        The stop ids are those of generation_config.json; where it names none, those of config.json and the
-        tokenizer's eos_token. A chat_template.jinja or chat_template.json file wins over tokenizer_config.json.
+        The stop ids are those of generation_config.json. If it has none, they are those of config.json and the tokenizer's
+        eos_token. A chat_template.jinja or chat_template.json file takes precedence over tokenizer_config.json.
 
         Raises:
-          CheckpointError: files are missing (all are named) or cannot be understood.
+          CheckpointError: files are missing (all are listed) or invalid.
         """
         directory = Path(path)
         _require_files(directory)
-        settings = _read_json(directory / _SETTINGS)
+        config = _read_json(directory / _TOKENIZER_CONFIG)
         try:
-            backend = tokenizers.Tokenizer.from_file(str(directory / _TOKENIZER))
+            backend = tokenizers.Tokenizer.from_file(str(directory / _TOKENIZER_FILE))
         except Exception as error:  # the library raises nothing narrower
-            raise CheckpointError(f"{directory / _TOKENIZER} cannot be read: {error}; download it again") from error
-        tokens = {name: _token_text(name, settings[name]) for name in _TEMPLATE_TOKENS if settings.get(name)}
-        return cls(backend, _stop_ids(directory, backend, tokens), _chat_templates(directory, settings), tokens)
+            raise CheckpointError(f"{directory / _TOKENIZER_FILE} cannot be read: {error}; download it again") from error
+        tokens = {name: _token_text(name, config[name]) for name in _TEMPLATE_TOKENS if config.get(name)}
+        return cls(backend, _stop_ids(directory, backend, tokens), _chat_templates(directory, config), tokens)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of `text`; special tokens written out in it, such as `<|im_end|>`, become their own ids.
+        """Return the ids of `text`. The text of a special token, such as `<|im_end|>`, becomes that token.
 
         Raises:
-          UserError: `text` holds a lone surrogate, which is not a character.
+          UserError: `text` contains a lone surrogate, which is not a character.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(
                 f"the text has half of a surrogate pair (U+{ord(text[error.start]):04X}) at character {error.start}, "
-                "which is not a character: remove it or write the whole pair"
+                "which is not a character: remove it or add the other half"
             ) from error
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD, ids without a token become nothing."""
+        """Return the text of `ids`. Bytes that are not UTF-8 become U+FFFD; ids without a token are skipped."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes that one token adds to the text: often only a part of a character, empty for an unused id."""
+        """Return the bytes of one token: often only part of a character, empty for an unused id."""
         token = self._backend.id_to_token(id)
         if token is None:
             return b""
-        byte_of = _byte_alphabet()
-        # An added token is written in plain text: `<|im_end|>` reads the same both ways, a Chinese one does not.
-        return bytes(byte_of[char] for char in token) if all(char in byte_of for char in token) else token.encode()
+        decoder = _byte_decoder()
+        # Added tokens are stored as plain text, not in the byte alphabet. ASCII ones look the same in both.
+        return bytes(decoder[char] for char in token) if all(char in decoder for char in token) else token.encode()
 
     def is_special(self, id: int) -> bool:
-        """Whether `decode` leaves this token out when it skips special tokens."""
+        """Return whether `decode` omits this token when it skips special tokens."""
         return id in self._special_ids
 
     def apply_chat_template(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
     ) -> list[int]:
-        """The ids of a conversation as the model was trained to read it; arguments as `render_chat`."""
+        """Return the ids of a conversation in the checkpoint's chat template. Arguments as in `render_chat`."""
         text = self.render_chat(messages, add_generation_prompt, **variables)
-        # The template has written every special token already.
+        # The template already contains every special token.
         return self.encode(text, add_special_tokens=False)
 
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any) -> str:
-        """The text of a conversation, by the checkpoint's chat template.
+        """Return the text of a conversation in the checkpoint's chat template.
 
         Args:
           messages: `{"role", "content"}` dicts. The content is a string or a list of `{"type": "text", "text"}` parts,
-            which are joined; it may be missing only where the assistant calls tools (`tool_calls`).
-          add_generation_prompt: end with the opening of the assistant's answer.
-          **variables: what else the template reads, such as `tools` or `enable_thinking`.
+            which are joined. It may be missing only if the message has `tool_calls`.
+          add_generation_prompt: end with the start of the assistant's turn.
+          **variables: other variables of the template, such as `tools` or `enable_thinking`.
 
         Raises:
-          UserError: the messages are not a conversation (every fault is named), or the template refuses them.
-          CheckpointError: there is no chat template, or it is not a valid one.
+          UserError: the messages are invalid (every problem is listed), or the template rejects them.
+          CheckpointError: there is no chat template, or it is invalid.
         """
         template = _compile_template(self._chat_template(bool(variables.get("tools"))))
         inputs = {
@@ -146,13 +148,13 @@ class Tokenizer:
             "documents": None,
             **self._template_tokens,
             **variables,
-            "messages": _checked_messages(messages),
+            "messages": _validate_messages(messages),
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            # The template is code that came with the weights: it sees plain JSON values, no object to reach out by.
+            # The template is untrusted code: it gets plain JSON values only, no objects to escape the sandbox with.
             return template.render(json.loads(json.dumps(inputs)))
-        except Exception as error:  # whatever code from outside can raise
+        except Exception as error:  # template code can raise anything
             raise UserError(f"the chat template cannot be rendered with these messages: {error}") from error
 
     def _chat_template(self, has_tools: bool) -> str:
@@ -161,16 +163,16 @@ class Tokenizer:
             if name in self._chat_templates:
                 return self._chat_templates[name]
         raise CheckpointError(
-            "the checkpoint has no chat template (a base model?): give plain prompts without the template, "
-            "or put a chat_template.jinja into its directory"
+            "the checkpoint has no chat template (a base model?): use plain prompts without the template (--raw), "
+            "or add a chat_template.jinja to its directory"
         )
 
 
 class StreamDecoder:
-    """Decodes an answer token by token: what has been returned is final, and together it is `Tokenizer.decode`.
+    """An incremental detokenizer. Returned text is final; concatenated, it equals `Tokenizer.decode`.
 
-    A character is returned with the token that completes it, so U+FFFD appears only where the bytes are not UTF-8 at
-    all. The state is at most three bytes, whatever the length: "日" may come as tokens E6 | 97 A5, giving "" then "日".
+    A character is returned with the token that completes it, so U+FFFD appears only where the bytes are not UTF-8. The
+    state is at most three bytes. Example: "日" as the tokens E6 | 97 A5 gives "" then "日".
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
@@ -179,24 +181,24 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, id: int) -> str:
-        """The text that became final with token `id`."""
+        """Return the text that becomes final with token `id`."""
         if self._skip_special_tokens and self._tokenizer.is_special(id):
             return ""
         return self._utf8.decode(self._tokenizer.token_bytes(id))
 
     def flush(self) -> str:
-        """The end of the text: U+FFFD when the last character was never completed, else nothing."""
+        """Return the end of the text: U+FFFD if the last character is incomplete, otherwise nothing."""
         return self._utf8.decode(b"", final=True)
 
 
 class StopStrings:
-    """Ends a streamed text before the first stop string that is completed, wherever the pieces are cut.
+    """End a streamed text before the first stop string that it completes, independent of how the text is divided.
 
-    Of two stop strings completed by the same character the longer one counts. With stops ["END"] the pieces "an E",
-    "N", "D of" give "an ", "", "" and `stopped` is "END".
+    If two stop strings end at the same character, the longer one counts. With stops ["END"] the texts "an E", "N", "D of"
+    give "an ", "", "", and `stopped` is "END".
 
     Attributes:
-      stopped: the stop string that ended the text, None while there was none.
+      stopped: the stop string that ended the text, or None.
 
     Raises:
       UserError: a stop string is empty or not a string.
@@ -208,45 +210,45 @@ class StopStrings:
         if wrong:
             raise UserError(f"stop strings must be non-empty strings; got {', '.join(map(repr, wrong))}")
         self.stopped: str | None = None
-        self._held = ""
+        self._buffer = ""
 
     def push(self, text: str) -> str:
-        """What of the text so far can be shown: all before a stop string, less what may be the beginning of one."""
+        """Add text, and return the text that is final: up to a stop string, or up to a possible start of one."""
         if self.stopped is not None:
             return ""
-        text = self._held + text
+        text = self._buffer + text
         matches = [(start + len(stop), start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
         if matches:
             _, start, self.stopped = min(matches)
-            self._held = ""
+            self._buffer = ""
             return text[:start]
         shown = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[shown:]
+        self._buffer = text[shown:]
         return text[:shown]
 
     def flush(self) -> str:
-        """What was held back, when the text ends without a stop string."""
-        held, self._held = self._held, ""
-        return held
+        """Return the text that was held back, at the end of a text without a stop string."""
+        buffered, self._buffer = self._buffer, ""
+        return buffered
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` with which `stop` begins, short of the whole stop string."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
 
 
 @functools.cache
-def _byte_alphabet() -> dict[str, int]:
-    """Character -> byte, as GPT-2 writes bytes in its vocabulary: printable Latin-1 as itself, the rest from U+0100."""
+def _byte_decoder() -> dict[str, int]:
+    """Return GPT-2's map from character to byte: printable Latin-1 maps to itself, U+0100 and up to the other bytes."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     printable = {char: ord(char) for char in alphabet if ord(char) < 256}
     moved = sorted(set(range(256)) - set(printable.values()))
     return printable | dict(zip(alphabet[len(printable) :], moved, strict=True))
 
 
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %} … {% endgeneration %}`, which marks what to train on: renders what it holds."""
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %} … {% endgeneration %}`, which marks text to train on. It renders its contents."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
@@ -258,9 +260,9 @@ class _Generation(jinja2.ext.Extension):
 
 @functools.lru_cache
 def _compile_template(source: str) -> jinja2.Template:
-    """The chat template with what transformers offers to one (`utils/chat_template_utils.py`)."""
+    """Compile a chat template with the filters and globals of transformers (`utils/chat_template_utils.py`)."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
@@ -278,7 +280,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # jinja2's own filter escapes <, > and & for HTML, which a model has never seen.
+    # jinja2's own filter escapes <, > and & for HTML, which the model was not trained on.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -286,54 +288,54 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _checked_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The messages with joined text parts and without None values, or one error that names every fault."""
+def _validate_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return the messages with joined text parts and without None values. Raises UserError with every problem."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise UserError(f'messages must be a non-empty list of {{"role", "content"}} objects; got {messages!r:.80}')
-    faults = [f"messages[{i}]: {fault}" for i, message in enumerate(messages) for fault in _message_faults(message)]
-    if faults:
-        raise UserError("; ".join(faults))
+    problems = [f"messages[{i}]: {problem}" for i, message in enumerate(messages) for problem in _message_problems(message)]
+    if problems:
+        raise UserError("; ".join(problems))
     return [
-        {key: _joined(value) if key == "content" else value for key, value in message.items() if value is not None}
+        {key: _join_text_parts(value) if key == "content" else value for key, value in message.items() if value is not None}
         for message in messages
     ]
 
 
-def _message_faults(message: Any) -> list[str]:
+def _message_problems(message: Any) -> list[str]:
     if not isinstance(message, Mapping):
         return [f'must be an object with "role" and "content"; got {message!r:.80}']
-    faults = []
+    problems = []
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role:
-        faults.append(f'"role" must be a string such as "user"; got {role!r:.80}')
+        problems.append(f'"role" must be a string such as "user"; got {role!r:.80}')
     if content is None:
         if not message.get("tool_calls"):
-            faults.append('"content" is missing')
+            problems.append('"content" is missing')
     elif isinstance(content, list):
-        faults += [
+        problems += [
             f'content[{j}] must be {{"type": "text", "text": "…"}} (this model reads text only); got {part!r:.80}'
             for j, part in enumerate(content)
             if not _is_text_part(part)
         ]
     elif not isinstance(content, str):
-        faults.append(f'"content" must be a string or a list of text parts; got {content!r:.80}')
-    return faults
+        problems.append(f'"content" must be a string or a list of text parts; got {content!r:.80}')
+    return problems
 
 
 def _is_text_part(part: Any) -> bool:
     return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
-def _joined(content: str | list[Mapping[str, str]]) -> str:
+def _join_text_parts(content: str | list[Mapping[str, str]]) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _require_files(directory: Path) -> None:
-    missing = [name for name in (_TOKENIZER, _SETTINGS, _MODEL) if not (directory / name).is_file()]
+    missing = [name for name in (_TOKENIZER_FILE, _TOKENIZER_CONFIG, _MODEL_CONFIG) if not (directory / name).is_file()]
     if not missing:
         return
     message = f"{directory} has no {', '.join(missing)}: give the directory of a whole checkpoint"
-    if _TOKENIZER in missing and (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+    if _TOKENIZER_FILE in missing and (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
         message += (
             "; it has vocab.json and merges.txt, from which transformers writes tokenizer.json once: "
             f"AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r})"
@@ -359,50 +361,54 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _token_text(name: str, token: Any) -> str:
-    """A special token is written as its text, or as an object with its text and matching rules."""
+    """Return the text of a special token, given as text or as an object with a `content`."""
     text = token.get("content") if isinstance(token, dict) else token
     if not isinstance(text, str):
-        raise CheckpointError(f"{_SETTINGS}: {name} must be a token; got {token!r:.80}")
+        raise CheckpointError(f"{_TOKENIZER_CONFIG}: {name} must be a token; got {token!r:.80}")
     return text
 
 
 def _stop_ids(directory: Path, backend: tokenizers.Tokenizer, tokens: Mapping[str, str]) -> frozenset[int]:
-    generation = directory / _GENERATION
+    generation = directory / _GENERATION_CONFIG
     ids = _eos_ids(_read_json(generation), generation) if generation.is_file() else frozenset()
     if ids:
         return ids
-    config = _read_json(directory / _MODEL)
-    ids = _eos_ids(config.get("text_config", config), directory / _MODEL)
+    config = _read_json(directory / _MODEL_CONFIG)
+    ids = _eos_ids(config.get("text_config", config), directory / _MODEL_CONFIG)
     if "eos_token" in tokens:
         eos_id = backend.token_to_id(tokens["eos_token"])
         if eos_id is None:
-            raise CheckpointError(f"{_SETTINGS} names the eos_token {tokens['eos_token']!r}, unknown to {_TOKENIZER}")
+            raise CheckpointError(
+                f"{_TOKENIZER_CONFIG} names the eos_token {tokens['eos_token']!r}, unknown to {_TOKENIZER_FILE}"
+            )
         ids |= {eos_id}
     if not ids:
-        raise CheckpointError(f"no end-of-text id: {_GENERATION} or {_MODEL} in {directory} must name an eos_token_id")
+        raise CheckpointError(
+            f"no end-of-text id: {_GENERATION_CONFIG} or {_MODEL_CONFIG} in {directory} must have an eos_token_id"
+        )
     return ids
 
 
 def _eos_ids(config: Mapping[str, Any], path: Path) -> frozenset[int]:
-    named = config.get("eos_token_id")
-    ids = named if isinstance(named, list) else [] if named is None else [named]
+    value = config.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(id, int) and not isinstance(id, bool) and id >= 0 for id in ids):
-        raise CheckpointError(f"{path}: eos_token_id must be a token id or a list of them; got {named!r}")
+        raise CheckpointError(f"{path}: eos_token_id must be a token id or a list of them; got {value!r}")
     return frozenset(ids)
 
 
-def _chat_templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Name -> source of the chat templates; a checkpoint with a single one has it under "default"."""
+def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the sources of the chat templates by name. A single template has the name "default"."""
     file, old_file = directory / "chat_template.jinja", directory / "chat_template.json"
     if file.is_file():
         return {"default": _read_text(file)}
-    template = _read_json(old_file).get("chat_template") if old_file.is_file() else settings.get("chat_template")
+    template = _read_json(old_file).get("chat_template") if old_file.is_file() else config.get("chat_template")
     if template is None:
         return {}
     if isinstance(template, str):
         return {"default": template}
     try:
-        return {named["name"]: named["template"] for named in template}
+        return {value["name"]: value["template"] for value in template}
     except (TypeError, KeyError) as error:
         raise CheckpointError(
             f'chat_template in {directory} must be a string or a list of {{"name", "template"}}; got {template!r:.80}'

@@ -1,4 +1,4 @@
-"""The tokenizer against transformers' own, on a small one that is trained here and on the real one."""
+"""The tokenizer against transformers, with a small tokenizer trained here and with the real one."""
 
 import itertools
 import json
@@ -62,7 +62,7 @@ def copy_of(small_tokenizer: Path, tmp_path: Path, **changes: object) -> Path:
     return directory
 
 
-def settings_of(small_tokenizer: Path, **changes: object) -> dict:
+def tokenizer_config(small_tokenizer: Path, **changes: object) -> dict:
     return json.loads((small_tokenizer / "tokenizer_config.json").read_text()) | changes
 
 
@@ -159,7 +159,7 @@ def test_stop_strings(stops, pieces, shown, stopped):
     stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
     cuts=st.sets(st.integers(0, 12)),
 )
-def test_stop_strings_do_not_depend_on_the_cuts(text, stops, cuts):
+def test_stop_strings_do_not_depend_on_how_the_text_is_divided(text, stops, cuts):
     edges = [0, *sorted(cut for cut in cuts if cut < len(text)), len(text)]
     watch = StopStrings(stops)
     shown = "".join(watch.push(text[a:b]) for a, b in itertools.pairwise(edges)) + watch.flush()
@@ -210,7 +210,7 @@ def test_stop_ids(small_tokenizer, tmp_path, tokenizer):
         ),
     ],
 )
-def test_unusable_directories_are_refused_by_name(small_tokenizer, tmp_path, changes, message):
+def test_invalid_directories_are_reported_by_file(small_tokenizer, tmp_path, changes, message):
     with pytest.raises(CheckpointError, match=message):
         Tokenizer.from_directory(copy_of(small_tokenizer, tmp_path, **changes))
 
@@ -233,9 +233,11 @@ def test_half_a_surrogate_pair_is_refused(tokenizer):
         tokenizer.encode("ab\ud83d")
 
 
-def test_homes_of_the_chat_template(small_tokenizer, tmp_path):
+def test_files_of_the_chat_template(small_tokenizer, tmp_path):
     named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
-    directory = copy_of(small_tokenizer, tmp_path, tokenizer_config__json=settings_of(small_tokenizer, chat_template=named))
+    directory = copy_of(
+        small_tokenizer, tmp_path, tokenizer_config__json=tokenizer_config(small_tokenizer, chat_template=named)
+    )
     chat = CHATS[0]
     assert Tokenizer.from_directory(directory).render_chat(chat) == "D"
     assert Tokenizer.from_directory(directory).render_chat(chat, tools=TOOLS) == "T"
@@ -257,7 +259,7 @@ def test_homes_of_the_chat_template(small_tokenizer, tmp_path):
 )
 def test_bad_chat_templates(small_tokenizer, tmp_path, template, message):
     directory = copy_of(
-        small_tokenizer, tmp_path, tokenizer_config__json=settings_of(small_tokenizer, chat_template=template)
+        small_tokenizer, tmp_path, tokenizer_config__json=tokenizer_config(small_tokenizer, chat_template=template)
     )
     with pytest.raises(UserError, match=message):
         Tokenizer.from_directory(directory).render_chat(CHATS[0])
@@ -281,6 +283,6 @@ def test_text_parts_are_joined_and_hidden_messages_are_skipped(tokenizer):
         ([{"role": "poet", "content": "x"}], "cannot be rendered with these messages: Unexpected role poet"),
     ],
 )
-def test_messages_that_are_no_conversation_are_refused(tokenizer, messages, message):
+def test_invalid_messages_are_refused(tokenizer, messages, message):
     with pytest.raises(UserError, match=message):
         tokenizer.apply_chat_template(messages)

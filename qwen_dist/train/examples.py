@@ -122,7 +122,7 @@ def tokenize(record: Record, tokenizer: Tokenizer) -> tuple[list[int], list[bool
         tokens += ids
         is_learnt += [learnt] * len(ids)
     if not record.messages:
-        tokens.append(tokenizer.end_id)
+        tokens.append(tokenizer.eos_token_id)
         is_learnt.append(True)
     return tokens, is_learnt
 

@@ -71,7 +71,7 @@ def test_what_transformers_marks_is_learnt(tokenizer, small_tokenizer, write):
     marked = np.array(theirs["assistant_masks"][: len(tokens)], bool)
     more = np.flatnonzero(np.array(is_learnt) & ~marked)
     assert not (marked & ~np.array(is_learnt)).any()
-    assert [tokens[index] for index in more] == [tokenizer.end_id] * 2
+    assert [tokens[index] for index in more] == [tokenizer.eos_token_id] * 2
 
 
 def test_an_answer_like_the_question_or_the_opening_is_found(tokenizer, write):
@@ -103,7 +103,7 @@ def test_prompts_with_completions(tokenizer, write):
 def test_texts_are_cut_and_all_of_them_is_learnt(tokenizer, tmp_path):
     (tmp_path / "book.txt").write_text("the quick brown fox " * 40)
     examples = make_examples(read([str(tmp_path / "book.txt")], raw=False), tokenizer, max_length=16, bad_records="refuse")
-    whole = [*tokenizer.encode("the quick brown fox " * 40), tokenizer.end_id]
+    whole = [*tokenizer.encode("the quick brown fox " * 40), tokenizer.eos_token_id]
     assert all(len(example) <= 16 for example in examples.examples)
     pieces = [example.tokens[1:].tolist() for example in examples.examples]
     assert [whole[0], *itertools.chain(*pieces)] == whole
