@@ -27,11 +27,11 @@ from rich.table import Table
 from qwen_dist.mesh import MeshConfig
 from qwen_dist.models import cache as kv_cache
 from qwen_dist.models.config import ModelConfig
+from qwen_dist.models.parameters import abstract_parameters, with_parameters
 from qwen_dist.models.rope import rope_table
 from qwen_dist.models.transformer import Block, Transformer
 from qwen_dist.planning.chips import Topology
-from qwen_dist.planning.compile import Compiled, compile_program, topology_mesh
-from qwen_dist.models.parameters import abstract_parameters, with_parameters
+from qwen_dist.planning.compile import CompilerReport, compile_program, topology_mesh
 from qwen_dist.sharding import INFERENCE, TRAIN, ShardingContext, constrain, use_sharding
 from qwen_dist.train.loss import next_token_loss
 
@@ -127,7 +127,7 @@ def gradient(module, sharding_ctx, parameters, tokens, positions):  # type: igno
         return jax.grad(loss)(parameters)
 
 
-def row(phase: str, num_layers: int, how: str, compiled: Compiled) -> list[str]:
+def row(phase: str, num_layers: int, how: str, compiled: CompilerReport) -> list[str]:
     sizes = (compiled.argument_bytes, compiled.temporary_bytes)
     return [phase, str(num_layers), how, f"{compiled.seconds:.1f}", *(f"{size / 1e9:.2f}" for size in sizes)]
 

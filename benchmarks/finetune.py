@@ -112,7 +112,7 @@ def open_qwen_dist(options: argparse.Namespace, method: str, dtype: str, tokens:
     model = load_model(options.model, ShardingContext(make_mesh(MeshConfig()), TRAIN), dtype=kept_in)
     trained = list(model.parameters)
     if method == "lora":
-        model, trained = new_adapter(model, LoraOptions(rank=RANK, alpha=ALPHA, targets=TARGETS), dtype="float32")
+        model, trained = new_adapter(model, LoraOptions(rank=RANK, alpha=ALPHA, target_modules=TARGETS), dtype="float32")
     adamw = OptimizerOptions(learning_rate=RATE, schedule="constant")
     schedule = make_schedule(adamw, 1)
     shapes = {name: model.parameters[name].shape for name in trained}

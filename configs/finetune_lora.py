@@ -19,6 +19,6 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     config.data = config_dict.ConfigDict({"max_length": 1024, "packing": True})
     config.batch_size = 8
     config.epochs = 1.0
-    config.remat = "blocks"
+    config.remat = "full"
     config.save_every = 100
     return config

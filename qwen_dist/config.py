@@ -1,7 +1,7 @@
-"""What a run is told: frozen dataclasses, bound once and strictly from an `ml_collections` ConfigDict.
+"""The configuration of a run: frozen dataclasses, bound once and strictly from an `ml_collections` ConfigDict.
 
-A configuration file (`configs/*.py`) may set any subset of the fields; what it leaves out has the default written here,
-and nowhere else. A misspelt, missing or mistyped key is one `UsageError` that lists all of them.
+A configuration file (`configs/*.py`) may set any subset of the fields. The defaults of the other fields are here only.
+Misspelt, missing and mistyped keys raise one `UsageError` that lists all of them.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
-    """Which weights, and how they are held. `path` is a checkpoint directory or a hub id.
+    """The model to load.
 
-    `adapter` is a directory in PEFT's layout whose low-rank adapter is added to the weights.
-    load_format "dummy" makes random weights on the devices: the directory needs none.
-    `ignored_config_keys`, separated by commas, are keys of config.json that you vouch for. `host_memory_budget`, such as
-    256MB, bounds the loader's buffers; empty leaves it to the loader.
+    Attributes:
+      path: a checkpoint directory or a hub id.
+      dtype: of parameters and activations.
+      load_format: "dummy" makes random weights on the devices, so the directory needs no weight files.
+      ignored_config_keys: keys of config.json, separated by commas, that do not change the computation.
+      host_memory_budget: bound on the loader's buffers, such as 256MB; empty for the loader's default.
+      adapter: a directory in PEFT's format; its low-rank adapter is merged into the weights.
     """
 
     path: str
@@ -51,7 +54,7 @@ class ModelOptions:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
-    """See `engine.request.SamplingParams`; None takes what the checkpoint's generation_config.json says."""
+    """See `engine.request.SamplingParams`. None takes the value of the checkpoint's generation_config.json."""
 
     max_new_tokens: int | None = None
     temperature: float | None = None
@@ -66,7 +69,7 @@ class SamplingOptions:
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """`qwen-dist generate`. `mesh` as in `fsdp=2,tensor=4`; empty is the default of `mesh.default_mesh`."""
+    """`qwen-dist generate`. `mesh` is written like `fsdp=2,tensor=4`; empty takes `mesh.default_mesh`."""
 
     model: ModelOptions
     mesh: str = ""
@@ -75,16 +78,23 @@ class GenerateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BatchConfig:
-    """`qwen-dist batch`: records of `input`, answers to `output`. `raw` leaves the chat template out.
+    """`qwen-dist batch`. An interrupted run is resumable: the same command continues it.
 
-    An interrupted run goes on where it was; `overwrite` begins anew, `retry_errors` answers again what ended in an error,
-    `keep_order` puts the finished output into the order of the input. `cache_memory` bounds the key/value cache of each
-    device; `steps_per_dispatch` is how many tokens a device makes before the host looks at them. While it runs, numbers are
-    served for Prometheus at `metrics_port`, and a trace of its first seconds goes to the directory `profile`; the file
-    `chart` shows afterwards how it went.
-
-    `groups` divides the processes of a run into as many groups, each with the whole model on a `mesh` of its own devices
-    and its share of the records; 1 is one mesh over all.
+    Attributes:
+      input, output: files of records and of results.
+      mesh: as in `GenerateConfig`, over the devices of one replica.
+      max_batch_size: the most requests that are generated at the same time.
+      num_replicas: divides the processes into this many groups. Each has the whole model on its own mesh and generates its
+        share of the records.
+      raw: leave out the chat template.
+      overwrite: start over where results exist.
+      retry_errors: try the records again that ended in an error.
+      keep_order: sort the finished output into the order of the input.
+      kv_cache_memory: bound on the KV cache of each device.
+      steps_per_dispatch: decode steps on the device before the host reads the tokens.
+      metrics_port: serve metrics for Prometheus at this port during the run.
+      profile: a directory for a trace of the first seconds.
+      chart: an HTML file with throughput, requests and cache use over time.
     """
 
     model: ModelOptions
@@ -93,12 +103,12 @@ class BatchConfig:
     mesh: str = ""
     sampling: SamplingOptions = SamplingOptions()
     max_batch_size: int = 96
-    groups: int = 1
+    num_replicas: int = 1
     raw: bool = False
     overwrite: bool = False
     retry_errors: bool = False
     keep_order: bool = False
-    cache_memory: str = "4GB"
+    kv_cache_memory: str = "4GB"
     steps_per_dispatch: int = 1
     metrics_port: int | None = None
     profile: str = ""
@@ -113,10 +123,15 @@ class BatchConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
-    """What to train on: see docs/finetune.md for the forms of files and records.
+    """The training data. See docs/finetune.md for the formats of files and records.
 
-    files, eval_files: paths, of which `*` may be a part. A sequence has at most `max_length` tokens. `packing` puts several
-    into a row. `raw` leaves the chat template out of prompts and completions. `bad_records`: stop at them, or skip them.
+    Attributes:
+      files, eval_files: paths, which may contain `*`.
+      max_length: the most tokens of a sequence.
+      packing: put several sequences into one row.
+      raw: leave the chat template out of prompts and completions.
+      bad_records: stop at records that cannot be used, or skip them.
+      seed: of the shuffle.
     """
 
     files: tuple[str, ...]
@@ -130,30 +145,33 @@ class DataOptions:
 
 @dataclasses.dataclass(frozen=True)
 class LoraOptions:
-    """Low-rank adapters: on the linear layers whose name matches one of `targets` (a name or a regular expression).
+    """Low-rank adapters, on the linear layers that match one of `target_modules` (a name or a regular expression).
 
-    An adapter's contribution is scaled by alpha / rank, or with `rslora` by alpha / √rank.
+    The output of an adapter is scaled by alpha / rank, or with `use_rslora` by alpha / √rank.
     """
 
     rank: int = 16
     alpha: float = 32.0
-    rslora: bool = False
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    use_rslora: bool = False
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerOptions:
-    """How parameters change. The learning rate rises linearly for `warmup_steps`, then follows `schedule`.
+    """The optimiser and its schedule. The learning rate rises linearly for `warmup_steps`, then follows `schedule`.
 
-    The linear and cosine schedules reach `final_fraction` of the learning rate at the last step. weight_decay: decoupled,
-    on matrices only. clip_norm: the largest norm of all gradients together; 0 for any. b1 is also Muon's momentum.
+    Attributes:
+      min_lr_ratio: the linear and cosine schedules end at this fraction of the learning rate.
+      weight_decay: decoupled, on matrices only.
+      clip_norm: bound on the global gradient norm; 0 for none.
+      b1: also Muon's momentum.
     """
 
     name: Literal["adamw", "adafactor", "muon"] = "adamw"
     learning_rate: float = 1e-5
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: int = 0
-    final_fraction: float = 0.0
+    min_lr_ratio: float = 0.0
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     b1: float = 0.9
@@ -166,15 +184,19 @@ class FinetuneConfig:
     """`qwen-dist finetune`.
 
     Attributes:
-      method: train all parameters, or adapters on some of them (`lora`).
+      method: train all parameters (`full`) or low-rank adapters (`lora`).
       output: a directory for checkpoints, metrics and, at the end, the model or the adapter.
-      batch_size: rows a step, on all devices together, taken in `accumulation` parts one after the other.
-      steps, epochs: how long; `steps` wins, and 0 means as many as `epochs` take.
-      remat: what the backward pass computes again: nothing, all but the products with weights, or whole blocks.
-      master_weights: keep what is trained in float32 at least, and compute in model.dtype; else train in model.dtype.
-      save_every: steps between checkpoints, 0 for one at the end; the newest `keep` stay, and with `keep_best` also the one
-        of the lowest evaluation loss.
-      eval_every: steps between evaluations, 0 for one at the end.
+      batch_size: rows per step, on all devices together.
+      num_microbatches: the micro-batches that a batch is divided into; their gradients are accumulated.
+      steps, epochs: the length of the run; 0 steps takes `epochs`, otherwise `steps` decides.
+      remat: what the backward pass recomputes: nothing (`none`), everything but the outputs of matmuls with weights
+        (`selective`), or whole blocks (`full`).
+      master_weights: keep the trained parameters in at least float32 and compute in model.dtype; otherwise train in
+        model.dtype.
+      save_every: steps between checkpoints; 0 for one at the end.
+      max_to_keep: the newest checkpoints that are kept.
+      keep_best: also keep the checkpoint with the lowest evaluation loss.
+      eval_every: steps between evaluations; 0 for one at the end.
     """
 
     model: ModelOptions
@@ -185,13 +207,13 @@ class FinetuneConfig:
     optimizer: OptimizerOptions = OptimizerOptions()
     mesh: str = ""
     batch_size: int = 8
-    accumulation: int = 1
+    num_microbatches: int = 1
     steps: int = 0
     epochs: float = 1.0
-    remat: Literal["none", "products", "blocks"] = "none"
+    remat: Literal["none", "selective", "full"] = "none"
     master_weights: bool = True
     save_every: int = 0
-    keep: int = 2
+    max_to_keep: int = 2
     keep_best: bool = False
     eval_every: int = 0
     tensorboard: bool = False
@@ -199,21 +221,21 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         counts = {"data.max_length": (self.data.max_length, 2), "lora.rank": (self.lora.rank, 1)}
-        counts |= {name: (getattr(self, name), 1) for name in ("batch_size", "accumulation", "keep")}
+        counts |= {name: (getattr(self, name), 1) for name in ("batch_size", "num_microbatches", "max_to_keep")}
         counts |= {name: (getattr(self, name), 0) for name in ("steps", "save_every", "eval_every")}
         problems = [
             f"{name} is {value}; it must be at least {least}" for name, (value, least) in counts.items() if value < least
         ]
         if not self.data.files:
             problems.append("data.files is empty; give at least one file")
-        if self.accumulation > 0 and self.batch_size % self.accumulation:
+        if self.num_microbatches > 0 and self.batch_size % self.num_microbatches:
             problems.append(
-                f"batch_size {self.batch_size} cannot be taken in {self.accumulation} equal parts (accumulation)"
+                f"batch_size is {self.batch_size}; it must be a multiple of num_microbatches, {self.num_microbatches}"
             )
         if not self.steps and self.epochs <= 0:
             problems.append(f"epochs is {self.epochs}; it must be above 0, or give steps")
         if self.keep_best and not self.data.eval_files:
-            problems.append("keep_best needs data.eval_files to judge by")
+            problems.append("keep_best needs data.eval_files")
         if problems:
             raise UsageError("the configuration cannot be used:\n  - " + "\n  - ".join(problems))
 
@@ -228,21 +250,21 @@ def load_config(
     """Read a configuration: defaults, then `file`, then `overrides`, then `values`.
 
     Args:
-      cls: the dataclass to bind_config to.
+      cls: the dataclass to bind to.
       file: `FILE` or `FILE:ARG`, a Python file with `get_config(arg) -> ConfigDict`; None for none.
       overrides: `--config.key=value` arguments as given.
       values: dotted key -> value, from other flags.
-      defaults: dotted key -> value, where nothing else says one.
+      defaults: dotted key -> value, for keys that nothing else sets.
 
     Raises:
       UsageError: listing every key that is unknown, missing or mistyped.
     """
-    given: dict[str, Any] = {} if file is None else _read(file)
+    given: dict[str, Any] = {} if file is None else _load_file(file)
     problems: list[str] = []
     for override in overrides:
         key, equals, text = override.removeprefix("--config.").partition("=")
         if equals:
-            _set(given, key, _Text(text), problems)
+            _set(given, key, _RawText(text), problems)
         else:
             problems.append(f"--config.{key} has no value: write --config.{key}=VALUE")
     for key, value in values.items():
@@ -254,7 +276,7 @@ def load_config(
 
 
 def parse_bytes(text: str) -> int:
-    """`256MB` or `2GiB` as a number of bytes. Raises UsageError."""
+    """Parse a size such as `256MB` or `2GiB` into bytes. Raises UsageError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     if match is None:
         raise UsageError(f"{text!r} is not a size; examples are 256MB, 1.5GB and 2GiB")
@@ -263,9 +285,15 @@ def parse_bytes(text: str) -> int:
 
 
 def bind_config(cls: type[T], given: Mapping[str, Any], problems: Iterable[str] = ()) -> T:
-    """An instance of the dataclass `cls` from nested dictionaries.
+    """Return an instance of the dataclass `cls` from nested dictionaries.
 
-    Raises UsageError listing every problem, after those known before.
+    Args:
+      cls: the dataclass.
+      given: its fields.
+      problems: found before, to be listed first.
+
+    Raises:
+      UsageError: listing every problem.
     """
     problems = list(problems)
     bound = _bind(cls, given, "", problems)
@@ -274,8 +302,8 @@ def bind_config(cls: type[T], given: Mapping[str, Any], problems: Iterable[str] 
     return bound
 
 
-class _Text(str):
-    """A value from the command line, still to be read as its field's type."""
+class _RawText(str):
+    """A value from the command line, not yet parsed as the type of its field."""
 
 
 def _bind(cls: Any, given: Any, prefix: str, problems: list[str]) -> Any:
@@ -286,7 +314,7 @@ def _bind(cls: Any, given: Any, prefix: str, problems: list[str]) -> Any:
         return None
     for key in sorted(given.keys() - fields.keys()):
         close = difflib.get_close_matches(key, fields, n=1)
-        meant = f"; did you mean {prefix}{close[0]}?" if close else f"; there are {', '.join(fields)}"
+        meant = f"; did you mean {prefix}{close[0]}?" if close else f"; the fields are {', '.join(fields)}"
         problems.append(f"{prefix}{key} is not a field{meant}")
     values = {}
     for name, field in fields.items():
@@ -304,8 +332,8 @@ def _bind(cls: Any, given: Any, prefix: str, problems: list[str]) -> Any:
 
 def _convert(kind: Any, value: Any, name: str, problems: list[str]) -> Any:
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if isinstance(value, _Text):
-        value = _read_text(kinds, value)
+    if isinstance(value, _RawText):
+        value = _parse_text(kinds, value)
     for one in kinds:
         if typing.get_origin(one) is Literal:
             if value in typing.get_args(one):
@@ -321,8 +349,8 @@ def _convert(kind: Any, value: Any, name: str, problems: list[str]) -> Any:
     return None
 
 
-def _read_text(kinds: Iterable[Any], text: str) -> Any:
-    """What a text stands for in a field of one of these types; the text itself where it fits none."""
+def _parse_text(kinds: Iterable[Any], text: str) -> Any:
+    """Parse a text as the first of these types that it fits; return it unchanged if it fits none."""
     for kind in kinds:
         if kind is bool and text.lower() in ("true", "false"):
             return text.lower() == "true"
@@ -344,19 +372,19 @@ def _describe(kind: Any) -> str:
     return "None" if kind is types.NoneType else kind.__name__
 
 
-def _read(file: str) -> dict[str, Any]:
+def _load_file(file: str) -> dict[str, Any]:
     from ml_collections import config_dict
 
     path, _, argument = file.partition(":")
     if not pathlib.Path(path).is_file():
-        raise UsageError(f"--config {file}: there is no file {path}")
+        raise UsageError(f"--config {file}: there is no file {path}; give FILE or FILE:ARG")
     spec = importlib.util.spec_from_file_location("qwen_dist_run_config", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         config = module.get_config(argument) if hasattr(module, "get_config") else None
-    except Exception as error:  # whatever the user's own code can raise
+    except Exception as error:  # the user's code can raise anything
         raise UsageError(f"--config {file} fails with {type(error).__name__}: {error}; --debug shows where") from error
     if not isinstance(config, config_dict.ConfigDict):
         raise UsageError(f"--config {file}: {path} must have a function get_config(arg) that returns a ConfigDict")
@@ -372,7 +400,7 @@ def _is_set(given: Any, key: str) -> bool:
 
 
 def _set(given: dict[str, Any], key: str, value: Any, problems: list[str]) -> None:
-    """Put a value at a dotted key; whether there is such a field and what type it has is for `bind_config` to judge."""
+    """Set the value of a dotted key. `bind_config` checks whether the field exists and its type."""
     *parents, name = key.split(".")
     for parent in parents:
         given = given.setdefault(parent, {})

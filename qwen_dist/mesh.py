@@ -1,7 +1,7 @@
-"""The device mesh: five named axes, how large each is, and which of them cross from one machine room network to another.
+"""The device mesh: five named axes, their sizes, and which of them cross the network between slices.
 
-ICI is the fast network inside a TPU slice or a host with several GPUs, DCN the slower one between them. `fsdp=dcn2*ici8`
-spans 2 slices and 8 devices of each.
+ICI is the fast network inside a TPU slice or a host with several GPUs. DCN is the slower network between them.
+`fsdp=dcn2*ici8` spans 2 slices and 8 devices in each.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from jax.experimental import mesh_utils
 from qwen_dist.errors import UsageError
 from qwen_dist.models.config import ModelConfig
 
-# From the slowest network to the fastest: neighbours along the last axis are neighbours in the machine.
+# From the slowest network to the fastest: neighbours along the last axis are physical neighbours.
 AXES = ("data", "fsdp", "expert", "context", "tensor")
-# Beyond this many parts the exchanges of tensor parallelism cost more than the smaller products save.
+# Beyond this size, the collectives of tensor parallelism cost more than the smaller matmuls save.
 MAX_DEFAULT_TENSOR = 8
 
 _SIZE = re.compile(r"(?:dcn([1-9][0-9]*))?(?:(?:^|(?<=[0-9])\*)(?:ici)?(-1|[1-9][0-9]*))?")
@@ -29,12 +29,15 @@ _SIZE = re.compile(r"(?:dcn([1-9][0-9]*))?(?:(?:^|(?<=[0-9])\*)(?:ici)?(-1|[1-9]
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices each axis spans; -1, once, means all that are left.
+    """The number of devices along each axis. At most one axis may be -1, which takes all remaining devices.
 
-    data: whole replicas of the model, each with its share of the batch. fsdp: weights spread over replicas of the
-    computation. expert: the experts of a mixture spread; everything else repeated, each with its share of the batch.
-    context: the tokens of each row split. tensor: heads, MLP channels and vocabulary split. `dcn` has, for the axes that
-    cross the slower network, how many parts of the axis are on different sides of it.
+    Attributes:
+      data: data parallelism; weights are replicated, the batch is sharded.
+      fsdp: weights are sharded, and in training the batch as well.
+      expert: the experts of a mixture and the batch are sharded; other weights are replicated.
+      context: the tokens of each row are sharded.
+      tensor: heads, MLP channels and vocabulary are sharded.
+      dcn: for each axis that crosses DCN, its size across DCN.
     """
 
     data: int = 1
@@ -46,7 +49,7 @@ class MeshConfig:
 
     @classmethod
     def parse(cls, text: str) -> MeshConfig:
-        """Read `fsdp=2,tensor=4` or `data=dcn2,fsdp=dcn2*ici8`. Raises UsageError listing every problem."""
+        """Parse `fsdp=2,tensor=4` or `data=dcn2,fsdp=dcn2*ici8`. Raises UsageError listing every problem."""
         sizes: dict[str, int] = {}
         dcn: dict[str, int] = {}
         problems = []
@@ -58,7 +61,7 @@ class MeshConfig:
             elif axis in sizes:
                 problems.append(f"{axis} is given twice")
             elif match is None:
-                problems.append(f"{part!r}: a size is a positive number, or -1 for all devices that are left")
+                problems.append(f"{part!r}: a size is a positive number, or -1 for all remaining devices")
             else:
                 outer, inner = int(match[1] or 1), int(match[2] or 1)
                 sizes[axis] = -1 if inner == -1 else outer * inner
@@ -71,7 +74,7 @@ class MeshConfig:
         return cls(**sizes, dcn=tuple(sorted(dcn.items())))
 
     def __str__(self) -> str:
-        """As `parse` reads it."""
+        """Return the text that `parse` reads."""
         dcn, parts = dict(self.dcn), []
         for axis in AXES:
             size, outer = getattr(self, axis), dcn.get(axis, 1)
@@ -83,67 +86,71 @@ class MeshConfig:
 
     @property
     def num_devices(self) -> int:
-        """How many devices the axes that have a size span together."""
+        """The product of the sizes other than -1."""
         return math.prod(size for axis in AXES if (size := getattr(self, axis)) != -1)
 
     def sizes(self, num_devices: int) -> dict[str, int]:
-        """Each axis's size on `num_devices` devices. Raises UsageError when they do not fit."""
+        """Return the size of each axis on `num_devices` devices. Raises UsageError when they do not fit."""
         sizes = {axis: getattr(self, axis) for axis in AXES}
         known = self.num_devices
         open_axis = next((axis for axis, size in sizes.items() if size == -1), None)
         sizes = {axis: num_devices // known if size == -1 else size for axis, size in sizes.items()}
         wanted = math.prod(sizes.values())
         if open_axis is not None and wanted != num_devices:
-            raise UsageError(f"mesh {self}: {known} does not divide the {num_devices} devices there are.")
+            raise UsageError(f"mesh {self}: {known} does not divide the {num_devices} available devices.")
         if wanted > num_devices:
             raise UsageError(
-                f"mesh {self} needs {wanted} devices and there are {num_devices}. "
-                f"On a CPU, --num-cpu-devices {wanted} makes as many."
+                f"mesh {self} needs {wanted} devices and there are {num_devices}. On a CPU, add --num-cpu-devices {wanted}."
             )
         if open_axis is not None and sizes[open_axis] % dict(self.dcn).get(open_axis, 1):
             raise UsageError(
-                f"mesh {self}: {open_axis} would span {sizes[open_axis]} devices, which its dcn part does not divide."
+                f"mesh {self}: {open_axis} would span {sizes[open_axis]} devices, which its dcn size does not divide."
             )
         return sizes
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """The mesh of `config` over the first of `devices`, by default all of this run; every axis of `AXES` is in it.
+    """Return the mesh of `config` over the first of `devices`, with every axis of `AXES`.
 
-    With several processes every device of each must be in it. Raises UsageError.
+    Args:
+      config: the sizes of the axes.
+      devices: by default all devices of the run.
+
+    Raises:
+      UsageError: the mesh does not fit the devices. With several processes it must use all of them.
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
     used = devices[: math.prod(sizes.values())]
     if len(used) < len(devices) and len({device.process_index for device in devices}) > 1:
         raise UsageError(
-            f"mesh {config} uses {len(used)} of the {len(devices)} devices; with several processes it must use all: "
-            "give one axis the size -1."
+            f"mesh {config} uses {len(used)} of the {len(devices)} devices. With several processes it must use all: "
+            "set the size of one axis to -1."
         )
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
     if config.dcn:
         return jax.sharding.Mesh(_hybrid_devices(config, sizes, used), AXES, axis_types=auto)
     if len(slices := {_slice(device) for device in used}) > 1:
         raise UsageError(
-            f"mesh {config}: the {len(used)} devices are in {len(slices)} slices, with a slower network between them; say "
-            f"which axis crosses it, for example data=dcn{len(slices)}."
+            f"mesh {config}: the {len(used)} devices are in {len(slices)} slices with a slower network between them. Mark "
+            f"the axis that crosses it, for example data=dcn{len(slices)}."
         )
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto, devices=used)
 
 
-def add_over_all(mesh: jax.sharding.Mesh) -> int:
-    """The sum of a 1 on each device, computed together: shows that all devices and the network between them work."""
+def sum_over_devices(mesh: jax.sharding.Mesh) -> int:
+    """Return the sum of a 1 from each device, which shows that all devices and the network between them work."""
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXES))
     ones = jax.make_array_from_callback((mesh.size,), spread, lambda index: np.ones(mesh.size, np.int32)[index])
     return int(jax.jit(jnp.sum, out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))(ones))
 
 
 def default_mesh(model: ModelConfig, devices: Sequence[jax.Device]) -> MeshConfig:
-    """A mesh for a model when none is asked for: what can fit fits, and the most frequent exchanges stay in a host.
+    """Return the default mesh for inference. It shards the weights as far as possible, `tensor` within a process.
 
-    `tensor` takes as many devices of a process as the heads, MLP channels and vocabulary can be divided by, `expert` the
-    rest of a slice as far as it divides the experts, `fsdp` then if the embedding can be divided by it, and `data`, which
-    repeats the weights, what is left: each slice has a copy.
+    `tensor` is the largest size that divides the devices of a process, the heads, the MLP channels and the vocabulary.
+    `expert` takes the remaining devices of a slice as far as they divide the experts, `fsdp` then as far as they divide the
+    hidden size. `data`, which replicates the weights, takes the rest: each slice has a copy.
     """
     granules = len({_slice(device) for device in devices})
     per_granule = len(devices) // granules
@@ -158,27 +165,27 @@ def default_mesh(model: ModelConfig, devices: Sequence[jax.Device]) -> MeshConfi
 
 
 def training_mesh(model: ModelConfig, devices: Sequence[jax.Device]) -> MeshConfig:
-    """A mesh for training when none is asked for: `fsdp` takes what of a slice can divide the weights, `data` the rest."""
+    """Return the default mesh for training: `fsdp` takes what divides the hidden size in a slice, `data` the rest."""
     granules = len({_slice(device) for device in devices})
     fsdp = math.gcd(len(devices) // granules, model.hidden_size)
     return MeshConfig(data=len(devices) // fsdp, fsdp=fsdp, dcn=(("data", granules),) if granules > 1 else ())
 
 
 def _slice(device: jax.Device) -> int:
-    """The TPU slice of a device; other devices are all in one."""
+    """Return the index of the TPU slice of a device; 0 for other devices."""
     return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
 
 
 def _hybrid_devices(config: MeshConfig, sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
-    """The devices with the sides of the DCN (TPU slices; elsewhere processes) along the `dcn` part of each axis."""
+    """Return the devices as an array, with TPU slices (or else processes) along the `dcn` part of each axis."""
     is_tpu = devices[0].platform == "tpu"
     granules = {_slice(device) if is_tpu else device.process_index for device in devices}
     outer = [dict(config.dcn).get(axis, 1) for axis in AXES]
     inner = [size // part for size, part in zip(sizes.values(), outer, strict=True)]
     if math.prod(outer) != len(granules):
         raise UsageError(
-            f"mesh {config}: the dcn parts make {math.prod(outer)}, and the devices are in {len(granules)} "
-            f"{'slices' if is_tpu else 'processes'}; their product must be the same."
+            f"mesh {config}: the product of the dcn sizes is {math.prod(outer)}, but the devices are in {len(granules)} "
+            f"{'slices' if is_tpu else 'processes'}. The two must be equal."
         )
     return mesh_utils.create_hybrid_device_mesh(
         inner, outer, devices, process_is_granule=not is_tpu, allow_split_physical_axes=True

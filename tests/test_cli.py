@@ -222,9 +222,9 @@ def test_a_batch_is_answered_and_told_about(run, model, prompts, tmp_path):
     more = ("--chart", tmp_path / "chart.html", "--profile", tmp_path / "profile", "--metrics-port", port)
     told = run(*base, "--output", tmp_path / "again.jsonl", *more)
     assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "out.jsonl").read_text()
-    assert "polyline" in (tmp_path / "chart.html").read_text() and "requests at a time" in told.err
+    assert "polyline" in (tmp_path / "chart.html").read_text() and "running requests" in told.err
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
-    assert told.out.startswith("2 answered, 1 with an error; 117 tokens read and 24 written in ")
+    assert told.out.startswith("2 answered, 1 with an error; 117 prompt tokens and 24 generated tokens in ")
     assert "3/3" in told.err
 
 
@@ -394,7 +394,7 @@ def test_models_that_are_not_there(run, tmp_path, monkeypatch, name, expected):
         (["--temperature", "hot"], "argument --temperature: invalid float value: 'hot'"),
         (["--logprobs", "21"], "logprobs is 21; it must be 0 to 20"),
         (["--stop", ""], "stop is ('',); it must be non-empty strings"),
-        (["--bogus", "--also"], "unknown argument --bogus --also; `qwen-dist generate --help` lists all"),
+        (["--bogus", "--also"], "unknown argument --bogus --also; `qwen-dist generate --help` lists all flags"),
         (["--config", "no/such.py"], "there is no file no/such.py"),
         (["--config.sampling.top_q=1", "--config.sampling.seed=x"], "did you mean sampling.top_p?"),
         (["--config.sampling.top_q=1", "--config.sampling.seed=x"], "sampling.seed is 'x'; it must be int or None"),
@@ -467,7 +467,7 @@ PERTURBED = {
     "input": None,
     "output": None,
     "mesh": "tensor=16",
-    "groups": "2",
+    "num_replicas": "2",
     "sampling.max_new_tokens": "3",
     "sampling.temperature": "0",
     "sampling.top_k": "1",
@@ -482,7 +482,7 @@ PERTURBED = {
     "overwrite": "true",
     "retry_errors": None,  # has a test of its own, as keep_order has
     "keep_order": None,
-    "cache_memory": "1KB",
+    "kv_cache_memory": "1KB",
     "steps_per_dispatch": "0",
     "metrics_port": "70000",
     "profile": "/dev/null/profile",

@@ -124,8 +124,8 @@ def test_every_fault_of_file_overrides_and_flags_is_listed_at_once(file):
     assert lines[0] == "the configuration cannot be used:"
     assert {line.removeprefix("  - ") for line in lines[1:]} == {
         "--config.sampling.seed has no value: write --config.sampling.seed=VALUE",
-        "zzz is not a field; there are model, input, output, mesh, sampling, max_batch_size, groups, raw, overwrite, "
-        "retry_errors, keep_order, cache_memory, steps_per_dispatch, metrics_port, profile, chart",
+        "zzz is not a field; the fields are model, input, output, mesh, sampling, max_batch_size, num_replicas, raw, "
+        "overwrite, retry_errors, keep_order, kv_cache_memory, steps_per_dispatch, metrics_port, profile, chart",
         "model.dtipe is not a field; did you mean model.dtype?",
         "model.dtype is 'float16'; it must be 'bfloat16' or 'float32' or 'float64'",
         "model.path is missing",

@@ -1,4 +1,4 @@
-"""What a user writes behind --mesh, and the jax mesh it becomes."""
+"""The text of --mesh, and the jax mesh that it makes."""
 
 import jax
 import pytest
@@ -28,32 +28,32 @@ def test_every_problem_of_a_mesh_is_listed():
     assert str(error.value) == (
         "mesh 'model=2,tensor=x,fsdp=2,fsdp=4,expert=2,data=0': "
         "'model' is not an axis; axes are data, fsdp, expert, context, tensor; "
-        "'tensor=x': a size is a positive number, or -1 for all devices that are left; "
+        "'tensor=x': a size is a positive number, or -1 for all remaining devices; "
         "fsdp is given twice; "
-        "'data=0': a size is a positive number, or -1 for all devices that are left. Example: fsdp=2,tensor=4."
+        "'data=0': a size is a positive number, or -1 for all remaining devices. Example: fsdp=2,tensor=4."
     )
 
 
 @pytest.mark.parametrize(
     "text", ["tensor", "tensor=", "=2", "tensor==2", "tensor=--1", "tensor=-2", "tensor=1e1", "tensor=²"]
 )
-def test_malformed_parts(text):
+def test_malformed_sizes(text):
     with pytest.raises(UsageError, match=r"is not an axis|a size is a positive number"):
         MeshConfig.parse(text)
 
 
-def test_one_axis_takes_the_devices_that_are_left():
+def test_one_axis_takes_the_remaining_devices():
     assert MeshConfig.parse("tensor=-1").sizes(8)["tensor"] == 8
     assert MeshConfig.parse("data=2,tensor=-1").sizes(8) == {"data": 2, "fsdp": 1, "expert": 1, "context": 1, "tensor": 4}
     with pytest.raises(UsageError, match="only one axis can be -1"):
         MeshConfig.parse("data=-1,tensor=-1")
-    with pytest.raises(UsageError, match=r"mesh fsdp=3,tensor=-1: 3 does not divide the 8 devices there are"):
+    with pytest.raises(UsageError, match=r"mesh fsdp=3,tensor=-1: 3 does not divide the 8 available devices"):
         MeshConfig.parse("fsdp=3,tensor=-1").sizes(8)
-    with pytest.raises(UsageError, match=r"16 does not divide the 8 devices"):
+    with pytest.raises(UsageError, match=r"16 does not divide the 8 available devices"):
         MeshConfig.parse("fsdp=16,tensor=-1").sizes(8)
 
 
-def test_more_devices_than_there_are():
+def test_more_devices_than_are_available():
     message = r"mesh fsdp=4,tensor=4 needs 16 devices and there are 8.* --num-cpu-devices 16"
     with pytest.raises(UsageError, match=message):
         make_mesh(MeshConfig(fsdp=4, tensor=4))
@@ -84,7 +84,7 @@ def test_meshes_have_every_axis_and_the_first_devices(text):
         ),
     ],
 )
-def test_parts_on_both_networks(text, config, shown):
+def test_sizes_on_both_networks(text, config, shown):
     assert MeshConfig.parse(text) == config
     assert str(config) == shown and MeshConfig.parse(shown) == config
 
@@ -92,15 +92,15 @@ def test_parts_on_both_networks(text, config, shown):
 @pytest.mark.parametrize(
     "text", ["fsdp=dcn", "fsdp=dcn0", "fsdp=dcn2*", "fsdp=dcn2ici2", "fsdp=ici2*dcn2", "fsdp=*2", "fsdp=dcn-1"]
 )
-def test_malformed_parts_on_both_networks(text):
+def test_malformed_sizes_on_both_networks(text):
     with pytest.raises(UsageError, match="a size is a positive number"):
         MeshConfig.parse(text)
 
 
-def test_parts_that_do_not_fit():
-    with pytest.raises(UsageError, match=r"fsdp would span 3 devices, which its dcn part does not divide"):
+def test_dcn_sizes_that_do_not_fit():
+    with pytest.raises(UsageError, match=r"fsdp would span 3 devices, which its dcn size does not divide"):
         MeshConfig.parse("fsdp=dcn2*ici-1,tensor=2").sizes(6)
-    with pytest.raises(UsageError, match=r"the dcn parts make 2, and the devices are in 1 processes"):
+    with pytest.raises(UsageError, match=r"the product of the dcn sizes is 2, but the devices are in 1 processes"):
         make_mesh(MeshConfig.parse("data=dcn2,fsdp=4"))
 
 
@@ -116,7 +116,7 @@ def model(heads, kv_heads, channels, vocab, hidden):
     [
         ((16, 8, 128, 512, 64), MeshConfig(tensor=8)),
         ((14, 2, 128, 512, 64), MeshConfig(fsdp=4, tensor=2)),
-        ((12, 3, 128, 512, 64), MeshConfig(fsdp=8)),  # four parts would split a group of query heads
+        ((12, 3, 128, 512, 64), MeshConfig(fsdp=8)),  # four shards would split a group of query heads
         ((7, 7, 128, 512, 36), MeshConfig(data=2, fsdp=4)),
     ],
 )

@@ -1,6 +1,6 @@
-"""The real compiler's word on a program, without the hardware: bytes, flops and collectives of each device.
+"""Compile a program without the hardware, and read its bytes, flops and collectives per device.
 
-`libtpu` compiles for any TPU topology on a machine that has none; CPU devices are those of this process.
+`libtpu` compiles for any TPU topology on a machine without a TPU. CPU devices are those of this process.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ _COLLECTIVE = re.compile(rf"= (\([^()]*(?:\([^()]*\)[^()]*)*\)|\S+) ({'|'.join(C
 
 
 @dataclasses.dataclass(frozen=True)
-class Collective:
-    """`count` operations of one kind; `bytes` is what one device receives from the others in all of them."""
+class CollectiveTotal:
+    """All collectives of one kind: their number, and the bytes that one device receives in all of them."""
 
     kind: str
     count: float
@@ -53,12 +53,15 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
-    """What the compiler reports of one program, for each device. `seconds` is how long it took.
+class CompilerReport:
+    """What the compiler reports for one program, per device.
 
-    `device_bytes` is the most that is in memory at once, arguments included. It may be less than arguments and temporaries
-    together: these the compiler gives with the gaps between them.
-    `flops` and `bytes_accessed` count a loop's body once, as XLA does: see `Arithmetic.repeated`.
+    Attributes:
+      seconds: compile time.
+      argument_bytes, temporary_bytes: as the compiler gives them, with the gaps between arrays.
+      device_bytes: peak memory, arguments included. It may be less than arguments and temporaries together, because of
+        the gaps.
+      flops, bytes_accessed: XLA counts the body of a loop once; see `CostModel.loop_remainder`.
     """
 
     seconds: float
@@ -67,42 +70,42 @@ class Compiled:
     device_bytes: float
     flops: float
     bytes_accessed: float
-    collectives: tuple[Collective, ...]
+    collectives: tuple[CollectiveTotal, ...]
 
 
-def extrapolate(two: Sequence[Compiled], layers: Sequence[int], num_layers: int) -> Compiled:
-    """What a program of `num_layers` layers would be, from two of fewer: each layer adds the same of everything.
+def extrapolate(two: Sequence[CompilerReport], layers: Sequence[int], num_layers: int) -> CompilerReport:
+    """Extrapolate two reports with fewer layers to `num_layers`, because every layer adds the same.
 
-    But for `seconds`, which are what these two took.
+    `seconds` is the sum of the two.
     """
     shallow, deep = two
 
-    def line(low: float, high: float) -> float:
+    def linear(low: float, high: float) -> float:
         if high < low:
-            return high  # the compiler does otherwise with a single layer; it is not what a layer adds
+            return high  # a decrease is not what a layer adds: the compiler treats a single layer differently
         return low + (high - low) * (num_layers - layers[0]) / (layers[1] - layers[0])
 
     numbers = {
-        field.name: line(getattr(shallow, field.name), getattr(deep, field.name))
-        for field in dataclasses.fields(Compiled)
+        field.name: linear(getattr(shallow, field.name), getattr(deep, field.name))
+        for field in dataclasses.fields(CompilerReport)
         if field.name not in ("collectives", "seconds")
     }
-    # The largest moment of the deeper program may be another one, and the line of peaks too steep, or too flat.
+    # The peak of the deeper program may be at another point of it, which makes the slope too steep or too flat.
     least, most = numbers["argument_bytes"], numbers["argument_bytes"] + numbers["temporary_bytes"]
     numbers["device_bytes"] = min(max(numbers["device_bytes"], least), most)
     low, high = ({one.kind: one for one in compiled.collectives} for compiled in (shallow, deep))
-    none = Collective("", 0, 0)
+    none = CollectiveTotal("", 0, 0)
     both = [(kind, low.get(kind, none), high.get(kind, none)) for kind in COLLECTIVES if kind in low | high]
-    sums = tuple(Collective(kind, line(a.count, b.count), line(a.bytes, b.bytes)) for kind, a, b in both)
-    return Compiled(**numbers, seconds=shallow.seconds + deep.seconds, collectives=sums)
+    sums = tuple(CollectiveTotal(kind, linear(a.count, b.count), linear(a.bytes, b.bytes)) for kind, a, b in both)
+    return CompilerReport(**numbers, seconds=shallow.seconds + deep.seconds, collectives=sums)
 
 
 class DoesNotFit(UserError):
-    """The compiler refuses the program for its size; the message is the compiler's."""
+    """The compiler rejects the program because it needs too much memory. The message is the compiler's."""
 
 
 def topology_mesh(topology: Topology, config: MeshConfig) -> jax.sharding.Mesh:
-    """A mesh over the first devices of a topology, or over descriptions of them. Raises UserError."""
+    """Return a mesh over the first devices of a topology, or over descriptions of them. Raises UserError."""
     devices = _devices(topology)
     sizes = config.sizes(len(devices))
     used = devices[: math.prod(sizes.values())]
@@ -114,8 +117,8 @@ def topology_mesh(topology: Topology, config: MeshConfig) -> jax.sharding.Mesh:
 def _devices(topology: Topology) -> Any:
     if topology.is_cpu:
         return jax.devices("cpu")[: topology.num_devices]
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server tells of a TPU that is not there
-    # On a v4 the two cores of a chip are one device, as they are by default when it runs.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # without a TPU no metadata server answers
+    # On a v4 the two cores of a chip are one device, which is the default at run time.
     options = {"chip_config_name": "megacore"} if topology.name.startswith("v4:") else {}
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
@@ -127,7 +130,7 @@ def _devices(topology: Topology) -> Any:
 
 
 def lower(config: ModelConfig, sharding_ctx: ShardingContext, workload: Workload, phase: Phase) -> jax.stages.Lowered:
-    """The program of one phase, exactly as it would run, for parameters that are not there."""
+    """Lower the program of one phase, exactly as it would run, for abstract parameters."""
     if phase == "train":
         return _lower_training(config, sharding_ctx, workload)
     module = Transformer(config, dtype=workload.dtype)
@@ -141,8 +144,8 @@ def lower(config: ModelConfig, sharding_ctx: ShardingContext, workload: Workload
     return runner.lower_read(num_pages, num_blocks, BLOCK, of_row)
 
 
-def compile_program(lowered: jax.stages.Lowered) -> Compiled:
-    """Compile, and read what the compiler says. Raises DoesNotFit."""
+def compile_program(lowered: jax.stages.Lowered) -> CompilerReport:
+    """Compile a program and return the compiler's report. Raises DoesNotFit."""
     start = time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -153,7 +156,7 @@ def compile_program(lowered: jax.stages.Lowered) -> Compiled:
     seconds = time.perf_counter() - start
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     assert memory is not None
-    return Compiled(
+    return CompilerReport(
         seconds=seconds,
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
@@ -165,7 +168,7 @@ def compile_program(lowered: jax.stages.Lowered) -> Compiled:
 
 
 def _peak(compiled: jax.stages.Compiled, memory: Any) -> float:
-    """The most that is in memory at once. The CPU's compiler leaves temporaries out of what it calls so."""
+    """Return the peak memory in bytes. The CPU compiler leaves temporaries out of its own figure."""
     devices = jax.tree.leaves(compiled.output_shardings)[0].device_set
     if any(device.platform == "cpu" for device in devices):
         results = memory.output_size_in_bytes - memory.alias_size_in_bytes  # donated arguments are outputs too
@@ -173,39 +176,45 @@ def _peak(compiled: jax.stages.Compiled, memory: Any) -> float:
     return memory.peak_memory_in_bytes
 
 
-def count_collectives(text: str) -> tuple[Collective, ...]:
-    """The collectives of a compiled program's text, by kind."""
+def count_collectives(text: str) -> tuple[CollectiveTotal, ...]:
+    """Return the totals of the collectives in the text of a compiled program, by kind."""
     found: dict[str, list[float]] = {kind: [] for kind in COLLECTIVES}
-    for one in collectives(text):
+    for one in parse_collectives(text):
         found[one.kind].append(one.bytes)
-    return tuple(Collective(kind, len(sizes), sum(sizes)) for kind, sizes in found.items() if sizes)
+    return tuple(CollectiveTotal(kind, len(sizes), sum(sizes)) for kind, sizes in found.items() if sizes)
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
-    """What one collective makes: arrays as (elements, bits of each), by groups of so many devices."""
+class CollectiveOp:
+    """One collective operation.
+
+    Attributes:
+      kind: one of COLLECTIVES.
+      arrays: its results as (elements, bits per element).
+      group_size: how many devices exchange with each other.
+    """
 
     kind: str
     arrays: tuple[tuple[int, int], ...]
-    group: int
+    group_size: int
 
     @property
     def bytes(self) -> float:
-        """What a device receives, in the fewest exchanges: a sum is scattered and then gathered."""
+        """Bytes that a device receives at least: an all-reduce is a reduce-scatter followed by an all-gather."""
         whole = sum(elements * bits for elements, bits in self.arrays) / 8
-        others = self.group - 1
+        others = self.group_size - 1
         return whole * {
-            "all-reduce": 2 * others / self.group,
+            "all-reduce": 2 * others / self.group_size,
             "reduce-scatter": others,
             "collective-permute": 1,
-        }.get(self.kind, others / self.group)
+        }.get(self.kind, others / self.group_size)
 
 
-def collectives(text: str) -> Iterator[Result]:
-    """Every collective in a compiled program's text.
+def parse_collectives(text: str) -> Iterator[CollectiveOp]:
+    """Yield every collective in the text of a compiled program.
 
-    The TPU's compiler writes a reduce-scatter as a computation of that name, in which a sum is cut, and a collective that
-    goes on beside several computations once in each of them: a chain.
+    The TPU compiler writes a reduce-scatter as a computation of that name with an all-reduce inside. A collective that
+    overlaps several computations appears once in each of them; these copies have the same chain id.
     """
     is_scattered = False
     chains = set()
@@ -224,17 +233,18 @@ def collectives(text: str) -> Iterator[Result]:
             for _, bits, dims in _SHAPE.findall(result)
         ]
         if is_started and kind in ("all-gather", "collective-permute"):
-            arrays = [max(arrays)]  # of operand, result and what the two ends tell each other
+            arrays = [max(arrays)]  # of operand, result and context
         group = _group_size(line)
         if is_scattered:
             kind, arrays = "reduce-scatter", [(elements // group, bits) for elements, bits in arrays]
-        yield Result(kind, tuple(arrays), group)
+        yield CollectiveOp(kind, tuple(arrays), group)
 
 
 def _group_size(line: str) -> int:
-    """How many devices exchange with each other: [number,size]<=…, {{0,1,…},…} or mesh['a'=2,'b'=4] {'b'}.
+    """Return how many devices exchange with each other.
 
-    The last may have the order of the devices before its axes.
+    The text has one of the forms [number,size]<=…, {{0,1,…},…} and mesh['a'=2,'b'=4] {'b'}. In the last one the order of
+    the devices may come before the axes.
     """
     match = _GROUPS.search(line)
     if match is None:
@@ -245,13 +255,13 @@ def _group_size(line: str) -> int:
     if listed:
         return listed.count(",") + 1
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh))
-    # An axis may be there in part: 'a':(1)2 is 2 of it.
+    # An axis may be split: 'a':(1)2 is a part of size 2.
     parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", axes)
     return math.prod(int(part or sizes[axis]) for axis, part in parts)
 
 
 def _lower_training(config: ModelConfig, sharding_ctx: ShardingContext, workload: Workload) -> jax.stages.Lowered:
-    """A step with the default optimiser: master weights of what is trained, gradient, and all that the step changes."""
+    """Lower a training step with the default optimiser and master weights."""
     kept = accum_dtype(jnp.dtype(workload.dtype))
     if workload.lora is None:
         module, names = Transformer(config, dtype=kept), None

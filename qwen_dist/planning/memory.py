@@ -1,7 +1,7 @@
-"""What each device must hold, and what each step costs, by arithmetic: no weights, no devices and no compiler.
+"""A cost model of memory and time per device. It needs no weights, no devices and no compiler.
 
-Every size is that of an array of the real model, or of its activations, cut as the real rules cut it: the same
-`ShardingContext` places them here, on a mesh of numbers.
+Every size is the size of an array of the real model, or of its activations, sharded by the same `ShardingContext` as in a
+real run, on an abstract mesh.
 """
 
 from __future__ import annotations
@@ -30,37 +30,42 @@ from qwen_dist.sharding import ShardingContext
 from qwen_dist.train.lora import attach
 from qwen_dist.train.loss import BLOCK_TOKENS
 
-WIDE = 4  # bytes of a float32: scores, logits, the optimiser's numbers
+F32_BYTES = 4  # attention scores, logits and optimiser state are float32
 
 
 @dataclasses.dataclass(frozen=True)
-class Weight:
-    """A weight by the names of its dimensions; `sizes` are those that are not the model's."""
+class WeightShape:
+    """The logical axes of a weight; `sizes` overrides the model's size of an axis."""
 
     axes: tuple[str, ...]
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
-HEAD = Weight(("vocab", "embed"))
+LM_HEAD = WeightShape(("vocab", "embed"))
 
 
-def _block_weights(config: ModelConfig, ffn: str) -> list[Weight]:
-    """The matrices of a block with this kind of MLP."""
+def _block_weights(config: ModelConfig, ffn: str) -> list[WeightShape]:
+    """Return the matrices of a block with this kind of MLP."""
     q, kv, mlp = ("q_heads", "head_dim", "embed"), ("kv_heads", "head_dim", "embed"), ("mlp", "embed")
-    attention = [Weight(q), Weight(kv), Weight(kv), Weight(q)]
+    attention = [WeightShape(q), WeightShape(kv), WeightShape(kv), WeightShape(q)]
     if ffn == "mlp":
-        return attention + 3 * [Weight(mlp)]
+        return attention + 3 * [WeightShape(mlp)]
     assert config.moe is not None
     size = {"mlp": config.moe.expert_size}
-    experts = [Weight(("experts", "gate_up", *mlp), size), Weight(("experts", *mlp), size)]
-    shared = 3 * [Weight(mlp, {"mlp": config.moe.shared_expert_size})] if config.moe.shared_expert_size else []
-    return [*attention, Weight(("router", "embed")), *experts, *shared]
+    experts = [WeightShape(("experts", "gate_up", *mlp), size), WeightShape(("experts", *mlp), size)]
+    shared = 3 * [WeightShape(mlp, {"mlp": config.moe.shared_expert_size})] if config.moe.shared_expert_size else []
+    return [*attention, WeightShape(("router", "embed")), *experts, *shared]
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one step of a program takes of each device: flops, bytes of its memory that must be read or written at least
-    once, and bytes that it receives from the others, by kind of collective."""
+    """The cost of one step per device.
+
+    Attributes:
+      flops: floating-point operations.
+      bytes: device memory that must be read or written at least once.
+      collectives: bytes received from other devices, by kind of collective.
+    """
 
     flops: float
     bytes: float
@@ -68,39 +73,45 @@ class Cost:
 
 
 def abstract_sharding_context(mesh: MeshConfig, num_devices: int, workload: Workload) -> ShardingContext:
-    """The workload's rules on a mesh of numbers. Raises UsageError when the mesh does not fit the devices."""
+    """Return the workload's rules on an abstract mesh. Raises UsageError when the mesh does not fit the devices."""
     sizes = mesh.sizes(num_devices)
-    # A sharding_ctx asks a mesh for the sizes of its axes only.
+    # A ShardingContext reads only the axis sizes of its mesh.
     return ShardingContext(cast(Mesh, AbstractMesh(tuple(sizes.values()), AXES)), workload.rules)
 
 
 @dataclasses.dataclass(frozen=True)
-class Arithmetic:
-    """A model under a workload on a mesh; `Arithmetic.of` makes one."""
+class CostModel:
+    """Memory and cost of a model under a workload on a mesh. Make one with `CostModel.of`.
+
+    Attributes:
+      num_parameters: of the whole model, adapters included.
+      local_parameters: on one device.
+      local_trainable: on one device, those that are trained.
+    """
 
     config: ModelConfig
     sharding_ctx: ShardingContext
     workload: Workload
     num_parameters: int
     local_parameters: int
-    local_trained: int
+    local_trainable: int
     is_tpu: bool = False
 
     @classmethod
     def of(
         cls, config: ModelConfig, sharding_ctx: ShardingContext, workload: Workload, *, is_tpu: bool = False
-    ) -> Arithmetic:
-        """Raises UsageError when the model or the batch does not fit the mesh."""
-        arithmetic = cls(config, sharding_ctx, workload, *_count_parameters(config, sharding_ctx, workload), is_tpu)
-        arithmetic._local("batch")
-        return arithmetic
+    ) -> CostModel:
+        """Make a cost model. Raises UsageError when the mesh does not divide the model or the batch."""
+        model = cls(config, sharding_ctx, workload, *_count_parameters(config, sharding_ctx, workload), is_tpu)
+        model._size("batch")
+        return model
 
     @property
-    def _width(self) -> int:
+    def _itemsize(self) -> int:
         return jax.numpy.dtype(self.workload.dtype).itemsize
 
     @functools.cached_property
-    def _sizes(self) -> dict[str, int]:
+    def _dim_sizes(self) -> dict[str, int]:
         config, workload = self.config, self.workload
         return {
             "batch": workload.batch,
@@ -117,239 +128,254 @@ class Arithmetic:
         }
 
     @functools.cached_property
-    def _layers(self) -> collections.Counter[str]:
-        """How many layers there are of each kind of MLP."""
+    def _num_layers(self) -> collections.Counter[str]:
+        """The number of layers with each kind of MLP."""
         return collections.Counter(layer.ffn for layer in self.config.layers)
 
     def memory(self, phase: Phase) -> dict[str, int]:
-        """Bytes on each device while the program of a phase runs, by kind; their sum is the peak."""
-        parameters = self.local_parameters * self._width
+        """Return the bytes on each device while the program of a phase runs, by kind. Their sum is the peak."""
+        parameters = self.local_parameters * self._itemsize
         if phase == "train":
-            saved = self._saved()
+            saved = self._saved_activation_bytes()
             return {
                 "parameters": parameters,
-                "gradients": self.local_trained * WIDE,
-                "optimizer": self.local_trained * WIDE * (2 if self._width > 2 else 3),
+                "gradients": self.local_trainable * F32_BYTES,
+                "optimizer": self.local_trainable * F32_BYTES * (2 if self._itemsize > 2 else 3),
                 "saved activations": saved,
-                "working set": self._training_set(),
+                "working set": self._training_workspace_bytes(),
             }
-        # Which tokens each row has seen; a TPU changes a copy of it.
-        seen = self._local("batch", "vocab") * (2 if self.is_tpu else 1)
-        working = self._of_step(phase)._inference_set(self._tokens_of(phase)[1])
-        return {"parameters": parameters, "cache": self._cache(), "sampling": seen, "working set": working}
+        # The token-presence table of the repetition penalty. A TPU updates a copy of it.
+        seen = self._size("batch", "vocab") * (2 if self.is_tpu else 1)
+        working = self._for_step(phase)._inference_workspace_bytes(self._tokens_of(phase)[1])
+        return {"parameters": parameters, "cache": self._cache_bytes(), "sampling": seen, "working set": working}
 
     def cost(self, phase: Phase) -> Cost:
-        """What one step of a phase takes: all of prefill is as many steps as pieces of prompts."""
-        step, tokens = self._of_step(phase), self._tokens_of(phase)[1]
+        """Return the cost of one step of a phase. A prefill step is one chunk of the prompts."""
+        step, tokens = self._for_step(phase), self._tokens_of(phase)[1]
         forward = step._forward_flops(tokens)
-        parameters = self.local_parameters * self._width
+        parameters = self.local_parameters * self._itemsize
         if phase == "train":
-            weights = (self._passes + self._again) * self._gathered_layers()
-            moved = weights + 3 * self.local_trained * WIDE + 2 * self._saved()
-            flops = self._passes * forward + self._again * (forward - step._head_flops(tokens))  # the loss is computed once
-            return Cost(flops, moved, _nonzero(self._training_collectives()))
-        moved = parameters - step._experts_without_tokens(tokens) + step._cache()
-        return Cost(forward, moved, _nonzero(step._inference_collectives(tokens)))
+            weights = (self._num_passes + self._num_remats) * self._gathered_weight_bytes()
+            nbytes = weights + 3 * self.local_trainable * F32_BYTES + 2 * self._saved_activation_bytes()
+            recomputed = forward - step._head_flops(tokens)  # the loss is not recomputed
+            flops = self._num_passes * forward + self._num_remats * recomputed
+            return Cost(flops, nbytes, _nonzero(self._training_collectives()))
+        nbytes = parameters - step._unused_expert_bytes(tokens) + step._cache_bytes()
+        return Cost(forward, nbytes, _nonzero(step._inference_collectives(tokens)))
 
-    def repeated(self, phase: Phase) -> Cost:
-        """The part of `cost` that loops take after their first turn, which is all that a compiler's report counts of them.
+    def loop_remainder(self, phase: Phase) -> Cost:
+        """Return the part of `cost` that the compiler's report leaves out.
 
-        In inference they are attention's over groups of pages, in training the loss's over blocks of tokens. What a kernel
-        does it does not count either.
+        The report counts the body of a loop once; this is the cost of the other iterations. The loops are attention's over
+        groups of pages in inference, and the loss's over blocks of tokens in training. The report also leaves out the work
+        inside a custom kernel, so this includes it.
         """
-        step, tokens = self._of_step(phase), self._tokens_of(phase)[1]
+        step, tokens = self._for_step(phase), self._tokens_of(phase)[1]
         if phase == "train":
-            turns = self._tokens_here() / BLOCK_TOKENS
-            once_more = max(turns - 1, 0)
-            head = self._gathered([HEAD])
-            flops = self._passes * 2 * min(self._tokens_here(), BLOCK_TOKENS) * head
-            # Read for the logits and for their gradient; its own gradient is added to.
-            moved = once_more * head * 2 * (self._width + (0 if self.workload.lora else WIDE))
-            in_kernel = (3 + self._again) * self._attention_flops(tokens) if self._has_kernel else 0
-            return Cost(once_more * flops + in_kernel, moved, {})
+            num_iterations = self._num_local_tokens() / BLOCK_TOKENS
+            more_iterations = max(num_iterations - 1, 0)
+            head = self._gathered_size([LM_HEAD])
+            flops = self._num_passes * 2 * min(self._num_local_tokens(), BLOCK_TOKENS) * head
+            # The head is read for the logits and for their gradient; its own gradient is accumulated.
+            nbytes = more_iterations * head * 2 * (self._itemsize + (0 if self.workload.lora else F32_BYTES))
+            kernel_flops = 0.0
+            if self._uses_splash_attention:
+                kernel_flops = (3 + self._num_remats) * self._attention_flops(tokens)
+            return Cost(more_iterations * flops + kernel_flops, nbytes, {})
         rows = step.workload.batch // self.sharding_ctx.batch_multiple()
         parts = {w: 1 - 1 / max(rows * pages / group_size(rows, tokens), 1) for w, pages in self._pages.items()}
-        in_loops = sum(part * step._attention_of(window, tokens) for window, part in parts.items())
-        read_there = sum(part * step._cache_of(window) for window, part in parts.items())
-        return Cost(in_loops, read_there, {})
+        flops_in_loops = sum(part * step._window_attention_flops(window, tokens) for window, part in parts.items())
+        bytes_in_loops = sum(part * step._window_cache_bytes(window) for window, part in parts.items())
+        return Cost(flops_in_loops, bytes_in_loops, {})
 
     @property
-    def _passes(self) -> int:
-        """How many products a step makes of each weight: forward, for what goes in, and for its own gradient."""
+    def _num_passes(self) -> int:
+        """Matmuls with each weight in a step: forward, gradient of the input and, if trained, gradient of the weight."""
         return 3 if self.workload.lora is None else 2
 
     @property
-    def _again(self) -> int:
-        """How often a step computes the blocks once more."""
-        return 1 if self.workload.remat == "blocks" else 0
+    def _num_remats(self) -> int:
+        """How often a step recomputes each block."""
+        return 1 if self.workload.remat == "full" else 0
 
     def _tokens_of(self, phase: Phase) -> tuple[int, int]:
         return self.workload.tokens_of(phase, self.sharding_ctx.batch_multiple())
 
-    def _of_step(self, phase: Phase) -> Arithmetic:
-        """The arithmetic of as many rows, of as many tokens, as one step of the phase has."""
+    def _for_step(self, phase: Phase) -> CostModel:
+        """Return the cost model whose batch is the number of rows in one step of the phase."""
         rows, _ = self._tokens_of(phase)
         return dataclasses.replace(self, workload=dataclasses.replace(self.workload, batch=rows))
 
-    def _local(self, *axes: str, **replaced: int) -> int:
-        """Elements that one device has of an activation with these dimensions."""
-        shape = tuple(replaced.get(axis, self._sizes.get(axis, 0)) for axis in axes)
+    def _size(self, *axes: str, **replaced: int) -> int:
+        """Return the number of elements on one device of an activation with these logical axes."""
+        shape = tuple(replaced.get(axis, self._dim_sizes.get(axis, 0)) for axis in axes)
         return math.prod(self.sharding_ctx.activation("activation", shape, axes).shard_shape(shape))
 
-    def _tokens_here(self) -> int:
-        """Tokens of a training step whose logits one device has a part of."""
-        return self._local("batch", "length")
+    def _num_local_tokens(self) -> int:
+        """Return the number of tokens of a training step for which one device computes logits."""
+        return self._size("batch", "length")
 
     # --- memory ---
 
     @functools.cached_property
     def _pages(self) -> dict[int | None, int]:
-        """Pages of a row by how far back a layer sees."""
+        """Pages per sequence, by sliding window."""
         return self.workload.pages(self.config.windows)
 
-    def _cache(self) -> int:
-        """Bytes of the keys and values of the workload's rows."""
-        return sum(map(self._cache_of, self._pages))
+    def _cache_bytes(self) -> int:
+        """Return the bytes of the whole KV cache."""
+        return sum(map(self._window_cache_bytes, self._pages))
 
-    def _cache_of(self, window: int | None) -> int:
-        """The same, in the layers that see so far back."""
+    def _window_cache_bytes(self, window: int | None) -> int:
+        """Return the bytes of the KV cache of the layers with this sliding window."""
         slots = self._pages[window] * PAGE
-        in_layer = 2 * self._local("batch", "kv_heads", "kv_length", "head_dim", kv_length=slots) * self._width
+        in_layer = 2 * self._size("batch", "kv_heads", "kv_length", "head_dim", kv_length=slots) * self._itemsize
         return in_layer * self.config.windows[window]
 
-    def _inference_set(self, length: int) -> int:
-        stream = self._local("batch", "length", "embed", length=length) * self._width
-        heads = self._local("batch", "length", "q_heads", "head_dim", length=length) * self._width
-        # Of one group of visits: keys and values, the scores, and what becomes of them under the softmax.
+    def _inference_workspace_bytes(self, length: int) -> int:
+        stream = self._size("batch", "length", "embed", length=length) * self._itemsize
+        heads = self._size("batch", "length", "q_heads", "head_dim", length=length) * self._itemsize
+        # For one group of pages: keys and values, the scores, and the softmax of the scores.
         parts = self.sharding_ctx.batch_multiple()
         visits = {"batch": parts * group_size(self.workload.batch // parts, length), "length": length, "kv_length": PAGE}
-        keys = 2 * self._local("batch", "kv_heads", "kv_length", "head_dim", **visits) * self._width
-        scores = 2 * self._local("batch", "length", "q_heads", "kv_length", **visits) * WIDE
-        # With the weights spread over fsdp, gate and up are summed between devices, together and in float32.
-        kept = 4 * WIDE if self.sharding_ctx.mesh.shape["fsdp"] > 1 else 3 * self._width
-        channels = kept * self._local("batch", "length", "mlp", length=length) if self._layers["mlp"] else 0
-        channels = max(channels, self._expert_set(length))
-        # The sampler's: logits as they are, with the penalty, scaled, as masses, and with noise.
-        logits = 5 * self._local("batch", "vocab") * WIDE
+        keys = 2 * self._size("batch", "kv_heads", "kv_length", "head_dim", **visits) * self._itemsize
+        scores = 2 * self._size("batch", "length", "q_heads", "kv_length", **visits) * F32_BYTES
+        # With weights sharded over fsdp, gate and up are all-reduced together in float32.
+        width = 4 * F32_BYTES if self.sharding_ctx.mesh.shape["fsdp"] > 1 else 3 * self._itemsize
+        channels = width * self._size("batch", "length", "mlp", length=length) if self._num_layers["mlp"] else 0
+        channels = max(channels, self._expert_workspace_bytes(length))
+        # The sampler holds the logits raw, penalised, scaled, as probabilities and with Gumbel noise.
+        logits = 5 * self._size("batch", "vocab") * F32_BYTES
         return max(2 * stream + 2 * heads + keys + scores, 2 * stream + channels, logits)
 
-    def _saved(self) -> int:
-        """What the forward pass leaves for the backward pass."""
-        stream = self._local("batch", "length", "embed") * self._width
+    def _saved_activation_bytes(self) -> int:
+        """Return the bytes that the forward pass saves for the backward pass."""
+        stream = self._size("batch", "length", "embed") * self._itemsize
         layers = len(self.config.layers)
-        if self.workload.remat == "blocks":
-            # What goes into each block. On a CPU also a copy of it, for the barrier before the block is computed again.
+        if self.workload.remat == "full":
+            # The input of each block. On a CPU also a copy of it, for the barrier before the recomputation.
             return ((1 if self.is_tpu else 2) * layers + 1) * stream
-        if self.workload.remat == "products":
-            return layers * (2 * stream + self._products() * WIDE) + stream
-        gathered = self._gathered_layers() if self.sharding_ctx.mesh.shape["fsdp"] > 1 else 0
-        return layers * (2 * stream + self._of_one_block()) + stream + gathered
+        if self.workload.remat == "selective":
+            return layers * (2 * stream + self._matmul_output_size() * F32_BYTES) + stream
+        gathered = self._gathered_weight_bytes() if self.sharding_ctx.mesh.shape["fsdp"] > 1 else 0
+        return layers * (2 * stream + self._block_activation_bytes()) + stream + gathered
 
-    def _products(self) -> int:
-        """Elements of what a block's weights give."""
-        queries = self._local("batch", "length", "q_heads", "head_dim")
-        keys = 2 * self._local("batch", "length", "kv_heads", "head_dim")
-        return queries + keys + 2 * self._local("batch", "length", "embed") + 2 * self._local("batch", "length", "mlp")
+    def _matmul_output_size(self) -> int:
+        """Return the number of elements of the matmul outputs of a block."""
+        queries = self._size("batch", "length", "q_heads", "head_dim")
+        keys = 2 * self._size("batch", "length", "kv_heads", "head_dim")
+        return queries + keys + 2 * self._size("batch", "length", "embed") + 2 * self._size("batch", "length", "mlp")
 
-    def _of_one_block(self) -> int:
-        """What a block computes and its gradient needs, of which nothing is kept with remat."""
-        width = self._width
-        normed = 2 * self._local("batch", "length", "embed")
-        queries = 3 * self._local("batch", "length", "q_heads", "head_dim")
-        keys = 3 * self._local("batch", "length", "kv_heads", "head_dim")
-        channels = 3 * self._local("batch", "length", "mlp") if self._layers["mlp"] else 0
-        channels = max(channels, self._expert_set(self.workload.context) // width)
-        return (normed + queries + keys + channels) * width + self._scores()
+    def _block_activation_bytes(self) -> int:
+        """Return the bytes of the activations that the gradient of a block needs without remat."""
+        width = self._itemsize
+        normed = 2 * self._size("batch", "length", "embed")
+        queries = 3 * self._size("batch", "length", "q_heads", "head_dim")
+        keys = 3 * self._size("batch", "length", "kv_heads", "head_dim")
+        channels = 3 * self._size("batch", "length", "mlp") if self._num_layers["mlp"] else 0
+        channels = max(channels, self._expert_workspace_bytes(self.workload.context) // width)
+        return (normed + queries + keys + channels) * width + self._attention_residual_bytes()
 
     @property
-    def _has_kernel(self) -> bool:
-        """Whether attention of training is `splash_attention`, which keeps no scores."""
-        return self.is_tpu and self._width < 4 and self.sharding_ctx.num_parts("length") == 1
+    def _uses_splash_attention(self) -> bool:
+        """Whether training uses `splash_attention`, which saves no scores."""
+        return self.is_tpu and self._itemsize < 4 and self.sharding_ctx.num_parts("length") == 1
 
-    def _scores(self) -> int:
-        """Bytes of what attention keeps beside its operands and result."""
-        if self._has_kernel:
-            return self._local("batch", "length", "q_heads") * LANES * WIDE  # a logarithm, in as many copies
+    def _attention_residual_bytes(self) -> int:
+        """Return the bytes that attention saves in addition to its operands and its output."""
+        if self._uses_splash_attention:
+            return self._size("batch", "length", "q_heads") * LANES * F32_BYTES  # log-sum-exp, one copy per lane
         context = self.workload.context
         seen = (context + query_block(context)) / 2 / context  # blocks of queries do not touch the keys after them
-        return int(seen * self._local("batch", "length", "q_heads", "kv_length", kv_length=context) * (WIDE + self._width))
+        return int(
+            seen * self._size("batch", "length", "q_heads", "kv_length", kv_length=context) * (F32_BYTES + self._itemsize)
+        )
 
-    def _training_set(self) -> int:
-        """The larger of one block's backward pass and the loss's.
+    def _training_workspace_bytes(self) -> int:
+        """Return the bytes of the backward pass of one block or of the loss, whichever is larger.
 
-        Each has its weights whole, and if they are trained their gradients: a block's summed in float32 and rounded, the
-        head's as the sum of one device's tokens in float32.
+        Both hold their gathered weights and, if these are trained, their gradients. A block's gradients are held in float32
+        and rounded; the head's is the float32 sum over the tokens of one device.
         """
         trained = self.workload.lora is None
-        block_weights = max(self._gathered(_block_weights(self.config, ffn)) for ffn in self._layers)
-        block = 2 * self._of_one_block() + block_weights * (self._width + trained * (self._width + WIDE))
-        # The logits, what becomes of them under the softmax, and their gradient.
-        logits = self._local("vocab") * min(self._tokens_here(), BLOCK_TOKENS) * (2 * WIDE + self._width)
-        return max(block, logits + self._gathered([HEAD]) * (self._width + trained * WIDE))
+        block_weights = max(self._gathered_size(_block_weights(self.config, ffn)) for ffn in self._num_layers)
+        block = 2 * self._block_activation_bytes() + block_weights * (
+            self._itemsize + trained * (self._itemsize + F32_BYTES)
+        )
+        # The logits, their softmax, and their gradient.
+        logits = self._size("vocab") * min(self._num_local_tokens(), BLOCK_TOKENS) * (2 * F32_BYTES + self._itemsize)
+        return max(block, logits + self._gathered_size([LM_HEAD]) * (self._itemsize + trained * F32_BYTES))
 
-    def _gathered(self, weights: Iterable[Weight]) -> int:
-        """Elements of weights as they are multiplied: cut as the activations are, whole otherwise."""
-        return sum(self._local(*weight.axes, **weight.sizes) for weight in weights)
+    def _gathered_size(self, weights: Iterable[WeightShape]) -> int:
+        """Return the number of elements of weights on one device after the all-gather: sharded as the activations are."""
+        return sum(self._size(*weight.axes, **weight.sizes) for weight in weights)
 
-    def _gathered_layers(self) -> int:
-        blocks = sum(count * self._gathered(_block_weights(self.config, ffn)) for ffn, count in self._layers.items())
-        return (blocks + self._gathered([HEAD])) * self._width
+    def _gathered_weight_bytes(self) -> int:
+        blocks = sum(
+            count * self._gathered_size(_block_weights(self.config, ffn)) for ffn, count in self._num_layers.items()
+        )
+        return (blocks + self._gathered_size([LM_HEAD])) * self._itemsize
 
     # --- experts ---
 
     def _expert_rows(self, length: int) -> int:
-        """Rows that go through a device's experts at a time: its tokens' choices, or what others have room to send."""
+        """Return the rows that the experts of one device process at once.
+
+        Without expert parallelism these are the choices of the device's own tokens, with it the capacity that the other
+        devices can send to.
+        """
         moe, parts = self.config.moe, self.sharding_ctx.mesh.shape["expert"]
         if moe is None:
             return 0
-        tokens = self._local("batch", "length", length=length)
+        tokens = self._size("batch", "length", length=length)
         if parts == 1:
             return tokens * moe.experts_per_token
         return parts * room_for(tokens, moe.experts_per_token, parts, moe.num_experts // parts)
 
-    def _expert_set(self, length: int) -> int:
-        """Bytes of those rows: as they come and go, and their channels."""
+    def _expert_workspace_bytes(self, length: int) -> int:
+        """Return the bytes of these rows: expert inputs, outputs and hidden channels."""
         if self.config.moe is None:
             return 0
-        embed, mlp = self._local("embed"), self._local("mlp", mlp=self.config.moe.expert_size)
-        summed = WIDE if self.sharding_ctx.mesh.shape["fsdp"] > 1 else self._width
-        returned = WIDE if self.sharding_ctx.mesh.shape["tensor"] > 1 else self._width
-        each = embed * (self._width + returned) + mlp * (2 * summed + self._width)
-        return self._expert_rows(length) * each
+        embed, mlp = self._size("embed"), self._size("mlp", mlp=self.config.moe.expert_size)
+        summed = F32_BYTES if self.sharding_ctx.mesh.shape["fsdp"] > 1 else self._itemsize
+        returned = F32_BYTES if self.sharding_ctx.mesh.shape["tensor"] > 1 else self._itemsize
+        bytes_per_row = embed * (self._itemsize + returned) + mlp * (2 * summed + self._itemsize)
+        return self._expert_rows(length) * bytes_per_row
 
-    def _experts_without_tokens(self, tokens: int) -> int:
-        """Bytes of the weights that no token chooses, if each chooses at random."""
+    def _unused_expert_bytes(self, tokens: int) -> int:
+        """Return the expected bytes of expert weights that no token is routed to, for uniform random routing."""
         if self.config.moe is None:
             return 0
         sharing = self.workload.batch * tokens // self.sharding_ctx.mesh.shape["data"]
         unused = (1 - self.config.moe.experts_per_token / self.config.moe.num_experts) ** sharing
-        experts = self._gathered(w for w in _block_weights(self.config, "moe") if "experts" in w.axes)
-        return int(unused * self._layers["moe"] * experts * self._width)
+        experts = self._gathered_size(w for w in _block_weights(self.config, "moe") if "experts" in w.axes)
+        return int(unused * self._num_layers["moe"] * experts * self._itemsize)
 
     # --- flops and bytes ---
 
     def _forward_flops(self, tokens: int) -> float:
-        """2 a weight and token, 4 an element of queries and key; of prefill only the last token meets the vocabulary.
+        """Return the flops of a forward pass: 2 per weight and token, 4 per query element and key.
 
-        In the last block the others meet the weights of keys and values only.
+        In prefill only the last token of a row needs logits. Of the last block, the other tokens use only the key and value
+        weights.
         """
-        config, asking = self.config, self._asking(tokens)
-        in_blocks = sum(count * self._used(_block_weights(config, ffn)) for ffn, count in self._layers.items())
+        config, num_logits = self.config, self._num_logits(tokens)
+        in_blocks = sum(count * self._active_size(_block_weights(config, ffn)) for ffn, count in self._num_layers.items())
         last = _block_weights(config, config.layers[-1].ffn)
-        of_asking = self._used(last) - self._used(w for w in last if "kv_heads" in w.axes)
-        products = 2 * self.workload.batch * (tokens * in_blocks - (tokens - asking) * of_asking)
-        return products / self._num_devices + self._head_flops(asking) + self._attention_flops(tokens)
+        skipped = self._active_size(last) - self._active_size(w for w in last if "kv_heads" in w.axes)
+        products = 2 * self.workload.batch * (tokens * in_blocks - (tokens - num_logits) * skipped)
+        return products / self._num_devices + self._head_flops(num_logits) + self._attention_flops(tokens)
 
-    def _asking(self, tokens: int) -> int:
-        """Of so many tokens of a row those whose hidden states are wanted: all in training, one in inference."""
-        return tokens if self.workload.verb == "finetune" else 1
+    def _num_logits(self, tokens: int) -> int:
+        """Return how many of a row's tokens need a final hidden state: all in training, one in inference."""
+        return tokens if self.workload.command == "finetune" else 1
 
-    def _whole_blocks(self, count: int, tokens: int, *, has_last: bool = True) -> float:
-        """So many blocks as what they compute for a row's tokens, of which the last leaves most out."""
-        return count - has_last * (1 - self._asking(tokens) / tokens)
+    def _equivalent_blocks(self, count: int, tokens: int, *, has_last: bool = True) -> float:
+        """Return the number of full blocks with the same work as `count` blocks. The last block computes few tokens."""
+        return count - has_last * (1 - self._num_logits(tokens) / tokens)
 
-    def _blocks_with(self, ffn: str, tokens: int) -> float:
-        return self._whole_blocks(self._layers[ffn], tokens, has_last=self.config.layers[-1].ffn == ffn)
+    def _equivalent_blocks_with(self, ffn: str, tokens: int) -> float:
+        return self._equivalent_blocks(self._num_layers[ffn], tokens, has_last=self.config.layers[-1].ffn == ffn)
 
     @property
     def _num_devices(self) -> int:
@@ -360,66 +386,88 @@ class Arithmetic:
         return self.workload.batch * 2 * tokens * weights / self._num_devices
 
     def _attention_flops(self, tokens: int) -> float:
-        return sum(self._attention_of(window, tokens) for window in self.config.windows)
+        return sum(self._window_attention_flops(window, tokens) for window in self.config.windows)
 
-    def _attention_of(self, window: int | None, tokens: int) -> float:
-        """Of the layers that see so far back; training computes what is behind a window too."""
+    def _window_attention_flops(self, window: int | None, tokens: int) -> float:
+        """Return the attention flops of the layers with this sliding window. Training also computes masked-out keys."""
         config, workload = self.config, self.workload
         slots = self._pages[window] * PAGE
-        keys = min(slots, window or slots) if workload.verb == "batch" else workload.context / 2
+        keys = min(slots, window or slots) if workload.command == "batch" else workload.context / 2
         has_last = window == config.layers[-1].sliding_window
-        layers = self._whole_blocks(config.windows[window], tokens, has_last=has_last)
+        layers = self._equivalent_blocks(config.windows[window], tokens, has_last=has_last)
         heads = config.num_attention_heads * config.head_dim * layers
         return workload.batch * 4 * tokens * keys * heads / self._num_devices
 
-    def _used(self, weights: Iterable[Weight]) -> int:
-        """Elements of weights that a token is multiplied by: of experts only those that it chooses."""
+    def _active_size(self, weights: Iterable[WeightShape]) -> int:
+        """Return the number of weights that are active for one token. Only the experts it is routed to count."""
         chosen = self.config.moe.experts_per_token if self.config.moe else 0
-        sizes = self._sizes | {"experts": chosen}
+        sizes = self._dim_sizes | {"experts": chosen}
         return sum(math.prod((sizes | weight.sizes)[axis] for axis in weight.axes) for weight in weights)
 
     def _inference_collectives(self, tokens: int) -> Iterator[tuple[str, float]]:
-        """Two sums a layer over the shards of heads and channels, and one for the embedding; five over those of embed."""
-        layers = self._whole_blocks(len(self.config.layers), tokens)
-        stream = self._local("batch", "length", "embed", length=tokens) * self._width
-        heads = self._local("batch", "length", "q_heads", "head_dim", length=tokens)
-        keys = 2 * self._local("batch", "length", "kv_heads", "head_dim", length=tokens)
-        channels = 2 * self._local("batch", "length", "mlp", length=tokens) * self._blocks_with("mlp", tokens)
-        inputs = (layers * (heads + keys) + channels) * self._width + self._local("batch", "vocab") * WIDE
+        """Yield the bytes received in inference, by collective.
+
+        Tensor parallelism all-reduces the residual stream twice per layer and once for the embedding. With weights sharded
+        over fsdp the products are all-reduced: queries, keys, values, gate and up, and the logits.
+        """
+        layers = self._equivalent_blocks(len(self.config.layers), tokens)
+        stream = self._size("batch", "length", "embed", length=tokens) * self._itemsize
+        heads = self._size("batch", "length", "q_heads", "head_dim", length=tokens)
+        keys = 2 * self._size("batch", "length", "kv_heads", "head_dim", length=tokens)
+        channels = 2 * self._size("batch", "length", "mlp", length=tokens) * self._equivalent_blocks_with("mlp", tokens)
+        inputs = (layers * (heads + keys) + channels) * self._itemsize + self._size("batch", "vocab") * F32_BYTES
         if self.config.moe is not None:
-            mlp = self._local("mlp", mlp=self.config.moe.expert_size)
-            inputs += self._blocks_with("moe", tokens) * self._expert_rows(tokens) * 2 * mlp * WIDE
-        yield "all-to-all", self._exchanged(tokens)
-        yield "all-reduce", 2 * (self._others("tensor") * (2 * layers + 1) * stream + self._others("fsdp") * inputs)
+            mlp = self._size("mlp", mlp=self.config.moe.expert_size)
+            inputs += self._equivalent_blocks_with("moe", tokens) * self._expert_rows(tokens) * 2 * mlp * F32_BYTES
+        yield "all-to-all", self._all_to_all_bytes(tokens)
+        yield (
+            "all-reduce",
+            2 * (self._remote_fraction("tensor") * (2 * layers + 1) * stream + self._remote_fraction("fsdp") * inputs),
+        )
 
     def _training_collectives(self) -> Iterator[tuple[str, float]]:
-        """Weights gathered for each pass, gradients summed and cut again; sums of the stream as in inference, each pass."""
-        passes = 3 if self.workload.remat == "blocks" else 2
+        """Yield the bytes received in training, by collective.
+
+        Weights are gathered for each pass and gradients are reduce-scattered. The residual stream is all-reduced as in
+        inference, in each pass.
+        """
+        passes = 3 if self.workload.remat == "full" else 2
         gathers = 1 if self.workload.remat == "none" else 2
-        # The backward pass of the experts sends tokens and gradients, each there and back.
-        yield "all-to-all", (passes + 1) * self._exchanged(self.workload.context)
-        stream = self._local("batch", "length", "embed") * self._width
-        gradients = self.local_trained * self._width
-        yield "all-gather", self._others("fsdp") * gathers * self._gathered_layers()
-        cut = self.local_trained * self._width * self.sharding_ctx.mesh.shape["fsdp"]
-        yield "reduce-scatter", self._others("fsdp") * (cut if self.workload.lora else self._gathered_layers())
-        sums = self._others("tensor") * passes * (2 * len(self.config.layers) + 1) * stream
-        yield "all-reduce", 2 * (sums + self._others("data") * gradients)
+        # The backward pass of the experts sends both tokens and gradients, in both directions.
+        yield "all-to-all", (passes + 1) * self._all_to_all_bytes(self.workload.context)
+        stream = self._size("batch", "length", "embed") * self._itemsize
+        gradients = self.local_trainable * self._itemsize
+        yield "all-gather", self._remote_fraction("fsdp") * gathers * self._gathered_weight_bytes()
+        cut = self.local_trainable * self._itemsize * self.sharding_ctx.mesh.shape["fsdp"]
+        yield (
+            "reduce-scatter",
+            self._remote_fraction("fsdp") * (cut if self.workload.lora else self._gathered_weight_bytes()),
+        )
+        sums = self._remote_fraction("tensor") * passes * (2 * len(self.config.layers) + 1) * stream
+        yield "all-reduce", 2 * (sums + self._remote_fraction("data") * gradients)
 
-    def _exchanged(self, length: int) -> float:
-        """Bytes of tokens that come to a device's experts, and of its own that come back, in all layers."""
-        returned = WIDE if self.sharding_ctx.mesh.shape["tensor"] > 1 else self._width
-        both_ways = self._local("embed") * (self._width + returned)
-        return self._others("expert") * self._blocks_with("moe", length) * self._expert_rows(length) * both_ways
+    def _all_to_all_bytes(self, length: int) -> float:
+        """Return the bytes of tokens received by a device's experts plus the outputs returned to it, over all layers."""
+        returned = F32_BYTES if self.sharding_ctx.mesh.shape["tensor"] > 1 else self._itemsize
+        bytes_per_token = self._size("embed") * (self._itemsize + returned)
+        return (
+            self._remote_fraction("expert")
+            * self._equivalent_blocks_with("moe", length)
+            * self._expert_rows(length)
+            * bytes_per_token
+        )
 
-    def _others(self, axis: str) -> float:
-        """The part of a result that a device gets from the others along a mesh axis."""
+    def _remote_fraction(self, axis: str) -> float:
+        """Return the fraction of a result that a device receives from the other devices along a mesh axis."""
         size = self.sharding_ctx.mesh.shape[axis]
         return (size - 1) / size
 
 
 def _count_parameters(config: ModelConfig, sharding_ctx: ShardingContext, workload: Workload) -> tuple[int, int, int]:
-    """In all, on each device, and of these the trained ones. Layers of one kind are alike, so one of each is placed."""
+    """Return the number of parameters in total, on each device, and trained on each device.
+
+    Layers with the same configuration have the same shapes, so one of each is counted.
+    """
 
     def count(layers: tuple[LayerConfig, ...]) -> np.ndarray:
         module = Transformer(dataclasses.replace(config, layers=layers), dtype=workload.dtype)

@@ -1,4 +1,4 @@
-"""A plan as tables for people, JSON for programs and a chart of memory as one HTML page."""
+"""Show a plan as tables, as JSON, or as an HTML chart of the memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from qwen_dist.planning.plan import MeshPlan, PhasePlan, Plan, StepTime
+from qwen_dist.planning.plan import CapacityPlan, MeshPlan, PhasePlan, StepTime
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#a463f2", "#9c6b4e")
 
 
-def to_json(plan: Plan) -> str:
-    """Everything, with sums and totals beside what they are of; bytes and seconds."""
+def to_json(plan: CapacityPlan) -> str:
+    """Return the whole plan as JSON, with sums and totals added; in bytes and seconds."""
     content = dataclasses.asdict(plan)
     for phase, given in zip(plan.chosen.phases, content["chosen"]["phases"], strict=True):
         given["device_bytes"] = phase.device_bytes
@@ -28,47 +28,47 @@ def to_json(plan: Plan) -> str:
     return json.dumps(content, indent=2)
 
 
-def print_plan(plan: Plan, console: Console) -> None:
-    """The plan as a person reads it."""
+def print_plan(plan: CapacityPlan, console: Console) -> None:
+    """Print the plan as tables."""
     chosen, chip = plan.chosen, plan.topology.chip
     work = chosen.workload
     console.print(
-        f"[bold]{_plain(plan.model)}[/]  {chosen.num_parameters / 1e9:.2f} B parameters, {work.dtype}; "
+        f"[bold]{_escape(plan.model)}[/]  {chosen.num_parameters / 1e9:.2f} B parameters, {work.dtype}; "
         f"{plan.topology.num_devices} devices of {plan.topology.name}, {_gb(chip.memory_bytes)} each; mesh "
-        f"[bold]{chosen.mesh or 'data=1'}[/]; {work.verb}, {work.batch} rows of {work.context} tokens",
+        f"[bold]{chosen.mesh or 'data=1'}[/]; {work.command}, {work.batch} sequences of {work.context} tokens",
         highlight=False,
     )
     console.print(_memory_table(plan))
     if any(phase.step for phase in chosen.phases):
         console.print(_time_table(chosen.phases))
     for phase in chosen.phases:
-        if phase.refused:
-            console.print(f"[red]{phase.phase} does not compile[/]  {_plain(phase.refused)}", highlight=False)
+        if phase.compile_error:
+            console.print(f"[red]{phase.phase} does not compile[/]  {_escape(phase.compile_error)}", highlight=False)
         if phase.compiled is not None:
             console.print(_compiled_line(phase, plan), highlight=False)
     console.print(
-        f"largest batch at this context: {plan.largest_batch or 'none'}; largest context at this batch: "
-        f"{plan.largest_context or 'none'}; "
-        + "; ".join(f"{axis} alone may be {', '.join(map(str, sizes))}" for axis, sizes in plan.divisors.items()),
+        f"largest batch at this context: {plan.max_batch or 'none'}; largest context at this batch: "
+        f"{plan.max_context or 'none'}; "
+        + "; ".join(f"{axis} alone can be {', '.join(map(str, sizes))}" for axis, sizes in plan.legal_axis_sizes.items()),
         highlight=False,
     )
     if plan.proposals:
         console.print(_proposal_table(plan.proposals))
     fits = "[green]fits[/]" if chosen.fits else "[red]does not fit[/]"
     needed = max(phase.needed_bytes for phase in chosen.phases)
-    console.print(f"{fits}: {_gb(needed)} of {_gb(chip.memory_bytes)} a device", highlight=False)
+    console.print(f"{fits}: {_gb(needed)} of {_gb(chip.memory_bytes)} per device", highlight=False)
 
 
-def _plain(text: str) -> str:
-    """Text that the console must not read as markup."""
+def _escape(text: str) -> str:
+    """Escape console markup."""
     from rich.markup import escape
 
     return escape(text)
 
 
-def _memory_table(plan: Plan) -> Table:
+def _memory_table(plan: CapacityPlan) -> Table:
     phases = plan.chosen.phases
-    table = _table("memory, GB a device", (phase.phase for phase in phases))
+    table = _table("memory, GB per device", (phase.phase for phase in phases))
     kinds = dict.fromkeys(kind for phase in phases for kind in phase.memory)
     for kind in kinds:
         table.add_row(kind, *(_number(phase.memory.get(kind), 1e9) for phase in phases))
@@ -79,7 +79,7 @@ def _memory_table(plan: Plan) -> Table:
 
 
 def compiled_bytes(phase: PhasePlan) -> float | None:
-    """Bytes that the compiled program holds on each device."""
+    """Return the peak memory of the compiled program on each device, in bytes."""
     return None if phase.compiled is None else phase.compiled.device_bytes
 
 
@@ -87,7 +87,7 @@ def _time_table(phases: Iterable[PhasePlan]) -> Table:
     table = _table("one step, ms", ("compute", "memory", "collectives", "step", "floor"))
     for phase in phases:
         floor = None if phase.step is None else dataclasses.replace(phase.step, collectives=0).total
-        for name, step in ((f"{phase.phase}, arithmetic", phase.step), (f"{phase.phase}, compiled", phase.compiled_step)):
+        for name, step in ((f"{phase.phase}, estimate", phase.step), (f"{phase.phase}, compiled", phase.compiled_step)):
             if step is not None:
                 table.add_row(name, *_milliseconds(step), _number(floor, 1e-3))
     return table
@@ -97,22 +97,22 @@ def _milliseconds(step: StepTime) -> list[str]:
     return [_number(seconds, 1e-3) for seconds in (step.compute, step.memory, step.collectives, step.total)]
 
 
-def _compiled_line(phase: PhasePlan, plan: Plan) -> str:
+def _compiled_line(phase: PhasePlan, plan: CapacityPlan) -> str:
     compiled = phase.compiled
     assert compiled is not None
-    exchanged = ", ".join(f"{one.count:.0f} {one.kind} {_gb(one.bytes)}" for one in compiled.collectives) or "none"
+    received = ", ".join(f"{one.count:.0f} {one.kind} {_gb(one.bytes)}" for one in compiled.collectives) or "none"
     how = f"from {' and '.join(map(str, plan.compiled_layers))} layers, " if len(plan.compiled_layers) > 1 else ""
     return (
-        f"{phase.phase} compiled ({how}{compiled.seconds:.0f} s): arguments {_gb(compiled.argument_bytes)}, at once "
+        f"{phase.phase} compiled ({how}{compiled.seconds:.0f} s): arguments {_gb(compiled.argument_bytes)}, peak "
         f"{_gb(compiled.device_bytes)}, {compiled.flops:.3g} flops, {_gb(compiled.bytes_accessed)} accessed; "
-        f"collectives: {exchanged}"
+        f"collectives: {received}"
     )
 
 
 def _proposal_table(proposals: Iterable[MeshPlan]) -> Table:
-    table = _table("mesh", ("batch", "GB a device", "fits", "µs a token"))
+    table = _table("mesh", ("batch", "GB per device", "fits", "µs per token"))
     for plan in proposals:
-        numbers = (_number(plan.device_bytes, 1e9), _yes(plan.fits), _number(plan.seconds_per_token, 1e-6))
+        numbers = (_number(plan.device_bytes, 1e9), _yes_no(plan.fits), _number(plan.seconds_per_token, 1e-6))
         table.add_row(plan.mesh or "data=1", str(plan.workload.batch), *numbers)
     return table
 
@@ -127,8 +127,8 @@ def _table(first: str, columns: Iterable[str]) -> Table:
     return table
 
 
-def _yes(is_so: bool) -> str:
-    return "yes" if is_so else "no"
+def _yes_no(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def _number(value: float | None, unit: float) -> str:
@@ -139,12 +139,12 @@ def _gb(size: float) -> str:
     return f"{_number(size, 1e9)} GB"
 
 
-def write_chart(plan: Plan, path: str) -> None:
-    """Memory of each device by kind, one bar a program, beside the device's memory; a page that needs nothing else."""
+def write_chart(plan: CapacityPlan, path: str) -> None:
+    """Write a self-contained HTML page: one bar per program with the memory of a device by kind, and its limit."""
     limit = plan.topology.chip.memory_bytes
     bars: list[tuple[str, dict[str, float]]] = []
     for phase in plan.chosen.phases:
-        bars.append((f"{phase.phase}, arithmetic", dict(phase.memory)))
+        bars.append((f"{phase.phase}, estimate", dict(phase.memory)))
         if (compiled := phase.compiled) is not None:
             others = compiled.device_bytes - compiled.argument_bytes
             bars.append((f"{phase.phase}, compiled", {"arguments": compiled.argument_bytes, "others": others}))
@@ -174,5 +174,5 @@ u {{ position: absolute; top: -4px; bottom: -4px; border-left: 3px solid #222 }}
 span {{ margin-right: 1.2rem; white-space: nowrap }}
 i {{ display: inline-block; width: .8em; height: .8em; margin-right: .3em }}
 </style><h1 style="font-size:1.3rem">{title}</h1>{rows}<p>{legend}</p>
-<p>GB a device; the line is what a device has, {limit}.</p></html>
+<p>GB per device. The line is the memory of a device, {limit}.</p></html>
 """

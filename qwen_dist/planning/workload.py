@@ -1,4 +1,4 @@
-"""What is planned: the verb, how many rows of how many tokens, and the programs that follow from them."""
+"""The workload of a plan: the command, the batch size and context length, and the programs that these need."""
 
 from __future__ import annotations
 
@@ -17,43 +17,51 @@ Phase = Literal["prefill", "decode", "train"]
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """`batch` rows at a time on all devices together, `context` tokens each, prompt and answer together.
+    """The workload to plan for.
 
-    remat, of finetune, is what the backward pass computes again: nothing, all but the products with weights, or whole
-    blocks, of which it then has what goes in. lora, of finetune: the adapters that are trained, and nothing else; None
-    trains all parameters.
+    Attributes:
+      command: batch inference or finetuning.
+      batch: sequences at a time, on all devices together.
+      context: tokens of each sequence, prompt and answer together.
+      dtype: of parameters, activations and KV cache.
+      remat: what the backward pass of finetune recomputes, see `config.FinetuneConfig`.
+      lora: the adapters that finetune trains; None trains all parameters.
     """
 
-    verb: Literal["batch", "finetune"]
+    command: Literal["batch", "finetune"]
     batch: int
     context: int
     dtype: str = "bfloat16"
-    remat: Literal["none", "products", "blocks"] = "blocks"
+    remat: Literal["none", "selective", "full"] = "full"
     lora: LoraOptions | None = None
 
     def __post_init__(self) -> None:
-        sizes = {"batch": self.batch, "context": self.context}
+        sizes = {"batch-size": self.batch, "context": self.context}
         if wrong := [f"--{name} {size}: give at least 1" for name, size in sizes.items() if size < 1]:
             raise UsageError("; ".join(wrong))
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        return ("prefill", "decode") if self.verb == "batch" else ("train",)
+        return ("prefill", "decode") if self.command == "batch" else ("train",)
 
     @property
     def rules(self) -> RuleSet:
-        return INFERENCE if self.verb == "batch" else TRAIN
+        return INFERENCE if self.command == "batch" else TRAIN
 
     def pages(self, kinds: Kinds) -> dict[int | None, int]:
-        """Pages of each kind of layers that a row of the whole context has."""
+        """Return the pages of a sequence of `context` tokens, by sliding window."""
         ahead = NUM_BLOCKS * BLOCK
         needs = Needs(kinds, num_rows=self.batch, page_size=PAGE, max_length=self.context, ahead=ahead)
         return dict(zip(needs.windows, needs.of_sequence(self.context), strict=True))
 
     def tokens_of(self, phase: Phase, parts: int) -> tuple[int, int]:
-        """Rows and tokens of each of one step; `parts` is over how many parts of the mesh rows are split.
+        """Return the number of rows in one step, and the tokens of each.
 
-        Prompts are read in blocks, which are the rows of that step, whatever the batch is.
+        A row of a prefill step is a chunk of a prompt, so their number does not depend on the batch size.
+
+        Args:
+          phase: which program.
+          parts: the number of data-parallel shards that the batch is split over.
         """
         if phase == "prefill":
             return parts * NUM_BLOCKS, BLOCK

@@ -38,12 +38,14 @@ def attach(module: Transformer, options: LoraOptions, *, dtype: DTypeLike) -> li
     Raises UsageError when a target matches no layer.
     """
     layers = [*(name for name, _ in linear_layers(module)), *expert_stacks(module)]
-    matches = {target: [name for name in layers if _matches(target, name)] for target in options.targets}
+    matches = {target: [name for name in layers if _matches(target, name)] for target in options.target_modules}
     if unused := [target for target, names in matches.items() if not names]:
         kinds = sorted({name.rpartition(".")[2] for name in layers})
-        raise UsageError(f"lora.targets: {', '.join(unused)} matches no linear layer; there are {', '.join(kinds)}")
+        raise UsageError(f"lora.target_modules: {', '.join(unused)} matches no linear layer; there are {', '.join(kinds)}")
     chosen = {name for names in matches.values() for name in names}
-    return _attach_to(module, chosen, options.rank, Adapter(options.rank, options.alpha, options.rslora, {}).scale, dtype)
+    return _attach_to(
+        module, chosen, options.rank, Adapter(options.rank, options.alpha, options.use_rslora, {}).scale, dtype
+    )
 
 
 def with_adapter(model: LoadedModel, adapter: Adapter, *, dtype: DTypeLike) -> tuple[LoadedModel, list[str]]:
@@ -72,7 +74,7 @@ def adapter_of(parameters: Mapping[str, jax.Array], options: LoraOptions, shardi
             arrays[name] = whole.reshape(len(whole), -1, whole.shape[-1])
         else:
             arrays[name] = whole.reshape(len(whole), -1) if ".lora_A." in name else whole.reshape(-1, whole.shape[-1])
-    return Adapter(options.rank, options.alpha, options.rslora, arrays)
+    return Adapter(options.rank, options.alpha, options.use_rslora, arrays)
 
 
 def _attach_to(module: Transformer, layers: Container[str], rank: int, scale: float, dtype: DTypeLike) -> list[str]:

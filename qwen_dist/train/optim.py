@@ -23,7 +23,7 @@ def make_schedule(options: OptimizerOptions, num_steps: int) -> Schedule:
     rate, warmup = options.learning_rate, options.warmup_steps
     if warmup > num_steps:
         raise UsageError(f"optimizer.warmup_steps is {warmup}, and the run has {num_steps} steps")
-    rest, final = max(num_steps - warmup, 1), options.final_fraction
+    rest, final = max(num_steps - warmup, 1), options.min_lr_ratio
     after: Schedule = {
         "constant": lambda: optax.constant_schedule(rate),
         "linear": lambda: optax.linear_schedule(rate, final * rate, rest),

@@ -45,7 +45,9 @@ from qwen_dist.train.utilization import StepFlops, flops_per_second
 
 # What may be different when a run goes on: where and how it computes and for how long, but not what.
 _MAY_CHANGE = frozenset(
-    """mesh output steps epochs remat accumulation save_every keep keep_best eval_every tensorboard overwrite""".split()
+    (
+        "mesh output steps epochs remat num_microbatches save_every max_to_keep keep_best eval_every tensorboard overwrite"
+    ).split()
 )
 
 
@@ -137,7 +139,7 @@ def finetune(
         if jax.process_index() == 0:
             _prepare_output(output, overwrite=config.overwrite)
     with contextlib.closing(
-        Checkpoints(output / "checkpoints", keep=config.keep, keep_best=config.keep_best)
+        Checkpoints(output / "checkpoints", keep=config.max_to_keep, keep_best=config.keep_best)
     ) as checkpoints:
         found = checkpoints.latest
         position = checkpoints.position() if found is not None else None
@@ -188,7 +190,7 @@ def set_up(prepared: Prepared, loading: Progress | None = None) -> Setup:
             model = dataclasses.replace(model, parameters=merge_adapter(model.parameters, adapter, model.sharding_ctx))
         return _with_trainer(prepared, model, list(model.parameters), config.lora)
     if adapter is not None:
-        lora = dataclasses.replace(config.lora, rank=adapter.rank, alpha=adapter.alpha, rslora=adapter.rslora)
+        lora = dataclasses.replace(config.lora, rank=adapter.rank, alpha=adapter.alpha, use_rslora=adapter.rslora)
         return _with_trainer(prepared, *with_adapter(model, adapter, dtype=_trained_dtype(config)), lora)
     return _with_trainer(prepared, *new_adapter(model, config.lora, dtype=_trained_dtype(config)), config.lora)
 
@@ -261,7 +263,7 @@ class _Run:
         batch, stops = next(batches), False
         while step < num_steps and not stops:
             start, position = time.monotonic(), batches.get_state()
-            state, metrics = self._trainer.step(state, batch.parts(config.accumulation))
+            state, metrics = self._trainer.step(state, batch.parts(config.num_microbatches))
             following = next(batches)  # made while the devices compute
             loss, norm, rate = (float(value) for value in jax.device_get(metrics))
             step += 1
@@ -289,7 +291,7 @@ class _Run:
         """The mean loss of all tokens to be learnt in the evaluation data."""
         assert self._prepared.evaluation is not None
         total, count = 0.0, 0
-        size = self._config.batch_size // self._config.accumulation
+        size = self._config.batch_size // self._config.num_microbatches
         for batch in evaluation_batches(self._prepared.evaluation, self._config.data, size):
             loss, learnt = jax.device_get(self._trainer.evaluate(state, batch))
             total, count = total + float(loss), count + int(learnt)

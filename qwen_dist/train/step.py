@@ -25,8 +25,8 @@ from qwen_dist.train.optim import Schedule, clip
 # What the forward pass keeps for the backward pass, by the configuration's name of what is computed again.
 REMAT = {
     "none": None,
-    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "blocks": jax.checkpoint_policies.nothing_saveable,
+    "selective": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 Parameters = dict[str, jax.Array]

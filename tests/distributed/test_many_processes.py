@@ -102,8 +102,8 @@ def alone(qwen_dist, directory, tmp_path):
     ("processes", "flags"),
     [
         (2, ["--mesh", "fsdp=2,tensor=2"]),
-        pytest.param(4, ["--groups", "2", "--mesh", "tensor=4"], marks=pytest.mark.slow),
-        pytest.param(3, ["--groups", "3"], marks=pytest.mark.slow),
+        pytest.param(4, ["--num-replicas", "2", "--mesh", "tensor=4"], marks=pytest.mark.slow),
+        pytest.param(3, ["--num-replicas", "3"], marks=pytest.mark.slow),
     ],
 )
 def test_every_record_is_answered_once(start, launch, directory, tmp_path, alone, processes, flags):
@@ -181,7 +181,7 @@ def test_killed_again_and_again_it_answers_every_record_once(start, launch, dire
     size = size_of(tmp_path / "alone.jsonl")
     most = size * 3 // 4  # later than that a run may end before a busy machine sees that it should be killed
     command = [launch / "local.sh", "--processes", "4", "--devices", "1", "--logs", tmp_path / "logs", "--"]
-    command += batch(directory, input, output, "--groups", "2", "--mesh", "tensor=2", "--max-batch-size", "4")
+    command += batch(directory, input, output, "--num-replicas", "2", "--mesh", "tensor=2", "--max-batch-size", "4")
     victims, sizes = [], []
     for kill in range(kills):
         # Each writes something: one that dies before the four have met costs the launcher's minute of grace.

@@ -162,7 +162,7 @@ def test_all_is_well(qwen_dist, port):
     outputs = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "fsdp 4: weights by embed; activations by embed" in outputs[0][0]
-    assert outputs[0][0].endswith("all 2 processes and 4 devices answer\n")
+    assert outputs[0][0].endswith("all 2 processes and 4 devices respond\n")
     assert outputs[1][0] == ""
 
 

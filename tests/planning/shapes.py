@@ -1,4 +1,4 @@
-"""Configurations of released sizes, as their config.json has them."""
+"""config.json of released model sizes."""
 
 from typing import Any
 
@@ -22,5 +22,5 @@ def qwen3(num_layers: int, hidden: int, heads: int, mlp: int, **values: Any) -> 
 
 QWEN3_8B = qwen3(36, 4096, 32, 12288)
 QWEN3_32B = qwen3(64, 5120, 64, 25600)
-# Large enough for its arrays to outweigh what the compiler adds to any program, and shallow, for it to be quick.
+# Large enough that its arrays outweigh what the compiler adds to any program, and shallow so that it compiles fast.
 SMALL = qwen3(3, 1024, 16, 4096, vocab_size=32768)

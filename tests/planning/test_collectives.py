@@ -1,4 +1,4 @@
-"""What travels between devices, counted in the compiled text."""
+"""Communication between devices, counted in the text of compiled programs."""
 
 import pytest
 from shapes import SMALL, qwen3
@@ -6,7 +6,7 @@ from shapes import SMALL, qwen3
 from qwen_dist.mesh import MeshConfig
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.planning.chips import Topology
-from qwen_dist.planning.compile import collectives, count_collectives, lower, topology_mesh
+from qwen_dist.planning.compile import count_collectives, lower, parse_collectives, topology_mesh
 from qwen_dist.planning.workload import Workload
 from qwen_dist.sharding import ShardingContext
 
@@ -32,7 +32,7 @@ TEXT = """
 """
 
 
-def test_collectives_of_a_compiled_text():
+def test_collectives_in_the_text_of_a_compiled_program():
     found = {one.kind: (one.count, one.bytes) for one in count_collectives(TEXT)}
     assert found == {
         "all-gather": (4, 64 * 2 * 7 / 8 + 32 / 2 + 64 * 2 / 2 + 64 * 2 * 3 / 4),
@@ -43,19 +43,19 @@ def test_collectives_of_a_compiled_text():
     }
 
 
-def text(topology: str, mesh: str, hf, verb: str, phase: str) -> str:
-    workload = Workload(verb, 8, 256)
+def text(topology: str, mesh: str, hf, command: str, phase: str) -> str:
+    workload = Workload(command, 8, 256)
     sharding_ctx = ShardingContext(topology_mesh(Topology.parse(topology), MeshConfig.parse(mesh)), workload.rules)
     return lower(ModelConfig.from_hf(hf), sharding_ctx, workload, phase).compile().as_text()
 
 
 def check_tensor_parallel(topology: str, mesh: str, hf, phase: str) -> None:
-    """Each layer sums twice, after attention and after the MLP, and nothing gathers as much as its smallest weight."""
+    """Each layer has two all-reduces, after attention and after the MLP. No all-gather is as large as a weight."""
     one, three = (text(topology, mesh, hf | {"num_hidden_layers": depth}, "batch", phase) for depth in (1, 3))
-    sums = [sum(len(result.arrays) for result in collectives(it) if result.kind == "all-reduce") for it in (one, three)]
+    sums = [sum(len(op.arrays) for op in parse_collectives(it) if op.kind == "all-reduce") for it in (one, three)]
     assert sums[1] - sums[0] == 2 * 2
     smallest = hf["hidden_size"] * hf["num_key_value_heads"] * hf["head_dim"]
-    gathered = [result for result in collectives(three) if result.kind == "all-gather"]
+    gathered = [result for result in parse_collectives(three) if result.kind == "all-gather"]
     assert all(elements < smallest for result in gathered for elements, _ in result.arrays), gathered
 
 
@@ -66,36 +66,36 @@ def test_tensor_parallel_layers_sum_twice_and_gather_no_weight(mesh, phase):
     check_tensor_parallel("cpu:8", mesh, SMALL, phase)
 
 
-def test_inference_over_fsdp_leaves_the_weights_where_they_are():
+def test_inference_over_fsdp_gathers_no_weights():
     smallest = SMALL["hidden_size"] * SMALL["num_key_value_heads"] * SMALL["head_dim"]
-    for result in collectives(text("cpu:8", "fsdp=8", ONE_LAYER, "batch", "decode")):
+    for result in parse_collectives(text("cpu:8", "fsdp=8", ONE_LAYER, "batch", "decode")):
         if result.kind == "all-gather":
             assert all(elements < smallest for elements, _ in result.arrays), result
 
 
 def test_training_over_fsdp_gathers_weights_and_nothing_larger():
-    """The gradient of the logits, [batch, length, vocab], stays where it is; so do all activations."""
+    """Activations and the gradient of the logits, [batch, length, vocab], are not gathered."""
     largest = SMALL["vocab_size"] * SMALL["hidden_size"]
     compiled = text("cpu:8", "fsdp=8", ONE_LAYER, "finetune", "train")
-    found = list(collectives(compiled))
+    found = list(parse_collectives(compiled))
     gathered = [elements for result in found if result.kind == "all-gather" for elements, _ in result.arrays]
     assert max(gathered) == largest
     assert 8 * 256 * SMALL["vocab_size"] > largest
-    # The head's gradient is summed over the devices once, not in each turn of the loss's loop.
+    # The head's gradient is summed over the devices once, not in each iteration of the loss's loop.
     in_loop = "\n".join(line for line in compiled.splitlines() if "/jvp()/while/body/" in line)
     assert in_loop
-    assert all(elements < largest // 8 for result in collectives(in_loop) for elements, _ in result.arrays)
+    assert all(elements < largest // 8 for result in parse_collectives(in_loop) for elements, _ in result.arrays)
 
 
 @pytest.mark.slow
 def test_training_over_fsdp_on_tpus_scatters_gradients():
-    """All of a gradient is on no device: the sum of every matrix is a reduce-scatter, and other sums are small.
+    """No device holds a whole gradient: every matrix gradient is reduce-scattered, and all-reduces are small.
 
-    Weights of a block are gathered when it runs and again when it runs backward, not once for good. Of the embedding what
-    tokens find travels, and the gradient of that.
+    The weights of a block are gathered in the forward pass and again in the backward pass. Of the embedding, only the rows
+    that tokens look up are exchanged, and the gradients of these rows.
     """
     pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: pip install libtpu")
-    found = list(collectives(text("v5e:2x4", "fsdp=8", ONE_LAYER, "finetune", "train")))
+    found = list(parse_collectives(text("v5e:2x4", "fsdp=8", ONE_LAYER, "finetune", "train")))
 
     def sizes(kind: str) -> list[int]:
         return sorted(elements for one in found if one.kind == kind for elements, _ in one.arrays)

@@ -1,4 +1,4 @@
-"""The arithmetic of a plan: counts that are known, sizes of arrays that exist, and the compiler's word."""
+"""The cost model of a plan against known counts, real arrays and the compiler."""
 
 import dataclasses
 import math
@@ -17,17 +17,17 @@ from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.parameters import random_parameters
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.planning.chips import Topology
-from qwen_dist.planning.compile import Collective, Compiled, compile_program, extrapolate, lower, topology_mesh
-from qwen_dist.planning.memory import Arithmetic, abstract_sharding_context
+from qwen_dist.planning.compile import CollectiveTotal, CompilerReport, compile_program, extrapolate, lower, topology_mesh
+from qwen_dist.planning.memory import CostModel, abstract_sharding_context
 from qwen_dist.planning.workload import Workload
 from qwen_dist.sharding import ShardingContext
 
 CPU = Topology.parse("cpu:8")
 
 
-def arithmetic(hf, mesh: str, workload: Workload, num_devices: int = 8) -> Arithmetic:
+def cost_model(hf, mesh: str, workload: Workload, num_devices: int = 8) -> CostModel:
     sharding_ctx = abstract_sharding_context(MeshConfig.parse(mesh), num_devices, workload)
-    return Arithmetic.of(ModelConfig.from_hf(hf), sharding_ctx, workload)
+    return CostModel.of(ModelConfig.from_hf(hf), sharding_ctx, workload)
 
 
 def compiled(hf, mesh: str, workload: Workload, phase: str):
@@ -36,28 +36,28 @@ def compiled(hf, mesh: str, workload: Workload, phase: str):
 
 
 def test_parameters_of_released_models():
-    """The counts that their pages state."""
+    """The counts on their model cards."""
     workload = Workload("batch", 8, 1024)
-    assert arithmetic(QWEN3_8B, "", workload).num_parameters == 8_190_735_360
-    assert arithmetic(QWEN3_32B, "", workload).num_parameters == 32_762_123_264
+    assert cost_model(QWEN3_8B, "", workload).num_parameters == 8_190_735_360
+    assert cost_model(QWEN3_32B, "", workload).num_parameters == 32_762_123_264
     tied = qwen3(28, 1024, 16, 3072, tie_word_embeddings=True)
-    assert arithmetic(tied, "", workload).num_parameters == 596_049_920
+    assert cost_model(tied, "", workload).num_parameters == 596_049_920
 
 
 @pytest.mark.parametrize(
     "mesh", ["data=2,fsdp=2,tensor=2", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("", "tensor=8", "fsdp=8"))]
 )
-def test_parameters_and_cache_are_those_of_arrays_that_exist(mesh):
-    """Two kinds of layers, one of which the count must not forget."""
+def test_parameters_and_cache_match_real_arrays(mesh):
+    """With and without a sliding window: both kinds of layers must be counted."""
     hf = SMALL | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
     config, workload = ModelConfig.from_hf(hf), Workload("batch", 8, 1000)
     sharding_ctx = ShardingContext(make_mesh(MeshConfig.parse(mesh)), workload.rules)
     module = Transformer(config, dtype="bfloat16")
     model = LoadedModel(config, module, random_parameters(module, sharding_ctx), sharding_ctx)
     runner = Runner(model, workload.batch)
-    # All positions of a row, and of the window what a piece of prompts and 16 tokens before it span.
+    # Pages for all positions of a row, and for a window: a chunk of a prompt and the 16 tokens before it.
     state = runner.start(tuple(workload.batch // runner.parts * pages for pages in (16, 10)))
-    memory = arithmetic(hf, mesh, workload).memory("decode")
+    memory = cost_model(hf, mesh, workload).memory("decode")
     assert memory["parameters"] == on_first_device(model.parameters)
     assert memory["cache"] == on_first_device(state.cache)
     assert memory["sampling"] == on_first_device(state.seen_RV)
@@ -75,40 +75,40 @@ def on_first_device(tree) -> int:
         pytest.param("data=4,tensor=2", "decode", marks=pytest.mark.slow),
     ],
 )
-def test_inference_is_within_a_tenth_of_the_compilers_word(mesh, phase):
-    """Not of its flops, which are the sampler's too, and of attention those of one group of pages."""
+def test_inference_memory_is_within_10_percent_of_the_compiler(mesh, phase):
+    """Flops are not compared: the compiler's include the sampler, and only one group of pages of attention."""
     workload = Workload("batch", 8, 256)
-    plan, real = arithmetic(SMALL, mesh, workload), compiled(SMALL, mesh, workload, phase)
+    plan, real = cost_model(SMALL, mesh, workload), compiled(SMALL, mesh, workload, phase)
     assert sum(plan.memory(phase).values()) == pytest.approx(real.device_bytes, rel=0.1)
 
 
-def test_of_the_last_block_prefill_computes_one_token_of_each_row():
-    """And keys and values of all; with a single block that is nearly all there is."""
+def test_prefill_computes_one_token_per_row_in_the_last_block():
+    """It computes keys and values of all tokens. With a single block this is most of the work."""
     one_block, mesh, workload = SMALL | {"num_hidden_layers": 1}, "data=4,tensor=2", Workload("batch", 8, 256)
-    plan, real = arithmetic(one_block, mesh, workload), compiled(one_block, mesh, workload, "prefill")
-    assert plan.cost("prefill").flops == pytest.approx(real.flops + plan.repeated("prefill").flops, rel=0.05)
+    plan, real = cost_model(one_block, mesh, workload), compiled(one_block, mesh, workload, "prefill")
+    assert plan.cost("prefill").flops == pytest.approx(real.flops + plan.loop_remainder("prefill").flops, rel=0.05)
 
 
-def test_optimizer_state_is_float32_and_a_copy_of_narrow_parameters():
-    narrow = arithmetic(SMALL, "fsdp=8", Workload("finetune", 8, 128)).memory("train")
-    wide = arithmetic(SMALL, "fsdp=8", Workload("finetune", 8, 128, dtype="float32")).memory("train")
+def test_optimizer_state_is_float32_with_master_weights_of_narrow_parameters():
+    narrow = cost_model(SMALL, "fsdp=8", Workload("finetune", 8, 128)).memory("train")
+    wide = cost_model(SMALL, "fsdp=8", Workload("finetune", 8, 128, dtype="float32")).memory("train")
     assert narrow["optimizer"] == narrow["parameters"] // 2 * 4 * 3
     assert wide["optimizer"] == wide["parameters"] * 2
     assert wide["gradients"] == narrow["gradients"] == wide["parameters"] == 2 * narrow["parameters"]
 
 
-def test_of_adapters_only_their_own_numbers_are_trained():
-    """A matrix [O, I] gets R · (O + I) of them; the mesh cuts what has a dimension that it cuts."""
+def test_lora_trains_only_adapter_parameters():
+    """A matrix [O, I] gets R · (O + I) adapter parameters. The mesh shards those dimensions that it shards elsewhere."""
     everywhere = Workload("finetune", 8, 128)
     adapters = dataclasses.replace(everywhere, lora=LoraOptions(rank=4))
     heads, keys, (embed, mlp) = 16 * 128, 8 * 128, (SMALL["hidden_size"], SMALL["intermediate_size"])
     count = 4 * 3 * (2 * (heads + embed) + 2 * (keys + embed) + 3 * (mlp + embed))
-    plan, memory = arithmetic(SMALL, "", adapters, 1), arithmetic(SMALL, "", adapters, 1).memory("train")
-    assert plan.num_parameters - count == arithmetic(SMALL, "", everywhere, 1).num_parameters
+    plan, memory = cost_model(SMALL, "", adapters, 1), cost_model(SMALL, "", adapters, 1).memory("train")
+    assert plan.num_parameters - count == cost_model(SMALL, "", everywhere, 1).num_parameters
     assert (memory["gradients"], memory["optimizer"]) == (4 * count, 12 * count)
-    assert memory["working set"] < arithmetic(SMALL, "", everywhere, 1).memory("train")["working set"]
-    only_some = dataclasses.replace(adapters, lora=LoraOptions(rank=4, targets=("q_proj",)))
-    cut = arithmetic(SMALL, "fsdp=4,tensor=2", only_some).memory("train")
+    assert memory["working set"] < cost_model(SMALL, "", everywhere, 1).memory("train")["working set"]
+    only_some = dataclasses.replace(adapters, lora=LoraOptions(rank=4, target_modules=("q_proj",)))
+    cut = cost_model(SMALL, "fsdp=4,tensor=2", only_some).memory("train")
     assert cut["gradients"] == 4 * 4 * 3 * (heads // 2 + embed // 4)
 
 
@@ -128,46 +128,46 @@ def test_more_layers_by_extrapolation():
 
 def test_sizes_that_do_not_divide_are_refused():
     with pytest.raises(UsageError, match="q_heads is 16, which the 32 parts of tensor do not divide"):
-        arithmetic(SMALL, "tensor=32", Workload("batch", 8, 128), num_devices=32)
+        cost_model(SMALL, "tensor=32", Workload("batch", 8, 128), num_devices=32)
     with pytest.raises(UsageError, match="batch is 6, which the 4 parts of data do not divide"):
-        arithmetic(SMALL, "data=4", Workload("batch", 6, 128))
+        cost_model(SMALL, "data=4", Workload("batch", 6, 128))
 
 
-def test_every_part_of_the_workload_counts():
+def test_every_field_of_the_workload_changes_memory():
     base = Workload("finetune", 8, 256)
-    memory = arithmetic(SMALL, "fsdp=4,tensor=2", base).memory("train")
-    for changed in ({"batch": 16}, {"context": 512}, {"remat": "none"}, {"remat": "products"}):
-        more = arithmetic(SMALL, "fsdp=4,tensor=2", dataclasses.replace(base, **changed)).memory("train")
+    memory = cost_model(SMALL, "fsdp=4,tensor=2", base).memory("train")
+    for changed in ({"batch": 16}, {"context": 512}, {"remat": "none"}, {"remat": "selective"}):
+        more = cost_model(SMALL, "fsdp=4,tensor=2", dataclasses.replace(base, **changed)).memory("train")
         assert more["saved activations"] > memory["saved activations"], changed
         assert math.isclose(more["parameters"], memory["parameters"])
-    assert not np.isclose(sum(arithmetic(SMALL, "fsdp=8", base).memory("train").values()), sum(memory.values()))
+    assert not np.isclose(sum(cost_model(SMALL, "fsdp=8", base).memory("train").values()), sum(memory.values()))
 
 
 @pytest.mark.parametrize(
-    ("verb", "phase", "sizes"),
+    ("command", "phase", "sizes"),
     [
         ("batch", "decode", [{"context": 512}, {"context": 4096}]),
         pytest.param("finetune", "train", [{"batch": 8}, {"batch": 32}], marks=pytest.mark.slow),
     ],
 )
-def test_what_loops_repeat_is_what_the_compiler_leaves_out(verb, phase, sizes):
-    """More pages, or more tokens with a loss, are more turns of a loop, of which the compiler counts one."""
-    workloads = [Workload(verb, **{"batch": 8, "context": 512} | size) for size in sizes]
-    plans = [arithmetic(SMALL, "data=4,tensor=2", workload) for workload in workloads]
+def test_loop_remainder_is_what_the_compiler_leaves_out(command, phase, sizes):
+    """More pages, or more tokens in the loss, mean more iterations of a loop, of which the compiler counts one."""
+    workloads = [Workload(command, **{"batch": 8, "context": 512} | size) for size in sizes]
+    plans = [cost_model(SMALL, "data=4,tensor=2", workload) for workload in workloads]
     reports = [compiled(SMALL, "data=4,tensor=2", workload, phase) for workload in workloads]
-    counted = [report.flops + plan.repeated(phase).flops for plan, report in zip(plans, reports, strict=True)]
+    counted = [report.flops + plan.loop_remainder(phase).flops for plan, report in zip(plans, reports, strict=True)]
     more = plans[1].cost(phase).flops - plans[0].cost(phase).flops
     assert counted[1] - counted[0] == pytest.approx(more, rel=0.1)
     assert reports[1].flops - reports[0].flops < 0.9 * more
 
 
-def test_what_gets_less_with_depth_is_not_what_a_layer_adds():
-    def compiled(flops: float, gathers: int) -> Compiled:
-        numbers = {field.name: 1.0 for field in dataclasses.fields(Compiled)}
+def test_extrapolation_ignores_a_decrease_with_depth():
+    def compiled(flops: float, gathers: int) -> CompilerReport:
+        numbers = {field.name: 1.0 for field in dataclasses.fields(CompilerReport)}
         numbers |= {"flops": flops, "argument_bytes": flops}
-        return Compiled(**numbers | {"collectives": (Collective("all-gather", gathers, 0.5 * gathers),)})
+        return CompilerReport(**numbers | {"collectives": (CollectiveTotal("all-gather", gathers, 0.5 * gathers),)})
 
     guess = extrapolate((compiled(10, 7), compiled(12, 6)), (1, 2), 48)
     assert guess.flops == 104
     assert guess.device_bytes == guess.argument_bytes == 104, "arguments are there at every moment"
-    assert guess.collectives == (Collective("all-gather", 6, 3.0),)
+    assert guess.collectives == (CollectiveTotal("all-gather", 6, 3.0),)

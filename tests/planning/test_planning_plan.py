@@ -1,4 +1,4 @@
-"""`qwen-dist plan`: what it says, the limits it finds, and what it refuses."""
+"""`qwen-dist plan`: its output, the limits it finds, and its errors."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from shapes import QWEN3_8B, QWEN3_32B, SMALL
 from qwen_dist.errors import UsageError
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.planning.chips import CHIPS, Topology
-from qwen_dist.planning.plan import compiled_layers, make_plan, plan_mesh, step_time, with_compiled
+from qwen_dist.planning.plan import compile_plan, make_capacity_plan, parse_layers, plan_mesh, step_time
 from qwen_dist.planning.report import print_plan, to_json, write_chart
 from qwen_dist.planning.workload import Workload
 
@@ -27,36 +27,36 @@ def test_topologies(text, num_devices):
 
 
 @pytest.mark.parametrize("text", ["v5e", "v5e:4", "v5p:4x4", "v9:4x4", "cpu:2x2", "v5e:0x4", "v5e:4x4x", "v6e:-1x4", ""])
-def test_topologies_that_do_not_exist(text):
-    with pytest.raises(UsageError, match="there are v4:AxBxC, v5e:AxB"):
+def test_unknown_topologies(text):
+    with pytest.raises(UsageError, match="Use v4:AxBxC, v5e:AxB"):
         Topology.parse(text)
 
 
-@pytest.mark.parametrize("verb", ["batch", "finetune"])
-def test_the_largest_batch_and_context_fit_and_more_does_not(verb):
-    config, workload = ModelConfig.from_hf(QWEN3_8B), Workload(verb, 64, 2048)
+@pytest.mark.parametrize("command", ["batch", "finetune"])
+def test_the_largest_batch_and_context_fit_and_larger_ones_do_not(command):
+    config, workload = ModelConfig.from_hf(QWEN3_8B), Workload(command, 64, 2048)
     mesh = "data=2,fsdp=8,tensor=4"
-    plan = make_plan("8b", config, V5E, workload, mesh)
-    step = {"batch": 2, "finetune": 16}[verb]
+    plan = make_capacity_plan("8b", config, V5E, workload, mesh)
+    step = {"batch": 2, "finetune": 16}[command]
 
     def fits(**changes):
         return plan_mesh(config, V5E, dataclasses.replace(workload, **changes), mesh).fits
 
-    assert fits(batch=plan.largest_batch) and not fits(batch=plan.largest_batch + step)
-    assert fits(context=plan.largest_context)
-    assert plan.largest_context == config.max_position_embeddings or not fits(context=plan.largest_context + 64)
+    assert fits(batch=plan.max_batch) and not fits(batch=plan.max_batch + step)
+    assert fits(context=plan.max_context)
+    assert plan.max_context == config.max_position_embeddings or not fits(context=plan.max_context + 64)
 
 
 def test_proposals_fit_divide_and_come_best_first():
     config = ModelConfig.from_hf(QWEN3_32B)
-    plan = make_plan("32b", config, V5E, Workload("batch", 64, 4096), None)
+    plan = make_capacity_plan("32b", config, V5E, Workload("batch", 64, 4096), None)
     assert plan.chosen == plan.proposals[0]
     assert all(proposal.fits for proposal in plan.proposals)
     speeds = [proposal.seconds_per_token for proposal in plan.proposals]
     assert speeds == sorted(speeds)
-    # All of it on each device of 16 GB: no.
+    # A whole copy on each device of 16 GB does not fit.
     assert not plan_mesh(config, V5E, Workload("batch", 64, 4096), "data=64").fits
-    assert plan.divisors["tensor"] == (1, 2, 4, 8, 16, 32, 64)
+    assert plan.legal_axis_sizes["tensor"] == (1, 2, 4, 8, 16, 32, 64)
 
 
 def test_a_batch_is_rounded_up_to_what_the_mesh_splits():
@@ -66,7 +66,7 @@ def test_a_batch_is_rounded_up_to_what_the_mesh_splits():
 
 
 def test_step_time():
-    step = step_time(CHIPS["v5e"], flops=197e12, nbytes=2 * 819e9, exchanged=50e9)
+    step = step_time(CHIPS["v5e"], flops=197e12, nbytes=2 * 819e9, received=50e9)
     assert (step.compute, step.memory, step.collectives, step.total) == (1, 2, 0.5, 2.5)
     assert step_time(Topology.parse("cpu:8").chip, 1, 1, 1) is None
 
@@ -79,9 +79,9 @@ def test_the_floor_of_a_decode_step_is_weights_and_cache_over_the_bandwidth():
 
 
 @pytest.mark.parametrize("text", ["3,1", "0,2", "1", "1,2,3", "a,b", "1,5", "2,2"])
-def test_layers_to_compile_that_cannot_be(text):
-    with pytest.raises(UsageError, match="two rising numbers up to 4"):
-        compiled_layers(text, 4)
+def test_invalid_numbers_of_layers_to_compile(text):
+    with pytest.raises(UsageError, match="two increasing numbers up to 4"):
+        parse_layers(text, 4)
 
 
 # --- what is printed ---
@@ -89,8 +89,8 @@ def test_layers_to_compile_that_cannot_be(text):
 
 def test_terminal_json_and_chart_of_a_compiled_plan(tmp_path, capsys):
     config, workload = ModelConfig.from_hf(SMALL | {"num_hidden_layers": 2}), Workload("batch", 8, 64)
-    plan = make_plan("small[8]", config, Topology.parse("cpu:8"), workload, "tensor=8")
-    plan = with_compiled(plan, config, (1, 2))
+    plan = make_capacity_plan("small[8]", config, Topology.parse("cpu:8"), workload, "tensor=8")
+    plan = compile_plan(plan, config, (1, 2))
     found = json.loads(to_json(plan))
     for phase in found["chosen"]["phases"]:
         assert phase["compiled"]["device_bytes"] == pytest.approx(phase["device_bytes"], rel=0.1)
@@ -98,7 +98,7 @@ def test_terminal_json_and_chart_of_a_compiled_plan(tmp_path, capsys):
     assert found["compiled_layers"] == [1, 2]
     write_chart(plan, str(tmp_path / "plan.html"))
     page = (tmp_path / "plan.html").read_text()
-    for words in ("prefill, arithmetic", "decode, compiled", "cache", "others", "<u style="):
+    for words in ("prefill, estimate", "decode, compiled", "cache", "others", "<u style="):
         assert words in page
     print_plan(plan, Console(width=120))
     printed = capsys.readouterr().out
@@ -107,9 +107,10 @@ def test_terminal_json_and_chart_of_a_compiled_plan(tmp_path, capsys):
 
 
 def test_table_of_a_plan_for_training(capsys):
-    print_plan(make_plan("tpu", ModelConfig.from_hf(SMALL), V5E, Workload("finetune", 64, 256), None), Console(width=120))
+    plan = make_capacity_plan("tpu", ModelConfig.from_hf(SMALL), V5E, Workload("finetune", 64, 256), None)
+    print_plan(plan, Console(width=120))
     printed = capsys.readouterr().out
-    for words in ("saved activations", "train, arithmetic", "µs a token", "fits"):
+    for words in ("saved activations", "train, estimate", "µs per token", "fits"):
         assert words in printed
 
 
@@ -117,8 +118,8 @@ def qwen_dist(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "qwen_dist.cli", *arguments], capture_output=True, text=True)
 
 
-def test_the_verb(tmp_path):
-    """One process has one backend, so the verb runs in others: once to plan and not fit, once to refuse."""
+def test_the_command_line(tmp_path):
+    """A process has one backend, so the command runs in other processes: a plan that does not fit, then wrong usage."""
     path = tmp_path / "config.json"
     path.write_text(json.dumps(QWEN3_32B))
     done = qwen_dist("plan", "--model", str(path), "--topology", "v5e:2x2", "--mesh", "tensor=4", "--json")

@@ -63,13 +63,13 @@ IN_PROGRAM = [  # the program of a step, not compiled
     ("method", "full", {}),
     ("lora.rank", 5, {}),
     ("lora.alpha", 3.0, {}),
-    ("lora.rslora", True, {}),
-    ("lora.targets", ("q_proj",), {}),
+    ("lora.use_rslora", True, {}),
+    ("lora.target_modules", ("q_proj",), {}),
     ("optimizer.name", "muon", {}),
     ("optimizer.learning_rate", 2e-3, {}),
     ("optimizer.schedule", "linear", {}),
     ("optimizer.warmup_steps", 2, {}),
-    ("optimizer.final_fraction", 0.5, {}),
+    ("optimizer.min_lr_ratio", 0.5, {}),
     ("optimizer.weight_decay", 0.5, {}),
     ("optimizer.clip_norm", 0.125, {}),
     ("optimizer.b1", 0.75, {}),
@@ -77,8 +77,8 @@ IN_PROGRAM = [  # the program of a step, not compiled
     ("optimizer.eps", 0.125, {}),
     ("mesh", "fsdp=2", {}),
     ("batch_size", 8, {}),
-    ("accumulation", 2, {}),
-    ("remat", "blocks", {}),
+    ("num_microbatches", 2, {}),
+    ("remat", "full", {}),
     ("master_weights", False, {}),
 ]
 IN_DATA = [  # the first batch and how long the run is
@@ -100,7 +100,7 @@ IN_RUN = [  # what a run of some steps leaves behind
     ("model.adapter", "{files}/nowhere", {}),
     ("data.eval_files", ("{files}/few.jsonl",), {}),
     ("save_every", 1, {}),
-    ("keep", 1, {"save_every": 1}),
+    ("max_to_keep", 1, {"save_every": 1}),
     ("keep_best", True, {}),  # refused without data to judge by; what it does with it, test_train_run says
     ("eval_every", 1, EVALUATED),
     ("tensorboard", True, {}),
@@ -140,8 +140,8 @@ def differs(base, files, tmp_path):
 def program(config) -> str:
     prepared = prepare(config)
     batch = next(training_batches(prepared.training, config.data, config.batch_size))
-    part = batch.parts(config.accumulation)[0]
-    return set_up_abstract(prepared).trainer.lower(part, config.accumulation).as_text()
+    part = batch.parts(config.num_microbatches)[0]
+    return set_up_abstract(prepared).trainer.lower(part, config.num_microbatches).as_text()
 
 
 @pytest.mark.slow

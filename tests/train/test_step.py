@@ -29,7 +29,7 @@ from qwen_dist.train.step import Trainer
 OPTIMIZER = OptimizerOptions(learning_rate=1e-2, schedule="constant", weight_decay=0.1, clip_norm=0.5)
 TORCH = {"rate": 1e-2, "weight_decay": 0.1, "clip_norm": 0.5}
 LOSS, NUMBERS = 1e-12, 1e-10
-QUICK = ((False, 1, "none"), (True, 4, "blocks"))
+QUICK = ((False, 1, "none"), (True, 4, "full"))
 
 
 def one_batch(examples, packing: bool) -> Batch:
@@ -105,7 +105,7 @@ def adapted(tiny_checkpoint, examples, tmp_path_factory):
 # Packed or not, parts of a batch, what is computed again. A few run by default; each compiles a program.
 CASES = [
     pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
-    for case in [*itertools.product([False, True], [1, 4], ["none", "blocks"]), (True, 1, "products")]
+    for case in [*itertools.product([False, True], [1, 4], ["none", "full"]), (True, 1, "selective")]
 ]
 
 
@@ -156,7 +156,7 @@ def on_one_device(tiny_checkpoint, examples):
 
 
 def one_step(loaded, examples):
-    trainer = make_trainer(loaded, loaded.parameters.keys(), remat="blocks")
+    trainer = make_trainer(loaded, loaded.parameters.keys(), remat="full")
     state, metrics = trainer.step(trainer.start(), one_batch(examples, True).parts(1))
     return jax.device_get((metrics, state.optimizer[0], state.parameters))
 
@@ -173,7 +173,7 @@ def test_a_sharded_step_is_the_same(on_one_device, examples, mesh):
 
 def collectives_of(directory, mesh, examples):
     loaded = load(directory, mesh, "float32")
-    trainer = make_trainer(loaded, loaded.parameters.keys(), remat="blocks")
+    trainer = make_trainer(loaded, loaded.parameters.keys(), remat="full")
     text = trainer.lower(one_batch(examples, True), 1).compile().as_text()
     return loaded, [(one.kind, max(elements for elements, _ in one.arrays)) for one in collectives(text)]
 

@@ -207,7 +207,7 @@ def test_an_adapter_is_trained_further(whole, config, tmp_path):
 
 def test_evaluation_and_the_best_checkpoint(config, chats, tmp_path):
     rates = {"optimizer__learning_rate": 0.5, "optimizer__schedule": "constant", "optimizer__clip_norm": 0.0}
-    options = {"data__eval_files": (str(chats),), "eval_every": 2, "keep": 1, "keep_best": True, "tensorboard": True}
+    options = {"data__eval_files": (str(chats),), "eval_every": 2, "max_to_keep": 1, "keep_best": True, "tensorboard": True}
     summary = run(config(tmp_path, **options, **rates))
     losses = {entry["step"]: entry["eval_loss"] for entry in numbers(tmp_path) if "eval_loss" in entry}
     assert list(losses) == [2, 4, 6, 8] and summary.eval_loss == losses[8]
@@ -271,5 +271,5 @@ def test_sigterm_is_exit_code_75(model, chats, tmp_path):
     time.sleep(0.5)
     process.terminate()
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 75 and "which is saved; the same command goes on" in out
+    assert process.returncode == 75 and "stopped and saved after step" in out and "the same command resumes the run" in out
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1

@@ -56,7 +56,7 @@ def test_a_step_needs_three_times_the_products_of_a_forward_pass(loaded):
 def test_what_is_frozen_needs_no_gradient_and_padding_nothing(loaded):
     positions = np.arange(16, dtype=np.int32)[None]
     flops = StepFlops(loaded, loaded.parameters)
-    adapted, trained = new_adapter(loaded, LoraOptions(rank=1, targets=("q_proj",)), dtype="float32")
+    adapted, trained = new_adapter(loaded, LoraOptions(rank=1, target_modules=("q_proj",)), dtype="float32")
     assert 0.65 < StepFlops(adapted, trained)(positions) / flops(positions) < 0.75
     padded = np.concatenate([positions, np.full_like(positions, -1)], axis=1)
     assert flops(padded) == flops(positions)
