@@ -1,10 +1,11 @@
-"""How long the compiler takes over layers one after the other, and over one layer in a loop; one table, one run.
+"""Compile time of unrolled layers and of one scanned layer; one table, one run.
 
     python benchmarks/compile_time.py [--layers 28,64,94] [--phases decode,train] [--topology v5e:4x4] [--context 2048]
 
-The blocks of Qwen3-32B, compiled ahead of time and never run: a decode step (`data=2,tensor=8`, 16 rows) and the gradient
-of a training step (`fsdp=16`, a row for each, blocks rematerialised). "unrolled" is the model as it is; "scanned" is the
-same blocks over stacked weights and caches. Memory is what the compiler says one device needs. A TPU topology needs libtpu.
+The blocks of Qwen3-32B are compiled ahead of time and not run: a decode step (`data=2,tensor=8`, 16 rows) and the
+gradient of a training step (`fsdp=16`, one row per device, full remat). "unrolled" is the model itself; "scanned" runs
+the same block in a `lax.scan` over stacked weights and caches. Memory is the compiler's figure for one device. A TPU
+topology needs libtpu.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ ROWS = 16
 
 
 class Scanned(Transformer):
-    """The same model, of whose one block's parameters and cache there are `num_layers`, stacked."""
+    """The same model as one block, scanned over stacked parameters and caches."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(dataclasses.replace(config, layers=config.layers[:1]), dtype="bfloat16")
@@ -135,13 +136,13 @@ def row(phase: str, num_layers: int, how: str, compiled: CompilerReport) -> list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", default="28,64,94", help="numbers of layers, separated by commas")
-    parser.add_argument("--phases", default="decode,train", help="of decode and train, separated by commas")
-    parser.add_argument("--topology", default="v5e:4x4", help="of 16 devices")
+    parser.add_argument("--phases", default="decode,train", help="decode and train, separated by commas")
+    parser.add_argument("--topology", default="v5e:4x4", help="a topology with 16 devices")
     parser.add_argument("--context", type=int, default=2048)
     options = parser.parse_args()
     topology = Topology.parse(options.topology)
     if topology.num_devices != math.prod(MeshConfig.parse(SETTINGS["train"][0]).sizes(16).values()):
-        parser.error(f"--topology {options.topology}: give one of 16 devices")
+        parser.error(f"--topology {options.topology} has {topology.num_devices} devices; give one with 16")
     table = Table(box=box.SIMPLE)
     for name in ("phase", "layers", "as", "compile, s", "arguments, GB", "temporaries, GB"):
         table.add_column(name, justify="left" if name in ("phase", "as") else "right")

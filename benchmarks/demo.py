@@ -12,7 +12,7 @@ import pathlib
 
 import qwen_dist.demo
 from qwen_dist.config import ModelOptions, SamplingOptions
-from qwen_dist.demo.questions import WORKED_OUT, Question, held_out_questions
+from qwen_dist.demo.questions import COMPUTED_KINDS, Question, held_out_questions
 from qwen_dist.engine.engine import Engine
 from qwen_dist.engine.open import open_engine
 from qwen_dist.engine.request import Request, SamplingParams
@@ -28,7 +28,7 @@ def main() -> None:
     options = parser.parse_args()
     engine, tokenizer, params = open_engine(ModelOptions(options.model), "", SamplingOptions())
     for kind, (right, total) in score(engine, tokenizer, params, options.count).items():
-        how = "worked out" if kind in WORKED_OUT else "by heart"
+        how = "worked out" if kind in COMPUTED_KINDS else "by heart"
         print(f"{kind:12} {right:4} of {total:4} right ({100 * right / total:.1f}%), {how}")
 
 

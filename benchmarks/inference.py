@@ -1,11 +1,11 @@
-"""This project beside transformers (PyTorch): loading, first token, prefill, decoding, memory; one table, one run.
+"""Compare with transformers (PyTorch): loading, first token, prefill, decode, memory; one table, one run.
 
     python benchmarks/inference.py --model CHECKPOINT_DIR [--dtypes bfloat16,float32] [--rounds 3]
 
 Every measurement runs in a fresh process, the two systems in turn, `--rounds` times; the table has medians. An extra
-first round is thrown away: it fills the page cache and the compilation cache. "first token" is from the start of the
-process to the first token of a 38-token chat prompt; "decode" is the tokens after every row has its first one, of
-`--steps` + 1 for each of the prompts of 32 tokens; a ratio above 1 means that this project is better.
+first round warms the page cache and the compilation cache and is discarded. "first token" is the time from the start of
+the process to the first token of a 38-token chat prompt. "decode" counts the tokens after every sequence has its first
+one; each of the 32-token prompts gets `--steps` + 1 tokens. A ratio above 1 means that this project is better.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from importlib.metadata import version
 
 SYSTEMS = ("qwen_dist", "transformers")
 QUESTION = "Write a Python function that checks whether a number is prime."
-UNITS = {"load": "s", "first token": "s", "peak memory": "GB"}  # lower is better; all others are tokens a second
+UNITS = {"load": "s", "first token": "s", "peak memory": "GB"}  # lower is better; all others are tokens per second
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ def run_worker(options: argparse.Namespace, system: str, dtype: str) -> dict[str
 
 
 def work(options: argparse.Namespace) -> dict[str, float]:
-    """One system's measurements in this process, by name."""
+    """Return the measurements of one system in this process, by name."""
     system, dtype = options.worker
     started = float(os.environ["BENCHMARK_STARTED"])
     open_system = open_qwen_dist if system == "qwen_dist" else open_transformers
@@ -86,8 +86,8 @@ def work(options: argparse.Namespace) -> dict[str, float]:
     return result
 
 
-# A system: prompts (token ids; None for the question) and a number of tokens each -> times and the number of tokens until
-# then, from when every prompt has one.
+# A system: (prompts as token ids, or None for the question; tokens per prompt) -> (time, number of tokens so far) after
+# each step, from the step in which every prompt has its first token.
 Generate = Callable[[list[list[int]] | None, int], list[tuple[float, int]]]
 
 

@@ -1,11 +1,11 @@
-"""A mixture of experts beside transformers (PyTorch): prefill and decoding; one table, one run.
+"""Compare a mixture of experts with transformers (PyTorch): prefill and decode; one table, one run.
 
     python benchmarks/moe.py [--dtypes bfloat16,float32] [--rounds 2] [--folder DIR]
 
-The checkpoint is random: the blocks of Qwen3-30B-A3B with 64 experts instead of 128, eight a token, three of them (1.9 GB
-in bfloat16). transformers runs its experts in two ways, "grouped_mm" (its default) and "eager"; the table has both, and the
-ratio is to the faster one. As in inference.py, every measurement runs in a fresh process, the systems in turn, a first
-round is thrown away, and a ratio above 1 means that this project is better.
+The checkpoint is random: three blocks of Qwen3-30B-A3B with 64 experts instead of 128, eight per token (1.9 GB in
+bfloat16). transformers has two implementations of experts, "grouped_mm" (its default) and "eager"; the table has both,
+and the ratio is to the faster one. As in inference.py, every measurement runs in a fresh process, the systems in turn,
+a first round is discarded, and a ratio above 1 means that this project is better.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--prefill", default="512", help="prompt lengths, separated by commas")
     parser.add_argument("--decode", default="1,8,32", help="batch sizes, separated by commas")
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--folder", help="where the checkpoint is, or is made; by default it is thrown away")
+    parser.add_argument("--folder", help="where the checkpoint is, or is written; default: a temporary directory")
     parser.add_argument("--worker", nargs=2, metavar=("SYSTEM", "DTYPE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -83,7 +83,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def work(options: argparse.Namespace) -> dict[str, float]:
-    """One system's measurements in this process, in tokens a second."""
+    """Return the measurements of one system in this process, in tokens per second."""
     system, dtype = options.worker
     if system == "qwen_dist":
         generate, _ = inference.open_qwen_dist(options.folder, dtype)
@@ -104,7 +104,7 @@ def work(options: argparse.Namespace) -> dict[str, float]:
 
 
 def prompt(number: int, length: int) -> list[int]:
-    """Token ids that differ, so that they go to different experts."""
+    """Return distinct token ids, so that they are routed to different experts."""
     return [(number * 7919 + position * 613) % VOCAB for position in range(length)]
 
 

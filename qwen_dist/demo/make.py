@@ -1,4 +1,4 @@
-"""The demonstration model before it is trained: a Qwen3 configuration and a tokenizer made for its own data.
+"""Make the untrained demonstration model: a Qwen3 configuration and a tokenizer trained on its data.
 
 python -m qwen_dist.demo.make --data demo.jsonl --output untrained
 """
@@ -10,9 +10,9 @@ import json
 import pathlib
 from collections.abc import Iterator, Sequence
 
-VOCABULARY = 768
+VOCAB_SIZE = 768
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-# As Qwen splits text, with each digit a token of its own.
+# Qwen's pre-tokenization pattern: every digit is a separate token.
 PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
@@ -25,7 +25,7 @@ CHAT_TEMPLATE = """\
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
-    "vocab_size": VOCABULARY,
+    "vocab_size": VOCAB_SIZE,
     "hidden_size": 192,
     "intermediate_size": 512,
     "num_hidden_layers": 5,
@@ -46,7 +46,7 @@ CONFIG = {
 
 
 def make(data: str, output: pathlib.Path) -> None:
-    """Write everything of a checkpoint directory but the weights."""
+    """Write a checkpoint directory without the weights."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE())
@@ -57,7 +57,7 @@ def make(data: str, output: pathlib.Path) -> None:
     )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=VOCAB_SIZE,
         special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

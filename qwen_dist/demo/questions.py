@@ -1,10 +1,10 @@
-"""What the demonstration model learns: small questions with one right answer, made here, all of the words our own.
+"""The training data of the demonstration model: small questions with one right answer, generated here.
 
     python -m qwen_dist.demo.questions --output demo.jsonl --count 60000
 
-Questions about numbers are drawn at random, and a tenth of them (`is_held_out`) is never trained on, so that how often the
-model is right can be counted on questions that it has not seen. Facts are learnt by heart. Sums are left out: a model of
-this size does not learn them in some minutes.
+Questions about numbers are random. A tenth of them (`is_held_out`) is not trained on, so that accuracy can be measured
+on questions that the model has not seen. The other questions are facts to memorise. There are no sums: a model of this
+size does not learn them in a few minutes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from typing import NamedTuple
 
 
 class Question(NamedTuple):
-    """A question of a kind, and the only answer that counts as right. `key`: what it is about, however it is asked."""
+    """A question and its only right answer.
+
+    Attributes:
+      kind: such as "comparison".
+      key: its subject, which is the same for every wording of the question.
+    """
 
     kind: str
     key: str
@@ -135,8 +140,8 @@ def _explanation(rng: random.Random) -> Question:
     return Question("explanation", text, text, EXPLANATIONS[text])
 
 
-# How often each kind is asked: what must be worked out more often than what is known by heart.
-KINDS: dict[Callable[[random.Random], Question], int] = {
+# Relative frequencies. Questions to compute are more frequent than facts to memorise.
+WEIGHTS: dict[Callable[[random.Random], Question], int] = {
     _comparison: 3,
     _sorted: 4,
     _next: 2,
@@ -148,18 +153,18 @@ KINDS: dict[Callable[[random.Random], Question], int] = {
     _spelling: 1,
     _explanation: 1,
 }
-WORKED_OUT = ("comparison", "sorted list", "next number", "even or odd")
+COMPUTED_KINDS = ("comparison", "sorted list", "next number", "even or odd")
 
 
 def is_held_out(question: Question) -> bool:
-    """Whether it is kept for counting: a tenth of all that can be worked out."""
-    return question.kind in WORKED_OUT and zlib.crc32(question.key.encode()) % 10 == 0
+    """Return whether a question is held out for evaluation: a tenth of those of COMPUTED_KINDS."""
+    return question.kind in COMPUTED_KINDS and zlib.crc32(question.key.encode()) % 10 == 0
 
 
 def training_questions(count: int, seed: int = 0) -> Iterator[Question]:
-    """Questions to learn from, none of them held out."""
+    """Yield `count` random questions that are not held out."""
     rng = random.Random(seed)
-    makers, weights = list(KINDS), list(KINDS.values())
+    makers, weights = list(WEIGHTS), list(WEIGHTS.values())
     while count:
         question = rng.choices(makers, weights)[0](rng)
         if not is_held_out(question):
@@ -168,20 +173,20 @@ def training_questions(count: int, seed: int = 0) -> Iterator[Question]:
 
 
 def held_out_questions(count: int, seed: int = 1) -> dict[str, list[Question]]:
-    """By kind: as many held out questions of what is worked out, and of the rest all that there are (up to `count`)."""
+    """Return evaluation questions by kind, up to `count` of each. Those of COMPUTED_KINDS are held out."""
     rng = random.Random(seed)
     found: dict[str, dict[str, Question]] = {}
-    for make in KINDS:
+    for make in WEIGHTS:
         for _ in range(200 * count):
             question = make(rng)
             of_kind = found.setdefault(question.kind, {})
-            if is_held_out(question) == (question.kind in WORKED_OUT) and len(of_kind) < count:
+            if is_held_out(question) == (question.kind in COMPUTED_KINDS) and len(of_kind) < count:
                 of_kind.setdefault(question.key, question)
     return {kind: list(questions.values()) for kind, questions in found.items()}
 
 
-def as_chat(question: Question) -> dict[str, object]:
-    """A record of training data."""
+def to_record(question: Question) -> dict[str, object]:
+    """Return the question and its answer as a record of training data."""
     turns = (("user", question.text), ("assistant", question.answer))
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
@@ -193,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with open(options.output, "w", encoding="utf-8") as file:
         for question in training_questions(options.count):
-            file.write(json.dumps(as_chat(question)) + "\n")
+            file.write(json.dumps(to_record(question)) + "\n")
 
 
 if __name__ == "__main__":

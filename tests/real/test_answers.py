@@ -1,4 +1,4 @@
-"""The real checkpoint answers as transformers does, on one device and on meshes, alone and in company."""
+"""The real checkpoint gives the same answers as transformers, on one device and on meshes, alone and in a batch."""
 
 import gc
 import pathlib
@@ -31,7 +31,7 @@ def answer(engine: Engine, prompts, params: SamplingParams) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def expected(real_checkpoint: pathlib.Path) -> tuple[tuple[int, ...], list[int]]:
-    """The prompt and what transformers continues it with: greedy, with the repetition penalty of generation_config.json."""
+    """The prompt and transformers' answer: greedy, with the repetition penalty of generation_config.json."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(real_checkpoint)
     model = transformers.AutoModelForCausalLM.from_pretrained(real_checkpoint, dtype=torch.float32)
     chat = [{"role": "user", "content": QUESTION}]
@@ -60,7 +60,7 @@ def test_the_answer_is_transformers_token_for_token(real_checkpoint, expected, m
 
 @pytest.mark.slow
 def test_32_prompts_are_each_answered_as_if_alone(real_checkpoint):
-    """From 1 to 700 tokens: the batch crosses every size that programs are compiled for."""
+    """From 1 to 700 tokens: the batch needs every size that programs are compiled for."""
     engine, tokenizer, _ = open_engine(
         ModelOptions(str(real_checkpoint), dtype="float32"), "", SamplingOptions(), max_batch_size=32
     )

@@ -9,7 +9,14 @@ import pytest
 
 import qwen_dist.demo
 from qwen_dist.cli import main
-from qwen_dist.demo.questions import EXPLANATIONS, WORKED_OUT, as_chat, held_out_questions, is_held_out, training_questions
+from qwen_dist.demo.questions import (
+    COMPUTED_KINDS,
+    EXPLANATIONS,
+    held_out_questions,
+    is_held_out,
+    to_record,
+    training_questions,
+)
 
 MODEL = pathlib.Path(qwen_dist.demo.__file__).parent / "model"
 
@@ -21,10 +28,10 @@ def test_it_is_small():
 def test_no_question_that_is_counted_was_learnt():
     learnt = {(question.kind, question.key) for question in training_questions(5000)}
     counted = held_out_questions(20)
-    assert set(WORKED_OUT) < counted.keys()
-    assert not learnt & {(question.kind, question.key) for kind in WORKED_OUT for question in counted[kind]}
-    assert all(is_held_out(question) for kind in WORKED_OUT for question in counted[kind])
-    assert as_chat(counted["comparison"][0])["messages"][1]["role"] == "assistant"
+    assert set(COMPUTED_KINDS) < counted.keys()
+    assert not learnt & {(question.kind, question.key) for kind in COMPUTED_KINDS for question in counted[kind]}
+    assert all(is_held_out(question) for kind in COMPUTED_KINDS for question in counted[kind])
+    assert to_record(counted["comparison"][0])["messages"][1]["role"] == "assistant"
 
 
 def test_it_answers_where_no_model_is_named(capsys):
