@@ -26,11 +26,12 @@ from rich.console import Console
 from rich.table import Table
 
 from qwen_dist.mesh import MeshConfig
-from qwen_dist.models import cache as kv_cache
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.parameters import abstract_parameters, with_parameters
 from qwen_dist.models.rope import rope_table
-from qwen_dist.models.transformer import Block, Transformer
+from qwen_dist.models.state import MixerInputs, StepIndices, empty_states, page_of_tokens, state_axes
+from qwen_dist.models.transformer import Block, Transformer, state_specs
+from qwen_dist.ops.paged_cache import PageIndices, pages_for
 from qwen_dist.planning.chips import Topology
 from qwen_dist.planning.compile import CompilerReport, compile_program, topology_mesh
 from qwen_dist.sharding import INFERENCE, TRAIN, ShardingContext, constrain, use_sharding
@@ -59,21 +60,25 @@ class Scanned(Transformer):
     def __init__(self, config: ModelConfig):
         super().__init__(dataclasses.replace(config, layers=config.layers[:1]), dtype="bfloat16")
 
-    def __call__(self, tokens_BT, positions_BT, cache=None, pages=None, *, segments_BT=None, remat=None):  # type: ignore[no-untyped-def,override]
+    def __call__(self, tokens_BT, positions_BT, states=None, indices=None, *, segments_BT=None, remat=None):  # type: ignore[no-untyped-def,override]
         x_BTD = constrain(self.embed_tokens(tokens_BT), "batch", "length", "embed")
         rope = rope_table(self.config.rope, self.config.head_dim, positions_BT, x_BTD.dtype)
+        inputs = MixerInputs(rope, positions_BT, segments_BT)
+        if indices is not None:
+            page_BT = page_of_tokens(indices.pages[0], positions_BT)
+            inputs = inputs._replace(pages=indices.pages[0], page_BT=page_BT)
         graph, stacked = nnx.split(self.layers[0])
 
         def run(x_BTD: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, Any]:
-            state, layer_cache = layer
+            state, layer_state = layer
             block: Block = nnx.merge(graph, state)
-            x_BTD, layer_cache, _ = block(x_BTD, rope, positions_BT, layer_cache, pages and pages[0], segments_BT)
-            return x_BTD, layer_cache
+            x_BTD, layer_state, _ = block(x_BTD, inputs, layer_state)
+            return x_BTD, layer_state
 
         if remat is not None:
             run = jax.checkpoint(run, policy=remat)
-        x_BTD, updated = jax.lax.scan(run, x_BTD, (stacked, None if cache is None else cache[0]))
-        return self.norm(x_BTD), None if cache is None else (updated,), ()
+        x_BTD, updated = jax.lax.scan(run, x_BTD, (stacked, None if states is None else states[0]))
+        return self.norm(x_BTD), None if states is None else (updated,), ()
 
 
 def lower(phase: str, num_layers: int, is_scanned: bool, topology: Topology, context: int) -> jax.stages.Lowered:
@@ -90,18 +95,19 @@ def lower(phase: str, num_layers: int, is_scanned: bool, topology: Topology, con
         step = jax.jit(functools.partial(gradient, module, sharding_ctx))
         return step.lower(parameters, tokens, tokens)
     parts = sharding_ctx.batch_multiple()
-    num_pages = ROWS // parts * kv_cache.num_pages(context)
-    cache = jax.eval_shape(lambda: kv_cache.empty(module.config, parts, [num_pages], "bfloat16"))
-    place = sharding_ctx.activation("cache", cache[0].k.shape, kv_cache.CACHE_AXES)
-    cache = jax.tree.map(lambda x: x.update(sharding=place), cache)
+    num_pages = ROWS // parts * pages_for(context)
+    specs = state_specs(module.config, "bfloat16")
+    states = jax.eval_shape(lambda: empty_states(specs, parts, [num_pages], ROWS // parts))
+    place = sharding_ctx.activation("layer state", states[0].k.shape, state_axes(specs[0])[0])
+    states = jax.tree.map(lambda x: x.update(sharding=place), states)
     if is_scanned:
-        cache = jax.tree.map(lambda x: stack(x, num_layers), cache)
+        states = jax.tree.map(lambda x: stack(x, num_layers), states)
     everywhere = functools.partial(numbers, sharding=sharding_ctx.replicated())
-    visits = everywhere((parts, num_pages))
-    column = everywhere((ROWS, 1))
-    pages = [kv_cache.Pages(column, visits, visits, visits, everywhere(()))]
+    entries, column, rows = everywhere((parts, num_pages)), everywhere((ROWS, 1)), everywhere((ROWS,))
+    pages = PageIndices(column, rows, entries, entries, entries, everywhere(()))
+    indices = StepIndices(rows, (pages,))
     step = jax.jit(functools.partial(decode, module, sharding_ctx), donate_argnums=1)
-    return step.lower(parameters, cache, column, column, pages)
+    return step.lower(parameters, states, column, column, indices)
 
 
 def stack(leaf: jax.ShapeDtypeStruct, num_layers: int) -> jax.ShapeDtypeStruct:
@@ -111,11 +117,11 @@ def stack(leaf: jax.ShapeDtypeStruct, num_layers: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((num_layers, *leaf.shape), leaf.dtype, sharding=sharding.update(spec=spec))
 
 
-def decode(module, sharding_ctx, parameters, cache, tokens, positions, pages):  # type: ignore[no-untyped-def]
+def decode(module, sharding_ctx, parameters, states, tokens, positions, indices):  # type: ignore[no-untyped-def]
     with use_sharding(sharding_ctx):
         model = with_parameters(module, parameters)
-        x_BTD, cache, _ = model(tokens, positions, cache, pages)
-        return jnp.argmax(model.unembed(x_BTD), axis=-1), cache
+        x_BTD, states, _ = model(tokens, positions, states, indices)
+        return jnp.argmax(model.unembed(x_BTD), axis=-1), states
 
 
 def gradient(module, sharding_ctx, parameters, tokens, positions):  # type: ignore[no-untyped-def]

@@ -7,7 +7,6 @@ error: a model that runs with a key it did not understand gives answers that loo
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
 import math
@@ -96,11 +95,6 @@ class ModelConfig:
         if self.moe is not None:
             sizes += [self.moe.expert_size, self.moe.shared_expert_size or self.moe.expert_size]
         return tuple(dict.fromkeys(sizes))
-
-    @property
-    def windows(self) -> dict[int | None, int]:
-        """How far back layers see (tokens; None: everything), in the order of their coming, and how many layers do."""
-        return dict(collections.Counter(layer.sliding_window for layer in self.layers))
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], ignored_keys: Iterable[str] = ()) -> ModelConfig:

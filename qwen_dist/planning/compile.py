@@ -20,7 +20,7 @@ from jax.experimental import mesh_utils, topologies
 
 from qwen_dist.checkpoint.model import LoadedModel
 from qwen_dist.config import OptimizerOptions
-from qwen_dist.engine.engine import BLOCK
+from qwen_dist.engine.engine import CHUNK_SIZE
 from qwen_dist.engine.runner import Runner
 from qwen_dist.errors import UserError
 from qwen_dist.mesh import AXES, MeshConfig
@@ -136,12 +136,12 @@ def lower(config: ModelConfig, sharding_ctx: ShardingContext, workload: Workload
     module = Transformer(config, dtype=workload.dtype)
     model = LoadedModel(config, module, abstract_parameters(module, sharding_ctx), sharding_ctx)  # type: ignore[arg-type]
     runner = Runner(model, workload.batch)
-    of_row = tuple(workload.pages(config.windows).values())
-    num_pages = tuple(workload.batch // runner.parts * number for number in of_row)
+    of_sequence = workload.pages(runner.specs, sharding_ctx)
+    num_pages = tuple(workload.batch // runner.num_shards * number for number in of_sequence)
     if phase == "decode":
-        return runner.lower_step(num_pages)
-    num_blocks, _ = workload.tokens_of(phase, runner.parts)
-    return runner.lower_read(num_pages, num_blocks, BLOCK, of_row)
+        return runner.lower_decode(num_pages)
+    num_rows, _ = workload.tokens_of(phase, runner.num_shards)
+    return runner.lower_prefill(num_pages, num_rows, CHUNK_SIZE, of_sequence)
 
 
 def compile_program(lowered: jax.stages.Lowered) -> CompilerReport:

@@ -18,13 +18,15 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from qwen_dist.mesh import AXES, MeshConfig
-from qwen_dist.models.attention import query_block
-from qwen_dist.models.cache import PAGE, group_size
 from qwen_dist.models.config import LayerConfig, ModelConfig
-from qwen_dist.models.moe import room_for
 from qwen_dist.models.parameters import abstract_parameters
-from qwen_dist.models.splash_attention import LANES
-from qwen_dist.models.transformer import Transformer
+from qwen_dist.models.state import page_bytes, slot_bytes
+from qwen_dist.models.state_spec import CacheGroup, LayerStateSpec, cache_groups
+from qwen_dist.models.transformer import Transformer, state_specs
+from qwen_dist.ops import splash_attention
+from qwen_dist.ops.attention import query_block
+from qwen_dist.ops.expert_parallel import expert_capacity
+from qwen_dist.ops.paged_cache import PAGE, entries_at_a_time
 from qwen_dist.planning.workload import Phase, Workload
 from qwen_dist.sharding import ShardingContext
 from qwen_dist.train.lora import attach
@@ -145,9 +147,9 @@ class CostModel:
                 "working set": self._training_workspace_bytes(),
             }
         # The token-presence table of the repetition penalty. A TPU updates a copy of it.
-        seen = self._size("batch", "vocab") * (2 if self.is_tpu else 1)
+        presence = self._size("batch", "vocab") * (2 if self.is_tpu else 1)
         working = self._for_step(phase)._inference_workspace_bytes(self._tokens_of(phase)[1])
-        return {"parameters": parameters, "cache": self._cache_bytes(), "sampling": seen, "working set": working}
+        return {"parameters": parameters, "cache": self._cache_bytes(), "sampling": presence, "working set": working}
 
     def cost(self, phase: Phase) -> Cost:
         """Return the cost of one step of a phase. A prefill step is one chunk of the prompts."""
@@ -183,9 +185,10 @@ class CostModel:
                 kernel_flops = (3 + self._num_remats) * self._attention_flops(tokens)
             return Cost(more_iterations * flops + kernel_flops, nbytes, {})
         rows = step.workload.batch // self.sharding_ctx.batch_multiple()
-        parts = {w: 1 - 1 / max(rows * pages / group_size(rows, tokens), 1) for w, pages in self._pages.items()}
-        flops_in_loops = sum(part * step._window_attention_flops(window, tokens) for window, part in parts.items())
-        bytes_in_loops = sum(part * step._window_cache_bytes(window) for window, part in parts.items())
+        # The compiler counts the first of the iterations of each cache group.
+        uncounted = [1 - 1 / max(rows * pages / entries_at_a_time(rows, tokens), 1) for pages in self._pages]
+        flops_in_loops = sum(share * step._group_attention_flops(g, tokens) for g, share in enumerate(uncounted))
+        bytes_in_loops = sum(share * step._group_cache_bytes(g) for g, share in enumerate(uncounted))
         return Cost(flops_in_loops, bytes_in_loops, {})
 
     @property
@@ -218,28 +221,36 @@ class CostModel:
     # --- memory ---
 
     @functools.cached_property
-    def _pages(self) -> dict[int | None, int]:
-        """Pages per sequence, by sliding window."""
-        return self.workload.pages(self.config.windows)
+    def _specs(self) -> tuple[LayerStateSpec, ...]:
+        return state_specs(self.config, self.workload.dtype)
+
+    @functools.cached_property
+    def _groups(self) -> tuple[CacheGroup, ...]:
+        return cache_groups(self._specs)
+
+    @functools.cached_property
+    def _pages(self) -> tuple[int, ...]:
+        """Pages per sequence, of each cache group."""
+        return self.workload.pages(self._specs, self.sharding_ctx)
 
     def _cache_bytes(self) -> int:
-        """Return the bytes of the whole KV cache."""
-        return sum(map(self._window_cache_bytes, self._pages))
+        """Return the bytes of the states of all layers."""
+        slots = self._size("batch") * slot_bytes(self._specs, self.sharding_ctx)
+        return slots + sum(map(self._group_cache_bytes, range(len(self._groups))))
 
-    def _window_cache_bytes(self, window: int | None) -> int:
-        """Return the bytes of the KV cache of the layers with this sliding window."""
-        slots = self._pages[window] * PAGE
-        in_layer = 2 * self._size("batch", "kv_heads", "kv_length", "head_dim", kv_length=slots) * self._itemsize
-        return in_layer * self.config.windows[window]
+    def _group_cache_bytes(self, group: int) -> int:
+        """Return the bytes of the pages of a cache group."""
+        return self._size("batch") * self._pages[group] * page_bytes(self._specs, self.sharding_ctx)[group]
 
     def _inference_workspace_bytes(self, length: int) -> int:
         stream = self._size("batch", "length", "embed", length=length) * self._itemsize
         heads = self._size("batch", "length", "q_heads", "head_dim", length=length) * self._itemsize
         # For one group of pages: keys and values, the scores, and the softmax of the scores.
         parts = self.sharding_ctx.batch_multiple()
-        visits = {"batch": parts * group_size(self.workload.batch // parts, length), "length": length, "kv_length": PAGE}
-        keys = 2 * self._size("batch", "kv_heads", "kv_length", "head_dim", **visits) * self._itemsize
-        scores = 2 * self._size("batch", "length", "q_heads", "kv_length", **visits) * F32_BYTES
+        entries = parts * entries_at_a_time(self.workload.batch // parts, length)
+        sizes = {"batch": entries, "length": length, "kv_length": PAGE}
+        keys = 2 * self._size("batch", "kv_heads", "kv_length", "head_dim", **sizes) * self._itemsize
+        scores = 2 * self._size("batch", "length", "q_heads", "kv_length", **sizes) * F32_BYTES
         # With weights sharded over fsdp, gate and up are all-reduced together in float32.
         width = 4 * F32_BYTES if self.sharding_ctx.mesh.shape["fsdp"] > 1 else 3 * self._itemsize
         channels = width * self._size("batch", "length", "mlp", length=length) if self._num_layers["mlp"] else 0
@@ -279,12 +290,14 @@ class CostModel:
     @property
     def _uses_splash_attention(self) -> bool:
         """Whether training uses `splash_attention`, which saves no scores."""
-        return self.is_tpu and self._itemsize < 4 and self.sharding_ctx.num_parts("length") == 1
+        return self.is_tpu and splash_attention.is_for(self._itemsize, self.sharding_ctx.num_shards("length"))
 
     def _attention_residual_bytes(self) -> int:
         """Return the bytes that attention saves in addition to its operands and its output."""
         if self._uses_splash_attention:
-            return self._size("batch", "length", "q_heads") * LANES * F32_BYTES  # log-sum-exp, one copy per lane
+            return (
+                self._size("batch", "length", "q_heads") * splash_attention.LANES * F32_BYTES
+            )  # log-sum-exp, one copy per lane
         context = self.workload.context
         seen = (context + query_block(context)) / 2 / context  # blocks of queries do not touch the keys after them
         return int(
@@ -330,7 +343,7 @@ class CostModel:
         tokens = self._size("batch", "length", length=length)
         if parts == 1:
             return tokens * moe.experts_per_token
-        return parts * room_for(tokens, moe.experts_per_token, parts, moe.num_experts // parts)
+        return parts * expert_capacity(tokens, moe.experts_per_token, parts, moe.num_experts // parts)
 
     def _expert_workspace_bytes(self, length: int) -> int:
         """Return the bytes of these rows: expert inputs, outputs and hidden channels."""
@@ -386,15 +399,16 @@ class CostModel:
         return self.workload.batch * 2 * tokens * weights / self._num_devices
 
     def _attention_flops(self, tokens: int) -> float:
-        return sum(self._window_attention_flops(window, tokens) for window in self.config.windows)
+        return sum(self._group_attention_flops(group, tokens) for group in range(len(self._groups)))
 
-    def _window_attention_flops(self, window: int | None, tokens: int) -> float:
-        """Return the attention flops of the layers with this sliding window. Training also computes masked-out keys."""
+    def _group_attention_flops(self, group: int, tokens: int) -> float:
+        """Return the attention flops of the layers of a cache group. Training also computes masked-out keys."""
         config, workload = self.config, self.workload
-        slots = self._pages[window] * PAGE
-        keys = min(slots, window or slots) if workload.command == "batch" else workload.context / 2
-        has_last = window == config.layers[-1].sliding_window
-        layers = self._equivalent_blocks(config.windows[window], tokens, has_last=has_last)
+        window, layers_of_group = self._groups[group].window, self._groups[group].layers
+        positions = self._pages[group] * PAGE
+        keys = min(positions, window or positions) if workload.command == "batch" else workload.context / 2
+        has_last = len(config.layers) - 1 in layers_of_group
+        layers = self._equivalent_blocks(len(layers_of_group), tokens, has_last=has_last)
         heads = config.num_attention_heads * config.head_dim * layers
         return workload.batch * 4 * tokens * keys * heads / self._num_devices
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 from qwen_dist.config import LoraOptions
-from qwen_dist.engine.engine import BLOCK, NUM_BLOCKS
-from qwen_dist.engine.pages import Kinds, Needs
+from qwen_dist.engine.engine import CHUNK_SIZE, MAX_CHUNKS, cache_limits
 from qwen_dist.errors import UsageError
-from qwen_dist.models.cache import PAGE
-from qwen_dist.sharding import INFERENCE, TRAIN, RuleSet
+from qwen_dist.models.state_spec import LayerStateSpec
+from qwen_dist.sharding import INFERENCE, TRAIN, RuleSet, ShardingContext
 
 Phase = Literal["prefill", "decode", "train"]
 
@@ -48,21 +48,20 @@ class Workload:
     def rules(self) -> RuleSet:
         return INFERENCE if self.command == "batch" else TRAIN
 
-    def pages(self, kinds: Kinds) -> dict[int | None, int]:
-        """Return the pages of a sequence of `context` tokens, by sliding window."""
-        ahead = NUM_BLOCKS * BLOCK
-        needs = Needs(kinds, num_rows=self.batch, page_size=PAGE, max_length=self.context, ahead=ahead)
-        return dict(zip(needs.windows, needs.of_sequence(self.context), strict=True))
+    def pages(self, specs: Sequence[LayerStateSpec], sharding_ctx: ShardingContext) -> tuple[int, ...]:
+        """Return the pages of a sequence of `context` tokens, of each cache group."""
+        limits = cache_limits(specs, sharding_ctx, num_slots=self.batch, max_length=self.context)
+        return limits.of_sequence(self.context)
 
-    def tokens_of(self, phase: Phase, parts: int) -> tuple[int, int]:
+    def tokens_of(self, phase: Phase, num_shards: int) -> tuple[int, int]:
         """Return the number of rows in one step, and the tokens of each.
 
         A row of a prefill step is a chunk of a prompt, so their number does not depend on the batch size.
 
         Args:
           phase: which program.
-          parts: the number of data-parallel shards that the batch is split over.
+          num_shards: the number of data-parallel shards.
         """
         if phase == "prefill":
-            return parts * NUM_BLOCKS, BLOCK
+            return num_shards * MAX_CHUNKS, CHUNK_SIZE
         return self.batch, self.context if phase == "train" else 1

@@ -10,6 +10,7 @@ from qwen_dist.engine.engine import CHUNK_SIZE, MAX_CHUNKS, Engine
 from qwen_dist.engine.request import Request, SamplingParams
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.state import page_bytes
+from qwen_dist.models.state_spec import cache_groups
 from qwen_dist.models.transformer import state_specs
 from qwen_dist.ops.paged_cache import PAGE
 from qwen_dist.sharding import INFERENCE, ShardingContext
@@ -39,7 +40,8 @@ def test_answers_beyond_the_window_are_transformers_and_memory_is_the_windows(ch
     directory, windows = checkpoint
     sharding_ctx = ShardingContext(make_mesh(MeshConfig.parse(mesh)), INFERENCE)
     model, tokenizer = load_model(directory, sharding_ctx, dtype="float32"), Tokenizer.from_directory(directory)
-    assert model.config.windows == windows
+    groups = cache_groups(state_specs(model.config, model.dtype))
+    assert {group.window: len(group.layers) for group in groups} == windows
     tokenizer.stop_ids = frozenset()
     rng = np.random.default_rng(3)
     prompts = [tuple(rng.integers(0, 300, length).tolist()) for length in LENGTHS]
