@@ -1,4 +1,6 @@
-"""Arithmetic on boxes: one (start, stop) per dimension of an array, the stop exclusive."""
+"""Arithmetic on boxes. A box is a rectangular part of an array: one (start, stop) per dimension, stop exclusive."""
+
+from __future__ import annotations
 
 import itertools
 import math
@@ -11,17 +13,17 @@ import numpy as np
 Box = tuple[tuple[int, int], ...]
 
 
-def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
-    """The box that an index of slices takes of an array of that shape."""
-    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+def box_from_slices(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+    """Return the box that a tuple of slices selects from an array of that shape."""
+    return tuple(item.indices(size)[:2] for item, size in zip(index, shape, strict=True))
 
 
 def box_shape(box: Box) -> tuple[int, ...]:
     return tuple(stop - start for start, stop in box)
 
 
-def first_index(box: Box, shape: tuple[int, ...]) -> int:
-    """The row-major index of the box's first element in an array of that shape."""
+def first_flat_index(box: Box, shape: tuple[int, ...]) -> int:
+    """Return the row-major index of the box's first element in an array of that shape."""
     index = 0
     for (start, _), size in zip(box, shape, strict=True):
         index = index * size + start
@@ -29,7 +31,7 @@ def first_index(box: Box, shape: tuple[int, ...]) -> int:
 
 
 def flat_indices(box: Box, shape: tuple[int, ...], first: int, last: int) -> np.ndarray:
-    """The box's row-major indices over the dimensions [first, last) alone."""
+    """Return the box's row-major indices over only the dimensions [first, last)."""
     indices = np.zeros(1, np.int64)
     for (start, stop), size in zip(box[first:last], shape[first:last], strict=True):
         indices = (indices[:, None] * size + np.arange(start, stop)).reshape(-1)
@@ -37,23 +39,23 @@ def flat_indices(box: Box, shape: tuple[int, ...], first: int, last: int) -> np.
 
 
 def intersect(one: Box, other: Box) -> Box | None:
-    """The common part of two boxes, or None."""
+    """Return the intersection of two boxes, or None if it is empty."""
     common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
     return common if all(start < stop for start, stop in common) else None
 
 
-def contains(one: Box, other: Box) -> bool:
-    """Whether the first box contains all of the second."""
-    return all(a <= c and d <= b for (a, b), (c, d) in zip(one, other, strict=True))
+def contains(outer: Box, inner: Box) -> bool:
+    """Return whether the first box contains all of the second."""
+    return all(a <= c and d <= b for (a, b), (c, d) in zip(outer, inner, strict=True))
 
 
-def relative(box: Box, origin: Box) -> tuple[Any, ...]:
-    """The box as an index into an array that holds the box `origin`; always a view, also of a scalar."""
+def relative_slices(box: Box, origin: Box) -> tuple[Any, ...]:
+    """Return the index of `box` in an array that holds the box `origin`; it always gives a view, even of a scalar."""
     return (*(slice(a - c, b - c) for (a, b), (c, _) in zip(box, origin, strict=True)), ...)
 
 
 def run_dim(box: Box, shape: tuple[int, ...]) -> int:
-    """The outermost dimension along which the box is contiguous in an array of that shape."""
+    """Return the outermost dimension along which the box is contiguous in a row-major array of that shape."""
     dim = len(shape)
     while dim > 0 and (dim == len(shape) or box[dim] == (0, shape[dim])):
         dim -= 1
@@ -61,35 +63,37 @@ def run_dim(box: Box, shape: tuple[int, ...]) -> int:
 
 
 def run_length(box: Box, shape: tuple[int, ...]) -> int:
-    """How many consecutive elements of a row-major array of that shape the box takes at a time."""
+    """Return the length, in elements, of the contiguous runs of the box in a row-major array of that shape."""
     return math.prod(box_shape(box)[run_dim(box, shape) :])
 
 
-def merge(boxes: Iterable[Box]) -> list[Box]:
-    """Joins boxes that are neighbours along one dimension until none are: eight column shards become the whole matrix."""
+def merge_boxes(boxes: Iterable[Box]) -> list[Box]:
+    """Merge boxes that are adjacent along one dimension until none are: eight column shards become the whole matrix."""
     merged = sorted(set(boxes))
     for dim in reversed(range(len(merged[0]) if merged else 0)):
         lines: dict[tuple[Any, ...], list[tuple[int, int]]] = defaultdict(list)
         for box in merged:
             lines[box[:dim] + box[dim + 1 :]].append(box[dim])
         merged = [
-            (*line[:dim], interval, *line[dim:]) for line, intervals in lines.items() for interval in _join(intervals)
+            (*line[:dim], interval, *line[dim:])
+            for line, intervals in lines.items()
+            for interval in _merge_intervals(intervals)
         ]
     return sorted(merged)
 
 
-def _join(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    joined: list[tuple[int, int]] = []
+def _merge_intervals(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    merged: list[tuple[int, int]] = []
     for start, stop in sorted(intervals):
-        if joined and start <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
         else:
-            joined.append((start, stop))
-    return joined
+            merged.append((start, stop))
+    return merged
 
 
-def widen(box: Box, shape: tuple[int, ...], max_gap: int) -> Box:
-    """The box extended to whole rows wherever the gap between its runs is at most `max_gap` elements."""
+def widen_box(box: Box, shape: tuple[int, ...], max_gap: int) -> Box:
+    """Return the box, extended to whole rows wherever the gap between its runs is at most `max_gap` elements."""
     for dim in reversed(range(1, len(shape))):
         gap = (shape[dim] - (box[dim][1] - box[dim][0])) * math.prod(box_shape(box)[dim + 1 :])
         if gap > max_gap:
@@ -98,10 +102,10 @@ def widen(box: Box, shape: tuple[int, ...], max_gap: int) -> Box:
     return box
 
 
-def split(box: Box, limit: int, first_dim: int) -> Iterator[Box]:
-    """Divides a box into boxes of at most `limit` elements (at least one), in row-major order.
+def split_box(box: Box, limit: int, first_dim: int) -> Iterator[Box]:
+    """Yield boxes of at most `limit` elements (at least one) that together make up a box, in row-major order.
 
-    Dimensions before `first_dim` are always cut into single indices.
+    Dimensions before `first_dim` are always split into single indices.
     """
     extents = box_shape(box)
     dim = first_dim

@@ -1,4 +1,4 @@
-"""A model as the user names it, a directory or a hub id, to a directory."""
+"""Resolve the model that a user names (a directory, a hub id or an address) to a local directory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tempfile
 
 from qwen_dist.errors import CheckpointError
 
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 _SMALL_FILES = (
     "config.json",
     "generation_config.json",
@@ -23,15 +23,15 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def local_directory(model: str, *, weights: bool = True) -> pathlib.Path:
-    """A directory here with a checkpoint's files; a hub id is downloaded (or found in huggingface_hub's cache) first.
+    """Return a local directory with a checkpoint's files, after downloading a hub id that is not in the hub's cache.
 
     Args:
       model: a directory, a config.json, an id such as `Qwen/Qwen3-0.6B`, or the `http(s)://`, `gs://` or `s3://` address
-        of a directory. From an address only configuration and tokenizer are copied: `load_model` reads the weights there.
-      weights: False leaves the weights of a hub id where they are, too.
+        of a directory. Only configuration and tokenizer are copied from an address: `load_model` streams its weights.
+      weights: False does not download the weights of a hub id either.
 
     Raises:
-      CheckpointError: it is none of these, or it cannot be downloaded.
+      CheckpointError: `model` is none of these, or cannot be downloaded.
     """
     if "://" in model:
         return _copy_small_files(model)
@@ -46,20 +46,20 @@ def local_directory(model: str, *, weights: bool = True) -> pathlib.Path:
     import huggingface_hub
 
     try:
-        wanted = [*_SMALL_FILES, *(_WEIGHTS if weights else ())]
-        return pathlib.Path(huggingface_hub.snapshot_download(model, allow_patterns=wanted))
-    except Exception as error:  # whatever the network, the hub and its client can raise
+        patterns = [*_SMALL_FILES, *(_WEIGHT_PATTERNS if weights else ())]
+        return pathlib.Path(huggingface_hub.snapshot_download(model, allow_patterns=patterns))
+    except Exception as error:  # the hub's client raises errors of several libraries
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{model} is not a directory here and cannot be downloaded from the hub ({reason}). "
+            f"{model} is not a local directory and cannot be downloaded from the hub ({reason}). "
             f"Without a network, pass --model the directory of a downloaded checkpoint."
         ) from error
 
 
-def _copy_small_files(address: str) -> pathlib.Path:
+def _copy_small_files(url: str) -> pathlib.Path:
     from qwen_dist.checkpoint.source import open_folder
 
-    folder = open_folder(address)
+    folder = open_folder(url)
     directory = pathlib.Path(tempfile.mkdtemp(prefix="qwen_dist-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     for name in _SMALL_FILES:

@@ -1,4 +1,6 @@
-"""What a checkpoint holds and what loading it would take, without loading it."""
+"""What a checkpoint contains and what loading it would need, without loading it."""
+
+from __future__ import annotations
 
 import json
 import math
@@ -6,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from qwen_dist.checkpoint.format import TensorInfo
-from qwen_dist.checkpoint.mapping import SCALE_SUFFIX, fold
+from qwen_dist.checkpoint.names import SCALE_SUFFIX, group_names
+from qwen_dist.checkpoint.safetensors import TensorInfo
 from qwen_dist.checkpoint.source import Checkpoint, open_checkpoint
 from qwen_dist.errors import UserError
 
@@ -15,14 +17,14 @@ if TYPE_CHECKING:
     import jax
     from rich.console import Console
 
-# From the content of config.json: the abstract model, the shapes on disk and whether the head is tied, as `load` takes
-# them.
+# From the content of config.json to three arguments of `load`: the abstract model, the shapes on disk, and whether the
+# head is tied.
 MakeTarget = Callable[[Mapping[str, Any]], tuple[Mapping[str, "jax.ShapeDtypeStruct"], Mapping[str, tuple[int, ...]], bool]]
 
 
 @dataclass(frozen=True)
-class Group:
-    """Tensors that differ only in layer or expert number: `name` holds the ranges, the sizes are sums."""
+class TensorGroup:
+    """Tensors that differ only in layer or expert number. `name` has the ranges of numbers; the sizes are sums."""
 
     name: str
     tensors: int
@@ -34,7 +36,7 @@ class Group:
 
 @dataclass(frozen=True)
 class LoadSummary:
-    """What the plan says about loading onto a mesh."""
+    """A summary of the plan for loading onto a mesh."""
 
     text: str
     bytes_read: int
@@ -47,8 +49,8 @@ class LoadSummary:
 
 
 @dataclass
-class Report:
-    """Everything `inspect` finds; a checkpoint that cannot be loaded has `problems`, and whatever could be read."""
+class CheckpointReport:
+    """The result of `inspect`. If the checkpoint cannot be loaded: its `problems`, and everything that could be read."""
 
     location: str
     architecture: str = ""
@@ -56,7 +58,7 @@ class Report:
     bytes: int = 0
     dtypes: dict[str, int] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
-    groups: list[Group] = field(default_factory=list)
+    groups: list[TensorGroup] = field(default_factory=list)
     load: LoadSummary | None = None
     warnings: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -64,8 +66,8 @@ class Report:
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
 
-    def print(self, console: "Console") -> None:
-        """The report as a tree a person can read."""
+    def print(self, console: Console) -> None:
+        """Print the report as a tree."""
         from rich.markup import escape
         from rich.tree import Tree
 
@@ -89,30 +91,30 @@ class Report:
         for group in self.groups:
             *modules, leaf = group.name.split(".")
             depth = 0
-            # A module with a single tensor shares its line.
-            while depth < len(modules) and len(self._below(modules[: depth + 1])) > 1:
+            # A module with a single tensor is on one line with it.
+            while depth < len(modules) and len(self._groups_under(modules[: depth + 1])) > 1:
                 depth += 1
                 path = tuple(modules[:depth])
                 if path not in branches:
-                    below = self._below(path)
-                    size = _size(sum(g.parameters for g in below), sum(g.bytes for g in below))
+                    groups = self._groups_under(path)
+                    size = _format_size(sum(g.parameters for g in groups), sum(g.bytes for g in groups))
                     branches[path] = branches[path[:-1]].add(f"{path[-1]}  [dim]{size}[/]")
             count = f"{group.tensors} x " if group.tensors > 1 else ""
             shape = r"\[" + ", ".join(map(str, group.shape)) + "]"
             label = ".".join([*modules[depth:], leaf])
-            size = _size(group.parameters, group.bytes)
+            size = _format_size(group.parameters, group.bytes)
             branches[tuple(modules[:depth])].add(f"{label}  {count}{group.dtype} {shape}  [dim]{size}[/]")
         return root
 
-    def _below(self, path: Sequence[str]) -> list[Group]:
+    def _groups_under(self, path: Sequence[str]) -> list[TensorGroup]:
         return [group for group in self.groups if group.name.split(".")[: len(path)] == list(path)]
 
 
-def _size(parameters: int, nbytes: int) -> str:
-    return f"{_human(parameters).strip()}, {_human(nbytes)}B"
+def _format_size(parameters: int, nbytes: int) -> str:
+    return f"{_format_number(parameters).strip()}, {_format_number(nbytes)}B"
 
 
-def _human(number: float) -> str:
+def _format_number(number: float) -> str:
     for unit in ("", "k", "M"):
         if number < 1000:
             return f"{number:.3g} {unit}"
@@ -120,18 +122,20 @@ def _human(number: float) -> str:
     return f"{number:.3g} G"
 
 
-def inspect(location: str, make_target: MakeTarget | None = None, *, host_memory_budget: int | None = None) -> Report:
-    """Describes the checkpoint at a location, as `open_checkpoint` takes it; reads headers and configuration only.
+def inspect(
+    location: str, make_target: MakeTarget | None = None, *, host_memory_budget: int | None = None
+) -> CheckpointReport:
+    """Describe a checkpoint; read only its headers and configuration.
 
     Args:
-        location: a directory, hub id or address.
-        make_target: when given, the load onto its shardings is planned and summarised too.
-        host_memory_budget: as in `load`.
+      location: a directory, hub id or address, as in `open_checkpoint`.
+      make_target: if given, the load onto its shardings is planned and summarised too.
+      host_memory_budget: as in `load`.
 
     Returns:
-        The report; whatever a user could have got wrong is among its `problems`, never raised.
+      The report. Errors that a user can cause are listed in its `problems` and never raised.
     """
-    report = Report(location)
+    report = CheckpointReport(location)
     try:
         checkpoint = open_checkpoint(location)
         _describe(report, checkpoint)
@@ -143,7 +147,7 @@ def inspect(location: str, make_target: MakeTarget | None = None, *, host_memory
     return report
 
 
-def _describe(report: Report, checkpoint: Checkpoint) -> None:
+def _describe(report: CheckpointReport, checkpoint: Checkpoint) -> None:
     report.architecture = ", ".join(
         map(str, checkpoint.config.get("architectures") or [checkpoint.config.get("model_type")])
     )
@@ -153,28 +157,29 @@ def _describe(report: Report, checkpoint: Checkpoint) -> None:
         report.dtypes[tensor.dtype.name] = report.dtypes.get(tensor.dtype.name, 0) + tensor.nbytes
         report.files[tensor.file] = report.files.get(tensor.file, 0) + tensor.nbytes
     report.groups = [
-        _group(label, [checkpoint.tensors[name] for name in names]) for label, names in fold(checkpoint.tensors).items()
+        _make_group(label, [checkpoint.tensors[name] for name in names])
+        for label, names in group_names(checkpoint.tensors).items()
     ]
     report.parameters = sum(group.parameters for group in report.groups if not group.name.endswith(SCALE_SUFFIX))
 
 
-def _group(label: str, tensors: list[TensorInfo]) -> Group:
+def _make_group(label: str, tensors: list[TensorInfo]) -> TensorGroup:
     dtypes = "/".join(sorted({tensor.dtype.name for tensor in tensors}))
     parameters = sum(math.prod(tensor.shape) for tensor in tensors)
-    return Group(label, len(tensors), dtypes, tensors[0].shape, parameters, sum(tensor.nbytes for tensor in tensors))
+    return TensorGroup(label, len(tensors), dtypes, tensors[0].shape, parameters, sum(tensor.nbytes for tensor in tensors))
 
 
 def _summarize_load(checkpoint: Checkpoint, make_target: MakeTarget, budget: int | None) -> LoadSummary:
-    from qwen_dist.checkpoint.load import make_plan
+    from qwen_dist.checkpoint.load import make_load_plan
 
     target, disk_shapes, tied = make_target(checkpoint.config)
-    plan = make_plan(checkpoint, target, disk_shapes=disk_shapes, tied=tied, host_memory_budget=budget)
+    plan = make_load_plan(checkpoint, target, disk_shapes=disk_shapes, tied=tied, host_memory_budget=budget)
     return LoadSummary(
         text=str(plan),
         bytes_read=plan.bytes_read,
         over_read=plan.over_read,
-        reads=len(plan.reads),
-        host_memory_bytes=plan.host_memory,
+        reads=len(plan.requests),
+        host_memory_bytes=plan.host_memory_bytes,
         bytes_per_device={str(device): nbytes for device, nbytes in plan.bytes_per_device().items()},
         skipped=plan.names.skipped,
         digest=plan.digest,

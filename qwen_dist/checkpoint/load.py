@@ -1,7 +1,9 @@
-"""Loads a checkpoint: plans, then has a few threads read pieces and hand them to the shards they belong to.
+"""Load a checkpoint: make a plan, then let a few threads read chunks and write them to the shards they belong to.
 
-What is held at a time is bounded by arithmetic: so many threads, each with one piece and one copy of it.
+The memory for buffers is bounded: the number of threads times one chunk and one copy of it.
 """
+
+from __future__ import annotations
 
 import math
 import os
@@ -13,33 +15,33 @@ from typing import TypeVar
 import jax
 import numpy as np
 
-from qwen_dist.checkpoint.agree import together
-from qwen_dist.checkpoint.boxes import Box, intersect, relative
-from qwen_dist.checkpoint.mapping import map_names
+from qwen_dist.checkpoint.boxes import Box, intersect, relative_slices
+from qwen_dist.checkpoint.buffers import BlockScales, ShardBuffer, aligned_empty, is_on_host, make_array_builder
+from qwen_dist.checkpoint.fp8 import read_block_size
+from qwen_dist.checkpoint.names import map_names
 from qwen_dist.checkpoint.plan import (
-    COPIES_PER_PIECE,
+    COPIES_PER_CHUNK,
+    Chunk,
+    LoadPlan,
     Parameter,
-    Piece,
-    Plan,
-    Read,
+    ReadRequest,
     make_digest,
     make_parameters,
-    make_reads,
+    make_read_requests,
 )
-from qwen_dist.checkpoint.quantized import read_block_size
-from qwen_dist.checkpoint.sinks import Blocks, Sink, aligned_empty, is_on_host, make_array
-from qwen_dist.checkpoint.source import Access, Checkpoint
+from qwen_dist.checkpoint.source import Checkpoint, ReadOptions
+from qwen_dist.checkpoint.sync import sync_processes
 from qwen_dist.errors import CheckpointError
 
 T = TypeVar("T")
 
-# On the host a piece should stay in cache while it is divided. Towards a device it should rather hold all of a shard: every
-# shape of an in-place update is a program to compile.
-MAX_HOST_PIECE_BYTES = 4 * 2**20
-MAX_DEVICE_PIECE_BYTES = 256 * 2**20
-MIN_PIECE_BYTES = 64 * 1024
+# On the host a chunk should stay in the CPU cache while it is divided. For a device it should rather hold a whole shard:
+# each shape of an in-place update is one more program to compile.
+MAX_HOST_CHUNK_BYTES = 4 * 2**20
+MAX_DEVICE_CHUNK_BYTES = 256 * 2**20
+MIN_CHUNK_BYTES = 64 * 1024
 
-Progress = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 
 
 def load(
@@ -49,91 +51,95 @@ def load(
     disk_shapes: Mapping[str, tuple[int, ...]] | None = None,
     tied: bool = False,
     host_memory_budget: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> dict[str, jax.Array]:
-    """Loads a checkpoint into arrays of the shapes, dtypes and shardings of `target`.
+    """Load a checkpoint into arrays with the shapes, dtypes and shardings of `target`.
 
-    With several processes all of them call this with the same arguments; each reads what its own devices hold. Groups of
-    processes may each load for a mesh of their own.
+    With several processes, all of them must call this with the same arguments; each reads what its own devices hold. Groups
+    of processes with separate meshes may load independently.
 
     Args:
-        checkpoint: an opened checkpoint.
-        target: the abstract model: parameter name (the checkpoint's, without prefix) -> shape, dtype and sharding.
-        disk_shapes: the shape on disk of the parameters whose target shape is a view of it, such as [N*H, D] for
-            `q_proj.weight` [N, H, D]; parameters not named have their target shape on disk.
-        tied: the model's output head is its embedding.
-        host_memory_budget: bytes of host memory for buffers, beyond the arrays themselves where these live on the host;
-            by default a sixteenth of the machine's memory.
-        progress: called with (bytes done, bytes in all), from any thread, one call at a time.
+      checkpoint: an opened checkpoint.
+      target: the abstract model: parameter name (as in the checkpoint, without prefix) -> shape, dtype and sharding.
+      disk_shapes: shapes on disk of the parameters whose target shape is a reshape of it, such as [N*H, D] for
+        `q_proj.weight` [N, H, D]. Other parameters have their target shape on disk.
+      tied: the model's output head is its embedding.
+      host_memory_budget: bytes of host memory for buffers, not counting arrays that are in host memory themselves; by
+        default a sixteenth of the machine's memory.
+      progress: called with (bytes done, total bytes), from any thread, one call at a time.
+
+    Returns:
+      The arrays by parameter name.
 
     Raises:
-        CheckpointError: checkpoint and model do not fit, a file cannot be read, or another process failed; no array is
-            returned then.
+      CheckpointError: checkpoint and model do not fit, a file cannot be read, or another process failed.
     """
     processes = {device.process_index for leaf in target.values() for device in leaf.sharding.device_set}
-    with together("planning the load", processes) as step:
-        plan = make_plan(checkpoint, target, disk_shapes=disk_shapes, tied=tied, host_memory_budget=host_memory_budget)
-        step.digest = plan.digest
-    with together("loading", processes):
-        return execute(plan, checkpoint, progress)
+    with sync_processes("planning the load", processes) as sync_point:
+        plan = make_load_plan(checkpoint, target, disk_shapes=disk_shapes, tied=tied, host_memory_budget=host_memory_budget)
+        sync_point.digest = plan.digest
+    with sync_processes("loading", processes):
+        return execute_plan(plan, checkpoint, progress)
 
 
-def make_plan(
+def make_load_plan(
     checkpoint: Checkpoint,
     target: Mapping[str, jax.ShapeDtypeStruct],
     *,
     disk_shapes: Mapping[str, tuple[int, ...]] | None = None,
     tied: bool = False,
     host_memory_budget: int | None = None,
-) -> Plan:
-    """The plan that `load` executes on this process; nothing is read. Arguments and errors as there."""
+) -> LoadPlan:
+    """Return the plan that `load` executes on this process, without reading any data. Arguments and errors as in `load`."""
     tensors = checkpoint.tensors
     shapes = {name: tuple(struct.shape) for name, struct in target.items()} | dict(disk_shapes or {})
     block = read_block_size(checkpoint.config)
     names = map_names(shapes, tensors, tied=tied)
     parameters = make_parameters(target, names, tensors, block)
-    num_threads, piece_bytes = budget_sizes(checkpoint.access, parameters, host_memory_budget)
-    reads = make_reads(parameters, names, tensors, piece_bytes=piece_bytes, max_gap=checkpoint.access.max_gap)
-    checked = sum(tensors[name].nbytes for name in names.tied_head or ()) if jax.process_index() == 0 else 0
+    num_threads, chunk_bytes = fit_to_budget(checkpoint.read_options, parameters, host_memory_budget)
+    requests = make_read_requests(
+        parameters, names, tensors, chunk_bytes=chunk_bytes, max_gap=checkpoint.read_options.max_gap
+    )
+    tied_head_bytes = sum(tensors[name].nbytes for name in names.tied_head or ()) if jax.process_index() == 0 else 0
     digest = make_digest(parameters, tensors)
-    return Plan(parameters, reads, names, piece_bytes, num_threads, checked, digest)
+    return LoadPlan(parameters, requests, names, chunk_bytes, num_threads, tied_head_bytes, digest)
 
 
-def budget_sizes(access: Access, parameters: Iterable[Parameter], budget: int | None) -> tuple[int, int]:
-    """Threads, and bytes of a piece, such that all threads together stay within the budget."""
+def fit_to_budget(read_options: ReadOptions, parameters: Iterable[Parameter], budget: int | None) -> tuple[int, int]:
+    """Return the number of threads and the bytes of a chunk such that the buffers of all threads fit into the budget."""
     if budget is None:
         budget = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 16
-    num_threads = min(access.num_threads, budget // (COPIES_PER_PIECE * MIN_PIECE_BYTES))
+    num_threads = min(read_options.num_threads, budget // (COPIES_PER_CHUNK * MIN_CHUNK_BYTES))
     if num_threads == 0:
-        least = COPIES_PER_PIECE * MIN_PIECE_BYTES
-        raise CheckpointError(f"A host memory budget of {budget} bytes is too small; give at least {least} bytes.")
+        minimum = COPIES_PER_CHUNK * MIN_CHUNK_BYTES
+        raise CheckpointError(f"A host memory budget of {budget} bytes is too small; give at least {minimum} bytes.")
     on_host = all(map(is_on_host, parameters))
-    limit = access.piece_bytes or (MAX_HOST_PIECE_BYTES if on_host else MAX_DEVICE_PIECE_BYTES)
-    return num_threads, min(limit, budget // (COPIES_PER_PIECE * num_threads))
+    limit = read_options.chunk_bytes or (MAX_HOST_CHUNK_BYTES if on_host else MAX_DEVICE_CHUNK_BYTES)
+    return num_threads, min(limit, budget // (COPIES_PER_CHUNK * num_threads))
 
 
-def execute(plan: Plan, checkpoint: Checkpoint, progress: Progress | None = None) -> dict[str, jax.Array]:
-    """Reads everything the plan says and returns the arrays by parameter name."""
-    if plan.check_bytes:
+def execute_plan(plan: LoadPlan, checkpoint: Checkpoint, progress: ProgressCallback | None = None) -> dict[str, jax.Array]:
+    """Read everything in the plan and return the arrays by parameter name."""
+    if plan.tied_head_bytes:
         _check_tied_head(plan, checkpoint)
-    arrays = {parameter.name: make_array(parameter) for parameter in plan.parameters}
-    sinks = {name: array.sinks for name, array in arrays.items()}
-    counter, scratch = Counter(plan.bytes_read, progress, plan.check_bytes), threading.local()
+    builders = {parameter.name: make_array_builder(parameter) for parameter in plan.parameters}
+    buffers = {name: builder.buffers for name, builder in builders.items()}
+    counter, scratch = ByteCounter(plan.bytes_read, progress, plan.tied_head_bytes), threading.local()
 
-    def run(read: Read) -> None:
+    def run(request: ReadRequest) -> None:
         if not hasattr(scratch, "buffer"):
-            scratch.buffer = aligned_empty(plan.piece_bytes)
-        _perform(read, checkpoint, sinks, scratch.buffer)
-        counter.add(read.nbytes)
+            scratch.buffer = aligned_empty(plan.chunk_bytes)
+        _execute_request(request, checkpoint, buffers, scratch.buffer)
+        counter.add(request.nbytes)
 
-    run_all(run, plan.reads, plan.num_threads)
-    return {name: array.array() for name, array in arrays.items()}
+    run_in_threads(run, plan.requests, plan.num_threads)
+    return {name: builder.build() for name, builder in builders.items()}
 
 
-class Counter:
-    """Counts bytes from many threads and tells the progress function, one call at a time."""
+class ByteCounter:
+    """Counts bytes from many threads and calls the progress callback, one call at a time."""
 
-    def __init__(self, total: int, progress: Progress | None, done: int = 0):
+    def __init__(self, total: int, progress: ProgressCallback | None, done: int = 0):
         self._total, self._progress, self._done, self._lock = total, progress, done, threading.Lock()
 
     def add(self, nbytes: int) -> None:
@@ -143,8 +149,8 @@ class Counter:
                 self._progress(self._done, self._total)
 
 
-def run_all(function: Callable[[T], None], items: Sequence[T], num_threads: int) -> None:
-    """Calls the function for every item on a few threads; the first exception (or Ctrl-C) stops them all and is raised."""
+def run_in_threads(function: Callable[[T], None], items: Sequence[T], num_threads: int) -> None:
+    """Call the function for every item on a few threads; the first exception (or Ctrl-C) stops all and is raised."""
     stop, queue, lock = threading.Event(), iter(items), threading.Lock()
 
     def work() -> None:
@@ -167,15 +173,15 @@ def run_all(function: Callable[[T], None], items: Sequence[T], num_threads: int)
             stop.set()
 
 
-def _check_tied_head(plan: Plan, checkpoint: Checkpoint) -> None:
-    """Compares a stored head, byte by byte, with the embedding it is said to be tied to."""
+def _check_tied_head(plan: LoadPlan, checkpoint: Checkpoint) -> None:
+    """Compare a stored output head, byte by byte, with the embedding that config.json ties it to."""
     assert plan.names.tied_head is not None
     head, embedding = (checkpoint.tensors[name] for name in plan.names.tied_head)
     size = head.nbytes
     if (head.dtype, head.shape) == (embedding.dtype, embedding.shape):
-        one, other = (np.empty(plan.piece_bytes, np.uint8) for _ in range(2))
-        for start in range(0, size, plan.piece_bytes):
-            length = min(plan.piece_bytes, size - start)
+        one, other = (np.empty(plan.chunk_bytes, np.uint8) for _ in range(2))
+        for start in range(0, size, plan.chunk_bytes):
+            length = min(plan.chunk_bytes, size - start)
             checkpoint.files[head.file].read_into(head.begin + start, one.data[:length])
             checkpoint.files[embedding.file].read_into(embedding.begin + start, other.data[:length])
             if not np.array_equal(one[:length], other[:length]):
@@ -185,52 +191,59 @@ def _check_tied_head(plan: Plan, checkpoint: Checkpoint) -> None:
     raise CheckpointError(
         f"config.json ties the output head to the embedding, but {head.name} ({head.dtype.name} {list(head.shape)}) and "
         f"{embedding.name} ({embedding.dtype.name} {list(embedding.shape)}) differ; set tie_word_embeddings to false, or "
-        f"remove {head.name}, whichever is right for this model."
+        f"remove {head.name}, whichever is correct for this model."
     )
 
 
-def _perform(read: Read, checkpoint: Checkpoint, sinks: Mapping[str, Sequence[Sink]], scratch: np.ndarray) -> None:
-    """Reads one byte range and hands each of its pieces to the shards that it meets."""
-    file = checkpoint.files[read.file]
-    if len(read.pieces) > 1:
-        file.read_into(read.begin, scratch.data[: read.nbytes])
-        for piece in read.pieces:
-            start = next(piece.offsets()) - read.begin
-            _deliver(piece, scratch[start : start + piece.nbytes], None, sinks, in_place=False)
+def _execute_request(
+    request: ReadRequest, checkpoint: Checkpoint, buffers: Mapping[str, Sequence[ShardBuffer]], scratch: np.ndarray
+) -> None:
+    """Read one byte range and write each of its chunks to the shards it overlaps."""
+    file = checkpoint.files[request.file]
+    if len(request.chunks) > 1:
+        file.read_into(request.begin, scratch.data[: request.nbytes])
+        for chunk in request.chunks:
+            start = next(chunk.offsets()) - request.begin
+            _write_to_shards(chunk, scratch[start : start + chunk.nbytes], None, buffers, in_place=False)
         return
-    (piece,) = read.pieces
-    scale = None if piece.scale is None else _read_scale(piece, checkpoint)
-    place = next((place for sink in sinks[piece.parameter.name] if (place := sink.place(piece)) is not None), None)
-    data = scratch[: piece.nbytes] if place is None else place
-    for position, offset in zip(range(0, piece.nbytes, piece.run_bytes), piece.offsets(), strict=True):
-        file.read_into(offset, data.data[position : position + piece.run_bytes])
-    _deliver(piece, data, scale, sinks, in_place=place is not None)
+    (chunk,) = request.chunks
+    scale = None if chunk.scale is None else _read_scale(chunk, checkpoint)
+    view = next((view for buffer in buffers[chunk.parameter.name] if (view := buffer.view_for(chunk)) is not None), None)
+    data = scratch[: chunk.nbytes] if view is None else view
+    for position, offset in zip(range(0, chunk.nbytes, chunk.run_bytes), chunk.offsets(), strict=True):
+        file.read_into(offset, data.data[position : position + chunk.run_bytes])
+    _write_to_shards(chunk, data, scale, buffers, in_place=view is not None)
 
 
-def _read_scale(piece: Piece, checkpoint: Checkpoint) -> np.ndarray:
-    """The rows of the scale that a quantised piece needs."""
-    assert piece.scale is not None
-    scale, (start, _) = piece.scale, piece.scale_rows()
+def _read_scale(chunk: Chunk, checkpoint: Checkpoint) -> np.ndarray:
+    """Read the rows of the scale that a quantised chunk needs."""
+    assert chunk.scale is not None
+    scale, (start, _) = chunk.scale, chunk.scale_rows()
     row_bytes = scale.nbytes // math.prod(scale.shape[:-1])
-    data = np.empty(piece.scale_bytes, np.uint8)
+    data = np.empty(chunk.scale_bytes, np.uint8)
     checkpoint.files[scale.file].read_into(scale.begin + start * row_bytes, data.data)
     return data.view(np.dtype(scale.dtype.numpy)).reshape(-1, scale.shape[-1])
 
 
-def _deliver(
-    piece: Piece, data: np.ndarray, scale: np.ndarray | None, sinks: Mapping[str, Sequence[Sink]], *, in_place: bool
+def _write_to_shards(
+    chunk: Chunk,
+    data: np.ndarray,
+    scale: np.ndarray | None,
+    buffers: Mapping[str, Sequence[ShardBuffer]],
+    *,
+    in_place: bool,
 ) -> None:
-    values = data.view(piece.parameter.disk_dtype).reshape(piece.shape)
-    for sink in sinks[piece.parameter.name]:
-        common = intersect(piece.box, sink.shard.box)
+    values = data.view(chunk.parameter.disk_dtype).reshape(chunk.shape)
+    for buffer in buffers[chunk.parameter.name]:
+        common = intersect(chunk.box, buffer.shard.box)
         if common is not None:
-            blocks = None if scale is None else _blocks(piece, common, scale)
-            sink.write(common, values[relative(common, piece.box)], blocks, in_place=in_place)
+            blocks = None if scale is None else _block_scales(chunk, common, scale)
+            buffer.write(common, values[relative_slices(common, chunk.box)], blocks, in_place=in_place)
 
 
-def _blocks(piece: Piece, box: Box, scale: np.ndarray) -> Blocks:
-    """The scale of a box of a quantised piece, and the block of each of its rows and columns."""
-    assert piece.parameter.block is not None
-    rows, columns = piece.parameter.matrix_indices(box)
-    first_row = piece.parameter.matrix_indices(piece.box)[0][0] // piece.parameter.block[0]
-    return Blocks(scale, rows // piece.parameter.block[0] - first_row, columns // piece.parameter.block[1])
+def _block_scales(chunk: Chunk, box: Box, scale: np.ndarray) -> BlockScales:
+    """Return the scale of a box of a quantised chunk, and the block index of each of its rows and columns."""
+    assert chunk.parameter.block is not None
+    rows, columns = chunk.parameter.matrix_indices(box)
+    first_row = chunk.parameter.matrix_indices(chunk.box)[0][0] // chunk.parameter.block[0]
+    return BlockScales(scale, rows // chunk.parameter.block[0] - first_row, columns // chunk.parameter.block[1])

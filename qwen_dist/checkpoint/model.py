@@ -1,4 +1,4 @@
-"""From a checkpoint to a model that can run: configuration, module, and parameters on the devices."""
+"""Load a model (configuration, module, and parameters on the devices) from a checkpoint, or export it to a new one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax
 from jax.typing import DTypeLike
 
 from qwen_dist.checkpoint.adapter import merge_adapter, read_adapter
-from qwen_dist.checkpoint.load import Progress, load
+from qwen_dist.checkpoint.load import ProgressCallback, load
 from qwen_dist.checkpoint.save import export
 from qwen_dist.checkpoint.source import Checkpoint, open_checkpoint
 from qwen_dist.errors import UsageError
@@ -23,7 +23,7 @@ from qwen_dist.sharding import ShardingContext
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model and its parameters, by checkpoint name; `module` is abstract until `with_parameters` puts them in."""
+    """A model and its parameters by checkpoint name; `module` is abstract until `with_parameters` is applied."""
 
     config: ModelConfig
     module: Transformer
@@ -44,28 +44,27 @@ def load_model(
     load_format: Literal["safetensors", "dummy"] = "safetensors",
     ignored_config_keys: Iterable[str] = (),
     host_memory_budget: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> LoadedModel:
-    """Load a checkpoint onto the sharding_ctx's mesh.
+    """Load a checkpoint onto the mesh of `sharding_ctx`.
 
     Args:
-      directory: a checkpoint directory; for load_format "dummy" a directory with a `config.json`, or such a file, is
-        enough.
-      sharding_ctx: the mesh and the rules.
-      dtype: of the parameters and the computation.
-      weights: where the weights are if not in `directory`: any location that `open_checkpoint` takes.
+      directory: a checkpoint directory. For load_format "dummy" a `config.json`, or a directory with one, is enough.
+      sharding_ctx: the mesh and the sharding rules.
+      dtype: the dtype of the parameters and of the computation.
+      weights: where the weights are, if not in `directory`: any location that `open_checkpoint` takes.
       load_format: "dummy" makes random weights on the devices instead of reading any.
-      ignored_config_keys: keys of config.json that the user vouches for.
+      ignored_config_keys: unknown keys of config.json that the user allows.
       host_memory_budget: see `checkpoint.load.load`.
       progress: see `checkpoint.load.load`.
 
     Raises:
       CheckpointError: the checkpoint cannot be used; every problem of the failing step is listed.
-      UsageError: the model does not fit the mesh; nothing has been read then.
+      UsageError: the model does not fit the mesh. This is raised before anything is read.
     """
     config = ModelConfig.from_directory(directory, ignored_config_keys)
     module = Transformer(config, dtype=dtype)
-    target = abstract_parameters(module, sharding_ctx)  # refuses a mesh that does not fit before anything is read
+    target = abstract_parameters(module, sharding_ctx)  # raises UsageError before anything is read
     if load_format == "dummy":
         return LoadedModel(config, module, random_parameters(module, sharding_ctx), sharding_ctx)
     parameters = load(
@@ -85,7 +84,7 @@ AbstractModel = tuple[dict[str, jax.ShapeDtypeStruct], dict[str, tuple[int, ...]
 def abstract_model(
     hf: Mapping[str, Any], sharding_ctx: ShardingContext, dtype: DTypeLike, ignored_config_keys: Iterable[str] = ()
 ) -> AbstractModel:
-    """What `load` needs to know of the model of a `config.json`: target, shapes on disk, and whether the head is tied.
+    """Return what `load` needs of the model in a `config.json`: target, shapes on disk, and whether the head is tied.
 
     Raises CheckpointError and UsageError as `load_model` does.
     """
@@ -105,13 +104,12 @@ def export_model(
     max_shard_bytes: int,
     overwrite: bool = False,
     host_memory_budget: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> None:
     """Load the checkpoint at `location` onto the mesh and save it as a Hugging Face directory.
 
-    `adapter` is a directory in PEFT's layout, which is added to the weights. `dtype` None keeps that of the checkpoint
-    (bfloat16 for a quantised one). Other arguments and errors as for
-    `load_model` and `checkpoint.save.save`.
+    `adapter` is a directory in PEFT's layout; it is added to the weights. `dtype` None keeps that of the checkpoint
+    (bfloat16 for a quantised one). Other arguments and errors as for `load_model` and `checkpoint.save.save`.
     """
     low_rank = read_adapter(adapter) if adapter else None
     checkpoint = open_checkpoint(location)
@@ -139,5 +137,5 @@ def _stored_dtype(checkpoint: Checkpoint) -> str:
     if checkpoint.config.get("quantization_config"):
         return "bfloat16"
     if len(stored) != 1 or not stored <= names.keys():
-        raise UsageError(f"the checkpoint has {', '.join(sorted(stored))}; say with --dtype what to save")
+        raise UsageError(f"the checkpoint has {', '.join(sorted(stored))} tensors; choose the dtype to save with --dtype")
     return names[stored.pop()]

@@ -1,9 +1,11 @@
 """Checkpoints that are not on this machine, read by byte range: web servers, the Hugging Face hub, object stores.
 
-What comes over a network is trusted only as far as it is checked: the answer must be exactly the range that was asked for,
-of the version of the file that was there at the start. Whatever may pass (a reset, a stall, an overloaded server) is tried
-again, a limited number of times, from where the bytes stopped.
+Every response is checked: it must be exactly the requested range, of the version of the file that was found at the start.
+Transient errors (a reset, a stall, an overloaded server) are retried a limited number of times, after the last byte
+received.
 """
+
+from __future__ import annotations
 
 import importlib
 import re
@@ -15,33 +17,33 @@ from urllib.parse import urljoin, urlsplit
 
 from qwen_dist.checkpoint.source import (
     INDEX_NAME,
-    SINGLE_NAME,
-    Access,
+    SINGLE_FILE_NAME,
     ByteFile,
     Folder,
     LocalFolder,
+    ReadOptions,
     check_weight_map,
     read_json,
 )
 from qwen_dist.errors import CheckpointError
 
-# Requests cost a round trip: more of them at a time, larger, and gaps of a megabyte are read rather than skipped.
-REMOTE_ACCESS = Access(num_threads=16, max_gap=2**20, piece_bytes=8 * 2**20)
+# A request costs a round trip: use more threads, larger requests, and read gaps up to a megabyte rather than skip them.
+REMOTE_READ_OPTIONS = ReadOptions(num_threads=16, max_gap=2**20, chunk_bytes=8 * 2**20)
 CONNECT_TIMEOUT_S = 10.0
 STALL_TIMEOUT_S = 30.0
 MAX_ATTEMPTS = 6
 FIRST_DELAY_S = 0.25
 MAX_DELAY_S = 20.0
 MAX_REDIRECTS = 5
-# config.json, tokenizer.json and the index are far below this.
+# Limit for config.json, tokenizer.json and the index; all are much smaller.
 MAX_SMALL_FILE_BYTES = 256 * 2**20
-_CHUNK_BYTES = 2**20
-_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
-_EXPIRED = frozenset({401, 403, 410})
+_RECEIVE_BYTES = 2**20
+_RETRYABLE_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
+_DENIED_STATUSES = frozenset({401, 403, 410})
 
 
 def open_url(url: str) -> Folder:
-    """The folder at an `http(s)://`, `gs://` or `s3://` address."""
+    """Open the folder at an `http(s)://`, `gs://` or `s3://` address."""
     scheme = urlsplit(url).scheme
     if scheme in ("http", "https"):
         return HttpFolder(url.rstrip("/") + "/")
@@ -51,7 +53,7 @@ def open_url(url: str) -> Folder:
 
 
 def open_hub(hub_id: str) -> Folder:
-    """A repository of the Hugging Face hub: its local cache if that is complete, else streamed, at one fixed commit."""
+    """Open a Hugging Face hub repository: from the local cache if it is complete, else streamed at a fixed commit."""
     import huggingface_hub
     from huggingface_hub.utils import build_hf_headers
 
@@ -62,7 +64,7 @@ def open_hub(hub_id: str) -> Folder:
         )
         if _is_complete(cached):
             return cached
-    except (OSError, ValueError):  # nothing of it is in the cache
+    except (OSError, ValueError):  # not in the cache
         pass
     try:
         commit = huggingface_hub.HfApi().model_info(name, revision=revision or None).sha
@@ -74,14 +76,14 @@ def open_hub(hub_id: str) -> Folder:
 
 
 def _is_complete(folder: LocalFolder) -> bool:
-    """Whether a cached snapshot has its configuration and every file of its index."""
+    """Return whether a cached snapshot has its configuration and every file of its index."""
     index = read_json(folder, INDEX_NAME)
-    names = {SINGLE_NAME} if index is None else set(check_weight_map(folder, index).values())
+    names = {SINGLE_FILE_NAME} if index is None else set(check_weight_map(folder, index).values())
     return all((folder.root / name).is_file() for name in {"config.json", *names})
 
 
-class _Passing(Exception):
-    """A failure that may pass; `received` bytes had arrived before it."""
+class _TransientError(Exception):
+    """An error worth a retry, after `received` bytes had arrived; `delay_s` is the server's requested delay."""
 
     def __init__(self, message: str, received: int = 0, delay_s: float = 0.0):
         super().__init__(message)
@@ -89,22 +91,22 @@ class _Passing(Exception):
 
 
 class HttpFolder:
-    """A directory on a web server; `headers` (credentials) are sent to its own host only."""
+    """A directory on a web server. `headers` (credentials) are sent only to that server's host."""
 
-    access = REMOTE_ACCESS
+    read_options = REMOTE_READ_OPTIONS
 
     def __init__(self, url: str, headers: dict[str, str] | None = None):
         urllib3 = _require("urllib3", "urllib3")
         self.url, self.headers = url, headers or {}
         timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=STALL_TIMEOUT_S)
         retries = urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=MAX_REDIRECTS)
-        self.pool = urllib3.PoolManager(maxsize=self.access.num_threads, timeout=timeout, retries=retries)
+        self.pool = urllib3.PoolManager(maxsize=self.read_options.num_threads, timeout=timeout, retries=retries)
 
     def __str__(self) -> str:
         return self.url
 
     def read(self, name: str) -> bytes | None:
-        """Reads a small file whole, since servers that serve ranges of weights may not serve them of text."""
+        """Read a whole small file without a range: some servers serve byte ranges of weights but not of text files."""
         url = urljoin(self.url, name)
 
         def attempt() -> bytes | None:
@@ -113,13 +115,13 @@ class HttpFolder:
                 if response.status == 404:
                     return None
                 if response.status != 200:
-                    _raise_status(response, url, wanted=200)
+                    _raise_status(response, url, expected=200)
                 content: bytes = response.read(MAX_SMALL_FILE_BYTES)
                 if len(content) == MAX_SMALL_FILE_BYTES:
-                    raise CheckpointError(f"{url}: less than {MAX_SMALL_FILE_BYTES} bytes were expected.")
+                    raise CheckpointError(f"{url}: expected less than {MAX_SMALL_FILE_BYTES} bytes.")
                 return content
             except _network_error() as error:
-                raise _Passing(str(error)) from error
+                raise _TransientError(str(error)) from error
             finally:
                 response.close()
 
@@ -127,14 +129,14 @@ class HttpFolder:
         return content
 
     def request(self, url: str, headers: dict[str, str] | None = None) -> Any:
-        """An answer whose body has not been read yet."""
+        """Send a GET request and return the response; its body has not been read yet."""
         headers = {"Accept-Encoding": "identity"} | (headers or {})
         if urlsplit(url).netloc == urlsplit(self.url).netloc:
             headers |= self.headers
         try:
             return self.pool.request("GET", url, headers=headers, preload_content=False)
         except _network_error() as error:
-            raise _Passing(str(error)) from error
+            raise _TransientError(str(error)) from error
 
     def open(self, name: str) -> ByteFile:
         try:
@@ -143,21 +145,21 @@ class HttpFolder:
             raise CheckpointError(str(error)) from None
 
     def weight_files(self) -> list[str]:
-        # A web server has no listing: without an index there can only be the one file.
-        return [SINGLE_NAME]
+        # A web server has no directory listing: without an index there can only be this file.
+        return [SINGLE_FILE_NAME]
 
 
 class HttpFile:
-    """A file on a web server. Opening it asks for its first byte, which tells its size, its version and its final address.
+    """A file on a web server. Opening it requests its first byte, to get its size, its version and its final address.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: the server cannot be reached, or does not serve byte ranges.
+      FileNotFoundError: the file does not exist.
+      CheckpointError: the server cannot be reached, or does not serve byte ranges.
     """
 
     def __init__(self, folder: HttpFolder, name: str):
         self.name, self.url, self._folder = name, urljoin(folder.url, name), folder
-        # A redirect often leads to a signed address that expires; it is used while it lasts.
+        # A redirect often leads to a signed address that expires later; use it until then.
         self._final_url = self.url
         self._version: tuple[str | None, str | None] | None = None
         self.size: int = _retry(self._probe, self.url)
@@ -169,7 +171,7 @@ class HttpFile:
             nonlocal received
             try:
                 self._get(offset + received, buffer[received:])
-            except _Passing as failure:
+            except _TransientError as failure:
                 received += failure.received
                 raise
 
@@ -177,7 +179,7 @@ class HttpFile:
             _retry(attempt, f"{self.url}, bytes [{offset}, {offset + len(buffer)})")
 
     def _probe(self) -> int:
-        """Asks for one byte; notes version and final address, returns the size. An empty file has no byte to give (416)."""
+        """Request one byte, store version and final address, return the size. For an empty file the status is 416."""
         response = self._request(0, 1, self.url)
         try:
             if response.status == 404:
@@ -193,8 +195,8 @@ class HttpFile:
 
     def _get(self, offset: int, buffer: memoryview) -> None:
         response = self._request(offset, offset + len(buffer), self._final_url)
-        if response.status in _EXPIRED and self._final_url != self.url:
-            # The signed address has expired: go through the original one, once.
+        if response.status in _DENIED_STATUSES and self._final_url != self.url:
+            # The signed address has expired: try the original one, once.
             response.close()
             response = self._request(offset, offset + len(buffer), self.url)
             self._final_url = urljoin(self.url, response.geturl() or self.url)
@@ -205,12 +207,12 @@ class HttpFile:
             if total != self.size or _version(response) != self._version:
                 raise CheckpointError(f"{self.url} was changed while it was being read; load it again.")
             while received < len(buffer):
-                count = response.readinto(buffer[received : received + _CHUNK_BYTES])
+                count = response.readinto(buffer[received : received + _RECEIVE_BYTES])
                 if not count:
-                    raise _Passing(f"the server sent only {received} of {len(buffer)} bytes", received)
+                    raise _TransientError(f"the server sent only {received} of {len(buffer)} bytes", received)
                 received += count
         except _network_error() as error:
-            raise _Passing(f"{type(error).__name__} after {received} bytes", received) from error
+            raise _TransientError(f"{type(error).__name__} after {received} bytes", received) from error
         finally:
             if received == len(buffer):
                 response.drain_conn()
@@ -223,11 +225,11 @@ class HttpFile:
 
 
 def _retry(attempt: Callable[[], Any], what: str) -> Any:
-    """The result of the first attempt that does not fail in a way that may pass."""
+    """Call `attempt` until it raises no transient error, at most `MAX_ATTEMPTS` times, and return its result."""
     for number in range(1, MAX_ATTEMPTS + 1):
         try:
             return attempt()
-        except _Passing as failure:
+        except _TransientError as failure:
             if number == MAX_ATTEMPTS:
                 raise CheckpointError(f"{what}: {failure}; given up after {number} attempts.") from failure
             time.sleep(min(MAX_DELAY_S, max(failure.delay_s, FIRST_DELAY_S * 2 ** (number - 1))))
@@ -235,13 +237,13 @@ def _retry(attempt: Callable[[], Any], what: str) -> Any:
 
 
 def _network_error() -> type[Exception]:
-    """The base of what urllib3 raises; it is imported only when a network is used."""
+    """Return the base class of urllib3's errors. urllib3 is imported only when a network is used."""
     error: type[Exception] = importlib.import_module("urllib3.exceptions").HTTPError
     return error
 
 
 def _check_partial(response: Any, url: str) -> None:
-    """Raises unless the answer is a byte range as it is stored."""
+    """Raise unless the response is an uncompressed byte range."""
     if response.status in (412, 416):
         raise CheckpointError(f"{url} was changed while it was being read (HTTP status {response.status}); load it again.")
     if response.status == 404:
@@ -249,41 +251,41 @@ def _check_partial(response: Any, url: str) -> None:
     if response.status == 200:
         raise CheckpointError(f"{url}: the server ignores byte ranges; download the checkpoint and load it locally.")
     if response.status != 206:
-        _raise_status(response, url, wanted=206)
+        _raise_status(response, url, expected=206)
     if response.headers.get("Content-Encoding", "identity") != "identity":
         raise CheckpointError(f"{url}: the server compresses byte ranges; download the checkpoint and load it locally.")
 
 
-def _raise_status(response: Any, url: str, *, wanted: int) -> None:
-    """Raises what a status other than the wanted one means."""
+def _raise_status(response: Any, url: str, *, expected: int) -> None:
+    """Raise the error for a status other than the expected one."""
     status = response.status
-    if status in _PASSING:
+    if status in _RETRYABLE_STATUSES:
         delay = response.headers.get("Retry-After", "")
-        raise _Passing(f"HTTP status {status}", delay_s=float(delay) if delay.isdigit() else 0.0)
-    if status in _EXPIRED:
+        raise _TransientError(f"HTTP status {status}", delay_s=float(delay) if delay.isdigit() else 0.0)
+    if status in _DENIED_STATUSES:
         raise CheckpointError(f"{url}: access is refused (HTTP status {status}); check credentials and permissions.")
-    raise CheckpointError(f"{url}: HTTP status {status} where {wanted} was expected.")
+    raise CheckpointError(f"{url}: HTTP status {status} where {expected} was expected.")
 
 
 def _version(response: Any) -> tuple[str | None, str | None]:
-    """What identifies the content: the entity tag, else the time of modification."""
+    """Return what identifies the content: the entity tag, else the time of modification."""
     tag = response.headers.get("ETag")
     return (tag, None) if tag is not None else (None, response.headers.get("Last-Modified"))
 
 
 def _content_range(response: Any, url: str, start: int, stop: int) -> int:
-    """Checks that the answer is the range that was asked for; returns the size of the whole file."""
+    """Check that the response is the requested range; return the size of the whole file."""
     text = response.headers.get("Content-Range", "")
     match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", text.strip())
     if match is None or (int(match[1]), int(match[2]) + 1) != (start, stop):
-        raise CheckpointError(f"{url}: asked for bytes {start}-{stop - 1}, the server answered with {text!r}.")
+        raise CheckpointError(f"{url}: requested bytes {start}-{stop - 1}, the server answered with {text!r}.")
     return int(match[3])
 
 
 class ObjectFolder:
-    """A directory in an object store, through obstore, which signs, retries and checks ranges itself."""
+    """A directory in an object store. obstore signs and retries requests and checks ranges."""
 
-    access = REMOTE_ACCESS
+    read_options = REMOTE_READ_OPTIONS
 
     def __init__(self, url: str):
         _require("obstore", "qwen-dist[remote]")
@@ -318,7 +320,7 @@ class ObjectFolder:
 
 
 class ObjectFile:
-    """An object, of the version it had when it was opened."""
+    """An object in an object store, in the version that it had when it was opened."""
 
     def __init__(self, folder: ObjectFolder, name: str):
         import obstore
@@ -346,7 +348,7 @@ class ObjectFile:
             raise CheckpointError(f"{self._folder}/{self.name}: bytes from {offset} cannot be read: {error}") from error
         if len(content) != len(buffer):
             found = f"{len(content)} bytes instead of {len(buffer)}"
-            raise CheckpointError(f"{self._folder}/{self.name}: from {offset} the store sent {found}.")
+            raise CheckpointError(f"{self._folder}/{self.name}: the store sent {found} from offset {offset}.")
         buffer[:] = content
 
 

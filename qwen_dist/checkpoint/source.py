@@ -1,4 +1,6 @@
-"""Where a checkpoint's bytes come from: a directory of files, opened, validated and ready to be read by byte range."""
+"""Open and validate a checkpoint: a folder of files that are then read by byte range."""
+
+from __future__ import annotations
 
 import json
 import os
@@ -9,33 +11,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from qwen_dist.checkpoint.agree import together
-from qwen_dist.checkpoint.format import LENGTH_BYTES, Header, TensorInfo, header_length, parse_header
+from qwen_dist.checkpoint.safetensors import LENGTH_BYTES, Header, TensorInfo, header_length, parse_header
+from qwen_dist.checkpoint.sync import sync_processes
 from qwen_dist.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-# One read usually covers the whole header of a shard (Qwen's are 10-100 kB).
+SINGLE_FILE_NAME = "model.safetensors"
+# One read usually covers the whole header of a file (Qwen's are 10-100 kB).
 _FIRST_READ_BYTES = 128 * 1024
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
-class Access:
-    """How a kind of storage is best read.
+class ReadOptions:
+    """How to read a kind of storage efficiently.
 
     Attributes:
-        num_threads: reads under way at a time.
-        max_gap: bytes that are cheaper to read and drop than to skip.
-        piece_bytes: the size of a read; None where only the destination matters.
+      num_threads: number of concurrent reads.
+      max_gap: number of bytes that are cheaper to read and discard than to skip.
+      chunk_bytes: maximum size of a chunk; None if only the destination matters.
     """
 
     num_threads: int
     max_gap: int
-    piece_bytes: int | None = None
+    chunk_bytes: int | None = None
 
 
-LOCAL_ACCESS = Access(num_threads=8, max_gap=16 * 1024)
+LOCAL_READ_OPTIONS = ReadOptions(num_threads=8, max_gap=16 * 1024)
 
 
 class ByteFile(Protocol):
@@ -46,12 +48,12 @@ class ByteFile(Protocol):
     @property
     def size(self) -> int: ...
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fills `buffer` from `offset`; raises CheckpointError when that is not possible or the file has changed."""
+        """Fill `buffer` from byte `offset`; raise CheckpointError if that is impossible or the file has changed."""
         ...
 
 
 class LocalFile:
-    """A local file, opened anew for every read: no descriptor outlives a read, and a replaced file is noticed at once."""
+    """A local file. Every read opens it again: no descriptor stays open, and a replaced file is noticed at once."""
 
     def __init__(self, path: Path):
         self.path, self.name = path, path.name
@@ -65,13 +67,13 @@ class LocalFile:
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                self._read_open(descriptor, offset, buffer)
+                self._read_from(descriptor, offset, buffer)
             finally:
                 os.close(descriptor)
         except OSError as error:
             raise _io_error(self.path, error) from error
 
-    def _read_open(self, descriptor: int, offset: int, buffer: memoryview) -> None:
+    def _read_from(self, descriptor: int, offset: int, buffer: memoryview) -> None:
         if _fingerprint(os.fstat(descriptor)) != self._fingerprint:
             raise CheckpointError(f"{self.path} was changed while it was being read; load it again.")
         position = 0
@@ -92,27 +94,27 @@ def _io_error(path: Path, error: OSError) -> CheckpointError:
 
 
 class Folder(Protocol):
-    """A place that holds a checkpoint's files."""
+    """A location that contains a checkpoint's files."""
 
     @property
-    def access(self) -> Access: ...
+    def read_options(self) -> ReadOptions: ...
     def read(self, name: str) -> bytes | None:
-        """The content of a small file; None if there is no such file."""
+        """Return the content of a small file, or None if it does not exist."""
         ...
 
     def open(self, name: str) -> ByteFile:
-        """A weight file by its (already validated) name; raises CheckpointError if it cannot be opened."""
+        """Open a weight file by its (already validated) name; raise CheckpointError if that fails."""
         ...
 
     def weight_files(self) -> list[str]:
-        """The safetensors files that a folder without an index holds."""
+        """Return the names of the safetensors files in a folder without an index."""
         ...
 
 
 class LocalFolder:
     """A directory on this machine."""
 
-    access = LOCAL_ACCESS
+    read_options = LOCAL_READ_OPTIONS
 
     def __init__(self, root: Path):
         self.root = root
@@ -129,9 +131,9 @@ class LocalFolder:
             raise _io_error(self.root / name, error) from error
 
     def open(self, name: str) -> ByteFile:
-        """Refuses a symbolic link that leads out of the checkpoint.
+        """Open a weight file; refuse a symbolic link to a file outside the checkpoint.
 
-        The hub's cache links `snapshots/<revision>/x` to `blobs/<hash>`, beside `snapshots`: that one way out is allowed.
+        One exception: the hub's cache links `snapshots/<revision>/x` to `blobs/<hash>`, next to `snapshots`.
         """
         path, root = self.root / name, self.root.resolve()
         allowed = (root, root.parent.parent / "blobs")
@@ -148,11 +150,11 @@ class Checkpoint:
     """An opened checkpoint: every header parsed and validated, no tensor data read.
 
     Attributes:
-        folder: where it lies.
-        config: the parsed `config.json`.
-        files: the safetensors files by name.
-        tensors: every tensor by its name on disk.
-        warnings: oddities that do not make the weights doubtful.
+      folder: its location.
+      config: the parsed `config.json`.
+      files: the safetensors files by name.
+      tensors: every tensor by its name on disk.
+      warnings: inconsistencies that do not affect the weights.
     """
 
     folder: Folder
@@ -162,8 +164,8 @@ class Checkpoint:
     warnings: tuple[str, ...] = ()
 
     @property
-    def access(self) -> Access:
-        return self.folder.access
+    def read_options(self) -> ReadOptions:
+        return self.folder.read_options
 
     @property
     def nbytes(self) -> int:
@@ -171,21 +173,21 @@ class Checkpoint:
 
 
 def open_checkpoint(location: str | os.PathLike[str]) -> Checkpoint:
-    """Opens a Hugging Face checkpoint and validates all its headers; with several processes, on all of them or none.
+    """Open a Hugging Face checkpoint and validate all its headers. With several processes it fails on all or on none.
 
     Args:
-        location: a directory, a hub id (`Qwen/Qwen3-8B`, `Qwen/Qwen3-8B@revision`), or the `http(s)://`, `gs://` or
-            `s3://` address of a directory.
+      location: a directory, a hub id (`Qwen/Qwen3-8B`, `Qwen/Qwen3-8B@revision`), or the `http(s)://`, `gs://` or
+        `s3://` address of a directory.
 
     Raises:
-        CheckpointError: nothing to load there, or an index or a header is wrong; one message lists every problem.
+      CheckpointError: there is no checkpoint, or its index or headers are invalid; one message lists every problem.
     """
-    with together(f"opening {location}"):
+    with sync_processes(f"opening {location}"):
         return open_folder_checkpoint(open_folder(location))
 
 
 def open_folder(location: str | os.PathLike[str]) -> Folder:
-    """The folder at a location, as in `open_checkpoint`."""
+    """Open the folder at a location, as in `open_checkpoint`."""
     text = os.fspath(location)
     if "://" in text:
         from qwen_dist.checkpoint.remote import open_url
@@ -203,13 +205,13 @@ def open_folder(location: str | os.PathLike[str]) -> Folder:
 
 
 def open_folder_checkpoint(folder: Folder) -> Checkpoint:
-    """Reads index, headers and configuration of a folder."""
+    """Read and validate index, headers and configuration of a folder."""
     config = read_json(folder, "config.json")
     if config is None:
         raise CheckpointError(f"{folder} has no config.json; it is not a checkpoint.")
     index = read_json(folder, INDEX_NAME)
     weight_map = None if index is None else check_weight_map(folder, index)
-    names = [_only_file(folder)] if weight_map is None else sorted(set(weight_map.values()))
+    names = [_single_weight_file(folder)] if weight_map is None else sorted(set(weight_map.values()))
     files: dict[str, ByteFile] = {}
     headers: dict[str, Header] = {}
     problems: list[str] = []
@@ -221,43 +223,43 @@ def open_folder_checkpoint(folder: Folder) -> Checkpoint:
         except CheckpointError as error:
             return error
 
-    with ThreadPoolExecutor(folder.access.num_threads) as pool:
+    with ThreadPoolExecutor(folder.read_options.num_threads) as pool:
         for name, opened in zip(names, pool.map(open_one, names), strict=True):
             if isinstance(opened, CheckpointError):
                 problems.append(str(opened))
             else:
                 files[name], headers[name] = opened
-    tensors = _join(headers, weight_map, problems)
+    tensors = _collect_tensors(headers, weight_map, problems)
     if problems:
         raise CheckpointError(f"{folder} cannot be loaded:\n" + "\n".join(f"  - {problem}" for problem in problems))
-    return Checkpoint(folder, config, files, tensors, tuple(_warn(index, tensors)))
+    return Checkpoint(folder, config, files, tensors, tuple(_index_warnings(index, tensors)))
 
 
-def _warn(index: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+def _index_warnings(index: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
     metadata = (index or {}).get("metadata")
     claimed = metadata.get("total_size") if isinstance(metadata, dict) else None
     total = sum(tensor.nbytes for tensor in tensors.values())
     if claimed is not None and claimed != total:
-        yield f"the index claims a total_size of {claimed} bytes; the files hold {total}"
+        yield f"the index has a total_size of {claimed} bytes, but the files have {total}"
 
 
 def read_header(file: ByteFile) -> Header:
-    """Reads and validates the header of one file; never allocates more than the file has bytes."""
+    """Read and validate the header of one file; never allocate more memory than the size of the file."""
     first = bytearray(min(_FIRST_READ_BYTES, file.size))
     file.read_into(0, memoryview(first))
     length = header_length(file.name, file.size, bytes(first))
     raw = bytearray(length)
-    have = min(length, len(first) - LENGTH_BYTES)
-    raw[:have] = first[LENGTH_BYTES : LENGTH_BYTES + have]
-    file.read_into(LENGTH_BYTES + have, memoryview(raw)[have:])
+    received = min(length, len(first) - LENGTH_BYTES)
+    raw[:received] = first[LENGTH_BYTES : LENGTH_BYTES + received]
+    file.read_into(LENGTH_BYTES + received, memoryview(raw)[received:])
     return parse_header(file.name, file.size, bytes(raw))
 
 
 def read_json(folder: Folder, name: str) -> dict[str, Any] | None:
-    """A JSON object of a folder; None if there is no such file.
+    """Return the JSON object in a file of a folder, or None if the file does not exist.
 
     Raises:
-        CheckpointError: the file is not a JSON object, or cannot be read.
+      CheckpointError: the file is not a JSON object, or cannot be read.
     """
     raw = folder.read(name)
     if raw is None:
@@ -272,7 +274,7 @@ def read_json(folder: Folder, name: str) -> dict[str, Any] | None:
 
 
 def check_weight_map(folder: Folder, index: Mapping[str, Any]) -> dict[str, str]:
-    """Tensor name -> file name out of an index, validated before any of the files is opened."""
+    """Return the index's map from tensor name to file name, validated before any file is opened."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder}: {INDEX_NAME}: expected a non-empty object under weight_map.")
@@ -286,24 +288,26 @@ def check_weight_map(folder: Folder, index: Mapping[str, Any]) -> dict[str, str]
 
 
 def is_shard_name(value: object) -> bool:
-    """Whether an index entry is a plain file name that can leave neither its directory nor its URL."""
+    """Return whether an index entry is a plain file name, which cannot lead outside its directory or URL."""
     return isinstance(value, str) and value.endswith(".safetensors") and not set(value) & set("/\\:\0?#%")
 
 
-def _only_file(folder: Folder) -> str:
+def _single_weight_file(folder: Folder) -> str:
     names = folder.weight_files()
     if len(names) == 1:
         return names[0]
     if names:
         found = ", ".join(names)
-        raise CheckpointError(f"{folder} has {len(names)} safetensors files ({found}) but no {INDEX_NAME} to choose by.")
-    raise CheckpointError(f"{folder} has no safetensors file; other weight formats are not read.")
+        raise CheckpointError(
+            f"{folder} has {len(names)} safetensors files ({found}) but no {INDEX_NAME} to choose from them."
+        )
+    raise CheckpointError(f"{folder} has no safetensors file; other weight formats are not supported.")
 
 
-def _join(
+def _collect_tensors(
     headers: Mapping[str, Header], weight_map: Mapping[str, str] | None, problems: list[str]
 ) -> dict[str, TensorInfo]:
-    """All tensors of all files; what index and headers disagree on is appended to `problems`."""
+    """Return all tensors of all files; append disagreements between index and headers to `problems`."""
     tensors: dict[str, TensorInfo] = {}
     for header in headers.values():
         for name, tensor in header.tensors.items():

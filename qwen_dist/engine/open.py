@@ -11,7 +11,7 @@ import jax
 
 from qwen_dist.checkpoint.adapter import merge_adapter, read_adapter
 from qwen_dist.checkpoint.hub import local_directory
-from qwen_dist.checkpoint.load import Progress
+from qwen_dist.checkpoint.load import ProgressCallback
 from qwen_dist.checkpoint.model import load_model
 from qwen_dist.config import ModelOptions, SamplingOptions
 from qwen_dist.engine.engine import Engine
@@ -32,7 +32,7 @@ def open_engine(
     cache_bytes: int = 4 * 10**9,
     steps_per_dispatch: int = 1,
     devices: Sequence[jax.Device] | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     announce: Callable[[str], None] = lambda layout: None,
 ) -> tuple[Engine, Tokenizer, SamplingParams]:
     """Load tokenizer and model; also returns how to sample where a request does not say.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from qwen_dist.checkpoint.mapping import fold
+from qwen_dist.checkpoint.names import group_names
 from qwen_dist.train.batches import rows_per_epoch
 from qwen_dist.train.examples import describe_bad
 from qwen_dist.train.run import Prepared, Progressing, Setup, Watcher
@@ -55,7 +55,7 @@ def describe_training(setup: Setup, prepared: Prepared) -> str:
     total = sum(value.size for value in model.parameters.values())
     trained = sum(value.size for value in state.parameters.values())
     lines = [f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%), {_types(setup)}:"]
-    for label, names in fold(state.parameters).items():
+    for label, names in group_names(state.parameters).items():
         leaf = state.parameters[names[0]]
         lines.append(f"  {label} {list(leaf.shape)} {leaf.dtype}" + (f" × {len(names)}" if len(names) > 1 else ""))
     parts = {

@@ -19,11 +19,11 @@ import jax
 import numpy as np
 
 from qwen_dist.checkpoint.adapter import Adapter, merge_adapter, read_adapter, write_adapter
-from qwen_dist.checkpoint.agree import together
 from qwen_dist.checkpoint.hub import local_directory
-from qwen_dist.checkpoint.load import Progress
+from qwen_dist.checkpoint.load import ProgressCallback
 from qwen_dist.checkpoint.model import LoadedModel, load_model
-from qwen_dist.checkpoint.save import COMPANION_NAMES, save
+from qwen_dist.checkpoint.save import EXTRA_FILE_NAMES, save
+from qwen_dist.checkpoint.sync import sync_processes
 from qwen_dist.config import FinetuneConfig, LoraOptions
 from qwen_dist.errors import UsageError, UserError
 from qwen_dist.mesh import MeshConfig, make_mesh, training_mesh
@@ -120,7 +120,7 @@ def finetune(
     *,
     watch: Watcher = lambda progress: None,
     announce: Callable[[str], None] = lambda text: None,
-    loading: Progress | None = None,
+    loading: ProgressCallback | None = None,
 ) -> Summary:
     """Train, going on from the newest checkpoint in the output directory if there is one.
 
@@ -135,7 +135,7 @@ def finetune(
     """
     config = prepared.config
     output = pathlib.Path(config.output)
-    with together("preparing the output"):
+    with sync_processes("preparing the output"):
         if jax.process_index() == 0:
             _prepare_output(output, overwrite=config.overwrite)
     with contextlib.closing(
@@ -171,7 +171,7 @@ class Setup:
     lora: LoraOptions
 
 
-def set_up(prepared: Prepared, loading: Progress | None = None) -> Setup:
+def set_up(prepared: Prepared, loading: ProgressCallback | None = None) -> Setup:
     """Load the model and make the programs that train it. Raises UserError."""
     config = prepared.config
     adapter = read_adapter(config.model.adapter) if config.model.adapter else None
@@ -397,13 +397,13 @@ def _write_result(prepared: Prepared, setup: Setup, state: State, announce: Call
         write_adapter(output / "adapter", adapter, base=config.model.path)
         return output / "adapter"
     announce(f"writing the model: {output / 'model'}")
-    files = {name: prepared.directory / name for name in COMPANION_NAMES}
+    files = {name: prepared.directory / name for name in EXTRA_FILE_NAMES}
     save(
         setup.trainer.parameters(state),
         output / "model",
         config=json.loads((prepared.directory / "config.json").read_text(encoding="utf-8")),
         disk_shapes=disk_shapes(setup.model.module),
-        companions={name: path.read_bytes() for name, path in files.items() if path.is_file()},
+        extra_files={name: path.read_bytes() for name, path in files.items() if path.is_file()},
         dtype=jax.numpy.dtype(config.model.dtype),
         overwrite=True,
     )

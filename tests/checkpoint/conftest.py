@@ -1,4 +1,4 @@
-"""Small checkpoints to break, and the count of the fault cases that were tried."""
+"""A fixture that writes small checkpoints, and a summary of the fault cases that ran."""
 
 import json
 
@@ -12,15 +12,15 @@ def pytest_configure(config):
 
 def pytest_terminal_summary(terminalreporter):
     reports = terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", [])
-    tried = [report for report in reports if report.when == "call" and "fault" in report.keywords]
-    passed = sum(report.passed for report in tried)
-    if tried:
-        terminalreporter.write_line(f"loader fault cases: {passed} of {len(tried)} handled as they should be")
+    cases = [report for report in reports if report.when == "call" and "fault" in report.keywords]
+    passed = sum(report.passed for report in cases)
+    if cases:
+        terminalreporter.write_line(f"loader fault cases: {passed} of {len(cases)} handled correctly")
 
 
 @pytest.fixture
 def write_checkpoint(tmp_path):
-    """Writes {file name: {tensor name: array}} with an index (one file: without) and a config.json; returns the folder."""
+    """A function that writes {file name: {tensor name: array}}, a config.json and, for several files, an index."""
 
     def write(files, config=None, folder=tmp_path / "checkpoint", index=None):
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Loads a checkpoint, or saves it again, and reports by how much the process grew; for test_memory.py."""
+"""Load a checkpoint, or load and save it, and report the growth of the process's memory; for test_memory.py."""
 
 import json
 import sys
@@ -6,20 +6,20 @@ import sys
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from qwen_dist.checkpoint import buffers
 from qwen_dist.checkpoint import load as loading
-from qwen_dist.checkpoint import sinks
 from qwen_dist.checkpoint.save import export
 from qwen_dist.checkpoint.source import open_checkpoint
 
 
 def status(key):
-    """A size out of /proc/self/status, in bytes."""
+    """Return a size from /proc/self/status in bytes."""
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
 
 def start_measuring():
-    """Lets the peak start anew; returns the memory in use."""
+    """Reset the peak memory; return the memory in use."""
     with open("/proc/self/clear_refs", "w") as refs:
         refs.write("5")
     return status("VmRSS")
@@ -31,7 +31,7 @@ def main():
     jax.config.update("jax_num_cpu_devices", 8)
     mesh = jax.make_mesh((8,), ("x",), (AxisType.Auto,))
     if where == "devices":
-        loading.is_on_host = sinks.is_on_host = lambda parameter: False
+        loading.is_on_host = buffers.is_on_host = lambda parameter: False
     checkpoint = open_checkpoint(folder)
     spec = {"rows": PartitionSpec("x"), "columns": PartitionSpec(None, "x"), "replicated": PartitionSpec()}[kind]
     target = {

@@ -1,11 +1,11 @@
-"""One of two processes that load a mixture of experts together; reports what it read and by how much it grew."""
+"""One of two processes that load a mixture of experts; reports the bytes it read and the growth of its memory."""
 
 import json
 import sys
 
 import jax
 
-from qwen_dist.checkpoint.load import load, make_plan
+from qwen_dist.checkpoint.load import load, make_load_plan
 from qwen_dist.checkpoint.model import abstract_model
 from qwen_dist.checkpoint.source import open_checkpoint
 from qwen_dist.mesh import MeshConfig, make_mesh
@@ -27,9 +27,9 @@ def main():
     checkpoint = open_checkpoint(folder)
     target, disk_shapes, tied = abstract_model(checkpoint.config, sharding_ctx, "bfloat16")
     options = {"disk_shapes": disk_shapes, "tied": tied, "host_memory_budget": int(budget)}
-    plan = make_plan(checkpoint, target, **options)
+    plan = make_load_plan(checkpoint, target, **options)
     with open("/proc/self/clear_refs", "w") as refs:
-        refs.write("5")  # lets the peak start anew
+        refs.write("5")  # resets the peak
     before, read = number_in("/proc/self/status", "VmRSS"), number_in("/proc/self/io", "rchar")
     arrays = load(checkpoint, target, **options)
     read = number_in("/proc/self/io", "rchar") - read

@@ -1,4 +1,4 @@
-"""Saves two checkpoints in turn over one directory until it is killed; for test_save.py. One fork per line of input."""
+"""Save two checkpoints alternately to one directory until killed; for test_save.py. One fork per line of input."""
 
 import os
 import sys
@@ -25,7 +25,7 @@ def save_for_ever(output):
                 arrays[value],
                 output,
                 config={"model_type": "qwen3", "value": value},
-                companions={"tokenizer.json": b"%d" % value},
+                extra_files={"tokenizer.json": b"%d" % value},
                 max_shard_bytes=300_000,
                 overwrite=True,
             )

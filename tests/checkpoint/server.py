@@ -1,4 +1,4 @@
-"""A web server for directories that can be told to misbehave, and that counts what it was asked."""
+"""A web server for directories that injects faults on request and records all requests."""
 
 import http.server
 import re
@@ -10,8 +10,11 @@ from urllib.parse import unquote, urlsplit
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `root` by byte range. `faults` are functions(request) -> bool, tried in turn for every range of weights but
-    the first, and `text_faults` for other files; one that returns True has answered (or broken) the request itself."""
+    """Serves `root` by byte range.
+
+    `faults` are functions(request) -> bool, called in order for every range of a weight file that does not start at byte 0;
+    `text_faults` are called for other files. A fault that returns True has answered (or broken) the request itself.
+    """
 
     daemon_threads = True
 
@@ -19,7 +22,7 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.root, self.requests, self.lock = Path(root), [], threading.Lock()
         self.faults, self.text_faults = [], []
-        # Some servers, the hub perhaps, give text whole whatever was asked for; object stores never do.
+        # Some servers, perhaps the hub, ignore byte ranges of text files; object stores do not.
         self.serves_text_ranges = False
         self.etag = '"version-1"'
 
@@ -28,7 +31,7 @@ class Server(http.server.ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request, client_address):
-        """Broken connections are what the tests are about."""
+        """Print nothing: the tests break connections on purpose."""
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -70,7 +73,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return headers
 
     def answer(self, status, body=b"", headers=None, sent=None):
-        """Answers with that body; `sent` bytes of it arrive before the connection breaks."""
+        """Send a response; if `sent` is given, close the connection after that many bytes of the body."""
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
             self.send_header(name, value)
@@ -96,7 +99,7 @@ def serve(root):
 
 
 def sometimes(every, fault):
-    """The fault on every n-th request."""
+    """Return a fault that injects `fault` into every n-th request."""
     count = iter(range(10**9))
     lock = threading.Lock()
 
@@ -113,7 +116,7 @@ def status(code, headers=None):
 
 
 def cut(request):
-    """Half of the bytes, then the connection is closed."""
+    """Send half of the bytes, then close the connection."""
     return request.answer(206, request.body, request.range_headers(), sent=len(request.body) // 2)
 
 

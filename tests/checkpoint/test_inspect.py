@@ -1,4 +1,4 @@
-"""The report says what is there, what loading would take, and everything that is wrong."""
+"""The report says what a checkpoint contains, what loading it needs, and everything that is wrong."""
 
 import io
 import json
@@ -23,7 +23,7 @@ def folder(write_checkpoint):
 
 
 def make_target(config):
-    """The abstract model of the checkpoint above on eight devices."""
+    """Return the abstract model of the checkpoint above on eight devices."""
     assert config["model_type"] == "qwen3"
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), (AxisType.Auto,) * 2)
     shapes = {f"layers.{i}.mlp.up_proj.weight": (8, 4) for i in range(3)} | {"embed_tokens.weight": (100, 4)}
@@ -45,21 +45,21 @@ def test_report(folder):
     assert set(report.load.bytes_per_device.values()) == {(400 + 96) * 2 // 8}
     assert not report.problems
     text = printed(report)
-    for part in (
+    for line in (
         "Qwen3ForCausalLM",
         "up_proj.weight  3 x F16 [8, 4]",
         "{0-2}",
         "embed_tokens.weight  F32 [100, 4]",
         "load",
     ):
-        assert part in text
+        assert line in text
     again = json.loads(report.to_json())
     assert again["parameters"] == 499 and again["load"]["digest"] == report.load.digest
     assert [group["tensors"] for group in again["groups"]] == [3, 1, 1]
 
 
-def test_nothing_but_headers_is_read(folder, monkeypatch):
-    monkeypatch.setattr("qwen_dist.checkpoint.load.execute", lambda *_: pytest.fail("data was read"))
+def test_only_headers_are_read(folder, monkeypatch):
+    monkeypatch.setattr("qwen_dist.checkpoint.load.execute_plan", lambda *_: pytest.fail("data was read"))
     assert inspect(str(folder), make_target).load.over_read == 1.0
 
 

@@ -1,4 +1,4 @@
-"""The streamed load gives the same bits as safetensors.numpy, on every mesh, dtype and memory budget."""
+"""The streamed load gives the same bits as safetensors.numpy for every mesh, dtype and memory budget."""
 
 import io
 import itertools
@@ -17,9 +17,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 from rich.console import Console
 
 from qwen_dist.checkpoint import load as loading
+from qwen_dist.checkpoint.buffers import BUFFER_ALIGNMENT
 from qwen_dist.checkpoint.load import load
 from qwen_dist.checkpoint.progress import progress_bar
-from qwen_dist.checkpoint.sinks import BUFFER_ALIGNMENT
 from qwen_dist.checkpoint.source import LocalFile, open_checkpoint
 from qwen_dist.errors import CheckpointError
 
@@ -61,8 +61,7 @@ def expected_arrays(folder):
     for layer in range(2):
         start = f"layers.{layer}.mlp.experts."
         for kind in ("gate_proj", "up_proj", "down_proj"):
-            parts = [raw[f"model.{start}{e}.{kind}.weight"] for e in range(EXPERTS)]
-            arrays[start + kind] = np.stack(parts)
+            arrays[start + kind] = np.stack([raw[f"model.{start}{e}.{kind}.weight"] for e in range(EXPERTS)])
         attention = f"layers.{layer}.self_attn."
         arrays[attention + "q_proj.weight"] = arrays[attention + "q_proj.weight"].reshape(HEADS, HEAD_DIM, EMBED)
         arrays[attention + "q_proj.bias"] = arrays[attention + "q_proj.bias"].reshape(HEADS, HEAD_DIM)
@@ -82,7 +81,7 @@ DISK_SHAPES = {
 
 
 def spec(name, row, column):
-    """Rows of the matrix over `row`, columns over `column`, heads over the axis of their matrix dimension."""
+    """Shard matrix rows over `row` and columns over `column`; heads use the axis of their matrix dimension."""
     if name.endswith("q_proj.weight"):
         return PartitionSpec(row, None, column)
     if name.endswith("q_proj.bias"):
@@ -122,13 +121,13 @@ def check_load(folder, mesh, row, column, dtype):
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("long_run", [16, loading.MAX_HOST_PIECE_BYTES])
+@pytest.mark.parametrize("long_run", [16, loading.MAX_HOST_CHUNK_BYTES])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("mesh_shape", "row", "column"), MESHES)
 def test_equals_safetensors_on_every_mesh(checkpoint_dir, monkeypatch, mesh_shape, row, column, dtype, long_run, axis_type):
-    """`long_run` makes shards be read straight into place or as rows divided in memory; pieces are tiny."""
+    """`long_run` selects whether shards are read directly into place or as rows divided in memory; chunks are tiny."""
     monkeypatch.setattr("qwen_dist.checkpoint.plan.LONG_RUN_BYTES", long_run)
-    monkeypatch.setattr(loading, "MAX_HOST_PIECE_BYTES", 1000)
+    monkeypatch.setattr(loading, "MAX_HOST_CHUNK_BYTES", 1000)
     devices = jax.devices()[: mesh_shape[0] * mesh_shape[1]]
     mesh = jax.make_mesh(mesh_shape, ("row", "column"), (axis_type,) * 2, devices=devices)
     check_load(checkpoint_dir, mesh, row, column, dtype)
@@ -136,18 +135,18 @@ def test_equals_safetensors_on_every_mesh(checkpoint_dir, monkeypatch, mesh_shap
 
 @pytest.fixture
 def as_accelerators(monkeypatch):
-    """Loads through transfers and in-place updates, as onto devices that have memory of their own."""
+    """Load with transfers and in-place updates, as for devices with separate memory."""
     monkeypatch.setattr(loading, "is_on_host", lambda parameter: False)
-    monkeypatch.setattr("qwen_dist.checkpoint.sinks.is_on_host", lambda parameter: False)
+    monkeypatch.setattr("qwen_dist.checkpoint.buffers.is_on_host", lambda parameter: False)
 
 
-@pytest.mark.parametrize("piece_bytes", [4096, loading.MAX_DEVICE_PIECE_BYTES])
+@pytest.mark.parametrize("chunk_bytes", [4096, loading.MAX_DEVICE_CHUNK_BYTES])
 @pytest.mark.parametrize(("dtype", "row", "column"), [("bfloat16", None, "row"), ("float32", "row", None)])
 def test_equals_safetensors_through_transfers(
-    checkpoint_dir, monkeypatch, as_accelerators, dtype, row, column, piece_bytes
+    checkpoint_dir, monkeypatch, as_accelerators, dtype, row, column, chunk_bytes
 ):
-    """With pieces smaller than a shard, and with whole shards."""
-    monkeypatch.setattr(loading, "MAX_DEVICE_PIECE_BYTES", piece_bytes)
+    """Chunks are smaller than a shard, or whole shards."""
+    monkeypatch.setattr(loading, "MAX_DEVICE_CHUNK_BYTES", chunk_bytes)
     mesh = jax.make_mesh((2,), ("row",), (AxisType.Auto,), devices=jax.devices()[:2])
     check_load(checkpoint_dir, mesh, row, column, dtype)
 
@@ -168,7 +167,7 @@ def test_single_device_sharding(checkpoint_dir):
 
 
 def one_device(arrays, dtype=None):
-    """A target of these arrays' shapes on one device."""
+    """Return a target with the shapes of these arrays on one device."""
     device = SingleDeviceSharding(jax.devices()[0])
     return {
         name.removeprefix("model."): jax.ShapeDtypeStruct(value.shape, dtype or value.dtype, sharding=device)
@@ -177,7 +176,7 @@ def one_device(arrays, dtype=None):
 
 
 def test_cpu_arrays_adopt_their_buffers(checkpoint_dir):
-    """Replicas share one buffer, it is aligned, and what is loaded later never touches it."""
+    """Replicas share one aligned buffer, and later loads do not change it."""
     mesh = jax.make_mesh((4,), ("row",), (AxisType.Auto,), devices=jax.devices()[:4])
     expected = expected_arrays(checkpoint_dir)
     target = {
@@ -194,7 +193,7 @@ def test_cpu_arrays_adopt_their_buffers(checkpoint_dir):
         np.testing.assert_array_equal(np.asarray(first[name]), value)
 
 
-def test_donating_an_adopted_buffer_leaves_its_replica_alone(checkpoint_dir):
+def test_donating_an_adopted_buffer_does_not_change_its_replica(checkpoint_dir):
     mesh = jax.make_mesh((2,), ("row",), (AxisType.Auto,), devices=jax.devices()[:2])
     expected = expected_arrays(checkpoint_dir)
     target = {
@@ -224,7 +223,7 @@ def test_mixed_dtypes_in_one_file(write_checkpoint):
 
 @pytest.mark.fault
 def test_dtypes_are_never_reinterpreted(write_checkpoint):
-    """All tensors that cannot become what is wanted are in one message."""
+    """One message lists all tensors that cannot be converted to the target dtype."""
     arrays = {
         "model.a.weight": np.ones(4, "int32"),
         "model.b.weight": np.ones(4, bool),
@@ -241,7 +240,7 @@ def test_dtypes_are_never_reinterpreted(write_checkpoint):
 
 
 @pytest.mark.fault
-def test_sixty_four_bits_are_not_cut_silently(write_checkpoint):
+def test_64_bits_are_not_truncated_silently(write_checkpoint):
     arrays = {"model.a.weight": np.ones(4, "float64")}
     with pytest.raises(CheckpointError, match=r"model\.a\.weight: float64 arrays need jax_enable_x64"):
         load(open_checkpoint(write_checkpoint({"model.safetensors": arrays})), one_device(arrays))
@@ -267,7 +266,7 @@ def test_stored_head_of_a_tied_model(write_checkpoint, head, is_equal):
 @pytest.mark.fault
 def test_failure_in_one_thread_stops_all(checkpoint_dir, monkeypatch):
     checkpoint, target = open_checkpoint(checkpoint_dir), one_device(expected_arrays(checkpoint_dir))
-    monkeypatch.setattr(loading, "MAX_HOST_PIECE_BYTES", 1000)
+    monkeypatch.setattr(loading, "MAX_HOST_CHUNK_BYTES", 1000)
     reads = itertools.count()
     whole = LocalFile.read_into
 
@@ -277,7 +276,7 @@ def test_failure_in_one_thread_stops_all(checkpoint_dir, monkeypatch):
         whole(self, offset, buffer)
 
     monkeypatch.setattr(LocalFile, "read_into", fail)
-    planned = len(loading.make_plan(checkpoint, target, disk_shapes=DISK_SHAPES).reads)
+    planned = len(loading.make_load_plan(checkpoint, target, disk_shapes=DISK_SHAPES).requests)
     with pytest.raises(CheckpointError, match="the disk is gone"):
         load(checkpoint, target, disk_shapes=DISK_SHAPES)
     assert next(reads) < planned
@@ -286,9 +285,9 @@ def test_failure_in_one_thread_stops_all(checkpoint_dir, monkeypatch):
 
 @pytest.mark.fault
 def test_interrupt_stops_all(checkpoint_dir, monkeypatch):
-    """Ctrl-C during a load ends it, with no thread and no descriptor left behind."""
+    """Ctrl-C during a load stops it and leaves no thread and no open descriptor."""
     checkpoint, target = open_checkpoint(checkpoint_dir), one_device(expected_arrays(checkpoint_dir))
-    monkeypatch.setattr(loading, "MAX_HOST_PIECE_BYTES", 1000)
+    monkeypatch.setattr(loading, "MAX_HOST_CHUNK_BYTES", 1000)
     descriptors = len(os.listdir("/proc/self/fd"))
     calls = []
 
@@ -329,7 +328,7 @@ def test_progress_bar(checkpoint_dir):
 
 @pytest.mark.fault
 def test_shards_that_do_not_divide(write_checkpoint, monkeypatch):
-    """An uneven sharding is refused by name before anything is read."""
+    """An uneven sharding is refused, with the parameter's name, before anything is read."""
     arrays = {"model.embed_tokens.weight": np.ones((6, 4), "float32"), "model.k_proj.weight": np.ones((3, 4), "float32")}
     checkpoint = open_checkpoint(write_checkpoint({"model.safetensors": arrays}))
     mesh = jax.make_mesh((4,), ("tensor",), (AxisType.Auto,), devices=jax.devices()[:4])

@@ -1,4 +1,4 @@
-"""The budget of host memory is a bound: the peak of a process that loads is measured by the system."""
+"""The host memory budget is a bound: checked against the peak memory of a loading process, as the system reports it."""
 
 import json
 import os
@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from qwen_dist.checkpoint.format import build_header
+from qwen_dist.checkpoint.safetensors import build_header
 
 MB = 10**6
-# What a load may take beyond its budget: code, threads, the plan.
+# Memory that a load may use in addition to its budget: code, threads, the plan.
 CONSTANT = 100 * MB
 
 
 @pytest.fixture
 def write_zeros(tmp_path):
-    """A checkpoint of about so many bytes in files with holes, which take no space on the disk."""
+    """A function that writes a checkpoint of about `nbytes` zeros in a sparse file, which takes no disk space."""
 
     def write(nbytes, embed=2048, mlp=11008, vocab=151_936):
         tensors = {"model.embed_tokens.weight": ("BF16", (vocab, embed)), "model.norm.weight": ("BF16", (embed,))}
@@ -52,7 +52,7 @@ def measure(folder, budget, kind, where, *output):
 
 def check(folder, budget, kind, where):
     found = measure(folder, budget, kind, where)
-    # Replicas alias one buffer: the arrays take the checkpoint's bytes once, the budget comes on top.
+    # Replicas share one buffer: the arrays take the checkpoint's bytes once; the budget is added to that.
     assert found["arrays"] <= found["bytes"] * 1.01 + MB
     assert found["growth"] - found["arrays"] <= budget + CONSTANT, found
 
@@ -63,7 +63,7 @@ def test_600_megabytes_within_32(write_zeros, kind):
 
 
 def test_600_megabytes_within_32_through_transfers(write_zeros, monkeypatch):
-    """As onto accelerators, in pieces. The CPU stands in for their memory, so malloc must not keep what they free."""
+    """As for accelerators, in chunks. Here "device" memory is host memory, so malloc must not keep what is freed."""
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     check(write_zeros(600 * MB, embed=2048, mlp=2048, vocab=2048), 32 * MB, "columns", "devices")

@@ -1,4 +1,4 @@
-"""Experts as they lie on disk, one tensor each, and as they are held, stacked and spread over devices: and back."""
+"""Experts are one tensor each on disk and stacked and sharded over devices in memory; export restores the tensors."""
 
 import json
 
@@ -19,20 +19,20 @@ def sharding_ctx():
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
-def test_experts_are_stacked_where_they_are_used(tiny_checkpoint, sharding_ctx, family):
+def test_experts_are_stacked_and_sharded(tiny_checkpoint, sharding_ctx, family):
     directory = tiny_checkpoint(family, **SIZES)
     stored = load_file(directory / "model.safetensors")
     parameters = load_model(directory, sharding_ctx, dtype="float32").parameters
     layer = 0 if family == "qwen2_moe" else 1  # mlp_only_layers, decoder_sparse_step
     experts = f"layers.{layer}.mlp.experts."
-    held = parameters[experts + "gate_up_proj"]
+    stacked = parameters[experts + "gate_up_proj"]
     for expert in range(SIZES["num_experts"]):
         for index, kind in enumerate(("gate_proj", "up_proj")):
-            np.testing.assert_array_equal(held[expert, index], stored[f"model.{experts}{expert}.{kind}.weight"])
+            np.testing.assert_array_equal(stacked[expert, index], stored[f"model.{experts}{expert}.{kind}.weight"])
         down = parameters[experts + "down_proj"][expert]
         np.testing.assert_array_equal(down, stored[f"model.{experts}{expert}.down_proj.weight"])
-    one_eighth = (2, 2, held.shape[2] // 2, held.shape[3])  # a quarter of the experts, half of their channels
-    assert {shard.data.shape for shard in held.addressable_shards} == {one_eighth}
+    one_eighth = (2, 2, stacked.shape[2] // 2, stacked.shape[3])  # a quarter of the experts, half of their channels
+    assert {shard.data.shape for shard in stacked.addressable_shards} == {one_eighth}
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])

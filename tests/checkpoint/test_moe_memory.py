@@ -1,4 +1,4 @@
-"""A large mixture of experts in two processes: each reads its own experts' bytes, within the budget of host memory."""
+"""A large mixture of experts in two processes: each reads the bytes of its own experts within the memory budget."""
 
 import json
 import os
@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwen_dist.checkpoint.format import build_header
+from qwen_dist.checkpoint.safetensors import build_header
 
 MB = 10**6
-# What a load may take beyond its budget: code, threads, the plan.
+# Memory that a load may use in addition to its budget: code, threads, the plan.
 CONSTANT = 100 * MB
 EMBED, CHANNELS, EXPERTS, VOCAB = 2048, 768, 128, 4096
 CONFIG = {
@@ -35,7 +35,7 @@ CONFIG = {
 
 
 def write(folder, num_layers):
-    """A checkpoint of random bytes; returns its size."""
+    """Write a checkpoint of random bytes; return its size."""
     tensors = {"model.embed_tokens.weight": (VOCAB, EMBED), "model.norm.weight": (EMBED,)}
     for layer in range(num_layers):
         start = f"model.layers.{layer}."

@@ -1,4 +1,4 @@
-"""The plan: boxes are cut and joined without losing an element, every byte is read once, and processes agree."""
+"""The plan: boxes are split and merged without losing elements, and every byte is read once; equal plans, equal digests."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qwen_dist.checkpoint import boxes
-from qwen_dist.checkpoint.load import make_plan
+from qwen_dist.checkpoint.load import make_load_plan
 from qwen_dist.checkpoint.source import open_checkpoint
 from qwen_dist.errors import CheckpointError
 
@@ -33,18 +33,18 @@ def elements(box):
 def test_split_covers_the_box_in_order(case, limit, first_dim):
     _, box = case
     first_dim = min(first_dim, len(box) - 1)
-    parts = list(boxes.split(box, limit, first_dim))
-    assert [e for part in parts for e in sorted(elements(part))] == sorted(elements(box))
-    assert all(math.prod(boxes.box_shape(part)) <= limit for part in parts)
-    assert all(stop - start == 1 for part in parts for start, stop in part[:first_dim])
+    chunks = list(boxes.split_box(box, limit, first_dim))
+    assert [e for chunk in chunks for e in sorted(elements(chunk))] == sorted(elements(box))
+    assert all(math.prod(boxes.box_shape(chunk)) <= limit for chunk in chunks)
+    assert all(stop - start == 1 for chunk in chunks for start, stop in chunk[:first_dim])
 
 
 @given(arrays_with_boxes())
 def test_runs_are_contiguous(case):
     shape, box = case
-    indices = np.arange(math.prod(shape)).reshape(shape)[boxes.relative(box, ((0, 0),) * len(shape))].reshape(-1)
+    indices = np.arange(math.prod(shape)).reshape(shape)[boxes.relative_slices(box, ((0, 0),) * len(shape))].reshape(-1)
     run = boxes.run_length(box, shape)
-    assert boxes.first_index(box, shape) == indices[0] and len(indices) % run == 0
+    assert boxes.first_flat_index(box, shape) == indices[0] and len(indices) % run == 0
     starts = indices.reshape(-1, run)
     assert (starts - starts[:, :1] == np.arange(run)).all()
     assert run == len(indices) or starts[1, 0] != starts[0, -1] + 1
@@ -59,7 +59,7 @@ def test_merged_shards_cover_the_same_elements(data):
     grid = [[(i * n // c, (i + 1) * n // c) for i in range(c)] for n, c in zip(shape, cuts, strict=True)]
     cells = [tuple(cell) for cell in itertools.product(*grid)]
     chosen = data.draw(st.lists(st.sampled_from(cells), min_size=1))
-    merged = boxes.merge(chosen)
+    merged = boxes.merge_boxes(chosen)
     covered = [e for box in merged for e in elements(box)]
     assert sorted(covered) == sorted(set().union(*map(elements, chosen)))
     if set(chosen) == set(cells):
@@ -92,16 +92,16 @@ def target_for(checkpoint, mesh, matrix_spec):
 def all_specs():
     axes = [None, "a", "b", ("a", "b")]
     for rows, columns in itertools.product(axes, axes):
-        used = [axis for part in (rows, columns) if part for axis in ([part] if isinstance(part, str) else part)]
+        used = [axis for entry in (rows, columns) if entry for axis in ([entry] if isinstance(entry, str) else entry)]
         if len(used) == len(set(used)):
             yield PartitionSpec(rows, columns)
 
 
 @pytest.mark.parametrize("spec", list(all_specs()), ids=str)
 @pytest.mark.parametrize("mesh_shape", [(8, 1), (2, 4), (1, 1)])
-def test_every_byte_is_read_once_inside_a_process(checkpoint, mesh_shape, spec):
+def test_every_byte_is_read_once_per_process(checkpoint, mesh_shape, spec):
     mesh = jax.make_mesh(mesh_shape, ("a", "b"), devices=jax.devices()[: math.prod(mesh_shape)])
-    plan = make_plan(checkpoint, target_for(checkpoint, mesh, spec))
+    plan = make_load_plan(checkpoint, target_for(checkpoint, mesh, spec))
     unique = sum(info.nbytes for info in checkpoint.tensors.values())
     assert plan.bytes_needed == unique
     assert plan.bytes_read <= unique * (1.02 if spec[1] is None else 1.05)
@@ -111,34 +111,34 @@ def test_every_byte_is_read_once_inside_a_process(checkpoint, mesh_shape, spec):
     assert set(per_device.values()) == {4 * 2 * (math.prod(shards) + 768)}
 
 
-def test_budget_bounds_what_is_held(checkpoint):
+def test_budget_bounds_host_memory(checkpoint):
     mesh = jax.make_mesh((8,), ("a",))
     target = target_for(checkpoint, mesh, PartitionSpec(None, "a"))
     for budget in (128 * 1024, 1_000_000, 10_000_000, 10**9):
-        plan = make_plan(checkpoint, target, host_memory_budget=budget)
-        assert plan.host_memory <= budget
-        assert all(piece.nbytes <= plan.piece_bytes for read in plan.reads for piece in read.pieces)
-        assert all(read.end - read.begin <= plan.piece_bytes for read in plan.reads if len(read.pieces) > 1)
+        plan = make_load_plan(checkpoint, target, host_memory_budget=budget)
+        assert plan.host_memory_bytes <= budget
+        assert all(chunk.nbytes <= plan.chunk_bytes for request in plan.requests for chunk in request.chunks)
+        assert all(request.end - request.begin <= plan.chunk_bytes for request in plan.requests if len(request.chunks) > 1)
 
 
 @pytest.mark.fault
 def test_budget_too_small(checkpoint):
     mesh = jax.make_mesh((1,), ("a",), devices=jax.devices()[:1])
     with pytest.raises(CheckpointError, match="budget of 1000 bytes is too small; give at least 131072"):
-        make_plan(checkpoint, target_for(checkpoint, mesh, PartitionSpec()), host_memory_budget=1000)
+        make_load_plan(checkpoint, target_for(checkpoint, mesh, PartitionSpec()), host_memory_budget=1000)
 
 
-def test_digest_follows_what_matters_only(checkpoint):
+def test_digest_depends_only_on_what_must_be_equal(checkpoint):
     mesh = jax.make_mesh((2, 4), ("a", "b"))
     target = target_for(checkpoint, mesh, PartitionSpec("a"))
-    digest = make_plan(checkpoint, target).digest
-    assert make_plan(checkpoint, dict(reversed(target.items())), host_memory_budget=10**6).digest == digest
-    assert make_plan(checkpoint, target_for(checkpoint, mesh, PartitionSpec("b"))).digest != digest
+    digest = make_load_plan(checkpoint, target).digest
+    assert make_load_plan(checkpoint, dict(reversed(target.items())), host_memory_budget=10**6).digest == digest
+    assert make_load_plan(checkpoint, target_for(checkpoint, mesh, PartitionSpec("b"))).digest != digest
     other = jax.make_mesh((2, 4), ("a", "b"), devices=jax.devices()[::-1])
-    assert make_plan(checkpoint, target_for(checkpoint, other, PartitionSpec("a"))).digest != digest
+    assert make_load_plan(checkpoint, target_for(checkpoint, other, PartitionSpec("a"))).digest != digest
 
 
-def test_reads_print_as_a_summary(checkpoint):
+def test_plan_prints_as_a_summary(checkpoint):
     mesh = jax.make_mesh((8,), ("a",))
-    text = str(make_plan(checkpoint, target_for(checkpoint, mesh, PartitionSpec("a"))))
-    assert "8 parameters from 1 files" in text and "(1.000 x the least)" in text
+    text = str(make_load_plan(checkpoint, target_for(checkpoint, mesh, PartitionSpec("a"))))
+    assert "8 parameters from 1 files" in text and "(1.000 x the minimum)" in text

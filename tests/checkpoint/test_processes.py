@@ -1,4 +1,4 @@
-"""Real processes: each reads its own part, and a failure of one is the failure of all, soon and by name."""
+"""Several real processes: each reads only its own shards, and if one fails, all report its error within seconds."""
 
 import json
 import os
@@ -13,13 +13,13 @@ import safetensors.numpy
 
 PROCESSES = 3
 SHAPE = (600, 120)
-# Process 1 does not live to report the last scenario.
+# Process 1 is killed in the last scenario and does not report it.
 SURVIVORS = (0, 2)
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """{scenario: {process: what it reported}} of one run of all scenarios."""
+    """The reports of one run of all scenarios: {scenario: {process: report}}."""
     folder = tmp_path_factory.mktemp("processes")
     write(folder / "good", seed=0)
     write(folder / "other", seed=0, swap=True)
@@ -73,14 +73,14 @@ def write(folder, seed, swap=False):
 
 
 @pytest.mark.parametrize("kind", ["rows", "columns", "replicated"])
-def test_each_process_reads_its_own_part(outcomes, kind):
-    """In the order that process 1 gives backwards; the bytes that the system counts are the planned ones."""
+def test_each_process_reads_its_own_shards(outcomes, kind):
+    """Process 1 passes its target in reverse order. The bytes that the system counts are those of the plan."""
     matrices, vector = 4 * SHAPE[0] * SHAPE[1] * 2, SHAPE[1] * 2
-    share = 1 if kind == "replicated" else PROCESSES
+    num_shards = 1 if kind == "replicated" else PROCESSES
     for report in outcomes[kind].values():
         assert "error" not in report, report
         result = report["result"]
-        assert result["needed"] == matrices // share + vector
+        assert result["needed"] == matrices // num_shards + vector
         assert result["planned"] <= (1.02 if kind == "rows" else 3.0) * result["needed"]
         assert result["planned"] <= result["read"] <= result["planned"] + 4096
     assert len(outcomes[kind]) == PROCESSES
@@ -97,7 +97,7 @@ def test_each_process_reads_its_own_part(outcomes, kind):
         ("dies_while_loading", SURVIVORS, "processes [1] did not finish within 3 s"),
     ],
 )
-def test_a_failure_of_one_is_a_failure_of_all(outcomes, scenario, processes, message):
+def test_a_failure_of_one_process_fails_all(outcomes, scenario, processes, message):
     reports = outcomes[scenario]
     assert sorted(reports) == list(processes)
     for report in reports.values():
@@ -106,7 +106,7 @@ def test_a_failure_of_one_is_a_failure_of_all(outcomes, scenario, processes, mes
 
 
 @pytest.mark.fault
-def test_a_slow_process_is_waited_for_and_named(outcomes):
+def test_the_others_wait_for_a_slow_process_and_report_it(outcomes):
     for process, report in outcomes["slow_process"].items():
         assert "error" not in report, report
         if process != 1:

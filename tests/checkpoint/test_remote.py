@@ -1,4 +1,4 @@
-"""Checkpoints over a network: whatever the server does, either every byte is right or a clear error comes."""
+"""Checkpoints over a network: whatever the server does, every byte is correct or there is a clear error."""
 
 import collections
 import json
@@ -17,8 +17,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from server import serve, sometimes
 
 from qwen_dist.checkpoint import remote
-from qwen_dist.checkpoint.load import load, make_plan
-from qwen_dist.checkpoint.source import Access, open_checkpoint
+from qwen_dist.checkpoint.load import load, make_load_plan
+from qwen_dist.checkpoint.source import ReadOptions, open_checkpoint
 from qwen_dist.errors import CheckpointError
 
 
@@ -38,9 +38,9 @@ def folder(write_checkpoint):
 
 @pytest.fixture
 def server(folder, monkeypatch):
-    """Pieces are small, so that there are many requests; delays are short."""
-    monkeypatch.setattr(remote, "REMOTE_ACCESS", Access(num_threads=4, max_gap=1000, piece_bytes=8000))
-    monkeypatch.setattr(remote.HttpFolder, "access", remote.REMOTE_ACCESS)
+    """A server for `folder`. Chunks are small, for many requests; delays are short."""
+    monkeypatch.setattr(remote, "REMOTE_READ_OPTIONS", ReadOptions(num_threads=4, max_gap=1000, chunk_bytes=8000))
+    monkeypatch.setattr(remote.HttpFolder, "read_options", remote.REMOTE_READ_OPTIONS)
     monkeypatch.setattr(remote, "FIRST_DELAY_S", 0.01)
     monkeypatch.setattr(remote, "STALL_TIMEOUT_S", 0.3)
     with serve(folder) as running:
@@ -59,7 +59,7 @@ def load_from(location, spec=COLUMNS):
         )
         for name, info in checkpoint.tensors.items()
     }
-    return load(checkpoint, target), make_plan(checkpoint, target)
+    return load(checkpoint, target), make_load_plan(checkpoint, target)
 
 
 def check(folder, arrays):
@@ -76,14 +76,14 @@ def test_streamed_by_byte_range(folder, server, spec):
     arrays, plan = load_from(server.url, spec)
     check(folder, arrays)
     ranges = [headers["Range"][6:].split("-") for _, path, headers in server.requests if path.endswith(".safetensors")]
-    asked = sum(int(stop) + 1 - int(start) for start, stop in ranges)
-    # Opening takes a first byte and a first read, which here is all of these small files.
+    requested = sum(int(stop) + 1 - int(start) for start, stop in ranges)
+    # Opening a file reads one byte and then the header; that read covers the whole of these small files.
     headers = sum(1 + path.stat().st_size for path in folder.glob("*.safetensors"))
-    assert plan.bytes_read <= asked <= plan.bytes_read + headers
+    assert plan.bytes_read <= requested <= plan.bytes_read + headers
     assert plan.over_read <= 1.05
 
 
-PASSING = {
+TRANSIENT = {
     "503": faults.status(503),
     "503 with Retry-After": faults.status(503, {"Retry-After": "0"}),
     "429": faults.status(429),
@@ -95,43 +95,43 @@ PASSING = {
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("case", PASSING)
-def test_what_passes_is_tried_again(folder, server, case):
-    server.faults = [sometimes(9, PASSING[case])]
+@pytest.mark.parametrize("case", TRANSIENT)
+def test_transient_errors_are_retried(folder, server, case):
+    server.faults = [sometimes(9, TRANSIENT[case])]
     arrays, plan = load_from(server.url)
     check(folder, arrays)
-    assert len(plan.reads) > 9
+    assert len(plan.requests) > 9
 
 
 @pytest.mark.fault
 def test_all_faults_together(folder, server):
-    """Several kinds at once, each now and then: not a wrong byte."""
+    """Several kinds of faults, each occasionally: no byte is wrong."""
     failed: collections.Counter[tuple[str, int]] = collections.Counter()
-    now_and_then = [sometimes(11 + i, fault) for i, fault in enumerate(PASSING.values())]
+    occasional = [sometimes(11 + i, fault) for i, fault in enumerate(TRANSIENT.values())]
 
-    def passing(request):
-        """One of them, but not as often for one range (a part of it ends where it does) as would be given up."""
+    def transient(request):
+        """Inject one fault, but fewer per range than the client's attempts (the rest of a range has the same end)."""
         range_ = request.path, request.stop
         if failed[range_] == remote.MAX_ATTEMPTS - 1:
             return False
-        failed[range_] += 1  # now: a fault may end in an exception, as the client has gone
-        has_failed = any(fault(request) for fault in now_and_then)
+        failed[range_] += 1  # before the call: a fault can raise when the client has disconnected
+        has_failed = any(fault(request) for fault in occasional)
         failed[range_] -= not has_failed
         return has_failed
 
-    server.faults = [passing]
+    server.faults = [transient]
     for _ in range(3):
         failed.clear()
         check(folder, load_from(server.url)[0])
         assert failed.total() > 0
 
 
-FINAL = {
-    "503 for ever": (faults.status(503), r"HTTP status 503; given up after 3 attempts"),
-    "cut for ever": (lambda r: r.answer(206, r.body, r.range_headers(), sent=0), "given up after 3 attempts"),
-    "stalled for ever": (faults.stall(1.0), "given up after 3 attempts"),
+PERMANENT = {
+    "503 forever": (faults.status(503), r"HTTP status 503; given up after 3 attempts"),
+    "cut forever": (lambda r: r.answer(206, r.body, r.range_headers(), sent=0), "given up after 3 attempts"),
+    "stalled forever": (faults.stall(1.0), "given up after 3 attempts"),
     "range ignored": (faults.ignores_range, "ignores byte ranges"),
-    "wrong range": (faults.wrong_range, "asked for bytes .* the server answered with 'bytes"),
+    "wrong range": (faults.wrong_range, "requested bytes .* the server answered with 'bytes"),
     "no Content-Range": (faults.no_range_header, "the server answered with ''"),
     "changed entity tag": (faults.changed, "was changed while it was being read"),
     "changed size": (faults.grown, "was changed while it was being read"),
@@ -145,10 +145,10 @@ FINAL = {
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("case", FINAL)
-def test_what_does_not_pass_is_told(server, monkeypatch, case):
+@pytest.mark.parametrize("case", PERMANENT)
+def test_permanent_errors_are_reported(server, monkeypatch, case):
     monkeypatch.setattr(remote, "MAX_ATTEMPTS", 3)
-    fault, message = FINAL[case]
+    fault, message = PERMANENT[case]
     checkpoint = open_checkpoint(server.url)
     server.faults = [fault]
     file = checkpoint.files["1.safetensors"]
@@ -163,7 +163,7 @@ def cut_text(request):
 
 @pytest.mark.fault
 @pytest.mark.parametrize("fault", [faults.status(503), cut_text, faults.reset], ids=["503", "cut", "reset"])
-def test_small_files_are_tried_again_too(folder, server, fault):
+def test_small_files_are_retried_too(folder, server, fault):
     server.text_faults = [sometimes(2, fault)]
     check(folder, load_from(server.url)[0])
 
@@ -179,7 +179,7 @@ def test_small_files_that_cannot_be_read(server, status, message):
 
 
 @pytest.mark.fault
-def test_stalls_end_in_time(server, monkeypatch):
+def test_stalls_time_out(server, monkeypatch):
     monkeypatch.setattr(remote, "MAX_ATTEMPTS", 2)
     checkpoint = open_checkpoint(server.url)
     server.faults = [faults.stall(5.0)]
@@ -200,15 +200,15 @@ def test_missing_files(server, folder):
 
 
 @pytest.mark.fault
-def test_nobody_there(monkeypatch):
+def test_no_server(monkeypatch):
     monkeypatch.setattr(remote, "FIRST_DELAY_S", 0.01)
     with pytest.raises(CheckpointError, match="given up after 6 attempts"):
         open_checkpoint("http://127.0.0.1:9/model")
 
 
 @pytest.mark.fault
-def test_index_cannot_lead_elsewhere(server, folder):
-    """A poisoned index makes no request, least of all one with credentials."""
+def test_index_cannot_name_another_host(server, folder):
+    """A malicious index causes no request, and so none with credentials."""
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "http://evil/x.safetensors"}}))
     with pytest.raises(CheckpointError, match="weight_map may only name"):
         open_checkpoint(server.url)
@@ -216,8 +216,8 @@ def test_index_cannot_lead_elsewhere(server, folder):
 
 
 @pytest.mark.fault
-def test_expired_address_is_renewed_once_and_credentials_stay_home(folder, server):
-    """The hub redirects to signed addresses of another host that expire: the first one is asked again, once."""
+def test_expired_address_is_renewed_once_and_credentials_stay_on_their_host(folder, server):
+    """The hub redirects to signed addresses on another host, which expire: the original one is requested again, once."""
     issued = []
 
     class Redirect(faults.Handler):
@@ -235,7 +235,7 @@ def test_expired_address_is_renewed_once_and_credentials_stay_home(folder, serve
         hub.RequestHandlerClass = Redirect
         from qwen_dist.checkpoint.source import open_folder_checkpoint
 
-        # Two names for this machine, as two hosts would be.
+        # Another name for this machine stands for another host.
         url = hub.url.replace("127.0.0.1", "localhost")
         checkpoint = open_folder_checkpoint(remote.HttpFolder(f"{url}/org/name/", {"Authorization": "Bearer secret"}))
         expires = next(i for i, name in enumerate(issued, 1) if name == "1.safetensors")
@@ -260,7 +260,7 @@ print(json.dumps({"folder": str(checkpoint.folder), "bytes": buffer.hex()}))
 
 
 def open_in_a_process(hub_id, **environment):
-    """In a process of its own: the hub's library reads its environment when it is imported."""
+    """Run in a separate process: the hub's library reads its environment when it is imported."""
     variables = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | environment
     variables["PYTHONPATH"] = str(Path(__file__).parents[2])
     command = [sys.executable, "-c", HUB_SCRIPT, hub_id]
@@ -268,7 +268,7 @@ def open_in_a_process(hub_id, **environment):
 
 
 def test_hub_id(folder, tmp_path):
-    """Streamed at the commit that the name stood for, with the token; then from the cache, if it is complete."""
+    """Streamed at the commit that the id resolved to, with the token; from the cache if that is complete."""
     commit = "c" * 40
 
     class Hub(faults.Handler):
@@ -311,7 +311,7 @@ def test_hub_id(folder, tmp_path):
 
 @pytest.fixture
 def bucket(folder, monkeypatch):
-    """An object store that speaks as much S3 as reading takes."""
+    """An object store that implements the part of S3 that reading needs."""
     with serve(folder.parent) as store:
         store.serves_text_ranges = True
         for name, value in {
@@ -332,16 +332,16 @@ def test_object_store(folder, bucket):
 
 @pytest.mark.fault
 @pytest.mark.parametrize("case", ["503", "429", "500", "reset"])
-def test_object_store_tries_again(folder, bucket, case):
-    bucket.faults = [sometimes(3, PASSING[case])]
+def test_object_store_retries(folder, bucket, case):
+    bucket.faults = [sometimes(3, TRANSIENT[case])]
     check(folder, load_from(f"s3://{folder.name}")[0])
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize("case", ["wrong range", "range ignored", "412", "403"])
-def test_object_store_errors_are_told(folder, bucket, case):
+def test_object_store_errors_are_reported(folder, bucket, case):
     checkpoint = open_checkpoint(f"s3://{folder.name}")
-    bucket.faults = [FINAL[case][0]]
+    bucket.faults = [PERMANENT[case][0]]
     with pytest.raises(CheckpointError, match=r"1\.safetensors: bytes from 1000 cannot be read"):
         checkpoint.files["1.safetensors"].read_into(1000, memoryview(bytearray(5000)))
 

@@ -1,4 +1,4 @@
-"""What is saved reads back bit for bit, here and in transformers; a save that dies leaves old or new, never a mixture."""
+"""A saved checkpoint reads back bit for bit, here and in transformers; a killed save leaves the old or the new one."""
 
 import errno
 import json
@@ -17,19 +17,19 @@ import safetensors
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from qwen_dist.checkpoint import load as loading
-from qwen_dist.checkpoint.format import DATA_ALIGNMENT
 from qwen_dist.checkpoint.load import load
-from qwen_dist.checkpoint.mapping import find_layout, fold
+from qwen_dist.checkpoint.names import find_layout, group_names
+from qwen_dist.checkpoint.safetensors import DATA_ALIGNMENT
 from qwen_dist.checkpoint.save import export, save
 from qwen_dist.checkpoint.source import open_checkpoint
 from qwen_dist.errors import CheckpointError
 
 
 def target_of(checkpoint, mesh=None, row=None, column=None, dtype=None):
-    """A target for all of a checkpoint, experts stacked, matrices sharded; as a model of the family would give it."""
+    """Return a target for a whole checkpoint, with stacked experts and sharded matrices, as its model would."""
     prefix, _ = find_layout(["embed_tokens.weight"], checkpoint.tensors)
     target = {}
-    for names in fold(checkpoint.tensors).values():
+    for names in group_names(checkpoint.tensors).values():
         for name in names:
             info = checkpoint.tensors[name]
             short, shape = name.removeprefix(prefix[0]), info.shape
@@ -43,7 +43,7 @@ def target_of(checkpoint, mesh=None, row=None, column=None, dtype=None):
 
 
 def contents(folder):
-    """Every tensor of a directory, through the safetensors library."""
+    """Read every tensor of a directory with the safetensors library."""
     found = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
         for name, info in safetensors.deserialize(path.read_bytes()):
@@ -77,7 +77,7 @@ MESHES = [None, ((8, 1), "row", None), ((4, 2), None, "row"), ((2, 4), "row", "c
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 40_000, 1])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_round_trip_is_bit_equal(checkpoint_dir, tmp_path, monkeypatch, mesh, max_shard_bytes):
-    monkeypatch.setattr(loading, "MAX_HOST_PIECE_BYTES", 1000)
+    monkeypatch.setattr(loading, "MAX_HOST_CHUNK_BYTES", 1000)
     checkpoint = open_checkpoint(checkpoint_dir)
     if mesh is None:
         target = target_of(checkpoint)
@@ -102,10 +102,10 @@ def test_round_trip_is_bit_equal(checkpoint_dir, tmp_path, monkeypatch, mesh, ma
 
 
 def test_saved_through_transfers(checkpoint_dir, tmp_path, monkeypatch):
-    """As from accelerators: only the part that is wanted leaves the device."""
+    """As from accelerators: only the needed part of a shard leaves the device."""
     monkeypatch.setattr("qwen_dist.checkpoint.save.is_on_host", lambda parameter: False)
     monkeypatch.setattr(loading, "is_on_host", lambda parameter: False)
-    monkeypatch.setattr("qwen_dist.checkpoint.sinks.is_on_host", lambda parameter: False)
+    monkeypatch.setattr("qwen_dist.checkpoint.buffers.is_on_host", lambda parameter: False)
     mesh = jax.make_mesh((2,), ("row",), (AxisType.Auto,), devices=jax.devices()[:2])
     checkpoint = open_checkpoint(checkpoint_dir)
     export(checkpoint, load(checkpoint, target_of(checkpoint, mesh, None, "row")), tmp_path / "saved")
@@ -125,7 +125,7 @@ def test_saved_in_another_dtype(checkpoint_dir, tmp_path):
 
 
 @pytest.mark.fault
-def test_nothing_is_overwritten_unasked(checkpoint_dir, tmp_path):
+def test_nothing_is_overwritten_by_default(checkpoint_dir, tmp_path):
     checkpoint = open_checkpoint(checkpoint_dir)
     arrays = load(checkpoint, target_of(checkpoint))
     before = contents(checkpoint_dir)
@@ -143,7 +143,7 @@ def test_nothing_is_overwritten_unasked(checkpoint_dir, tmp_path):
 
 @pytest.mark.fault
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-def test_full_disk_leaves_the_old_one(checkpoint_dir, monkeypatch, number):
+def test_full_disk_leaves_the_old_checkpoint(checkpoint_dir, monkeypatch, number):
     checkpoint = open_checkpoint(checkpoint_dir)
     arrays = load(checkpoint, target_of(checkpoint))
     before = {path.name: path.read_bytes() for path in checkpoint_dir.iterdir()}
@@ -184,10 +184,10 @@ def test_short_writes_are_continued(checkpoint_dir, tmp_path, monkeypatch):
 
 @pytest.mark.fault
 def test_killed_at_any_moment_leaves_old_or_new(tmp_path):
-    """30 times: a process that replaces a checkpoint again and again is killed; the directory is whole each time."""
+    """Kill a process that keeps replacing a checkpoint, 30 times; each time the directory is complete."""
     output = tmp_path / "saved"
     arrays = {name: jax.device_put(np.ones(shape, "float32")) for name, shape in SAVED_SHAPES.items()}
-    save(arrays, output, config={"value": 1}, companions={"tokenizer.json": b"1"}, max_shard_bytes=300_000)
+    save(arrays, output, config={"value": 1}, extra_files={"tokenizer.json": b"1"}, max_shard_bytes=300_000)
     script = Path(__file__).with_name("save_worker.py")
     worker = subprocess.Popen(
         [sys.executable, "-W", "ignore", script, output],
@@ -211,7 +211,7 @@ def test_killed_at_any_moment_leaves_old_or_new(tmp_path):
         worker.kill()
         worker.wait()
     assert seen == {1, 2}
-    save(arrays, output, config={"value": 1}, companions={"tokenizer.json": b"1"}, overwrite=True)
+    save(arrays, output, config={"value": 1}, extra_files={"tokenizer.json": b"1"}, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
@@ -253,7 +253,7 @@ FAMILIES = {
 @pytest.mark.parametrize("mesh_shape", [(1, 1), (4, 2)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_reads_what_is_saved(tmp_path, family, mesh_shape):
-    """A model that transformers made, loaded onto a mesh and saved, gives transformers identical logits."""
+    """A model made by transformers, loaded onto a mesh and saved, gives identical logits in transformers."""
     import torch
     import transformers
 

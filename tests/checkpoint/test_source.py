@@ -1,4 +1,4 @@
-"""Opening a folder: the index is checked before a file is, all problems are told, and later changes are noticed."""
+"""Opening a folder: the index is checked before any file, all problems are reported, later changes are noticed."""
 
 import os
 import threading
@@ -171,7 +171,7 @@ def test_change_during_the_load_is_noticed(some_file, how):
 
 @pytest.mark.fault
 @pytest.mark.parametrize("number", [5, 13, 24])  # EIO, EACCES, EMFILE
-def test_errors_of_the_system_are_told(some_file, monkeypatch, number):
+def test_system_errors_are_reported(some_file, monkeypatch, number):
     file = LocalFile(some_file)
 
     def fail(*_):

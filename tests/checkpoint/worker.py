@@ -1,4 +1,4 @@
-"""One process of a run of several, for test_processes.py: takes every scenario in turn and reports what happened."""
+"""One of several processes, for test_processes.py: runs every scenario in order and reports the outcome."""
 
 import json
 import logging
@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from qwen_dist.checkpoint import agree, source
-from qwen_dist.checkpoint.load import execute, load, make_plan
+from qwen_dist.checkpoint import source, sync
+from qwen_dist.checkpoint.load import execute_plan, load, make_load_plan
 from qwen_dist.checkpoint.save import export
 from qwen_dist.checkpoint.source import open_checkpoint
 from qwen_dist.errors import CheckpointError
@@ -42,15 +42,15 @@ def check(arrays, checkpoint):
             np.testing.assert_array_equal(np.asarray(shard.data), expected[shard.index])
 
 
-def fine(folder, kind):
+def load_and_check(folder, kind):
     checkpoint = open_checkpoint(folder / "good")
     target = make_target(checkpoint, SPECS[kind])
     if jax.process_index() % 2:
         target = dict(reversed(target.items()))
     check(load(checkpoint, target), checkpoint)
-    plan = make_plan(checkpoint, target)
+    plan = make_load_plan(checkpoint, target)
     before = chars_read()
-    arrays = execute(plan, checkpoint)
+    arrays = execute_plan(plan, checkpoint)
     read = chars_read() - before
     check(arrays, checkpoint)
     return {"planned": plan.bytes_read, "needed": plan.bytes_needed, "read": read}
@@ -77,12 +77,12 @@ def failing_read(folder):
 
 
 def slow_process(folder):
-    """Process 1 sleeps; the others say so and wait."""
+    """Process 1 sleeps; the others report that and wait."""
     messages = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
-    logging.getLogger(agree.__name__).addHandler(handler)
-    agree.REPORT_EVERY_S = 0.5
+    logging.getLogger(sync.__name__).addHandler(handler)
+    sync.REPORT_EVERY_S = 0.5
     checkpoint = open_checkpoint(folder / "good")
     if jax.process_index() == 1:
         time.sleep(2)
@@ -106,8 +106,8 @@ def save_that_fails_on_one(folder):
 
 
 def dies_while_loading(folder):
-    """Process 1 is gone in the middle of its reads; the others give up on it."""
-    agree.TIMEOUT_S = 3.0
+    """Process 1 dies during its reads; the others stop waiting for it after the timeout."""
+    sync.TIMEOUT_S = 3.0
     checkpoint = open_checkpoint(folder / "good")
     if jax.process_index() == 1:
 
@@ -119,9 +119,9 @@ def dies_while_loading(folder):
 
 
 SCENARIOS = {
-    "rows": lambda folder: fine(folder, "rows"),
-    "columns": lambda folder: fine(folder, "columns"),
-    "replicated": lambda folder: fine(folder, "replicated"),
+    "rows": lambda folder: load_and_check(folder, "rows"),
+    "columns": lambda folder: load_and_check(folder, "columns"),
+    "replicated": lambda folder: load_and_check(folder, "replicated"),
     "different_files": different_files,
     "missing_file": missing_file,
     "failing_read": failing_read,
@@ -137,7 +137,7 @@ def main():
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(address, processes, process)
-    agree.TIMEOUT_S = 60.0
+    sync.TIMEOUT_S = 60.0
     for name, scenario in SCENARIOS.items():
         start = time.monotonic()
         try:
@@ -146,7 +146,7 @@ def main():
             result = {"error": str(error)}
         result["seconds"] = time.monotonic() - start
         print(json.dumps({"scenario": name, **result}), flush=True)
-    # One process is dead, and an orderly shutdown would wait for it. The first one, which holds the store, leaves last.
+    # One process is dead, and an orderly shutdown would wait for it. Process 0 runs the key-value store, so it exits last.
     (folder / f"done-{process}").touch()
     while process == 0 and not all((folder / f"done-{i}").exists() for i in range(2, processes)):
         time.sleep(0.1)

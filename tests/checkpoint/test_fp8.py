@@ -1,4 +1,4 @@
-"""Block-wise FP8: every element gets the scale of its own block, on any mesh, however heads and experts are viewed."""
+"""Block-wise FP8: every element is multiplied by the scale of its block, on any mesh, for reshaped heads and experts."""
 
 import jax
 import ml_dtypes
@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qwen_dist.checkpoint import load as loading
-from qwen_dist.checkpoint.load import load, make_plan
+from qwen_dist.checkpoint.load import load, make_load_plan
 from qwen_dist.checkpoint.source import open_checkpoint
 from qwen_dist.errors import CheckpointError
 
@@ -16,17 +16,12 @@ CONFIG = {
     "model_type": "qwen3",
     "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(BLOCK)},
 }
-EMBED, HEADS, HEAD_DIM, MLP, EXPERTS = (
-    40,
-    4,
-    12,
-    72,
-    2,
-)  # 48 = 3 blocks of heads that end elsewhere than blocks; 40 and 72 are not multiples of 16
+# HEADS * HEAD_DIM = 48 is 3 blocks, but heads do not end where blocks end; 40 and 72 are not multiples of 16.
+EMBED, HEADS, HEAD_DIM, MLP, EXPERTS = 40, 4, 12, 72, 2
 
 
 def quantized(rng, *shape, scale_dtype="float32"):
-    """Random FP8 values, their scales, and the exact product, element by element."""
+    """Return random FP8 values, their scales, and the product computed element by element."""
     values = rng.standard_normal(shape).astype(ml_dtypes.float8_e4m3fn)
     blocks = (-(-shape[-2] // BLOCK[0]), -(-shape[-1] // BLOCK[1]))
     scales = rng.uniform(0.5, 2, (*shape[:-2], *blocks)).astype(scale_dtype)
@@ -39,7 +34,7 @@ def quantized(rng, *shape, scale_dtype="float32"):
 
 @pytest.fixture(scope="module")
 def made():
-    """(tensors on disk, expected parameters, shapes on disk)"""
+    """Tensors on disk, expected parameters, and shapes on disk."""
     rng = np.random.default_rng(0)
     disk, expected, shapes = {}, {}, {}
 
@@ -53,12 +48,12 @@ def made():
     add("layers.0.mlp.up_proj.weight", (MLP, EMBED), (MLP, EMBED))
     norm = rng.standard_normal(EMBED).astype("bfloat16")
     disk["model.norm.weight"], expected["norm.weight"] = norm, norm
-    parts = {}
+    experts = {}
     for kind, shape in {"gate_proj": (MLP, EMBED), "up_proj": (MLP, EMBED), "down_proj": (EMBED, MLP)}.items():
         for expert in range(EXPERTS):
             name = f"model.layers.1.mlp.experts.{expert}.{kind}.weight"
-            disk[name], disk[name + "_scale_inv"], parts[kind, expert] = quantized(rng, *shape)
-        expected[f"layers.1.mlp.experts.{kind}"] = np.stack([parts[kind, expert] for expert in range(EXPERTS)])
+            disk[name], disk[name + "_scale_inv"], experts[kind, expert] = quantized(rng, *shape)
+        expected[f"layers.1.mlp.experts.{kind}"] = np.stack([experts[kind, expert] for expert in range(EXPERTS)])
     return disk, expected, shapes
 
 
@@ -80,18 +75,18 @@ def check(folder, expected, shapes, row, column, dtype):
     arrays = load(checkpoint, target, disk_shapes=shapes)
     for name, value in expected.items():
         np.testing.assert_array_equal(np.asarray(arrays[name]), value.astype(dtype), strict=True)
-    return make_plan(checkpoint, target, disk_shapes=shapes)
+    return make_load_plan(checkpoint, target, disk_shapes=shapes)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("row", "column"), [(None, None), ("row", None), (None, "column"), ("row", "column")])
 def test_dequantised_on_every_mesh(write_checkpoint, monkeypatch, made, row, column, dtype):
-    """Scales lie in another file than their weights; pieces end in the middle of blocks."""
+    """Scales are in another file than their weights, and chunks end in the middle of blocks."""
     disk, expected, shapes = made
     scales = {name: value for name, value in disk.items() if name.endswith("_scale_inv")}
     weights = {name: value for name, value in disk.items() if name not in scales}
     folder = write_checkpoint({"1.safetensors": weights, "2.safetensors": scales}, CONFIG)
-    monkeypatch.setattr(loading, "MAX_HOST_PIECE_BYTES", 3000)
+    monkeypatch.setattr(loading, "MAX_HOST_CHUNK_BYTES", 3000)
     check(folder, expected, shapes, row, column, dtype)
 
 
@@ -99,13 +94,13 @@ def test_dequantised_after_the_transfer(write_checkpoint, monkeypatch, made):
     disk, expected, shapes = made
     folder = write_checkpoint({"model.safetensors": disk}, CONFIG)
     monkeypatch.setattr(loading, "is_on_host", lambda parameter: False)
-    monkeypatch.setattr("qwen_dist.checkpoint.sinks.is_on_host", lambda parameter: False)
+    monkeypatch.setattr("qwen_dist.checkpoint.buffers.is_on_host", lambda parameter: False)
     plan = check(folder, expected, shapes, None, "column", "bfloat16")
     assert plan.bytes_read <= 1.05 * sum(value.nbytes for value in disk.values())
 
 
 def test_fused_experts(write_checkpoint, made):
-    """[E, 2F, D] with scales [E, ..., ...]: the two halves of the same tensor, and all of it."""
+    """[E, 2F, D] with scales [E, ..., ...], loaded as two halves and as a whole."""
     rng = np.random.default_rng(1)
     values, scales, product = quantized(rng, 3, 2 * MLP, EMBED)
     down, down_scales, down_product = quantized(rng, 3, EMBED, MLP)
@@ -136,7 +131,7 @@ def test_fused_experts(write_checkpoint, made):
 
 @pytest.mark.parity
 def test_equals_transformers(write_checkpoint):
-    """The same product as the dequantisation that transformers applies when it loads."""
+    """The result equals that of the dequantisation in transformers."""
     import torch
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 

@@ -1,8 +1,10 @@
-"""All processes of a run do a step, or all of them fail: statuses exchanged with a timeout, before any collective.
+"""Make all processes of a run succeed or fail together: they exchange their status, with a timeout, after each step.
 
-The exchange goes through the key-value store of `jax.distributed`, not through a device collective: a process that never
-arrives is named after a while instead of holding all others for ever.
+The exchange uses the key-value store of `jax.distributed` and not a device collective: if a process never arrives, the
+others report it after a timeout instead of hanging.
 """
+
+from __future__ import annotations
 
 import itertools
 import json
@@ -14,7 +16,7 @@ from typing import Any
 
 from qwen_dist.errors import CheckpointError
 
-# A slow process may still be reading; only one that is gone should end the others.
+# Long enough for a slow process that is still reading; only a dead process should stop the others.
 TIMEOUT_S = 1800.0
 REPORT_EVERY_S = 30.0
 
@@ -22,39 +24,42 @@ _logger = logging.getLogger(__name__)
 _steps = itertools.count()
 
 
-class Step:
-    """What a process says about a step besides that it worked; set `digest` to have all processes compare it."""
+class SyncPoint:
+    """What a process reports about a step besides success. If `digest` is set, all processes compare it."""
 
     digest: str = ""
 
 
 @contextmanager
-def together(what: str, processes: Collection[int] | None = None) -> Iterator[Step]:
-    """Runs the block on every process; leaves it only when all processes have, and raises on all if it failed on one.
+def sync_processes(what: str, processes: Collection[int] | None = None) -> Iterator[SyncPoint]:
+    """Run the block on every process and wait until all have finished; raise on all of them if it failed on one.
 
-    Every process must take the same steps in the same order; `processes` are those that take this one together, by default
-    all. Without `jax.distributed` this does nothing.
+    Every process must run the same steps in the same order. Without `jax.distributed` there is nothing to wait for.
+
+    Args:
+      what: the step, for error messages.
+      processes: indices of the processes that take part, by default all.
 
     Raises:
-        CheckpointError: another process failed, is missing after `TIMEOUT_S`, or gave another digest.
+      CheckpointError: another process failed, is missing after `TIMEOUT_S`, or gave another digest.
     """
-    step = Step()
+    sync_point = SyncPoint()
     client = _client()
     if client is None:
-        yield step
+        yield sync_point
         return
     key = f"qwen_dist/step/{next(_steps)}"
     try:
-        yield step
+        yield sync_point
     except BaseException as error:
         _publish(client, key, {"error": str(error) or type(error).__name__})
         raise
-    _publish(client, key, {"digest": step.digest})
+    _publish(client, key, {"digest": sync_point.digest})
     _check(what, _collect(client, key, what, processes))
 
 
 def _client() -> Any:
-    # The public API has neither the store nor a barrier with a timeout.
+    # The public API of jax has no access to the store.
     from jax._src.distributed import global_state
 
     return global_state.client
@@ -70,13 +75,13 @@ def _collect(client: Any, key: str, what: str, processes: Collection[int] | None
     import jax
 
     statuses: dict[int, dict[str, str]] = {}
-    wanted = set(range(jax.process_count()) if processes is None else processes)
-    waiting = set(wanted)
+    expected = set(range(jax.process_count()) if processes is None else processes)
+    waiting = set(expected)
     start = reported = time.monotonic()
     while waiting:
         for path, value in client.key_value_dir_get(key + "/"):
             process = int(path.rpartition("/")[2])
-            if process in wanted:
+            if process in expected:
                 statuses[process] = json.loads(value)
                 waiting.discard(process)
         if any("error" in status for status in statuses.values()):

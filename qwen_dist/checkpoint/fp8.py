@@ -1,9 +1,12 @@
-"""Block-wise FP8 weights, as Qwen publishes them: which scale belongs to which element, and the product of the two.
+"""Block-wise FP8 weights as Qwen publishes them: which scale belongs to which element, and how to multiply them.
 
 A matrix [O, I] of float8 comes with `weight_scale_inv` [ceil(O / o), ceil(I / i)]; the block size (o, i) is in
-`config.json`. The last block of a row or column may be partial, so blocks are found by index, never by a ratio of shapes.
-The value is `float32(weight) * float32(scale)`, rounded once to the wanted dtype, as in transformers' `FineGrainedFP8`.
+`config.json`. The last block of a row or column may be partial, so the block of an element is computed from its index,
+never from a ratio of shapes. The value is `float32(weight) * float32(scale)`, rounded once to the requested dtype, as in
+transformers' `FineGrainedFP8`.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Mapping
@@ -18,10 +21,10 @@ SCALE_DTYPES = frozenset({"F32", "BF16", "F16"})
 
 
 def read_block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The block size of an FP8 checkpoint; None when the checkpoint is not quantised.
+    """Return the block size (rows, columns) of an FP8 checkpoint, or None if the checkpoint is not quantised.
 
     Raises:
-        CheckpointError: a quantisation that is not supported (GPTQ, AWQ, per-tensor FP8 and all others).
+      CheckpointError: the quantisation is not supported (GPTQ, AWQ, per-tensor FP8 and all others).
     """
     quantization = config.get("quantization_config")
     if quantization is None:
@@ -38,19 +41,19 @@ def read_block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
-    """The shape of the scales of a tensor [..., O, I]."""
+    """Return the shape of the scales of a tensor [..., O, I]."""
     *leading, rows, columns = shape
     return (*leading, math.ceil(rows / block[0]), math.ceil(columns / block[1]))
 
 
 def dequantize(values: Any, scale: Any, row_blocks: Any, column_blocks: Any, dtype: np.dtype) -> Any:
-    """Float8 values times the scales of their blocks; numpy and jax arrays alike.
+    """Multiply float8 values by the scales of their blocks. Takes and returns numpy or jax arrays.
 
     Args:
-        values: float8, R * C elements under any shape; row r and column c of the matrix lie in row-major order.
-        scale: [row blocks, column blocks].
-        row_blocks, column_blocks: [R] and [C], the block of each row and column.
-        dtype: of the result, which has the shape of `values`.
+      values: float8, any shape with R * C elements: an [R, C] matrix in row-major order.
+      scale: [row blocks, column blocks].
+      row_blocks, column_blocks: [R] and [C], the block index of each row and column.
+      dtype: dtype of the result, which has the shape of `values`.
     """
     matrix = values.reshape(len(row_blocks), len(column_blocks)).astype(np.float32)
     factors = scale.astype(np.float32)[row_blocks][:, column_blocks]

@@ -1,9 +1,11 @@
-"""The safetensors format, read strictly: bytes in, validated tensor descriptions out.
+"""Strict parser and writer of safetensors headers: from bytes to validated descriptions of tensors, and back.
 
-A file is an 8-byte little-endian header length, a JSON header, and the data: one byte range per tensor, together covering
-the data exactly. Everything a header claims is checked here, before anything is allocated or read on its word.
+A file is an 8-byte little-endian header length, a JSON header, and the data: one byte range per tensor, which together
+cover the data exactly. Everything in a header is checked here before anything is allocated or read because of it.
 Specification: https://github.com/huggingface/safetensors#format.
 """
+
+from __future__ import annotations
 
 import json
 import math
@@ -18,12 +20,12 @@ from qwen_dist.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
 LENGTH_BYTES = 8
-# Data starts on this boundary in the files this project writes, so that a memory map of them can back a CPU array.
+# In written files the data starts at a multiple of this, so that a memory map of them can back a CPU array.
 DATA_ALIGNMENT = 64
 
 
 class FormatError(CheckpointError):
-    """A safetensors file breaks the format; says which file, which tensor, what was expected and what was found."""
+    """A file violates the safetensors format; says which file and tensor, what was expected and what was found."""
 
     def __init__(self, file: str, tensor: str | None, expected: str, found: str):
         self.file, self.tensor, self.expected, self.found = file, tensor, expected, found
@@ -33,7 +35,7 @@ class FormatError(CheckpointError):
 
 @dataclass(frozen=True)
 class DType:
-    """One dtype of the format: its width in bits and the numpy dtype of its bytes (None: known, but not loaded)."""
+    """A dtype of the format: its width in bits and the numpy dtype of its bytes (None: known, but never loaded)."""
 
     name: str
     bits: int
@@ -44,8 +46,8 @@ def _dtypes(*rows: tuple[str, int, Any]) -> dict[str, DType]:
     return {name: DType(name, bits, None if numpy is None else np.dtype(numpy)) for name, bits, numpy in rows}
 
 
-# Every dtype of the format. The sub-byte floats have no numpy form with the same bytes, and a BOOL byte other than 0 and 1
-# has no agreed meaning: these are named and refused rather than reinterpreted.
+# All dtypes of the format. No numpy dtype has the same bytes as the sub-byte floats, and a BOOL byte other than 0 or 1 is
+# undefined: these are refused by name, not reinterpreted.
 DTYPES: Mapping[str, DType] = _dtypes(
     ("BOOL", 8, None),
     ("F4", 4, None),
@@ -73,10 +75,10 @@ DTYPES: Mapping[str, DType] = _dtypes(
 
 
 def dtype_name(dtype: np.dtype) -> str:
-    """The format's name of a numpy dtype.
+    """Return the format's name of a numpy dtype.
 
     Raises:
-        CheckpointError: the format has no such dtype.
+      CheckpointError: the format has no such dtype.
     """
     for entry in DTYPES.values():
         if entry.numpy == dtype:
@@ -86,7 +88,7 @@ def dtype_name(dtype: np.dtype) -> str:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `begin` and `end` are byte offsets in the whole file `file`."""
+    """The location of a tensor: `begin` and `end` are byte offsets from the start of the file `file`."""
 
     name: str
     file: str
@@ -102,18 +104,18 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """A validated header: tensors in the order of their data, and the free-text metadata."""
+    """A validated header: tensors in the order of their data, and free-text metadata."""
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
 
 
 def header_length(file: str, size: int, first_bytes: bytes) -> int:
-    """Checks the length field of a file of `size` bytes that starts with `first_bytes` (at least 8 of them, if it has 8).
+    """Check and return the header length of a file of `size` bytes; `first_bytes` are at least its first 8, if it has 8.
 
     Raises:
-        FormatError: the file is too small, is not a safetensors file (the error says what it looks like), or claims a
-            header larger than the file or than `MAX_HEADER_BYTES`.
+      FormatError: the file is too small, is not a safetensors file (the error says what it looks like), or has a header
+        length larger than the file or than `MAX_HEADER_BYTES`.
     """
     if size == 0:
         raise FormatError(file, None, "a safetensors file", "an empty file")
@@ -121,7 +123,7 @@ def header_length(file: str, size: int, first_bytes: bytes) -> int:
         raise FormatError(file, None, "at least 8 bytes (the length of the header)", f"a file of {size} bytes")
     length = int.from_bytes(first_bytes[:LENGTH_BYTES], "little")
     if length > min(size - LENGTH_BYTES, MAX_HEADER_BYTES):
-        if content := _foreign_content(first_bytes):
+        if content := _guess_content(first_bytes):
             raise FormatError(file, None, "a safetensors file", content)
         limit = f"a header of at most {min(size - LENGTH_BYTES, MAX_HEADER_BYTES)} bytes in a file of {size} bytes"
         raise FormatError(file, None, limit, f"a header length of {length}")
@@ -130,8 +132,8 @@ def header_length(file: str, size: int, first_bytes: bytes) -> int:
     return length
 
 
-def _foreign_content(first_bytes: bytes) -> str | None:
-    """What a file that is not safetensors seems to be: the usual accidents of a download."""
+def _guess_content(first_bytes: bytes) -> str | None:
+    """Return what a file that is not safetensors seems to be, for common download errors; else None."""
     start = first_bytes.lstrip()[:64].lower()
     if start.startswith(b"version https://git-lfs"[: len(start)]) and len(start) >= LENGTH_BYTES - 1:
         return "a Git-LFS pointer (run `git lfs pull` to fetch the file itself)"
@@ -147,12 +149,12 @@ def _foreign_content(first_bytes: bytes) -> str | None:
 
 
 def parse_header(file: str, size: int, raw: bytes) -> Header:
-    """Validates the JSON header `raw` of a file of `size` bytes.
+    """Parse and validate the JSON header `raw` of a file of `size` bytes.
 
     Raises:
-        FormatError: not UTF-8, not a JSON object, duplicate keys, an entry of the wrong form, an unknown dtype, a byte
-            range that does not fit dtype and shape or is misaligned, or ranges that overlap, leave a hole, or do not end
-            at the end of the file.
+      FormatError: the header is not UTF-8 or not a JSON object, has duplicate keys, a malformed entry, an unknown dtype, a
+        byte range that does not fit dtype and shape or is misaligned, or ranges that overlap, leave a hole, or do not end
+        at the end of the file.
     """
     entries = _parse_json(file, raw)
     metadata = entries.pop("__metadata__", {})
@@ -170,15 +172,15 @@ def _parse_json(file: str, raw: bytes) -> dict[str, Any]:
         entries = dict(pairs)
         if len(entries) != len(pairs):
             keys = [key for key, _ in pairs]
-            double = sorted({key for key in keys if keys.count(key) > 1})
-            raise FormatError(file, double[0], "each key once in the header", f"{len(double)} duplicate keys")
+            duplicates = sorted({key for key in keys if keys.count(key) > 1})
+            raise FormatError(file, duplicates[0], "each key once in the header", f"{len(duplicates)} duplicate keys")
         return entries
 
     def reject_constant(text: str) -> None:
         raise ValueError(f"{text} is not JSON")
 
     try:
-        # A byte-order mark is not JSON; json.loads would report it less clearly than this decode does.
+        # Decoding first gives a clearer error for a byte-order mark, which is not valid JSON.
         entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=reject_constant)
     except FormatError:
         raise
@@ -193,7 +195,7 @@ def _parse_entry(file: str, name: str, entry: Any, data_start: int) -> TensorInf
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise FormatError(file, name, "an object with dtype, shape and data_offsets", _shorten(entry))
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-        raise FormatError(file, name, f"a dtype out of {', '.join(DTYPES)}", _shorten(entry["dtype"]))
+        raise FormatError(file, name, f"one of the dtypes {', '.join(DTYPES)}", _shorten(entry["dtype"]))
     if not _are_sizes(entry["shape"]):
         raise FormatError(file, name, "a shape of non-negative integers", _shorten(entry["shape"]))
     if not _are_sizes(entry["data_offsets"]) or len(entry["data_offsets"]) != 2:
@@ -213,7 +215,7 @@ def _parse_entry(file: str, name: str, entry: Any, data_start: int) -> TensorInf
 
 
 def _are_sizes(values: Any) -> bool:
-    # bool is a subclass of int, and 2**63 is where other readers' integers end.
+    # `type(...) is int` excludes bool. 2**63 is the limit of the 64-bit integers of other readers.
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
@@ -237,9 +239,9 @@ def _shorten(value: object) -> str:
 
 
 def build_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """The first bytes of a file (length field and header) for tensors given as name -> (dtype name, shape).
+    """Build the first bytes of a file (length field and header) for tensors given as name -> (dtype name, shape).
 
-    The data follows in the same order, without gaps; it starts at a multiple of `DATA_ALIGNMENT`.
+    The data must follow in the same order, without gaps; it starts at a multiple of `DATA_ALIGNMENT`.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0

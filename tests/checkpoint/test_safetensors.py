@@ -1,4 +1,4 @@
-"""The reader accepts what the safetensors library writes and names what is wrong with everything else."""
+"""The reader accepts what the safetensors library writes, and says what is wrong with any other file."""
 
 import json
 import resource
@@ -12,7 +12,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_dist.checkpoint import format as reader
+from qwen_dist.checkpoint import safetensors as reader
 from qwen_dist.checkpoint.source import LocalFile, read_header
 from qwen_dist.errors import CheckpointError
 
@@ -54,7 +54,7 @@ def test_reads_what_the_library_writes(tmp_path):
 
 
 def test_every_dtype_of_the_format_is_known():
-    """A one-element (or eight, for those below a byte) tensor of each dtype passes both readers."""
+    """Both readers accept a tensor of each dtype with one element (eight for sub-byte dtypes)."""
     for dtype in reader.DTYPES.values():
         shape = [8] if dtype.bits < 8 else [1]
         size = shape[0] * dtype.bits // 8
@@ -165,7 +165,7 @@ REJECTED = {
 
 @pytest.mark.fault
 @pytest.mark.parametrize("case", REJECTED)
-def test_rejected_by_name(tmp_path, case):
+def test_rejected_with_file_and_reason(tmp_path, case):
     content, found = REJECTED[case]
     with pytest.raises(reader.FormatError) as error:
         read(tmp_path, content)
@@ -176,7 +176,7 @@ def test_rejected_by_name(tmp_path, case):
 
 
 @pytest.mark.fault
-def test_no_allocation_on_the_word_of_a_header(tmp_path):
+def test_no_allocation_of_sizes_claimed_by_a_header(tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for length in (10_000_000_000, 2**40, 2**62):
         with pytest.raises(reader.FormatError):
@@ -189,7 +189,7 @@ def test_no_allocation_on_the_word_of_a_header(tmp_path):
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_never_accepts_what_the_library_rejects(data):
-    """A valid file with one random change: whatever this reader accepts, the library accepts with the same ranges."""
+    """In a valid file with random changes: if this reader accepts it, so does the library, with the same byte ranges."""
     content = bytearray(build({"a": entry([2, 3], 0, 24), "b": entry([4], 24, 32, "BF16")}, bytes(32)))
     for _ in range(data.draw(st.integers(1, 3))):
         position = data.draw(st.integers(0, len(content) - 1))

@@ -1,11 +1,11 @@
-"""Names: prefixes, experts, what is skipped, and one message for everything that does not fit."""
+"""Names: prefixes, experts, skipped tensors, and one message for everything that does not fit."""
 
 import math
 
 import pytest
 
-from qwen_dist.checkpoint.format import DTYPES, TensorInfo
-from qwen_dist.checkpoint.mapping import PREFIXES, fold, map_names, name_tensors, summarize
+from qwen_dist.checkpoint.names import PREFIXES, group_names, map_names, name_tensors, summarize_names
+from qwen_dist.checkpoint.safetensors import DTYPES, TensorInfo
 from qwen_dist.errors import CheckpointError
 
 SHAPES = {
@@ -17,7 +17,7 @@ SHAPES = {
 
 
 def stored(shapes):
-    """Tensor descriptions for {name: shape}, as if they all lay in one file."""
+    """Return tensor descriptions for {name: shape}, as if all were in one file."""
     return {
         name: TensorInfo(name, "f", DTYPES["BF16"], tuple(shape), 0, 2 * math.prod(shape)) for name, shape in shapes.items()
     }
@@ -28,7 +28,7 @@ def test_prefixes(prefix):
     shapes = SHAPES | {"lm_head.weight": (10, 4)}
     tensors = {prefix[name == "lm_head.weight"] + name: shape for name, shape in shapes.items()}
     names = map_names(shapes, stored(tensors))
-    assert [part.tensor for parts in names.segments.values() for part in parts] == list(tensors)
+    assert [segment.tensor for segments in names.segments.values() for segment in segments] == list(tensors)
 
 
 def test_everything_wrong_is_in_one_message():
@@ -65,7 +65,7 @@ def test_each_misfit(change, message):
         map_names(SHAPES, stored(tensors))
 
 
-def test_skipped_knowingly():
+def test_skipped_on_purpose():
     extra = [
         "model.visual.blocks.0.attn.weight",
         "visual.x",
@@ -76,7 +76,7 @@ def test_skipped_knowingly():
     assert map_names(SHAPES, stored(tensors)).skipped == tuple(sorted(extra))
 
 
-def test_tied_head_is_set_aside_only_when_tied():
+def test_stored_head_is_a_tied_head_only_if_tied():
     tensors = stored({"model." + name: shape for name, shape in SHAPES.items()} | {"lm_head.weight": (10, 4)})
     assert map_names(SHAPES, tensors, tied=True).tied_head == ("lm_head.weight", "model.embed_tokens.weight")
     untied = map_names(SHAPES | {"lm_head.weight": (10, 4)}, tensors)
@@ -90,29 +90,29 @@ EXPERTS = {"gate_proj": (3, 6, 4), "up_proj": (3, 6, 4), "down_proj": (3, 4, 6),
 @pytest.mark.parametrize("kind", EXPERTS)
 def test_experts_one_by_one(kind, suffix):
     name = f"layers.0.mlp.experts.{kind}{suffix}"
-    parts = name_tensors({name: EXPERTS[kind]}).segments[name]
+    segments = name_tensors({name: EXPERTS[kind]}).segments[name]
     kinds = ["gate_proj", "up_proj"] if kind == "gate_up_proj" else [kind]
-    assert [part.tensor for part in parts] == [
+    assert [segment.tensor for segment in segments] == [
         f"model.layers.0.mlp.experts.{expert}.{one}.weight" for expert in range(3) for one in kinds
     ]
-    assert {part.shape for part in parts} == {(4, 6) if kind == "down_proj" else (6, 4)}
+    assert {segment.shape for segment in segments} == {(4, 6) if kind == "down_proj" else (6, 4)}
 
 
 @pytest.mark.parametrize("kind", EXPERTS)
 def test_fused_experts(kind):
     name = f"layers.0.mlp.experts.{kind}"
-    parts = name_tensors({name: EXPERTS[kind]}, fused_experts=True).segments[name]
+    segments = name_tensors({name: EXPERTS[kind]}, fused_experts=True).segments[name]
     tensor = "down_proj" if kind == "down_proj" else "gate_up_proj"
-    assert {part.tensor for part in parts} == {f"model.layers.0.mlp.experts.{tensor}"}
+    assert {segment.tensor for segment in segments} == {f"model.layers.0.mlp.experts.{tensor}"}
     expected = {"gate_up_proj": [(0, 48), (48, 48), (96, 48)], "down_proj": [(0, 24), (24, 24), (48, 24)],
                 "gate_proj": [(0, 24), (48, 24), (96, 24)], "up_proj": [(24, 24), (72, 24), (120, 24)]}  # fmt: skip
-    assert [(part.start, part.size) for part in parts] == expected[kind]
+    assert [(segment.start, segment.size) for segment in segments] == expected[kind]
 
 
-def test_folding():
+def test_grouping():
     names = [f"layers.{i}.experts.{j}.w" for i in (0, 1, 3) for j in range(2)] + ["norm"]
-    assert summarize(names) == ["layers.{0-1,3}.experts.{0-1}.w (6 tensors)", "norm"]
-    assert len(fold(names)["layers.{0-1,3}.experts.{0-1}.w"]) == 6
+    assert summarize_names(names) == ["layers.{0-1,3}.experts.{0-1}.w (6 tensors)", "norm"]
+    assert len(group_names(names)["layers.{0-1,3}.experts.{0-1}.w"]) == 6
 
 
 @pytest.mark.fault

@@ -1,0 +1,172 @@
+"""Which tensors of a checkpoint make up each parameter.
+
+A parameter, flattened in row-major order, is a sequence of segments of equal length; each is a contiguous part of one
+tensor on disk. One segment is a **view**: the same bytes in another shape (`q_proj.weight` [N*H, D] as [N, H, D]). Several
+are a **stack**: the experts' tensors [F, D], one after the other, are [E, F, D]. Nothing is transposed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from qwen_dist.checkpoint.safetensors import TensorInfo
+from qwen_dist.errors import CheckpointError
+
+# (prefix of the text model, prefix of lm_head) in published checkpoints: text models, multimodal models, the older
+# multimodal order, and a text model without a head.
+PREFIXES = (("model.", ""), ("model.language_model.", ""), ("language_model.model.", "language_model."), ("", ""))
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+SCALE_SUFFIX = "_scale_inv"
+# Tensors outside the text model (vision tower, multi-token prediction), and a buffer that old checkpoints contain.
+_SKIPPED = re.compile(r"(model\.)?visual\.|mtp\.|.*\.rotary_emb\.inv_freq$")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_EXPERTS = re.compile(r"(.*\.experts\.)(gate_up_proj|gate_proj|up_proj|down_proj)(?:\.weight)?$")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`size` elements of one tensor, from element `start`. `shape` is the shape that the tensor must have on disk."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class NameMap:
+    """Which tensors every parameter is loaded from and saved to.
+
+    Attributes:
+      segments: the segments of each parameter, in row-major order.
+      scales: the block scales of quantised weights, by the weight's name on disk.
+      skipped: tensors of the checkpoint that are not loaded on purpose.
+      tied_head: a stored `lm_head.weight` of a model with a tied head, and the embedding that it must equal.
+    """
+
+    segments: Mapping[str, tuple[Segment, ...]]
+    scales: Mapping[str, str] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
+    tied_head: tuple[str, str] | None = None
+
+
+def name_tensors(
+    disk_shapes: Mapping[str, tuple[int, ...]], *, prefix: tuple[str, str] = PREFIXES[0], fused_experts: bool = False
+) -> NameMap:
+    """Return the names of a model's tensors on disk by convention, without looking at a checkpoint.
+
+    Args:
+      disk_shapes: by parameter name, the shape on disk (for experts: with the leading E).
+      prefix: one of `PREFIXES`.
+      fused_experts: all experts of a projection are in one tensor instead of one per expert.
+    """
+    return NameMap(
+        {
+            name: _segments(prefix[name == HEAD] + name, shape, fused_experts=fused_experts)
+            for name, shape in disk_shapes.items()
+        }
+    )
+
+
+def map_names(
+    disk_shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorInfo], *, tied: bool = False
+) -> NameMap:
+    """Find the tensors of every parameter in a checkpoint.
+
+    Args:
+      disk_shapes: as in `name_tensors`.
+      tensors: the tensors of the checkpoint.
+      tied: the model's head is its embedding; a stored `lm_head.weight` is recorded as `tied_head`.
+
+    Raises:
+      CheckpointError: tensors are missing, unexpected, or of another shape; one message lists them all.
+    """
+    prefix, fused_experts = find_layout(disk_shapes, tensors)
+    segments = name_tensors(disk_shapes, prefix=prefix, fused_experts=fused_experts).segments
+    used = {segment.tensor: segment.shape for of_parameter in segments.values() for segment in of_parameter}
+    scales = {name: name + SCALE_SUFFIX for name in used if name + SCALE_SUFFIX in tensors}
+    skipped = {name for name in tensors if _SKIPPED.match(name)}
+    head, embedding = prefix[1] + HEAD, prefix[0] + EMBEDDING
+    tied_head = (head, embedding) if tied and HEAD not in disk_shapes and {head, embedding} <= set(tensors) else None
+    known = {*used, *scales.values(), *skipped, *(tied_head or ())}
+    problems = [f"missing: {line}" for line in summarize_names(name for name in used if name not in tensors)]
+    problems += [f"unexpected: {line}" for line in summarize_names(name for name in tensors if name not in known)]
+    problems += [
+        f"wrong shape: {name}: the model expects {list(shape)}, the checkpoint has {list(tensors[name].shape)}"
+        for name, shape in used.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if problems:
+        raise CheckpointError(
+            "The checkpoint does not fit the model (config.json determines names and shapes):\n"
+            + "\n".join(f"  - {problem}" for problem in problems)
+        )
+    return NameMap(segments, scales, tuple(sorted(skipped)), tied_head)
+
+
+def find_layout(parameters: Iterable[str], tensors: Iterable[str]) -> tuple[tuple[str, str], bool]:
+    """Return the prefix with which most parameters are found in a checkpoint, and whether its experts are fused."""
+    stored, parameter_names = set(tensors), list(parameters)
+    prefix = max(PREFIXES, key=lambda prefix: sum((prefix[name == HEAD] + name) in stored for name in parameter_names))
+    return prefix, any(name.endswith((".experts.gate_up_proj", ".experts.down_proj")) for name in stored)
+
+
+def _segments(name: str, shape: tuple[int, ...], *, fused_experts: bool) -> tuple[Segment, ...]:
+    experts = _EXPERTS.match(name)
+    if experts is None:
+        return (Segment(name, shape, 0, math.prod(shape)),)
+    prefix, parameter = experts.groups()
+    num_experts, rows, columns = shape
+    if fused_experts:
+        return tuple(_fused_expert_segments(prefix, parameter, num_experts, rows, columns))
+    projections = ("gate_proj", "up_proj") if parameter == "gate_up_proj" else (parameter,)
+    disk_shape = (rows // len(projections), columns)
+    return tuple(
+        Segment(f"{prefix}{expert}.{projection}.weight", disk_shape, 0, math.prod(disk_shape))
+        for expert in range(num_experts)
+        for projection in projections
+    )
+
+
+def _fused_expert_segments(prefix: str, parameter: str, num_experts: int, rows: int, columns: int) -> Iterator[Segment]:
+    """Yield one segment per expert: all of its rows, or for gate_proj and up_proj half of `gate_up_proj` [E, 2F, D]."""
+    is_half = parameter in ("gate_proj", "up_proj")
+    tensor = prefix + ("gate_up_proj" if is_half else parameter)
+    shape = (num_experts, 2 * rows if is_half else rows, columns)
+    offset = rows * columns if parameter == "up_proj" else 0
+    for expert in range(num_experts):
+        yield Segment(tensor, shape, expert * math.prod(shape[1:]) + offset, rows * columns)
+
+
+def summarize_names(names: Iterable[str]) -> list[str]:
+    """Return one line per group of names that differ only in numbers: `layers.{0-23}.mlp.up_proj.weight (24 tensors)`."""
+    return [label if len(group) == 1 else f"{label} ({len(group)} tensors)" for label, group in group_names(names).items()]
+
+
+def group_names(names: Iterable[str]) -> dict[str, list[str]]:
+    """Group names that differ only in numbers, by a label with the ranges of the numbers."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        groups[_NUMBER.sub("{}", name)].append(name)
+    labelled = {}
+    for template, group in groups.items():
+        label = template
+        for column in zip(*(_NUMBER.findall(name) for name in group), strict=True):
+            label = label.replace("{}", _format_ranges(map(int, column)), 1)
+        labelled[label] = group
+    return labelled
+
+
+def _format_ranges(numbers: Iterable[int]) -> str:
+    ranges: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    text = ",".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)
+    return text if text.isdigit() else "{" + text + "}"
