@@ -1,13 +1,13 @@
-"""Loading a checkpoint: this loader beside the other ways there are, on one machine, in one table.
+"""Compare this loader with others on one machine and print a table.
 
     python benchmarks/loading.py [--gigabytes 6] [--repeats 3] [--cold] [--folder DIR]
 
-Makes a checkpoint of random bytes in the shape of Qwen2.5-3B, with as many layers as the size asks for. Every run is a
-process of its own; the ways take turns, and the table holds the medians. A run is over when every page of every array has
-been touched once, so that a lazy memory map is not counted as a load. *Memory* is the growth of the process's peak
-resident size; the arrays themselves are part of it, and so are mapped pages of files. *Processor seconds* are those of
-the process (on a machine that others use too they say more than the clock). *Read* counts the bytes that system
-calls returned (mapped files are read without any). `--cold` drops the files from the page cache before every run.
+Makes a checkpoint of random bytes in the shape of Qwen2.5-3B, with the number of layers that the size needs. Every run is a
+separate process; the loaders take turns, and the table has the medians. A run ends when every page of every array has been
+read once, so that a lazy memory map does not count as a load. *Memory* is the growth of the process's peak resident size
+without the size of the arrays; it includes mapped pages of files. *CPU seconds* are those of the process (on a shared
+machine they say more than the wall clock). *Read* counts the bytes that system calls returned (mapped files need none).
+`--cold` drops the files from the page cache before every run.
 """
 
 import argparse
@@ -31,7 +31,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def make_checkpoint(folder, gigabytes):
-    """Writes the checkpoint in files of half a gigabyte (the library holds several copies); returns its size in bytes."""
+    """Write the checkpoint in files of half a gigabyte (the library makes several copies); return its size in bytes."""
     import ml_dtypes
     import numpy as np
     import safetensors.numpy
@@ -83,11 +83,11 @@ def make_checkpoint(folder, gigabytes):
     return total
 
 
-# --- the ways: folder, number of devices, sharded dimension -> something that holds all values ---------------
+# --- the loaders: folder, number of devices, sharded dimension -> all values ---------------------------------
 
 
 def sharding_of(devices, dim):
-    """A function from a shape to its sharding."""
+    """Return a function from a shape to its sharding."""
     import jax
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -107,7 +107,7 @@ def files_by_name(folder):
 
 
 def plain_read(folder, devices, dim):
-    """The bytes of the files into fresh memory, nothing else."""
+    """Read the bytes of the files into new memory and do nothing else."""
     import numpy as np
 
     contents = []
@@ -147,9 +147,9 @@ def get_slice(folder, devices, dim):
     for file, names in by_file.items():
         with safe_open(folder / file, "numpy") as handle:
             for name in names:
-                part = handle.get_slice(name)
-                shape = tuple(part.get_shape())
-                arrays.append(jax.make_array_from_callback(shape, make(shape), lambda index, part=part: part[index]))
+                view = handle.get_slice(name)
+                shape = tuple(view.get_shape())
+                arrays.append(jax.make_array_from_callback(shape, make(shape), lambda index, view=view: view[index]))
     return arrays
 
 
@@ -191,7 +191,7 @@ def from_pretrained(folder, devices, dim):
     return [value.detach() for value in model.parameters()]
 
 
-WAYS = {
+LOADERS = {
     "plain read of the files": plain_read,
     "qwen_dist": qwen_dist,
     "get_slice + make_array_from_callback": get_slice,
@@ -203,30 +203,30 @@ WAYS = {
 ONE_DEVICE_ONLY = {"plain read of the files", "safetensors.torch", "transformers.from_pretrained"}
 
 
-# --- one run, in a process of its own -----------------------------------------------------------------------
+# --- one run, in a separate process -------------------------------------------------------------------------
 
 
-def run_once(folder, way, layout):
-    """Loads once and prints seconds, bytes read and memory."""
+def run_once(folder, loader, layout):
+    """Load once and print seconds, bytes read and memory."""
     devices, dim = LAYOUTS[layout]
-    warm_up(way, devices)
+    warm_up(loader, devices)
     Path("/proc/self/clear_refs").write_text("5")
     memory, read = status("VmRSS"), bytes_read()
     start, busy = time.perf_counter(), time.process_time()
-    values = WAYS[way](folder, devices, dim)
+    values = LOADERS[loader](folder, devices, dim)
     touch(values)
     seconds, busy = time.perf_counter() - start, time.process_time() - busy
     found = {"seconds": seconds, "busy": busy, "read": bytes_read() - read, "memory": status("VmHWM") - memory}
     print(json.dumps(found))
 
 
-def warm_up(way, devices):
-    """Imports and starts what the way needs, so that only loading is measured."""
-    if way in ("safetensors.torch", "transformers.from_pretrained"):
+def warm_up(loader, devices):
+    """Import and initialise what the loader needs, so that only loading is measured."""
+    if loader in ("safetensors.torch", "transformers.from_pretrained"):
         import torch
 
         torch.zeros(1)
-        if way == "transformers.from_pretrained":
+        if loader == "transformers.from_pretrained":
             import transformers
 
             assert transformers.AutoModelForCausalLM and transformers.Qwen2ForCausalLM
@@ -243,7 +243,7 @@ def warm_up(way, devices):
 
     import qwen_dist.checkpoint.load
 
-    if way == "orbax SafetensorsLayout":
+    if loader == "orbax SafetensorsLayout":
         from orbax.checkpoint import v1
 
         assert v1.load
@@ -251,20 +251,20 @@ def warm_up(way, devices):
 
 
 def touch(values):
-    """Reads a byte of every page."""
+    """Read a byte of every page."""
     import numpy as np
 
     for value in values:
         if hasattr(value, "addressable_shards"):
-            parts = [np.asarray(shard.data) for shard in value.addressable_shards]
+            arrays = [np.asarray(shard.data) for shard in value.addressable_shards]
         elif hasattr(value, "untyped_storage"):
             import torch
 
-            parts = [value.reshape(-1).view(torch.uint8).numpy()]
+            arrays = [value.reshape(-1).view(torch.uint8).numpy()]
         else:
-            parts = [value]
-        for part in parts:
-            part.reshape(-1).view(np.uint8)[::4096].sum()
+            arrays = [value]
+        for array in arrays:
+            array.reshape(-1).view(np.uint8)[::4096].sum()
 
 
 def status(key):
@@ -294,10 +294,11 @@ def warm_cache(folder):
 
 
 def back_memory(nbytes):
-    """Has the system hold so many bytes of memory that are free but not given back.
+    """Make the system have `nbytes` of free memory that is not returned to the host of a virtual machine.
 
-    A virtual machine returns free memory to its host after a while, and the first to touch it again pays several times as
-    much as for memory that another process has just left. Without this each way's time depends on which one ran before it.
+    A virtual machine returns free memory to its host after a while, and the first access to returned memory costs several
+    times as much as to memory that another process has just freed. Without this, a loader's time depends on which one ran
+    before it.
     """
     code = f"import numpy; numpy.ones({nbytes}, 'uint8')"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -309,22 +310,22 @@ def run_all(folder, repeats, is_cold):
     nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     environment = os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
     for layout in LAYOUTS:
-        ways = [way for way in WAYS if layout == "1 device" or way not in ONE_DEVICE_ONLY]
+        loaders = [loader for loader in LOADERS if layout == "1 device" or loader not in ONE_DEVICE_ONLY]
         for _ in range(repeats):
-            for way in ways:
+            for loader in loaders:
                 if is_cold:
                     drop_from_cache(folder)
                 else:
                     warm_cache(folder)
                 back_memory(3 * nbytes // 2)
-                command = [sys.executable, __file__, "--folder", folder, "--run", way, layout]
+                command = [sys.executable, __file__, "--folder", folder, "--run", loader, layout]
                 done = subprocess.run(command, env=environment, capture_output=True, text=True)
                 if done.returncode:
-                    print(f"{way}, {layout}: failed\n{done.stderr[-2000:]}", file=sys.stderr)
+                    print(f"{loader}, {layout}: failed\n{done.stderr[-2000:]}", file=sys.stderr)
                     continue
                 run = json.loads(done.stdout.splitlines()[-1])
-                results.setdefault((layout, way), []).append(run)
-                print(f"{layout}, {way}: {run['seconds']:.2f} s", file=sys.stderr, flush=True)
+                results.setdefault((layout, loader), []).append(run)
+                print(f"{layout}, {loader}: {run['seconds']:.2f} s", file=sys.stderr, flush=True)
     return results
 
 
@@ -334,27 +335,27 @@ def print_table(results, nbytes, cache):
     print(
         f"{nbytes / 1e9:.2f} GB, {cache} page cache, {os.cpu_count()} cores, Python {sys.version.split()[0]}, {versions}\n"
     )
-    print("| placement | way | seconds | GB/s | processor seconds | GB read | memory beyond the arrays, MB |")
+    print("| placement | loader | seconds | GB/s | CPU seconds | GB read | memory beyond the arrays, MB |")
     print("|---|---|---|---|---|---|---|")
-    for (layout, way), runs in results.items():
-        middle = {key: statistics.median(run[key] for run in runs) for key in ("seconds", "busy", "read", "memory")}
+    for (layout, loader), runs in results.items():
+        median = {key: statistics.median(run[key] for run in runs) for key in ("seconds", "busy", "read", "memory")}
         cells = [
-            f"{middle['seconds']:.2f}",
-            f"{nbytes / middle['seconds'] / 1e9:.2f}",
-            f"{middle['busy']:.2f}",
-            f"{middle['read'] / 1e9:.2f}",
-            f"{(middle['memory'] - nbytes) / 1e6:.0f}",
+            f"{median['seconds']:.2f}",
+            f"{nbytes / median['seconds'] / 1e9:.2f}",
+            f"{median['busy']:.2f}",
+            f"{median['read'] / 1e9:.2f}",
+            f"{(median['memory'] - nbytes) / 1e6:.0f}",
         ]
-        print("| " + " | ".join([layout, way, *cells]) + " |")
+        print("| " + " | ".join([layout, loader, *cells]) + " |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--gigabytes", type=float, default=6.0, help="size of the checkpoint that is made")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of every way")
+    parser.add_argument("--gigabytes", type=float, default=6.0, help="size of the checkpoint to make")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each loader")
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before every run")
     parser.add_argument("--folder", type=Path, help="where to make the checkpoint (default: a temporary folder)")
-    parser.add_argument("--run", nargs=2, metavar=("WAY", "PLACEMENT"), help=argparse.SUPPRESS)
+    parser.add_argument("--run", nargs=2, metavar=("LOADER", "PLACEMENT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
         run_once(args.folder, *args.run)
