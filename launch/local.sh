@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Several processes on this machine, each with CPU devices of its own: the whole machinery of many hosts without the hosts.
+# Run several processes on this machine, each with its own CPU devices, as a multi-host run would.
 #
 #   launch/local.sh --processes 4 --devices 2 -- batch --model DIR --input in.jsonl --output out.jsonl
 #
-# Everything behind -- goes to qwen-dist unchanged. Standard output is that of process 0; every process has a log. When one
-# process fails, all are stopped, and the exit code is that of the first to fail.
+# Everything after -- goes to qwen-dist unchanged. Standard output is that of process 0; every process has a log. When one
+# process fails, all are stopped, and the exit code is that of the first that failed.
 set -euo pipefail
 
 usage() {
@@ -67,7 +67,7 @@ while [ ${#running[@]} -gt 0 ] && [ "$status" = 0 ]; do
     unset "running[$ended]"
 done
 if [ "$status" != 0 ]; then
-    # The others learn of it by themselves; whoever has not stopped after a minute is stopped.
+    # The other processes notice and end by themselves; those that still run after a minute are killed.
     for ((tenths = 0; tenths < 600; tenths++)); do
         alive=""
         for pid in "${!running[@]}"; do ! kill -0 "$pid" 2>/dev/null || alive=yes; done

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# One process on each node of a Slurm job, with all of the node's GPUs.
+# Run one process on each node of a Slurm job, with all GPUs of the node.
 #
 #   launch/slurm.sh --nodes 4 --gpus-per-node 8 --partition gpu -- batch --model DIR --input in.jsonl --output out.jsonl
 #
-# Everything behind -- goes to qwen-dist unchanged. Run it on a login node, where it makes an allocation, or inside one. What
-# qwen-dist needs to know of the nodes it reads from Slurm's variables. When one process fails, Slurm stops all.
+# Everything after -- goes to qwen-dist unchanged. Run this on a login node, where it makes an allocation, or inside an
+# allocation. qwen-dist reads process ids and coordinator from Slurm's variables. When one process fails, Slurm stops all.
 set -euo pipefail
 
 usage() {

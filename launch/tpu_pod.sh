@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The same command on every worker of a TPU VM slice.
+# Run the same command on every worker of a TPU VM slice.
 #
 #   launch/tpu_pod.sh --name my-pod --zone us-east5-a install            copies this checkout and installs it
 #   launch/tpu_pod.sh --name my-pod --zone us-east5-a run -- batch --model DIR --input in.jsonl --output out.jsonl
 #   launch/tpu_pod.sh --name my-pod --zone us-east5-a logs               copies each worker's log here
 #   launch/tpu_pod.sh --name my-pod --zone us-east5-a stop
 #
-# Everything behind -- goes to qwen-dist unchanged. The run goes on when this script or its connection ends: `run` again, with
-# the same arguments, follows the run that is there. When one worker fails, all of them stop by themselves.
+# Everything after -- goes to qwen-dist unchanged. The run continues when this script or its connection ends: `run` with the
+# same arguments then follows the existing run. When one worker fails, all of them stop by themselves.
 set -euo pipefail
 
 usage() {
@@ -44,7 +44,7 @@ run() {
 }
 on_all() { run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all --command="$1"; }
 
-gather_logs() {
+collect_logs() {
     [ -n "$dry_run" ] || mkdir -p "$logs"
     local workers=0
     if [ -z "$dry_run" ]; then
@@ -66,14 +66,14 @@ case $step in
     run)
         if [ $# -lt 2 ] || [ "$1" != "--" ]; then usage; fi
         shift
-        # A run that is there is followed; else one starts, which no lost connection ends. Its exit code is left in a file.
+        # Follow a run that exists; else start one that survives a lost connection and writes its exit code to a file.
         printf -v arguments '%q ' "$@"
         printf -v command '%q' "cd; qwen-dist/.venv/bin/qwen-dist $arguments > qwen-dist-run/log 2>&1; echo \$? > qwen-dist-run/status"
         status=0
         on_all "mkdir -p qwen-dist-run; if ! kill -0 -- -\$(cat qwen-dist-run/pid 2>/dev/null) 2>/dev/null; then rm -f qwen-dist-run/status; setsid nohup bash -c $command >/dev/null 2>&1 </dev/null & echo \$! > qwen-dist-run/pid; fi; while [ ! -f qwen-dist-run/status ]; do sleep 2; done; exit \$(cat qwen-dist-run/status)" || status=$?
-        gather_logs
+        collect_logs
         exit "$status"
         ;;
-    logs) gather_logs ;;
+    logs) collect_logs ;;
     stop) on_all "kill -TERM -- -\$(cat qwen-dist-run/pid)" ;;
 esac

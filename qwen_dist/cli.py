@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from qwen_dist.batch.series import Series
     from qwen_dist.engine.engine import Engine, EngineStats
     from qwen_dist.engine.request import RequestOutput, SamplingParams
-    from qwen_dist.hosts.join import Hosts
+    from qwen_dist.runtime.distributed import Processes
     from qwen_dist.tokenizer import Tokenizer
 
 _Flag = tuple[str, str, type, str, str]
@@ -222,7 +222,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_device_flag(export)
     _add_host_flags(export)
 
-    preflight = _add_command(commands, "preflight", _preflight, "check hosts and devices before a run", _PREFLIGHT_EXAMPLE)
+    preflight = _add_command(
+        commands, "preflight", _preflight, "check processes and devices before a run", _PREFLIGHT_EXAMPLE
+    )
     _add_flags(preflight, _MODEL_FLAGS)
     _add_device_flag(preflight)
     _add_host_flags(preflight)
@@ -329,33 +331,36 @@ def start_jax(num_cpu_devices: int | None, dtype: str, *, use_compilation_cache:
 
 @contextlib.contextmanager
 def _joined(
-    options: argparse.Namespace, config: Any, *, groups: int = 1, input: str | None = None, **more: Any
-) -> Iterator[Hosts]:
+    options: argparse.Namespace, config: Any, *, num_replicas: int = 1, input: str | None = None, **more: Any
+) -> Iterator[Processes]:
     """Run the block as one of several processes, if there are several: after the preflight, with stdout on process 0 only.
 
     `config`, `more` and the content of the file `input` must be the same on all processes.
     """
-    from qwen_dist.hosts.cluster import detect
+    from qwen_dist.runtime.cluster import detect_cluster
 
-    cluster = detect(options.coordinator, options.num_processes, options.process_id, os.environ)
-    from qwen_dist.hosts.join import Hosts, join
-    from qwen_dist.hosts.preflight import gather
+    cluster = detect_cluster(options.coordinator, options.num_processes, options.process_id, os.environ)
+    from qwen_dist.runtime.distributed import Processes, initialize_distributed
+    from qwen_dist.runtime.preflight import collect_host_info
 
     if cluster is None:
-        yield Hosts()
+        yield Processes()
         return
     model: ModelOptions = config.model
     on_host = bool(options.num_cpu_devices) or os.environ.get("JAX_PLATFORMS") == "cpu"
-    copies = {"bfloat16": 1, "float32": 2, "float64": 4}[model.dtype] * groups / cluster.num_processes
-    facts = gather(
+    copies = {"bfloat16": 1, "float32": 2, "float64": 4}[model.dtype] * num_replicas / cluster.num_processes
+    host_info = collect_host_info(
         {"command": options.command, **vars(config), **more},
         checkpoint=model.path,
         input=input,
-        disk=[os.environ.get("JAX_COMPILATION_CACHE_DIR") or _COMPILATION_CACHE],
-        weights_in_memory=copies if on_host and model.load_format != "dummy" else 0.0,
+        write_dirs=[os.environ.get("JAX_COMPILATION_CACHE_DIR") or _COMPILATION_CACHE],
+        memory_per_checkpoint_byte=copies if on_host and model.load_format != "dummy" else 0.0,
     )
-    with _redirect_stdout(cluster.process_id), join(cluster, facts, options.start_timeout) as hosts:
-        yield hosts
+    with (
+        _redirect_stdout(cluster.process_id),
+        initialize_distributed(cluster, host_info, options.start_timeout) as processes,
+    ):
+        yield processes
 
 
 @contextlib.contextmanager
@@ -381,14 +386,14 @@ def _generate(options: argparse.Namespace, overrides: list[str]) -> int:
         prompt = sys.stdin.read()
     if prompt is None and options.json:
         raise UsageError("--json needs --prompt, or the prompt on standard input")
-    with _joined(options, config, prompt=prompt, system=options.system, raw=options.raw) as hosts:
-        if prompt is None and hosts.count > 1:
+    with _joined(options, config, prompt=prompt, system=options.system, raw=options.raw) as processes:
+        if prompt is None and processes.count > 1:
             raise UsageError("a chat needs a single process; with several, give --prompt to all of them")
         start_jax(options.num_cpu_devices, config.model.dtype)
-        hosts.check_devices()
+        processes.check_devices()
         from qwen_dist.engine.open import open_engine
 
-        quiet = options.json or not hosts.is_first
+        quiet = options.json or not processes.is_main
         with _loading(quiet=quiet) as progress:
             engine, tokenizer, sampling = open_engine(
                 config.model,
@@ -396,7 +401,7 @@ def _generate(options: argparse.Namespace, overrides: list[str]) -> int:
                 config.sampling,
                 max_batch_size=1,
                 progress=progress,
-                announce=_announcer(hosts, quiet=quiet),
+                announce=_announcer(processes, quiet=quiet),
             )
         if prompt is None:
             return _chat(engine, tokenizer, sampling, options.system)
@@ -485,12 +490,12 @@ def _batch(options: argparse.Namespace, overrides: list[str]) -> int:
     names = ("input", "output", "max_batch_size", "num_replicas", "raw", "overwrite", "retry_errors", "keep_order")
     values = _config_values(options, *names, "chart", "metrics_port", "profile")
     config = load_config(BatchConfig, options.config, overrides, values, _DEMO_MODEL)
-    with _joined(options, config, groups=config.num_replicas, input=config.input) as hosts:
+    with _joined(options, config, num_replicas=config.num_replicas, input=config.input) as processes:
         start_jax(options.num_cpu_devices, config.model.dtype)
-        hosts.check_devices()
+        processes.check_devices()
         # Ctrl-C handling is for one process only: several would have to stop at the same record.
-        with contextlib.nullcontext(lambda: False) if hosts.count > 1 else _catch_interrupt() as stopped:
-            summary = _run_share(config, hosts, stopped, quiet=options.json or not hosts.is_first)
+        with contextlib.nullcontext(lambda: False) if processes.count > 1 else _catch_interrupt() as stopped:
+            summary = _run_share(config, processes, stopped, quiet=options.json or not processes.is_main)
             _print_summary(summary, config.output, as_json=options.json)
             return _EXIT_INTERRUPTED if stopped() else 0
 
@@ -513,26 +518,26 @@ def _catch_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _run_share(config: BatchConfig, hosts: Hosts, stopped: Callable[[], bool], *, quiet: bool) -> Summary:
+def _run_share(config: BatchConfig, processes: Processes, stopped: Callable[[], bool], *, quiet: bool) -> Summary:
     """Run this process's share of a batch. On process 0 the summary counts all processes."""
     from qwen_dist.batch.manifest import settings_of, write_manifest
     from qwen_dist.batch.run import run_batch
     from qwen_dist.batch.share import open_share
     from qwen_dist.engine.open import open_engine
-    from qwen_dist.hosts.join import group_of
+    from qwen_dist.runtime.distributed import assign_replica
 
-    group, settings = group_of(hosts, config.num_replicas), settings_of(config)
+    replica, settings = assign_replica(processes, config.num_replicas), settings_of(config)
     share = open_share(
         config.input,
         config.output,
-        hosts,
-        group,
+        processes,
+        replica,
         settings=json.dumps(settings),
         overwrite=config.overwrite,
         retry_errors=config.retry_errors,
         keep_order=config.keep_order,
     )
-    with share as (records, results), _monitors(config, hosts, quiet=quiet) as watch:
+    with share as (records, results), _monitors(config, processes, quiet=quiet) as watch:
         with _loading(quiet=quiet) as progress:
             engine, tokenizer, sampling = open_engine(
                 config.model,
@@ -541,9 +546,9 @@ def _run_share(config: BatchConfig, hosts: Hosts, stopped: Callable[[], bool], *
                 max_batch_size=config.max_batch_size,
                 cache_bytes=parse_bytes(config.kv_cache_memory),
                 steps_per_dispatch=config.steps_per_dispatch,
-                devices=group.devices(),
+                devices=replica.devices(),
                 progress=progress,
-                announce=_announcer(hosts, quiet=quiet),
+                announce=_announcer(processes, quiet=quiet),
             )
         with _batch_progress(config.input, results.num_before, quiet=quiet) as show:
 
@@ -556,7 +561,7 @@ def _run_share(config: BatchConfig, hosts: Hosts, stopped: Callable[[], bool], *
                 engine, tokenizer, sampling, records, results, raw=config.raw, report=report, stopped=stopped
             )
         summary = results.finish(summary, not stopped())
-    if hosts.is_first:
+    if processes.is_main:
         write_manifest(config, settings, summary, is_complete=not stopped())
     return summary
 
@@ -575,7 +580,9 @@ def _print_summary(summary: Summary, output: str, *, as_json: bool) -> None:
 
 
 @contextlib.contextmanager
-def _monitors(config: BatchConfig, hosts: Hosts, *, quiet: bool) -> Iterator[Callable[[Summary, EngineStats], None]]:
+def _monitors(
+    config: BatchConfig, processes: Processes, *, quiet: bool
+) -> Iterator[Callable[[Summary, EngineStats], None]]:
     """Yield the callback for the monitors that the configuration enables: metrics, profile, chart; print a final table."""
     from qwen_dist.batch.metrics import metrics_server
     from qwen_dist.batch.series import Series, check_chart, write_chart
@@ -584,12 +591,12 @@ def _monitors(config: BatchConfig, hosts: Hosts, *, quiet: bool) -> Iterator[Cal
     series = Series()
     with contextlib.ExitStack() as stack:
         watches: list[Callable[[Summary, EngineStats], None]] = [series.add]
-        if hosts.is_first and config.chart:
+        if processes.is_main and config.chart:
             check_chart(config.chart)
             stack.callback(write_chart, config.chart, series)
-        if hosts.is_first and config.metrics_port is not None:
+        if processes.is_main and config.metrics_port is not None:
             watches.append(stack.enter_context(metrics_server(config.metrics_port)))
-        if hosts.is_first and config.profile:
+        if processes.is_main and config.profile:
             tick = stack.enter_context(profiling(config.profile))
             watches.append(lambda summary, stats: tick())
 
@@ -658,12 +665,12 @@ def _batch_progress(input: str, num_before: int, *, quiet: bool) -> Iterator[Cal
 def _finetune(options: argparse.Namespace, overrides: list[str]) -> int:
     values = _config_values(options, *(key for _, key, *_ in _TRAINING_FLAGS), "overwrite")
     config = load_config(FinetuneConfig, options.config, overrides, values)
-    with _joined(options, config) as hosts:
+    with _joined(options, config) as processes:
         from qwen_dist.train.heap import keep_freed_memory
 
         start_jax(options.num_cpu_devices, config.model.dtype)
         keep_freed_memory()
-        hosts.check_devices()
+        processes.check_devices()
         from qwen_dist.train.console import describe_data, describe_training, show_data, watching
         from qwen_dist.train.run import finetune, prepare, set_up_abstract
 
@@ -671,7 +678,7 @@ def _finetune(options: argparse.Namespace, overrides: list[str]) -> int:
         if options.show_data is not None:
             show_data(prepared, options.show_data, _console())
             return 0
-        console = _console(stderr=True, quiet=options.json or not hosts.is_first)
+        console = _console(stderr=True, quiet=options.json or not processes.is_main)
         if options.dry_run:
             print(describe_data(prepared))
             print(describe_training(set_up_abstract(prepared), prepared))
@@ -727,14 +734,14 @@ def _inspect(options: argparse.Namespace, overrides: list[str]) -> int:
 def _export(options: argparse.Namespace, overrides: list[str]) -> int:
     values = _config_values(options)
     config = load_config(_ModelConfig, None, overrides, values)
-    with _joined(options, config, output=options.output) as hosts:
+    with _joined(options, config, output=options.output) as processes:
         start_jax(options.num_cpu_devices, config.model.dtype)
-        hosts.check_devices()
+        processes.check_devices()
         from qwen_dist.checkpoint.model import export_model
         from qwen_dist.mesh import MeshConfig, make_mesh
         from qwen_dist.sharding import INFERENCE, ShardingContext
 
-        with _loading("exporting", quiet=options.json or not hosts.is_first) as progress:
+        with _loading("exporting", quiet=options.json or not processes.is_main) as progress:
             export_model(
                 config.model.path,
                 ShardingContext(make_mesh(MeshConfig.parse(config.mesh)), INFERENCE),
@@ -780,9 +787,9 @@ def _parity(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _preflight(options: argparse.Namespace, overrides: list[str]) -> int:
     config = load_config(_ModelConfig, None, overrides, {"model.path": ""} | _config_values(options))
-    with _joined(options, config) as hosts:
+    with _joined(options, config) as processes:
         start_jax(options.num_cpu_devices, config.model.dtype)
-        hosts.check_devices()
+        processes.check_devices()
         import jax
 
         from qwen_dist.mesh import MeshConfig, make_mesh, sum_over_devices
@@ -797,7 +804,7 @@ def _preflight(options: argparse.Namespace, overrides: list[str]) -> int:
                 "device is faulty"
             )
         report = {
-            "processes": list(hosts.names),
+            "processes": list(processes.names),
             "devices": len(devices),
             "kind": devices[0].device_kind,
             "mesh": dict(sharding_ctx.mesh.shape),
@@ -805,12 +812,12 @@ def _preflight(options: argparse.Namespace, overrides: list[str]) -> int:
         if options.json:
             print(json.dumps(report))
         else:
-            for process, who in enumerate(hosts.names):
+            for process, who in enumerate(processes.names):
                 print(
                     f"{who}: {sum(device.process_index == process for device in devices)} {devices[0].device_kind} devices"
                 )
             print(sharding_ctx.describe())
-            print(f"all {hosts.count} processes and {len(devices)} devices respond")
+            print(f"all {processes.count} processes and {len(devices)} devices respond")
     return 0
 
 
@@ -850,9 +857,9 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
 # --- messages and progress ---
 
 
-def _announcer(hosts: Hosts, *, quiet: bool) -> Callable[[str], None]:
+def _announcer(processes: Processes, *, quiet: bool) -> Callable[[str], None]:
     """Return a function that prints to stderr, if it is a terminal or the log of a run with several processes."""
-    is_read = hosts.count > 1 or sys.stderr.isatty()
+    is_read = processes.count > 1 or sys.stderr.isatty()
     return lambda text: print(text, file=sys.stderr) if is_read and not quiet else None
 
 

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The same command on every host of TPU slices or GPU nodes of a Kubernetes cluster with JobSet.
+# Run the same command on all hosts of TPU slices, or all GPU nodes, of a Kubernetes cluster with JobSet.
 #
 #   launch/gke/launch.sh --kind tpu --image IMAGE --accelerator tpu-v6e-slice --topology 4x4 --nodes 4 --chips 4 -- batch ...
 #   launch/gke/launch.sh --kind gpu --image IMAGE --accelerator nvidia-h100-80gb --nodes 2 --chips 8 -- batch ...
 #
-# --nodes are the hosts of a slice (or of the run, for GPUs), --chips those of a host, --slices how many TPU slices. Everything
-# behind -- goes to qwen-dist unchanged. --dry-run prints the manifest. One host that fails ends all.
+# --nodes: hosts of a slice (for GPUs: of the run). --chips: chips of a host. --slices: number of TPU slices. Everything
+# after -- goes to qwen-dist unchanged. --dry-run prints the manifest. If one host fails, the whole run ends.
 set -euo pipefail
 
 usage() {
-    sed -n '3,7s/^# \{0,1\}//p' "$0" >&2
+    sed -n '3,8s/^# \{0,1\}//p' "$0" >&2
     exit 2
 }
 
@@ -43,7 +43,7 @@ for key in $needed; do
     fi
 done
 
-# JSON strings; Kubernetes would expand $(NAME).
+# Quote as JSON strings, and escape $(NAME), which Kubernetes would expand.
 arguments=()
 for argument in "$@"; do
     argument=${argument//\\/\\\\}

@@ -11,8 +11,8 @@ import qwen_dist
 from qwen_dist.batch.output import local_path
 from qwen_dist.batch.run import Summary
 from qwen_dist.config import BatchConfig
-from qwen_dist.hosts.preflight import checkpoint_digest, checkpoint_files
 from qwen_dist.ops import native
+from qwen_dist.runtime.preflight import checkpoint_digest, checkpoint_files
 
 
 def settings_of(config: BatchConfig) -> dict[str, Any]:

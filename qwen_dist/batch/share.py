@@ -1,7 +1,7 @@
-"""The part that each process has in a batch: which records it answers, and where its results go.
+"""A process's shard of a batch: which records it answers, and where its results go.
 
-All processes of a group run the same loop over the same records on their mesh, and the group's first one has the results.
-Process 0 writes all of them to one file, so that no shared disk is needed; other groups send theirs to it.
+All processes of a replica run the same loop over the same records on their mesh, and its first process reports the results.
+Process 0 writes all results to one file, so that no shared disk is needed; the other replicas send theirs to it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 from qwen_dist.batch.jsonl import BadRecord, Record, read_records
 from qwen_dist.batch.output import Output
 from qwen_dist.batch.run import Summary, check_paths
-from qwen_dist.hosts.join import Group, Hosts
-from qwen_dist.hosts.lifeline import Lifeline, Message
+from qwen_dist.runtime.control import ControlChannel, Message
+from qwen_dist.runtime.distributed import Processes, Replica
 
 
 class Results(Protocol):
@@ -30,11 +30,11 @@ class Results(Protocol):
         ...
 
     def collect(self) -> None:
-        """Write what other groups have sent."""
+        """Write the results that other replicas have sent."""
         ...
 
     def finish(self, summary: Summary, is_complete: bool) -> Summary:
-        """Wait for all groups; on process 0 the counts of all of them, and if all is done, the output is complete."""
+        """Wait for all replicas; on process 0, return the total counts and, if all is done, complete the output."""
         ...
 
 
@@ -42,8 +42,8 @@ class Results(Protocol):
 def open_share(
     input: str,
     output: str,
-    hosts: Hosts,
-    group: Group,
+    processes: Processes,
+    replica: Replica,
     *,
     settings: str = "",
     overwrite: bool = False,
@@ -61,51 +61,51 @@ def open_share(
       UserError: files cannot be used, before any model is loaded.
     """
     check_paths(input, output)
-    if hosts.is_first:
+    if processes.is_main:
         order = (lambda: read_records(input)) if keep_order else None
         records = read_records(input)
         with Output(output, settings=settings, overwrite=overwrite, retry_errors=retry_errors) as file:
-            done = _from_first(file.answered(read_records(input)), hosts)
-            collector = Collector(file, hosts.lifeline, group.count - 1, order)
-            yield share_of(records, group, done), collector
+            done = _from_first(file.answered(read_records(input)), processes)
+            collector = Collector(file, processes.control, replica.num_replicas - 1, order)
+            yield share_of(records, replica, done), collector
     else:
-        done = _from_first(np.zeros(0, np.int32), hosts)
-        is_sender = hosts.process_id == group.processes[0] and hosts.lifeline is not None
-        results = Sender(hosts.lifeline) if is_sender and hosts.lifeline is not None else Discard()
-        yield share_of(read_records(input), group, done), results
+        done = _from_first(np.zeros(0, np.int32), processes)
+        is_sender = processes.process_id == replica.process_ids[0] and processes.control is not None
+        results = Sender(processes.control) if is_sender and processes.control is not None else Discard()
+        yield share_of(read_records(input), replica, done), results
 
 
-def _from_first(numbers: np.ndarray, hosts: Hosts) -> np.ndarray:
+def _from_first(numbers: np.ndarray, processes: Processes) -> np.ndarray:
     """What process 0 has, on all processes."""
-    if hosts.count == 1:
+    if processes.count == 1:
         return numbers
     from jax.experimental import multihost_utils
 
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
-    return np.asarray(multihost_utils.broadcast_one_to_all(numbers if hosts.is_first else np.zeros(length, np.int32)))
+    return np.asarray(multihost_utils.broadcast_one_to_all(numbers if processes.is_main else np.zeros(length, np.int32)))
 
 
-def share_of(records: Iterable[Record | BadRecord], group: Group, done: np.ndarray) -> Iterator[Record | BadRecord]:
-    """Every `group.count`-th line but those done; all groups read all lines, so that they judge repeated ids alike."""
+def share_of(records: Iterable[Record | BadRecord], replica: Replica, done: np.ndarray) -> Iterator[Record | BadRecord]:
+    """Yield the replica's records that are not done. All replicas read all lines, so they find the same duplicate ids."""
     is_done = np.zeros(int(done.max(initial=0)) + 1, bool)
     is_done[done] = True
     for record in records:
         number = record.line_number
-        if number % group.count == group.index and not (number < len(is_done) and is_done[number]):
+        if number % replica.num_replicas == replica.index and not (number < len(is_done) and is_done[number]):
             yield record
 
 
 class Collector:
-    """On process 0: its own results and, in between, those that other groups have sent."""
+    """On process 0: writes its own results and those that other replicas have sent."""
 
     def __init__(
         self,
         output: Output,
-        lifeline: Lifeline | None,
+        control: ControlChannel | None,
         num_others: int,
         order: Callable[[], Iterable[Record | BadRecord]] | None,
     ):
-        self._output, self._lifeline, self._num_others, self._order = output, lifeline, num_others, order
+        self._output, self._control, self._num_others, self._order = output, control, num_others, order
         self.num_before = output.num_before
         self._summaries: list[Message] = []
 
@@ -113,12 +113,12 @@ class Collector:
         self._output.write(line, fingerprint)
 
     def collect(self) -> None:
-        while self._lifeline is not None and not self._lifeline.inbox.empty():
-            self._take(self._lifeline.inbox.get())
+        while self._control is not None and not self._control.messages.empty():
+            self._take(self._control.messages.get())
 
     def finish(self, summary: Summary, is_complete: bool) -> Summary:
-        while self._lifeline is not None and len(self._summaries) < self._num_others:
-            self._take(self._lifeline.inbox.get())
+        while self._control is not None and len(self._summaries) < self._num_others:
+            self._take(self._control.messages.get())
         total = vars(summary)
         for other in self._summaries:
             counts = {key: total[key] + other[key] for key in total if key != "seconds"}
@@ -135,26 +135,26 @@ class Collector:
 
 
 class Sender:
-    """On the first process of another group."""
+    """On the first process of another replica: sends the results to process 0."""
 
     num_before = 0
 
-    def __init__(self, lifeline: Lifeline):
-        self._lifeline = lifeline
+    def __init__(self, control: ControlChannel):
+        self._control = control
 
     def write(self, line: Mapping[str, Any], fingerprint: int) -> None:
-        self._lifeline.send({"result": dict(line), "fingerprint": fingerprint})
+        self._control.send({"result": dict(line), "fingerprint": fingerprint})
 
     def collect(self) -> None:
         pass
 
     def finish(self, summary: Summary, is_complete: bool) -> Summary:
-        self._lifeline.send({"summary": dataclasses.asdict(summary)})
+        self._control.send({"summary": dataclasses.asdict(summary)})
         return summary
 
 
 class Discard:
-    """On a process whose group's first one has the same results."""
+    """On the other processes of a replica: drops the results, which its first process reports."""
 
     num_before = 0
 

@@ -1,4 +1,4 @@
-"""Real processes on this machine, started by `launch/local.sh` or one by one."""
+"""Fixtures: real processes on this machine, started by `launch/local.sh` or one by one."""
 
 import os
 import pathlib
@@ -16,7 +16,7 @@ Start = Callable[..., subprocess.Popen]
 
 @pytest.fixture
 def port() -> int:
-    """A port that nobody uses."""
+    """A free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -30,7 +30,7 @@ def launch() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
-    """For programs of their own: this checkout's `qwen-dist`, and no sign of a cluster."""
+    """Environment variables for subprocesses: this checkout's `qwen-dist`, and no cluster."""
     paths = os.pathsep.join((str(pathlib.Path(sys.executable).parent), os.environ["PATH"]))
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("QWEN_DIST_", "SLURM_", "TPU_"))}
     return kept | {"PYTHONPATH": str(ROOT), "PATH": paths, "JAX_PLATFORMS": "cpu"}
@@ -38,7 +38,7 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture
 def start(environment) -> Iterator[Start]:
-    """A function (command, **variables) that starts a program; whatever is left at the end is killed."""
+    """A function (command, **variables) that starts a program; programs that still run after the test are killed."""
     started: list[subprocess.Popen] = []
 
     def start(command: Sequence[str], cwd: pathlib.Path | None = None, **variables: str) -> subprocess.Popen:

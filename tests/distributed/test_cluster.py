@@ -1,9 +1,9 @@
-"""Who a process is, from flags, variables and what clusters say; the variables are those that the clusters set."""
+"""Detection of the cluster from flags and from the environment variables that each kind of cluster sets."""
 
 import pytest
 
 from qwen_dist.errors import UsageError
-from qwen_dist.hosts.cluster import Cluster, detect, is_loopback
+from qwen_dist.runtime.cluster import Cluster, detect_cluster, is_loopback
 
 GKE = {"TPU_WORKER_HOSTNAMES": "a-0.svc,a-1.svc,a-2.svc,a-3.svc", "TPU_WORKER_ID": "2"}
 SLICES = {"MEGASCALE_COORDINATOR_ADDRESS": "run-slice-0-0.run:8080", "MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}
@@ -18,8 +18,8 @@ SLURM = {
 }
 
 
-def found(environment, *flags):
-    cluster = detect(*(flags or (None, None, None)), environment)
+def detected(environment, *flags):
+    cluster = detect_cluster(*(flags or (None, None, None)), environment)
     return cluster and (cluster.coordinator, cluster.num_processes, cluster.process_id, cluster.local_device_ids)
 
 
@@ -45,23 +45,23 @@ def found(environment, *flags):
         ),
     ],
 )
-def test_environments(environment, expected):
-    assert found(environment) == expected
+def test_environment_variables(environment, expected):
+    assert detected(environment) == expected
 
 
-def test_flags_come_first():
-    assert found(GKE, "h:9", 3, 0) == ("h:9", 3, 0, None)
-    assert found(GKE, "h:9", 1, 0) is None
+def test_flags_take_precedence():
+    assert detected(GKE, "h:9", 3, 0) == ("h:9", 3, 0, None)
+    assert detected(GKE, "h:9", 1, 0) is None
 
 
-def test_every_problem_of_the_flags_is_listed():
+def test_every_problem_with_the_flags_is_listed():
     with pytest.raises(UsageError) as error:
-        detect("nowhere", None, 5, {})
+        detect_cluster("nowhere", None, 5, {})
     assert "num-processes is missing; coordinator 'nowhere' is not of the form host:port" in str(error.value)
     with pytest.raises(UsageError, match="process-id 2 must be from 0 to num-processes - 1"):
-        detect("h:1", 2, 2, {})
+        detect_cluster("h:1", 2, 2, {})
     with pytest.raises(UsageError, match=r"QWEN_DIST_PROCESS_ID: .*num-processes 'two' is not a number"):
-        detect(
+        detect_cluster(
             None,
             None,
             None,

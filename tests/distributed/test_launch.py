@@ -1,4 +1,4 @@
-"""The launchers: what they would run, word by word, and manifests that Kubernetes' own types accept."""
+"""The launchers: the exact commands they would run, and manifests that pass Kubernetes' own types."""
 
 import re
 import shlex
@@ -12,11 +12,11 @@ ARGUMENTS = ["batch", "--model", "/data/a b", "--input", 'q"uo\\te$(X).jsonl', "
 GKE = ["--image", "registry/image:1", "--nodes", "4", "--chips", "4", "--name", "run"]
 
 
-def said(command):
+def output_of(command):
     return subprocess.run([*map(str, command)], capture_output=True, text=True, check=True).stdout
 
 
-def test_scripts_are_clean(launch):
+def test_shellcheck_passes(launch):
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
     scripts = sorted(launch.rglob("*.sh"))
@@ -25,7 +25,9 @@ def test_scripts_are_clean(launch):
 
 
 def test_local(launch):
-    lines = said([launch / "local.sh", "--processes", "3", "--devices", "2", "--dry-run", "--", *ARGUMENTS]).splitlines()
+    lines = output_of(
+        [launch / "local.sh", "--processes", "3", "--devices", "2", "--dry-run", "--", *ARGUMENTS]
+    ).splitlines()
     assert len(lines) == 3
     for number, line in enumerate(lines):
         words = shlex.split(line)
@@ -47,7 +49,7 @@ def test_slurm(launch):
         "--",
         *ARGUMENTS,
     ]
-    words = shlex.split(said(command))
+    words = shlex.split(output_of(command))
     assert words[0] == "srun" and {"--ntasks=4", "--ntasks-per-node=1", "--gpus-per-node=8", "--kill-on-bad-exit=1"} < {
         *words
     }
@@ -55,8 +57,8 @@ def test_slurm(launch):
 
 
 def test_tpu_pod(launch):
-    """The command for the workers, run by the shell as they would, hands the arguments on."""
-    line = said([launch / "tpu_pod.sh", "--name", "pod", "--zone", "z", "--dry-run", "run", "--", *ARGUMENTS])
+    """The workers' command, parsed as their shells would, passes the arguments on unchanged."""
+    line = output_of([launch / "tpu_pod.sh", "--name", "pod", "--zone", "z", "--dry-run", "run", "--", *ARGUMENTS])
     words = shlex.split(line)
     assert words[:7] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod", "--zone=z"] and words[7] == "--worker=all"
     remote = words[8].removeprefix("--command=")
@@ -74,11 +76,11 @@ def test_tpu_pod(launch):
 def test_gke(launch, kind, flags):
     from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
-    text = said([launch / "gke" / "launch.sh", "--kind", kind, *flags, *GKE, "--dry-run", "--", *ARGUMENTS])
+    text = output_of([launch / "gke" / "launch.sh", "--kind", kind, *flags, *GKE, "--dry-run", "--", *ARGUMENTS])
     assert "${" not in text.replace("$${", "")
     manifest = yaml.safe_load(text)
-    read = JobsetV1alpha2JobSet.from_dict(manifest)  # raises for wrong types, and leaves out keys that are none
-    assert read.to_dict() == manifest
+    parsed = JobsetV1alpha2JobSet.from_dict(manifest)  # raises for wrong types and drops unknown keys
+    assert parsed.to_dict() == manifest
     (job,) = manifest["spec"]["replicatedJobs"]
     (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
     assert [word.replace("$$(", "$(") for word in container["args"]] == ARGUMENTS

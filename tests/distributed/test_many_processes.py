@@ -1,4 +1,4 @@
-"""Several real processes give the numbers of one, and end together when one of them ends."""
+"""Several real processes compute the same numbers as one, and all end when one of them ends."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ BOUND = 1e-12
 
 
 def run_worker(start, directory, output, port, processes, meshes):
-    """The arrays that `processes` processes with eight devices in all compute on each mesh."""
+    """Return the arrays that `processes` processes, with eight devices in total, compute on each mesh."""
     started = [
         start(
             [sys.executable, WORKER, directory, output, *meshes],
@@ -41,7 +41,7 @@ def variables(port, processes, number):
 
 
 @pytest.fixture
-def one_process(start, directory, tmp_path, port, _kept={}):  # noqa: B006 (one computation for all tests)
+def one_process(start, directory, tmp_path, port, _kept={}):  # noqa: B006 (computed once for all tests)
     if not _kept:
         _kept.update(run_worker(start, directory, tmp_path / "one.npz", port, 1, ("data=1", *MESHES)))
     return _kept
@@ -61,13 +61,13 @@ def assert_equal(found, expected, meshes, of):
                 assert scale > 0 and np.abs(ours - theirs).max() <= BOUND * max(1, scale), (mesh, name)
 
 
-def test_eight_devices_of_one_process_give_the_numbers_of_one_device(one_process):
+def test_eight_devices_of_one_process_match_one_device(one_process):
     assert_equal(one_process, one_process, MESHES, "data=1")
     assert len(np.unique(one_process["data=1 tokens"])) > 8
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_several_processes_give_the_numbers_of_one(start, directory, one_process, tmp_path, port, processes):
+def test_several_processes_match_one_process(start, directory, one_process, tmp_path, port, processes):
     meshes = (MESHES[0], HYBRID.format(processes=processes))
     found = run_worker(start, directory, tmp_path / "several.npz", port, processes, meshes)
     assert_equal(found, one_process, meshes, "data=1")
@@ -90,7 +90,7 @@ def batch(directory, input, output, *flags):
 
 @pytest.fixture
 def alone(qwen_dist, directory, tmp_path):
-    """What one process with one device answers."""
+    """The results of one process with one device."""
     input = write_input(tmp_path / "in.jsonl", 9, 5)
     process = qwen_dist(batch(directory, input, tmp_path / "alone.jsonl", "--num-cpu-devices", "1"))
     out, errors = process.communicate(timeout=120)
@@ -114,8 +114,8 @@ def test_every_record_is_answered_once(start, launch, directory, tmp_path, alone
     out, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     assert sorted(output.read_text().splitlines()) == lines
-    said = json.loads(out)
-    assert {key: value for key, value in said.items() if key not in ("seconds", "output")} == {
+    printed = json.loads(out)
+    assert {key: value for key, value in printed.items() if key not in ("seconds", "output")} == {
         key: value for key, value in counts.items() if key not in ("seconds", "output")
     }
 
@@ -125,7 +125,7 @@ def size_of(path):
 
 
 def processes_of(marker):
-    """{QWEN_DIST_PROCESS_ID: pid} of the running programs that have `marker` among their arguments."""
+    """Return {QWEN_DIST_PROCESS_ID: pid} of the running programs that have `marker` among their arguments."""
     found = {}
     for entry in pathlib.Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -144,21 +144,21 @@ def processes_of(marker):
         pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow),
     ],
 )
-def test_one_that_is_killed_ends_all_by_name(start, launch, directory, tmp_path, victim, how):
+def test_a_killed_process_ends_all_and_is_named(start, launch, directory, tmp_path, victim, how):
     input, output = write_input(tmp_path / "in.jsonl", 500, 100), tmp_path / "out.jsonl"
     command = [launch / "local.sh", "--processes", "3", "--devices", "1", "--logs", tmp_path / "logs", "--"]
     process = start([*command, *batch(directory, input, output)])
     marker = os.fsencode(output)
     deadline = time.monotonic() + 120
-    while not (output.exists() and output.stat().st_size):  # answers come: all are in the middle
+    while not (output.exists() and output.stat().st_size):  # results arrive: all processes are at work
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.1)
     pids = processes_of(marker)
     assert sorted(pids) == [0, 1, 2]
     os.kill(pids[victim], how)
-    start_of_end = time.monotonic()
+    killed_at = time.monotonic()
     _, errors = process.communicate(timeout=60)
-    assert time.monotonic() - start_of_end < 60
+    assert time.monotonic() - killed_at < 60
     assert process.returncode == 128 + how
     assert processes_of(marker) == {}
     for number in {0, 1, 2} - {victim}:
@@ -170,8 +170,8 @@ def test_one_that_is_killed_ends_all_by_name(start, launch, directory, tmp_path,
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_it_answers_every_record_once(start, launch, directory, tmp_path, qwen_dist):
-    """Four processes in two groups; at a random moment a random one is killed, and the same command goes on."""
+def test_repeated_kills_answer_every_record_once(start, launch, directory, tmp_path, qwen_dist):
+    """Four processes in two replicas; a random one is killed at a random moment, and the same command resumes the batch."""
     count, kills, rng = 1000, 20, random.Random(4)
     input, output = write_input(tmp_path / "in.jsonl", count, 40), tmp_path / "out.jsonl"
     process = qwen_dist(batch(directory, input, tmp_path / "alone.jsonl", "--num-cpu-devices", "1"))
@@ -179,19 +179,19 @@ def test_killed_again_and_again_it_answers_every_record_once(start, launch, dire
     undisturbed = sorted((tmp_path / "alone.jsonl").read_text().splitlines())
     assert len(undisturbed) == count + 1
     size = size_of(tmp_path / "alone.jsonl")
-    most = size * 3 // 4  # later than that a run may end before a busy machine sees that it should be killed
+    most = size * 3 // 4  # beyond that, a run on a busy machine may end before it is killed
     command = [launch / "local.sh", "--processes", "4", "--devices", "1", "--logs", tmp_path / "logs", "--"]
     command += batch(directory, input, output, "--num-replicas", "2", "--mesh", "tensor=2", "--max-batch-size", "4")
     victims, sizes = [], []
     for kill in range(kills):
-        # Each writes something: one that dies before the four have met costs the launcher's minute of grace.
+        # Wait until each run has written something: a kill before the rendezvous costs the launcher's one-minute wait.
         wanted = max(size_of(output), rng.randrange(most * kill // kills, most * (kill + 1) // kills))
         process, deadline = start(command), time.monotonic() + 120
         pids: dict[int, int] = {}
         while process.poll() is None and not (len(pids) == 4 and size_of(output) > wanted):
             assert time.monotonic() < deadline
             time.sleep(0.005)
-            if len(pids) < 4:  # looking for them takes as long as some answers
+            if len(pids) < 4:  # the search is slow, so it stops once all four are found
                 pids = processes_of(os.fsencode(output))
         assert process.poll() is None
         victims.append(rng.choice(sorted(pids)))
@@ -209,8 +209,8 @@ def test_killed_again_and_again_it_answers_every_record_once(start, launch, dire
     print(f"processes {victims} of 4 killed with {sizes} of {size} bytes written: {count + 1} records, each once")
 
 
-def test_one_that_fails_ends_all_by_name(start, launch, directory, tmp_path):
-    """Only process 0 opens the output, which holds results already."""
+def test_a_failing_process_ends_all_and_is_named(start, launch, directory, tmp_path):
+    """Process 0 alone opens the output, which already holds results, and fails."""
     input, output = write_input(tmp_path / "in.jsonl", 3, 3), tmp_path / "out.jsonl"
     output.write_text("{}\n")
     command = [launch / "local.sh", "--processes", "2", "--devices", "1", "--logs", tmp_path / "logs", "--"]

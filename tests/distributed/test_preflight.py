@@ -1,4 +1,4 @@
-"""What the preflight says: real processes and sockets, and every failure within the time that was given."""
+"""Preflight errors, with real processes and sockets: every failure is reported within the timeout."""
 
 import copy
 import shutil
@@ -10,8 +10,8 @@ import time
 import pytest
 
 import qwen_dist as package
-from qwen_dist.hosts import preflight
-from qwen_dist.hosts.cluster import Cluster
+from qwen_dist.runtime import preflight
+from qwen_dist.runtime.cluster import Cluster
 
 HOST = socket.gethostname()
 CLUSTER = Cluster("host-a:8482", 2, 0, "the flags")
@@ -19,7 +19,7 @@ SECONDS = 4
 
 
 def finished(processes):
-    """(exit code, standard error) of each, in less time than the preflight may take."""
+    """Return (exit code, standard error) of each process."""
     ended = []
     for process in processes:
         _, errors = process.communicate(timeout=60)
@@ -29,7 +29,7 @@ def finished(processes):
 
 @pytest.fixture
 def preflights(qwen_dist, port):
-    """A function that starts the given processes of `count` with a short time limit, and waits for their ends."""
+    """A function that starts the given processes of `count` with a short timeout, and waits until they end."""
 
     def run(numbers, count, host="127.0.0.1", flags=(), each=None, **options):
         start = time.monotonic()
@@ -59,19 +59,19 @@ def assert_all_say(ended, *texts):
         assert "Traceback" not in errors
 
 
-def test_a_host_that_is_missing_is_named_to_those_that_came(preflights, port):
+def test_missing_processes_are_named(preflights, port):
     ended = preflights([0, 1], 4)
-    assert_all_say(ended, f"processes 2, 3 of 4 did not come to {HOST} (127.0.0.1:{port}) within {SECONDS} s")
+    assert_all_say(ended, f"processes 2, 3 of 4 did not connect to {HOST} (127.0.0.1:{port}) within {SECONDS} s")
     assert_all_say(ended, f"127.0.0.1 is a loopback address, which only processes on {HOST} itself can reach")
 
 
-def test_nobody_listens_on_a_loopback_coordinator(preflights, port):
+def test_loopback_coordinator_that_does_not_listen(preflights, port):
     ended = preflights([1], 2)
     assert_all_say(ended, f"process 1 on {HOST} cannot reach process 0 at 127.0.0.1:{port} within {SECONDS} s")
     assert_all_say(ended, "127.0.0.1 is a loopback address, and on this host nothing listens there")
 
 
-def test_a_name_that_is_none(preflights):
+def test_unknown_host_name(preflights):
     assert_all_say(preflights([1], 2, host="nowhere.invalid"), "the name nowhere.invalid cannot be resolved")
 
 
@@ -91,8 +91,8 @@ def test_refused(preflights, own_name, port):
     )
 
 
-def test_a_blocked_port(preflights, own_name, port):
-    """A queue that is full makes the system drop whatever else comes, as a firewall does."""
+def test_blocked_port(preflights, own_name, port):
+    """When the listen queue is full the kernel drops further connections, as a firewall does."""
     with socket.socket() as full, socket.socket() as first, socket.socket() as second:
         full.bind(("", port))
         full.listen(0)
@@ -103,20 +103,20 @@ def test_a_blocked_port(preflights, own_name, port):
     assert_all_say(ended, f"{own_name}:{port}", f"no answer; a firewall drops port {port}, or the host is down")
 
 
-def test_a_port_in_use(preflights, port):
+def test_port_in_use(preflights, port):
     with socket.socket() as other:
         other.bind(("127.0.0.1", port))
         other.listen()
         assert_all_say(preflights([0], 2), f"process 0 on {HOST} cannot listen on port {port}: Address already in use")
 
 
-def test_one_number_twice(preflights):
+def test_duplicate_process_id(preflights):
     ended = preflights([0, 1, 1], 3)
-    assert_all_say(ended, f"{HOST} and {HOST} both say that they are process 1 of 3")
+    assert_all_say(ended, f"{HOST} and {HOST} both have process id 1 of 3")
 
 
 def test_different_checkpoints_and_settings(preflights, directory, tmp_path):
-    """Two hosts with a directory of the same name; one number in the middle of the weights differs."""
+    """Two hosts with directories of the same name; one byte of the weights differs."""
     for host in ("a", "b"):
         shutil.copytree(directory, tmp_path / host / "model")
     weights = tmp_path / "b" / "model" / "model.safetensors"
@@ -125,7 +125,7 @@ def test_different_checkpoints_and_settings(preflights, directory, tmp_path):
     weights.write_bytes(data)
     each = [{"cwd": tmp_path / "a"}, {"cwd": tmp_path / "b"}]
     ended = preflights([0, 1], 2, flags=("--model", "model"), each=each)
-    assert_all_say(ended, f"process 1 on {HOST} (pid ", "sees another checkpoint (", "copy the same files to all hosts")
+    assert_all_say(ended, f"process 1 on {HOST} (pid ", "sees a different checkpoint (", "copy the same files to all hosts")
 
 
 def test_different_code(preflights, tmp_path):
@@ -133,11 +133,11 @@ def test_different_code(preflights, tmp_path):
     with open(tmp_path / "qwen_dist" / "errors.py", "a") as file:
         file.write("# one line more\n")
     ended = preflights([0, 1], 2, each=[{}, {"cwd": tmp_path}])
-    assert_all_say(ended, "has other code of qwen-dist (", "install the same commit on all hosts")
+    assert_all_say(ended, "has different qwen-dist code (", "install the same commit on all hosts")
 
 
-def test_a_loopback_coordinator_and_two_hosts(start, port):
-    """The second process has a host name of its own, as on another host behind a tunnel."""
+def test_loopback_coordinator_with_two_hosts(start, port):
+    """The second process has a different host name, as on another host behind a tunnel."""
     if subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode:
         pytest.skip("this machine does not let a process have its own host name")
     command = f"{sys.executable} -m qwen_dist.cli preflight --coordinator 127.0.0.1:{port} --num-processes 2 --process-id"
@@ -156,7 +156,7 @@ def test_different_numbers_of_devices(preflights):
     )
 
 
-def test_all_is_well(qwen_dist, port):
+def test_preflight_passes(qwen_dist, port):
     flags = ("preflight", "--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--num-cpu-devices", "2")
     processes = [qwen_dist([*flags, "--mesh", "fsdp=dcn2*ici2", "--process-id", str(number)]) for number in range(2)]
     outputs = [process.communicate(timeout=120) for process in processes]
@@ -166,22 +166,24 @@ def test_all_is_well(qwen_dist, port):
     assert outputs[1][0] == ""
 
 
-# --- the judgement, on facts of this machine with one thing changed ---
+# --- find_problems, on the host info of this machine with one change ---
 
 
 @pytest.fixture(scope="module")
-def facts():
-    found = preflight.gather({"mesh": ""}, checkpoint="", input=None, disk=["~"], weights_in_memory=0)
+def host_info():
+    found = preflight.collect_host_info(
+        {"mesh": ""}, checkpoint="", input=None, write_dirs=["~"], memory_per_checkpoint_byte=0
+    )
     return found | {"memory": {"free": 8 * 10**9, "needed": 10**9}, "disk": {"~": 10**12}}
 
 
-def judged(facts, **changes):
-    other = copy.deepcopy(facts) | {"host": "host-b"} | changes
-    return preflight.judge(CLUSTER, {0: facts | {"host": "host-a"}, 1: other})
+def problems_with(host_info, **changes):
+    other = copy.deepcopy(host_info) | {"host": "host-b"} | changes
+    return preflight.find_problems(CLUSTER, {0: host_info | {"host": "host-a"}, 1: other})
 
 
-def test_alike(facts):
-    assert judged(facts) == []
+def test_equal_hosts(host_info):
+    assert problems_with(host_info) == []
 
 
 @pytest.mark.parametrize(
@@ -189,20 +191,20 @@ def test_alike(facts):
     [
         ({"versions": {"qwen-dist": "0.0.1", "jax": "0.1"}}, "has jax 0.1 and process 0 on host-a"),
         ({"settings": {"mesh": "'tensor=2'"}}, "was started with mesh='tensor=2' and process 0 on host-a"),
-        ({"input": "0123"}, "sees another input file than process 0 on host-a"),
-        ({"disk": {"/data": 5 * 10**8}}, "has 0.5 GB free in /data, and 1.0 GB may be needed: make room."),
+        ({"input": "0123"}, "sees a different input file from process 0 on host-a"),
+        ({"disk": {"/data": 5 * 10**8}}, "has 0.5 GB free in /data, and 1.0 GB may be needed: free some disk space."),
         (
             {"memory": {"free": 10**9, "needed": 3 * 10**9}},
             "host-b has 1.0 GB of free memory and its processes need at least 3.0 GB",
         ),
     ],
 )
-def test_judgement(facts, changes, sentence):
-    assert any(sentence in problem and "host-b" in problem for problem in judged(facts, **changes))
+def test_different_hosts(host_info, changes, sentence):
+    assert any(sentence in problem and "host-b" in problem for problem in problems_with(host_info, **changes))
 
 
-def test_processes_of_one_host_share_its_memory(facts):
-    nine = {process: facts | {"host": "host-a"} for process in range(9)}
-    assert preflight.judge(CLUSTER, nine) == [
+def test_processes_of_one_host_share_its_memory(host_info):
+    nine = {process: host_info | {"host": "host-a"} for process in range(9)}
+    assert preflight.find_problems(CLUSTER, nine) == [
         "host-a has 8.0 GB of free memory and its processes need at least 9.0 GB: use more hosts, or end other programs."
     ]

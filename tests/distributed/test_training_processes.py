@@ -1,4 +1,4 @@
-"""Training over several processes: the batches and losses of one, gone on with by another number of them."""
+"""Training on several processes: the same batches and losses as on one, also when resumed on a different number of them."""
 
 import json
 
@@ -11,7 +11,7 @@ DEVICES = 4
 
 
 def train(start, launch, directory, chats, output, processes, steps):
-    """Train, or go on, with four devices in so many processes; returns what was printed and the numbers of every step."""
+    """Train, or resume, on four devices in `processes` processes; return the output and the metrics of every step."""
     command = [launch / "local.sh", "--processes", processes, "--devices", DEVICES // processes, "--logs", output / "logs"]
     command += ["--", "finetune", "--model", directory, "--data", chats, "--output", output / "run", "--steps", steps]
     (output / "run").parent.mkdir(exist_ok=True)
@@ -24,7 +24,7 @@ def train(start, launch, directory, chats, output, processes, steps):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("numbers", [(2, 1), (1, 2, 4, 2, 1)], ids=str)
-def test_a_run_goes_on_with_any_number_of_processes(start, launch, directory, chats, tmp_path, numbers):
+def test_resume_on_any_number_of_processes(start, launch, directory, chats, tmp_path, numbers):
     last = 2 * len(numbers)
     _, alone = train(start, launch, directory, chats, tmp_path / "one", 1, last)
     for index, processes in enumerate(numbers):

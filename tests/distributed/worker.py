@@ -1,6 +1,6 @@
-"""One process of a run, for test_processes.py: float64 logits, gradients and tokens of one model on several meshes.
+"""One process of test_many_processes.py: float64 logits, gradients and tokens of one model on several meshes.
 
-Arguments: checkpoint directory, output file, and for each mesh its text. Process 0 writes {mesh: arrays} as npz.
+Arguments: checkpoint directory, output file, and meshes such as `fsdp=4,tensor=2`. Process 0 writes {mesh: arrays} as npz.
 """
 
 import os
@@ -13,27 +13,29 @@ import numpy as np
 from qwen_dist.checkpoint.model import load_model
 from qwen_dist.engine.engine import Engine
 from qwen_dist.engine.request import Request, SamplingParams
-from qwen_dist.hosts.cluster import detect
-from qwen_dist.hosts.join import join
-from qwen_dist.hosts.preflight import gather
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.parameters import with_parameters
+from qwen_dist.runtime.cluster import detect_cluster
+from qwen_dist.runtime.distributed import initialize_distributed
+from qwen_dist.runtime.preflight import collect_host_info
 from qwen_dist.sharding import INFERENCE, TRAIN, ShardingContext, use_sharding
 from qwen_dist.tokenizer import Tokenizer
 
-NEW = SamplingParams(max_new_tokens=12)
-DRAWN = SamplingParams(max_new_tokens=12, temperature=1.0, top_k=40, seed=5)
+GREEDY = SamplingParams(max_new_tokens=12)
+SAMPLED = SamplingParams(max_new_tokens=12, temperature=1.0, top_k=40, seed=5)
 
 
 def main():
     directory, output, *meshes = sys.argv[1:]
-    cluster = detect(None, None, None, os.environ)
-    facts = gather({"meshes": meshes}, checkpoint=directory, input=None, disk=[], weights_in_memory=1)
-    with join(cluster, facts, 60.0) as hosts:
+    cluster = detect_cluster(None, None, None, os.environ)
+    host_info = collect_host_info(
+        {"meshes": meshes}, checkpoint=directory, input=None, write_dirs=[], memory_per_checkpoint_byte=1
+    )
+    with initialize_distributed(cluster, host_info, 60.0) as processes:
         jax.config.update("jax_enable_x64", True)
-        hosts.check_devices()
+        processes.check_devices()
         results = {f"{mesh} {name}": value for mesh in meshes for name, value in compute(directory, mesh).items()}
-        if hosts.is_first:
+        if processes.is_main:
             np.savez(output, **results)
 
 
@@ -47,9 +49,9 @@ def compute(directory, mesh):
     rng = np.random.default_rng(3)
     requests = [
         Request(index, tuple(rng.integers(0, 331, 5 + 40 * index).tolist()), params)
-        for index, params in enumerate((NEW, DRAWN, NEW, DRAWN))
+        for index, params in enumerate((GREEDY, SAMPLED, GREEDY, SAMPLED))
     ]
-    tokens = np.zeros((len(requests), NEW.max_new_tokens), np.int64)
+    tokens = np.zeros((len(requests), GREEDY.max_new_tokens), np.int64)
     for update in Engine(model, tokenizer).run(requests):
         start = update.num_generated - len(update.tokens)
         tokens[update.request.key, start : update.num_generated] = update.tokens
@@ -57,7 +59,7 @@ def compute(directory, mesh):
 
 
 def forward_and_gradients(model):
-    """Logits of a batch, and the gradients of their mean negative log-likelihood, as host arrays of the whole."""
+    """Return the logits of a batch and the gradients of their mean negative log-likelihood, as unsharded host arrays."""
     rng = np.random.default_rng(2)
     tokens_BT = rng.integers(0, 331, (8, 24)).astype(np.int32)
     positions_BT = np.tile(np.arange(24, dtype=np.int32), (8, 1))

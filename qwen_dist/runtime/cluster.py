@@ -1,7 +1,7 @@
-"""Which process of how many this is, and where they meet: told by flags, by variables, or by the cluster. No jax.
+"""Detection of this process's id, the number of processes and the coordinator: flags, environment or cluster. No jax.
 
-jax can find this out by itself, but only while it starts, and then a wrong address is a hang. Here it is known before, so
-that the preflight can check it.
+jax can detect these itself, but only while it starts, and then it hangs on a wrong address. Here they are known earlier, so
+that the preflight can check them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from qwen_dist.errors import UsageError
 
-# The port where jax looks for the coordinator of a TPU pod, so that firewall rules made for jax are right for us.
+# jax's own coordinator port on TPU pods, so that firewall rules made for jax also work here.
 TPU_PORT = 8482
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 _METADATA_TIMEOUT_S = 5.0
@@ -22,10 +22,12 @@ _METADATA_TIMEOUT_S = 5.0
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """One process's place in a run of several.
+    """The place of one process in a run with several processes.
 
-    coordinator: host:port that process 0 listens on. local_device_ids: the GPUs of this process where a host has several
-    processes; None for all devices of the host. source: what said so, for messages.
+    Attributes:
+      coordinator: host:port that process 0 listens on.
+      source: where these values come from, for messages.
+      local_device_ids: the GPUs of this process where a host has several processes; None for all devices of the host.
     """
 
     coordinator: str
@@ -49,7 +51,7 @@ class Cluster:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or an address is the host itself for whoever uses it."""
+    """Return whether a name or an address always means the local host."""
     try:
         address = ipaddress.ip_address(host)
         return address.is_loopback or address.is_unspecified
@@ -57,12 +59,22 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
-def detect(
+def detect_cluster(
     coordinator: str | None, num_processes: int | None, process_id: int | None, environment: Mapping[str, str]
 ) -> Cluster | None:
-    """This process's cluster: flags, else QWEN_DIST_* variables, else GKE, Slurm or a TPU pod; None for a single process.
+    """Detect the cluster from the flags, else QWEN_DIST_* variables, else GKE, Slurm or a TPU pod.
 
-    Raises UsageError when some of the three are given and others are not, or one makes no sense.
+    Args:
+      coordinator: the flag's value, host:port; None when not given, like the next two.
+      num_processes: the flag's value.
+      process_id: the flag's value.
+      environment: the environment variables.
+
+    Returns:
+      The cluster, or None for a single process.
+
+    Raises:
+      UsageError: only some of the three values are given, or one is not valid.
     """
     given = {"coordinator": coordinator, "num-processes": num_processes, "process-id": process_id}
     if any(value is not None for value in given.values()):
@@ -98,7 +110,7 @@ def _explicit(given: Mapping[str, str | int | None], source: str) -> Cluster | N
 
 
 def _gke_tpu(environment: Mapping[str, str]) -> Cluster | None:
-    """GKE sets these variables in the pods of a TPU slice."""
+    """Read the variables that GKE sets in the pods of a TPU slice."""
     hosts = environment.get("TPU_WORKER_HOSTNAMES", "")
     if not hosts or "TPU_WORKER_ID" not in environment:
         return None
@@ -106,21 +118,21 @@ def _gke_tpu(environment: Mapping[str, str]) -> Cluster | None:
 
 
 def _tpu_vm(environment: Mapping[str, str]) -> Cluster | None:
-    """A worker of a TPU pod asks Google's metadata server who the others are."""
+    """Ask Google's metadata server for the workers of this TPU pod."""
     is_tpu = pathlib.Path("/dev/accel0").exists() or pathlib.Path("/dev/vfio/0").exists()
     if not is_tpu or "TPU_SKIP_MDS_QUERY" in environment:
         return None
     number, workers = _metadata("agent-worker-number"), _metadata("worker-network-endpoints")
     if number is None or workers is None:
         return None
-    # Each is a host name, or in the older form name:id:address.
+    # Each is a host name, or name:id:address in the older format.
     hosts = [worker.split(":")[-1] for worker in workers.split(",")]
     slices = dict(re.findall(r"^(MEGASCALE_\w+): *'?([^'\n]*)'?$", _metadata("tpu-env") or "", re.MULTILINE))
     return _tpu(hosts, int(number), {**slices, **environment}, "the metadata server of the TPU pod")
 
 
 def _tpu(hosts: list[str], worker: int, environment: Mapping[str, str], source: str) -> Cluster:
-    """Several slices meet at the first host of the first."""
+    """Return the cluster of one or several TPU slices; the coordinator is the first host of the first slice."""
     first = environment.get("MEGASCALE_COORDINATOR_ADDRESS", "").split(":")[0] or hosts[0].strip()
     slices, slice_id = int(environment.get("MEGASCALE_NUM_SLICES") or 1), int(environment.get("MEGASCALE_SLICE_ID") or 0)
     return Cluster(f"{first}:{TPU_PORT}", len(hosts) * slices, worker + slice_id * len(hosts), source)
@@ -132,32 +144,32 @@ def _metadata(key: str) -> str | None:
 
     request = urllib.request.Request(_METADATA + key, headers={"Metadata-Flavor": "Google"})
     try:
-        with urllib.request.urlopen(request, timeout=_METADATA_TIMEOUT_S) as answer:
-            return answer.read().decode().strip()
+        with urllib.request.urlopen(request, timeout=_METADATA_TIMEOUT_S) as response:
+            return response.read().decode().strip()
     except (urllib.error.URLError, TimeoutError):
-        return None  # no TPU pod, or a TPU outside Google's cloud
+        return None  # not a TPU pod, or a TPU outside Google's cloud
 
 
 def _slurm(environment: Mapping[str, str]) -> Cluster | None:
-    """A step of a Slurm job (srun); a shell inside an allocation is none, and is one process."""
+    """Read the variables of a Slurm job step (srun); a shell inside an allocation is not a step but a single process."""
     needed = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
     if any(name not in environment for name in needed) or not environment["SLURM_STEP_ID"].isdecimal():
         return None
-    # Jobs that share a node must not share a port.
+    # Jobs on the same node must use different ports.
     port = 61440 + int(environment["SLURM_JOB_ID"]) % 4096
-    # SLURM_STEP_TASKS_PER_NODE is "1(x4)" or "2,1": with one task on a node that task has all its GPUs.
-    alone = set(re.sub(r"\(x\d+\)", "", environment.get("SLURM_STEP_TASKS_PER_NODE", "1")).split(",")) == {"1"}
+    # SLURM_STEP_TASKS_PER_NODE is "1(x4)" or "2,1". The only task of a node has all of the node's GPUs.
+    is_alone = set(re.sub(r"\(x\d+\)", "", environment.get("SLURM_STEP_TASKS_PER_NODE", "1")).split(",")) == {"1"}
     return Cluster(
         f"{_first_node(environment['SLURM_STEP_NODELIST'])}:{port}",
         int(environment["SLURM_NTASKS"]),
         int(environment["SLURM_PROCID"]),
         "Slurm's variables",
-        None if alone else (int(environment["SLURM_LOCALID"]),),
+        None if is_alone else (int(environment["SLURM_LOCALID"]),),
     )
 
 
 def _first_node(nodes: str) -> str:
-    """`node[003-010,12],other1` -> `node003`."""
+    """Return the first node of a list: `node[003-010,12],other1` gives `node003`."""
     match = re.match(r"([^,\[]+)(?:\[([0-9]+)[^\]]*\]([^,]*))?", nodes)
     if match is None:
         raise UsageError(f"SLURM_STEP_NODELIST is {nodes!r}, which names no node")
