@@ -1,13 +1,13 @@
-"""A file of prompts of mixed lengths: this project's engine beside transformers' `generate` (PyTorch); one table.
+"""A file of prompts of mixed lengths: this project's engine compared with transformers' `generate` (PyTorch).
 
     python benchmarks/batch.py --model CHECKPOINT_DIR [--prompts 200] [--dtype bfloat16] [--max-new-tokens 128]
         [--systems qwen_dist,transformers,continuous]
 
-Each system answers the same prompts greedily in a process of its own, after answering a few to warm up. transformers has
-them sorted by length, in left-padded batches of 32; a batch lasts as long as its longest answer. "continuous", if asked
-for, is transformers' continuous batching as it is by default. Tokens count up to each answer's end. "busy" is the share of
-ten seconds of the same work once more, as jax's profiler traces them, in which the devices run a compiled step; "waiting"
-that of the whole run in which the host has nothing to do but wait for one.
+Each system answers the same prompts greedily in a separate process, after a warm-up. transformers gets them sorted by
+length, in left-padded batches of 32; a batch takes as long as its longest answer. "continuous" (only on request) is
+transformers' continuous batching with its defaults. Tokens count up to each answer's end. "busy" is the fraction of time in
+which the devices run a compiled step, measured by jax's profiler over ten seconds of a second run; "waiting" is the
+fraction of the whole run in which the host only waits for a step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 SYSTEMS = ("qwen_dist", "transformers", "continuous")
-BEFORE_TRACE = 15.0  # seconds, after which most rows are taken
+BEFORE_TRACE = 15.0  # seconds, after which most slots are in use
 TASKS = (
     "What is {a} plus {b}? Answer with the number only.",
     "Is {a} a prime number? Answer yes or no.",
@@ -70,8 +70,8 @@ def run_worker(options: argparse.Namespace, system: str) -> dict[str, float]:
 
 
 def questions(number: int) -> list[str]:
-    """The same ones every time, of 10 to 500 tokens."""
-    rng = random.Random(0)  # the first ones do not depend on how many there are
+    """Return the same questions every time, of 10 to 500 tokens."""
+    rng = random.Random(0)  # the first questions do not depend on `number`
     texts = []
     for _ in range(number):
         values = {"a": rng.randrange(1000), "b": rng.randrange(1000), "c": rng.randrange(2, 9), "noun": rng.choice(NOUNS)}
@@ -102,8 +102,8 @@ def answer_with_qwen_dist(options: argparse.Namespace) -> dict[str, float]:
         return [Request(index, tuple(chat), params) for index, chat in enumerate(chats)]
 
     everything = requests(options.prompts, params)
-    # The longest prompts fill the cache, and answers of all lengths let every number of rows occur; then one prompt alone,
-    # of as many lengths as there are sizes of pieces: all programs are there.
+    # Warm-up that compiles every program: the longest prompts fill the cache, answers of all lengths make every number of
+    # active slots occur, and then single prompts use every chunk size of prefill.
     longest = sorted(everything, key=lambda request: -len(request.prompt))[: options.max_batch_size]
     limits = [params.override({"max_new_tokens": 2 + index // 2}) for index in range(len(longest))]
     list(engine.run(dataclasses.replace(request, params=few) for request, few in zip(longest, limits, strict=True)))
@@ -137,7 +137,7 @@ def answer_with_qwen_dist(options: argparse.Namespace) -> dict[str, float]:
 
 
 def share_in_steps(updates: Iterator[Any]) -> float:
-    """The part of a traced time, from the first step in it to the last, in which some compiled step runs."""
+    """Return the fraction of a traced interval, from its first step to its last, in which a compiled step runs."""
     import jax
 
     from qwen_dist.engine.profile import SECONDS, profiling
@@ -166,7 +166,7 @@ def share_in_steps(updates: Iterator[Any]) -> float:
 
 
 def timed(owner: Any, name: str, seconds: list[float], clock: Callable[[], float] = time.perf_counter) -> None:
-    """Let a function of an object or a module say how long each call takes."""
+    """Patch a function of an object or a module to append the duration of each call to `seconds`."""
     function = getattr(owner, name)
 
     def call(*arguments: Any, **options: Any) -> Any:
@@ -227,12 +227,12 @@ def chat_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def until_end(tokens: list[int], ends: list[int]) -> int:
-    """How many tokens an answer has, its end included."""
+    """Return the number of tokens of an answer, its end token included."""
     return next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))
 
 
 def timed_answers(answer: Callable[[list[str]], tuple[int, int]], number: int) -> dict[str, float]:
-    """What it takes to answer so many questions, after a few to warm up; `answer` says how much it has read and written."""
+    """Time the answers to `number` questions after a warm-up; `answer` returns the numbers of tokens read and written."""
     answer(questions(4))
     start = time.perf_counter()
     read, written = answer(questions(number))

@@ -1,12 +1,12 @@
-"""What a batch costs as it grows: speed and memory from 200 prompts to 5,000, and the scheduler's time at 256 requests.
+"""Speed and memory of a batch from 200 to 5,000 prompts, and the scheduler's time at 256 concurrent requests.
 
     python benchmarks/growth.py [--model DIR] [--counts 200,5000]
 
-By default with the demonstration model, which is so small that what the host does weighs most. The prompts are the same 200
-again and again, each time under another id. The counts take turns, and each is run until as many prompts have been answered
-as the largest count has: the seconds are then equally many, of which some are slow on a machine that does other things too.
-The table has medians of the rounds. The programs have been compiled and run before; memory is the process's peak, which is
-also told after each round. The scheduler's thread waits for a processor where all of them compute a step.
+The default is the demonstration model, which is so small that the host's work dominates. The same 200 prompts repeat under
+different ids. The counts alternate, and each is repeated until it has answered as many prompts as the largest count: each
+then runs for about the same time, so that other load on the machine affects all of them alike. The table shows medians of
+the rounds. All programs are compiled and warmed up first; memory is the process's peak, also printed after each round. The
+scheduler's thread has to wait for a core while all cores compute a step, so its time is also given in processor time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from batch import timed
 
 import qwen_dist
 from qwen_dist.batch.jsonl import read_records
-from qwen_dist.batch.output import Output
+from qwen_dist.batch.output import OutputFile
 from qwen_dist.batch.run import run_batch
 from qwen_dist.cli import start_jax
 from qwen_dist.config import ModelOptions, SamplingOptions
@@ -59,7 +59,7 @@ def main() -> None:
     print(f"peak memory {peak_gb():.3f} GB")
     milliseconds: list[float] = []
     rows: list[int] = []
-    # One clock at a time: asking the system for a thread's own time is where it may take the processor away.
+    # Measure with one clock at a time: the system call for thread time is a point where the thread may lose its core.
     for clock in (time.perf_counter, time.thread_time):
         planned: list[float] = []
         run, scheduler = open_batch(options.model, max_batch_size=256, watch=lambda stats: rows.append(stats.num_running))
@@ -75,7 +75,7 @@ def main() -> None:
 def open_batch(
     model: str, *, max_batch_size: int, watch: Callable[[EngineStats], None] = lambda stats: None
 ) -> tuple[Run, object]:
-    """A function that answers so many prompts, from file to file (seconds, tokens written), and the scheduler."""
+    """Return a function (count) -> (seconds, tokens) that answers prompts from file to file, and the scheduler."""
     sampling = SamplingOptions(temperature=0.0)
     engine, tokenizer, params = open_engine(ModelOptions(model, "float32"), "", sampling, max_batch_size=max_batch_size)
     tokenizer.stop_ids = frozenset()
@@ -85,7 +85,7 @@ def open_batch(
             input, output = f"{directory}/in.jsonl", f"{directory}/out.jsonl"
             with open(input, "w") as file:
                 file.writelines(json.dumps(record(number)) + "\n" for number in range(count))
-            with Output(output) as writer:
+            with OutputFile(output) as writer:
                 summary = run_batch(
                     engine, tokenizer, params, read_records(input), writer, report=lambda summary, stats: watch(stats)
                 )

@@ -1,8 +1,8 @@
-"""Answer every line of a file. Hardware: anything that holds the weights; for several devices set the mesh.
+"""Answer every line of a file. Hardware: any that holds the weights; for several devices set the mesh.
 
     qwen-dist batch --config configs/batch.py:CHECKPOINT_DIR --input prompts.jsonl --output answers.jsonl
 
-The argument behind the colon is the checkpoint. A record's own parameters come before these.
+The argument after the colon is the checkpoint. A record's own parameters override these.
 """
 
 from ml_collections import config_dict

@@ -1,13 +1,13 @@
-"""Train the demonstration model that comes with the package, from random weights. Hardware: a laptop's CPU.
+"""Train the package's demonstration model from random weights. Hardware: a laptop's CPU.
 
     python -m qwen_dist.demo.questions --output demo.jsonl --count 60000
     python -m qwen_dist.demo.make --data demo.jsonl --output untrained
     qwen-dist finetune --config configs/demo.py --model untrained --data demo.jsonl --output demo
     qwen-dist export --model demo/model --output qwen_dist/demo/model --dtype bfloat16
 
-The text is written by qwen_dist/demo/questions.py itself, under this project's licence. The first 233 steps of the
-model in the package were taken with `--steps 500`, with a learning rate that fell more slowly, and the run then went on to
-step 300: a loss of 0.0096, at about 2 s a step on two cores. `python benchmarks/demo.py` counts how often it is right.
+qwen_dist/demo/questions.py generates the text, under this project's licence. The first 233 steps of the model in the
+package were trained with `--steps 500`, so the learning rate fell more slowly; the run was then resumed up to step 300:
+loss 0.0096, about 2 s per step on two cores. `python benchmarks/demo.py` measures its accuracy.
 """
 
 from ml_collections import config_dict

@@ -1,8 +1,8 @@
-"""Answer a prompt, or chat. Hardware: anything that holds the weights, from one CPU.
+"""Answer a prompt, or chat. Hardware: any that holds the weights, from one CPU up.
 
     qwen-dist generate --config configs/generate.py:CHECKPOINT_DIR --prompt "Why is the sky blue?"
 
-The argument behind the colon is the checkpoint. What is not set here comes from the checkpoint's generation_config.json.
+The argument after the colon is the checkpoint. Values not set here come from the checkpoint's generation_config.json.
 """
 
 from ml_collections import config_dict

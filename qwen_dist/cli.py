@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from qwen_dist.batch.run import Summary
-    from qwen_dist.batch.series import Series
+    from qwen_dist.batch.run import BatchSummary
+    from qwen_dist.batch.series import TimeSeries
     from qwen_dist.engine.engine import Engine, EngineStats
     from qwen_dist.engine.request import RequestOutput, SamplingParams
     from qwen_dist.runtime.distributed import Processes
@@ -495,7 +495,7 @@ def _batch(options: argparse.Namespace, overrides: list[str]) -> int:
         processes.check_devices()
         # Ctrl-C handling is for one process only: several would have to stop at the same record.
         with contextlib.nullcontext(lambda: False) if processes.count > 1 else _catch_interrupt() as stopped:
-            summary = _run_share(config, processes, stopped, quiet=options.json or not processes.is_main)
+            summary = _run_shard(config, processes, stopped, quiet=options.json or not processes.is_main)
             _print_summary(summary, config.output, as_json=options.json)
             return _EXIT_INTERRUPTED if stopped() else 0
 
@@ -518,16 +518,16 @@ def _catch_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _run_share(config: BatchConfig, processes: Processes, stopped: Callable[[], bool], *, quiet: bool) -> Summary:
+def _run_shard(config: BatchConfig, processes: Processes, stopped: Callable[[], bool], *, quiet: bool) -> BatchSummary:
     """Run this process's share of a batch. On process 0 the summary counts all processes."""
-    from qwen_dist.batch.manifest import settings_of, write_manifest
+    from qwen_dist.batch.manifest import result_settings, write_manifest
     from qwen_dist.batch.run import run_batch
-    from qwen_dist.batch.share import open_share
+    from qwen_dist.batch.shard import open_shard
     from qwen_dist.engine.open import open_engine
     from qwen_dist.runtime.distributed import assign_replica
 
-    replica, settings = assign_replica(processes, config.num_replicas), settings_of(config)
-    share = open_share(
+    replica, settings = assign_replica(processes, config.num_replicas), result_settings(config)
+    shard = open_shard(
         config.input,
         config.output,
         processes,
@@ -537,7 +537,7 @@ def _run_share(config: BatchConfig, processes: Processes, stopped: Callable[[], 
         retry_errors=config.retry_errors,
         keep_order=config.keep_order,
     )
-    with share as (records, results), _monitors(config, processes, quiet=quiet) as watch:
+    with shard as (records, results), _monitors(config, processes, quiet=quiet) as watch:
         with _loading(quiet=quiet) as progress:
             engine, tokenizer, sampling = open_engine(
                 config.model,
@@ -552,13 +552,13 @@ def _run_share(config: BatchConfig, processes: Processes, stopped: Callable[[], 
             )
         with _batch_progress(config.input, results.num_before, quiet=quiet) as show:
 
-            def report(summary: Summary, stats: EngineStats) -> None:
+            def report(summary: BatchSummary, stats: EngineStats) -> None:
                 results.collect()
                 show(summary, stats)
                 watch(summary, stats)
 
             summary = run_batch(
-                engine, tokenizer, sampling, records, results, raw=config.raw, report=report, stopped=stopped
+                engine, tokenizer, sampling, records, results, raw=config.raw, report=report, should_stop=stopped
             )
         summary = results.finish(summary, not stopped())
     if processes.is_main:
@@ -566,7 +566,7 @@ def _run_share(config: BatchConfig, processes: Processes, stopped: Callable[[], 
     return summary
 
 
-def _print_summary(summary: Summary, output: str, *, as_json: bool) -> None:
+def _print_summary(summary: BatchSummary, output: str, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"output": output, **vars(summary)}))
     else:
@@ -582,15 +582,15 @@ def _print_summary(summary: Summary, output: str, *, as_json: bool) -> None:
 @contextlib.contextmanager
 def _monitors(
     config: BatchConfig, processes: Processes, *, quiet: bool
-) -> Iterator[Callable[[Summary, EngineStats], None]]:
+) -> Iterator[Callable[[BatchSummary, EngineStats], None]]:
     """Yield the callback for the monitors that the configuration enables: metrics, profile, chart; print a final table."""
     from qwen_dist.batch.metrics import metrics_server
-    from qwen_dist.batch.series import Series, check_chart, write_chart
+    from qwen_dist.batch.series import TimeSeries, check_chart, write_chart
     from qwen_dist.engine.profile import profiling
 
-    series = Series()
+    series = TimeSeries()
     with contextlib.ExitStack() as stack:
-        watches: list[Callable[[Summary, EngineStats], None]] = [series.add]
+        watches: list[Callable[[BatchSummary, EngineStats], None]] = [series.add]
         if processes.is_main and config.chart:
             check_chart(config.chart)
             stack.callback(write_chart, config.chart, series)
@@ -600,7 +600,7 @@ def _monitors(
             tick = stack.enter_context(profiling(config.profile))
             watches.append(lambda summary, stats: tick())
 
-        def watch(summary: Summary, stats: EngineStats) -> None:
+        def watch(summary: BatchSummary, stats: EngineStats) -> None:
             for one in watches:
                 one(summary, stats)
 
@@ -608,26 +608,26 @@ def _monitors(
         _console(stderr=True, quiet=quiet).print(_series_table(series))
 
 
-def _series_table(series: Series) -> Table:
+def _series_table(series: TimeSeries) -> Table:
     """Return a table of the throughput and load of a batch on this process."""
     from rich.table import Table
 
     last, table = series.samples[-1], Table()
     for column in ("", "total", "mean", "max"):
         table.add_column(column, justify="right" if column else "left")
-    for name, field in (("prompt tokens", "num_read"), ("generated tokens", "num_written")):
-        speeds = [speed for _, speed in series.speeds(field)]
+    for name, field in (("prompt tokens", "num_prompt_tokens"), ("generated tokens", "num_generated_tokens")):
+        speeds = [speed for _, speed in series.rates(field)]
         total = getattr(last, field)
         mean = f"{total / max(last.seconds, 1e-9):.1f}/s"
         table.add_row(name, str(total), mean, f"{max(speeds, default=0):.1f}/s")
-    for name, field, form in (("running requests", "num_running", ".1f"), ("KV cache used", "cache_use", ".0%")):
+    for name, field, form in (("running requests", "num_running", ".1f"), ("KV cache used", "cache_utilization", ".0%")):
         most = max(getattr(sample, field) for sample in series.samples)
         table.add_row(name, "", f"{series.mean(field):{form}}", f"{most:{form}}")
     return table
 
 
 @contextlib.contextmanager
-def _batch_progress(input: str, num_before: int, *, quiet: bool) -> Iterator[Callable[[Summary, EngineStats], None]]:
+def _batch_progress(input: str, num_before: int, *, quiet: bool) -> Iterator[Callable[[BatchSummary, EngineStats], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.table import Column
 
@@ -645,7 +645,7 @@ def _batch_progress(input: str, num_before: int, *, quiet: bool) -> Iterator[Cal
     with Progress(*columns, console=_console(stderr=True, quiet=quiet)) as bar:
         task = bar.add_task("", total=total, completed=num_before, status="")
 
-        def report(summary: Summary, stats: EngineStats) -> None:
+        def report(summary: BatchSummary, stats: EngineStats) -> None:
             seconds = max(summary.seconds, 1e-9)
             bar.update(
                 task,

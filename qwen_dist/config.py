@@ -84,8 +84,8 @@ class BatchConfig:
       input, output: files of records and of results.
       mesh: as in `GenerateConfig`, over the devices of one replica.
       max_batch_size: the most requests that are generated at the same time.
-      num_replicas: divides the processes into this many num_replicas. Each has the whole model on its own mesh and generates its
-        share of the records.
+      num_replicas: divides the processes into this many replicas. Each has the whole model on its own mesh and generates
+        its share of the records.
       raw: leave out the chat template.
       overwrite: start over where results exist.
       retry_errors: try the records again that ended in an error.

@@ -281,7 +281,7 @@ def test_a_run_that_goes_on(run, model, prompts, tmp_path):
         ("in.jsonl", "in.jsonl", 2, "input and output are the same file"),
         ("missing.jsonl", "out.jsonl", 1, "cannot read the input"),
         ("in.jsonl", "missing/out.jsonl", 1, "cannot write the output"),
-        ("in.jsonl", "/dev/full", 1, "No space left on device; it holds the 0 results before, whole: make room"),
+        ("in.jsonl", "/dev/full", 1, "No space left on device; the 0 results so far are complete: free some disk space"),
     ],
 )
 def test_files_that_cannot_be_used(run, model, prompts, tmp_path, input, output, code, expected):

@@ -1,4 +1,4 @@
-"""Files of records by the end of their name, .jsonl (or any other), .jsonl.gz, .jsonl.zst or .parquet, anywhere. No jax."""
+"""Files of lines: .jsonl (or any other suffix), .jsonl.gz, .jsonl.zst or .parquet, local or remote. No jax."""
 
 from __future__ import annotations
 
@@ -11,44 +11,44 @@ from collections.abc import Iterable, Iterator
 from typing import IO, Any, cast
 
 from qwen_dist.batch import remote
-from qwen_dist.batch.columns import write_parquet
+from qwen_dist.batch.parquet import write_parquet
 from qwen_dist.errors import UserError
 
-_ROWS_AT_ONCE = 1024
+_ROWS_PER_BATCH = 1024
 
 
 def is_appendable(path: str) -> bool:
-    """Whether a file of this name can simply be appended to."""
+    """Return whether lines can be appended to a file of this name."""
     return not (remote.is_url(path) or path.endswith((".gz", ".zst", ".parquet")))
 
 
-def keeps_lines(path: str) -> bool:
-    """Whether lines that are written to a file of this name can be read from it again, byte by byte."""
+def is_lossless(path: str) -> bool:
+    """Return whether lines written to a file of this name can be read back byte by byte."""
     return not (remote.is_url(path) or path.endswith(".parquet"))
 
 
 def exists(path: str) -> bool:
-    """Whether there is something, at a path or an address. Raises UserError if that cannot be found out."""
+    """Return whether a path or a URL exists. Raises UserError if the store cannot be asked."""
     return remote.exists(path) if remote.is_url(path) else os.path.exists(path)
 
 
 def read_lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
-    """The lines of a file, one at a time; the rows of a parquet file as JSON objects, without empty fields.
+    """Read the lines of a file one at a time; rows of a parquet file become JSON objects without the empty fields.
 
     Raises:
-      UserError: at once if the file cannot be opened, later if it is damaged.
+      UserError: at once if the file cannot be opened, while reading if it is damaged.
     """
     path = os.fspath(path)
     try:
         if path.endswith(".parquet"):
-            return _guarded(path, _parquet_lines(path))
-        return _guarded(path, _file_lines(_open(path)))
+            return _with_user_errors(path, _parquet_lines(path))
+        return _with_user_errors(path, _file_lines(_open_decompressed(path)))
     except OSError as error:
         raise UserError(f"cannot read the input {path}: {error.strerror or error}") from error
 
 
 def write_lines(path: str, lines: Iterable[bytes]) -> None:
-    """Write whole lines to a file that is complete or not there. Raises UserError."""
+    """Write complete lines to a file, atomically: no partial file is ever visible. Raises UserError."""
     if remote.is_url(path):
         with remote.open_writer(path) as file:
             _write(file, lines, path)
@@ -65,29 +65,30 @@ def write_lines(path: str, lines: Iterable[bytes]) -> None:
 
 
 def _write(file: IO[bytes], lines: Iterable[bytes], name: str) -> None:
-    """Write lines to an open file in the form that its name asks for."""
+    """Write lines to an open file in the format given by its name."""
     if name.endswith(".parquet"):
-        write_parquet(file, lines, _extra("pyarrow", "parquet", name), _extra("pyarrow.parquet", "parquet", name))
+        write_parquet(
+            file, lines, _import_extra("pyarrow", "parquet", name), _import_extra("pyarrow.parquet", "parquet", name)
+        )
     elif name.endswith(".gz"):
-        with gzip.open(file, "wb") as packed:
-            packed.writelines(lines)
+        with gzip.open(file, "wb") as compressed:
+            compressed.writelines(lines)
     elif name.endswith(".zst"):
-        with _extra("zstandard", "zstd", name).ZstdCompressor().stream_writer(file, closefd=False) as packed:
+        with _import_extra("zstandard", "zstd", name).ZstdCompressor().stream_writer(file, closefd=False) as compressed:
             for line in lines:
-                packed.write(line)
+                compressed.write(line)
     else:
         for line in lines:
             file.write(line)
 
 
-def _open(path: str) -> IO[bytes]:
-    """The bytes of a file, unpacked."""
-    place = remote.open_reader(path) if remote.is_url(path) else path
+def _open_decompressed(path: str) -> IO[bytes]:
+    source = remote.open_reader(path) if remote.is_url(path) else path
     if path.endswith(".gz"):
-        return cast(IO[bytes], gzip.open(place, "rb"))
+        return cast(IO[bytes], gzip.open(source, "rb"))
     if path.endswith(".zst"):
-        return io.BufferedReader(_extra("zstandard", "zstd", path).open(place, "rb"))
-    return open(place, "rb") if isinstance(place, str) else place
+        return io.BufferedReader(_import_extra("zstandard", "zstd", path).open(source, "rb"))
+    return open(source, "rb") if isinstance(source, str) else source
 
 
 def _file_lines(file: IO[bytes]) -> Iterator[bytes]:
@@ -96,22 +97,22 @@ def _file_lines(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _parquet_lines(path: str) -> Iterator[bytes]:
-    parquet = _extra("pyarrow.parquet", "parquet", path)
-    place = remote.open_reader(path) if remote.is_url(path) else path
-    file = parquet.ParquetFile(place)  # opened now, so that what is wrong with it is said now
+    parquet = _import_extra("pyarrow.parquet", "parquet", path)
+    source = remote.open_reader(path) if remote.is_url(path) else path
+    file = parquet.ParquetFile(source)  # open it before the first row is read, to report errors at once
 
     def rows() -> Iterator[bytes]:
         with contextlib.closing(file):
-            for batch in file.iter_batches(_ROWS_AT_ONCE):
+            for batch in file.iter_batches(_ROWS_PER_BATCH):
                 for row in batch.to_pylist():
-                    given = {name: value for name, value in row.items() if value is not None}
-                    yield json.dumps(given, ensure_ascii=False, default=str).encode() + b"\n"
+                    fields = {name: value for name, value in row.items() if value is not None}
+                    yield json.dumps(fields, ensure_ascii=False, default=str).encode() + b"\n"
 
     return rows()
 
 
-def _guarded(path: str, lines: Iterator[bytes]) -> Iterator[bytes]:
-    """The lines, and a damaged file as a UserError."""
+def _with_user_errors(path: str, lines: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the lines; raise UserError when the file is damaged."""
     number = 0
     try:
         for line in lines:
@@ -121,7 +122,7 @@ def _guarded(path: str, lines: Iterator[bytes]) -> Iterator[bytes]:
         raise UserError(f"the input {path} is damaged after line {number}: {error}") from error
 
 
-def _extra(module: str, extra: str, path: str) -> Any:
+def _import_extra(module: str, extra: str, path: str) -> Any:
     import importlib
 
     try:

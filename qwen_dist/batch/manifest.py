@@ -1,4 +1,4 @@
-"""What a batch is: the settings that its answers depend on, and, in OUTPUT.manifest.json, what was done."""
+"""The settings that results depend on, and OUTPUT.manifest.json, the description of the last run."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 import qwen_dist
 from qwen_dist.batch.output import local_path
-from qwen_dist.batch.run import Summary
+from qwen_dist.batch.run import BatchSummary
 from qwen_dist.config import BatchConfig
 from qwen_dist.ops import native
 from qwen_dist.runtime.preflight import checkpoint_digest, checkpoint_files
 
 
-def settings_of(config: BatchConfig) -> dict[str, Any]:
-    """What answers depend on besides their records."""
+def result_settings(config: BatchConfig) -> dict[str, Any]:
+    """Return the settings that results depend on besides their records; a change makes an output unusable for resuming."""
     return {
-        "checkpoint": _content(config.model.path),
-        "adapter": _content(config.model.adapter),
+        "checkpoint": _digest_or_name(config.model.path),
+        "adapter": _digest_or_name(config.model.adapter),
         "dtype": config.model.dtype,
         "load_format": config.model.load_format,
         "sampling": dataclasses.asdict(config.sampling),
@@ -27,14 +27,14 @@ def settings_of(config: BatchConfig) -> dict[str, Any]:
     }
 
 
-def _content(place: str) -> str:
-    """A hash of the files there; a place that is no directory here is known by its name alone."""
-    files = checkpoint_files(place)
-    return checkpoint_digest(files) if files else place
+def _digest_or_name(location: str) -> str:
+    """Return a hash of the files in a directory; the name of any other location."""
+    files = checkpoint_files(location)
+    return checkpoint_digest(files) if files else location
 
 
-def write_manifest(config: BatchConfig, settings: dict[str, Any], summary: Summary, *, is_complete: bool) -> None:
-    """Write what was asked for, with which versions, and what came of it in this run."""
+def write_manifest(config: BatchConfig, settings: dict[str, Any], summary: BatchSummary, *, is_complete: bool) -> None:
+    """Write the configuration, versions, counts and speed of this run."""
     seconds = max(summary.seconds, 1e-9)
     manifest = {
         "is_complete": is_complete,

@@ -1,37 +1,40 @@
-"""The numbers of a running batch for Prometheus, over HTTP."""
+"""Metrics of a running batch for Prometheus, over HTTP."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
 
-from qwen_dist.batch.run import Summary
+from qwen_dist.batch.run import BatchSummary
 from qwen_dist.engine.engine import EngineStats
 from qwen_dist.errors import UserError
 
-_OF_SUMMARY = {
+_SUMMARY_HELP = {
     "num_answered": "Records answered in this run.",
     "num_errors": "Records that ended in an error in this run.",
-    "num_prompt_tokens": "Tokens read of the records that are answered.",
-    "num_generated_tokens": "Tokens written.",
+    "num_prompt_tokens": "Prompt tokens of the answered records.",
+    "num_generated_tokens": "Generated tokens.",
     "seconds": "Time since the first record.",
 }
-_OF_STATS = {
-    "num_running": "Requests that are being answered.",
-    "num_waiting": "Requests that wait for their turn.",
-    "num_preempted": "Times that a request gave its part of the cache back.",
-    "cache_positions": "Positions of the cache that there are.",
-    "held_positions": "Positions of the cache that requests hold.",
-    "live_positions": "Positions of the cache that are in use.",
+_STATS_HELP = {
+    "num_running": "Requests that are running.",
+    "num_waiting": "Requests that wait to be scheduled.",
+    "num_preempted": "Times that a request was preempted and its cache pages freed.",
+    "cache_positions": "Token positions that the cache has.",
+    "held_positions": "Token positions in pages that requests hold.",
+    "live_positions": "Token positions that hold a token.",
 }
 
 
 @contextlib.contextmanager
-def metrics_server(port: int) -> Iterator[Callable[[Summary, EngineStats], None]]:
-    """A function to be told the numbers, which are served at http://HOST:port/metrics as qwen_dist_batch_… for the block.
+def metrics_server(port: int) -> Iterator[Callable[[BatchSummary, EngineStats], None]]:
+    """Serve metrics named qwen_dist_batch_… at http://HOST:port/metrics while the block runs.
+
+    Yields:
+      A function (summary, stats) that updates the metrics.
 
     Raises:
-      UserError: prometheus-client is not installed, or the port cannot be had.
+      UserError: prometheus-client is not installed, or the port is taken.
     """
     try:
         import prometheus_client
@@ -40,20 +43,20 @@ def metrics_server(port: int) -> Iterator[Callable[[Summary, EngineStats], None]
     registry = prometheus_client.CollectorRegistry()
     gauges = {
         name: prometheus_client.Gauge(f"qwen_dist_batch_{name}", text, registry=registry)
-        for name, text in (_OF_SUMMARY | _OF_STATS).items()
+        for name, text in (_SUMMARY_HELP | _STATS_HELP).items()
     }
     try:
         server, thread = prometheus_client.start_http_server(port, registry=registry)
     except OSError as error:
-        raise UserError(f"cannot serve metrics at port {port}: {error.strerror}; name a free port") from error
+        raise UserError(f"cannot serve metrics at port {port}: {error.strerror}; choose a free port") from error
 
-    def tell(summary: Summary, stats: EngineStats) -> None:
-        for owner, names in ((summary, _OF_SUMMARY), (stats, _OF_STATS)):
+    def update(summary: BatchSummary, stats: EngineStats) -> None:
+        for owner, names in ((summary, _SUMMARY_HELP), (stats, _STATS_HELP)):
             for name in names:
                 gauges[name].set(getattr(owner, name))
 
     try:
-        yield tell
+        yield update
     finally:
         server.shutdown()
         server.server_close()

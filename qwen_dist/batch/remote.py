@@ -1,4 +1,4 @@
-"""Files in object stores and on web servers, as streams of bytes: s3://, gs://, az://, http(s)://. No jax."""
+"""Files in object stores and on web servers as byte streams: s3://, gs://, az://, http(s)://. No jax."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ _BUFFER_BYTES = 2**20
 
 
 def is_url(path: str) -> bool:
-    """Whether this is an address such as s3://BUCKET/NAME, and no path."""
+    """Return whether this is a URL such as s3://BUCKET/NAME, and not a path."""
     return "://" in path
 
 
-def name_of(url: str) -> str:
-    """What is behind the last slash."""
+def object_name(url: str) -> str:
+    """Return what follows the last slash."""
     return url.rpartition("/")[2]
 
 
 def open_reader(url: str) -> IO[bytes]:
-    """The object, to be read in order or anywhere. Raises UserError if there is none."""
-    with _told(url):
-        obstore, store = _store(url)
-        return io.BufferedReader(_Raw(obstore.open_reader(store, name_of(url))), _BUFFER_BYTES)
+    """Open an object for reading, with random access. Raises UserError if it does not exist."""
+    with _convert_errors(url):
+        obstore, store = _open_store(url)
+        return io.BufferedReader(_ReaderFile(obstore.open_reader(store, object_name(url))), _BUFFER_BYTES)
 
 
 @contextlib.contextmanager
 def open_writer(url: str) -> Iterator[Any]:
-    """A stream to the object, which is complete after the block; if the block fails, it is as it was before."""
-    with _told(url):
-        obstore, store = _store(url)
-        with obstore.open_writer(store, name_of(url)) as file:
-            yield _Sink(file)
+    """Open an object for writing; it is replaced at the end of the block, and left unchanged if the block fails."""
+    with _convert_errors(url):
+        obstore, store = _open_store(url)
+        with obstore.open_writer(store, object_name(url)) as file:
+            yield _WriterFile(file)
 
 
 def exists(url: str) -> bool:
-    """Whether there is such an object. Raises UserError if that cannot be found out."""
-    with _told(url):
-        obstore, store = _store(url)
+    """Return whether the object exists. Raises UserError if the store cannot be asked."""
+    with _convert_errors(url):
+        obstore, store = _open_store(url)
         try:
-            obstore.head(store, name_of(url))
+            obstore.head(store, object_name(url))
         except FileNotFoundError:
             return False
         return True
 
 
-class _Sink(io.RawIOBase):
-    """A file that obstore writes as one of Python's."""
+class _WriterFile(io.RawIOBase):
+    """An obstore writer as a Python file object."""
 
     def __init__(self, file: Any):
         self._file = file
@@ -63,8 +63,8 @@ class _Sink(io.RawIOBase):
         return len(data)
 
 
-class _Raw(io.RawIOBase):
-    """A file that obstore reads as one of Python's."""
+class _ReaderFile(io.RawIOBase):
+    """An obstore reader as a Python file object."""
 
     def __init__(self, file: Any):
         self._file = file
@@ -87,7 +87,7 @@ class _Raw(io.RawIOBase):
         return int(self._file.tell())
 
 
-def _store(url: str) -> tuple[Any, Any]:
+def _open_store(url: str) -> tuple[Any, Any]:
     try:
         import obstore
         import obstore.store
@@ -97,11 +97,11 @@ def _store(url: str) -> tuple[Any, Any]:
 
 
 @contextlib.contextmanager
-def _told(url: str) -> Iterator[None]:
+def _convert_errors(url: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # obstore's errors have no base of their own besides Exception; their first line says what happened.
+        # obstore's errors have no common base class but Exception; their first line says what happened.
         if not (isinstance(error, OSError) or type(error).__module__.startswith("obstore")):
             raise
         raise UserError(f"{url}: {str(error).strip().splitlines()[0]}") from error

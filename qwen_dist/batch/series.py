@@ -1,4 +1,4 @@
-"""How a run went: what it did over time, in bounded memory, as numbers for a table and as a chart."""
+"""Throughput, requests and cache use of a run over time, in bounded memory, for a table and a chart."""
 
 from __future__ import annotations
 
@@ -6,77 +6,80 @@ import dataclasses
 import html
 import os
 
-from qwen_dist.batch.run import Summary
+from qwen_dist.batch.run import BatchSummary
 from qwen_dist.engine.engine import EngineStats
 from qwen_dist.errors import UserError
 
-# With more samples than this every second one is dropped, and from then on half as many are taken.
+# At this number every second sample is dropped and the sampling rate is halved.
 MAX_SAMPLES = 1024
 WIDTH, HEIGHT, LEFT, TOP = 860, 180, 70, 30
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """The totals at a moment of the run, and how full the engine was."""
+    """Token totals and the engine's load at one moment of a run."""
 
     seconds: float
-    num_read: int
-    num_written: int
+    num_prompt_tokens: int
+    num_generated_tokens: int
     num_running: int
     num_waiting: int
-    cache_use: float
+    cache_utilization: float
 
 
-class Series:
-    """Samples of a run, evenly spread over it."""
+class TimeSeries:
+    """Evenly spaced samples of a run."""
 
     def __init__(self) -> None:
         self.samples = [Sample(0.0, 0, 0, 0, 0, 0.0)]
-        self._skip, self._coming = 1, 0
+        self._stride, self._num_calls = 1, 0
 
-    def add(self, summary: Summary, stats: EngineStats) -> None:
-        """Take a sample, unless there are as many as are wanted for so long a run."""
-        self._coming += 1
-        if self._coming % self._skip:
+    def add(self, summary: BatchSummary, stats: EngineStats) -> None:
+        """Add a sample; in a long run only every n-th call does."""
+        self._num_calls += 1
+        if self._num_calls % self._stride:
             return
-        cache_use = stats.held_positions / max(stats.cache_positions, 1)
+        cache_utilization = stats.held_positions / max(stats.cache_positions, 1)
         totals = summary.seconds, summary.num_prompt_tokens, summary.num_generated_tokens
-        self.samples.append(Sample(*totals, stats.num_running, stats.num_waiting, cache_use))
+        self.samples.append(Sample(*totals, stats.num_running, stats.num_waiting, cache_utilization))
         if len(self.samples) > MAX_SAMPLES:
-            self.samples, self._skip = self.samples[::2], 2 * self._skip
+            self.samples, self._stride = self.samples[::2], 2 * self._stride
 
     def mean(self, name: str) -> float:
-        """The mean over time of what was so between one sample and the next."""
+        """Return the mean over time of a sample's field."""
         pairs = zip(self.samples, self.samples[1:], strict=False)
         total = sum((after.seconds - before.seconds) * getattr(after, name) for before, after in pairs)
         return total / max(self.samples[-1].seconds, 1e-9)
 
-    def speeds(self, name: str) -> list[tuple[float, float]]:
-        """(seconds, how much a total grew a second) between one sample and the next."""
+    def rates(self, name: str) -> list[tuple[float, float]]:
+        """Return (seconds, growth per second of a total) for each interval between two samples."""
         pairs = [(a, b) for a, b in zip(self.samples, self.samples[1:], strict=False) if b.seconds > a.seconds]
         return [(b.seconds, (getattr(b, name) - getattr(a, name)) / (b.seconds - a.seconds)) for a, b in pairs]
 
 
 def check_chart(path: str) -> None:
-    """Raises UserError if a chart cannot be written there."""
+    """Raise UserError if the chart's directory does not exist."""
     if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-        raise UserError(f"cannot write the chart {path}: its directory is not there; make it, or name another")
+        raise UserError(f"cannot write the chart {path}: its directory does not exist; create it, or name another")
 
 
-def write_chart(path: str, series: Series) -> None:
-    """Write an HTML page with tokens a second, requests and cache use over time; it needs nothing but itself."""
+def write_chart(path: str, series: TimeSeries) -> None:
+    """Write a self-contained HTML page with tokens per second, requests and cache use over time. Raises UserError."""
 
     def values(name: str) -> list[tuple[float, float]]:
         return [(sample.seconds, float(getattr(sample, name))) for sample in series.samples[1:]]
 
-    percent = [(seconds, 100 * use) for seconds, use in values("cache_use")]
+    percent = [(seconds, 100 * used) for seconds, used in values("cache_utilization")]
     panels = [
         (
-            "tokens a second",
-            {"written": series.speeds("num_written"), "read, at their answer's end": series.speeds("num_read")},
+            "tokens per second",
+            {
+                "generated": series.rates("num_generated_tokens"),
+                "prompt, at the answer's end": series.rates("num_prompt_tokens"),
+            },
         ),
         ("requests", {"running": values("num_running"), "waiting": values("num_waiting")}),
-        ("cache held, %", {"of what there is": percent}),
+        ("cache in use, %", {"of the cache": percent}),
     ]
     body = "\n".join(_panel(title, lines) for title, lines in panels)
     head = '<!doctype html><meta charset="utf-8"><title>qwen-dist batch</title>'

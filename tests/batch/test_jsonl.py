@@ -1,4 +1,4 @@
-"""Requests in, answers out: every form of line, every broken line, and a disk that is full."""
+"""Input and output lines: every format and every kind of invalid line."""
 
 import json
 import os
@@ -11,20 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_dist.batch.jsonl import BadRecord, Record, error_line, read_records, result_line
+from qwen_dist.batch.jsonl import BatchRecord, InvalidRecord, error_line, read_records, result_line
 from qwen_dist.errors import UserError
 
 MESSAGES = [{"role": "user", "content": "Hi 😀"}]
 
 
-def read(tmp_path: Path, *lines: object) -> list[Record | BadRecord]:
-    """The records of a file with these lines: bytes as they are, the rest as JSON."""
+def read(tmp_path: Path, *lines: object) -> list[BatchRecord | InvalidRecord]:
+    """Return the records of a file with these lines: bytes unchanged, other values as JSON."""
     path = tmp_path / "in.jsonl"
     path.write_bytes(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines))
     return list(read_records(path))
 
 
-def read_one(tmp_path: Path, line: object) -> Record | BadRecord:
+def read_one(tmp_path: Path, line: object) -> BatchRecord | InvalidRecord:
     (record,) = read(tmp_path, line)
     return record
 
@@ -36,17 +36,17 @@ def openai(custom_id: str = "c", **body: object) -> dict:
 
 def test_the_three_kinds_of_line(tmp_path):
     assert read(tmp_path, {"id": "a", "prompt": "Hi"}, {"id": 7, "messages": MESSAGES}, openai("c")) == [
-        Record("a", 1, "plain", {}, prompt="Hi"),
-        Record(7, 2, "plain", {}, messages=MESSAGES),
-        Record("c", 3, "openai", {}, messages=MESSAGES, model="qwen"),
+        BatchRecord("a", 1, "plain", {}, prompt="Hi"),
+        BatchRecord(7, 2, "plain", {}, messages=MESSAGES),
+        BatchRecord("c", 3, "openai", {}, messages=MESSAGES, model="qwen"),
     ]
 
 
 def test_bom_blank_lines_crlf_and_missing_ids(tmp_path):
     records = read(tmp_path, b'\xef\xbb\xbf{"prompt": "a"}\r', b"", b"  \r", b'{"prompt"', b'{"prompt": "\xe6\x97\xa5"}')
-    assert records[0] == Record("line-1", 1, "plain", {}, prompt="a")
+    assert records[0] == BatchRecord("line-1", 1, "plain", {}, prompt="a")
     assert (records[1].id, records[1].line_number) == ("line-4", 4)
-    assert records[2] == Record("line-5", 5, "plain", {}, prompt="日")
+    assert records[2] == BatchRecord("line-5", 5, "plain", {}, prompt="日")
 
 
 def test_plain_parameters(tmp_path):
@@ -74,7 +74,7 @@ def test_openai_parameters(tmp_path):
     assert read_one(tmp_path, openai(logprobs=False, top_logprobs=None)).params == {}
 
 
-def test_openai_parameters_that_ask_for_nothing_are_accepted(tmp_path):
+def test_openai_parameters_without_effect_are_accepted(tmp_path):
     harmless = {"user": "u", "metadata": {"k": "v"}, "store": True, "service_tier": "auto"}
     neutral = {"stream": False, "n": 1, "frequency_penalty": 0.0, "logit_bias": {}, "tools": None}
     assert read_one(tmp_path, openai(**harmless, **neutral)).params == {}
@@ -122,20 +122,20 @@ def test_openai_parameters_that_ask_for_nothing_are_accepted(tmp_path):
         (openai(logprobs=True, top_logprobs=-1), "top_logprobs must be a whole number"),
     ],
 )
-def test_a_bad_line_is_a_bad_record_and_the_run_goes_on(tmp_path, line, message):
+def test_invalid_lines(tmp_path, line, message):
     bad, good = read(tmp_path, line, {"id": "next", "prompt": "x"})
-    assert isinstance(bad, BadRecord)
+    assert isinstance(bad, InvalidRecord)
     assert re.search(message, bad.message), bad.message
     assert len(bad.message) < 400
-    assert good == Record("next", 2, "plain", {}, prompt="x")
+    assert good == BatchRecord("next", 2, "plain", {}, prompt="x")
 
 
-def test_a_bad_record_keeps_its_id_and_form(tmp_path):
+def test_an_invalid_record_keeps_its_id_and_format(tmp_path):
     bad = read(tmp_path, {"id": "a", "prompt": 3}, openai("c", n=2), b"{", {"id": [], "prompt": "x"})
-    assert [(record.id, record.line_number, record.form) for record in bad] == [
+    assert [(record.id, record.line_number, record.format) for record in bad] == [
         ("a", 1, "plain"),
         ("c", 2, "openai"),
-        ("line-3", 3, "openai"),  # in the form of the line before
+        ("line-3", 3, "openai"),  # the format of the line before
         ("line-4", 4, "plain"),
     ]
 
@@ -148,19 +148,19 @@ def test_duplicate_ids(tmp_path):
         {"id": 1, "prompt": "x"},
         {"prompt": "z"},
     )
-    assert isinstance(first, Record) and isinstance(other, Record)
-    assert isinstance(second, BadRecord) and "'line-4' is already that of an earlier line" in second.message
-    assert isinstance(implied, BadRecord) and implied.id == "line-4"
+    assert isinstance(first, BatchRecord) and isinstance(other, BatchRecord)
+    assert isinstance(second, InvalidRecord) and "'line-4' is already that of an earlier line" in second.message
+    assert isinstance(implied, InvalidRecord) and implied.id == "line-4"
 
 
 @given(st.binary(max_size=60))
-def test_no_bytes_stop_the_reading(tmp_path_factory, line):
+def test_any_bytes_can_be_read(tmp_path_factory, line):
     path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
     path.write_bytes(line + b'\n{"id": "last", "prompt": "x"}')
     assert list(read_records(path))[-1].id == "last"
 
 
-def test_lines_are_read_as_they_are_asked_for():
+def test_lines_are_read_lazily():
     read_end, write_end = os.pipe()
     os.write(write_end, b'{"prompt": "x"}\n')
     records = read_records(f"/dev/fd/{read_end}")
@@ -170,13 +170,13 @@ def test_lines_are_read_as_they_are_asked_for():
     os.close(read_end)
 
 
-def test_an_input_that_is_not_there_is_an_error_at_once(tmp_path):
+def test_a_missing_input_is_an_error_at_once(tmp_path):
     with pytest.raises(UserError, match=r"cannot read the input .*nothing: No such file"):
         read_records(tmp_path / "nothing")
 
 
-def test_plain_lines_out():
-    record = Record(7, 3, "plain", {}, prompt="x")
+def test_plain_result_lines():
+    record = BatchRecord(7, 3, "plain", {}, prompt="x")
     usage = {"prompt_tokens": 4, "completion_tokens": 2}
     expected = {"id": 7, "text": "Hi", "finish_reason": "stop", "usage": usage}
     assert result_line(record, "Hi", "stop", 4, 2) == expected
@@ -188,8 +188,8 @@ def test_plain_lines_out():
     }
 
 
-def test_openai_lines_out():
-    record = Record("c", 3, "openai", {}, messages=MESSAGES, model="qwen")
+def test_openai_result_lines():
+    record = BatchRecord("c", 3, "openai", {}, messages=MESSAGES, model="qwen")
     logprobs = [{"token": "Hi", "logprob": -0.5, "bytes": [72, 105], "top_logprobs": []}]
     line = result_line(record, "Hi", "length", 4, 2, logprobs)
     assert (line["custom_id"], line["error"], line["response"]["status_code"]) == ("c", None, 200)
@@ -200,7 +200,7 @@ def test_openai_lines_out():
     assert choice["message"] == {"role": "assistant", "content": "Hi", "refusal": None}
     assert (choice["index"], choice["finish_reason"], choice["logprobs"]["content"]) == (0, "length", logprobs)
 
-    failed = error_line(BadRecord("c", 3, "openai", "no"), "no")
+    failed = error_line(InvalidRecord("c", 3, "openai", "no"), "no")
     assert (failed["custom_id"], failed["response"]["status_code"]) == ("c", 400)
     assert failed["error"] == {"code": "invalid_request", "message": "no", "line": 3}
     assert failed["response"]["body"]["error"]["message"] == "no"

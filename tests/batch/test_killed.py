@@ -1,4 +1,4 @@
-"""A batch that is killed at random moments and started again each time loses nothing and does nothing twice."""
+"""A batch that is killed at random moments and restarted answers every record exactly once."""
 
 import json
 import random
@@ -41,7 +41,7 @@ def undisturbed(command, tmp_path_factory):
 
 
 def wait_for(path, size: int, process) -> None:
-    """Until so many bytes are there, or all is done."""
+    """Wait until the file has `size` bytes or the process has ended."""
     deadline = time.monotonic() + 120
     while process.poll() is None and not (path.exists() and path.stat().st_size >= size):
         assert time.monotonic() < deadline
@@ -66,13 +66,13 @@ def test_killed_at_random_moments(command, undisturbed, tmp_path, kills):
     counts = json.loads(done.stdout)
     assert counts["num_before"] + counts["num_answered"] + counts["num_errors"] == COUNT
     print(
-        f"{kills} times killed, {num_running} of them while running, with so many records written: {written}; "
-        f"{COUNT} records, each once and as undisturbed"
+        f"killed {kills} times, {num_running} of them while running, after {written} records; "
+        f"{COUNT} records, each once and the same as without kills"
     )
     assert num_running >= kills - 1 and len(set(written)) > kills // 2
 
 
-def test_ctrl_c_finishes_what_has_begun_and_twice_ends_at_once(command, undisturbed, tmp_path):
+def test_ctrl_c_finishes_running_requests_and_twice_stops_at_once(command, undisturbed, tmp_path):
     output = tmp_path / "out.jsonl"
     process = subprocess.Popen(command(output), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(output, 200, process)

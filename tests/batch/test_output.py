@@ -1,4 +1,4 @@
-"""The output file: whole lines whatever happens, and a run that was cut off at any byte goes on where it was."""
+"""The output file: always complete lines, and a run that was interrupted at any byte can be resumed."""
 
 import gzip
 import json
@@ -10,7 +10,7 @@ import pytest
 
 from qwen_dist.batch.formats import read_lines
 from qwen_dist.batch.jsonl import read_records
-from qwen_dist.batch.output import ENTRY, Output
+from qwen_dist.batch.output import JOURNAL_ENTRY, OutputFile
 from qwen_dist.errors import UserError
 
 
@@ -26,9 +26,9 @@ def result(record) -> dict:
 
 
 def write(path, records, **options) -> None:
-    with Output(path, **options) as output:
+    with OutputFile(path, **options) as output:
         for record in records:
-            output.write(result(record), record.fingerprint)
+            output.write(result(record), record.line_hash)
 
 
 def ids(path) -> list:
@@ -36,65 +36,65 @@ def ids(path) -> list:
 
 
 def numbers(path, records, **options) -> list[int]:
-    """The lines that a run that goes on finds answered."""
-    with Output(path, **options) as output:
-        return output.answered(records).tolist()
+    """Return the lines that a resumed run finds answered."""
+    with OutputFile(path, **options) as output:
+        return output.answered_lines(records).tolist()
 
 
-def test_each_line_is_there_at_once(tmp_path):
+def test_each_line_is_written_at_once(tmp_path):
     path = tmp_path / "out.jsonl"
-    with Output(path) as output:
+    with OutputFile(path) as output:
         output.write({"text": "日\n\u2028"}, 1)
         assert path.read_bytes() == '{"text": "日\\n\u2028"}\n'.encode()
         output.write({"id": "\ud83d"}, 2)
     assert [json.loads(line) for line in path.read_bytes().splitlines()] == [{"text": "日\n\u2028"}, {"id": "\ud83d"}]
 
 
-def test_results_of_something_else_are_left_alone(tmp_path, records):
+def test_results_of_other_settings_are_not_changed(tmp_path, records):
     path = tmp_path / "out.jsonl"
     path.write_text("old\n")
-    with pytest.raises(UserError, match="holds results already, and no journal"):
-        Output(path)
+    with pytest.raises(UserError, match="holds results already, and there is no journal"):
+        OutputFile(path)
     assert (path.read_text(), [file.name for file in tmp_path.glob("out*")]) == ("old\n", ["out.jsonl"])
-    with pytest.raises(UserError, match="no model"), Output(path, overwrite=True):
+    with pytest.raises(UserError, match="no model"), OutputFile(path, overwrite=True):
         raise UserError("no model")
     assert path.read_text() == "old\n"
     write(path, records[:2], overwrite=True, settings="a")
     assert ids(path) == [0, 1]
     with pytest.raises(UserError, match="another checkpoint or of other parameters"):
-        Output(path, settings="b")
-    with Output(path, settings="a") as output, pytest.raises(UserError, match="answers to 1 lines that are not"):
-        output.answered(records[1:])
-    with Output(path, overwrite=True) as output:
-        output.finish()  # no record, no result: a run that is done
+        OutputFile(path, settings="b")
+    with OutputFile(path, settings="a") as output, pytest.raises(UserError, match="answers to 1 lines that are missing"):
+        output.answered_lines(records[1:])
+    with OutputFile(path, overwrite=True) as output:
+        output.finish()  # finished without any record
     assert path.read_text() == ""
 
 
 @pytest.mark.parametrize("name", ["", "missing/out.jsonl"])
-def test_where_it_cannot_write(tmp_path, name):
+def test_paths_that_cannot_be_written(tmp_path, name):
     with pytest.raises(UserError, match="cannot write the output"):
-        Output(tmp_path / name)
+        OutputFile(tmp_path / name)
 
 
-def test_cut_off_at_every_byte(tmp_path, records):
-    """Of both files: a process may die, and a file system lose the end of either."""
+def test_interrupted_at_every_byte(tmp_path, records):
+    """Either file may lose its end, by a kill or in the file system."""
     path, journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.journal"
     write(path, records)
     lines, entries = path.read_bytes(), journal.read_bytes()
     ends = np.cumsum([len(line) for line in lines.splitlines(keepends=True)])
     for cut in range(1, len(lines) + 1):
-        for entry in (len(entries), len(entries) - 7, ENTRY.itemsize * 3 + 5, ENTRY.itemsize):
+        for entry in (len(entries), len(entries) - 7, JOURNAL_ENTRY.itemsize * 3 + 5, JOURNAL_ENTRY.itemsize):
             path.write_bytes(lines[:cut])
             journal.write_bytes(entries[:entry])
-            whole = min(int((ends <= cut).sum()), entry // ENTRY.itemsize - 1)
-            with Output(path) as output:
-                assert output.answered(records).tolist() == list(range(1, whole + 1))
+            whole = min(int((ends <= cut).sum()), entry // JOURNAL_ENTRY.itemsize - 1)
+            with OutputFile(path) as output:
+                assert output.answered_lines(records).tolist() == list(range(1, whole + 1))
                 for record in records[whole:]:
-                    output.write(result(record), record.fingerprint)
+                    output.write(result(record), record.line_hash)
             assert (path.read_bytes(), journal.read_bytes()) == (lines, entries)
 
 
-def test_errors_are_answered_again_only_when_asked(tmp_path, records):
+def test_retry_errors(tmp_path, records):
     path = tmp_path / "out.jsonl"
     write(path, records)
     assert numbers(path, records) == [1, 2, 3, 4, 5, 6, 7]
@@ -105,33 +105,33 @@ def test_errors_are_answered_again_only_when_asked(tmp_path, records):
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz", "out.jsonl.zst"])
-def test_the_order_of_the_input(tmp_path, records, name):
+def test_keep_order(tmp_path, records, name):
     path = tmp_path / name
-    with Output(path) as output:
+    with OutputFile(path) as output:
         for record in reversed(records[2:]):
-            output.write(result(record), record.fingerprint)
-    with Output(path) as output:
-        assert output.answered(records).tolist() == [3, 4, 5, 6, 7]
+            output.write(result(record), record.line_hash)
+    with OutputFile(path) as output:
+        assert output.answered_lines(records).tolist() == [3, 4, 5, 6, 7]
         for record in records[:2]:
-            output.write(result(record), record.fingerprint)
+            output.write(result(record), record.line_hash)
         output.finish(records)
     assert [json.loads(line) for line in read_lines(path)] == [result(record) for record in records]
     assert sorted(file.name for file in tmp_path.glob("out*")) == [name, f"{name}.journal"]
     assert numbers(path, records, retry_errors=True) == [1, 2, 3, 4, 6, 7]
 
 
-def test_a_process_that_ends_between_the_two_files_of_a_new_order(tmp_path, records):
+def test_killed_while_the_files_are_reordered(tmp_path, records):
     path, journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.journal"
     write(path, records)
     lines, before = path.read_bytes().splitlines(keepends=True), journal.read_bytes()
     path.write_bytes(b"".join(lines[index] for index in (6, 2, 5, 0)))
     assert numbers(path, records) == [1, 3, 6, 7]
-    assert np.frombuffer(journal.read_bytes(), ENTRY).tolist()[1:] == [
-        np.frombuffer(before, ENTRY).tolist()[1:][index] for index in (6, 2, 5, 0)
+    assert np.frombuffer(journal.read_bytes(), JOURNAL_ENTRY).tolist()[1:] == [
+        np.frombuffer(before, JOURNAL_ENTRY).tolist()[1:][index] for index in (6, 2, 5, 0)
     ]
 
 
-def test_inputs_of_every_kind(tmp_path, records):
+def test_every_input_format(tmp_path, records):
     import pyarrow
     import pyarrow.parquet
     import zstandard
@@ -153,25 +153,25 @@ def test_inputs_of_every_kind(tmp_path, records):
         list(read_records(tmp_path / "torn.gz"))
 
 
-def test_lines_alike_are_told_apart(tmp_path):
+def test_equal_lines_have_different_hashes(tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_text('{"prompt": "x"}\n' * 3 + '{"id": 1, "prompt": "x"}\n{"id": "1", "prompt": "x"}\n')
     first, second = (list(read_records(path)) for _ in range(2))
-    assert len({record.fingerprint for record in first}) == 5
-    assert [record.fingerprint for record in first] == [record.fingerprint for record in second]
+    assert len({record.line_hash for record in first}) == 5
+    assert [record.line_hash for record in first] == [record.line_hash for record in second]
 
 
 def test_full_device():
-    with Output("/dev/full") as output, pytest.raises(UserError, match=r"No space left on device; .* 0 results"):
+    with OutputFile("/dev/full") as output, pytest.raises(UserError, match="No space left on device; the 0 results so far"):
         output.write({"a": 1}, 1)
 
 
 FILE_LIMIT = """
 import resource, sys
-from qwen_dist.batch.output import Output
+from qwen_dist.batch.output import OutputFile
 from qwen_dist.errors import UserError
 
-output = Output(sys.argv[1])
+output = OutputFile(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 try:
     for number in range(100):
@@ -182,10 +182,10 @@ output.close()
 """
 
 
-def test_a_file_that_can_grow_no_more_keeps_whole_lines(tmp_path):
+def test_file_size_limit_keeps_complete_lines(tmp_path):
     path = tmp_path / "out.jsonl"
-    # Python ignores SIGXFSZ, so the write at the limit is cut short and the next one fails, as on a full disk.
+    # Python ignores SIGXFSZ, so the write at the limit is partial and the next one fails, as on a full disk.
     done = subprocess.run([sys.executable, "-c", FILE_LIMIT, path], capture_output=True, text=True, check=True)
-    assert "File too large; it holds the 2 results before, whole: make room" in done.stdout
+    assert "File too large; the 2 results so far are complete: free some disk space" in done.stdout
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == [0, 1]
     assert path.read_text().endswith("}\n")

@@ -1,4 +1,4 @@
-"""Inputs and outputs of every form and in every place; what a run that goes on finds there."""
+"""Inputs and outputs in every format, local and remote; what a resumed run finds there."""
 
 import json
 
@@ -7,12 +7,12 @@ import pytest
 
 from qwen_dist.batch.formats import read_lines, write_lines
 from qwen_dist.batch.jsonl import read_records
-from qwen_dist.batch.output import Output
+from qwen_dist.batch.output import OutputFile
 from qwen_dist.batch.remote import exists
 from qwen_dist.errors import UserError
 
 RECORDS = [{"id": number, "prompt": f"größe {number}"} for number in range(7)]
-OF_OPENAI = {"id": "batch_req_1", "custom_id": "c", "response": {"status_code": 200, "body": {"x": [1]}}, "error": None}
+OPENAI_RESULT = {"id": "batch_req_1", "custom_id": "c", "response": {"status_code": 200, "body": {"x": [1]}}, "error": None}
 
 
 def result(number: int) -> dict:
@@ -23,11 +23,11 @@ def result(number: int) -> dict:
 
 
 def write(output: str, records, numbers) -> int:
-    """Write the results of some records; how many were there before."""
-    with Output(output) as writer:
-        done = writer.answered(records)
+    """Write the results of some records; return how many existed before."""
+    with OutputFile(output) as writer:
+        done = writer.answered_lines(records)
         for number in numbers:
-            writer.write(result(number), records[number].fingerprint)
+            writer.write(result(number), records[number].line_hash)
         if len(done) + len(numbers) == len(records):
             writer.finish(records)
         return writer.num_before
@@ -41,7 +41,7 @@ def records(tmp_path):
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch) -> str:
-    """The address of a store, and another directory to be in."""
+    """The URL of a store; the working directory is another one."""
     for name in ("bucket", "here"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -50,7 +50,7 @@ def bucket(tmp_path, monkeypatch) -> str:
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz", "out.jsonl.zst", "out.parquet"])
 @pytest.mark.parametrize("is_remote", [False, True])
-def test_an_output_that_is_made_in_two_runs(bucket, records, tmp_path, name, is_remote):
+def test_an_output_written_in_two_runs(bucket, records, tmp_path, name, is_remote):
     output = f"{bucket}/{name}" if is_remote else f"{tmp_path}/{name}"
     assert write(output, records, [5, 0, 3]) == 0
     assert not is_remote or not exists(output)
@@ -63,32 +63,32 @@ def test_an_output_that_is_made_in_two_runs(bucket, records, tmp_path, name, is_
             for number, line in enumerate(found)
         ]
     assert found == [result(number) for number in range(7)]
-    assert write(output, records, []) == 7  # all is done, and stays
+    assert write(output, records, []) == 7  # finished, and nothing changes
     assert len(list(read_lines(output))) == 7
     with pytest.raises(UserError, match="of another checkpoint or of other parameters"):
-        Output(output, settings="others")
+        OutputFile(output, settings="others")
 
 
-def test_results_that_somebody_else_has_put_there_are_left_alone(bucket, records, tmp_path):
+def test_existing_remote_results_are_not_changed(bucket, records, tmp_path):
     (tmp_path / "bucket" / "out.jsonl").write_text("old\n")
     with pytest.raises(UserError, match="holds results already"):
         write(f"{bucket}/out.jsonl", records, [0])
     assert (tmp_path / "bucket" / "out.jsonl").read_text() == "old\n" and not list((tmp_path / "here").iterdir())
 
 
-def test_openai_results_as_columns(tmp_path):
+def test_openai_results_in_parquet(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"id": 1, "prompt": "a"}\n')
     (record,) = read_records(tmp_path / "in.jsonl")
-    with Output(str(tmp_path / "out.parquet")) as writer:
-        writer.write(OF_OPENAI, record.fingerprint)
+    with OutputFile(str(tmp_path / "out.parquet")) as writer:
+        writer.write(OPENAI_RESULT, record.line_hash)
         writer.finish()
     (row,) = pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist()
-    assert json.loads(row["response"]) == OF_OPENAI["response"]
+    assert json.loads(row["response"]) == OPENAI_RESULT["response"]
     assert (row["custom_id"], row["error"], row["text"]) == ("c", None, None)
 
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz", "in.jsonl.zst", "in.parquet"])
-def test_an_input_in_a_store(bucket, tmp_path, name):
+def test_remote_inputs(bucket, tmp_path, name):
     lines = [json.dumps(record).encode() + b"\n" for record in RECORDS]
     if name.endswith("parquet"):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), tmp_path / "bucket" / name)
@@ -100,6 +100,6 @@ def test_an_input_in_a_store(bucket, tmp_path, name):
 
 
 @pytest.mark.parametrize(("url", "message"), [("{}/none.jsonl", "not found"), ("bad://x/y", "Unable to recognise")])
-def test_what_is_not_there_is_said(bucket, url, message):
+def test_missing_remote_inputs(bucket, url, message):
     with pytest.raises(UserError, match=message):
         list(read_records(url.format(bucket)))

@@ -1,4 +1,4 @@
-"""A file of prompts, answered: every line once, each as if it were alone, whatever the other lines are."""
+"""Batch inference: every line is answered once, independently of the other lines."""
 
 import dataclasses
 import itertools
@@ -7,9 +7,9 @@ import json
 import pytest
 
 from qwen_dist.batch import run
-from qwen_dist.batch.jsonl import Record, read_records
-from qwen_dist.batch.output import Output
-from qwen_dist.batch.run import Summary, check_paths, run_batch
+from qwen_dist.batch.jsonl import BatchRecord, read_records
+from qwen_dist.batch.output import OutputFile
+from qwen_dist.batch.run import BatchSummary, check_paths, run_batch
 from qwen_dist.config import ModelOptions, SamplingOptions
 from qwen_dist.engine.engine import TAKEN_AHEAD
 from qwen_dist.engine.open import open_engine
@@ -23,7 +23,7 @@ LINES = [
     {"id": "chat", "messages": MESSAGES, "logprobs": 2},
     {"custom_id": "openai", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "m", "messages": MESSAGES}},
     {
-        "custom_id": "openai drawn",
+        "custom_id": "openai sampled",
         "body": {"messages": MESSAGES, "max_tokens": 4, "temperature": 1, "seed": 3, "logprobs": True, "top_logprobs": 1},
     },
     {"id": "one char", "prompt": "a", "repetition_penalty": 1.5},
@@ -54,12 +54,12 @@ def opened(tiny_directory):
 
 @pytest.fixture
 def answer(opened, tmp_path):
-    """A function (lines, **options of run_batch) -> the results as they were written, and the summary."""
+    """A function (lines, **options of run_batch) -> the results in the order of writing, and the summary."""
 
-    def answer(lines, **options) -> tuple[list[dict], Summary]:
+    def answer(lines, **options) -> tuple[list[dict], BatchSummary]:
         input, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
         input.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
-        with Output(output, overwrite=True) as writer:
+        with OutputFile(output, overwrite=True) as writer:
             summary = run_batch(*opened, read_records(input), writer, **options)
         return [json.loads(line) for line in output.read_text().splitlines()], summary
 
@@ -73,7 +73,7 @@ def by_id(results: list[dict]) -> dict:
 
 
 def alone(opened, prompt: list[int], **params) -> dict:
-    """The prompt's answer when the engine has nothing else to do."""
+    """Return the prompt's result when the engine runs no other request."""
     engine, _, defaults = opened
     *_, last = updates = list(engine.run([Request(None, tuple(prompt), defaults.override(params))]))
     return {
@@ -87,7 +87,7 @@ def test_every_form_is_answered_in_its_own_as_if_alone(opened, answer):
     _, tokenizer, _ = opened
     results, summary = answer(LINES)
     named = by_id(results)
-    assert named.keys() == {"plain", 7, "chat", "openai", "openai drawn", "one char"}
+    assert named.keys() == {"plain", 7, "chat", "openai", "openai sampled", "one char"}
 
     def chat(text: str) -> list[int]:
         return tokenizer.apply_chat_template([{"role": "user", "content": text}])
@@ -101,9 +101,9 @@ def test_every_form_is_answered_in_its_own_as_if_alone(opened, answer):
     assert named["chat"] == {"id": "chat"} | alone(opened, conversation)
     assert len(logprobs) == 6
     assert all(len(entry["top_logprobs"]) == 2 and entry["logprob"] < 0 for entry in logprobs)
-    assert logprobs[0]["logprob"] == logprobs[0]["top_logprobs"][0]["logprob"]  # greedy takes the best
+    assert logprobs[0]["logprob"] == logprobs[0]["top_logprobs"][0]["logprob"]  # greedy takes the most likely token
 
-    for name, params in (("openai", {}), ("openai drawn", {"max_new_tokens": 4, "temperature": 1, "seed": 3})):
+    for name, params in (("openai", {}), ("openai sampled", {"max_new_tokens": 4, "temperature": 1, "seed": 3})):
         line, expected = named[name], alone(opened, conversation, **params)
         assert (line["response"]["status_code"], line["error"]) == (200, None)
         (choice,) = line["response"]["body"]["choices"]
@@ -111,7 +111,7 @@ def test_every_form_is_answered_in_its_own_as_if_alone(opened, answer):
         assert choice["finish_reason"] == expected["finish_reason"]
         total = sum(expected["usage"].values())
         assert line["response"]["body"]["usage"] == expected["usage"] | {"total_tokens": total}
-    assert len(named["openai drawn"]["response"]["body"]["choices"][0]["logprobs"]["content"]) == 4
+    assert len(named["openai sampled"]["response"]["body"]["choices"][0]["logprobs"]["content"]) == 4
     assert named["openai"]["response"]["body"]["choices"][0]["logprobs"] is None
 
     assert (summary.num_answered, summary.num_errors) == (6, 0)
@@ -120,7 +120,7 @@ def test_every_form_is_answered_in_its_own_as_if_alone(opened, answer):
     assert summary.num_generated_tokens == sum(usage["completion_tokens"] for usage in counts)
 
 
-def test_bad_lines_get_their_error_and_the_run_goes_on(opened, answer):
+def test_invalid_lines_get_errors_and_the_run_continues(opened, answer):
     good, _ = answer(LINES)
     bad_lines = [line for line, _ in BAD.values()]
     results, summary = answer([LINES[0], *bad_lines[:5], bad_lines[6], bad_lines[5], *bad_lines[7:], *LINES[1:]])
@@ -137,7 +137,7 @@ def test_bad_lines_get_their_error_and_the_run_goes_on(opened, answer):
         assert message in errors[name]
 
     def stable(results):
-        """Without what tells the time or the place in the file."""
+        """Return the results without times and line numbers."""
         kept = []
         for result in results:
             if "custom_id" not in result:
@@ -149,7 +149,7 @@ def test_bad_lines_get_their_error_and_the_run_goes_on(opened, answer):
     assert stable(good) == stable([result for result in results if result.get("error") is None])
 
 
-def test_raw_prompts_go_to_the_model_as_they_are(opened, answer):
+def test_raw_prompts_are_not_changed(opened, answer):
     _, tokenizer, _ = opened
     (result,), _ = answer([LINES[0]], raw=True)
     assert result == {"id": "plain"} | alone(opened, tokenizer.encode("the quick brown fox"))
@@ -157,8 +157,8 @@ def test_raw_prompts_go_to_the_model_as_they_are(opened, answer):
     assert "the prompt is empty" in result["error"]["message"]
 
 
-def test_no_more_is_read_ahead_than_told(opened, answer):
-    """A file of any length: lines are taken as there is room for them."""
+def test_read_ahead_is_bounded(opened, answer):
+    """Lines are only read as fast as the engine takes requests, so a file may be of any length."""
     taken, most = 0, 0
     ahead = opened[0].max_batch_size * TAKEN_AHEAD
 
@@ -166,12 +166,12 @@ def test_no_more_is_read_ahead_than_told(opened, answer):
         nonlocal taken
         for index in range(3 * ahead):
             taken += 1
-            yield Record(index, index + 1, "plain", {"max_new_tokens": 1 + index % 3}, prompt="fox", fingerprint=index)
+            yield BatchRecord(index, index + 1, "plain", {"max_new_tokens": 1 + index % 3}, prompt="fox", line_hash=index)
 
     class Counter:
         done = 0
 
-        def write(self, line, fingerprint):
+        def write(self, line, line_hash):
             nonlocal most
             self.done += 1
             most = max(most, taken - self.done)
@@ -182,25 +182,25 @@ def test_no_more_is_read_ahead_than_told(opened, answer):
     assert ahead - 20 <= most <= ahead
 
 
-def test_stopping_finishes_what_has_begun(opened):
+def test_stopping_finishes_running_requests(opened):
     results, asked = [], False
 
-    class Results:
-        def write(self, line, fingerprint):
+    class Writer:
+        def write(self, line, line_hash):
             nonlocal asked
             results.append(line)
             asked = True
 
-    records = [Record(index, index + 1, "plain", {}, prompt="fox") for index in range(50)]
-    summary = run_batch(*opened, iter(records), Results(), stopped=lambda: asked)
+    records = [BatchRecord(index, index + 1, "plain", {}, prompt="fox") for index in range(50)]
+    summary = run_batch(*opened, iter(records), Writer(), should_stop=lambda: asked)
     engine = opened[0]
     assert 1 <= summary.num_answered == len(results) <= engine.max_batch_size
     assert all(result["usage"]["completion_tokens"] == 6 for result in results)
     assert engine.is_idle and engine.stats.held_positions == 0
 
 
-def test_a_text_is_gone_on_from_and_scored(opened, answer):
-    """`/v1/completions`; with `echo` and no new tokens the text is only scored."""
+def test_completion_and_scoring(opened, answer):
+    """`/v1/completions`: with `echo` and no new tokens the text is only scored."""
     _, tokenizer, _ = opened
     text = "the fox: 日本 e"
 
@@ -237,19 +237,19 @@ def test_a_text_is_gone_on_from_and_scored(opened, answer):
 
 def test_progress_only_grows(answer, monkeypatch):
     monkeypatch.setattr(run, "REPORT_EVERY_S", 0)
-    reports: list[Summary] = []
-    _, summary = answer([*LINES, "{"], report=lambda summary, load: reports.append(dataclasses.replace(summary)))
+    reports: list[BatchSummary] = []
+    _, summary = answer([*LINES, "{"], report=lambda summary, stats: reports.append(dataclasses.replace(summary)))
     assert reports[-1] == summary
     for before, after in itertools.pairwise(reports):
         assert all(old <= new for old, new in zip(vars(before).values(), vars(after).values(), strict=True))
     assert len(reports) > summary.num_generated_tokens
 
 
-def test_a_file_without_lines(answer):
-    assert answer([""]) == ([], Summary(seconds=pytest.approx(0, abs=1)))
+def test_an_empty_file(answer):
+    assert answer([""]) == ([], BatchSummary(seconds=pytest.approx(0, abs=1)))
 
 
-def test_writing_over_the_input_is_refused(tmp_path):
+def test_overwriting_the_input_is_refused(tmp_path):
     input = tmp_path / "in.jsonl"
     input.write_text("{}\n")
     (tmp_path / "link.jsonl").symlink_to(input)

@@ -1,4 +1,4 @@
-"""What is told of a run beside its answers: a chart, numbers for Prometheus."""
+"""The chart of a batch and its Prometheus metrics."""
 
 import re
 import socket
@@ -7,30 +7,30 @@ import urllib.request
 import pytest
 
 from qwen_dist.batch.metrics import metrics_server
-from qwen_dist.batch.run import Summary
-from qwen_dist.batch.series import MAX_SAMPLES, Series, check_chart, write_chart
+from qwen_dist.batch.run import BatchSummary
+from qwen_dist.batch.series import MAX_SAMPLES, TimeSeries, check_chart, write_chart
 from qwen_dist.engine.engine import EngineStats
 from qwen_dist.errors import UserError
 
 
-def moment(seconds: float, written: int, running: int = 4) -> tuple[Summary, EngineStats]:
-    summary = Summary(num_answered=1, num_prompt_tokens=2 * written, num_generated_tokens=written, seconds=seconds)
+def moment(seconds: float, written: int, running: int = 4) -> tuple[BatchSummary, EngineStats]:
+    summary = BatchSummary(num_answered=1, num_prompt_tokens=2 * written, num_generated_tokens=written, seconds=seconds)
     return summary, EngineStats(running, 2, 3, cache_positions=1000, held_positions=500, live_positions=250)
 
 
-def test_a_long_run_has_as_many_samples_as_a_short_one_and_the_same_means():
-    series = Series()
+def test_number_of_samples_is_bounded_and_means_are_kept():
+    series = TimeSeries()
     count = 10 * MAX_SAMPLES
     for number in range(1, count + 1):
         series.add(*moment(number / 10, 7 * number, running=2 if number <= count / 2 else 4))
     assert MAX_SAMPLES / 2 <= len(series.samples) <= MAX_SAMPLES
     assert series.mean("num_running") == pytest.approx(3, abs=0.01)
-    assert all(speed == pytest.approx(70) for _, speed in series.speeds("num_written"))
+    assert all(speed == pytest.approx(70) for _, speed in series.rates("num_generated_tokens"))
     assert series.samples[-1].seconds == pytest.approx(count / 10, rel=0.01)
 
 
-def test_a_chart_draws_what_happened(tmp_path):
-    series = Series()
+def test_chart(tmp_path):
+    series = TimeSeries()
     for seconds, written in ((1, 10), (2, 40), (4, 60)):
         series.add(*moment(seconds, written))
     path = tmp_path / "chart.html"
@@ -38,9 +38,9 @@ def test_a_chart_draws_what_happened(tmp_path):
     page = path.read_text()
     assert "http" not in page and page.count("<svg") == 3
     first = re.search(r'polyline points="([^"]*)"', page)[1]
-    # 10, 30 and 10 tokens a second written; twice as many read, which is the highest.
+    # 10, 30 and 10 generated tokens per second; the maximum of the axis is twice the highest, from the prompt tokens.
     assert first == "215.0,150.0 430.0,90.0 860.0,150.0"
-    with pytest.raises(UserError, match="its directory is not there"):
+    with pytest.raises(UserError, match="its directory does not exist"):
         check_chart(str(tmp_path / "none" / "chart.html"))
 
 
@@ -48,8 +48,8 @@ def test_metrics_are_served_while_a_batch_runs():
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    with metrics_server(port) as tell:
-        tell(*moment(2.5, 30))
+    with metrics_server(port) as update:
+        update(*moment(2.5, 30))
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
             lines = response.read().decode().splitlines()
         values = dict(line.split() for line in lines if not line.startswith("#"))

@@ -219,7 +219,7 @@ def test_a_failing_process_ends_all_and_is_named(start, launch, directory, tmp_p
     assert process.returncode == 1
     for number in (0, 1):
         log = (tmp_path / "logs" / f"{number}.log").read_text()
-        assert f"process {number} on" in log and "holds results already, and no journal beside it" in log
+        assert f"process {number} on" in log and "holds results already, and there is no journal" in log
         assert "Traceback" not in log
 
 

@@ -13,19 +13,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from qwen_dist.batch.jsonl import BadRecord, Record, read_records
-from qwen_dist.batch.output import Output
-from qwen_dist.batch.run import Summary, check_paths
+from qwen_dist.batch.jsonl import BatchRecord, InvalidRecord, read_records
+from qwen_dist.batch.output import OutputFile
+from qwen_dist.batch.run import BatchSummary, check_paths
 from qwen_dist.runtime.control import ControlChannel, Message
 from qwen_dist.runtime.distributed import Processes, Replica
 
 
-class Results(Protocol):
-    """Where a process's results go; `num_before` are there from earlier runs."""
+class ShardWriter(Protocol):
+    """Takes the results of one process; earlier runs have written `num_before` results."""
 
     num_before: int
 
-    def write(self, line: Mapping[str, Any], fingerprint: int) -> None:
+    def write(self, line: Mapping[str, Any], line_hash: int) -> None:
         """Take one result."""
         ...
 
@@ -33,13 +33,13 @@ class Results(Protocol):
         """Write the results that other replicas have sent."""
         ...
 
-    def finish(self, summary: Summary, is_complete: bool) -> Summary:
+    def finish(self, summary: BatchSummary, is_complete: bool) -> BatchSummary:
         """Wait for all replicas; on process 0, return the total counts and, if all is done, complete the output."""
         ...
 
 
 @contextlib.contextmanager
-def open_share(
+def open_shard(
     input: str,
     output: str,
     processes: Processes,
@@ -49,34 +49,42 @@ def open_share(
     overwrite: bool = False,
     retry_errors: bool = False,
     keep_order: bool = False,
-) -> Iterator[tuple[Iterator[Record | BadRecord], Results]]:
-    """This process's records and where its results go.
+) -> Iterator[tuple[Iterator[BatchRecord | InvalidRecord], ShardWriter]]:
+    """Open the input and the output for this process.
 
     Args:
-      settings: text of all that answers depend on besides their records.
-      overwrite, retry_errors: see `Output`.
-      keep_order: the finished output is in the order of the input.
+      input: path or URL of the records.
+      output: path or URL of the results; only process 0 opens it.
+      processes: of this run.
+      replica: of this process.
+      settings: see `OutputFile`, as for the next two.
+      overwrite: discard existing results.
+      retry_errors: drop existing results that are errors.
+      keep_order: put the finished output into the order of the input.
+
+    Yields:
+      The records that this process answers, and the writer for their results.
 
     Raises:
-      UserError: files cannot be used, before any model is loaded.
+      UserError: the files cannot be used.
     """
     check_paths(input, output)
     if processes.is_main:
         order = (lambda: read_records(input)) if keep_order else None
         records = read_records(input)
-        with Output(output, settings=settings, overwrite=overwrite, retry_errors=retry_errors) as file:
-            done = _from_first(file.answered(read_records(input)), processes)
-            collector = Collector(file, processes.control, replica.num_replicas - 1, order)
-            yield share_of(records, replica, done), collector
+        with OutputFile(output, settings=settings, overwrite=overwrite, retry_errors=retry_errors) as file:
+            done = _broadcast_from_main(file.answered_lines(read_records(input)), processes)
+            collector = ResultCollector(file, processes.control, replica.num_replicas - 1, order)
+            yield shard_records(records, replica, done), collector
     else:
-        done = _from_first(np.zeros(0, np.int32), processes)
+        done = _broadcast_from_main(np.zeros(0, np.int32), processes)
         is_sender = processes.process_id == replica.process_ids[0] and processes.control is not None
-        results = Sender(processes.control) if is_sender and processes.control is not None else Discard()
-        yield share_of(read_records(input), replica, done), results
+        results = ResultSender(processes.control) if is_sender and processes.control is not None else NullWriter()
+        yield shard_records(read_records(input), replica, done), results
 
 
-def _from_first(numbers: np.ndarray, processes: Processes) -> np.ndarray:
-    """What process 0 has, on all processes."""
+def _broadcast_from_main(numbers: np.ndarray, processes: Processes) -> np.ndarray:
+    """Return the numbers of process 0 on all processes."""
     if processes.count == 1:
         return numbers
     from jax.experimental import multihost_utils
@@ -85,7 +93,9 @@ def _from_first(numbers: np.ndarray, processes: Processes) -> np.ndarray:
     return np.asarray(multihost_utils.broadcast_one_to_all(numbers if processes.is_main else np.zeros(length, np.int32)))
 
 
-def share_of(records: Iterable[Record | BadRecord], replica: Replica, done: np.ndarray) -> Iterator[Record | BadRecord]:
+def shard_records(
+    records: Iterable[BatchRecord | InvalidRecord], replica: Replica, done: np.ndarray
+) -> Iterator[BatchRecord | InvalidRecord]:
     """Yield the replica's records that are not done. All replicas read all lines, so they find the same duplicate ids."""
     is_done = np.zeros(int(done.max(initial=0)) + 1, bool)
     is_done[done] = True
@@ -95,46 +105,46 @@ def share_of(records: Iterable[Record | BadRecord], replica: Replica, done: np.n
             yield record
 
 
-class Collector:
+class ResultCollector:
     """On process 0: writes its own results and those that other replicas have sent."""
 
     def __init__(
         self,
-        output: Output,
+        output: OutputFile,
         control: ControlChannel | None,
-        num_others: int,
-        order: Callable[[], Iterable[Record | BadRecord]] | None,
+        num_senders: int,
+        order: Callable[[], Iterable[BatchRecord | InvalidRecord]] | None,
     ):
-        self._output, self._control, self._num_others, self._order = output, control, num_others, order
+        self._output, self._control, self._num_senders, self._order = output, control, num_senders, order
         self.num_before = output.num_before
         self._summaries: list[Message] = []
 
-    def write(self, line: Mapping[str, Any], fingerprint: int) -> None:
-        self._output.write(line, fingerprint)
+    def write(self, line: Mapping[str, Any], line_hash: int) -> None:
+        self._output.write(line, line_hash)
 
     def collect(self) -> None:
         while self._control is not None and not self._control.messages.empty():
-            self._take(self._control.messages.get())
+            self._handle(self._control.messages.get())
 
-    def finish(self, summary: Summary, is_complete: bool) -> Summary:
-        while self._control is not None and len(self._summaries) < self._num_others:
-            self._take(self._control.messages.get())
+    def finish(self, summary: BatchSummary, is_complete: bool) -> BatchSummary:
+        while self._control is not None and len(self._summaries) < self._num_senders:
+            self._handle(self._control.messages.get())
         total = vars(summary)
         for other in self._summaries:
             counts = {key: total[key] + other[key] for key in total if key != "seconds"}
             total = counts | {"seconds": max(total["seconds"], other["seconds"])}
         if is_complete:
             self._output.finish(self._order() if self._order is not None else None)
-        return Summary(**total | {"num_before": self.num_before})
+        return BatchSummary(**total | {"num_before": self.num_before})
 
-    def _take(self, message: Message) -> None:
+    def _handle(self, message: Message) -> None:
         if "result" in message:
-            self._output.write(message["result"], message["fingerprint"])
+            self._output.write(message["result"], message["line_hash"])
         else:
             self._summaries.append(message["summary"])
 
 
-class Sender:
+class ResultSender:
     """On the first process of another replica: sends the results to process 0."""
 
     num_before = 0
@@ -142,27 +152,27 @@ class Sender:
     def __init__(self, control: ControlChannel):
         self._control = control
 
-    def write(self, line: Mapping[str, Any], fingerprint: int) -> None:
-        self._control.send({"result": dict(line), "fingerprint": fingerprint})
+    def write(self, line: Mapping[str, Any], line_hash: int) -> None:
+        self._control.send({"result": dict(line), "line_hash": line_hash})
 
     def collect(self) -> None:
         pass
 
-    def finish(self, summary: Summary, is_complete: bool) -> Summary:
+    def finish(self, summary: BatchSummary, is_complete: bool) -> BatchSummary:
         self._control.send({"summary": dataclasses.asdict(summary)})
         return summary
 
 
-class Discard:
+class NullWriter:
     """On the other processes of a replica: drops the results, which its first process reports."""
 
     num_before = 0
 
-    def write(self, line: Mapping[str, Any], fingerprint: int) -> None:
+    def write(self, line: Mapping[str, Any], line_hash: int) -> None:
         pass
 
     def collect(self) -> None:
         pass
 
-    def finish(self, summary: Summary, is_complete: bool) -> Summary:
+    def finish(self, summary: BatchSummary, is_complete: bool) -> BatchSummary:
         return summary

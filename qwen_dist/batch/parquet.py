@@ -1,4 +1,4 @@
-"""Results as the columns of a parquet file. No jax."""
+"""Results as rows of a parquet file. No jax."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import json
 from collections.abc import Iterable
 from typing import IO, Any
 
-_ROWS_AT_ONCE = 1024
+_ROWS_PER_BATCH = 1024
 
 
 def write_parquet(file: IO[bytes], lines: Iterable[bytes], pyarrow: Any, parquet: Any) -> None:
-    """Write result lines as rows. Ids are text; log-probabilities and the responses of OpenAI lines stay JSON."""
+    """Write result lines as rows. Ids become text; log-probabilities and the responses of OpenAI lines stay JSON."""
     text, number = pyarrow.string(), pyarrow.int64()
     schema = pyarrow.schema(
         {
@@ -26,9 +26,9 @@ def write_parquet(file: IO[bytes], lines: Iterable[bytes], pyarrow: Any, parquet
         }
     )
     with parquet.ParquetWriter(file, schema) as writer:
-        left = iter(lines)
-        while some := list(itertools.islice(left, _ROWS_AT_ONCE)):
-            writer.write_table(pyarrow.Table.from_pylist([_row(json.loads(line)) for line in some], schema))
+        remaining = iter(lines)
+        while batch := list(itertools.islice(remaining, _ROWS_PER_BATCH)):
+            writer.write_table(pyarrow.Table.from_pylist([_row(json.loads(line)) for line in batch], schema))
 
 
 def _row(result: dict[str, Any]) -> dict[str, Any]:
