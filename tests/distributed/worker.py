@@ -73,8 +73,8 @@ def forward_and_gradients(model):
             log_probs_BTV = jax.nn.log_softmax(logits_BTV[:, :-1])
             return -jnp.take_along_axis(log_probs_BTV, tokens_BT[:, 1:, None], axis=-1).mean(), logits_BTV
 
-    whole = jax.jit(jax.grad(loss, has_aux=True), out_shardings=replicated)
-    gradients, logits = whole(model.parameters)
+    loss_gradients = jax.jit(jax.grad(loss, has_aux=True), out_shardings=replicated)
+    gradients, logits = loss_gradients(model.parameters)
     return np.asarray(logits), {name: np.asarray(value) for name, value in gradients.items()}
 
 
