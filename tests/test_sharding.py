@@ -85,8 +85,8 @@ def test_sizes_that_do_not_divide_name_everything_and_the_legal_sizes():
         sharding_ctx("fsdp=4,tensor=2").parameter("layers.0.mlp.up_proj.weight", (45, 30), ("mlp", "embed"))
     assert str(error.value) == (
         "layers.0.mlp.up_proj.weight (45, 30) does not fit mesh fsdp=4,tensor=2: "
-        "mlp is 45, which the 2 parts of tensor do not divide (legal: 1, 3, 5, 9, 15, 45); "
-        "embed is 30, which the 4 parts of fsdp do not divide (legal: 1, 2, 3, 5, 6, 10, 15, 30)"
+        "mlp is 45, which the 2 shards of tensor do not divide (legal: 1, 3, 5, 9, 15, 45); "
+        "embed is 30, which the 4 shards of fsdp do not divide (legal: 1, 2, 3, 5, 6, 10, 15, 30)"
     )
 
 
@@ -98,7 +98,7 @@ def test_activations_have_rules_of_their_own():
     assert sharding_ctx("context=4", TRAIN).activation("x", shape, axes).spec == P(None, "context", None)
     assert sharding_ctx("context=4").activation("x", (8, 1, 32), axes).spec == P(None, None, None)  # a decoding step
     assert (sharding_ctx(mesh, TRAIN).batch_multiple(), sharding_ctx(mesh, INFERENCE).batch_multiple()) == (4, 2)
-    with pytest.raises(UsageError, match="batch is 6, which the 4 parts of data×fsdp do not divide"):
+    with pytest.raises(UsageError, match="batch is 6, which the 4 shards of data×fsdp do not divide"):
         sharding_ctx(mesh, TRAIN).activation("x", (6, 16, 32), axes)
 
 
@@ -126,7 +126,7 @@ def test_a_model_that_does_not_fit_is_refused_before_a_byte_is_read(tmp_path, ti
         load_model(tmp_path, sharding_ctx("tensor=4"), dtype="float32")
     message = str(error.value)
     assert message.startswith("the model does not fit the mesh:\n  - ")
-    assert "embed_tokens.weight (345, 40) does not fit mesh tensor=4: vocab is 345, which the 4 parts of tensor" in message
+    assert "embed_tokens.weight (345, 40) does not fit mesh tensor=4: vocab is 345, which the 4 shards of tensor" in message
     assert "layers.1.self_attn.q_proj.weight (6, 10, 40) does not fit" in message
     assert re.search(r"layers.0.self_attn.k_proj.weight \(3, 10, 40\) .* kv_heads is 3, .*or a multiple of 3\)", message)
     assert "norm.weight" not in message

@@ -19,6 +19,7 @@ import functools
 import importlib.machinery
 import os
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,12 @@ def is_available() -> bool:
     return processor_features() == frozenset(FEATURES)
 
 
+def _kernel(target: str, results: Any) -> Any:
+    """Return the kernel as a jax function."""
+    assert is_available(), "the kernels cannot run here; see `Backend.of`"
+    return jax.ffi.ffi_call(target, results)
+
+
 def can_grouped_matmul(rows_RC: jax.Array, weights_EOC: Weight, sizes_E: jax.Array, dtype: DTypeLike) -> bool:
     return _can_multiply(rows_RC, weights_EOC, dtype)
 
@@ -101,7 +108,7 @@ def grouped_matmul(rows_RC: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Arra
     Groups follow each other, and group e has `sizes_E[e]` rows. Results for rows after the last group are undefined.
     """
     result = jax.ShapeDtypeStruct((len(rows_RC), weights_EOC.shape[1]), dtype)
-    call = jax.ffi.ffi_call(GROUPED_MATMUL, (result, _scratch_shape(rows_RC)))
+    call = _kernel(GROUPED_MATMUL, (result, _scratch_shape(rows_RC)))
     return call(rows_RC, weights_EOC, sizes_E.astype(jnp.int32))[0]
 
 
@@ -145,7 +152,7 @@ def experts(
     hidden = chosen_TK.size, _padded_stride(down_EDF.shape[2], x_TD.dtype)
     shapes = x_TD.shape, (*chosen_TK.shape, x_TD.shape[1]), hidden
     results = [jax.ShapeDtypeStruct(shape, x_TD.dtype) for shape in shapes]
-    mixed_TD, each_TKD, *_ = jax.ffi.ffi_call(EXPERTS, [*results, _scratch_shape(x_TD)])(
+    mixed_TD, each_TKD, *_ = _kernel(EXPERTS, [*results, _scratch_shape(x_TD)])(
         x_TD, chosen_TK.astype(jnp.int32), scores_TK.astype(jnp.float32), gate_up_EOD, down_EDF
     )
     return mixed_TD.reshape(x_BTD.shape), each_TKD.reshape(*chosen_BTK.shape, -1)
@@ -157,7 +164,7 @@ def can_swiglu(gate: jax.Array, up: jax.Array) -> bool:
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """Return silu(gate) · up."""
-    return jax.ffi.ffi_call(SWIGLU, jax.ShapeDtypeStruct(gate.shape, gate.dtype))(gate, up)
+    return _kernel(SWIGLU, jax.ShapeDtypeStruct(gate.shape, gate.dtype))(gate, up)
 
 
 def can_rotate(x_BTNH: jax.Array, cos_BTA: jax.Array, sin_BTA: jax.Array) -> bool:
@@ -166,7 +173,7 @@ def can_rotate(x_BTNH: jax.Array, cos_BTA: jax.Array, sin_BTA: jax.Array) -> boo
 
 def rotate(x_BTNH: jax.Array, cos_BTA: jax.Array, sin_BTA: jax.Array) -> jax.Array:
     """Rotate the pairs (i, i + H/2) of each head by their angles."""
-    return jax.ffi.ffi_call(ROTATE, jax.ShapeDtypeStruct(x_BTNH.shape, x_BTNH.dtype))(x_BTNH, cos_BTA, sin_BTA)
+    return _kernel(ROTATE, jax.ShapeDtypeStruct(x_BTNH.shape, x_BTNH.dtype))(x_BTNH, cos_BTA, sin_BTA)
 
 
 def can_paged_attention(
@@ -183,7 +190,7 @@ def paged_attention(
     indices = (jnp.asarray(x[0]) for x in (pages.row_DE, pages.page_DE, pages.start_DE))
     num_entries = jnp.asarray(pages.num_entries).reshape(1)
     numbers = [x.astype(jnp.int32) for x in (positions_BT, *indices, num_entries)]
-    call = jax.ffi.ffi_call(PAGED_ATTENTION, jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype))
+    call = _kernel(PAGED_ATTENTION, jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype))
     scale = np.float32(q_BTNH.shape[-1] ** -0.5)
     # The pools go in as they are: XLA would copy them to reshape them.
     return call(q_BTNH, *state, *numbers, scale=scale, window=np.int64(sliding_window or 0))

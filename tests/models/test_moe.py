@@ -151,6 +151,6 @@ def test_in_training_weights_are_gathered_over_fsdp_only():
 def test_experts_that_the_mesh_does_not_divide():
     module = Experts(12, D, 8, dtype="float32", std=1.0)
     with pytest.raises(
-        UsageError, match=r"experts is 12, which the 8 parts of expert do not divide \(legal: 1, 2, 3, 4, 6"
+        UsageError, match=r"experts is 12, which the 8 shards of expert do not divide \(legal: 1, 2, 3, 4, 6"
     ):
         random_parameters(module, sharding_ctx("expert=8"))

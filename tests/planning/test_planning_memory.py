@@ -129,7 +129,7 @@ def test_more_layers_by_extrapolation():
 def test_sizes_that_do_not_divide_are_refused():
     with pytest.raises(UsageError, match="q_heads is 16, which the 32 parts of tensor do not divide"):
         cost_model(SMALL, "tensor=32", Workload("batch", 8, 128), num_devices=32)
-    with pytest.raises(UsageError, match="batch is 6, which the 4 parts of data do not divide"):
+    with pytest.raises(UsageError, match="batch is 6, which the 4 shards of data do not divide"):
         cost_model(SMALL, "data=4", Workload("batch", 6, 128))
 
 
