@@ -1,4 +1,4 @@
-"""The command line as people use it: answers, chats, exit codes, and one readable line when something is wrong."""
+"""The command line: answers, chats, exit codes, and one readable line per error."""
 
 import dataclasses
 import io
@@ -24,14 +24,14 @@ from qwen_dist.config import BatchConfig
 from qwen_dist.tokenizer import Tokenizer
 
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 10, "num_hidden_layers": 1}
-# 41 tokens, and 58 with the chat template: every run of one prompt is read by the same program.
+# 41 tokens, and 58 with the chat template: all runs with one prompt use the same prefill program.
 PROMPT = "the quick brown fox jumps over the lazy dog; " * 4
-# What most runs here ask for; the rest comes from generation_config.json: greedy, with a penalty.
-ASK = ("--dtype", "float32", "--max-new-tokens", "12")
+# Flags of most runs here; generation_config.json sets the rest: greedy, with a repetition penalty.
+FLAGS = ("--dtype", "float32", "--max-new-tokens", "12")
 
 
 class Result(NamedTuple):
-    """What a run left behind."""
+    """The exit code and the output of a run."""
 
     code: int
     out: str
@@ -44,7 +44,7 @@ class Result(NamedTuple):
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs(tmp_path_factory):
-    """Compiled programs are kept between runs, as a user's are, but not among the user's."""
+    """Cache compiled programs between runs, but not in the user's cache."""
     directory = str(tmp_path_factory.mktemp("compiled"))
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_enable_x64")
     before = {name: jax.config.values[name] for name in names}
@@ -65,7 +65,7 @@ def model(tiny_directory) -> pathlib.Path:
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """A function (*arguments, stdin="", terminal=False) -> Result."""
+    """Return a function (*arguments, stdin="", terminal=False) -> Result."""
 
     def run(*arguments, stdin: str = "", terminal: bool = False) -> Result:
         given = io.StringIO(stdin)
@@ -92,9 +92,9 @@ def changed(directory: pathlib.Path, name: str, **values) -> None:
 # --- generate ---
 
 
-def test_an_answer_is_transformers(run, model):
-    """The chat template, the settings of generation_config.json, the text and the counts."""
-    result = run("generate", "--model", model, "--prompt", PROMPT, *ASK, "--json")
+def test_an_answer_equals_transformers(run, model):
+    """With the chat template and generation_config.json: the text and the token counts."""
+    result = run("generate", "--model", model, "--prompt", PROMPT, *FLAGS, "--json")
     assert (result.code, result.err) == (0, "")
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     reference = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -110,7 +110,7 @@ def test_an_answer_is_transformers(run, model):
 
 
 def test_every_way_to_give_a_prompt(run, model):
-    base = ("generate", "--model", model, *ASK)
+    base = ("generate", "--model", model, *FLAGS)
     whole = run(*base, "--prompt", PROMPT, "--json").json
     assert run(*base, "--prompt", PROMPT) == (0, whole["text"] + "\n", "")
     assert run(*base, stdin=PROMPT) == (0, whole["text"] + "\n", "")
@@ -122,13 +122,13 @@ def test_every_way_to_give_a_prompt(run, model):
 
 
 def test_the_same_answer_on_a_mesh(run, model):
-    base = ("generate", "--model", model, *ASK, "--prompt", PROMPT, "--json")
+    base = ("generate", "--model", model, *FLAGS, "--prompt", PROMPT, "--json")
     alone = run(*base)
     assert run(*base, "--mesh", "data=2,fsdp=2,tensor=2") == alone
 
 
-def test_log_probabilities_are_listed_as_openai_does(run, model):
-    answer = run("generate", "--model", model, *ASK, "--prompt", PROMPT, "--json", "--logprobs", "2").json
+def test_log_probabilities_have_the_format_of_the_openai_api(run, model):
+    answer = run("generate", "--model", model, *FLAGS, "--prompt", PROMPT, "--json", "--logprobs", "2").json
     tokenizer = Tokenizer.from_directory(model)
     assert len(answer["logprobs"]) == 12
     for token, entry in zip(answer["token_ids"], answer["logprobs"], strict=True):
@@ -139,7 +139,7 @@ def test_log_probabilities_are_listed_as_openai_does(run, model):
 
 
 def test_stop_strings_end_an_answer(run, model):
-    base = ("generate", "--model", model, *ASK, "--prompt", PROMPT, "--json")
+    base = ("generate", "--model", model, *FLAGS, "--prompt", PROMPT, "--json")
     text = run(*base).json["text"]
     stops = text[7:9], text[4:6]
     answer = run(*base, "--stop", stops[0], "--stop", stops[1]).json
@@ -147,22 +147,22 @@ def test_stop_strings_end_an_answer(run, model):
     assert answer["text"] == text[: min(text.index(stop) for stop in stops)]
 
 
-def test_the_seed_decides_what_is_drawn(run, model):
-    base = ("generate", "--model", model, *ASK, "--prompt", PROMPT, "--json", "--temperature", "1")
+def test_the_seed_decides_the_answer(run, model):
+    base = ("generate", "--model", model, *FLAGS, "--prompt", PROMPT, "--json", "--temperature", "1")
     one, again, other = (run(*base, "--seed", seed).json["token_ids"] for seed in (1, 1, 2))
     assert one == again != other
 
 
-def test_random_weights_need_no_weights(run, model, tiny_directory):
+def test_dummy_weights_need_no_weight_files(run, model, tiny_directory):
     empty = tiny_directory("qwen3", **SIZES)
     (empty / "model.safetensors").unlink()
-    answer = run("generate", "--model", empty, *ASK, "--prompt", PROMPT, "--load-format", "dummy", "--json")
+    answer = run("generate", "--model", empty, *FLAGS, "--prompt", PROMPT, "--load-format", "dummy", "--json")
     assert answer.code == 0 and answer.json["usage"]["completion_tokens"] == 12
-    assert run("generate", "--model", empty, *ASK, "--prompt", PROMPT).code == 1
+    assert run("generate", "--model", empty, *FLAGS, "--prompt", PROMPT).code == 1
 
 
-def test_a_chat_remembers_what_was_said(run, model):
-    base = ("generate", "--model", model, *ASK, "--system", "Be brief.")
+def test_a_chat_keeps_its_history(run, model):
+    base = ("generate", "--model", model, *FLAGS, "--system", "Be brief.")
     chat = run(*base, stdin="fox\nlazy dog\n\nnot read\n", terminal=True)
     assert chat.code == 0
     assert "Chat. An empty line or Ctrl-D ends it" in chat.err
@@ -170,19 +170,19 @@ def test_a_chat_remembers_what_was_said(run, model):
     first, second = first.removesuffix("\n"), second.removesuffix("\n")
     tokenizer = Tokenizer.from_directory(model)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "fox"}]
-    raw = ("generate", "--model", model, *ASK, "--raw", "--json", "--prompt")
+    raw = ("generate", "--model", model, *FLAGS, "--raw", "--json", "--prompt")
     assert run(*raw, tokenizer.render_chat(messages)).json["text"] == first
     messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "lazy dog"}]
     assert run(*raw, tokenizer.render_chat(messages)).json["text"] == second
     assert run(*base, stdin="", terminal=True).code == 0  # Ctrl-D
 
 
-def test_a_chat_goes_on_after_an_error(run, tiny_directory):
+def test_a_chat_continues_after_an_error(run, tiny_directory):
     model = tiny_directory("qwen3", **SIZES, max_position_embeddings=64)
-    chat = run("generate", "--model", model, *ASK, stdin="a b " * 40 + "\nfox\n", terminal=True)
+    chat = run("generate", "--model", model, *FLAGS, stdin="a b " * 40 + "\nfox\n", terminal=True)
     assert chat.code == 0
     assert "the model's context 64" in chat.err
-    assert run("generate", "--model", model, *ASK, "--prompt", "fox").out in chat.out
+    assert run("generate", "--model", model, *FLAGS, "--prompt", "fox").out in chat.out
 
 
 # --- batch ---
@@ -196,8 +196,8 @@ def prompts(tmp_path) -> pathlib.Path:
     return path
 
 
-def test_a_batch_is_answered_and_told_about(run, model, prompts, tmp_path):
-    base = ("batch", "--model", model, *ASK, "--input", prompts)
+def test_a_batch_and_its_summary(run, model, prompts, tmp_path):
+    base = ("batch", "--model", model, *FLAGS, "--input", prompts)
     result = run(*base, "--output", tmp_path / "out.jsonl", "--json")
     assert (result.code, result.err) == (0, "")
     summary = result.json
@@ -213,23 +213,23 @@ def test_a_batch_is_answered_and_told_about(run, model, prompts, tmp_path):
     answers = {line["id"]: line for line in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
     assert "not JSON" in answers["line-3"]["error"]["message"]
     for id, prompt in ((1, PROMPT), (2, PROMPT + ".")):
-        one = run("generate", "--model", model, *ASK, "--prompt", prompt, "--json").json
+        one = run("generate", "--model", model, *FLAGS, "--prompt", prompt, "--json").json
         assert answers[id] == {"id": id} | {key: one[key] for key in ("text", "finish_reason", "usage")}
 
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     more = ("--chart", tmp_path / "chart.html", "--profile", tmp_path / "profile", "--metrics-port", port)
-    told = run(*base, "--output", tmp_path / "again.jsonl", *more)
+    result = run(*base, "--output", tmp_path / "again.jsonl", *more)
     assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "out.jsonl").read_text()
-    assert "polyline" in (tmp_path / "chart.html").read_text() and "running requests" in told.err
+    assert "polyline" in (tmp_path / "chart.html").read_text() and "running requests" in result.err
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
-    assert told.out.startswith("2 answered, 1 with an error; 117 prompt tokens and 24 generated tokens in ")
-    assert "3/3" in told.err
+    assert result.out.startswith("2 answered, 1 with an error; 117 prompt tokens and 24 generated tokens in ")
+    assert "3/3" in result.err
 
 
 def test_a_configuration_file_and_a_mesh(run, model, prompts, tmp_path):
-    """The file names the model and the length, an override changes the file, a flag has the last word."""
+    """Overrides take precedence over the file, flags over both."""
     config = pathlib.Path(__file__).parent.parent / "configs" / "batch.py"
     base = ("batch", "--config", f"{config}:{model}", "--dtype", "float32", "--input", prompts, "--json")
     overrides = ("--config.sampling.max_new_tokens=4", "--config.mesh=data=2,fsdp=2,tensor=2", "--max-new-tokens", "3")
@@ -237,10 +237,10 @@ def test_a_configuration_file_and_a_mesh(run, model, prompts, tmp_path):
     assert (result.code, result.json["num_generated_tokens"]) == (0, 6)
 
 
-def test_results_are_not_overwritten_unasked(run, model, prompts, tmp_path):
+def test_results_are_not_overwritten_by_default(run, model, prompts, tmp_path):
     output = tmp_path / "out.jsonl"
     output.write_text("old\n")
-    base = ("batch", "--model", model, *ASK, "--input", prompts, "--output", output)
+    base = ("batch", "--model", model, *FLAGS, "--input", prompts, "--output", output)
     refused = run(*base)
     assert (refused.code, len(refused.err.splitlines())) == (1, 1)
     assert "holds results already" in refused.err
@@ -250,10 +250,10 @@ def test_results_are_not_overwritten_unasked(run, model, prompts, tmp_path):
     assert len(output.read_text().splitlines()) == 3
 
 
-def test_a_run_that_goes_on(run, model, prompts, tmp_path):
-    """Cut off in the middle of a result; then complete, in the order of the input; then only errors are answered again."""
+def test_a_run_is_resumed(run, model, prompts, tmp_path):
+    """After a cut in the middle of a result; then complete, in the order of the input; then only errors are retried."""
     output = tmp_path / "out.jsonl"
-    base = ("batch", "--model", model, *ASK, "--input", prompts, "--output", output, "--json")
+    base = ("batch", "--model", model, *FLAGS, "--input", prompts, "--output", output, "--json")
     assert run(*base).code == 0
     whole = output.read_bytes()
     output.write_bytes(whole[: whole.rindex(b"{")])
@@ -287,13 +287,13 @@ def test_a_run_that_goes_on(run, model, prompts, tmp_path):
 def test_files_that_cannot_be_used(run, model, prompts, tmp_path, input, output, code, expected):
     before = prompts.read_text()
     files = ("--input", tmp_path / input, "--output", tmp_path / output)
-    result = run("batch", "--model", model, *ASK, *files, "--overwrite", "--json")
+    result = run("batch", "--model", model, *FLAGS, *files, "--overwrite", "--json")
     assert (result.code, result.out, len(result.err.splitlines())) == (code, "", 1)
     assert result.err.startswith("qwen-dist batch: ") and expected in result.err
     assert prompts.read_text() == before
 
 
-# --- what can be wrong ---
+# --- errors ---
 
 
 def _remove(*names):
@@ -305,7 +305,7 @@ def _change(name, **values):
 
 
 def _split(directory: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-    """Store the weights in two shards with an index, as large checkpoints are."""
+    """Store the weights in two shards with an index, as in large checkpoints."""
     tensors = safetensors.numpy.load_file(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
     names, shards = sorted(tensors), ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -352,17 +352,17 @@ def _lose_tensor(directory):
 def test_checkpoints_that_cannot_be_used(run, tiny_directory, damage, expected):
     directory = tiny_directory("qwen3", **SIZES)
     damage(directory)
-    result = run("generate", "--model", directory, *ASK, "--prompt", PROMPT)
+    result = run("generate", "--model", directory, *FLAGS, "--prompt", PROMPT)
     assert (result.code, result.out) == (1, "")
     assert result.err.startswith("qwen-dist generate: ")
     for part in expected:
         assert part in result.err
 
 
-def test_two_shards_are_as_good_as_one(run, model, tiny_directory):
+def test_sharded_weights_give_the_same_answer(run, model, tiny_directory):
     directory = tiny_directory("qwen3", {"repetition_penalty": 1.1}, **SIZES)
     _split(directory)
-    ask = (*ASK, "--prompt", PROMPT, "--json")
+    ask = (*FLAGS, "--prompt", PROMPT, "--json")
     assert run("generate", "--model", directory, *ask) == run("generate", "--model", model, *ask)
 
 
@@ -373,7 +373,7 @@ def test_two_shards_are_as_good_as_one(run, model, tiny_directory):
         ("Qwen/No-Such-Model", "cannot be downloaded from the hub (.*). Without a network, pass --model the directory"),
     ],
 )
-def test_models_that_are_not_there(run, tmp_path, monkeypatch, name, expected):
+def test_models_that_do_not_exist(run, tmp_path, monkeypatch, name, expected):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     result = run("generate", "--model", name, "--prompt", PROMPT)
     assert (result.code, result.out, len(result.err.splitlines())) == (1, "", 1)
@@ -406,19 +406,19 @@ def test_wrong_usage_exits_with_2(run, model, arguments, expected):
     assert expected in result.err
 
 
-def test_a_verb_and_a_model_are_needed(run):
+def test_a_command_and_a_model_are_required(run):
     assert run().code == run("genrate").code == 2
     missing = run("finetune", "--data", "x.jsonl", "--output", "x")
     assert (missing.code, "model.path is missing" in missing.err) == (2, True)
-    asked = run("generate", "--model", "x", "--json", terminal=True)
-    assert (asked.code, "--json needs --prompt" in asked.err) == (2, True)
+    missing = run("generate", "--model", "x", "--json", terminal=True)
+    assert (missing.code, "--json needs --prompt" in missing.err) == (2, True)
 
 
 def test_a_prompt_longer_than_the_context(run, model):
-    result = run("generate", "--model", model, *ASK, "--prompt", "a " * 2000)
+    result = run("generate", "--model", model, *FLAGS, "--prompt", "a " * 2000)
     assert (result.code, result.out, len(result.err.splitlines())) == (1, "", 1)
     assert "tokens and the model's context 2048" in result.err and "shorten the prompt" in result.err
-    empty = run("generate", "--model", model, *ASK, "--raw", "--prompt", "")
+    empty = run("generate", "--model", model, *FLAGS, "--raw", "--prompt", "")
     assert (empty.code, "the prompt is empty" in empty.err) == (1, True)
 
 
@@ -430,14 +430,14 @@ def test_debug_shows_the_traceback(model):
 # --- help ---
 
 
-@pytest.mark.parametrize("verb", ["generate", "batch", "finetune", "inspect", "export", "parity"])
-def test_help_fits_a_screen_and_shows_an_example(run, verb):
-    result = run(verb, "--help")
+@pytest.mark.parametrize("command", ["generate", "batch", "finetune", "inspect", "export", "parity"])
+def test_help_fits_a_screen_and_shows_an_example(run, command):
+    result = run(command, "--help")
     assert result.code == 0
     assert len(result.out.splitlines()) <= 44
     assert max(map(len, result.out.splitlines())) <= 124
-    assert "example" in result.out and f"  qwen-dist {verb} " in result.out
-    assert f" {verb} " in run("--help").out
+    assert "example" in result.out and f"  qwen-dist {command} " in result.out
+    assert f" {command} " in run("--help").out
 
 
 def test_version(run):
@@ -456,7 +456,7 @@ def _fields(cls, prefix: str = "") -> list[str]:
     return names
 
 
-# A run that draws; what each field is changed to. None: the test says how.
+# A run that samples; the changed value of each field. None: the test changes it itself.
 PERTURBED = {
     "model.path": None,
     "model.dtype": "bfloat16",
@@ -480,7 +480,7 @@ PERTURBED = {
     "max_batch_size": "1",
     "raw": "true",
     "overwrite": "true",
-    "retry_errors": None,  # has a test of its own, as keep_order has
+    "retry_errors": None,  # has its own test, like keep_order
     "keep_order": None,
     "kv_cache_memory": "1KB",
     "steps_per_dispatch": "0",
@@ -493,7 +493,7 @@ PERTURBED = {
 def test_every_field_of_the_configuration_changes_something(run, model, tiny_directory, tmp_path):
     assert sorted(PERTURBED) == sorted(_fields(BatchConfig))
     input, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    # The longer prompt is answered first when they go one by one, and last when they go together.
+    # The longer prompt is finished first with a batch size of 1, and last when both run together.
     records = [{"id": 1, "prompt": PROMPT, "max_new_tokens": 7}, {"id": 2, "prompt": PROMPT + "."}]
     input.write_text("\n".join(map(json.dumps, records)))
     base = {"model.path": model, "model.dtype": "float32", "input": input, "output": output}
@@ -508,7 +508,7 @@ def test_every_field_of_the_configuration_changes_something(run, model, tiny_dir
 
     before = outcome()
     assert before[0] == 0 and len(before[2].splitlines()) == 2
-    assert outcome() == before  # else everything would seem to change something
+    assert outcome() == before  # otherwise every field would seem to change something
     for field, value in PERTURBED.items():
         if value is not None and field != "overwrite":
             assert outcome(**{field: value}) != before, field
@@ -538,7 +538,7 @@ def test_every_field_of_the_configuration_changes_something(run, model, tiny_dir
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A function (*arguments) -> the command line in a process of its own."""
+    """Return a function (*arguments) -> the command line in a new process."""
     home = tmp_path_factory.mktemp("home")
 
     def start(*arguments) -> subprocess.Popen:
@@ -551,9 +551,9 @@ def start(tmp_path_factory):
     return start
 
 
-def test_devices_can_be_made_and_programs_are_kept(run, start, model):
-    """With float64, a setting of the whole process."""
-    ask = ("generate", "--model", model, *ASK, "--prompt", PROMPT, "--json")
+def test_cpu_devices_and_the_compilation_cache(run, start, model):
+    """With float64, which is a setting of the process."""
+    ask = ("generate", "--model", model, *FLAGS, "--prompt", PROMPT, "--json")
     process = start(*ask, "--num-cpu-devices", "4", "--mesh", "fsdp=2,tensor=2", "--dtype", "float64")
     out, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (0, b"")
@@ -561,17 +561,17 @@ def test_devices_can_be_made_and_programs_are_kept(run, start, model):
     assert any((start.home / ".cache/qwen_dist/compiled").iterdir())
 
 
-def test_interrupting_is_no_traceback(start, model):
+def test_an_interrupt_shows_no_traceback(start, model):
     long = ("--max-new-tokens", "1900", "--temperature", "3", "--dtype", "float32")
     process = start("generate", "--model", model, "--prompt", PROMPT, *long)
-    assert process.stdout.read(1)  # it is answering
+    assert process.stdout.read(1)  # it is generating
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (130, b"interrupted\n")
 
 
-def test_a_reader_that_leaves_is_no_traceback(start, model):
-    process = start("generate", "--model", model, *ASK, "--prompt", PROMPT)
+def test_a_closed_pipe_shows_no_traceback(start, model):
+    process = start("generate", "--model", model, *FLAGS, "--prompt", PROMPT)
     process.stdout.close()
     assert process.wait(timeout=300) == 1
     assert process.stderr.read() == b""

@@ -1,4 +1,4 @@
-"""The configuration of a run: files, overrides and flags, bound strictly, with every fault in one message."""
+"""The configuration of a run: files, overrides and flags, bound strictly, with every problem in one message."""
 
 import dataclasses
 import importlib.util
@@ -23,7 +23,7 @@ CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
 @pytest.fixture
 def file(tmp_path):
-    """A function (body of get_config) -> path of a configuration file."""
+    """Return a function (body of get_config) -> path of a configuration file."""
 
     def write(body: str) -> str:
         path = tmp_path / "run.py"
@@ -34,11 +34,11 @@ def file(tmp_path):
 
 
 def config_of(*items: str) -> str:
-    """The body of a get_config that sets these dotted keys."""
+    """Return the body of a get_config that sets these keys."""
     return "return config_dict.ConfigDict({" + ", ".join(items) + "})"
 
 
-# --- where values come from ---
+# --- sources of values ---
 
 
 def test_defaults_file_overrides_and_flags_in_that_order(file):
@@ -54,7 +54,7 @@ def test_defaults_file_overrides_and_flags_in_that_order(file):
     )
 
 
-def test_without_a_file_only_what_has_no_default_is_needed():
+def test_without_a_file_only_fields_without_a_default_are_required():
     assert load_config(GenerateConfig, None, [], {"model.path": "x"}) == GenerateConfig(ModelOptions("x"))
     with pytest.raises(UsageError) as error:
         load_config(BatchConfig, None, [], {})
@@ -93,7 +93,7 @@ def test_overrides_are_read_as_their_fields_types(text, value):
 
 
 @pytest.mark.parametrize("name", ["generate", "batch"])
-def test_the_configurations_that_come_with_the_project(name):
+def test_the_configurations_of_the_project(name):
     cls = {"generate": GenerateConfig, "batch": BatchConfig}[name]
     files = {"input": "i", "output": "o"} if name == "batch" else {}
     config = load_config(cls, f"{CONFIGS / name}.py:some/dir", [], files)
@@ -102,13 +102,13 @@ def test_the_configurations_that_come_with_the_project(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert f"qwen-dist {name} --config configs/{name}.py" in module.__doc__
-    assert "path" not in module.get_config().model  # without an argument, --model says which
+    assert "path" not in module.get_config().model  # without an argument, --model gives it
 
 
-# --- faults ---
+# --- errors ---
 
 
-def test_every_fault_of_file_overrides_and_flags_is_listed_at_once(file):
+def test_all_problems_of_file_overrides_and_flags_are_listed_at_once(file):
     path = file(config_of("'model': {'dtipe': 'float32', 'dtype': 'float16'}", "'sampling': {'top_k': 1.5}", "'zzz': 3"))
     overrides = [
         "--config.sampling.temperture=1",
@@ -139,7 +139,7 @@ def test_every_fault_of_file_overrides_and_flags_is_listed_at_once(file):
     }
 
 
-def test_a_group_is_not_a_value_and_a_value_is_not_a_group(file):
+def test_a_section_is_not_a_value_and_a_value_is_not_a_section(file):
     path = file(config_of("'model': 'some/dir'", "'sampling': None"))
     with pytest.raises(UsageError) as error:
         load_config(GenerateConfig, path, [], {})
@@ -164,7 +164,7 @@ def test_a_group_is_not_a_value_and_a_value_is_not_a_group(file):
         ("import nothing_of_this_name", r"fails with ModuleNotFoundError"),
     ],
 )
-def test_files_that_are_no_configuration(tmp_path, content, message):
+def test_invalid_configuration_files(tmp_path, content, message):
     path = tmp_path / "run.py"
     if content is not None:
         path.write_text(content)
@@ -173,13 +173,13 @@ def test_files_that_are_no_configuration(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("size", [0, -3])
-def test_batches_hold_at_least_one(size):
+def test_max_batch_size_is_at_least_one(size):
     with pytest.raises(UsageError, match=f"max_batch_size is {size}; it must be at least 1"):
         bind_config(BatchConfig, {"model": {"path": "x"}, "input": "i", "output": "o", "max_batch_size": size})
 
 
-def test_a_run_asks_for_what_the_engine_knows():
-    """Every field here is a field there, so that none is lost on the way; one is only for a record to ask for."""
+def test_sampling_options_are_the_sampling_parameters_of_the_engine():
+    """The fields are the same, so that none is lost. One of them can only be set by a record."""
     known = [field.name for field in dataclasses.fields(SamplingParams)]
     assert [*(field.name for field in dataclasses.fields(SamplingOptions)), "prompt_logprobs"] == known
 
@@ -193,6 +193,6 @@ def test_sizes_in_bytes(text, number):
 
 
 @pytest.mark.parametrize("text", ["", "MB", "-1MB", "1 XB", "1e3MB", "1,5GB"])
-def test_what_is_no_size(text):
+def test_invalid_sizes(text):
     with pytest.raises(UsageError, match=r"is not a size; examples are 256MB, 1.5GB and 2GiB"):
         parse_bytes(text)

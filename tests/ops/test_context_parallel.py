@@ -7,8 +7,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen_dist.mesh import MeshConfig, make_mesh
-from qwen_dist.ops.attention import QUERY_BLOCK, attention
-from qwen_dist.planning.compile import collectives
+from qwen_dist.models.attention import QUERY_BLOCK, attend
+from qwen_dist.planning.compile import parse_collectives
 from qwen_dist.sharding import TRAIN, ShardingContext, use_sharding
 
 B, N, K, H = 2, 4, 2, 16
@@ -76,5 +76,5 @@ def test_each_device_has_its_part_of_the_queries_and_of_the_work():
     assert gradients[0].sharding.is_equivalent_to(rows, mixed.ndim)
     # Alone, blocks of queries skip the keys after them: 10 of 16 tiles. Split, a device has 4 of the 16.
     assert split.cost_analysis()["flops"] == pytest.approx(alone.cost_analysis()["flops"] * 4 / 10, rel=0.1)
-    gathered = [one for one in collectives(split.as_text()) if one.kind == "all-gather"]
+    gathered = [one for one in parse_collectives(split.as_text()) if one.kind == "all-gather"]
     assert max(elements for one in gathered for elements, _ in one.arrays) == B * K * 512 * H  # keys or values; no queries

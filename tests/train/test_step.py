@@ -19,8 +19,8 @@ from qwen_dist.config import DataOptions, OptimizerOptions
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.parameters import disk_shapes
 from qwen_dist.parity.reference import LiftedToFloat64
-from qwen_dist.planning.compile import collectives
-from qwen_dist.sharding import TRAIN, ShardingContext
+from qwen_dist.planning.compile import parse_collectives
+from qwen_dist.sharding import TRAIN, ShardingContext, disk_shapes
 from qwen_dist.train.batches import Batch, evaluation_batches
 from qwen_dist.train.lora import with_adapter
 from qwen_dist.train.optim import make_optimizer, make_schedule
@@ -175,7 +175,7 @@ def collectives_of(directory, mesh, examples):
     loaded = load(directory, mesh, "float32")
     trainer = make_trainer(loaded, loaded.parameters.keys(), remat="full")
     text = trainer.lower(one_batch(examples, True), 1).compile().as_text()
-    return loaded, [(one.kind, max(elements for elements, _ in one.arrays)) for one in collectives(text)]
+    return loaded, [(one.kind, max(elements for elements, _ in one.arrays)) for one in parse_collectives(text)]
 
 
 @pytest.mark.slow
