@@ -1,4 +1,4 @@
-"""One comparison from beginning to end, for a checkpoint that fits into memory on both sides."""
+"""One comparison, from the checkpoint to the report. The checkpoint must fit into memory on both sides."""
 
 from __future__ import annotations
 
@@ -15,170 +15,182 @@ from qwen_dist.checkpoint.model import load_model
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.parameters import disk_shapes
-from qwen_dist.parity.bounds import EXACT, Section, bound_of
-from qwen_dist.parity.compare import Distributions, ParityReport, Row, first_fault, missing, row
+from qwen_dist.parity.candidate import Candidate
+from qwen_dist.parity.checks import Check, NextTokenAgreement, ParityReport, check, first_failure, missing_check
 from qwen_dist.parity.inputs import Inputs, ParityOptions, make_inputs
 from qwen_dist.parity.reference import Reference, versions
-from qwen_dist.parity.subject import Subject
+from qwen_dist.parity.tolerances import EXACT, Section, tolerance_for
 from qwen_dist.sharding import INFERENCE, ShardingContext
 
-# A gradient needs room for logits [B, T, V] several times over; two rows show whatever eight do.
+# A gradient needs the memory of logits [B, T, V] several times. Two rows are as telling as eight.
 GRADIENT_ROWS = 2
-Values = Mapping[str, Any]
+Intermediates = Mapping[str, Any]
 Progress = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
-    """What a PyTorch model said.
+class ReferenceOutputs:
+    """The results of a PyTorch model.
 
-    values: intermediates and logits by name. chosen: the tokens [B, steps] it was fed after the prompts, and decoded: the
-    logits [B, steps, V] before each. losses and the first one's gradients: of the last tokens of each row.
+    Attributes:
+      intermediates: by name, with the logits.
+      decoded_tokens: the tokens fed to the model after the prompts, [B, steps].
+      decoded_logits: the logits before each of these tokens, [B, steps, V].
+      losses: by name, of the last tokens of each row.
+      gradients: of the first loss, by parameter.
     """
 
-    values: Values
-    chosen: np.ndarray
-    decoded: np.ndarray
+    intermediates: Intermediates
+    decoded_tokens: np.ndarray
+    decoded_logits: np.ndarray
     losses: dict[str, float]
     gradients: dict[str, np.ndarray]
 
 
-def compare_in_one_dtype(comparison: Comparison) -> ParityReport:
-    """Float64 and float32: both sides compute in it, and every intermediate must be the same but for rounding."""
+def compare_in_same_dtype(comparison: Comparison) -> ParityReport:
+    """Compare in float64 or float32: both sides compute in it, and all intermediates must be equal up to rounding."""
     comparison.progress("PyTorch")
     reference = Reference(comparison.options.model, comparison.options.dtype)
-    answers = comparison.ask(reference)
+    outputs = comparison.run_reference(reference)
     comparison.progress("loading the checkpoint here, and its parameters")
-    subject = comparison.load()
-    comparison.compare_parameters(subject, reference.parameters())
-    del reference  # a large model's gradients need the room
-    for stage in comparison.stages(subject, answers):
+    candidate = comparison.load()
+    comparison.compare_parameters(candidate, reference.parameters())
+    del reference  # the gradients of a large model need its memory
+    for stage in comparison.stages(candidate, outputs):
         comparison.progress(stage)
     return comparison.report()
 
 
 class Comparison:
-    """One run: what is asked, and the rows found so far. Intermediates are compared at `columns` of [B, T]."""
+    """The inputs of one run and its checks so far. Intermediates are compared at `columns` of [B, T]."""
 
     def __init__(self, options: ParityOptions, config: ModelConfig, progress: Progress):
         self.options, self.config, self.progress = options, config, progress
         self.inputs = make_inputs(options, config)
-        self.columns = spread(self.inputs.tokens.shape[1], options.max_columns)
-        self.gradient_inputs = self.inputs.first_rows(GRADIENT_ROWS).last(options.max_columns)
-        self.rows: list[Row] = []
+        self.columns = evenly_spaced(self.inputs.tokens.shape[1], options.max_columns)
+        self.gradient_inputs = self.inputs.first_rows(GRADIENT_ROWS).last_tokens(options.max_columns)
+        self.checks: list[Check] = []
         self.facts = self._facts()
-        self.distributions: Distributions | None = None
-        self.scatter = np.zeros((0, 2))
+        self.next_token: NextTokenAgreement | None = None
+        self.logit_pairs = np.zeros((0, 2))
 
     @property
     def has_all_columns(self) -> bool:
-        """Only then are the reference's inputs there to be given to this side."""
+        """Whether all columns are compared: only then are the reference's intermediates complete enough to be inputs."""
         return len(self.columns) == self.inputs.tokens.shape[1]
 
-    def load(self) -> Subject:
-        """The checkpoint on this side."""
+    def load(self) -> Candidate:
+        """Load the checkpoint on this side."""
         sharding_ctx = ShardingContext(make_mesh(MeshConfig.parse(self.options.mesh)), INFERENCE)
-        return Subject(load_model(self.options.model, sharding_ctx, dtype=self.options.dtype))
+        return Candidate(load_model(self.options.model, sharding_ctx, dtype=self.options.dtype))
 
     @property
-    def first_fault(self) -> Row | None:
-        """The first row beyond its bound, in the order in which to look for a fault."""
-        return first_fault(self.rows)
+    def first_failure(self) -> Check | None:
+        """The first failed check, in the order in which to look for an error."""
+        return first_failure(self.checks)
 
-    def ask(self, reference: Reference, chosen: np.ndarray | None = None, *, in_float32: bool = False) -> Answers:
-        """Everything the reference is asked; it decodes greedily where it is not told which tokens to take.
+    def run_reference(
+        self, reference: Reference, tokens: np.ndarray | None = None, *, in_float32: bool = False
+    ) -> ReferenceOutputs:
+        """Compute everything that is compared with the reference.
 
-        With `in_float32` the answers are rounded to it: half the memory, for who compares with something much coarser.
+        Args:
+          reference: the PyTorch model.
+          tokens: the tokens to decode, [B, steps]; None decodes greedily.
+          in_float32: round the results to float32, for comparison with bfloat16: half the memory.
         """
         losses, gradients = reference.gradient(self.gradient_inputs)
-        gradients = _on_disk(gradients, in_float32)  # as large as the model: there may be no room for both, twice
+        gradients = _move_to_disk(gradients, in_float32)  # as large as the model, which is in memory twice
         values = reference.forward(self.inputs, self.columns)
         values = {name: values.pop(name).astype(np.float32) for name in list(values)} if in_float32 else values
-        chosen, decoded = reference.decode(self.inputs, self.options.decode_steps, chosen)
-        return Answers(values, chosen, decoded, losses, gradients)
+        tokens, logits = reference.decode(self.inputs, self.options.decode_steps, tokens)
+        return ReferenceOutputs(values, tokens, logits, losses, gradients)
 
-    def stages(self, subject: Subject, answers: Answers) -> Iterator[str]:
-        """Compare in the order in which a fault should be looked for; yields what comes next."""
+    def stages(self, candidate: Candidate, outputs: ReferenceOutputs) -> Iterator[str]:
+        """Compare in the order in which to look for an error. Yields the name of each stage before it starts."""
         if self.has_all_columns:
             yield "each component, given PyTorch's inputs"
-            found = subject.forward(self.inputs, self.columns, replacing=without_logits(answers.values))
-            self.compare_intermediates("same inputs", found, answers.values)
+            actual = candidate.forward(self.inputs, self.columns, replacing=without_logits(outputs.intermediates))
+            self.compare_intermediates("same inputs", actual, outputs.intermediates)
         yield "the whole model"
-        found = subject.forward(self.inputs, self.columns)
-        self.compare_intermediates("whole model", found, answers.values)
-        self.report_routing(found, answers.values)
-        self.compare_next_token(found, answers.values)
-        del found
+        actual = candidate.forward(self.inputs, self.columns)
+        self.compare_intermediates("whole model", actual, outputs.intermediates)
+        self.report_routing(actual, outputs.intermediates)
+        self.compare_next_token(actual, outputs.intermediates)
+        del actual
         yield "decoding"
-        self.compare_decoding(subject, answers)
+        self.compare_decoding(candidate, outputs)
         yield "gradients"
-        self.compare_gradients(subject.gradient(self.gradient_inputs), answers)
+        self.compare_gradients(candidate.gradient(self.gradient_inputs), outputs)
 
-    def compare_parameters(self, subject: Subject, expected: Mapping[str, np.ndarray]) -> None:
-        """Equal names, equal shapes on disk, equal bits."""
-        found, shapes = subject.loaded.parameters, disk_shapes(subject.loaded.module)
-        for name in [*expected, *(name for name in found if name not in expected)]:
-            if name not in found or name not in expected:
-                self.rows.append(missing("parameters", name, EXACT, _whose(name in expected)))
+    def compare_parameters(self, candidate: Candidate, expected: Mapping[str, np.ndarray]) -> None:
+        """Check that names, shapes on disk and bits are equal."""
+        actual, shapes = candidate.loaded.parameters, disk_shapes(candidate.loaded.module)
+        for name in [*expected, *(name for name in actual if name not in expected)]:
+            if name not in actual or name not in expected:
+                self.checks.append(missing_check("parameters", name, EXACT, _side_missing(name in expected)))
             elif shapes[name] != expected[name].shape:
-                whose = f"shape {list(shapes[name])}, PyTorch has {list(expected[name].shape)}"
-                self.rows.append(missing("parameters", name, EXACT, whose))
+                shapes_differ = f"shape {list(shapes[name])}, PyTorch has {list(expected[name].shape)}"
+                self.checks.append(missing_check("parameters", name, EXACT, shapes_differ))
             else:
-                ours = np.asarray(found[name]).reshape(shapes[name])
-                self.rows.append(row("parameters", name, ours, expected[name], EXACT))
+                ours = np.asarray(actual[name]).reshape(shapes[name])
+                self.checks.append(check("parameters", name, ours, expected[name], EXACT))
 
-    def compare_intermediates(self, section: Section, found: Values, expected: Values) -> None:
-        """A row for every intermediate, in the reference's order, at the tokens that are not padding."""
+    def compare_intermediates(self, section: Section, actual: Intermediates, expected: Intermediates) -> None:
+        """Check every intermediate, in the reference's order, at the tokens that are not padding."""
         tokens = self._token_names()
-        for name in [*expected, *(name for name in found if name not in expected)]:
-            bound = bound_of(self.options.dtype, section, name)
-            if name in found and name in expected:
-                ours, reference = self.tokens_of(name, found), self.tokens_of(name, expected)
-                self.rows.append(row(section, name, ours, reference, bound, tokens))
+        for name in [*expected, *(name for name in actual if name not in expected)]:
+            tolerance = tolerance_for(self.options.dtype, section, name)
+            if name in actual and name in expected:
+                ours, reference = self.at_real_tokens(name, actual), self.at_real_tokens(name, expected)
+                self.checks.append(check(section, name, ours, reference, tolerance, tokens))
             else:
-                self.rows.append(missing(section, name, bound, _whose(name in expected)))
+                self.checks.append(missing_check(section, name, tolerance, _side_missing(name in expected)))
 
-    def compare_decoding(self, subject: Subject, answers: Answers) -> np.ndarray:
-        """Each step's logits [B, steps, V] against the reference's, and against a forward without a cache.
+    def compare_decoding(self, candidate: Candidate, outputs: ReferenceOutputs) -> np.ndarray:
+        """Check each step's logits against the reference's, and against a forward pass without a cache.
 
-        Both sides are fed the tokens that the reference chose. Returns this side's logits.
+        Both sides are fed the tokens of the reference.
+
+        Returns:
+          This side's logits, [B, steps, V].
         """
-        chosen = answers.chosen
-        cached, whole = subject.decode(self.inputs, chosen, prefill_chunk(self.inputs))
-        bound = bound_of(self.options.dtype, "decode", "logits")
+        chosen = outputs.decoded_tokens
+        cached, whole = candidate.decode(self.inputs, chosen, prefill_chunk_length(self.inputs))
+        tolerance = tolerance_for(self.options.dtype, "decode", "logits")
         rows = [f"row {index}" for index in range(len(chosen))]
-        for other, suffix in ((answers.decoded, ""), (whole, ".against_full_forward")):
+        for other, suffix in ((outputs.decoded_logits, ""), (whole, ".against_full_forward")):
             for step in range(chosen.shape[1]):
                 name = (f"decode.step_{step}" if step else "decode.prefill") + suffix
-                self.rows.append(row("decode", name, cached[:, step], other[:, step], bound, rows))
+                self.checks.append(check("decode", name, cached[:, step], other[:, step], tolerance, rows))
         self.facts["greedy tokens that agree"] = f"{np.mean(cached.argmax(-1) == chosen):.1%} of {chosen.size}"
         return cached
 
-    def compare_gradients(self, found: tuple[dict[str, float], Values], answers: Answers) -> None:
-        """The losses, and the gradient by every parameter that both sides have: one that only one has is reported there.
+    def compare_gradients(self, actual: tuple[dict[str, float], Intermediates], outputs: ReferenceOutputs) -> None:
+        """Check the losses and the gradients of all parameters that both sides have (`compare_parameters` reports others).
 
-        From the loss backwards, as gradients flow: the first that is off is the nearest to the fault.
+        The order is that of backpropagation: the first gradient beyond its bound is the one nearest to the error.
         """
-        bound = bound_of(self.options.dtype, "gradient", "loss")
-        for name, loss in answers.losses.items():
-            self.rows.append(row("gradient", name, *_loss_pair(found[0][name], loss, self.options.dtype), bound))
-        for name in filter(found[1].__contains__, backwards(answers)):
-            gradient = answers.gradients[name]
-            ours = np.asarray(found[1][name]).reshape(gradient.shape)
-            self.rows.append(row("gradient", name, ours, gradient, bound))
+        tolerance = tolerance_for(self.options.dtype, "gradient", "loss")
+        for name, loss in outputs.losses.items():
+            self.checks.append(check("gradient", name, *_loss_pair(actual[0][name], loss, self.options.dtype), tolerance))
+        for name in filter(actual[1].__contains__, backward_order(outputs)):
+            gradient = outputs.gradients[name]
+            ours = np.asarray(actual[1][name]).reshape(gradient.shape)
+            self.checks.append(check("gradient", name, ours, gradient, tolerance))
 
-    def by_token(self, name: str, values: Values) -> np.ndarray:
-        """An intermediate as [B, columns, ...]."""
+    def by_token(self, name: str, values: Intermediates) -> np.ndarray:
+        """Return an intermediate as [B, columns, ...]."""
         array = np.asarray(values[name])
         return array.swapaxes(1, 2) if name.endswith(".weights") else array
 
-    def tokens_of(self, name: str, values: Values) -> np.ndarray:
-        """An intermediate at the tokens that are compared, [tokens, ...], without padding, which may hold anything."""
+    def at_real_tokens(self, name: str, values: Intermediates) -> np.ndarray:
+        """Return an intermediate at the compared tokens without padding, [tokens, ...]. Values at padding are arbitrary."""
         return self.by_token(name, values)[self.is_compared]
 
     @property
     def is_compared(self) -> np.ndarray:
-        """Which of the compared columns hold a token, bool [B, columns]."""
+        """False for padding, bool [B, columns]."""
         return self.inputs.is_real[:, self.columns]
 
     def _token_names(self) -> list[str]:
@@ -186,22 +198,22 @@ class Comparison:
         positions = self.inputs.positions[rows, self.columns[columns]]
         return [f"row {r}, position {p}" for r, p in zip(rows.tolist(), positions.tolist(), strict=True)]
 
-    def compare_next_token(self, found: Values, expected: Values) -> None:
-        """What the two sides' logits say of the next token."""
-        ours, reference = self.tokens_of("logits", found), self.tokens_of("logits", expected)
+    def compare_next_token(self, actual: Intermediates, expected: Intermediates) -> None:
+        """Compare the next-token distributions of both sides."""
+        ours, reference = self.at_real_tokens("logits", actual), self.at_real_tokens("logits", expected)
         positions = self.inputs.positions[:, self.columns][self.is_compared]
-        self.distributions = Distributions.of(ours, reference, positions)
-        self.scatter = _some_logits(ours, reference)
-        self.facts["mean KL of the next token"] = f"{self.distributions.kl.mean():.3g} nats"
-        self.facts["top-1 agreement"] = f"{self.distributions.same_top1.mean():.2%} of {len(positions)} tokens"
-        self.facts["top-5 agreement"] = f"{self.distributions.same_top5.mean():.2%}"
+        self.next_token = NextTokenAgreement.from_logits(ours, reference, positions)
+        self.logit_pairs = _sample_logits(ours, reference)
+        self.facts["mean KL of the next token"] = f"{self.next_token.kl.mean():.3g} nats"
+        self.facts["top-1 agreement"] = f"{self.next_token.same_top1.mean():.2%} of {len(positions)} tokens"
+        self.facts["top-5 agreement"] = f"{self.next_token.same_top5.mean():.2%}"
 
-    def report_routing(self, found: Values, expected: Values) -> None:
-        """How often a token goes to other experts, and how often that hangs on less than the logits differ by."""
+    def report_routing(self, actual: Intermediates, expected: Intermediates) -> None:
+        """Report how often a token goes to other experts, and how often the choice was a near tie."""
         differing = near_ties = total = 0
         for name in (name for name in expected if name.endswith(".mlp.gate")):
-            ours, reference = (self.tokens_of(name, values).astype(np.float64) for values in (found, expected))
-            chosen = (self.tokens_of(name.replace("gate", "chosen"), values) for values in (found, expected))
+            ours, reference = (self.at_real_tokens(name, values).astype(np.float64) for values in (actual, expected))
+            chosen = (self.at_real_tokens(name.replace("gate", "chosen"), values) for values in (actual, expected))
             num_chosen = expected[name.replace("gate", "chosen")].shape[-1]
             ordered = -np.sort(-reference, axis=-1)
             margin = ordered[:, num_chosen - 1] - ordered[:, num_chosen] if num_chosen < ordered.shape[1] else np.inf
@@ -215,9 +227,9 @@ class Comparison:
             )
 
     def report(self) -> ParityReport:
-        """All that was found."""
-        assert self.distributions is not None, "the whole model has not been compared"
-        return ParityReport(self.facts, self.rows, self.distributions, self.scatter)
+        """Return the report of all checks."""
+        assert self.next_token is not None, "the whole model has not been compared"
+        return ParityReport(self.facts, self.checks, self.next_token, self.logit_pairs)
 
     def _facts(self) -> dict[str, str]:
         rows = self.inputs.lengths.tolist()
@@ -232,27 +244,27 @@ class Comparison:
         }
 
 
-def spread(length: int, count: int) -> np.ndarray:
-    """At most `count` of `length` columns, evenly spread, the last among them."""
+def evenly_spaced(length: int, count: int) -> np.ndarray:
+    """Return at most `count` of `length` columns, evenly spaced, including the last."""
     return np.unique(np.linspace(length - 1, 0, min(length, count)).round().astype(int))
 
 
-def prefill_chunk(inputs: Inputs) -> int:
-    """A chunk length that takes three steps for the longest row and divides it unevenly, where it is long enough."""
+def prefill_chunk_length(inputs: Inputs) -> int:
+    """Return a chunk length that splits the longest row into three chunks of unequal length, if it is long enough."""
     return int(inputs.lengths.max()) * 2 // 5 + 1
 
 
 def _loss_pair(ours: float, reference: float, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    wide = np.promote_types(dtype, np.float32)
-    return np.array([ours], wide), np.array([reference], wide)
+    accum_dtype = np.promote_types(dtype, np.float32)
+    return np.array([ours], accum_dtype), np.array([reference], accum_dtype)
 
 
-def _whose(is_expected: bool) -> str:
+def _side_missing(is_expected: bool) -> str:
     return "only PyTorch has it" if is_expected else "PyTorch does not have it"
 
 
-def _on_disk(values: dict[str, np.ndarray], in_float32: bool) -> dict[str, np.ndarray]:
-    """The same arrays in temporary files without a name, each freed before the next is written."""
+def _move_to_disk(values: dict[str, np.ndarray], in_float32: bool) -> dict[str, np.ndarray]:
+    """Move the arrays to anonymous temporary files, freeing each before the next is written."""
     moved: dict[str, np.ndarray] = {}
     for name in list(values):
         value = values.pop(name)
@@ -263,18 +275,18 @@ def _on_disk(values: dict[str, np.ndarray], in_float32: bool) -> dict[str, np.nd
     return moved
 
 
-def backwards(answers: Answers) -> list[str]:
-    """The parameters in the order in which a gradient reaches them: that of their modules' outputs, reversed."""
-    computed = {name: index for index, name in enumerate(answers.values)}
-    return sorted(answers.gradients, key=lambda name: -computed.get(name.rpartition(".")[0], len(computed)))
+def backward_order(outputs: ReferenceOutputs) -> list[str]:
+    """Return the parameters in the order in which the gradient reaches them: reversed order of their modules' outputs."""
+    computed = {name: index for index, name in enumerate(outputs.intermediates)}
+    return sorted(outputs.gradients, key=lambda name: -computed.get(name.rpartition(".")[0], len(computed)))
 
 
-def without_logits(values: Values) -> dict[str, Any]:
-    """The intermediates that the model goes on computing with."""
+def without_logits(values: Intermediates) -> dict[str, Any]:
+    """Return the intermediates that are inputs of later components."""
     return {name: value for name, value in values.items() if name != "logits"}
 
 
-def _some_logits(ours: np.ndarray, reference: np.ndarray, count: int = 1500) -> np.ndarray:
+def _sample_logits(ours: np.ndarray, reference: np.ndarray, count: int = 1500) -> np.ndarray:
     rng = np.random.default_rng(0)
     chosen = rng.integers(0, ours.size, count)
     return np.stack([reference.reshape(-1)[chosen], ours.reshape(-1)[chosen]], axis=1).astype(np.float64)

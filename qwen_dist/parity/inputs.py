@@ -1,4 +1,4 @@
-"""What is compared, and what both sides are asked to compute: rows of token ids, left-padded to one length."""
+"""The options of a comparison and its inputs: rows of token ids, left-padded to one length."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 
 from qwen_dist.errors import UsageError
 from qwen_dist.models.config import ModelConfig
-from qwen_dist.parity.bounds import DTYPES
+from qwen_dist.parity.tolerances import DTYPES
 
-# Code, prose, dialogue and arithmetic in several scripts: what a text model meets, eight prompts for a statistic.
+# Code, prose, dialogue and arithmetic in several scripts; eight prompts, enough for statistics.
 PROMPTS = (
     "def quicksort(items):\n    if len(items) <= 1:\n        return items\n    pivot = items[len(items) // 2]\n"
     "    left = [x for x in items if x < pivot]\n    middle = [x for x in items if x == pivot]\n",
@@ -36,11 +36,17 @@ PROMPTS = (
 class ParityOptions:
     """What to compare.
 
-    model: directory of a checkpoint. dtype: of parameters and computation on both sides. prompts: texts to run; or
-    tokens: how many random token ids a row has; neither: built-in texts, or 64 random ids for a checkpoint without a
-    tokenizer. mesh: this side's mesh, such as `fsdp=2,tensor=4`. decode_steps: tokens decoded greedily after the prompt.
-    max_columns: intermediates of longer inputs are compared at this many tokens, evenly spread, and the gradient is that of
-    the last so many tokens.
+    Without `prompts` and `tokens`, built-in texts are run, or 64 random ids if the checkpoint has no tokenizer.
+
+    Attributes:
+      model: directory of a checkpoint.
+      dtype: of parameters and computation on both sides.
+      prompts: texts to run.
+      tokens: the number of random token ids in the first row.
+      mesh: this side's mesh, such as `fsdp=2,tensor=4`.
+      decode_steps: the number of tokens decoded greedily after the prompt.
+      max_columns: longer inputs are compared at this many tokens, evenly spaced; the gradient is that of the last
+        `max_columns` tokens.
     """
 
     model: str | pathlib.Path
@@ -56,7 +62,7 @@ class ParityOptions:
         if self.dtype not in DTYPES:
             problems.append(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.prompts and self.tokens is not None:
-            problems.append("prompts and tokens are both given; give one of them")
+            problems.append("prompts and tokens are both given; give only one of them")
         if self.tokens is not None and self.tokens < 2:
             problems.append(f"tokens is {self.tokens}; at least 2 are needed, so that one predicts the other")
         if problems:
@@ -65,7 +71,12 @@ class ParityOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Rows of tokens, int32 [B, T], padded on the left; row b's tokens are its last `lengths[b]`."""
+    """Left-padded rows of tokens.
+
+    Attributes:
+      tokens: int32 [B, T].
+      lengths: the number of tokens of each row, [B]; row b's tokens are its last `lengths[b]`.
+    """
 
     tokens: np.ndarray
     lengths: np.ndarray
@@ -85,25 +96,25 @@ class Inputs:
 
     @property
     def is_real(self) -> np.ndarray:
-        """True where there is a token and not padding, bool [B, T]."""
+        """False for padding, bool [B, T]."""
         return self.positions >= 0
 
     def rows(self) -> list[list[int]]:
-        """The token ids without the padding."""
+        """Return the token ids without padding."""
         return [row[len(row) - length :].tolist() for row, length in zip(self.tokens, self.lengths, strict=True)]
 
     def first_rows(self, count: int) -> Inputs:
-        """The first `count` rows as inputs of their own."""
+        """Return the first `count` rows."""
         return Inputs.from_rows(self.rows()[:count])
 
-    def last(self, count: int) -> Inputs:
-        """The last `count` tokens of each row as inputs of their own."""
+    def last_tokens(self, count: int) -> Inputs:
+        """Return the last `count` tokens of each row."""
         return Inputs.from_rows([row[-count:] for row in self.rows()])
 
 
 def make_inputs(options: ParityOptions, config: ModelConfig) -> Inputs:
-    """The rows of tokens that the options ask for."""
-    num_rows = 8 if options.dtype == "bfloat16" else 2  # what bfloat16 is judged by is a statistic over the rows
+    """Return the rows of tokens for these options. Raises CheckpointError if texts need a missing tokenizer."""
+    num_rows = 8 if options.dtype == "bfloat16" else 2  # bfloat16 is judged by statistics over the rows
     if options.prompts:
         return _from_text(options.model, options.prompts)
     if options.tokens is None and (pathlib.Path(options.model) / "tokenizer.json").exists():
@@ -112,7 +123,7 @@ def make_inputs(options: ParityOptions, config: ModelConfig) -> Inputs:
 
 
 def _from_text(checkpoint: str | pathlib.Path, prompts: Sequence[str]) -> Inputs:
-    """Prompts as the checkpoint's own tokenizer reads them. Raises CheckpointError when it has none."""
+    """Tokenize the prompts with the checkpoint's tokenizer."""
     from qwen_dist.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_directory(checkpoint)
@@ -120,7 +131,7 @@ def _from_text(checkpoint: str | pathlib.Path, prompts: Sequence[str]) -> Inputs
 
 
 def random_tokens(vocab_size: int, length: int, num_rows: int, seed: int = 0) -> Inputs:
-    """Rows of uniformly random ids; the first has `length` tokens, each following one about a fifth less."""
+    """Return rows of uniformly random ids; the first has `length` tokens, each further row about a fifth less."""
     rng = np.random.default_rng(seed)
     lengths = [max(1, round(length * 0.8**row)) for row in range(num_rows)]
     return Inputs.from_rows([rng.integers(0, vocab_size, size).tolist() for size in lengths])

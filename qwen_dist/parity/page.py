@@ -1,4 +1,4 @@
-"""What a comparison found, as one HTML page that needs nothing but itself: inline SVG, no scripts."""
+"""The report as one self-contained HTML page: inline SVG, no scripts."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from qwen_dist.errors import UserError
-from qwen_dist.parity.bounds import Section
-from qwen_dist.parity.compare import METRICS, SECTIONS, ParityReport, Row
-from qwen_dist.parity.report import number
+from qwen_dist.parity.checks import METRICS, SECTIONS, Check, ParityReport
+from qwen_dist.parity.report import format_number
+from qwen_dist.parity.tolerances import Section
 
 _STYLE = """
 :root{--ink:#1d2430;--soft:#67718a;--line:#e3e7ee;--paper:#fff;--good:#14804a;--bad:#c22f2f;--accent:#2b62d9}
@@ -36,8 +36,8 @@ td,th{padding:2px 8px;border-bottom:1px solid var(--line)}
 td:first-child{font-family:ui-monospace,"DejaVu Sans Mono",monospace}
 tr.bad td{color:var(--bad);font-weight:600} summary{cursor:pointer;color:var(--accent)}
 """
-# One colour for each family of components; the first pattern that fits counts.
-_GROUPS = (
+# One color per group of components: the first pattern that matches.
+_COMPONENT_COLORS = (
     ("norms", "norm", "#7b4fd0"),
     ("rope", "rope", "#e08a00"),
     ("attention", r"weights|mixed|o_proj", "#d6336c"),
@@ -50,7 +50,11 @@ _LAYERS_TITLE = "Error by layer and component"
 
 
 def write_html(report: ParityReport, path: str | pathlib.Path) -> None:
-    """Write the page. Raises UserError when it cannot be written."""
+    """Write the page.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     try:
         pathlib.Path(path).write_text(to_html(report), encoding="utf-8")
     except OSError as error:
@@ -58,7 +62,7 @@ def write_html(report: ParityReport, path: str | pathlib.Path) -> None:
 
 
 def to_html(report: ParityReport) -> str:
-    """The whole page."""
+    """Return the page as HTML."""
     title = f"Parity with PyTorch: {html.escape(report.facts['checkpoint'])}, {html.escape(report.facts['dtype'])}"
     sections = [_verdict(title, report), _along_the_model(report), _heat_maps(report), _logits(report), _positions(report)]
     sections += [_tables(report)]
@@ -81,7 +85,7 @@ def _verdict(title: str, report: ParityReport) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Chart:
-    """A plotting area inside a viewBox, and where a value lies on it."""
+    """A plotting area inside a viewBox. `x` and `y` map values to its coordinates."""
 
     x_range: tuple[float, float]
     y_range: tuple[float, float]
@@ -132,69 +136,72 @@ def _tick(value: float, is_log: bool) -> str:
 
 
 def _decades(values: Iterable[float]) -> tuple[float, float, list[float]]:
-    """A logarithmic range around the positive values, and its ticks."""
+    """Return a logarithmic range around the positive values, and its ticks."""
     exponents = [math.log10(value) for value in values if 0 < value < math.inf] or [-16.0]
     low, high = math.floor(min(exponents) - 0.2), math.ceil(max(exponents) + 0.2)
     step = max(1, (high - low) // 8)
     return 10.0**low, 10.0**high, [10.0**e for e in range(low, high + 1, step)]
 
 
-def _judged(report: ParityReport) -> list[tuple[Section, list[Row]]]:
+def _judged(report: ParityReport) -> list[tuple[Section, list[Check]]]:
     sections: tuple[Section, ...] = ("same inputs", "whole model")
-    found = [(s, [r for r in report.rows if r.section == s and r.difference is not None]) for s in sections]
-    return [(section, rows) for section, rows in found if rows]
+    found = [(s, [r for r in report.checks if r.section == s and r.difference is not None]) for s in sections]
+    return [(section, checks) for section, checks in found if checks]
 
 
-def _shown(row: Row) -> float:
-    """What the charts show of a row: its error in the metric it is judged by, or the relative one."""
-    assert row.difference is not None
-    return row.difference.max_abs if row.metric == "max_abs" else row.difference.relative
+def _error(check: Check) -> float:
+    """Return the error that the charts show: the largest if it is judged, else the relative one."""
+    assert check.difference is not None
+    return check.difference.max_abs if check.metric == "max_abs" else check.difference.relative
 
 
 def _color(name: str) -> str:
-    return next(color for _, pattern, color in _GROUPS if re.search(pattern, name))
+    return next(color for _, pattern, color in _COMPONENT_COLORS if re.search(pattern, name))
 
 
 def _along_the_model(report: ParityReport) -> str:
     body = ""
-    for section, rows in _judged(report):
-        # Rows judged by a bound of their own kind (exactly 0, a ratio) have no place on this scale.
-        bounds = {row.limit for row in rows if row.limit and row.metric in ("max_abs", "relative")}
-        low, high, ticks = _decades([_shown(row) for row in rows] + sorted(bounds))
-        chart = _Chart((0, len(rows) - 1), (low, high), is_log=True)
-        layers = [(i, row) for i, row in enumerate(rows) if row.name.endswith("input_layernorm")]
+    for section, checks in _judged(report):
+        # Checks with another metric (a ratio) or the limit 0 do not fit on this scale.
+        bounds = {check.limit for check in checks if check.limit and check.metric in ("max_abs", "relative")}
+        low, high, ticks = _decades([_error(check) for check in checks] + sorted(bounds))
+        chart = _Chart((0, len(checks) - 1), (low, high), is_log=True)
+        layers = [(i, check) for i, check in enumerate(checks) if check.name.endswith("input_layernorm")]
         marks = "".join(
             f'<line class="grid" x1="{chart.x(i - 0.5):.1f}" x2="{chart.x(i - 0.5):.1f}" y1="12" y2="{chart.height - 34}"/>'
-            f'<text x="{chart.x(i) + 1:.1f}" y="{chart.height - 19}">{row.name.split(".")[1]}</text>'
-            for i, row in layers
+            f'<text x="{chart.x(i) + 1:.1f}" y="{chart.height - 19}">{check.name.split(".")[1]}</text>'
+            for i, check in layers
         )
         dots = "".join(
-            chart.dot(i, _shown(row), _color(row.name), f"{row.name}: {_shown(row):.2e}") for i, row in enumerate(rows)
+            chart.dot(i, _error(check), _color(check.name), f"{check.name}: {_error(check):.2e}")
+            for i, check in enumerate(checks)
         )
-        lines = "".join(chart.bound(limit, f"bound {number(limit)}") for limit in sorted(bounds))
+        lines = "".join(chart.bound(limit, f"bound {format_number(limit)}") for limit in sorted(bounds))
         frame = chart.frame("layer", ticks, ())
         body += f"<h3>{section}: {SECTIONS[section]}</h3>" + chart.svg(frame, marks, lines, dots)
-    legend = " · ".join(f'<span style="color:{color}">●</span> {name}' for name, _, color in _GROUPS)
+    legend = " · ".join(f'<span style="color:{color}">●</span> {name}' for name, _, color in _COMPONENT_COLORS)
     metric = "max |Δ|" if report.facts["dtype"] == "float64" else "‖Δ‖/‖ref‖"
     versus = "PyTorch (whole model: in float64)" if report.facts["dtype"] == "bfloat16" else "PyTorch"
-    text = f"{metric} against {versus}, logarithmic, in the order of computation; no error lies on the floor. {legend}"
+    text = f"{metric} against {versus}, logarithmic, in the order of computation; zero is drawn at the bottom. {legend}"
     return _section("Error along the model", text, body)
 
 
 def _heat_maps(report: ParityReport) -> str:
-    body = "".join(f"<h3>{section}</h3>" + _heat_map(rows, _shown) for section, rows in _judged(report))
-    gradients = [row for row in report.rows if row.section == "gradient" and row.difference is not None]
+    body = "".join(f"<h3>{section}</h3>" + _heat_map(checks, _error) for section, checks in _judged(report))
+    gradients = [check for check in report.checks if check.section == "gradient" and check.difference is not None]
     if gradients:
-        body += "<h3>gradient</h3>" + _heat_map(gradients, _shown)
-    return _section(_LAYERS_TITLE, "The same numbers and those of the gradient, one cell for each: darker is larger.", body)
+        body += "<h3>gradient</h3>" + _heat_map(gradients, _error)
+    return _section(_LAYERS_TITLE, "The same errors and those of the gradient, one cell each: darker is larger.", body)
 
 
-def _heat_map(rows: Sequence[Row], value: Callable[[Row], float]) -> str:
-    cells = [(match[2], int(match[1]), row) for row in rows if (match := re.match(r"layers\.(\d+)\.(.*)", row.name))]
+def _heat_map(checks: Sequence[Check], value: Callable[[Check], float]) -> str:
+    cells = [
+        (match[2], int(match[1]), check) for check in checks if (match := re.match(r"layers\.(\d+)\.(.*)", check.name))
+    ]
     kinds = list(dict.fromkeys(kind for kind, _, _ in cells))
     if not cells:
         return ""
-    shown = [value(row) for _, _, row in cells if 0 < value(row) < math.inf] or [1e-16]
+    shown = [value(check) for _, _, check in cells if 0 < value(check) < math.inf] or [1e-16]
     low, high = min(shown), max(max(shown), 2 * min(shown))
     num_layers = max(layer for _, layer, _ in cells) + 1
     left, size = 210, 16
@@ -207,10 +214,10 @@ def _heat_map(rows: Sequence[Row], value: Callable[[Row], float]) -> str:
     for layer in range(num_layers):
         x = left + (layer + 0.5) * width
         parts.append(f'<text x="{x:.1f}" y="{len(kinds) * size + 14}" text-anchor="middle">{layer}</text>')
-    for kind, layer, row in cells:
+    for kind, layer, check in cells:
         place = f'x="{left + layer * width:.1f}" y="{kinds.index(kind) * size}" width="{width - 1:.1f}" height="{size - 1}"'
-        hint = f"<title>{html.escape(row.name)}: {value(row):.2e}</title>"
-        parts.append(f'<rect {place} fill="{_shade(value(row), low, high)}">{hint}</rect>')
+        hint = f"<title>{html.escape(check.name)}: {value(check):.2e}</title>"
+        parts.append(f'<rect {place} fill="{_shade(value(check), low, high)}">{hint}</rect>')
     for i, exponent in enumerate(np.linspace(math.log10(low), math.log10(high), 5)):
         place = f'x="1000" y="{i * size * 1.2:.1f}" width="14" height="{size * 1.2:.1f}"'
         parts.append(f'<rect {place} fill="{_shade(10**exponent, low, high)}"/>')
@@ -219,7 +226,7 @@ def _heat_map(rows: Sequence[Row], value: Callable[[Row], float]) -> str:
 
 
 def _shade(value: float, low: float, high: float) -> str:
-    """From pale to dark blue on a logarithmic scale; no error at all is almost white, no number at all red."""
+    """Return a color from pale to dark blue on a logarithmic scale; zero is almost white, a non-finite value red."""
     if not math.isfinite(value):
         return "#c22f2f"
     if value <= 0:
@@ -230,9 +237,9 @@ def _shade(value: float, low: float, high: float) -> str:
 
 
 def _logits(report: ParityReport) -> str:
-    points = report.scatter
+    points = report.logit_pairs
     if not np.isfinite(points).all():
-        return _section("Logits", "Not all of them are finite numbers.", " ")
+        return _section("Logits", "Not all logits are finite.", " ")
     low, high = float(points.min()), float(points.max())
     ticks = _round_ticks(low, high)
     both = _Chart((low, high), (low, high), 520, 320)
@@ -245,7 +252,7 @@ def _logits(report: ParityReport) -> str:
     right = apart.svg(
         apart.frame("reference", [float(f"{s:.2g}") for s in scale], ticks), _dots(apart, points[:, 0], delta)
     )
-    text = f"{len(points)} of the logits, drawn at random: left ours against the reference's, right the difference."
+    text = f"{len(points)} randomly chosen logits: left, ours against the reference's; right, the difference."
     return _section("Logits", text, f'<div class="pair"><div>{left}</div><div>{right}</div></div>')
 
 
@@ -261,7 +268,7 @@ def _round_ticks(low: float, high: float) -> list[float]:
 
 
 def _positions(report: ParityReport) -> str:
-    found = report.distributions
+    found = report.next_token
     low, high, ticks = _decades(found.kl.tolist())
     last = int(found.position.max())
     kl = _Chart((0, last), (low, high), height=220, is_log=True)
@@ -289,25 +296,29 @@ def _positions(report: ParityReport) -> str:
 def _tables(report: ParityReport) -> str:
     body = ""
     for section, title in SECTIONS.items():
-        rows = [row for row in report.rows if row.section == section]
-        if rows:
-            opened = "" if all(row.is_within for row in rows) else " open"
+        checks = [check for check in report.checks if check.section == section]
+        if checks:
+            opened = "" if all(check.is_within for check in checks) else " open"
             head = "".join(
                 f"<th>{h}</th>" for h in ("component", "max |Δ|", "‖Δ‖/‖ref‖", "ulp", "judged by", "found", "bound")
             )
-            lines = "".join(map(_table_row, rows))
-            body += f"<details{opened}><summary>{section}: {title} ({len(rows)})</summary>"
+            lines = "".join(map(_table_row, checks))
+            body += f"<details{opened}><summary>{section}: {title} ({len(checks)})</summary>"
             body += f"<table><tr>{head}</tr>{lines}</table></details>"
     return _section("Every comparison", "In the order of computation.", body)
 
 
-def _table_row(row: Row) -> str:
-    found = row.difference
+def _table_row(check: Check) -> str:
+    found = check.difference
     measured = ["", "", ""]
     if found is not None:
-        measured = [number(found.max_abs), number(found.relative), "" if found.max_ulp is None else number(found.max_ulp)]
-    limit = "" if row.limit is None else number(row.limit)
-    name = html.escape(row.name) + (f"<br>{html.escape(row.where)}" if row.where else "")
-    cells = [name, *measured, METRICS[row.metric], number(row.measured), limit]
-    kind = "" if row.is_within else ' class="bad"'
+        measured = [
+            format_number(found.max_abs),
+            format_number(found.relative),
+            "" if found.max_ulp is None else format_number(found.max_ulp),
+        ]
+    limit = "" if check.limit is None else format_number(check.limit)
+    name = html.escape(check.name) + (f"<br>{html.escape(check.where)}" if check.where else "")
+    cells = [name, *measured, METRICS[check.metric], format_number(check.measured), limit]
+    kind = "" if check.is_within else ' class="bad"'
     return f"<tr{kind}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"

@@ -1,4 +1,4 @@
-"""The reference side: the `transformers` model itself, observed through forward hooks. The only torch import here.
+"""The reference: the `transformers` model itself, read through forward hooks. The only module that imports torch.
 
 Names and layouts are this project's: `layers.0.self_attn.q_rope` [B, T, N, H], parameters without the checkpoint's prefix.
 """
@@ -34,16 +34,16 @@ _PER_HEAD = ("q_proj", "k_proj", "v_proj")
 IGNORED_LABEL = -100
 
 
-class LiftedToFloat64(TorchFunctionMode):
-    """Every cast to float32 and every float32 constant in the block is float64 instead.
+class UpcastToFloat64(TorchFunctionMode):
+    """Turn every cast to float32 and every float32 constant in the block into float64.
 
-    `transformers` casts norms, softmax, rope and the loss to float32 whatever the model's dtype is, so that a "float64"
-    run is only good to 1e-7. Inside this mode the same lines of code compute in float64 throughout.
+    `transformers` casts norms, softmax, rope and the loss to float32 for every dtype of the model, so a "float64" run is
+    exact to 1e-7 only. In this mode the same code computes entirely in float64.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        lifted = {key: _lift(value) for key, value in (kwargs or {}).items()}
-        return (torch.Tensor.double if func is torch.Tensor.float else func)(*map(_lift, args), **lifted)
+        upcast_kwargs = {key: _upcast(value) for key, value in (kwargs or {}).items()}
+        return (torch.Tensor.double if func is torch.Tensor.float else func)(*map(_upcast, args), **upcast_kwargs)
 
     def __enter__(self) -> Any:
         self._default = torch.get_default_dtype()
@@ -55,7 +55,7 @@ class LiftedToFloat64(TorchFunctionMode):
         torch.set_default_dtype(self._default)
 
 
-def _lift(value: Any) -> Any:
+def _upcast(value: Any) -> Any:
     return torch.float64 if value is torch.float32 else value
 
 
@@ -64,63 +64,63 @@ class Reference:
 
     Args:
       checkpoint: its directory.
-      dtype: "float64" (lifted, see above), "float32" or "bfloat16".
-      attention: "eager", which has attention weights to show and runs one expert after the other, or "sdpa", the default of
-        transformers, which multiplies by all experts in one call.
+      dtype: "float64" (with `UpcastToFloat64`), "float32" or "bfloat16".
+      attention: "eager", which returns attention weights and runs the experts one by one, or "sdpa", the default of
+        transformers, which runs all experts in one call.
     """
 
     def __init__(self, checkpoint: str | pathlib.Path, dtype: str, attention: str = "eager"):
-        self.is_lifted = dtype == "float64"
+        self.is_upcast = dtype == "float64"
         with _without_progress_bars():
             self.model = transformers.AutoModelForCausalLM.from_pretrained(
                 checkpoint,
                 dtype=getattr(torch, dtype),
-                attn_implementation=_observable(attention),
-                experts_implementation="eager" if attention == "eager" else None,  # by default, where there are any
+                attn_implementation=_register_observed_attention(attention),
+                experts_implementation="eager" if attention == "eager" else None,  # None is the default
                 local_files_only=True,
             ).eval()
-        if self.is_lifted:
+        if self.is_upcast:
             self._rebuild_rotary_tables()
         self._prefix = next(name for name, _ in self.model.named_modules() if name.endswith("embed_tokens"))
         self._prefix = self._prefix.removesuffix("embed_tokens")
-        self._observe_modules()
+        self._register_hooks()
 
     def _rebuild_rotary_tables(self) -> None:
-        """The inverse frequencies are computed once, in float32, when the model is built: build them again, lifted."""
+        """Compute the inverse frequencies again in float64: the model computes them in float32 when it is built."""
         tables = [(name, module) for name, module in self.model.named_modules() if hasattr(module, "inv_freq")]
-        assert tables, "no rotary embedding was found to lift"
+        assert tables, "no rotary embedding was found to upcast"
         for name, module in tables:
-            with LiftedToFloat64():
+            with UpcastToFloat64():
                 self.model.set_submodule(name, type(module)(config=module.config))
 
     def _computing(self) -> contextlib.AbstractContextManager[Any]:
-        return LiftedToFloat64() if self.is_lifted else contextlib.nullcontext()
+        return UpcastToFloat64() if self.is_upcast else contextlib.nullcontext()
 
     def parameters(self) -> dict[str, np.ndarray]:
-        """Every parameter as loaded, in the checkpoint's shape; the arrays share the model's memory."""
+        """Return every parameter as loaded, in the checkpoint's shape. The arrays share the model's memory."""
         return {self._name(name): to_numpy(value) for name, value in self.model.named_parameters()}
 
     def _name(self, name: str) -> str:
         return name.removeprefix(self._prefix)
 
-    def _observe_modules(self) -> None:
-        """Hook every module whose output is compared; the hooks do nothing unless a recording is on."""
+    def _register_hooks(self) -> None:
+        """Hook every module whose output is compared. The hooks do nothing outside of a recording."""
         decoder = self.model.get_submodule(self._prefix.removesuffix("."))
-        _observe(decoder.embed_tokens, "embed_tokens")
+        _hook_output(decoder.embed_tokens, "embed_tokens")
         for index, layer in enumerate(decoder.layers):
             modules = dict(layer.named_modules())
             for name in filter(modules.__contains__, _HOOKED):
                 head_dim = layer.self_attn.head_dim if name.endswith(_PER_HEAD) else None
-                _observe(modules[name], f"layers.{index}.{name}", head_dim)
+                _hook_output(modules[name], f"layers.{index}.{name}", head_dim)
             if "mlp.experts" in modules:
-                _observe_router(modules["mlp.gate"], f"layers.{index}.mlp.")
-                _observe_experts(modules["mlp.experts"], f"layers.{index}.mlp.")
-            _observe_input(layer.post_attention_layernorm, f"layers.{index}.residual")
-            _observe(layer, f"layers.{index}.output")
-        _observe(decoder.norm, "norm")
+                _hook_router(modules["mlp.gate"], f"layers.{index}.mlp.")
+                _hook_experts(modules["mlp.experts"], f"layers.{index}.mlp.")
+            _hook_input(layer.post_attention_layernorm, f"layers.{index}.residual")
+            _hook_output(layer, f"layers.{index}.output")
+        _hook_output(decoder.norm, "norm")
 
     def forward(self, inputs: Inputs, columns: np.ndarray) -> dict[str, np.ndarray]:
-        """Every intermediate at these columns of [B, T], and the logits, in the order in which they are computed."""
+        """Return every intermediate at these columns of [B, T], and the logits, in the order of computation."""
         recording = Recording(torch.from_numpy(columns), len(inputs.tokens))
         token = _recording.set(recording)
         try:
@@ -130,10 +130,13 @@ class Reference:
             _recording.reset(token)
         return {name: to_numpy(value) for name, value in (recording.values | {"logits": output.logits}).items()}
 
-    def decode(self, inputs: Inputs, num_steps: int, chosen: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Decode with the cache, greedily or along the tokens `chosen` [B, steps].
+    def decode(
+        self, inputs: Inputs, num_steps: int, forced_tokens: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Decode with the cache, greedily or with the tokens `forced_tokens` [B, steps].
 
-        Returns the tokens taken, int32 [B, steps], and the logits before each, [B, steps, V].
+        Returns:
+          The tokens, int32 [B, steps], and the logits before each, [B, steps, V].
         """
         tokens, logits = [], []
         with torch.no_grad(), self._computing():
@@ -141,7 +144,9 @@ class Reference:
             for step in range(num_steps):
                 output = self.model(**arguments, use_cache=True, logits_to_keep=1)
                 logits.append(output.logits[:, -1])
-                tokens.append(logits[-1].argmax(-1) if chosen is None else torch.from_numpy(chosen[:, step]).long())
+                tokens.append(
+                    logits[-1].argmax(-1) if forced_tokens is None else torch.from_numpy(forced_tokens[:, step]).long()
+                )
                 arguments = {
                     "input_ids": tokens[-1][:, None],
                     "attention_mask": torch.nn.functional.pad(arguments["attention_mask"], (0, 1), value=1),
@@ -151,16 +156,16 @@ class Reference:
         return np.stack([to_numpy(t) for t in tokens], 1).astype(np.int32), np.stack([to_numpy(x) for x in logits], 1)
 
     def gradient(self, inputs: Inputs) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """The losses by name, and the gradient of "loss" by every parameter.
+        """Return the losses by name, and the gradient of "loss" by parameter.
 
-        "loss" is the mean cross-entropy of each next token; of a mixture of experts with its share of "aux_loss".
+        "loss" is the mean next-token cross-entropy; for a mixture of experts it includes the weighted "aux_loss".
         """
         arguments = _arguments(inputs)
-        # A row's first token has nobody to predict it but padding.
+        # A row's first token is preceded by padding only, so it is no target.
         labels = torch.where(torch.from_numpy(inputs.positions) > 0, arguments["input_ids"], IGNORED_LABEL)
         with self._computing():
-            asked = {"output_router_logits": True} if hasattr(self.model.config, "router_aux_loss_coef") else {}
-            output = self.model(**arguments, labels=labels, use_cache=False, **asked)
+            options = {"output_router_logits": True} if hasattr(self.model.config, "router_aux_loss_coef") else {}
+            output = self.model(**arguments, labels=labels, use_cache=False, **options)
             output.loss.backward()
         gradients = {self._name(name): to_numpy(value.grad) for name, value in self.model.named_parameters()}
         self.model.zero_grad(set_to_none=True)
@@ -169,7 +174,7 @@ class Reference:
 
 @dataclasses.dataclass
 class Recording:
-    """Intermediates by name, at some columns of the length dimension, of so many rows."""
+    """Intermediates by name, at these columns of the length dimension, for `num_rows` rows."""
 
     columns: torch.Tensor
     num_rows: int
@@ -186,13 +191,13 @@ def _record(name: str, value: torch.Tensor, length_dim: int = 1) -> None:
 
 
 def _record_flat(name: str, value: torch.Tensor) -> None:
-    """Of what has the tokens of all rows in one dimension."""
+    """Record a value that has the tokens of all rows in one dimension."""
     recording = _recording.get()
     if recording is not None:
         _record(name, value.unflatten(0, (recording.num_rows, -1)))
 
 
-def _observe(module: torch.nn.Module, name: str, head_dim: int | None = None) -> None:
+def _hook_output(module: torch.nn.Module, name: str, head_dim: int | None = None) -> None:
     def hook(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> None:
         output = output if head_dim is None else output.unflatten(-1, (-1, head_dim))
         (_record_flat if output.ndim == 2 else _record)(name, output)
@@ -200,7 +205,7 @@ def _observe(module: torch.nn.Module, name: str, head_dim: int | None = None) ->
     module.register_forward_hook(hook)
 
 
-def _observe_router(module: torch.nn.Module, start: str) -> None:
+def _hook_router(module: torch.nn.Module, start: str) -> None:
     def hook(_module: torch.nn.Module, _inputs: Any, output: tuple[torch.Tensor, ...]) -> None:
         for name, value in zip(("gate", "scores", "chosen"), output, strict=True):
             _record_flat(start + name, value)
@@ -208,8 +213,8 @@ def _observe_router(module: torch.nn.Module, start: str) -> None:
     module.register_forward_hook(hook)
 
 
-def _observe_experts(module: torch.nn.Module, start: str) -> None:
-    """Their sum, and the output of each: of the first expert of every token alone, of the second, and so on, in full."""
+def _hook_experts(module: torch.nn.Module, start: str) -> None:
+    """Record the weighted sum of the experts, and the unweighted output of each token's first, second, … expert."""
 
     def hook(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         if _recording.get() is None:
@@ -223,12 +228,16 @@ def _observe_experts(module: torch.nn.Module, start: str) -> None:
     module.register_forward_hook(hook)
 
 
-def _observe_input(module: torch.nn.Module, name: str) -> None:
+def _hook_input(module: torch.nn.Module, name: str) -> None:
     module.register_forward_pre_hook(lambda _module, inputs: _record(name, inputs[0]))
 
 
-def _observable(attention: str) -> str:
-    """Register `attention` under another name, with a look at its arguments and results; returns that name."""
+def _register_observed_attention(attention: str) -> str:
+    """Register a recording wrapper of the attention function `attention`.
+
+    Returns:
+      The name of the wrapper.
+    """
 
     def observed(
         module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **options: Any
@@ -270,7 +279,7 @@ def _arguments(inputs: Inputs) -> dict[str, Any]:
 
 
 def to_numpy(value: torch.Tensor) -> np.ndarray:
-    """The tensor's own memory as a numpy array, bfloat16 included."""
+    """Return a NumPy view of the tensor's memory; bfloat16 is supported."""
     value = value.detach()
     if value.dtype == torch.bfloat16:
         return value.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
@@ -278,5 +287,5 @@ def to_numpy(value: torch.Tensor) -> np.ndarray:
 
 
 def versions() -> dict[str, str]:
-    """The versions of the packages that the comparison is with."""
+    """Return the versions of the packages that the comparison uses."""
     return {"torch": torch.__version__, "transformers": transformers.__version__}

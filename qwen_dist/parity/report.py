@@ -1,4 +1,4 @@
-"""What a comparison found, as a table in the terminal; the page for a browser is `page`."""
+"""The report as tables in the terminal. `page` has the HTML report."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from qwen_dist.parity.bounds import Section
-from qwen_dist.parity.compare import METRICS, SECTIONS, ParityReport, Row
+from qwen_dist.parity.checks import METRICS, SECTIONS, Check, ParityReport
+from qwen_dist.parity.tolerances import Section
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 
 def print_report(report: ParityReport, console: Console) -> None:
-    """Print one line for each kind of component, with the worst of its layers, and the verdict."""
+    """Print one line per component, with the worst of its layers, and the verdict."""
     for name, fact in report.facts.items():
         console.print(f"[dim]{name}:[/] {fact}", soft_wrap=True)
     for section, title in SECTIONS.items():
-        rows = [row for row in report.rows if row.section == section]
-        if section == "parameters" and all(row.is_within for row in rows):
-            console.print(f"\n[bold]{section}:[/] {len(rows)}, each equal in name, shape and every bit\n")
-        elif rows:
-            console.print(_table(section, title, rows))
+        checks = [check for check in report.checks if check.section == section]
+        if section == "parameters" and all(check.is_within for check in checks):
+            console.print(f"\n[bold]{section}:[/] {len(checks)}, each equal in name, shape and every bit\n")
+        elif checks:
+            console.print(_table(section, title, checks))
     color = "green" if report.ok else "red"
     console.print(f"[bold {color}]{report.verdict()}[/]", soft_wrap=True)
 
 
-def _table(section: Section, title: str, rows: list[Row]) -> Table:
+def _table(section: Section, title: str, checks: list[Check]) -> Table:
     from rich import box
     from rich.table import Table
 
@@ -38,28 +38,28 @@ def _table(section: Section, title: str, rows: list[Row]) -> Table:
     table.add_column("component", no_wrap=True)
     for heading in ("max |Δ|", "max |Δ/ref|", "‖Δ‖/‖ref‖", "max ulp", "1 - cosine", "judged by", "worst", "bound", ""):
         table.add_column(heading, justify="right", no_wrap=True)
-    for kind, group in by_kind(rows).items():
-        table.add_row(kind, *_cells(group))
+    for component, group in by_component(checks).items():
+        table.add_row(component, *_cells(group))
     return table
 
 
-def by_kind(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows that differ only in their layer or step, together: `layers.*.output`."""
-    kinds: dict[str, list[Row]] = {}
-    for row in rows:
-        kinds.setdefault(re.sub(r"(?<=[._])\d+", "*", row.name), []).append(row)
-    return kinds
+def by_component(checks: Iterable[Check]) -> dict[str, list[Check]]:
+    """Group the checks that differ only in layer or step, under names such as `layers.*.output`."""
+    components: dict[str, list[Check]] = {}
+    for check in checks:
+        components.setdefault(re.sub(r"(?<=[._])\d+", "*", check.name), []).append(check)
+    return components
 
 
-def _cells(group: list[Row]) -> list[str]:
-    worst = worst_of(group)
-    found = [row.difference for row in group if row.difference is not None]
-    # Where terms cancel, the distance in units of the last place says nothing.
+def _cells(group: list[Check]) -> list[str]:
+    worst = worst_check(group)
+    found = [check.difference for check in group if check.difference is not None]
+    # Where terms cancel, ulps say nothing.
     is_smooth = worst.metric != "ratio" and worst.name.endswith(("norm", ".weights", "embed_tokens"))
     has_ulps = is_smooth or worst.section == "parameters"
     ulps = [each.max_ulp for each in found if each.max_ulp is not None and has_ulps]
     numbers = [
-        number(max(values)) if values else ""
+        format_number(max(values)) if values else ""
         for values in (
             [each.max_abs for each in found],
             [each.max_rel for each in found],
@@ -68,17 +68,17 @@ def _cells(group: list[Row]) -> list[str]:
             [1 - each.cosine for each in found],
         )
     ]
-    bound = "" if worst.limit is None else number(worst.limit)
+    bound = "" if worst.limit is None else format_number(worst.limit)
     mark = "" if worst.limit is None else "[green]✓[/]" if worst.is_within else "[bold red]✗[/]"
     where = f" (×{len(group)})" if len(group) > 1 else ""
-    return [*numbers, METRICS[worst.metric], number(worst.measured) + where, bound, mark]
+    return [*numbers, METRICS[worst.metric], format_number(worst.measured) + where, bound, mark]
 
 
-def worst_of(group: list[Row]) -> Row:
-    """The row that is furthest beyond its bound, or nearest to it; a NaN is the furthest."""
-    return max(group, key=lambda row: (not row.is_within, row.measured != row.measured, row.measured))
+def worst_check(group: list[Check]) -> Check:
+    """Return the check that is furthest beyond its bound, or nearest to it; NaN is the furthest."""
+    return max(group, key=lambda check: (not check.is_within, check.measured != check.measured, check.measured))
 
 
-def number(value: float) -> str:
-    """Three digits at most."""
+def format_number(value: float) -> str:
+    """Format a number with at most three significant digits."""
     return "0" if value == 0 else f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 else f"{value:.1e}"

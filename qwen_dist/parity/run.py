@@ -1,4 +1,4 @@
-"""The comparison as a tool: load a checkpoint on both sides, ask both the same questions, judge the answers."""
+"""The entry point of the comparison: load a checkpoint on both sides, compute the same on both, check the results."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ import jax
 
 from qwen_dist.errors import UserError
 from qwen_dist.models.config import ModelConfig
-from qwen_dist.parity.compare import ParityReport
+from qwen_dist.parity.checks import ParityReport
 from qwen_dist.parity.inputs import ParityOptions
 
 __all__ = ["ParityOptions", "run_parity"]
 
 
 def run_parity(options: ParityOptions, progress: Callable[[str], None] = lambda stage: None) -> ParityReport:
-    """Compare this project's model with the `transformers` one; `progress` is told each stage as it begins.
+    """Compare this project's model with that of `transformers`.
+
+    Args:
+      options: what to compare.
+      progress: called with the name of each stage as it starts.
 
     Raises:
       UserError: torch and transformers are not installed.
@@ -25,13 +29,13 @@ def run_parity(options: ParityOptions, progress: Callable[[str], None] = lambda 
     """
     if missing_packages := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
         raise UserError(
-            f"parity compares with PyTorch: {' and '.join(missing_packages)} missing; pip install 'qwen-dist[parity]'"
+            f"parity compares with PyTorch: {' and '.join(missing_packages)} are missing; pip install 'qwen-dist[parity]'"
         )
-    from qwen_dist.parity.comparison import Comparison, compare_in_one_dtype
-    from qwen_dist.parity.truth import compare_with_truth
+    from qwen_dist.parity.comparison import Comparison, compare_in_same_dtype
+    from qwen_dist.parity.oracle import compare_bfloat16
 
     config = ModelConfig.from_directory(options.model)
-    # On accelerators a float32 product is rounded to fewer bits unless one asks.
+    # By default, accelerators round the operands of float32 products to fewer bits.
     with jax.enable_x64(options.dtype == "float64"), jax.default_matmul_precision("highest"):
         comparison = Comparison(options, config, progress)
-        return (compare_with_truth if options.dtype == "bfloat16" else compare_in_one_dtype)(comparison)
+        return (compare_bfloat16 if options.dtype == "bfloat16" else compare_in_same_dtype)(comparison)

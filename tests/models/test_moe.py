@@ -13,8 +13,9 @@ from qwen_dist.errors import UsageError
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.config import MoEConfig
 from qwen_dist.models.moe import Experts, load_balancing_loss, route
+from qwen_dist.models.parameters import random_parameters, with_parameters
 from qwen_dist.planning.compile import parse_collectives
-from qwen_dist.sharding import INFERENCE, RULE_SETS, ShardingContext, random_parameters, use_sharding, with_parameters
+from qwen_dist.sharding import INFERENCE, RULE_SETS, ShardingContext, use_sharding
 
 C, O = 12, 10
 # rows of each group, and rows behind the last one that belong to none

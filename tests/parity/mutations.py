@@ -1,9 +1,9 @@
-"""Break the model in one place at a time and see which component the comparison with PyTorch names.
+"""Break the model in one place at a time and check which component the comparison with PyTorch names.
 
     python tests/parity/mutations.py          prints the table: mutation, the component named, by how much it is off
 
-A mutation replaces a piece of a function's source, so it is what a slip of a developer's hand would be; the function keeps
-its identity, and everybody who imported it runs the broken code.
+A mutation replaces a piece of a function's source, like a developer's mistake. The function object stays the same, so every
+module that imported it runs the broken code.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from typing import Any
 import jax
 
 from qwen_dist.models.config import ModelConfig
-from qwen_dist.parity.compare import Row
-from qwen_dist.parity.comparison import Answers, Comparison
+from qwen_dist.parity.checks import Check
+from qwen_dist.parity.comparison import Comparison, ReferenceOutputs
 from qwen_dist.parity.inputs import ParityOptions
 from qwen_dist.parity.reference import Reference
 
 
 @dataclasses.dataclass(frozen=True)
 class Mutation:
-    """`edits` to the source of `function` ("module:qualified.name"), and the component that must be named for them."""
+    """`edits` to the source of `function` ("module:qualified.name"), and the component that the comparison must name."""
 
     what: str
     function: str
@@ -41,7 +41,7 @@ class Mutation:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """The function's code replaced for the block."""
+        """Replace the function's code for the block."""
         module, _, path = self.function.partition(":")
         function = functools.reduce(getattr, path.split("."), importlib.import_module(module))
         original = function.__code__
@@ -359,7 +359,7 @@ MUTATIONS = [
     ),
 ]
 
-# What the mutations are run on: everything that a family can have on, and inputs short enough for a second each.
+# What the mutations run on: every feature that a family can have, with inputs short enough for about a second each.
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 _TINY = {"num_hidden_layers": 2, "max_position_embeddings": 64}
 _WINDOWS = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "tie_word_embeddings": True}
@@ -374,7 +374,7 @@ MakeCheckpoint = Callable[..., pathlib.Path]
 
 
 class Bench:
-    """The reference's answers for one scenario, to be compared with as often as there are mutations."""
+    """The reference's outputs for one scenario, computed once for all mutations."""
 
     def __init__(self, scenario: str, make_checkpoint: MakeCheckpoint):
         family, values, options = SCENARIOS[scenario]
@@ -382,21 +382,21 @@ class Bench:
         self.config = ModelConfig.from_directory(self.options.model)
         reference = Reference(self.options.model, self.options.dtype)
         self.parameters = reference.parameters()
-        self.answers: Answers = self._comparison().ask(reference)
+        self.outputs: ReferenceOutputs = self._comparison().run_reference(reference)
 
     def _comparison(self) -> Comparison:
         return Comparison(self.options, self.config, progress=lambda stage: None)
 
-    def first_fault(self) -> Row | None:
-        """The first component beyond its bound; the search ends with the stage that has one."""
+    def first_failure(self) -> Check | None:
+        """Return the first failed check; later stages are skipped."""
         comparison = self._comparison()
         with jax.enable_x64(self.options.dtype == "float64"):
-            subject = comparison.load()
-            comparison.compare_parameters(subject, self.parameters)
-            stages = comparison.stages(subject, self.answers)
-            while comparison.first_fault is None and next(stages, None) is not None:
+            candidate = comparison.load()
+            comparison.compare_parameters(candidate, self.parameters)
+            stages = comparison.stages(candidate, self.outputs)
+            while comparison.first_failure is None and next(stages, None) is not None:
                 pass
-        return comparison.first_fault
+        return comparison.first_failure
 
 
 if __name__ == "__main__":

@@ -15,20 +15,20 @@ import pytest
 
 from qwen_dist.checkpoint.model import load_model
 from qwen_dist.mesh import MeshConfig, make_mesh
+from qwen_dist.parity.candidate import Candidate
 from qwen_dist.parity.inputs import random_tokens
-from qwen_dist.parity.subject import Subject
 from qwen_dist.sharding import INFERENCE, ShardingContext
 
 pytestmark = pytest.mark.parity
 
 
 def digests(checkpoint: str, dtype: str) -> dict[str, str]:
-    """A digest of everything that the model computes: intermediates, logits, decoding, loss and gradients."""
-    subject = Subject(load_model(checkpoint, ShardingContext(make_mesh(MeshConfig.parse("")), INFERENCE), dtype=dtype))
+    """Digests of everything the model computes: intermediates, logits, decoding, loss and gradients."""
+    candidate = Candidate(load_model(checkpoint, ShardingContext(make_mesh(MeshConfig.parse("")), INFERENCE), dtype=dtype))
     inputs = random_tokens(311, 30, 2)
-    values = dict(subject.forward(inputs, np.arange(30)))
-    values["cached"], values["whole"] = subject.decode(inputs, inputs.tokens[:, :3], chunk=13)
-    losses, gradients = subject.gradient(inputs)
+    values = dict(candidate.forward(inputs, np.arange(30)))
+    values["cached"], values["whole"] = candidate.decode(inputs, inputs.tokens[:, :3], chunk=13)
+    losses, gradients = candidate.gradient(inputs)
     values |= {name: np.array(loss) for name, loss in losses.items()}
     values |= {f"gradient of {name}": value for name, value in gradients.items()}
     return {name: hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest() for name, value in values.items()}

@@ -25,13 +25,15 @@ def table():
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_without_a_mutation_nothing_is_beyond(bench, scenario):
-    assert bench(scenario).first_fault() is None
+    assert bench(scenario).first_failure() is None
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what.replace(" ", "_"))
 def test_mutation_is_caught_and_named(bench, table, mutation):
     with mutation.applied():
-        fault = bench(mutation.scenario).first_fault()
-    table.append(f"{mutation.what:40} {fault.name if fault else 'NOT CAUGHT':32} {fault.measured if fault else 0:.2g}")
-    assert fault is not None, f"{mutation.what} was not caught"
-    assert fault.name == mutation.named, str(fault)
+        failure = bench(mutation.scenario).first_failure()
+    table.append(
+        f"{mutation.what:40} {failure.name if failure else 'NOT CAUGHT':32} {failure.measured if failure else 0:.2g}"
+    )
+    assert failure is not None, f"{mutation.what} was not caught"
+    assert failure.name == mutation.named, str(failure)

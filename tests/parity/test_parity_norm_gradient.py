@@ -1,4 +1,4 @@
-"""The gradient of a norm's weight is a sum over all tokens: in bfloat16 it must not be summed in bfloat16."""
+"""The gradient of a norm's weight is a sum over all tokens: in bfloat16 it must be summed in a wider dtype."""
 
 from __future__ import annotations
 

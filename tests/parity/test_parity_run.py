@@ -1,4 +1,4 @@
-"""The tool on random checkpoints of every family: what `qwen-dist parity` does, and what it prints."""
+"""`qwen-dist parity` on random checkpoints of every family: its checks and its output."""
 
 from __future__ import annotations
 
@@ -37,13 +37,14 @@ def report(request, tiny_checkpoint):
 
 def test_float64_is_within_bounds(report):
     assert report.ok, report.verdict()
-    assert max(row.measured for row in report.rows) < 1e-11  # the bound leaves room for sizes, not for faults
-    assert report.distributions.same_top1.all()
+    assert max(check.measured for check in report.checks) < 1e-11  # the bound is wider for large models only
+    assert report.next_token.same_top1.all()
 
 
 def test_every_component_is_compared(report):
     names = {
-        section: {row.name for row in report.rows if row.section == section} for section in ("same inputs", "whole model")
+        section: {check.name for check in report.checks if check.section == section}
+        for section in ("same inputs", "whole model")
     }
     expected = {f"layers.{layer}.{name}" for layer in range(2) for name in ATTENTION} | {"embed_tokens", "norm", "logits"}
     is_moe, has_shared = (report.facts["family"].startswith(family) for family in (MOE, "qwen2_moe"))
@@ -55,21 +56,21 @@ def test_every_component_is_compared(report):
     qk_norms = {f"layers.{layer}.self_attn.{name}_norm" for layer in range(2) for name in "qk"}
     expected |= qk_norms if "qwen3" in report.facts["family"] else set()
     assert names["same inputs"] == names["whole model"] == expected
-    parameters = {row.name for row in report.rows if row.section == "parameters"}
+    parameters = {check.name for check in report.checks if check.section == "parameters"}
     losses = {"loss", "aux_loss"} if is_moe else {"loss"}
-    assert {row.name for row in report.rows if row.section == "gradient"} == parameters | losses
+    assert {check.name for check in report.checks if check.section == "gradient"} == parameters | losses
     assert ("routing" in report.facts) == is_moe
-    steps = {row.name for row in report.rows if row.section == "decode"}
+    steps = {check.name for check in report.checks if check.section == "decode"}
     assert {"decode.prefill", "decode.step_3", "decode.step_3.against_full_forward"} <= steps
 
 
-def test_terminal_json_and_page_tell_the_same(report, tmp_path):
+def test_terminal_json_and_page_agree(report, tmp_path):
     text = io.StringIO()
     print_report(report, Console(file=text, width=160))
     assert report.verdict() in text.getvalue()
     assert "layers.*.self_attn.q_rope" in text.getvalue()
     found = json.loads(json.dumps(report.to_json(), allow_nan=False))
-    assert found["ok"] and len(found["rows"]) == len(report.rows) and len(found["tokens"]["kl"]) == 72
+    assert found["ok"] and len(found["rows"]) == len(report.checks) and len(found["tokens"]["kl"]) == 72
     write_html(report, tmp_path / "out.html")
     page = (tmp_path / "out.html").read_text(encoding="utf-8")
     assert "Within bounds" in page and page == to_html(report)
@@ -83,14 +84,14 @@ def test_terminal_json_and_page_tell_the_same(report, tmp_path):
 def test_float32_is_within_bounds(tiny_checkpoint, family):
     report = run_parity(ParityOptions(tiny_checkpoint(family, num_hidden_layers=2), dtype="float32", decode_steps=4))
     assert report.ok, report.verdict()
-    # The bounds that the tool has to leave wider for real checkpoints are not needed here.
-    assert max(row.measured for row in report.rows) < 1e-5
+    # The wider bounds are needed for real checkpoints only.
+    assert max(check.measured for check in report.checks) < 1e-5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "norm_topk_prob"), [("qwen2_moe", True), ("qwen3_moe", False)])
-def test_moe_scores_as_they_are_and_made_to_sum_to_one(tiny_checkpoint, family, norm_topk_prob):
-    """Each family as the other is; the checkpoints of all other tests are as their own family."""
+def test_moe_scores_with_and_without_normalization(tiny_checkpoint, family, norm_topk_prob):
+    """Each family with the setting of the other; all other tests use the family's own."""
     checkpoint = tiny_checkpoint(family, num_hidden_layers=2, norm_topk_prob=norm_topk_prob)
     for dtype in ("float64", "float32"):
         report = run_parity(ParityOptions(checkpoint, dtype=dtype, tokens=40, decode_steps=4))
@@ -100,10 +101,10 @@ def test_moe_scores_as_they_are_and_made_to_sum_to_one(tiny_checkpoint, family, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_errs_no_more_than_pytorch(tiny_checkpoint, family):
+def test_bfloat16_errors_are_not_larger_than_pytorchs(tiny_checkpoint, family):
     report = run_parity(ParityOptions(tiny_checkpoint(family, num_hidden_layers=2), dtype="bfloat16", decode_steps=4))
     assert report.ok, report.verdict()
-    judged = {row.name for row in report.rows if row.limit is not None and row.metric in ("ratio", "kl")}
+    judged = {check.name for check in report.checks if check.limit is not None and check.metric in ("ratio", "kl")}
     assert judged == {"logits", "next token", "decode.all_steps"}
 
 
@@ -156,26 +157,26 @@ def test_4000_tokens_with_windows_and_yarn_beyond_its_length(tiny_checkpoint):
     checkpoint = tiny_checkpoint("qwen2", **values)
     report = run_parity(ParityOptions(checkpoint, dtype="float32", tokens=4000, decode_steps=2))
     assert report.ok, report.verdict()
-    assert report.distributions.position.max() == 3999
+    assert report.next_token.position.max() == 3999
     assert "compared at 256 columns" in report.facts["rows"]
 
 
-def test_a_checkpoint_that_is_none_is_a_readable_error(tmp_path):
+def test_a_directory_without_a_checkpoint_is_a_readable_error(tmp_path):
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         run_parity(ParityOptions(tmp_path))
 
 
-def test_reports_of_faults_name_the_component(report):
-    """A fault put into the rows is what the verdict, the table and the page lead with."""
+def test_reports_of_failures_name_the_component(report):
+    """The verdict and the page name a failure that was put into the checks."""
     import dataclasses
 
-    rows = [
-        dataclasses.replace(row, measured=np.inf, where="row 0, position 3")
-        if row.name.endswith("0.self_attn.q_rope")
-        else row
-        for row in report.rows
+    checks = [
+        dataclasses.replace(check, measured=np.inf, where="row 0, position 3")
+        if check.name.endswith("0.self_attn.q_rope")
+        else check
+        for check in report.checks
     ]
-    broken = dataclasses.replace(report, rows=rows)
+    broken = dataclasses.replace(report, checks=checks)
     assert not broken.ok
     assert broken.verdict().startswith("beyond bounds: layers.0.self_attn.q_rope (same inputs): max |Δ| is inf")
     assert "Beyond bounds" in to_html(broken) and "row 0, position 3" in to_html(broken)

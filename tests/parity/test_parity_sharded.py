@@ -1,4 +1,4 @@
-"""A sharded run is the same program: logits and gradients of one device, on every kind of mesh, under every rule set."""
+"""Logits and gradients of a sharded run equal those of one device, on every kind of mesh, under every rule set."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qwen_dist.sharding import RULE_SETS, ShardingContext, use_sharding
 
 pytestmark = pytest.mark.parity
 
-# Every size divides by 8, except the key/value heads, of which each device then has all.
+# Every size is divisible by 8, except the number of key/value heads, which are then replicated.
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64, "head_dim": 8, "vocab_size": 320}
 MESHES = ["data=8", "fsdp=8", "tensor=8", "data=4,fsdp=2", "data=2,tensor=4", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2"]
 MESHES += ["context=4", "fsdp=2,context=2,tensor=2"]
@@ -39,7 +39,7 @@ def run(tiny_checkpoint):
 
     @functools.lru_cache
     def run(mesh, rules, dtype, family="qwen3"):
-        """Logits, and the gradient of a loss that weighs them all, by every parameter."""
+        """Logits, and the gradient of a loss over all of them, by parameter."""
         sharding_ctx = ShardingContext(make_mesh(MeshConfig.parse(mesh)), RULE_SETS[rules])
         tokens, positions = jnp.asarray(INPUTS.tokens), jnp.asarray(INPUTS.positions)
 
@@ -66,10 +66,10 @@ def relative(ours, reference):
     return np.linalg.norm(ours - reference) / np.linalg.norm(reference)
 
 
-def spelled_out(spec):
-    """Every dimension's mesh axes: jax leaves out what is not split at the end."""
-    parts = [(part,) if isinstance(part, str) else tuple(part or ()) for part in spec]
-    return parts + [()] * (3 - len(parts))
+def axes_per_dim(spec):
+    """The mesh axes of every dimension: jax omits trailing dimensions that are not sharded."""
+    axes = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec]
+    return axes + [()] * (3 - len(axes))
 
 
 def check(run, mesh, rules, dtype, bound, family="qwen3"):
@@ -82,9 +82,9 @@ def check(run, mesh, rules, dtype, bound, family="qwen3"):
     for name, gradient in gradients.items():
         assert relative(gradient, expected_gradients[name]) <= bound, name
         assert gradient.sharding == loaded.parameters[name].sharding
-    said = sharding_ctx.activation("logits", logits.shape, ("batch", "length", "vocab"))
-    assert spelled_out(logits.sharding.spec) == spelled_out(said.spec)
-    assert logits.sharding.is_equivalent_to(said, logits.ndim)
+    expected = sharding_ctx.activation("logits", logits.shape, ("batch", "length", "vocab"))
+    assert axes_per_dim(logits.sharding.spec) == axes_per_dim(expected.spec)
+    assert logits.sharding.is_equivalent_to(expected, logits.ndim)
 
 
 @pytest.mark.parametrize("rules", RULE_SETS)
@@ -106,7 +106,7 @@ def test_float32_equals_one_device(run, mesh, rules):
     check(run, mesh, rules, "float32", 1e-5)
 
 
-def test_parameters_are_really_split(run):
+def test_parameters_are_sharded(run):
     """Otherwise the tests above would compare one device with itself."""
     _, loaded, logits, _ = run(QUICK, "train", "float64")
     weight = loaded.parameters["layers.0.mlp.gate_proj.weight"]

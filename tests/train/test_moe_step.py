@@ -14,7 +14,7 @@ from torch_step import load_torch, made_examples, torch_steps
 from qwen_dist.checkpoint.adapter import merge_adapter, read_adapter, write_adapter
 from qwen_dist.config import LoraOptions
 from qwen_dist.models.parameters import with_parameters
-from qwen_dist.parity.reference import LiftedToFloat64
+from qwen_dist.parity.reference import UpcastToFloat64
 from qwen_dist.train.lora import adapter_of, attach, with_adapter
 
 
@@ -44,7 +44,7 @@ def test_without_load_balancing_it_is_the_step_of_transformers(tiny_checkpoint, 
 def test_the_load_balancing_loss_is_transformers(tiny_checkpoint):
     directory = tiny_checkpoint("qwen2_moe", num_hidden_layers=2, router_aux_loss_coef=0.5)
     loss, plain, _, _, batch = one_step(directory)
-    with torch.no_grad(), LiftedToFloat64():
+    with torch.no_grad(), UpcastToFloat64():
         mask = torch.from_numpy(np.array(batch.positions) >= 0).long()
         output = load_torch(directory, "float64")(
             input_ids=torch.from_numpy(np.array(batch.tokens)).long(), attention_mask=mask, output_router_logits=True
@@ -64,13 +64,13 @@ def adapted(request, tiny_checkpoint, tmp_path_factory):
     directory = tiny_checkpoint("qwen3_moe", **ONE_LAYER)
     adapter = tmp_path_factory.mktemp("adapter")
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], target_parameters=STACKS[request.param])
-    with LiftedToFloat64():
+    with UpcastToFloat64():
         model = peft.get_peft_model(load_torch(directory, "float64"), config, autocast_adapter_dtype=False)
     for name, parameter in model.named_parameters():  # B begins as zero, which would hide faults
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(adapter)
-    with torch.no_grad(), LiftedToFloat64():
+    with torch.no_grad(), UpcastToFloat64():
         logits = model(input_ids=torch.from_numpy(made_examples().examples[0].tokens).long()[None], use_cache=False).logits
     return directory, adapter, logits.numpy(), torch_steps(model, made_examples().examples, **TORCH)
 
@@ -105,12 +105,12 @@ def test_an_adapter_of_experts_comes_back_and_merges(adapted, tmp_path):
     write_adapter(tmp_path / "again", adapter, base=str(directory))
     config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
     assert all(name.startswith("model.layers.0.mlp.experts.") for name in config["target_parameters"])
-    with LiftedToFloat64():
+    with UpcastToFloat64():
         model = peft.PeftModel.from_pretrained(
             load_torch(directory, "float64"), tmp_path / "again", autocast_adapter_dtype=False
         )
     tokens = made_examples().examples[0].tokens[None]
-    with torch.no_grad(), LiftedToFloat64():
+    with torch.no_grad(), UpcastToFloat64():
         again = model(input_ids=torch.from_numpy(tokens).long(), use_cache=False).logits.numpy()
     np.testing.assert_array_equal(again, logits)
     with jax.enable_x64(True):

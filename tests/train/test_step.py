@@ -18,9 +18,9 @@ from qwen_dist.checkpoint.model import load_model
 from qwen_dist.config import DataOptions, OptimizerOptions
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.parameters import disk_shapes
-from qwen_dist.parity.reference import LiftedToFloat64
+from qwen_dist.parity.reference import UpcastToFloat64
 from qwen_dist.planning.compile import parse_collectives
-from qwen_dist.sharding import TRAIN, ShardingContext, disk_shapes
+from qwen_dist.sharding import TRAIN, ShardingContext
 from qwen_dist.train.batches import Batch, evaluation_batches
 from qwen_dist.train.lora import with_adapter
 from qwen_dist.train.optim import make_optimizer, make_schedule
@@ -93,7 +93,7 @@ def adapted(tiny_checkpoint, examples, tmp_path_factory):
     config = peft.LoraConfig(
         r=4, lora_alpha=6, use_rslora=True, target_modules=["q_proj", "o_proj", "gate_proj", "down_proj"]
     )
-    with LiftedToFloat64():
+    with UpcastToFloat64():
         model = peft.get_peft_model(load_torch(directory, "float64"), config, autocast_adapter_dtype=False)
     for name, parameter in model.named_parameters():  # B begins as zero, which would hide faults
         if "lora_B" in name:

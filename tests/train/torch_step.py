@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from qwen_dist.parity.reference import LiftedToFloat64, Reference
+from qwen_dist.parity.reference import Reference, UpcastToFloat64
 from qwen_dist.train.examples import Example, Examples
 from qwen_dist.train.records import Source
 
@@ -48,7 +48,7 @@ def torch_steps(
         losses.append(0.0)
         for example in examples:
             tokens = torch.from_numpy(example.tokens).long()[None]
-            with LiftedToFloat64() if is_double else contextlib.nullcontext():
+            with UpcastToFloat64() if is_double else contextlib.nullcontext():
                 logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
             learnt = torch.from_numpy(example.is_learnt[1:])
             loss = torch.nn.functional.cross_entropy(logits[learnt], tokens[0, 1:][learnt], reduction="sum") / count

@@ -1,4 +1,4 @@
-"""This project's side: the model as everybody else runs it, with its own intermediates captured."""
+"""This project's side: the model as the engine and the trainer run it, with its intermediates captured."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from qwen_dist.ops.paged_cache import pages_for
 from qwen_dist.parity.inputs import Inputs
 from qwen_dist.sharding import TRAIN, ShardingContext, use_sharding
 
-_WEIGHTS_OF_A_BLOCK = re.compile(r"(.*)\.queries_(\d+)\.weights$")
+_BLOCK_WEIGHTS = re.compile(r"(.*)\.queries_(\d+)\.weights$")
 
 
-class Subject:
-    """A loaded model, asked the same questions as `reference.Reference`."""
+class Candidate:
+    """A loaded model with the interface of `reference.Reference`."""
 
     def __init__(self, loaded: LoadedModel):
         self.loaded = loaded
@@ -32,10 +32,10 @@ class Subject:
     def forward(
         self, inputs: Inputs, columns: np.ndarray, replacing: Mapping[str, np.ndarray] | None = None
     ) -> dict[str, jax.Array | np.ndarray]:
-        """Every intermediate at these columns of [B, T], and the logits.
+        """Return every intermediate at these columns of [B, T], and the logits.
 
-        With `replacing`, each component works on these values instead of what the components before it gave: then what a
-        value differs by is the fault of its own component alone.
+        With `replacing`, each component gets these values as inputs instead of the results of the components before it, so
+        every difference is the component's own.
         """
         tokens, positions = self._padded(inputs)
 
@@ -50,10 +50,11 @@ class Subject:
         return _with_whole_weights(jax.jit(run)(self.loaded.parameters, padded), inputs.tokens.shape[1], columns)
 
     def decode(self, inputs: Inputs, continuation: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:
-        """The logits before each token of `continuation` [B, steps], computed in two ways: float [B, steps, V] each.
+        """Compute the logits before each token of `continuation` [B, steps] in two ways.
 
-        First as in decoding: the prompts are put into the cache in chunks of `chunk` tokens and then each token of the
-        continuation in a step of its own. Then in one forward of the whole, without a cache.
+        Returns:
+          The logits [B, steps, V] of chunked prefill (`chunk` tokens each) and decoding with the cache, and those of one
+          forward pass over everything without a cache.
         """
         num_steps = continuation.shape[1]
         cached = self._decode_with_cache(inputs, continuation, chunk)
@@ -86,9 +87,9 @@ class Subject:
 
         logits = np.zeros((num_rows, num_steps, config.vocab_size), jnp.promote_types(dtype, jnp.float32))
         for start in range(0, longest, chunk):
-            scores = feed(*_chunk_of(inputs, start, chunk))
+            chunk_logits = feed(*_chunk_of(inputs, start, chunk))
             ends_here = (start < inputs.lengths) & (inputs.lengths <= start + chunk)
-            logits[ends_here, 0] = scores[ends_here]
+            logits[ends_here, 0] = chunk_logits[ends_here]
         for index in range(num_steps - 1):
             positions = (inputs.lengths[:, None] + index).astype(np.int32)
             logits[:, index + 1] = feed(continuation[:, index : index + 1], positions, np.zeros(num_rows, np.int32))
@@ -99,7 +100,7 @@ class Subject:
         parameters: Mapping[str, jax.Array],
         tokens_BT: jax.Array,
         positions_BT: jax.Array,
-        last_B: jax.Array,
+        logit_indices_B: jax.Array,
         states: States,
         *,
         pages_per_row: int,
@@ -114,11 +115,11 @@ class Subject:
             indices = indices_in_order(specs, positions_BT, num_shards, pages_per_row)
             hidden_BTD, states_after, _ = model(tokens_BT, positions_BT, states, indices)
             assert states_after is not None
-            hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
+            hidden_B1D = jnp.take_along_axis(hidden_BTD, logit_indices_B[:, None, None], axis=1)
             return model.unembed(hidden_B1D)[:, 0], states_after
 
     def gradient(self, inputs: Inputs) -> tuple[dict[str, float], dict[str, jax.Array]]:
-        """The losses of `Reference.gradient`, and the first one's gradient by every parameter, under the training rules."""
+        """Return the losses of `Reference.gradient` and the gradient of the first one, under the training rules."""
         sharding_ctx = ShardingContext(self.loaded.sharding_ctx.mesh, TRAIN)
         tokens, positions = self._padded(inputs, sharding_ctx)
 
@@ -153,11 +154,11 @@ class Subject:
 
 
 def _chunk_of(inputs: Inputs, start: int, chunk: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens and positions of one chunk [B, chunk], padded behind, and where each row's last token is in it [B]."""
+    """Return tokens and positions of one chunk [B, chunk], right-padded, and the index of each row's last token [B]."""
     tokens = np.zeros((len(inputs.tokens), chunk), np.int32)
     for row, ids in enumerate(inputs.rows()):
-        part = ids[start : start + chunk]
-        tokens[row, : len(part)] = part
+        chunk_ids = ids[start : start + chunk]
+        tokens[row, : len(chunk_ids)] = chunk_ids
     count = np.clip(inputs.lengths - start, 0, chunk)
     positions = np.where(np.arange(chunk) < count[:, None], start + np.arange(chunk), -1)
     return tokens, positions.astype(np.int32), np.maximum(count - 1, 0).astype(np.int32)
@@ -166,7 +167,7 @@ def _chunk_of(inputs: Inputs, start: int, chunk: int) -> tuple[np.ndarray, np.nd
 def _at_columns(name: str, value: jax.Array, columns: np.ndarray) -> jax.Array:
     if name == "logits":
         return value
-    block = _WEIGHTS_OF_A_BLOCK.match(name)
+    block = _BLOCK_WEIGHTS.match(name)
     if block is None:
         return value[:, columns]
     inside = columns - int(block[2])
@@ -176,10 +177,10 @@ def _at_columns(name: str, value: jax.Array, columns: np.ndarray) -> jax.Array:
 def _with_whole_weights(
     taps: dict[str, jax.Array], num_keys: int, columns: np.ndarray
 ) -> dict[str, jax.Array | np.ndarray]:
-    """Attention weights are computed for one block of queries at a time, without the keys after it: put them together."""
+    """Concatenate attention weights, which the model computes per block of queries, without the keys after the block."""
     whole: dict[str, jax.Array | np.ndarray] = {}
     for name, value in taps.items():
-        block = _WEIGHTS_OF_A_BLOCK.match(name)
+        block = _BLOCK_WEIGHTS.match(name)
         if block is None:
             whole[name] = value
             continue

@@ -1,4 +1,4 @@
-"""The reference in float64 is float64: nothing in it is rounded to float32 on the way."""
+"""The float64 reference computes entirely in float64: nothing is rounded to float32."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_dist.models.config import FAMILIES
 from qwen_dist.parity.inputs import random_tokens
-from qwen_dist.parity.reference import LiftedToFloat64, Reference
+from qwen_dist.parity.reference import Reference, UpcastToFloat64
 
 pytestmark = pytest.mark.parity
 
@@ -41,7 +41,7 @@ class NoFloat32(TorchDispatchMode):
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_operation_gives_float32(tiny_checkpoint, family, rope):
-    # Two layers: of a mixture's the first is dense.
+    # Two layers: in a mixture of experts the first is dense.
     checkpoint = tiny_checkpoint(family, num_hidden_layers=2, max_position_embeddings=32, rope_parameters=ROPES[rope])
     reference = Reference(checkpoint, "float64")
     with NoFloat32():
@@ -51,18 +51,18 @@ def test_no_operation_gives_float32(tiny_checkpoint, family, rope):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_unlifted_float64_is_only_good_to_float32(tiny_checkpoint, family):
-    """Without the lifting the check above fails and the results are off by 1e-8: the lifting is what changes it."""
+def test_float64_without_upcasting_has_float32_errors(tiny_checkpoint, family):
+    """Without upcasting the test above fails and the results have errors of about 1e-8."""
     checkpoint = tiny_checkpoint(family, num_hidden_layers=1)
     inputs = random_tokens(311, 40, 1)  # without padding, whose float64 mask is -inf in float32 and gives NaN
-    lifted = Reference(checkpoint, "float64").forward(inputs, COLUMNS)
+    upcast = Reference(checkpoint, "float64").forward(inputs, COLUMNS)
     reference = Reference(checkpoint, "float64")
-    reference.is_lifted = False
+    reference.is_upcast = False
     with NoFloat32(), pytest.raises(AssertionError, match=r"float32"):
         reference.forward(inputs, COLUMNS)
-    unlifted = reference.forward(inputs, COLUMNS)
+    without_upcasting = reference.forward(inputs, COLUMNS)
     for name in ("layers.0.input_layernorm", "layers.0.self_attn.q_rope", "layers.0.self_attn.weights", "norm"):
-        error = np.abs(lifted[name] - unlifted[name]).max()
+        error = np.abs(upcast[name] - without_upcasting[name]).max()
         assert 1e-10 < error < 1e-4, f"{name}: {error}"
 
 
@@ -97,9 +97,9 @@ def test_norm_rope_and_softmax_agree_with_extended_precision(tiny_checkpoint):
     assert np.abs(weights - found["layers.0.self_attn.weights"]).max() < 1e-13
 
 
-def test_mode_lifts_casts_constants_and_defaults_and_ends_with_its_block():
+def test_the_mode_upcasts_casts_constants_and_defaults_until_the_end_of_its_block():
     half = torch.ones(2, dtype=torch.float16)
-    with LiftedToFloat64():
+    with UpcastToFloat64():
         assert half.float().dtype == torch.float64
         assert half.to(torch.float32).dtype == torch.float64
         assert half.to(dtype=torch.float32).dtype == torch.float64
@@ -111,8 +111,8 @@ def test_mode_lifts_casts_constants_and_defaults_and_ends_with_its_block():
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_hooks_leave_the_model_alone(tiny_checkpoint, attention):
-    """What the observed reference computes is, bit for bit, what transformers computes without us."""
+def test_hooks_do_not_change_the_model(tiny_checkpoint, attention):
+    """The logits of the hooked reference are bit-identical to those of transformers without hooks."""
     checkpoint = tiny_checkpoint("qwen3")
     plain = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation=attention).eval()
     inputs = random_tokens(311, 40, 2)
