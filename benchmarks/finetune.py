@@ -101,12 +101,13 @@ def open_qwen_dist(options: argparse.Namespace, method: str, dtype: str, tokens:
     from qwen_dist.models.parameters import disk_shapes
     from qwen_dist.sharding import TRAIN, ShardingContext
     from qwen_dist.train.batches import Batch
-    from qwen_dist.train.heap import keep_freed_memory
     from qwen_dist.train.lora import new_adapter
+    from qwen_dist.train.malloc import dispatch_synchronously, keep_freed_memory
     from qwen_dist.train.optim import make_optimizer, make_schedule
     from qwen_dist.train.step import Trainer
 
     start_jax(None, dtype)
+    dispatch_synchronously()
     keep_freed_memory()
     kept_in = "float32" if method == "full" else dtype
     model = load_model(options.model, ShardingContext(make_mesh(MeshConfig()), TRAIN), dtype=kept_in)

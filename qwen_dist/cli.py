@@ -666,10 +666,10 @@ def _finetune(options: argparse.Namespace, overrides: list[str]) -> int:
     values = _config_values(options, *(key for _, key, *_ in _TRAINING_FLAGS), "overwrite")
     config = load_config(FinetuneConfig, options.config, overrides, values)
     with _joined(options, config) as processes:
-        from qwen_dist.train.heap import keep_freed_memory
+        from qwen_dist.train.malloc import dispatch_synchronously, keep_freed_memory
 
         start_jax(options.num_cpu_devices, config.model.dtype)
-        keep_freed_memory()
+        dispatch_synchronously()
         processes.check_devices()
         from qwen_dist.train.console import describe_data, describe_training, show_data, watching
         from qwen_dist.train.run import finetune, prepare, set_up_abstract
@@ -684,6 +684,7 @@ def _finetune(options: argparse.Namespace, overrides: list[str]) -> int:
             print(describe_training(set_up_abstract(prepared), prepared))
             return 0
         console.print(describe_data(prepared), highlight=False, soft_wrap=True)
+        keep_freed_memory()
         with watching(console) as watch:
             summary = finetune(prepared, watch=watch, announce=lambda text: console.print(text, highlight=False))
         if options.json:

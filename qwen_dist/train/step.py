@@ -18,8 +18,8 @@ from qwen_dist.models.parameters import with_parameters
 from qwen_dist.ops.matmul import accum_dtype
 from qwen_dist.sharding import use_sharding
 from qwen_dist.train.batches import Batch
-from qwen_dist.train.heap import join_crumbs
 from qwen_dist.train.loss import next_token_loss
+from qwen_dist.train.malloc import drain_tcache
 from qwen_dist.train.optim import Schedule, clip
 
 # What the forward pass keeps for the backward pass, by the configuration's name of what is computed again.
@@ -102,7 +102,7 @@ class Trainer:
 
     def step(self, state: State, parts: Iterable[Batch]) -> tuple[State, Metrics]:
         """One step with the gradient of all parts of a batch, which are alike in shape; `state` is used up."""
-        join_crumbs()
+        drain_tcache()
         return self._step(state, self._frozen, tuple(self._place(part) for part in parts))
 
     def evaluate(self, state: State, batch: Batch) -> tuple[jax.Array, jax.Array]:
