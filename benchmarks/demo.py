@@ -1,8 +1,8 @@
-"""How often the demonstration model is right, by kind of question; sums, comparisons and the like it has never seen.
+"""Count how often the demonstration model is right, by kind of question; it was not trained on those about numbers.
 
     python benchmarks/demo.py [--count 200]
 
-An answer is right when it is, letter for letter, the only one that counts (qwen_dist/demo/questions.py). Decoded greedily.
+An answer is right if it equals the expected one exactly (qwen_dist/demo/questions.py). Decoding is greedy.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def score(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, count: int) -> dict[str, tuple[int, int]]:
-    """By kind of question, how many are answered rightly, and how many there are."""
+    """Return the number of right answers and of questions, by kind of question."""
     questions = [question for of_kind in held_out_questions(count).values() for question in of_kind]
     answers = dict.fromkeys(questions, "")
 

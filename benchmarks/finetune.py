@@ -1,10 +1,10 @@
-"""Training beside transformers (and peft): tokens a second and peak memory, full and LoRA; one table, one run.
+"""Compare training with transformers (and peft): tokens per second and peak memory, full and LoRA, in one table.
 
     python benchmarks/finetune.py --model CHECKPOINT_DIR [--dtypes bfloat16,float32] [--methods full,lora] [--rounds 2]
 
 Every measurement runs in a fresh process, the two systems in turn. A step is forward, backward and AdamW on the same rows
-of random token ids, every token learnt. The first is thrown away; the table has medians of the others.
-bfloat16 is, on both sides, float32 weights and bfloat16 products (autocast); of LoRA only the adapters are kept in float32.
+of random token ids, with every token in the loss. The first step is discarded; the table has medians of the others.
+bfloat16 means float32 weights and bfloat16 products (autocast) on both sides; with LoRA only the adapters are in float32.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, method: str, dtype: str) -> None:
-    """Both systems in turn; prints the lines of the table."""
+    """Measure both systems in turn and print the lines of the table."""
     found: dict[str, list[dict[str, float]]] = {system: [] for system in SYSTEMS}
     for _ in range(options.rounds):
         for system, results in found.items():
@@ -72,7 +72,7 @@ def measure(options: argparse.Namespace, method: str, dtype: str) -> None:
 
 
 def work(options: argparse.Namespace) -> dict[str, float]:
-    """One system's measurements in this process: medians over the steps, and the loss of the first."""
+    """Measure one system in this process: medians over the steps, and the loss of the first."""
     system, method, dtype = options.worker
     tokens = np.random.default_rng(0).integers(1000, 30000, (options.rows, options.length + 1)).astype(np.int32)
     step = (open_qwen_dist if system == "qwen_dist" else open_transformers)(options, method, dtype, tokens)
@@ -109,8 +109,8 @@ def open_qwen_dist(options: argparse.Namespace, method: str, dtype: str, tokens:
     start_jax(None, dtype)
     dispatch_synchronously()
     keep_freed_memory()
-    kept_in = "float32" if method == "full" else dtype
-    model = load_model(options.model, ShardingContext(make_mesh(MeshConfig()), TRAIN), dtype=kept_in)
+    stored_dtype = "float32" if method == "full" else dtype
+    model = load_model(options.model, ShardingContext(make_mesh(MeshConfig()), TRAIN), dtype=stored_dtype)
     trained = list(model.parameters)
     if method == "lora":
         model, trained = new_adapter(model, LoraOptions(rank=RANK, alpha=ALPHA, target_modules=TARGETS), dtype="float32")
@@ -119,7 +119,7 @@ def open_qwen_dist(options: argparse.Namespace, method: str, dtype: str, tokens:
     shapes = {name: model.parameters[name].shape for name in trained}
     optimizer = make_optimizer(adamw, schedule, shapes, disk_shapes(model.module))
     trainer = Trainer(model, trained, optimizer, schedule, dtype=dtype, remat=options.remat)
-    state = trainer.start()
+    state = trainer.init_state()
     del model
     positions = np.broadcast_to(np.arange(options.length, dtype=np.int32), tokens[:, 1:].shape)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones_like(positions), positions)
@@ -137,8 +137,8 @@ def open_transformers(options: argparse.Namespace, method: str, dtype: str, toke
     import transformers
 
     is_mixed = dtype == "bfloat16"
-    kept_in = torch.bfloat16 if is_mixed and method == "lora" else torch.float32
-    model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=kept_in)
+    stored_dtype = torch.bfloat16 if is_mixed and method == "lora" else torch.float32
+    model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=stored_dtype)
     if method == "lora":
         import peft
 

@@ -1,9 +1,9 @@
-"""Teach a checkpoint facts that it cannot know, with 200 small chats: before, after, and after in transformers with peft.
+"""Teach a checkpoint invented facts with 200 short chats; answers before, after, and after in transformers with peft.
 
     python benchmarks/lora_fact.py --model CHECKPOINT_DIR --output DIR [--steps 16]
 
-The bridge is invented. The questions asked at the end are none of those trained on. The text after is decoded greedily in
-float32 by this project with the adapter added to the weights, and by transformers with the adapter loaded by peft.
+The bridge is invented. The questions asked at the end are not in the training data. Text is decoded greedily in float32,
+by this project with the adapter added to the weights, and by transformers with the adapter loaded by peft.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def write_chats(path: pathlib.Path) -> None:
 
 
 def answer(model: str, question: str, *more: str) -> str:
-    """What `qwen-dist generate` prints, greedily, in float32."""
+    """Return the output of `qwen-dist generate`, greedy, in float32."""
     command = ["generate", "--model", model, "--dtype", "float32", "--temperature", "0", "--repetition-penalty", "1"]
     with redirect_stdout(io.StringIO()) as out:
         assert qwen_dist([*command, "--max-new-tokens", "32", "--prompt", question, *more]) == 0

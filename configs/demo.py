@@ -6,8 +6,8 @@
     qwen-dist export --model demo/model --output qwen_dist/demo/model --dtype bfloat16
 
 qwen_dist/demo/questions.py generates the text, under this project's licence. The first 233 steps of the model in the
-package were trained with `--steps 500`, so the learning rate fell more slowly; the run was then resumed up to step 300:
-loss 0.0096, about 2 s per step on two cores. `python benchmarks/demo.py` measures its accuracy.
+package were run with `--steps 500`, so the learning rate fell more slowly; the run was then resumed up to step 300: a loss
+of 0.0096, at about 2 s a step on two cores. `python benchmarks/demo.py` counts how often it is right.
 """
 
 from ml_collections import config_dict

@@ -1,9 +1,9 @@
-"""Train all parameters. Hardware: devices that together hold 16 bytes a parameter and the activations of a batch.
+"""Train all parameters. Hardware: devices that together hold 16 bytes per parameter and the activations of a batch.
 
     qwen-dist finetune --config configs/finetune_full.py:CHECKPOINT_DIR --data chats.jsonl --output run --steps 100
 
-The argument behind the colon is the checkpoint. Weights and the optimiser's numbers are kept in float32, the computation is
-in bfloat16. The result is run/model, a directory in the Hugging Face format.
+The argument after the colon is the checkpoint. Weights and optimizer state are stored in float32, the computation is in
+bfloat16. The result is run/model, a directory in the Hugging Face format.
 """
 
 from ml_collections import config_dict

@@ -1,8 +1,8 @@
-"""Train a low-rank adapter. Hardware: anything that holds the weights and the activations of a batch, from one CPU.
+"""Train a low-rank adapter. Hardware: a CPU is enough; the weights and the activations of a batch must fit.
 
     qwen-dist finetune --config configs/finetune_lora.py:CHECKPOINT_DIR --data chats.jsonl --output run --steps 100
 
-The argument behind the colon is the checkpoint. The result is run/adapter, in the layout that peft reads.
+The argument after the colon is the checkpoint. The result is run/adapter, in the layout of peft.
 """
 
 from ml_collections import config_dict

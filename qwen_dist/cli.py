@@ -671,7 +671,7 @@ def _finetune(options: argparse.Namespace, overrides: list[str]) -> int:
         start_jax(options.num_cpu_devices, config.model.dtype)
         dispatch_synchronously()
         processes.check_devices()
-        from qwen_dist.train.console import describe_data, describe_training, show_data, watching
+        from qwen_dist.train.console import describe_data, describe_training, progress_bar, show_data
         from qwen_dist.train.run import finetune, prepare, set_up_abstract
 
         prepared = prepare(config)
@@ -685,8 +685,8 @@ def _finetune(options: argparse.Namespace, overrides: list[str]) -> int:
             return 0
         console.print(describe_data(prepared), highlight=False, soft_wrap=True)
         keep_freed_memory()
-        with watching(console) as watch:
-            summary = finetune(prepared, watch=watch, announce=lambda text: console.print(text, highlight=False))
+        with progress_bar(console) as callback:
+            summary = finetune(prepared, callback=callback, log=lambda text: console.print(text, highlight=False))
         if options.json:
             print(json.dumps(vars(summary)))
         elif summary.is_stopped:

@@ -32,7 +32,7 @@ from qwen_dist.planning.chips import Topology
 from qwen_dist.planning.workload import Phase, Workload
 from qwen_dist.sharding import ShardingContext
 from qwen_dist.train.batches import Batch
-from qwen_dist.train.lora import attach
+from qwen_dist.train.lora import attach_lora
 from qwen_dist.train.optim import make_optimizer, make_schedule
 from qwen_dist.train.step import Trainer
 
@@ -267,7 +267,7 @@ def _lower_training(config: ModelConfig, sharding_ctx: ShardingContext, workload
         module, names = Transformer(config, dtype=kept), None
     else:
         module = Transformer(config, dtype=workload.dtype)
-        names = attach(module, workload.lora, dtype=kept)
+        names = attach_lora(module, workload.lora, dtype=kept)
     model = LoadedModel(config, module, abstract_parameters(module, sharding_ctx), sharding_ctx)  # type: ignore[arg-type]
     options = OptimizerOptions()
     schedule = make_schedule(options, options.warmup_steps + 1)

@@ -29,8 +29,7 @@ from qwen_dist.ops.expert_parallel import expert_capacity
 from qwen_dist.ops.paged_cache import PAGE, entries_at_a_time
 from qwen_dist.planning.workload import Phase, Workload
 from qwen_dist.sharding import ShardingContext
-from qwen_dist.train.lora import attach
-from qwen_dist.train.loss import BLOCK_TOKENS
+from qwen_dist.train.loss import LOSS_CHUNK_TOKENS
 
 F32_BYTES = 4  # attention scores, logits and optimiser state are float32
 
@@ -174,10 +173,10 @@ class CostModel:
         """
         step, tokens = self._for_step(phase), self._tokens_of(phase)[1]
         if phase == "train":
-            num_iterations = self._num_local_tokens() / BLOCK_TOKENS
+            num_iterations = self._num_local_tokens() / LOSS_CHUNK_TOKENS
             more_iterations = max(num_iterations - 1, 0)
             head = self._gathered_size([LM_HEAD])
-            flops = self._num_passes * 2 * min(self._num_local_tokens(), BLOCK_TOKENS) * head
+            flops = self._num_passes * 2 * min(self._num_local_tokens(), LOSS_CHUNK_TOKENS) * head
             # The head is read for the logits and for their gradient; its own gradient is accumulated.
             nbytes = more_iterations * head * 2 * (self._itemsize + (0 if self.workload.lora else F32_BYTES))
             kernel_flops = 0.0
@@ -316,7 +315,7 @@ class CostModel:
             self._itemsize + trained * (self._itemsize + F32_BYTES)
         )
         # The logits, their softmax, and their gradient.
-        logits = self._size("vocab") * min(self._num_local_tokens(), BLOCK_TOKENS) * (2 * F32_BYTES + self._itemsize)
+        logits = self._size("vocab") * min(self._num_local_tokens(), LOSS_CHUNK_TOKENS) * (2 * F32_BYTES + self._itemsize)
         return max(block, logits + self._gathered_size([LM_HEAD]) * (self._itemsize + trained * F32_BYTES))
 
     def _gathered_size(self, weights: Iterable[WeightShape]) -> int:
@@ -485,7 +484,7 @@ def _count_parameters(config: ModelConfig, sharding_ctx: ShardingContext, worklo
 
     def count(layers: tuple[LayerConfig, ...]) -> np.ndarray:
         module = Transformer(dataclasses.replace(config, layers=layers), dtype=workload.dtype)
-        adapters = attach(module, workload.lora, dtype=workload.dtype) if workload.lora and layers else []
+        adapters = attach_lora(module, workload.lora, dtype=workload.dtype) if workload.lora and layers else []
         leaves = abstract_parameters(module, sharding_ctx)
         local = {name: math.prod(leaf.sharding.shard_shape(leaf.shape)) for name, leaf in leaves.items()}
         trained = sum(local[name] for name in (adapters if workload.lora else local))

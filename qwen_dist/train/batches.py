@@ -1,7 +1,7 @@
-"""Examples to batches of one shape, in an order that depends on the seed alone: the same for any number of processes.
+"""Make batches of one shape from examples. Their order depends only on the seed, not on the number of processes.
 
-Every process goes through all batches and feeds its devices their rows, so that a run can go on with another number of
-processes. Where the iteration stands is a small JSON value.
+Every process iterates over whole batches and gives its devices their rows, so a run can be resumed with another number of
+processes. The position of the iteration is a small JSON value.
 """
 
 from __future__ import annotations
@@ -14,33 +14,37 @@ import numpy as np
 from qwen_dist.config import DataOptions
 from qwen_dist.train.examples import Examples
 
-# Rows packed at a time: with more, less padding; with fewer, an order closer to the shuffled one.
-ROWS_AT_ONCE = 64
-# Rows that are not packed are as long as the longest example, rounded up so that few programs are compiled.
+# Rows that are packed at the same time. More leave less padding; fewer stay closer to the shuffled order.
+PACKING_BINS = 64
+# Without packing, a row is as long as the longest example, rounded up to this so that few programs are compiled.
 LENGTH_MULTIPLE = 64
 
 
 class Batch(NamedTuple):
-    """Rows of tokens, int32 [B, T] each.
+    """Rows of tokens; every field is int32 [B, T].
 
-    targets: what each token is followed by. is_learnt: 1 where the target counts. positions: in an example, -1 for padding.
-    segments: which example of its row a token is of, from 1; None where every row has only one.
+    Attributes:
+      tokens: token ids.
+      targets: the token after each token.
+      loss_mask: 1 where the target counts in the loss.
+      positions: the position in the example; -1 for padding.
+      segments: the number of the token's example in its row, from 1; None when each row has one example.
     """
 
     tokens: Any
     targets: Any
-    is_learnt: Any
+    loss_mask: Any
     positions: Any
     segments: Any = None
 
-    def parts(self, count: int) -> tuple[Batch, ...]:
-        """The rows in so many equal parts."""
+    def microbatches(self, count: int) -> tuple[Batch, ...]:
+        """Split the rows into `count` equal batches."""
         columns = [[None] * count if x is None else np.split(x, count) for x in self]
         return tuple(Batch(*column) for column in zip(*columns, strict=True))
 
 
 class BatchIterator(Protocol):
-    """What grain's iterators are."""
+    """The interface of grain's iterators."""
 
     def __next__(self) -> Batch: ...
     def get_state(self) -> dict[str, Any]: ...
@@ -48,7 +52,7 @@ class BatchIterator(Protocol):
 
 
 def row_length(examples: Examples, options: DataOptions) -> int:
-    """Positions in a row."""
+    """Return the number of positions in a row."""
     if options.packing:
         return options.max_length
     longest = max(map(len, examples.examples))
@@ -56,12 +60,12 @@ def row_length(examples: Examples, options: DataOptions) -> int:
 
 
 def rows_per_epoch(examples: Examples, options: DataOptions) -> float:
-    """How many rows all examples fill, if packing leaves no gaps."""
+    """Return how many rows all examples fill; with packing, assuming no gaps."""
     return examples.num_positions / options.max_length if options.packing else len(examples)
 
 
 def training_batches(examples: Examples, options: DataOptions, batch_size: int) -> BatchIterator:
-    """Batches without end, shuffled anew in each epoch."""
+    """Return an endless iterator of batches, with a new order in each epoch."""
     import grain
 
     shuffled = grain.MapDataset.source(examples).seed(options.seed).shuffle().repeat()
@@ -69,7 +73,7 @@ def training_batches(examples: Examples, options: DataOptions, batch_size: int) 
 
 
 def evaluation_batches(examples: Examples, options: DataOptions, batch_size: int) -> Iterator[Batch]:
-    """Every example once, in order; the last batch is filled up with padding."""
+    """Return an iterator over every example once, in order; the last batch is filled with padding."""
     import grain
 
     return iter(_batched(grain.MapDataset.source(examples), examples, options, batch_size))
@@ -80,11 +84,11 @@ def _batched(dataset: Any, examples: Examples, options: DataOptions, batch_size:
     from grain.experimental import BestFitPackIterDataset
 
     length = row_length(examples, options)
-    # All is in memory already: threads would only make a saved position lag behind.
+    # The data is in memory: reading ahead in threads would only make the saved position imprecise.
     rows = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     if options.packing:
-        lengths = dict.fromkeys(("tokens", "targets", "is_learnt"), length)
-        bins = max(ROWS_AT_ONCE, batch_size)
+        lengths = dict.fromkeys(("tokens", "targets", "loss_mask"), length)
+        bins = max(PACKING_BINS, batch_size)
         rows = BestFitPackIterDataset(rows, length_struct=lengths, num_packing_bins=bins, shuffle_bins=False)
     else:
         rows = rows.map(lambda example: _padded(example, length))
@@ -99,9 +103,9 @@ def _padded(example: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray
 
 def _batch(fields: dict[str, np.ndarray], batch_size: int, packed: bool) -> Batch:
     missing = batch_size - len(fields["tokens"])
-    names = ("tokens", "targets", "is_learnt", "tokens_positions", "tokens_segment_ids")
-    tokens, targets, is_learnt, positions, segments = (
+    names = ("tokens", "targets", "loss_mask", "tokens_positions", "tokens_segment_ids")
+    tokens, targets, loss_mask, positions, segments = (
         np.pad(fields[name].astype(np.int32), ((0, missing), (0, 0))) for name in names
     )
     positions = np.where(segments == 0, -1, positions)
-    return Batch(tokens, targets, is_learnt, positions, segments if packed else None)
+    return Batch(tokens, targets, loss_mask, positions, segments if packed else None)

@@ -1,4 +1,4 @@
-"""A run's state on disk, by orbax: written in the background, whole or not at all, restored onto any mesh."""
+"""Training checkpoints, by Orbax: written in the background, atomically, and restored onto any mesh."""
 
 from __future__ import annotations
 
@@ -7,20 +7,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen_dist.errors import UserError
-from qwen_dist.train.step import State
+from qwen_dist.train.step import TrainState
 
 
 class Checkpoints:
-    """The checkpoints of one run. Close it to wait for the last to be complete."""
+    """The checkpoints of one run. `close` waits until the last one is complete."""
 
     def __init__(self, directory: pathlib.Path, *, keep: int, keep_best: bool):
-        """Keeps the newest `keep`, and with `keep_best` also the one of the lowest loss given to `save`."""
+        """Open the directory; it is created if needed.
+
+        Args:
+          directory: of the checkpoints.
+          keep: how many of the newest checkpoints stay.
+          keep_best: also keep the checkpoint with the lowest loss given to `save`.
+        """
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import preservation_policy
 
         policies: list[Any] = [preservation_policy.LatestN(keep)]
         if keep_best:
-            # The best is the highest.
+            # Orbax takes the highest metric as the best.
             policies.append(preservation_policy.BestN(get_metric_fn=lambda metrics: -metrics["loss"], n=1))
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
@@ -32,21 +38,22 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The step of the newest complete checkpoint."""
+        """The step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     @property
     def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: State, position: Mapping[str, Any], loss: float | None = None) -> None:
-        """Copy the state, and write it in the background.
+    def save(self, step: int, state: TrainState, position: Mapping[str, Any], loss: float | None = None) -> None:
+        """Copy the state and write it in the background.
 
         Args:
-          step: how many have been done; a checkpoint of this step that exists is left as it is.
-          state: of the trainer.
-          position: JSON values: where the data stands, and what the run is.
-          loss: of the last evaluation.
+          step: the number of steps done. An existing checkpoint of this step is left as it is.
+          state: the state of the trainer.
+          position: JSON values: the position in the data and the fingerprint of the run.
+          loss: the loss of the last evaluation.
         """
         if step in self._manager.all_steps():
             return
@@ -56,12 +63,23 @@ class Checkpoints:
         self._manager.save(step, args=args, metrics=None if loss is None else {"loss": loss})
 
     def position(self) -> dict[str, Any]:
-        """The position of the newest checkpoint. Raises UserError when it cannot be read."""
+        """Return the position of the newest checkpoint.
+
+        Raises:
+          UserError: the checkpoint cannot be read.
+        """
         return self._restore(position=self._args.JsonRestore())["position"]
 
-    def restore(self, like: State) -> State:
-        """The state of the newest checkpoint, placed as the abstract state `like`. Raises UserError."""
-        return State(**self._restore(state=self._args.StandardRestore(like._asdict()))["state"])
+    def restore(self, like: TrainState) -> TrainState:
+        """Return the state of the newest checkpoint.
+
+        Args:
+          like: an abstract state: the shapes, dtypes and shardings of the result.
+
+        Raises:
+          UserError: the checkpoint cannot be read.
+        """
+        return TrainState(**self._restore(state=self._args.StandardRestore(like._asdict()))["state"])
 
     def _restore(self, **items: Any) -> Any:
         try:
@@ -70,9 +88,6 @@ class Checkpoints:
             where = self._manager.directory / str(self.latest)
             raise UserError(f"the checkpoint {where} cannot be restored: {error}") from error
 
-    def wait(self) -> None:
-        """Return when all that was saved is complete."""
-        self._manager.wait_until_finished()
-
     def close(self) -> None:
+        """Wait for the background writes and release the directory."""
         self._manager.close()

@@ -1,8 +1,9 @@
-"""What a person sees of training: the data with its loss mask, what would be trained, and how a run goes."""
+"""Terminal output of training: the data with its loss mask, the trained parameters, and the progress of a run."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
 import sys
 import time
@@ -11,124 +12,115 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from qwen_dist.checkpoint.names import group_names
 from qwen_dist.train.batches import rows_per_epoch
-from qwen_dist.train.examples import describe_bad
-from qwen_dist.train.run import Prepared, Progressing, Setup, Watcher
+from qwen_dist.train.examples import describe_bad_records
+from qwen_dist.train.run import RunInputs, StepCallback, StepMetrics, TrainSetup
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Lines of a run nobody watches: one in so many seconds.
-LOG_EVERY_S = 10.0
+# Seconds between two lines when the output is not a terminal.
+LOG_INTERVAL_S = 10.0
 
 
-def show_data(prepared: Prepared, count: int, console: Console) -> None:
-    """The first examples, token by token: what is to be learnt in green and underlined, what is only read dim."""
+def show_data(inputs: RunInputs, count: int, console: Console) -> None:
+    """Print the first `count` examples: tokens in the loss green and underlined, the others dim."""
     from rich.text import Text
 
-    for example in prepared.training.examples[:count]:
-        learnt = int(example.is_learnt.sum())
-        console.print(f"[bold]{example.source}[/] {len(example.tokens)} tokens, {learnt} to be learnt", highlight=False)
+    for example in inputs.training.examples[:count]:
+        num_targets = int(example.loss_mask.sum())
+        header = f"[bold]{example.location}[/] {len(example.tokens)} tokens, {num_targets} in the loss"
+        console.print(header, highlight=False)
         text = Text()
-        for id, is_learnt in zip(example.tokens, example.is_learnt, strict=True):
-            piece = prepared.tokenizer.token_bytes(int(id)).decode("utf-8", "replace")
-            text.append(piece.replace("\n", "⏎\n"), style="green underline" if is_learnt else "dim")
+        for id, is_target in zip(example.tokens, example.loss_mask, strict=True):
+            token = inputs.tokenizer.token_bytes(int(id)).decode("utf-8", "replace")
+            text.append(token.replace("\n", "⏎\n"), style="green underline" if is_target else "dim")
         console.print(text)
 
 
-def describe_data(prepared: Prepared) -> str:
-    """How many examples and tokens there are, what was left out, and how long the run is."""
-    training, config = prepared.training, prepared.config
+def describe_data(inputs: RunInputs) -> str:
+    """Return a text with the number of examples and tokens, the length of the run, and the bad records."""
+    training, config = inputs.training, inputs.config
     rows = rows_per_epoch(training, config.data)
     lines = [
-        f"{len(training):,} examples of {training.num_positions:,} tokens, {training.num_learnt:,} of them to be learnt",
-        f"{prepared.num_steps:,} steps of {config.batch_size} rows of at most {config.data.max_length} tokens: "
-        f"{prepared.num_steps * config.batch_size / rows:.2f} epochs",
+        f"{len(training):,} examples of {training.num_positions:,} tokens, {training.num_target_tokens:,} in the loss",
+        f"{inputs.num_steps:,} steps of {config.batch_size} rows of at most {config.data.max_length} tokens: "
+        f"{inputs.num_steps * config.batch_size / rows:.2f} epochs",
     ]
-    return "\n".join(lines + ([describe_bad(training.bad)] if training.bad else []))
+    return "\n".join(lines + ([describe_bad_records(training.bad)] if training.bad else []))
 
 
-def describe_training(setup: Setup, prepared: Prepared) -> str:
-    """What would be trained, by name and shape, and the bytes that it takes on each device without activations."""
+def describe_training(setup: TrainSetup, inputs: RunInputs) -> str:
+    """Return a text with the names and shapes of the trained parameters, and the bytes per device without activations."""
     model, state = setup.model, setup.trainer.abstract_state()
     total = sum(value.size for value in model.parameters.values())
     trained = sum(value.size for value in state.parameters.values())
-    lines = [f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%), {_types(setup)}:"]
+    lines = [f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%), {_describe_dtypes(setup)}:"]
     for label, names in group_names(state.parameters).items():
         leaf = state.parameters[names[0]]
         lines.append(f"  {label} {list(leaf.shape)} {leaf.dtype}" + (f" × {len(names)}" if len(names) > 1 else ""))
-    parts = {
-        "parameters": _local_bytes(model.parameters),
-        "gradients": _local_bytes(state.parameters),
-        "optimizer": _local_bytes(state.optimizer),
+    num_bytes = {
+        "parameters": _bytes_per_device(model.parameters),
+        "gradients": _bytes_per_device(state.parameters),
+        "optimizer": _bytes_per_device(state.optimizer),
     }
-    sizes = ", ".join(f"{name} {size / 1e9:.3f} GB" for name, size in parts.items())
-    lines.append(f"on each device: {sizes}; activations of a batch come on top (remat: {prepared.config.remat})")
+    sizes = ", ".join(f"{name} {size / 1e9:.3f} GB" for name, size in num_bytes.items())
+    lines.append(f"on each device: {sizes}; the activations of a batch are extra (remat: {inputs.config.remat})")
     return "\n".join([*lines, model.sharding_ctx.describe()])
 
 
-def _types(setup: Setup) -> str:
-    kept = {str(leaf.dtype) for leaf in setup.trainer.abstract_state().parameters.values()}
-    return f"kept in {', '.join(sorted(kept))} and used in {jax.numpy.dtype(setup.trainer.dtype).name}"
+def _describe_dtypes(setup: TrainSetup) -> str:
+    stored = {str(leaf.dtype) for leaf in setup.trainer.abstract_state().parameters.values()}
+    return f"stored in {', '.join(sorted(stored))} and used in {jax.numpy.dtype(setup.trainer.dtype).name}"
 
 
-def _local_bytes(tree: object) -> int:
+def _bytes_per_device(tree: object) -> int:
     leaves = jax.tree.leaves(tree)
-    return sum(leaf.dtype.itemsize * _size(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for dim in shape:
-        size *= dim
-    return size
+    return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
 
 
 @contextlib.contextmanager
-def watching(console: Console, *, done: int = 0) -> Iterator[Watcher]:
-    """Shows every step in a bar where somebody watches, and a line now and then where not."""
+def progress_bar(console: Console, *, done: int = 0) -> Iterator[StepCallback]:
+    """Show a progress bar in a terminal, and a line every few seconds elsewhere. Gives the callback that updates it."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
         TextColumn("training"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[numbers]}"),
+        TextColumn("{task.fields[metrics]}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None, completed=done, numbers="")
+        task = bar.add_task("", total=None, completed=done, metrics="")
         last_line = 0.0
 
-        def watch(progress: Progressing) -> None:
+        def update(metrics: StepMetrics) -> None:
             nonlocal last_line
-            numbers = describe_step(progress)
-            bar.update(task, total=progress.num_steps, completed=progress.step, numbers=numbers)
-            is_special = progress.step == progress.num_steps or progress.eval_loss is not None
-            if not console.is_terminal and (is_special or time.monotonic() - last_line > LOG_EVERY_S):
+            description = describe_step(metrics)
+            bar.update(task, total=metrics.num_steps, completed=metrics.step, metrics=description)
+            is_special = metrics.step == metrics.num_steps or metrics.eval_loss is not None
+            if not console.is_terminal and (is_special or time.monotonic() - last_line > LOG_INTERVAL_S):
                 last_line = time.monotonic()
-                left = (progress.num_steps - progress.step) * progress.seconds
-                text = f"step {progress.step}/{progress.num_steps}: {numbers}, {left / 60:.0f} min left"
+                left = (metrics.num_steps - metrics.step) * metrics.seconds
+                text = f"step {metrics.step}/{metrics.num_steps}: {description}, {left / 60:.0f} min left"
                 console.print(text, highlight=False, soft_wrap=True)
 
-        yield watch
+        yield update
 
 
-def describe_step(progress: Progressing) -> str:
-    """Loss, speed and memory of one step."""
-    text = (
-        f"loss {progress.loss:.4f}, {progress.num_tokens / progress.seconds:,.0f} tokens/s, {progress.seconds:.2f} s a step"
-    )
-    if progress.mfu is not None:
-        text += f", MFU {100 * progress.mfu:.1f}%"
-    if progress.eval_loss is not None:
-        text += f", evaluation {progress.eval_loss:.4f}"
-    return f"{text}, {peak_memory() / 1e9:.2f} GB"
+def describe_step(metrics: StepMetrics) -> str:
+    """Return a line with loss, speed and peak memory of one step."""
+    text = f"loss {metrics.loss:.4f}, {metrics.num_tokens / metrics.seconds:,.0f} tokens/s, {metrics.seconds:.2f} s a step"
+    if metrics.mfu is not None:
+        text += f", MFU {100 * metrics.mfu:.1f}%"
+    if metrics.eval_loss is not None:
+        text += f", evaluation {metrics.eval_loss:.4f}"
+    return f"{text}, {peak_memory_bytes() / 1e9:.2f} GB"
 
 
-def peak_memory() -> int:
-    """The most bytes that were in use at once: of a device where it counts them, else of this process."""
+def peak_memory_bytes() -> int:
+    """Return the peak memory of a device if it counts it, else of this process."""
     statistics = jax.local_devices()[0].memory_stats()
     if statistics and "peak_bytes_in_use" in statistics:
         return statistics["peak_bytes_in_use"]

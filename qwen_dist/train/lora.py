@@ -1,4 +1,4 @@
-"""Low-rank adapters (arXiv:2106.09685) on a model: which layers have them, what they begin as, and what becomes of them."""
+"""Low-rank adapters (LoRA, arXiv:2106.09685): add them to layers, start from an existing one, extract the trained one."""
 
 from __future__ import annotations
 
@@ -23,53 +23,72 @@ from qwen_dist.sharding import ShardingContext
 
 
 def new_adapter(model: LoadedModel, options: LoraOptions, *, dtype: DTypeLike) -> tuple[LoadedModel, list[str]]:
-    """The model with new adapters on its linear layers, which leave it as it is; and the names of their parameters.
+    """Add new adapters to the linear layers of a model; the outputs of the model do not change.
 
-    Raises UsageError when a target matches no layer.
+    Args:
+      model: the loaded model.
+      options: rank, scale and target layers.
+      dtype: of the adapters' parameters.
+
+    Returns:
+      The model with adapters, and the names of the adapters' parameters.
+
+    Raises:
+      UsageError: a target matches no layer.
     """
-    trained = attach(model.module, options, dtype=dtype)
+    trained = attach_lora(model.module, options, dtype=dtype)
     parameters = model.parameters | random_parameters(model.module, model.sharding_ctx, names=trained)
     return dataclasses.replace(model, parameters=parameters), trained
 
 
-def attach(module: Transformer, options: LoraOptions, *, dtype: DTypeLike) -> list[str]:
-    """Give the linear layers that match an adapter, still without values; returns the names of its parameters.
+def attach_lora(module: Transformer, options: LoraOptions, *, dtype: DTypeLike) -> list[str]:
+    """Declare adapters on the linear layers that match the targets, without values.
 
-    Raises UsageError when a target matches no layer.
+    Returns:
+      The names of the adapters' parameters.
+
+    Raises:
+      UsageError: a target matches no layer.
     """
     layers = [*(name for name, _ in linear_layers(module)), *expert_stacks(module)]
     matches = {target: [name for name in layers if _matches(target, name)] for target in options.target_modules}
     if unused := [target for target, names in matches.items() if not names]:
-        kinds = sorted({name.rpartition(".")[2] for name in layers})
-        raise UsageError(f"lora.target_modules: {', '.join(unused)} matches no linear layer; there are {', '.join(kinds)}")
+        known = sorted({name.rpartition(".")[2] for name in layers})
+        raise UsageError(
+            f"lora.target_modules: {', '.join(unused)} matches no linear layer; the layers are {', '.join(known)}"
+        )
     chosen = {name for names in matches.values() for name in names}
-    return _attach_to(
+    return _add_lora(
         module, chosen, options.rank, Adapter(options.rank, options.alpha, options.use_rslora, {}).scale, dtype
     )
 
 
 def with_adapter(model: LoadedModel, adapter: Adapter, *, dtype: DTypeLike) -> tuple[LoadedModel, list[str]]:
-    """The model with an adapter that can be trained further; and the names of its parameters.
+    """Add an existing adapter to a model, to train it further.
 
-    Raises CheckpointError when the adapter is not of this model.
+    Returns:
+      The model with the adapter, and the names of the adapter's parameters.
+
+    Raises:
+      CheckpointError: the adapter does not fit the model.
     """
     check_fits(adapter, {name: leaf.shape for name, leaf in model.parameters.items()})
-    trained = _attach_to(model.module, adapter.layers, adapter.rank, adapter.scale, dtype)
-    places = abstract_parameters(model.module, model.sharding_ctx)
+    trained = _add_lora(model.module, adapter.layers, adapter.rank, adapter.scale, dtype)
+    targets = abstract_parameters(model.module, model.sharding_ctx)
     parameters = dict(model.parameters)
     for name in trained:
-        place = places[name]
-        values = adapter.arrays[name].astype(place.dtype).reshape(place.shape)
-        parameters[name] = jax.make_array_from_callback(place.shape, place.sharding, values.__getitem__)
+        target = targets[name]
+        values = adapter.arrays[name].astype(target.dtype).reshape(target.shape)
+        parameters[name] = jax.make_array_from_callback(target.shape, target.sharding, values.__getitem__)
     return dataclasses.replace(model, parameters=parameters), trained
 
 
-def adapter_of(parameters: Mapping[str, jax.Array], options: LoraOptions, sharding_ctx: ShardingContext) -> Adapter:
-    """The trained adapter on the host of every process, in matrices."""
-    everywhere = jax.jit(lambda x: x, out_shardings=sharding_ctx.replicated())
+def extract_adapter(parameters: Mapping[str, jax.Array], options: LoraOptions, sharding_ctx: ShardingContext) -> Adapter:
+    """Return the trained adapter as NumPy matrices, on every process."""
+    replicate = jax.jit(lambda x: x, out_shardings=sharding_ctx.replicated())
     arrays: dict[str, np.ndarray] = {}
     for name, value in parameters.items():
-        whole = np.asarray(everywhere(value))
+        whole = np.asarray(replicate(value))
         if ".experts.lora." in name:
             arrays[name] = whole.reshape(len(whole), -1, whole.shape[-1])
         else:
@@ -77,7 +96,7 @@ def adapter_of(parameters: Mapping[str, jax.Array], options: LoraOptions, shardi
     return Adapter(options.rank, options.alpha, options.use_rslora, arrays)
 
 
-def _attach_to(module: Transformer, layers: Container[str], rank: int, scale: float, dtype: DTypeLike) -> list[str]:
+def _add_lora(module: Transformer, layers: Container[str], rank: int, scale: float, dtype: DTypeLike) -> list[str]:
     for name, layer in list(linear_layers(module)):
         if name in layers:
             layer.add_lora(rank, scale, dtype=dtype)
@@ -88,7 +107,7 @@ def _attach_to(module: Transformer, layers: Container[str], rank: int, scale: fl
 
 
 def linear_layers(module: Transformer) -> Iterator[tuple[str, Linear]]:
-    """The linear layers of the blocks by name, such as `layers.0.self_attn.q_proj`."""
+    """Yield the linear layers of the blocks with their names, such as `layers.0.self_attn.q_proj`."""
     for path, layer in nnx.iter_modules(module):
         name = ".".join(map(str, path))
         if isinstance(layer, Linear) and name.startswith("layers."):
@@ -96,7 +115,7 @@ def linear_layers(module: Transformer) -> Iterator[tuple[str, Linear]]:
 
 
 def expert_stacks(module: Transformer) -> dict[str, Experts]:
-    """The stacks of experts' matrices by the name of their adapter, such as `layers.0.mlp.experts.lora.down_proj`."""
+    """Return the modules of stacked experts by the name of their adapter, such as `layers.0.mlp.experts.lora.down_proj`."""
     modules = [(".".join(map(str, path)), layer) for path, layer in nnx.iter_modules(module)]
     return {
         f"{name}.lora.{stack}": layer for name, layer in modules if isinstance(layer, Experts) for stack in EXPERT_MATRICES
@@ -104,7 +123,7 @@ def expert_stacks(module: Transformer) -> dict[str, Experts]:
 
 
 def _matches(target: str, name: str) -> bool:
-    """Gate and up of experts are one matrix, which answers to either name."""
+    """Return whether a target names a layer. The experts' gate and up are one matrix, which matches either name."""
     if ".experts.lora." in name and target in ("gate_proj", "up_proj"):
         return name.endswith(".gate_up_proj")
     return name == target or name.endswith(f".{target}") or re.fullmatch(target, name) is not None

@@ -1,58 +1,63 @@
-"""The loss of the next tokens, without ever having all logits: a 152k vocabulary makes them larger than the model."""
+"""The next-token loss, in chunks of tokens: all logits of a batch would be larger than the model (vocabulary of 152k).
+
+V vocab, D embed. N is the number of data-parallel shards.
+"""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-from qwen_dist.ops.matmul import accum_dtype, matmul, weight_gradient
+from qwen_dist.ops.matmul import accum_dtype, matmul
 from qwen_dist.sharding import constrain
 
-# Tokens whose logits exist at a time, on each device.
-BLOCK_TOKENS = 512
+# The number of tokens per device whose logits exist at the same time.
+LOSS_CHUNK_TOKENS = 512
 
 
 def next_token_loss(
-    x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, rows_apart: int = 1
+    x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, num_shards: int = 1
 ) -> jax.Array:
-    """The sum of the targets' cross-entropies, each times its weight, in at least float32.
+    """Return the weighted sum of the targets' cross-entropies, a scalar in at least float32.
 
-    The gradient is computed together with the loss, a block of tokens at a time: no logits are computed twice, or kept, and
-    none for tokens that weigh nothing (but for those that fill up the last block).
+    The gradient is computed together with the loss, one chunk of tokens at a time. No logits are computed twice or kept,
+    and none are computed for tokens of weight 0, except those that fill the last chunk.
 
     Args:
-      x_BTD: hidden states. head_VD: the output weights.
-      targets_BT: token ids. weights_BT: 0 where a target does not count.
-      rows_apart: over how many devices the rows are spread.
+      x_BTD: hidden states.
+      head_VD: output weights.
+      targets_BT: token ids.
+      weights_BT: 0 where a target does not count.
+      num_shards: the number of data-parallel shards of the batch.
     """
-    num_tokens = targets_BT.size // rows_apart
-    num_blocks = -(-num_tokens // BLOCK_TOKENS)
-    width = -(-num_tokens // num_blocks)
+    num_tokens = targets_BT.size // num_shards
+    num_chunks = -(-num_tokens // LOSS_CHUNK_TOKENS)
+    chunk_size = -(-num_tokens // num_chunks)
 
-    def of_device(x: jax.Array) -> jax.Array:
-        """[B, T, ...] -> [devices, tokens of a device, ...]"""
-        return x.reshape(rows_apart, num_tokens, *x.shape[2:])
+    def by_shard(x: jax.Array) -> jax.Array:
+        """[B, T, ...] -> [shards, tokens of a shard, ...]"""
+        return x.reshape(num_shards, num_tokens, *x.shape[2:])
 
-    weights = of_device(weights_BT)
+    weights = by_shard(weights_BT)
     order = jnp.argsort(weights == 0, axis=1, stable=True)
 
-    def in_blocks(x: jax.Array) -> jax.Array:
-        """[B, T, ...] -> [blocks, devices, width, ...], what counts first; what is added weighs nothing."""
-        sorted_ = jnp.take_along_axis(of_device(x), order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
-        padded = jnp.pad(sorted_, [(0, 0), (0, num_blocks * width - num_tokens)] + [(0, 0)] * (x.ndim - 2))
-        return padded.reshape(rows_apart, num_blocks, width, *x.shape[2:]).swapaxes(0, 1)
+    def in_chunks(x: jax.Array) -> jax.Array:
+        """[B, T, ...] -> [chunks, shards, chunk_size, ...]; tokens that count come first, padding has weight 0."""
+        sorted_ = jnp.take_along_axis(by_shard(x), order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
+        padded = jnp.pad(sorted_, [(0, 0), (0, num_chunks * chunk_size - num_tokens)] + [(0, 0)] * (x.ndim - 2))
+        return padded.reshape(num_shards, num_chunks, chunk_size, *x.shape[2:]).swapaxes(0, 1)
 
-    wide = accum_dtype(x_BTD.dtype)
-    num_used = -(-jnp.max(jnp.sum(weights != 0, axis=1)) // width)
-    blocks = in_blocks(x_BTD), in_blocks(targets_BT), in_blocks(weights_BT).astype(wide)
-    return _loss_of_blocks(blocks[0], head_VD, *blocks[1:], num_used)
+    dtype = accum_dtype(x_BTD.dtype)
+    num_used = -(-jnp.max(jnp.sum(weights != 0, axis=1)) // chunk_size)
+    chunks = in_chunks(x_BTD), in_chunks(targets_BT), in_chunks(weights_BT).astype(dtype)
+    return _chunked_loss(chunks[0], head_VD, *chunks[1:], num_used)
 
 
 @jax.custom_vjp
-def _loss_of_blocks(
+def _chunked_loss(
     x: jax.Array, head_VD: jax.Array, targets: jax.Array, weights: jax.Array, num_used: jax.Array
 ) -> jax.Array:
-    """Of the first `num_used` of the blocks; the others weigh nothing."""
+    """Return the loss of the first `num_used` chunks; all weights of the other chunks are 0."""
 
     def add(index: jax.Array, total: jax.Array) -> jax.Array:
         return total + _cross_entropy(matmul(x[index], head_VD), targets[index], weights[index])
@@ -60,42 +65,42 @@ def _loss_of_blocks(
     return jax.lax.fori_loop(0, num_used, add, jnp.zeros((), weights.dtype))
 
 
-def _forward(
+def _chunked_loss_fwd(
     x: jax.Array, head_VD: jax.Array, targets: jax.Array, weights: jax.Array, num_used: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     def add(index: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        total, by_x, by_head_NVD = sums
-        # The barrier ties the head to this turn of the loop: XLA would turn a copy of it over in front of it.
+        total, grad_x, grad_head_NVD = sums
+        # The barrier keeps XLA from making a transposed copy of the head before the loop.
         head, index = jax.lax.optimization_barrier((head_VD, index))
-        loss, by_logits = jax.value_and_grad(_cross_entropy)(matmul(x[index], head), targets[index], weights[index])
-        by_logits = by_logits.astype(x.dtype)
-        by_block = matmul(by_logits, head.T).astype(x.dtype)
-        # Each device sums its own tokens' gradient; a loop that adds to a sum over devices sums over them in every turn.
-        by_head_NVD = of_devices(by_head_NVD + weight_gradient(by_logits, x[index], 1))
-        return total + loss, by_x.at[index].set(by_block), by_head_NVD
+        loss, grad_logits = jax.value_and_grad(_cross_entropy)(matmul(x[index], head), targets[index], weights[index])
+        grad_logits = grad_logits.astype(x.dtype)
+        grad_chunk = matmul(grad_logits, head.T).astype(x.dtype)
+        # One sum per shard: with one sum over all shards, XLA would all-reduce in every iteration.
+        grad_head_NVD = constrain_shards(grad_head_NVD + weight_gradient(grad_logits, x[index], 1))
+        return total + loss, grad_x.at[index].set(grad_chunk), grad_head_NVD
 
-    def of_devices(by_head_NVD: jax.Array) -> jax.Array:
-        return constrain(by_head_NVD, "batch", "vocab", "embed")
+    def constrain_shards(grad_head_NVD: jax.Array) -> jax.Array:
+        return constrain(grad_head_NVD, "batch", "vocab", "embed")
 
-    by_head_NVD = of_devices(jnp.zeros((x.shape[1], *head_VD.shape), weights.dtype))
-    zeros = jnp.zeros((), weights.dtype), jnp.zeros_like(x), by_head_NVD
-    loss, by_x, by_head_NVD = jax.lax.fori_loop(0, num_used, add, zeros)
-    return loss, (by_x, by_head_NVD.sum(axis=0).astype(head_VD.dtype), weights)
+    grad_head_NVD = constrain_shards(jnp.zeros((x.shape[1], *head_VD.shape), weights.dtype))
+    zeros = jnp.zeros((), weights.dtype), jnp.zeros_like(x), grad_head_NVD
+    loss, grad_x, grad_head_NVD = jax.lax.fori_loop(0, num_used, add, zeros)
+    return loss, (grad_x, grad_head_NVD.sum(axis=0).astype(head_VD.dtype), weights)
 
 
-def _backward(
-    gradients: tuple[jax.Array, jax.Array, jax.Array], scale: jax.Array
+def _chunked_loss_bwd(
+    residuals: tuple[jax.Array, jax.Array, jax.Array], scale: jax.Array
 ) -> tuple[jax.Array, jax.Array, None, jax.Array, None]:
-    by_x, by_head_VD, weights = gradients
-    by_x, by_head_VD = ((scale * gradient).astype(gradient.dtype) for gradient in (by_x, by_head_VD))
-    return by_x, by_head_VD, None, jnp.zeros_like(weights), None
+    grad_x, grad_head_VD, weights = residuals
+    grad_x, grad_head_VD = ((scale * gradient).astype(gradient.dtype) for gradient in (grad_x, grad_head_VD))
+    return grad_x, grad_head_VD, None, jnp.zeros_like(weights), None
 
 
-_loss_of_blocks.defvjp(_forward, _backward)
+_chunked_loss.defvjp(_chunked_loss_fwd, _chunked_loss_bwd)
 
 
 def _cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-    # Compared and summed rather than looked up: the vocabulary may be spread over devices.
+    # Compare and sum instead of indexing: the vocabulary may be sharded.
     is_target = targets[..., None] == jnp.arange(logits.shape[-1])
-    of_target = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
-    return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - of_target))
+    target_logits = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+    return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - target_logits))

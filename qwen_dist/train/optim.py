@@ -1,4 +1,4 @@
-"""How parameters change: optax's optimisers, by name, with the learning rate over the steps."""
+"""Optimizers of optax by name, learning rate schedules and gradient clipping."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ Schedule = Callable[[jax.Array | int], jax.Array | float]
 
 
 def make_schedule(options: OptimizerOptions, num_steps: int) -> Schedule:
-    """The learning rate of each step, from 0; with the same values as transformers' schedulers of these names.
+    """Return the learning rate as a function of the step, from 0; the values are those of transformers' schedulers.
 
-    Raises UsageError when the warm-up is longer than the run.
+    Raises:
+      UsageError: the warm-up is longer than the run.
     """
     rate, warmup = options.learning_rate, options.warmup_steps
     if warmup > num_steps:
@@ -38,13 +39,14 @@ def make_optimizer(
     shapes: Mapping[str, tuple[int, ...]],
     disk_shapes: Mapping[str, tuple[int, ...]],
 ) -> optax.GradientTransformation:
-    """The optimiser of parameters by checkpoint name.
+    """Return the optimizer for parameters in a dictionary by checkpoint name.
 
     Args:
       options: as configured.
       schedule: the learning rate.
-      shapes, disk_shapes: of the trained parameters, here and on disk. What has two dimensions on disk decays; norms and
-        biases do not.
+      shapes: of the trained parameters in memory.
+      disk_shapes: of the trained parameters on disk. Weight decay applies to those with two dimensions or more, not to
+        norms and biases.
     """
     decays = {name: len(disk_shapes[name]) > 1 for name in shapes}
     b1, b2, eps, decay = options.b1, options.b2, options.eps, options.weight_decay
@@ -60,12 +62,12 @@ def make_optimizer(
         adam_b1=b1,
         adam_b2=b2,
         eps=eps,
-        muon_weight_dimension_numbers={name: _matrix(name, shape, disk_shapes[name]) for name, shape in shapes.items()},
+        muon_weight_dimension_numbers={name: _muon_dims(name, shape, disk_shapes[name]) for name, shape in shapes.items()},
     )
 
 
-def _matrix(name: str, shape: tuple[int, ...], disk_shape: tuple[int, ...]) -> optax.contrib.MuonDimensionNumbers | None:
-    """Which dimensions are a matrix's rows (out) and columns (in); None for what Muon leaves to Adam."""
+def _muon_dims(name: str, shape: tuple[int, ...], disk_shape: tuple[int, ...]) -> optax.contrib.MuonDimensionNumbers | None:
+    """Return which dimensions are a matrix's rows (out) and columns (in); None for parameters that Muon leaves to Adam."""
     if len(disk_shape) != 2 or name in ("embed_tokens.weight", "lm_head.weight"):
         return None
     num_out = next(n for n in range(len(shape)) if math.prod(shape[:n]) == disk_shape[0])
@@ -73,10 +75,13 @@ def _matrix(name: str, shape: tuple[int, ...], disk_shape: tuple[int, ...]) -> o
     return optax.contrib.MuonDimensionNumbers(reduction_axis=dims[num_out:], output_axis=dims[:num_out])
 
 
-def clip(gradients: dict[str, jax.Array], max_norm: float) -> tuple[dict[str, jax.Array], jax.Array]:
-    """The gradients, scaled down where their norm together is above `max_norm` (0: never), and that norm.
+def clip_grad_norm(gradients: dict[str, jax.Array], max_norm: float) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Scale the gradients down if their global norm is above `max_norm` (0: never), as `torch.nn.utils.clip_grad_norm_`.
 
-    As `torch.nn.utils.clip_grad_norm_` computes it, which adds 1e-6 to the norm and optax does not.
+    Unlike optax, PyTorch adds 1e-6 to the norm before it divides.
+
+    Returns:
+      The gradients, and their norm before clipping.
     """
     norm = optax.tree.norm(gradients)
     if not max_norm:

@@ -1,4 +1,4 @@
-"""A whole training run: from a configuration to a trained model or adapter, cut off and gone on with at any time."""
+"""A whole training run, from a configuration to a trained model or adapter. It can be resumed after any interruption."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from qwen_dist.tokenizer import Tokenizer
 from qwen_dist.train.batches import Batch, BatchIterator, evaluation_batches, rows_per_epoch, training_batches
 from qwen_dist.train.checkpoints import Checkpoints
 from qwen_dist.train.examples import Examples, make_examples
-from qwen_dist.train.journal import Journal
-from qwen_dist.train.lora import adapter_of, attach, new_adapter, with_adapter
+from qwen_dist.train.lora import attach_lora, extract_adapter, new_adapter, with_adapter
+from qwen_dist.train.metrics import MetricsLog
 from qwen_dist.train.optim import make_optimizer, make_schedule
-from qwen_dist.train.records import expand, read
-from qwen_dist.train.step import State, Trainer
-from qwen_dist.train.utilization import StepFlops, flops_per_second
+from qwen_dist.train.records import find_data_files, read_train_records
+from qwen_dist.train.step import Trainer, TrainState
+from qwen_dist.train.utilization import StepFlops, peak_flops_per_second
 
-# What may be different when a run goes on: where and how it computes and for how long, but not what.
-_MAY_CHANGE = frozenset(
+# Fields that may change when a run is resumed: where, how and how long it computes, but not what.
+_RESUMABLE_CHANGES = frozenset(
     (
         "mesh output steps epochs remat num_microbatches save_every max_to_keep keep_best eval_every tensorboard overwrite"
     ).split()
@@ -52,8 +52,8 @@ _MAY_CHANGE = frozenset(
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
-    """What a run needs before there are weights: cheap to make, so that faults in the data show at once."""
+class RunInputs:
+    """What a run needs besides the weights. It is cheap to make, so errors in the data show before the model is loaded."""
 
     config: FinetuneConfig
     directory: pathlib.Path
@@ -65,8 +65,8 @@ class Prepared:
 
 
 @dataclasses.dataclass
-class Progressing:
-    """How a run stands, after each step. `mfu`: see `train.utilization`; None where the devices' peak is not known."""
+class StepMetrics:
+    """The metrics of one step, for the callback. `mfu` (see `train.utilization`) is None if the peak is not known."""
 
     step: int
     num_steps: int
@@ -80,8 +80,16 @@ class Progressing:
 
 
 @dataclasses.dataclass(frozen=True)
-class Summary:
-    """What a run has come to. `is_stopped`: by SIGTERM; the same command goes on. `result`: the directory of the result."""
+class TrainSummary:
+    """The result of a run.
+
+    Attributes:
+      steps: the number of steps done.
+      loss: of the last step; None when no step was done.
+      eval_loss: of the last evaluation; None when there was none.
+      is_stopped: stopped by SIGTERM; the same command resumes it.
+      result: the directory of the model or adapter.
+    """
 
     steps: int
     loss: float | None
@@ -90,50 +98,54 @@ class Summary:
     result: str
 
 
-Watcher = Callable[[Progressing], None]
+StepCallback = Callable[[StepMetrics], None]
 
 
-def prepare(config: FinetuneConfig) -> Prepared:
-    """Read tokenizer, configuration and data. Raises UserError."""
+def prepare(config: FinetuneConfig) -> RunInputs:
+    """Read tokenizer, model configuration and data.
+
+    Raises:
+      UserError: the model or the data cannot be used, or they do not fit together.
+    """
     directory = local_directory(config.model.path, weights=config.model.load_format != "dummy")
     model = ModelConfig.from_directory(directory, config.model.ignored_keys)
     if config.data.max_length > model.max_position_embeddings:
         raise UsageError(
-            f"data.max_length is {config.data.max_length}, and the model's context {model.max_position_embeddings}"
+            f"data.max_length is {config.data.max_length}; the model's context has {model.max_position_embeddings} tokens"
         )
     tokenizer = Tokenizer.from_directory(directory)
     if tokenizer.vocab_size > model.vocab_size:
-        raise UserError(f"the tokenizer knows {tokenizer.vocab_size} ids and the model only {model.vocab_size}")
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {model.vocab_size}")
 
     def examples(patterns: tuple[str, ...]) -> Examples:
-        records = read(expand(patterns), raw=config.data.raw)
+        records = read_train_records(find_data_files(patterns), raw=config.data.raw)
         return make_examples(records, tokenizer, max_length=config.data.max_length, bad_records=config.data.bad_records)
 
     training = examples(config.data.files)
     evaluation = examples(config.data.eval_files) if config.data.eval_files else None
     num_steps = config.steps or math.ceil(config.epochs * rows_per_epoch(training, config.data) / config.batch_size)
-    return Prepared(config, directory, tokenizer, model, training, evaluation, num_steps)
+    return RunInputs(config, directory, tokenizer, model, training, evaluation, num_steps)
 
 
 def finetune(
-    prepared: Prepared,
+    inputs: RunInputs,
     *,
-    watch: Watcher = lambda progress: None,
-    announce: Callable[[str], None] = lambda text: None,
-    loading: ProgressCallback | None = None,
-) -> Summary:
-    """Train, going on from the newest checkpoint in the output directory if there is one.
+    callback: StepCallback = lambda metrics: None,
+    log: Callable[[str], None] = lambda text: None,
+    load_progress: ProgressCallback | None = None,
+) -> TrainSummary:
+    """Train, from the newest checkpoint in the output directory if there is one.
 
     Args:
-      prepared: by `prepare`, the same on every process.
-      watch: told of every step.
-      announce: told what is going on, in a sentence.
-      loading: see `checkpoint.load.load`.
+      inputs: from `prepare`, the same on every process.
+      callback: called after every step.
+      log: called with a sentence at each stage of the run.
+      load_progress: see `checkpoint.load.load`.
 
     Raises:
-      UserError: the output belongs to another run, the model cannot be loaded, or the loss is not a number.
+      UserError: the output belongs to another run, the model cannot be loaded, or the loss is not finite.
     """
-    config = prepared.config
+    config = inputs.config
     output = pathlib.Path(config.output)
     with sync_processes("preparing the output"):
         if jax.process_index() == 0:
@@ -144,26 +156,26 @@ def finetune(
         found = checkpoints.latest
         position = checkpoints.position() if found is not None else None
         if position is not None:
-            _check_same_run(position["run"], identity(prepared))
-        setup = set_up(prepared, loading)
-        state = setup.trainer.start() if position is None else checkpoints.restore(setup.trainer.abstract_state())
-        batches = training_batches(prepared.training, config.data, config.batch_size)
+            _check_same_run(position["run"], fingerprint(inputs))
+        setup = set_up(inputs, load_progress)
+        state = setup.trainer.init_state() if position is None else checkpoints.restore(setup.trainer.abstract_state())
+        batches = training_batches(inputs.training, config.data, config.batch_size)
         if position is not None:
-            announce(f"going on after step {found} of {prepared.num_steps}")
+            log(f"resuming after step {found} of {inputs.num_steps}")
             batches.set_state(position["data"])
-        journal = Journal(output, done=found or 0, tensorboard=config.tensorboard, is_first=jax.process_index() == 0)
-        with contextlib.closing(journal), _told_to_stop() as is_told:
-            run = _Run(prepared, setup, checkpoints, journal, watch, is_told)
-            state, step = run.train(state, batches, found or 0)
-        if step < prepared.num_steps:
-            return Summary(step, run.loss, run.eval_loss, True, "")
-        result = _write_result(prepared, setup, state, announce)
-    return Summary(step, run.loss, run.eval_loss, False, str(result))
+        metrics_log = MetricsLog(output, done=found or 0, tensorboard=config.tensorboard, is_first=jax.process_index() == 0)
+        with contextlib.closing(metrics_log), _sigterm_event() as stop_requested:
+            loop = _TrainLoop(inputs, setup, checkpoints, metrics_log, callback, stop_requested)
+            state, step = loop.train(state, batches, found or 0)
+        if step < inputs.num_steps:
+            return TrainSummary(step, loop.loss, loop.eval_loss, True, "")
+        result = _write_result(inputs, setup, state, log)
+    return TrainSummary(step, loop.loss, loop.eval_loss, False, str(result))
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
-    """The model with what is trained in it, ready to run; `lora` are the options of the adapter that there is."""
+class TrainSetup:
+    """A model with its trainer. `lora` are the options of the trained adapter, also when it was loaded."""
 
     model: LoadedModel
     trained: list[str]
@@ -171,43 +183,51 @@ class Setup:
     lora: LoraOptions
 
 
-def set_up(prepared: Prepared, loading: ProgressCallback | None = None) -> Setup:
-    """Load the model and make the programs that train it. Raises UserError."""
-    config = prepared.config
+def set_up(inputs: RunInputs, load_progress: ProgressCallback | None = None) -> TrainSetup:
+    """Load the model and make its trainer.
+
+    Raises:
+      UserError: the model, the adapter or the mesh cannot be used.
+    """
+    config = inputs.config
     adapter = read_adapter(config.model.adapter) if config.model.adapter else None
     model = load_model(
-        prepared.directory,
-        _sharding_ctx(prepared),
+        inputs.directory,
+        _sharding_ctx(inputs),
         dtype=_base_dtype(config),
         weights=config.model.path if "://" in config.model.path else None,
         load_format=config.model.load_format,
         ignored_config_keys=config.model.ignored_keys,
         host_memory_budget=config.model.host_memory_bytes,
-        progress=loading,
+        progress=load_progress,
     )
     if config.method == "full":
         if adapter is not None:
             model = dataclasses.replace(model, parameters=merge_adapter(model.parameters, adapter, model.sharding_ctx))
-        return _with_trainer(prepared, model, list(model.parameters), config.lora)
+        return _with_trainer(inputs, model, list(model.parameters), config.lora)
     if adapter is not None:
         lora = dataclasses.replace(config.lora, rank=adapter.rank, alpha=adapter.alpha, use_rslora=adapter.rslora)
-        return _with_trainer(prepared, *with_adapter(model, adapter, dtype=_trained_dtype(config)), lora)
-    return _with_trainer(prepared, *new_adapter(model, config.lora, dtype=_trained_dtype(config)), config.lora)
+        return _with_trainer(inputs, *with_adapter(model, adapter, dtype=_trained_dtype(config)), lora)
+    return _with_trainer(inputs, *new_adapter(model, config.lora, dtype=_trained_dtype(config)), config.lora)
 
 
-def set_up_abstract(prepared: Prepared) -> Setup:
-    """The same without any weights, to look at; an adapter to go on with counts as a new one. Raises UserError."""
-    config = prepared.config
-    module = Transformer(prepared.model, dtype=_base_dtype(config))
-    names = None if config.method == "full" else attach(module, config.lora, dtype=_trained_dtype(config))
-    leaves: Any = abstract_parameters(module, _sharding_ctx(prepared))
-    model = LoadedModel(prepared.model, module, leaves, _sharding_ctx(prepared))
-    return _with_trainer(prepared, model, list(leaves) if names is None else names, config.lora)
+def set_up_abstract(inputs: RunInputs) -> TrainSetup:
+    """Return the same as `set_up` without weights, for `--dry-run`; an adapter to be loaded counts as a new one.
+
+    Raises:
+      UserError: the mesh or the LoRA targets do not fit the model.
+    """
+    config = inputs.config
+    module = Transformer(inputs.model, dtype=_base_dtype(config))
+    names = None if config.method == "full" else attach_lora(module, config.lora, dtype=_trained_dtype(config))
+    leaves: Any = abstract_parameters(module, _sharding_ctx(inputs))
+    model = LoadedModel(inputs.model, module, leaves, _sharding_ctx(inputs))
+    return _with_trainer(inputs, model, list(leaves) if names is None else names, config.lora)
 
 
-def _sharding_ctx(prepared: Prepared) -> ShardingContext:
-    text = prepared.config.mesh
-    mesh = MeshConfig.parse(text) if text else training_mesh(prepared.model, jax.devices())
+def _sharding_ctx(inputs: RunInputs) -> ShardingContext:
+    text = inputs.config.mesh
+    mesh = MeshConfig.parse(text) if text else training_mesh(inputs.model, jax.devices())
     return ShardingContext(make_mesh(mesh), TRAIN)
 
 
@@ -217,13 +237,13 @@ def _trained_dtype(config: FinetuneConfig) -> jax.numpy.dtype:
 
 
 def _base_dtype(config: FinetuneConfig) -> jax.numpy.dtype:
-    """What an adapter is added to is only read: it needs no more than the computation's type."""
+    """Return the dtype of the loaded weights. Under an adapter they are frozen: the dtype of the computation is enough."""
     return _trained_dtype(config) if config.method == "full" else jax.numpy.dtype(config.model.dtype)
 
 
-def _with_trainer(prepared: Prepared, model: LoadedModel, trained: list[str], lora: LoraOptions) -> Setup:
-    config = prepared.config
-    schedule = make_schedule(config.optimizer, prepared.num_steps)
+def _with_trainer(inputs: RunInputs, model: LoadedModel, trained: list[str], lora: LoraOptions) -> TrainSetup:
+    config = inputs.config
+    schedule = make_schedule(config.optimizer, inputs.num_steps)
     shapes = {name: model.parameters[name].shape for name in trained}
     trainer = Trainer(
         model,
@@ -234,83 +254,91 @@ def _with_trainer(prepared: Prepared, model: LoadedModel, trained: list[str], lo
         remat=config.remat,
         clip_norm=config.optimizer.clip_norm,
     )
-    return Setup(model, trained, trainer, lora)
+    return TrainSetup(model, trained, trainer, lora)
 
 
-class _Run:
-    """The steps of a run, and what happens between them."""
+class _TrainLoop:
+    """The training loop: steps, evaluations, metrics and checkpoints.
+
+    Attributes:
+      loss: of the last step.
+      eval_loss: of the last evaluation.
+    """
 
     def __init__(
         self,
-        prepared: Prepared,
-        setup: Setup,
+        inputs: RunInputs,
+        setup: TrainSetup,
         checkpoints: Checkpoints,
-        journal: Journal,
-        watch: Watcher,
-        is_told: threading.Event,
+        metrics_log: MetricsLog,
+        callback: StepCallback,
+        stop_requested: threading.Event,
     ):
-        self._prepared, self._config, self._trainer = prepared, prepared.config, setup.trainer
-        self._checkpoints, self._journal, self._watch, self._is_told = checkpoints, journal, watch, is_told
-        self._identity = identity(prepared)
+        self._inputs, self._config, self._trainer = inputs, inputs.config, setup.trainer
+        self._checkpoints, self._metrics_log = checkpoints, metrics_log
+        self._callback, self._stop_requested = callback, stop_requested
+        self._fingerprint = fingerprint(inputs)
         self._flops = StepFlops(setup.model, setup.trained)
-        self._flops_per_second = flops_per_second(setup.model.sharding_ctx.mesh.devices.flatten(), setup.trainer.dtype)
+        self._peak_flops_per_second = peak_flops_per_second(
+            setup.model.sharding_ctx.mesh.devices.flatten(), setup.trainer.dtype
+        )
         self.loss: float | None = None
         self.eval_loss: float | None = None
 
-    def train(self, state: State, batches: BatchIterator, step: int) -> tuple[State, int]:
-        """Steps until there have been enough, or the process is told to stop; saved then. Returns how many were done."""
-        num_steps, config = self._prepared.num_steps, self._config
-        batch, stops = next(batches), False
-        while step < num_steps and not stops:
+    def train(self, state: TrainState, batches: BatchIterator, step: int) -> tuple[TrainState, int]:
+        """Train until the last step or a request to stop, then save. Returns the state and the number of steps done."""
+        num_steps, config = self._inputs.num_steps, self._config
+        batch, must_stop = next(batches), False
+        while step < num_steps and not must_stop:
             start, position = time.monotonic(), batches.get_state()
-            state, metrics = self._trainer.step(state, batch.parts(config.num_microbatches))
-            following = next(batches)  # made while the devices compute
-            loss, norm, rate = (float(value) for value in jax.device_get(metrics))
+            state, result = self._trainer.step(state, batch.microbatches(config.num_microbatches))
+            next_batch = next(batches)  # made while the devices compute
+            loss, norm, rate = (float(value) for value in jax.device_get(result))
             step += 1
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise UserError(self._describe_nan(step, batch, loss, norm))
+                raise UserError(self._describe_non_finite(step, batch, loss, norm))
             self.loss = loss
             seconds = time.monotonic() - start
             num_tokens, mfu = int((batch.positions >= 0).sum()), self._utilization(batch, seconds)
-            progress = Progressing(step, num_steps, loss, norm, rate, seconds, num_tokens, mfu)
-            stops = _any_process(self._is_told.is_set())
+            metrics = StepMetrics(step, num_steps, loss, norm, rate, seconds, num_tokens, mfu)
+            must_stop = _any_process(self._stop_requested.is_set())
             is_last = step == num_steps
-            if self._prepared.evaluation is not None and (is_last or _is_due(step, config.eval_every)):
-                progress.eval_loss = self.eval_loss = self._evaluate(state)
-            self._record(progress)
-            if is_last or stops or _is_due(step, config.save_every):
-                self._checkpoints.save(step, state, {"data": position, "run": self._identity}, self.eval_loss)
-            batch = following
+            if self._inputs.evaluation is not None and (is_last or _is_due(step, config.eval_every)):
+                metrics.eval_loss = self.eval_loss = self._evaluate(state)
+            self._report(metrics)
+            if is_last or must_stop or _is_due(step, config.save_every):
+                self._checkpoints.save(step, state, {"data": position, "run": self._fingerprint}, self.eval_loss)
+            batch = next_batch
         return state, step
 
     def _utilization(self, batch: Batch, seconds: float) -> float | None:
-        peak = self._flops_per_second
+        peak = self._peak_flops_per_second
         return None if peak is None else self._flops(batch.positions) / (seconds * peak)
 
-    def _evaluate(self, state: State) -> float:
-        """The mean loss of all tokens to be learnt in the evaluation data."""
-        assert self._prepared.evaluation is not None
+    def _evaluate(self, state: TrainState) -> float:
+        """Return the mean loss of the target tokens of the evaluation data."""
+        assert self._inputs.evaluation is not None
         total, count = 0.0, 0
         size = self._config.batch_size // self._config.num_microbatches
-        for batch in evaluation_batches(self._prepared.evaluation, self._config.data, size):
-            loss, learnt = jax.device_get(self._trainer.evaluate(state, batch))
-            total, count = total + float(loss), count + int(learnt)
+        for batch in evaluation_batches(self._inputs.evaluation, self._config.data, size):
+            loss, num_targets = jax.device_get(self._trainer.evaluate(state, batch))
+            total, count = total + float(loss), count + int(num_targets)
         return total / max(count, 1)
 
-    def _record(self, progress: Progressing) -> None:
+    def _report(self, metrics: StepMetrics) -> None:
         names = ("loss", "gradient_norm", "learning_rate", "seconds", "num_tokens", "mfu", "eval_loss")
-        numbers = {name: value for name in names if (value := getattr(progress, name)) is not None}
-        self._journal.add(progress.step, numbers)
-        self._watch(progress)
+        known = {name: value for name in names if (value := getattr(metrics, name)) is not None}
+        self._metrics_log.add(metrics.step, known)
+        self._callback(metrics)
 
-    def _describe_nan(self, step: int, batch: Batch, loss: float, norm: float) -> str:
+    def _describe_non_finite(self, step: int, batch: Batch, loss: float, norm: float) -> str:
         path = pathlib.Path(self._config.output) / f"batch-{step}.npz"
         if jax.process_index() == 0:
             np.savez(path, **{name: value for name, value in batch._asdict().items() if value is not None})
         saved = self._checkpoints.latest
         return (
-            f"step {step}: the loss is {loss} and the norm of the gradient {norm}, so the run has stopped. Its batch is in "
-            f"{path}; {f'the checkpoint after step {saved}' if saved else 'no checkpoint'} is from before. "
+            f"step {step}: the loss is {loss} and the gradient norm is {norm}, so the run has stopped. The batch is in "
+            f"{path}; {f'the newest checkpoint is of step {saved}' if saved else 'there is no checkpoint'}. "
             "Try a lower optimizer.learning_rate, or float32."
         )
 
@@ -320,7 +348,7 @@ def _is_due(step: int, every: int) -> bool:
 
 
 def _any_process(flag: bool) -> bool:
-    """Whether the flag is set on any process: all must stop after the same step."""
+    """Return whether the flag is set on any process: all must stop after the same step."""
     if jax.process_count() == 1:
         return flag
     from jax.experimental import multihost_utils
@@ -329,8 +357,8 @@ def _any_process(flag: bool) -> bool:
 
 
 @contextlib.contextmanager
-def _told_to_stop() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets while the block runs, in the main thread; elsewhere nothing does."""
+def _sigterm_event() -> Iterator[threading.Event]:
+    """Give an event that SIGTERM sets while the block runs. Outside the main thread nothing sets it."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -342,66 +370,66 @@ def _told_to_stop() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-def identity(prepared: Prepared) -> dict[str, Any]:
-    """What a run is, in JSON values: a run of another identity cannot go on from its checkpoints."""
-    fields = dataclasses.asdict(prepared.config)
-    kept = {name: value for name, value in fields.items() if name not in _MAY_CHANGE}
-    kept["data"] = kept["data"] | {"tokens": _digest(prepared.training)}
+def fingerprint(inputs: RunInputs) -> dict[str, Any]:
+    """Return what identifies a run, as JSON values: its checkpoints can only be resumed with an equal fingerprint."""
+    fields = dataclasses.asdict(inputs.config)
+    kept = {name: value for name, value in fields.items() if name not in _RESUMABLE_CHANGES}
+    kept["data"] = kept["data"] | {"tokens": _data_digest(inputs.training)}
     del kept["data"]["eval_files"], kept["data"]["files"]
     return json.loads(json.dumps(kept))
 
 
-def _digest(examples: Examples) -> str:
+def _data_digest(examples: Examples) -> str:
     digest = hashlib.sha256()
     for example in examples.examples:
-        digest.update(example.tokens.tobytes() + example.is_learnt.tobytes())
+        digest.update(example.tokens.tobytes() + example.loss_mask.tobytes())
     return digest.hexdigest()[:16]
 
 
 def _check_same_run(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    before, now = _flat(found), _flat(wanted)
+    before, now = _flatten(found), _flatten(wanted)
     different = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if different:
-        lines = [f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in different]
+        lines = [f"{key} was {before.get(key)!r} and is now {now.get(key)!r}" for key in different]
         raise UserError(
             "the output directory has checkpoints of another run:\n  - "
             + "\n  - ".join(lines)
-            + "\nName another output, or begin anew with --overwrite."
+            + "\nUse another output, or replace this run with --overwrite."
         )
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 
 def _prepare_output(output: pathlib.Path, *, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
-        raise UsageError(f"output {output} is a file; name a directory")
+        raise UsageError(f"output {output} is a file; it must be a directory")
     is_run = (output / "checkpoints").is_dir()
     if output.exists() and any(output.iterdir()) and not is_run:
-        raise UsageError(f"output {output} is not empty and not of a training run; name another directory")
+        raise UsageError(f"output {output} is not empty and has no training run; use another directory")
     if overwrite and is_run:
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
 
 
-def _write_result(prepared: Prepared, setup: Setup, state: State, announce: Callable[[str], None]) -> pathlib.Path:
-    """The adapter in PEFT's layout, or the model as a Hugging Face directory, in the type of the computation."""
-    config, output = prepared.config, pathlib.Path(prepared.config.output)
+def _write_result(inputs: RunInputs, setup: TrainSetup, state: TrainState, log: Callable[[str], None]) -> pathlib.Path:
+    """Write the adapter in PEFT's layout, or the model as a Hugging Face directory, in the dtype of the computation."""
+    config, output = inputs.config, pathlib.Path(inputs.config.output)
     if config.method == "lora":
-        announce(f"writing the adapter: {output / 'adapter'}")
-        adapter: Adapter = adapter_of(state.parameters, setup.lora, setup.model.sharding_ctx)
+        log(f"writing the adapter: {output / 'adapter'}")
+        adapter: Adapter = extract_adapter(state.parameters, setup.lora, setup.model.sharding_ctx)
         write_adapter(output / "adapter", adapter, base=config.model.path)
         return output / "adapter"
-    announce(f"writing the model: {output / 'model'}")
-    files = {name: prepared.directory / name for name in EXTRA_FILE_NAMES}
+    log(f"writing the model: {output / 'model'}")
+    files = {name: inputs.directory / name for name in EXTRA_FILE_NAMES}
     save(
         setup.trainer.parameters(state),
         output / "model",
-        config=json.loads((prepared.directory / "config.json").read_text(encoding="utf-8")),
+        config=json.loads((inputs.directory / "config.json").read_text(encoding="utf-8")),
         disk_shapes=disk_shapes(setup.model.module),
         extra_files={name: path.read_bytes() for name, path in files.items() if path.is_file()},
         dtype=jax.numpy.dtype(config.model.dtype),

@@ -14,108 +14,7 @@ from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.config import MoEConfig
 from qwen_dist.models.moe import Experts, load_balancing_loss, route
 from qwen_dist.models.parameters import random_parameters, with_parameters
-from qwen_dist.planning.compile import parse_collectives
 from qwen_dist.sharding import INFERENCE, RULE_SETS, ShardingContext, use_sharding
-
-C, O = 12, 10
-# rows of each group, and rows behind the last one that belong to none
-GROUPS = {
-    "about even": ([3, 5, 4, 6], 0),
-    "two to four each": ([3, 12, 2, 0, 1], 0),
-    "as many, in few": ([0, 0, 12, 0, 0], 2),
-    "some empty": ([0, 7, 0, 0, 2, 0], 3),
-    "all in one": ([0, 0, 200, 0], 1),
-    "few rows, many groups": ([0] * 9 + [1] + [0] * 20 + [2] + [0] * 9, 0),
-    "none at all": ([0, 0, 0], 4),
-    "more than a block each": ([130, 64, 65, 1], 5),
-}
-
-
-def make(name, dtype):
-    sizes, behind = GROUPS[name]
-    rng = np.random.default_rng(0)
-    rows = jnp.asarray(rng.standard_normal((sum(sizes) + behind, C)), dtype)
-    weights = jnp.asarray(rng.standard_normal((len(sizes), O, C)), dtype)
-    return rows, weights, jnp.asarray(sizes, jnp.int32)
-
-
-def loop(rows, weights, sizes, dtype):
-    """The twin: one product after the other."""
-    sizes = np.asarray(sizes)
-    ends = np.cumsum(sizes)
-    parts = [
-        jnp.dot(rows[end - size : end], weight.T, preferred_element_type=jnp.promote_types(dtype, jnp.float32))
-        for weight, size, end in zip(weights, sizes, ends, strict=True)
-    ]
-    return jnp.concatenate(parts).astype(dtype)
-
-
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-@pytest.mark.parametrize("name", GROUPS)
-def test_grouped_product_is_the_loop(name, dtype):
-    tolerance = {"float64": 1e-14, "float32": 1e-6, "bfloat16": 1e-2}[dtype]
-    with jax.enable_x64(dtype == "float64"):
-        rows, weights, sizes = make(name, dtype)
-        expected = loop(rows, weights, sizes, jnp.dtype(dtype))
-        found = jax.jit(functools.partial(grouped_product, dtype=jnp.dtype(dtype)))(rows, weights, sizes)
-        assert found.dtype == expected.dtype == jnp.dtype(dtype)
-        np.testing.assert_allclose(
-            np.float64(found[: len(expected)]), np.float64(expected), rtol=tolerance, atol=10 * tolerance
-        )
-
-
-@pytest.mark.parametrize("name", GROUPS)
-def test_gradients_of_the_grouped_product_are_the_loops(name):
-    with jax.enable_x64(True):
-        rows, weights, sizes = make(name, "float64")
-        towards = jnp.asarray(np.random.default_rng(1).standard_normal((int(sizes.sum()), O)))
-
-        def loss(product, rows, weights):
-            return jnp.vdot(product(rows, weights, sizes, jnp.dtype("float64"))[: len(towards)], towards)
-
-        found, expected = (
-            jax.jit(jax.grad(functools.partial(loss, product), (0, 1)))(rows, weights)
-            for product in (grouped_product, loop)
-        )
-        for one, other in zip(found, expected, strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-13, atol=1e-13)
-
-
-@pytest.mark.parametrize("name", GROUPS)
-def test_the_form_for_accelerators_computes_the_same(name):
-    """`ragged_dot` runs here too, only slowly."""
-    with jax.enable_x64(True):
-        rows, weights, sizes = make(name, "float64")
-        num_rows = int(sizes.sum())
-        other = jnp.asarray(np.random.default_rng(1).standard_normal((len(rows), O)))
-        wide = jnp.dtype("float64")
-        for dim, x in ((2, rows), (1, other)):
-            found, expected = (each(x, weights, sizes, dim=dim, dtype=wide) for each in (grouped._ragged, grouped._on_cpu))
-            np.testing.assert_allclose(found[:num_rows], expected[:num_rows], rtol=1e-13, atol=1e-13)
-        found, expected = (
-            each(other, rows, sizes) for each in (grouped._rows_by_rows_ragged, grouped._rows_by_rows_in_blocks)
-        )
-        np.testing.assert_allclose(found, expected, rtol=1e-13, atol=1e-13)
-
-
-@pytest.mark.parametrize("name", ["some empty", "more than a block each"])
-def test_the_kernel_for_tpus_computes_the_same(name):
-    """Interpreted, with more in and out than a tile has."""
-    sizes, behind = GROUPS[name]
-    rng, num_rows = np.random.default_rng(0), sum(sizes)
-    rows, other = (
-        jnp.asarray(rng.standard_normal((num_rows + behind, width)), jnp.float32) for width in (grouped.TILE + 64, 192)
-    )
-    weights = jnp.asarray(rng.standard_normal((len(sizes), 192, grouped.TILE + 64)) / 32, jnp.float32)
-    sizes = jnp.asarray(sizes, jnp.int32)
-    given = {"dtype": jnp.dtype("float32")}
-    for dim, x in ((2, rows), (1, other)):
-        expected = grouped._in_blocks(x, weights, sizes, dim=dim, **given)
-        found = grouped.rows_by_weights_in_tiles(x, weights, sizes, dim=dim, interpret=True, **given)
-        np.testing.assert_allclose(found[:num_rows], expected[:num_rows], rtol=1e-5, atol=1e-5)
-    expected = grouped._rows_by_rows_in_blocks(other, rows, sizes)
-    found = grouped.rows_by_rows_in_tiles(other, rows, sizes, interpret=True)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -231,7 +130,7 @@ def exchanged(mesh, rules):
 
     chosen = jnp.zeros((B, 5, 3), jnp.int32)
     text = jax.jit(run).lower(parameters, jnp.ones((B, 5, 64)), chosen, jnp.ones((B, 5, 3))).compile().as_text()
-    return [(one.kind, max(elements for elements, _ in one.arrays)) for one in parse_collectives(text)]
+    return [(one.kind, max(elements for elements, _ in one.arrays)) for one in collectives(text)]
 
 
 @pytest.mark.parametrize("mesh", ["fsdp=2,expert=2,tensor=2", pytest.param("expert=8", marks=pytest.mark.slow)])

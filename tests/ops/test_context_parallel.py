@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen_dist.mesh import MeshConfig, make_mesh
-from qwen_dist.models.attention import QUERY_BLOCK
+from qwen_dist.ops.attention import QUERY_BLOCK, attention
 from qwen_dist.planning.compile import parse_collectives
 from qwen_dist.sharding import TRAIN, ShardingContext, use_sharding
 

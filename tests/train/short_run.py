@@ -10,13 +10,13 @@ from qwen_dist.config import FinetuneConfig, bind_config
 
 
 def short_run(model: pathlib.Path, data: pathlib.Path, output: pathlib.Path, changes: Mapping[str, Any]) -> FinetuneConfig:
-    """Four steps on one device, but for `changes`, whose keys may have dots."""
+    """Four steps on one device, with `changes`, whose keys may have dots."""
     values: dict[str, Any] = {"mesh": "data=1", "batch_size": 4, "steps": 4, "output": str(output)}
     fixed = {"model.path": str(model), "data.files": (str(data),), "data.max_length": 64, "lora.rank": 4}
     for key, value in {**fixed, **changes}.items():
-        *groups, name = key.split(".")
-        place = values
-        for group in groups:
-            place = place.setdefault(group, {})
-        place[name] = value
+        *parents, name = key.split(".")
+        target = values
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[name] = value
     return bind_config(FinetuneConfig, values)

@@ -1,4 +1,4 @@
-"""From files to batches: what is learnt, what is refused and where it stands, packing, and the same order again."""
+"""From files to batches: loss masks, bad records and their locations, packing, and a reproducible order."""
 
 import itertools
 import json
@@ -13,7 +13,7 @@ from qwen_dist.errors import UsageError, UserError
 from qwen_dist.tokenizer import Tokenizer
 from qwen_dist.train.batches import evaluation_batches, rows_per_epoch, training_batches
 from qwen_dist.train.examples import Examples, make_examples, tokenize
-from qwen_dist.train.records import BadRecord, Record, Source, expand, read
+from qwen_dist.train.records import BadTrainRecord, RecordLocation, TrainRecord, find_data_files, read_train_records
 
 USER, ASSISTANT = {"role": "user", "content": "the fox"}, {"role": "assistant", "content": "brown dog"}
 CHAT = [{"role": "system", "content": "lazy"}, USER, ASSISTANT, USER, {"role": "assistant", "content": "the quick\n"}]
@@ -25,89 +25,91 @@ def tokenizer(small_tokenizer):
 
 
 @pytest.fixture
-def write(tmp_path):
+def write_file(tmp_path):
     """A function (name, *records) -> path; a record is JSON, or bytes as they are."""
 
-    def write(name, *records):
+    def write_file(name, *records):
         lines = [record if isinstance(record, bytes) else json.dumps(record).encode() for record in records]
         (tmp_path / name).write_bytes(b"\n".join(lines) + b"\n")
         return str(tmp_path / name)
 
-    return write
+    return write_file
 
 
-def learnt_text(record, tokenizer):
-    """What is to be learnt, each stretch as text."""
-    tokens, is_learnt = tokenize(record, tokenizer)
-    pieces, before = [], False
-    for token, learnt in zip(tokens, is_learnt, strict=True):
-        if learnt:
-            pieces += [[]] if not before else []
-            pieces[-1].append(token)
-        before = learnt
-    return [tokenizer.decode(piece, skip_special_tokens=False) for piece in pieces]
+def target_texts(record, tokenizer):
+    """The text of each span that the loss counts."""
+    tokens, loss_mask = tokenize(record, tokenizer)
+    spans, before = [], False
+    for token, is_target in zip(tokens, loss_mask, strict=True):
+        if is_target:
+            spans += [[]] if not before else []
+            spans[-1].append(token)
+        before = is_target
+    return [tokenizer.decode(span, skip_special_tokens=False) for span in spans]
 
 
-def record_of(fields, write, raw=False):
-    (record,) = read([write("one.jsonl", fields)], raw=raw)
+def record_of(fields, write_file, raw=False):
+    (record,) = read_train_records([write_file("one.jsonl", fields)], raw=raw)
     return record
 
 
-def test_every_assistant_turn_is_learnt_with_its_end(tokenizer, write):
-    record = record_of({"messages": CHAT}, write)
-    assert learnt_text(record, tokenizer) == ["brown dog<|im_end|>", "the quick\n<|im_end|>"]
+def test_every_assistant_turn_with_its_end_is_a_target(tokenizer, write_file):
+    record = record_of({"messages": CHAT}, write_file)
+    assert target_texts(record, tokenizer) == ["brown dog<|im_end|>", "the quick\n<|im_end|>"]
     tokens, _ = tokenize(record, tokenizer)
-    # All but the newline behind the last turn, which nobody reads.
+    # All but the newline after the last turn: no target follows it.
     assert tokens == tokenizer.apply_chat_template(CHAT, add_generation_prompt=False)[: len(tokens)]
 
 
-def test_what_transformers_marks_is_learnt(tokenizer, small_tokenizer, write):
-    """The template marks the contents; this project also learns the token behind each, without which no answer ends."""
+def test_the_loss_mask_covers_the_assistant_mask_of_transformers(tokenizer, small_tokenizer, write_file):
+    """The template marks the contents only; the loss also counts the token after each, without which no answer ends."""
     theirs = transformers.AutoTokenizer.from_pretrained(small_tokenizer).apply_chat_template(
         CHAT, return_dict=True, return_assistant_tokens_mask=True
     )
-    tokens, is_learnt = tokenize(record_of({"messages": CHAT}, write), tokenizer)
+    tokens, loss_mask = tokenize(record_of({"messages": CHAT}, write_file), tokenizer)
     assert theirs["input_ids"][: len(tokens)] == tokens
     marked = np.array(theirs["assistant_masks"][: len(tokens)], bool)
-    more = np.flatnonzero(np.array(is_learnt) & ~marked)
-    assert not (marked & ~np.array(is_learnt)).any()
+    more = np.flatnonzero(np.array(loss_mask) & ~marked)
+    assert not (marked & ~np.array(loss_mask)).any()
     assert [tokens[index] for index in more] == [tokenizer.eos_token_id] * 2
 
 
-def test_an_answer_like_the_question_or_the_opening_is_found(tokenizer, write):
+def test_an_answer_equal_to_the_question_or_the_generation_prompt_is_found(tokenizer, write_file):
     same = [USER, {"role": "assistant", "content": USER["content"]}]
-    assert learnt_text(record_of({"messages": same}, write), tokenizer) == ["the fox<|im_end|>"]
+    assert target_texts(record_of({"messages": same}, write_file), tokenizer) == ["the fox<|im_end|>"]
     tricky = [{"role": "user", "content": "<|im_start|>assistant\nbrown"}, {"role": "assistant", "content": "brown"}]
-    assert learnt_text(record_of({"messages": tricky}, write), tokenizer) == ["brown<|im_end|>"]
+    assert target_texts(record_of({"messages": tricky}, write_file), tokenizer) == ["brown<|im_end|>"]
 
 
-def test_tool_calls_are_learnt(tokenizer, write):
+def test_tool_calls_are_targets(tokenizer, write_file):
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
     chat = [USER, call, {"role": "tool", "content": "3"}, ASSISTANT]
-    called, said = learnt_text(record_of({"messages": chat, "tools": [{"name": "f"}]}, write), tokenizer)
+    called, said = target_texts(record_of({"messages": chat, "tools": [{"name": "f"}]}, write_file), tokenizer)
     assert called.startswith("<tool_call>") and called.endswith("</tool_call><|im_end|>") and '"f"' in called
     assert said == "brown dog<|im_end|>"
 
 
-def test_prompts_with_completions(tokenizer, write):
+def test_prompts_with_completions(tokenizer, write_file):
     fields = {"prompt": "the fox", "completion": "brown dog"}
-    as_chat = record_of({"messages": [USER, ASSISTANT]}, write)
-    assert tokenize(record_of(fields, write), tokenizer) == tokenize(as_chat, tokenizer)
-    raw = record_of(fields, write, raw=True)
-    assert learnt_text(raw, tokenizer) == ["brown dog<|im_end|>"]
+    as_chat = record_of({"messages": [USER, ASSISTANT]}, write_file)
+    assert tokenize(record_of(fields, write_file), tokenizer) == tokenize(as_chat, tokenizer)
+    raw = record_of(fields, write_file, raw=True)
+    assert target_texts(raw, tokenizer) == ["brown dog<|im_end|>"]
     assert tokenizer.decode(tokenize(raw, tokenizer)[0], skip_special_tokens=False) == "the foxbrown dog<|im_end|>"
-    turns = record_of({"prompt": CHAT[:4], "completion": CHAT[4:]}, write)
-    assert learnt_text(turns, tokenizer) == ["the quick\n<|im_end|>"]
+    turns = record_of({"prompt": CHAT[:4], "completion": CHAT[4:]}, write_file)
+    assert target_texts(turns, tokenizer) == ["the quick\n<|im_end|>"]
 
 
-def test_texts_are_cut_and_all_of_them_is_learnt(tokenizer, tmp_path):
+def test_long_texts_are_split_and_all_of_their_tokens_are_targets(tokenizer, tmp_path):
     (tmp_path / "book.txt").write_text("the quick brown fox " * 40)
-    examples = make_examples(read([str(tmp_path / "book.txt")], raw=False), tokenizer, max_length=16, bad_records="refuse")
+    examples = make_examples(
+        read_train_records([str(tmp_path / "book.txt")], raw=False), tokenizer, max_length=16, bad_records="refuse"
+    )
     whole = [*tokenizer.encode("the quick brown fox " * 40), tokenizer.eos_token_id]
     assert all(len(example) <= 16 for example in examples.examples)
-    pieces = [example.tokens[1:].tolist() for example in examples.examples]
-    assert [whole[0], *itertools.chain(*pieces)] == whole
-    assert examples.num_learnt == examples.num_positions == len(whole) - 1
+    spans = [example.tokens[1:].tolist() for example in examples.examples]
+    assert [whole[0], *itertools.chain(*spans)] == whole
+    assert examples.num_target_tokens == examples.num_positions == len(whole) - 1
 
 
 BAD = {
@@ -119,77 +121,77 @@ BAD = {
     "unknown role": {"messages": [USER, {"role": "robot", "content": "x"}]},
     "mixed file": {"text": "the fox"},
     "too long": {"messages": [USER, {"role": "assistant", "content": "fox " * 99}]},
-    "unknown form": {"question": "why"},
+    "unknown format": {"question": "why"},
     "not renderable": {"messages": [{"role": "user"}, ASSISTANT]},
 }
 
 
-def test_bad_records_are_counted_and_named(tokenizer, write):
+def test_bad_records_are_counted_and_named(tokenizer, write_file):
     good = {"messages": [USER, ASSISTANT]}
-    path = write("mixed.jsonl", good, *BAD.values(), b"", good)
+    path = write_file("mixed.jsonl", good, *BAD.values(), b"", good)
     with pytest.raises(UserError) as error:
-        make_examples(read([path], raw=False), tokenizer, max_length=32, bad_records="refuse")
+        make_examples(read_train_records([path], raw=False), tokenizer, max_length=32, bad_records="refuse")
     first, *lines = str(error.value).split("\n")
     assert first.startswith("10 records cannot be used: 3 broken line, 1 empty conversation, 1 no assistant turn")
     for number, kind in enumerate(BAD, 2):
         assert lines[number - 2].startswith(f"  - {path}:{number}: {kind.rstrip(' 23')}: "), lines[number - 2]
-    skipped = make_examples(read([path], raw=False), tokenizer, max_length=32, bad_records="skip")
-    assert len(skipped) == 2 and [bad.source.line for bad in skipped.bad] == list(range(2, 12))
-    assert skipped.examples[1].source == Source(path, 13)
+    skipped = make_examples(read_train_records([path], raw=False), tokenizer, max_length=32, bad_records="skip")
+    assert len(skipped) == 2 and [bad.location.line for bad in skipped.bad] == list(range(2, 12))
+    assert skipped.examples[1].location == RecordLocation(path, 13)
 
 
-def test_nothing_to_train_on(tokenizer, write):
-    path = write("bad.jsonl", BAD["unknown role"])
+def test_nothing_to_train_on(tokenizer, write_file):
+    path = write_file("bad.jsonl", BAD["unknown role"])
     with pytest.raises(UserError, match=r"nothing to train on: 1 records cannot be used: 1 unknown role"):
-        make_examples(read([path], raw=False), tokenizer, max_length=32, bad_records="skip")
+        make_examples(read_train_records([path], raw=False), tokenizer, max_length=32, bad_records="skip")
 
 
-def test_files_that_are_not_there(write, tmp_path):
-    one, two = write("b.jsonl", {}), write("a.jsonl", {})
-    assert expand([f"{tmp_path}/*.jsonl"]) == [two, one]
+def test_missing_files(write_file, tmp_path):
+    one, two = write_file("b.jsonl", {}), write_file("a.jsonl", {})
+    assert find_data_files([f"{tmp_path}/*.jsonl"]) == [two, one]
     with pytest.raises(UsageError) as error:
-        expand([f"{tmp_path}/*.txt", f"{tmp_path}/none.jsonl", write("x.csv")])
-    assert all(text in str(error.value) for text in ("no file is named", "there is no file", "x.csv: a data file ends in"))
+        find_data_files([f"{tmp_path}/*.txt", f"{tmp_path}/none.jsonl", write_file("x.csv")])
+    assert all(text in str(error.value) for text in ("no file matches", "there is no file", "x.csv: a data file ends in"))
 
 
-def test_tables(tokenizer, write, tmp_path):
+def test_parquet_tables(tokenizer, write_file, tmp_path):
     rows = [{"messages": [USER, ASSISTANT]}, {"messages": []}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
-    found = list(read([str(tmp_path / "t.parquet")], raw=False))
-    assert isinstance(found[0], Record) and list(found[0].messages) == rows[0]["messages"]
-    assert isinstance(found[1], BadRecord) and str(found[1].source) == f"{tmp_path}/t.parquet:2"
+    found = list(read_train_records([str(tmp_path / "t.parquet")], raw=False))
+    assert isinstance(found[0], TrainRecord) and list(found[0].messages) == rows[0]["messages"]
+    assert isinstance(found[1], BadTrainRecord) and str(found[1].location) == f"{tmp_path}/t.parquet:2"
 
 
 @pytest.fixture(scope="module")
 def examples(tokenizer):
-    """Thirty examples of 3 to 20 tokens, each of tokens of its own, so that they can be told apart in a packed row."""
+    """Thirty examples of 3 to 20 tokens."""
     rng = np.random.default_rng(0)
     texts = [f"{'fox ' * int(rng.integers(1, 18))}" for _ in range(30)]
-    records = [Record(Source("made", n), "prompt", prompt="the", text=text) for n, text in enumerate(texts)]
+    records = [TrainRecord(RecordLocation("made", n), "prompt", prompt="the", text=text) for n, text in enumerate(texts)]
     return make_examples(records, tokenizer, max_length=64, bad_records="refuse")
 
 
-def taken(batches, count):
+def take(batches, count):
     return [next(batches) for _ in range(count)]
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_an_iteration_goes_on_where_it_was(examples, packing):
+def test_an_iteration_resumes_at_its_position(examples, packing):
     options = DataOptions(files=("made",), max_length=64, packing=packing, seed=3)
     batches = training_batches(examples, options, 4)
-    taken(batches, 5)
+    take(batches, 5)
     position = json.loads(json.dumps(batches.get_state()))
-    following = taken(batches, 30)  # over the ends of several epochs
+    next_batches = take(batches, 30)  # over the ends of several epochs
     again = training_batches(examples, options, 4)
     again.set_state(position)
-    for one, other in zip(following, taken(again, 30), strict=True):
+    for one, other in zip(next_batches, take(again, 30), strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_an_epoch_has_every_example_once_and_the_next_another_order(examples):
+def test_an_epoch_has_every_example_once_and_the_next_a_different_order(examples):
     options = DataOptions(files=("made",), max_length=64, packing=False, seed=3)
     batches = training_batches(examples, options, 5)
-    epochs = [[row[: len(row)].tobytes() for batch in taken(batches, 6) for row in batch.tokens] for _ in range(2)]
+    epochs = [[row[: len(row)].tobytes() for batch in take(batches, 6) for row in batch.tokens] for _ in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]
     assert rows_per_epoch(examples, options) == 30
 
@@ -199,8 +201,8 @@ def test_rows_hold_whole_examples_whose_positions_begin_at_0(examples):
     found = []
     for batch in evaluation_batches(examples, options, 4):
         assert batch.tokens.shape == (4, 64)
-        for tokens, targets, learnt, positions, segments in zip(*batch, strict=True):
-            assert ((positions < 0) == (segments == 0)).all() and not learnt[positions < 0].any()
+        for tokens, targets, loss_mask, positions, segments in zip(*batch, strict=True):
+            assert ((positions < 0) == (segments == 0)).all() and not loss_mask[positions < 0].any()
             for segment in range(1, segments.max() + 1):
                 here = np.flatnonzero(segments == segment)
                 assert (np.diff(here) == 1).all() and positions[here].tolist() == list(range(len(here)))
@@ -208,17 +210,17 @@ def test_rows_hold_whole_examples_whose_positions_begin_at_0(examples):
     assert sorted(found) == sorted(tuple(example.tokens) for example in examples.examples)
 
 
-def test_parts_of_a_batch_are_its_rows(examples):
+def test_microbatches_are_the_rows_of_a_batch(examples):
     options = DataOptions(files=("made",), max_length=64)
     batch = next(training_batches(examples, options, 6))
-    parts = batch.parts(3)
-    assert [part.tokens.shape for part in parts] == [(2, 64)] * 3
-    assert np.array_equal(np.concatenate([part.segments for part in parts]), batch.segments)
+    microbatches = batch.microbatches(3)
+    assert [each.tokens.shape for each in microbatches] == [(2, 64)] * 3
+    assert np.array_equal(np.concatenate([each.segments for each in microbatches]), batch.segments)
     unpacked = next(training_batches(examples, DataOptions(files=("made",), max_length=64, packing=False), 6))
-    assert all(part.segments is None for part in unpacked.parts(2))
+    assert all(each.segments is None for each in unpacked.microbatches(2))
 
 
-def test_a_source_is_what_grain_asks_for(examples):
+def test_examples_are_a_grain_data_source(examples):
     assert isinstance(examples, Examples) and len(examples) == 30
     fields = examples[0]
     assert {name: values.dtype.name for name, values in fields.items()} == dict.fromkeys(fields, "int32")

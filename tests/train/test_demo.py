@@ -1,4 +1,4 @@
-"""The demonstration model that comes with the package."""
+"""The demonstration model in the package."""
 
 import json
 import pathlib
@@ -10,11 +10,9 @@ import pytest
 import qwen_dist.demo
 from qwen_dist.cli import main
 from qwen_dist.demo.questions import (
-    COMPUTED_KINDS,
     EXPLANATIONS,
     held_out_questions,
     is_held_out,
-    to_record,
     training_questions,
 )
 
@@ -25,29 +23,29 @@ def test_it_is_small():
     assert sum(path.stat().st_size for path in MODEL.iterdir()) <= 8_000_000
 
 
-def test_no_question_that_is_counted_was_learnt():
-    learnt = {(question.kind, question.key) for question in training_questions(5000)}
+def test_no_counted_question_was_trained_on():
+    trained = {(question.kind, question.key) for question in training_questions(5000)}
     counted = held_out_questions(20)
-    assert set(COMPUTED_KINDS) < counted.keys()
-    assert not learnt & {(question.kind, question.key) for kind in COMPUTED_KINDS for question in counted[kind]}
-    assert all(is_held_out(question) for kind in COMPUTED_KINDS for question in counted[kind])
-    assert to_record(counted["comparison"][0])["messages"][1]["role"] == "assistant"
+    assert set(WORKED_OUT) < counted.keys()
+    assert not trained & {(question.kind, question.key) for kind in WORKED_OUT for question in counted[kind]}
+    assert all(is_held_out(question) for kind in WORKED_OUT for question in counted[kind])
+    assert as_chat(counted["comparison"][0])["messages"][1]["role"] == "assistant"
 
 
-def test_it_answers_where_no_model_is_named(capsys):
+def test_it_answers_without_the_model_flag(capsys):
     question = "Why is the sky blue?"
     assert main(["generate", "--prompt", question]) == 0
     assert capsys.readouterr().out == EXPLANATIONS[question] + "\n"
 
 
-def test_it_says_what_it_can_do(capsys):
+def test_it_answers_what_it_can_do(capsys):
     question = "What can you do?"
     assert main(["generate", "--prompt", question]) == 0
     assert capsys.readouterr().out == EXPLANATIONS[question] + "\n"
 
 
-def test_it_compares_and_sorts_numbers_that_it_has_never_seen(tmp_path):
-    """Counts of all kinds are in docs/finetune.md, and `python benchmarks/demo.py` prints them."""
+def test_it_compares_and_sorts_unseen_numbers(tmp_path):
+    """The counts of all kinds are in docs/finetune.md, printed by `python benchmarks/demo.py`."""
     asked = held_out_questions(12)
     questions = asked["comparison"] + asked["sorted list"]
     lines = [json.dumps({"id": str(number), "prompt": question.text}) for number, question in enumerate(questions)]
@@ -59,7 +57,7 @@ def test_it_compares_and_sorts_numbers_that_it_has_never_seen(tmp_path):
 
 
 @pytest.mark.parametrize("module", ["questions", "make"])
-def test_what_it_was_trained_on_can_be_made_again(module, tmp_path):
+def test_its_training_data_can_be_generated_again(module, tmp_path):
     data = tmp_path / "demo.jsonl"
     commands = {
         "questions": ["--output", str(data), "--count", "50"],

@@ -1,4 +1,4 @@
-"""The commands of docs/finetune.md do what the page says, on a small model; those that take long are only looked at."""
+"""The commands of docs/finetune.md do what the page says, on a small model; of slow ones only the flags are checked."""
 
 import pathlib
 import re
@@ -15,14 +15,14 @@ PAGE = (ROOT / "docs" / "finetune.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("qwen-dist ")]
 LAUNCHED = [line for block in BLOCKS for line in block.splitlines() if line.startswith("launch/")]
-# Of benchmarks, what is said of training here and on the page of all of them.
+# The benchmark commands for training, on this page and on the performance page.
 SPEED = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 MEASURED = re.findall(r"benchmarks/\w+\.py[^`#\n:]*", PAGE) + re.findall(r"benchmarks/finetune\.py[^`#\n:]*", SPEED)
 
 
 @pytest.fixture(scope="module")
 def place(tiny_directory, chats, tmp_path_factory):
-    """A directory with all that the commands name: DIR, chats.jsonl, configs."""
+    """A directory with the files that the commands name: DIR, chats.jsonl, configs."""
     place = tmp_path_factory.mktemp("place")
     (place / "configs").symlink_to(ROOT / "configs")
     (place / "DIR").symlink_to(tiny_directory("qwen3", num_hidden_layers=1))
@@ -31,10 +31,10 @@ def place(tiny_directory, chats, tmp_path_factory):
 
 
 def test_every_command_runs_in_the_order_of_the_page(place, monkeypatch, capsys):
-    """Fewer steps than the page says, of shorter rows, on one device."""
+    """With fewer steps and shorter rows than on the page, on one device."""
     monkeypatch.chdir(place)
     assert len(COMMANDS) >= 5
-    said = {}
+    outputs = {}
     for command in COMMANDS:
         arguments = shlex.split(command, comments=True)[1:]
         if arguments[0] == "finetune":
@@ -42,16 +42,16 @@ def test_every_command_runs_in_the_order_of_the_page(place, monkeypatch, capsys)
         if arguments[0] == "generate":
             arguments += ["--max-new-tokens", "4"]
         assert main(arguments) == 0, command
-        said[command] = capsys.readouterr().out
+        outputs[command] = capsys.readouterr().out
     assert {path.name for path in (place / "run").iterdir()} >= {"adapter", "metrics.jsonl", "loss.html", "checkpoints"}
     assert (place / "merged" / "model.safetensors").is_file()
-    assert any("--show-data" in command and "to be learnt" in text for command, text in said.items())
-    assert any("--dry-run" in command and "parameters are trained" in text for command, text in said.items())
+    assert any("--show-data" in command and "in the loss" in text for command, text in outputs.items())
+    assert any("--dry-run" in command and "parameters are trained" in text for command, text in outputs.items())
 
 
 @pytest.mark.parametrize("command", LAUNCHED)
-def test_what_is_launched_is_a_command(command, place, monkeypatch, capsys):
-    """The launcher would start as many processes as it is told, with a command that one process takes as well."""
+def test_launched_commands(command, place, monkeypatch, capsys):
+    """The launcher would start the given number of processes, with a command that also runs as one process."""
     launcher, arguments = (shlex.split(part) for part in command.split(" -- "))
     process = [ROOT / launcher[0], *launcher[1:], "--dry-run", "--", *arguments]
     lines = subprocess.run(process, check=True, capture_output=True, text=True, cwd=place).stdout.splitlines()
@@ -63,18 +63,18 @@ def test_what_is_launched_is_a_command(command, place, monkeypatch, capsys):
     assert "parameters are trained" in capsys.readouterr().out
 
 
-def test_benchmarks_know_the_flags_that_are_named():
+def test_benchmarks_have_the_documented_flags():
     assert len(MEASURED) >= 3
     known = {}
     for command in MEASURED:
         script, *arguments = shlex.split(command)
         if script not in known:
-            asked = [sys.executable, ROOT / script, "--help"]
-            known[script] = subprocess.run(asked, check=True, capture_output=True, text=True).stdout
+            process = [sys.executable, ROOT / script, "--help"]
+            known[script] = subprocess.run(process, check=True, capture_output=True, text=True).stdout
         assert all(f"{flag} " in known[script] for flag in arguments if flag.startswith("--")), command
 
 
-def test_tests_that_are_named_exist():
+def test_documented_tests_exist():
     named = re.findall(r"`pytest [^`]*?(tests/\S+?)(?: -k (\w+))?`", PAGE)
     assert len(named) >= 2
     for path, word in named:
@@ -82,8 +82,8 @@ def test_tests_that_are_named_exist():
         assert any(re.search(rf"def test_\w*{word}", file.read_text(encoding="utf-8")) for file in files), path
 
 
-def test_every_option_that_the_page_names_exists():
-    """`group.field` and `field=value` in the text are fields of the configuration, and `--flags` are flags."""
+def test_every_documented_option_exists():
+    """`group.field` and `field=value` in the text are fields of the configuration."""
     import dataclasses
     import typing
 

@@ -1,4 +1,4 @@
-"""Every field of the configuration does something: with another value something else comes out, or is refused."""
+"""Every field of the configuration has an effect: another value changes the result, or is refused."""
 
 import dataclasses
 import json
@@ -23,17 +23,17 @@ def model(tiny_directory):
 
 @pytest.fixture(scope="module")
 def files(chats, tiny_directory, tmp_path_factory):
-    """Chats that are fewer, one with a broken line, prompts with completions; another model, and one with a strange key."""
+    """Fewer chats, chats with a broken line, prompts with completions; another model, and one with an unknown key."""
     place = tmp_path_factory.mktemp("files")
     few = chats.read_text().splitlines()[:12]
     (place / "few.jsonl").write_text("\n".join(few) + "\n")
     (place / "broken.jsonl").write_text("\n".join([*few, '{"messages": [']) + "\n")
     (place / "pairs.jsonl").write_text(json.dumps({"prompt": "the fox", "completion": "brown dog"}) + "\n")
     (place / "other").symlink_to(tiny_directory("qwen2", num_hidden_layers=1))
-    strange = tiny_directory("qwen3", num_hidden_layers=1, hidden_size=32)
-    config = json.loads((strange / "config.json").read_text()) | {"attn_scale": 2.0}
-    (strange / "config.json").write_text(json.dumps(config))
-    (place / "strange").symlink_to(strange)
+    unknown_key = tiny_directory("qwen3", num_hidden_layers=1, hidden_size=32)
+    config = json.loads((unknown_key / "config.json").read_text()) | {"attn_scale": 2.0}
+    (unknown_key / "config.json").write_text(json.dumps(config))
+    (place / "unknown_key").symlink_to(unknown_key)
     return place
 
 
@@ -57,7 +57,7 @@ def leaves(cls, prefix="") -> list[str]:
     ]
 
 
-# What is looked at: (field, another value, what both runs have besides).
+# (field, another value, other changes in both runs), by what is compared.
 IN_PROGRAM = [  # the program of a step, not compiled
     ("model.dtype", "float32", {}),
     ("method", "full", {}),
@@ -92,25 +92,25 @@ IN_DATA = [  # the first batch and how long the run is
     ("epochs", 2.5, {"steps": 0}),
 ]
 EVALUATED = {"data.eval_files": ("{files}/few.jsonl",)}
-IN_RUN = [  # what a run of some steps leaves behind
+IN_RUN = [  # the output of a run of a few steps
     ("model.path", "{files}/other", {}),
     ("model.load_format", "dummy", {}),
-    ("model.ignored_config_keys", "attn_scale", {"model.path": "{files}/strange"}),
+    ("model.ignored_config_keys", "attn_scale", {"model.path": "{files}/unknown_key"}),
     ("model.host_memory_budget", "nothing", {}),
     ("model.adapter", "{files}/nowhere", {}),
     ("data.eval_files", ("{files}/few.jsonl",), {}),
     ("save_every", 1, {}),
-    ("max_to_keep", 1, {"save_every": 1}),
-    ("keep_best", True, {}),  # refused without data to judge by; what it does with it, test_train_run says
+    ("keep", 1, {"save_every": 1}),
+    ("keep_best", True, {}),  # refused without evaluation data; its effect is tested in test_train_run
     ("eval_every", 1, EVALUATED),
     ("tensorboard", True, {}),
 ]
-ON_ITS_OWN = ("output", "overwrite")  # has a test for itself
+SEPARATE = ("output", "overwrite")  # have their own test
 
 
 def test_every_field_is_here():
     here = [field for field, *_ in (*IN_PROGRAM, *IN_DATA, *IN_RUN)]
-    assert sorted([*here, *ON_ITS_OWN]) == sorted(leaves(FinetuneConfig))
+    assert sorted([*here, *SEPARATE]) == sorted(leaves(FinetuneConfig))
 
 
 def filled_in(value, files):
@@ -121,11 +121,11 @@ def filled_in(value, files):
 
 @pytest.fixture
 def differs(base, files, tmp_path):
-    """A function (observe, field, value, besides): whether the field changes what is observed of a configuration."""
+    """A function (observe, field, value, others): whether the field changes what is observed of a configuration."""
 
-    def differs(observe, field, value, besides) -> bool:
+    def differs(observe, field, value, others) -> bool:
         seen = []
-        for number, changes in enumerate((besides, {**besides, field: value})):
+        for number, changes in enumerate((others, {**others, field: value})):
             filled = {name: filled_in(value, files) for name, value in changes.items()}
             try:
                 seen.append(observe(base(tmp_path / str(number), filled)))
@@ -138,31 +138,31 @@ def differs(base, files, tmp_path):
 
 
 def program(config) -> str:
-    prepared = prepare(config)
-    batch = next(training_batches(prepared.training, config.data, config.batch_size))
-    part = batch.parts(config.num_microbatches)[0]
-    return set_up_abstract(prepared).trainer.lower(part, config.num_microbatches).as_text()
+    inputs = prepare(config)
+    batch = next(training_batches(inputs.training, config.data, config.batch_size))
+    microbatch = batch.microbatches(config.num_microbatches)[0]
+    return set_up_abstract(inputs).trainer.lower(microbatch, config.num_microbatches).as_text()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("field", "value", "besides"), IN_PROGRAM)
-def test_of_the_computation(differs, field, value, besides):
-    assert differs(program, field, value, besides)
+@pytest.mark.parametrize(("field", "value", "others"), IN_PROGRAM)
+def test_the_field_changes_the_program(differs, field, value, others):
+    assert differs(program, field, value, others)
 
 
 def data(config) -> tuple:
-    prepared = prepare(config)
-    batch = next(training_batches(prepared.training, config.data, config.batch_size))
-    return prepared.num_steps, *(None if x is None else x.tolist() for x in batch)
+    inputs = prepare(config)
+    batch = next(training_batches(inputs.training, config.data, config.batch_size))
+    return inputs.num_steps, *(None if x is None else x.tolist() for x in batch)
 
 
-@pytest.mark.parametrize(("field", "value", "besides"), IN_DATA)
-def test_of_the_data(differs, field, value, besides):
-    assert differs(data, field, value, besides)
+@pytest.mark.parametrize(("field", "value", "others"), IN_DATA)
+def test_the_field_changes_the_data(differs, field, value, others):
+    assert differs(data, field, value, others)
 
 
-def traces(config) -> tuple:
-    """The numbers of a run but for times, and its files but for those named by the time."""
+def outputs(config) -> tuple:
+    """The metrics of a run without times, its checkpoints and its files."""
     finetune(prepare(config))
     output = pathlib.Path(config.output)
     entries = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -172,17 +172,17 @@ def traces(config) -> tuple:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("field", "value", "besides"), IN_RUN)
-def test_of_the_run(differs, field, value, besides):
-    assert differs(traces, field, value, besides)
+@pytest.mark.parametrize(("field", "value", "others"), IN_RUN)
+def test_the_field_changes_the_run(differs, field, value, others):
+    assert differs(outputs, field, value, others)
 
 
-def test_of_where_it_goes_and_whether_it_begins_anew(base, tmp_path):
+def test_output_and_overwrite(base, tmp_path):
     config = base(tmp_path / "here", {"steps": 1})
     finetune(prepare(config))
     seen = []
-    finetune(prepare(config), watch=seen.append)
-    assert seen == [], "all had been done"
-    finetune(prepare(dataclasses.replace(config, overwrite=True)), watch=seen.append)
-    assert [progress.step for progress in seen] == [1]
+    finetune(prepare(config), callback=seen.append)
+    assert seen == [], "all steps were done"
+    finetune(prepare(dataclasses.replace(config, overwrite=True)), callback=seen.append)
+    assert [metrics.step for metrics in seen] == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["here"]

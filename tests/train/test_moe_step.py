@@ -1,4 +1,4 @@
-"""Fine-tuning a mixture of experts: the step of transformers, with its load-balancing loss."""
+"""Fine-tuning a mixture of experts: a step equals that of transformers, with its load-balancing loss."""
 
 import json
 
@@ -8,40 +8,40 @@ import peft
 import pytest
 import safetensors.numpy
 import torch
-from test_step import LOSS, NUMBERS, TORCH, assert_same, far, load, make_trainer, one_batch
+from test_step import LOSS, NUMBERS, TORCH, assert_same, load, make_trainer, one_batch, relative_error
 from torch_step import load_torch, made_examples, torch_steps
 
 from qwen_dist.checkpoint.adapter import merge_adapter, read_adapter, write_adapter
 from qwen_dist.config import LoraOptions
 from qwen_dist.models.parameters import with_parameters
 from qwen_dist.parity.reference import UpcastToFloat64
-from qwen_dist.train.lora import adapter_of, attach, with_adapter
+from qwen_dist.train.lora import attach_lora, extract_adapter, with_adapter
 
 
 def one_step(directory, mesh=""):
-    """Loss, loss without the routers' part, and gradients and parameters after one step."""
+    """Loss, loss without load balancing, gradients, parameters after one step, and the batch."""
     with jax.enable_x64(True):
         loaded = load(directory, mesh)
         trainer = make_trainer(loaded, loaded.parameters.keys())
         batch = one_batch(made_examples(), False)
-        state = trainer.start()
+        state = trainer.init_state()
         total, count = trainer.evaluate(state, batch)
         plain = float(total) / int(count)
-        state, metrics = trainer.step(state, batch.parts(1))
+        state, metrics = trainer.step(state, batch.microbatches(1))
         return float(metrics.loss), plain, state.optimizer[0], state.parameters, batch
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
-def test_without_load_balancing_it_is_the_step_of_transformers(tiny_checkpoint, family):
+def test_a_step_without_load_balancing_equals_transformers(tiny_checkpoint, family):
     directory = tiny_checkpoint(family, num_hidden_layers=2, router_aux_loss_coef=0.0)
-    wanted = torch_steps(load_torch(directory, "float64"), made_examples().examples, **TORCH)
+    expected = torch_steps(load_torch(directory, "float64"), made_examples().examples, **TORCH)
     loss, plain, gradients, parameters, _ = one_step(directory)
-    assert [loss, plain] == pytest.approx([wanted.losses[0]] * 2, rel=LOSS)
-    assert_same(gradients, wanted.gradients, NUMBERS)
-    assert_same(parameters, wanted.parameters, NUMBERS)
+    assert [loss, plain] == pytest.approx([expected.losses[0]] * 2, rel=LOSS)
+    assert_same(gradients, expected.gradients, NUMBERS)
+    assert_same(parameters, expected.parameters, NUMBERS)
 
 
-def test_the_load_balancing_loss_is_transformers(tiny_checkpoint):
+def test_the_load_balancing_loss_equals_transformers(tiny_checkpoint):
     directory = tiny_checkpoint("qwen2_moe", num_hidden_layers=2, router_aux_loss_coef=0.5)
     loss, plain, _, _, batch = one_step(directory)
     with torch.no_grad(), UpcastToFloat64():
@@ -60,13 +60,13 @@ STACKS = {"both": ["experts.gate_up_proj", "experts.down_proj"], "down": ["exper
 
 @pytest.fixture(scope="module", params=["both", pytest.param("down", marks=pytest.mark.slow)])
 def adapted(request, tiny_checkpoint, tmp_path_factory):
-    """A mixture, an adapter of its attention and experts that peft wrote, and what a step makes of that."""
+    """A mixture of experts, an adapter of its attention and experts written by peft, its logits, and a step of PyTorch."""
     directory = tiny_checkpoint("qwen3_moe", **ONE_LAYER)
     adapter = tmp_path_factory.mktemp("adapter")
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], target_parameters=STACKS[request.param])
     with UpcastToFloat64():
         model = peft.get_peft_model(load_torch(directory, "float64"), config, autocast_adapter_dtype=False)
-    for name, parameter in model.named_parameters():  # B begins as zero, which would hide faults
+    for name, parameter in model.named_parameters():  # B is initially zero, which would hide errors
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(adapter)
@@ -75,31 +75,31 @@ def adapted(request, tiny_checkpoint, tmp_path_factory):
     return directory, adapter, logits.numpy(), torch_steps(model, made_examples().examples, **TORCH)
 
 
-def test_a_lora_step_of_attention_and_experts_is_pefts(adapted, tmp_path):
-    directory, path, _, wanted = adapted
+def test_a_lora_step_of_attention_and_experts_equals_peft(adapted, tmp_path):
+    directory, path, _, expected = adapted
     with jax.enable_x64(True):
         loaded, trained = with_adapter(load(directory), read_adapter(path), dtype="float64")
         trainer = make_trainer(loaded, trained)
-        state, metrics = trainer.step(trainer.start(), one_batch(made_examples(), True).parts(1))
-        assert far(metrics.loss, np.array(wanted.losses[0])) < LOSS
+        state, metrics = trainer.step(trainer.init_state(), one_batch(made_examples(), True).microbatches(1))
+        assert relative_error(metrics.loss, np.array(expected.losses[0])) < LOSS
         found = [
             written(directory, tree, loaded.sharding_ctx, tmp_path / str(i))
             for i, tree in enumerate((state.optimizer[0], state.parameters))
         ]
-    for ours, theirs in zip(found, (wanted.gradients, wanted.parameters), strict=True):
+    for ours, theirs in zip(found, (expected.gradients, expected.parameters), strict=True):
         theirs = {name.replace(".default.", "."): value for name, value in theirs.items()}
         assert ours.keys() == theirs.keys()
-        assert max(far(ours[name], theirs[name]) for name in ours) < NUMBERS
+        assert max(relative_error(ours[name], theirs[name]) for name in ours) < NUMBERS
 
 
 def written(directory, parameters, sharding_ctx, path):
-    """The numbers under PEFT's names and in its order."""
-    adapter = adapter_of(parameters, LoraOptions(rank=4, alpha=6), sharding_ctx)
+    """The arrays under PEFT's names and in its order."""
+    adapter = extract_adapter(parameters, LoraOptions(rank=4, alpha=6), sharding_ctx)
     write_adapter(path, adapter, base=str(directory))
     return safetensors.numpy.load_file(path / "adapter_model.safetensors")
 
 
-def test_an_adapter_of_experts_comes_back_and_merges(adapted, tmp_path):
+def test_an_adapter_of_experts_is_saved_and_merged(adapted, tmp_path):
     directory, path, logits, _ = adapted
     adapter = read_adapter(path)
     write_adapter(tmp_path / "again", adapter, base=str(directory))
@@ -118,12 +118,12 @@ def test_an_adapter_of_experts_comes_back_and_merges(adapted, tmp_path):
         merged = merge_adapter(loaded.parameters, adapter, loaded.sharding_ctx)
         model = with_parameters(loaded.module, merged)
         hidden, _, _ = model(tokens, np.arange(tokens.shape[1], dtype=np.int32)[None])
-        assert far(model.unembed(hidden), logits) < NUMBERS
+        assert relative_error(model.unembed(hidden), logits) < NUMBERS
 
 
 def test_default_targets_are_attention_and_experts(tiny_checkpoint):
     loaded = load(tiny_checkpoint("qwen3_moe", **ONE_LAYER), dtype="float32")
-    trained = attach(loaded.module, LoraOptions(rank=2), dtype="float32")
+    trained = attach_lora(loaded.module, LoraOptions(rank=2), dtype="float32")
     layers = {name.removeprefix("layers.0.").rpartition(".lora_")[0] for name in trained}
     attention = {f"self_attn.{each}_proj" for each in "qkvo"}
     assert layers == attention | {"mlp.experts.lora.gate_up_proj", "mlp.experts.lora.down_proj"}

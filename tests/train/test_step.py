@@ -1,4 +1,4 @@
-"""One training step is the step of transformers and torch.optim.AdamW: in float64, by every gradient and parameter."""
+"""One training step equals that of transformers and torch.optim.AdamW in float64: every gradient and parameter."""
 
 import dataclasses
 import functools
@@ -33,14 +33,14 @@ QUICK = ((False, 1, "none"), (True, 4, "full"))
 
 
 def one_batch(examples, packing: bool) -> Batch:
-    """All examples in one batch, in a few rows with packing and a row each without."""
+    """All examples in one batch: with packing in a few rows, without in one row each."""
     options = DataOptions(files=("made.jsonl",), max_length=48, packing=packing)
     (batch,) = evaluation_batches(examples, options, 8)
     return batch
 
 
-def remember() -> optax.GradientTransformation:
-    """Keeps the gradients that it sees as its state."""
+def record_gradients() -> optax.GradientTransformation:
+    """Stores the gradients as its state."""
     zeros = functools.partial(jax.tree.map, jnp.zeros_like)
     return optax.GradientTransformation(zeros, lambda gradients, state, parameters=None: (gradients, gradients))
 
@@ -48,7 +48,7 @@ def remember() -> optax.GradientTransformation:
 def make_trainer(loaded, trained, options=OPTIMIZER, **settings) -> Trainer:
     shapes = {name: loaded.parameters[name].shape for name in trained}
     schedule = make_schedule(options, 100)
-    optimizer = optax.chain(remember(), make_optimizer(options, schedule, shapes, disk_shapes(loaded.module)))
+    optimizer = optax.chain(record_gradients(), make_optimizer(options, schedule, shapes, disk_shapes(loaded.module)))
     settings = {"dtype": loaded.dtype, "clip_norm": options.clip_norm} | settings
     return Trainer(loaded, trained, optimizer, schedule, **settings)
 
@@ -57,10 +57,10 @@ def load(directory, mesh="", dtype="float64"):
     return load_model(directory, ShardingContext(make_mesh(MeshConfig.parse(mesh)), TRAIN), dtype=dtype)
 
 
-def far(found, wanted) -> float:
-    """The largest difference, beside the largest number."""
-    found, wanted = np.asarray(found, np.float64).reshape(wanted.shape), wanted.astype(np.float64)
-    return float(np.abs(found - wanted).max() / max(np.abs(wanted).max(), 1e-30))
+def relative_error(found, expected) -> float:
+    """The largest difference, relative to the largest expected value."""
+    found, expected = np.asarray(found, np.float64).reshape(expected.shape), expected.astype(np.float64)
+    return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30))
 
 
 def torch_name(name: str) -> str:
@@ -68,9 +68,9 @@ def torch_name(name: str) -> str:
     return f"base_model.model.{name.replace('.weight', '.default.weight')}" if ".lora_" in name else name
 
 
-def assert_same(found, wanted, bound):
-    assert {torch_name(name) for name in found} == wanted.keys()
-    differences = {name: far(value, wanted[torch_name(name)]) for name, value in found.items()}
+def assert_same(found, expected, bound):
+    assert {torch_name(name) for name in found} == expected.keys()
+    differences = {name: relative_error(value, expected[torch_name(name)]) for name, value in found.items()}
     assert max(differences.values()) < bound, max(differences.items(), key=lambda item: item[1])
 
 
@@ -81,28 +81,28 @@ def examples():
 
 @pytest.fixture(scope="module")
 def full(tiny_checkpoint, examples):
-    """A checkpoint, and what PyTorch makes of it in a step."""
+    """A checkpoint, and a step of PyTorch on it."""
     directory = tiny_checkpoint("qwen2", tie_word_embeddings=True, num_hidden_layers=2)
     return directory, torch_steps(load_torch(directory, "float64"), examples.examples, **TORCH)
 
 
 @pytest.fixture(scope="module")
 def adapted(tiny_checkpoint, examples, tmp_path_factory):
-    """A checkpoint, an adapter to it that peft wrote, and what a step makes of that."""
+    """A checkpoint, an adapter written by peft, and a step of PyTorch on it."""
     directory, adapter = tiny_checkpoint("qwen3", num_hidden_layers=2), tmp_path_factory.mktemp("adapter")
     config = peft.LoraConfig(
         r=4, lora_alpha=6, use_rslora=True, target_modules=["q_proj", "o_proj", "gate_proj", "down_proj"]
     )
     with UpcastToFloat64():
         model = peft.get_peft_model(load_torch(directory, "float64"), config, autocast_adapter_dtype=False)
-    for name, parameter in model.named_parameters():  # B begins as zero, which would hide faults
+    for name, parameter in model.named_parameters():  # B is initially zero, which would hide errors
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(adapter)
     return directory, adapter, torch_steps(model, examples.examples, **TORCH)
 
 
-# Packed or not, parts of a batch, what is computed again. A few run by default; each compiles a program.
+# Packing, number of microbatches, rematerialization. A few run by default; each compiles a program.
 CASES = [
     pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
     for case in [*itertools.product([False, True], [1, 4], ["none", "full"]), (True, 1, "selective")]
@@ -110,34 +110,37 @@ CASES = [
 
 
 @pytest.mark.parametrize(("packing", "accumulation", "remat"), CASES)
-def test_a_full_step_is_pytorchs(full, examples, packing, accumulation, remat):
-    directory, wanted = full
+def test_a_full_step_equals_pytorch(full, examples, packing, accumulation, remat):
+    directory, expected = full
     with jax.enable_x64(True):
         loaded = load(directory)
-        check_step(loaded, loaded.parameters.keys(), wanted, one_batch(examples, packing).parts(accumulation), remat)
+        check_step(
+            loaded, loaded.parameters.keys(), expected, one_batch(examples, packing).microbatches(accumulation), remat
+        )
 
 
 @pytest.mark.parametrize(("packing", "accumulation", "remat"), CASES)
-def test_a_lora_step_is_pefts(adapted, examples, packing, accumulation, remat):
-    directory, adapter, wanted = adapted
+def test_a_lora_step_equals_peft(adapted, examples, packing, accumulation, remat):
+    directory, adapter, expected = adapted
     with jax.enable_x64(True):
         loaded, trained = with_adapter(load(directory), read_adapter(adapter), dtype="float64")
-        check_step(loaded, trained, wanted, one_batch(examples, packing).parts(accumulation), remat)
+        check_step(loaded, trained, expected, one_batch(examples, packing).microbatches(accumulation), remat)
 
 
-def test_twenty_steps_in_float32_have_the_losses_of_pytorch(full, examples):
+def test_twenty_float32_steps_have_the_losses_of_pytorch(full, examples):
     directory, _ = full
     settings = {"rate": 1e-3, "weight_decay": 0.1, "clip_norm": 0.5}
-    wanted = torch_steps(load_torch(directory, "float32"), examples.examples, steps=20, **settings).losses
+    expected = torch_steps(load_torch(directory, "float32"), examples.examples, steps=20, **settings).losses
     loaded = load(directory, dtype="float32")
     options = dataclasses.replace(OPTIMIZER, learning_rate=1e-3)
     trainer = make_trainer(loaded, loaded.parameters.keys(), options)
-    state, losses = trainer.start(), []
+    state, losses = trainer.init_state(), []
     for _ in range(20):
-        state, metrics = trainer.step(state, one_batch(examples, True).parts(1))
+        state, metrics = trainer.step(state, one_batch(examples, True).microbatches(1))
         losses.append(float(metrics.loss))
-    print(f"20 steps: loss {losses[0]:.4f} to {losses[-1]:.4f}, at most {far(losses, np.array(wanted)):.1e} from PyTorch's")
-    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
+    error = relative_error(losses, np.array(expected))
+    print(f"20 steps: loss {losses[0]:.4f} to {losses[-1]:.4f}, relative error of the losses {error:.1e}")
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert losses[-1] < losses[0] - 0.1
 
 
@@ -149,26 +152,26 @@ MESHES = [
 
 @pytest.fixture(scope="module")
 def on_one_device(tiny_checkpoint, examples):
-    """A directory whose sizes the meshes divide, and its step on one device: loss, gradient, and parameters after it."""
+    """A checkpoint whose sizes the meshes divide, and a step on one device: loss, gradient, and parameters after it."""
     directory = tiny_checkpoint("qwen3", vocab_size=344, num_hidden_layers=2)
     with jax.enable_x64(True):
         return directory, one_step(load(directory), examples)
 
 
 def one_step(loaded, examples):
-    trainer = make_trainer(loaded, loaded.parameters.keys(), remat="full")
-    state, metrics = trainer.step(trainer.start(), one_batch(examples, True).parts(1))
+    trainer = make_trainer(loaded, loaded.parameters.keys(), remat="blocks")
+    state, metrics = trainer.step(trainer.init_state(), one_batch(examples, True).microbatches(1))
     return jax.device_get((metrics, state.optimizer[0], state.parameters))
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_a_sharded_step_is_the_same(on_one_device, examples, mesh):
+def test_a_sharded_step_equals_one_device(on_one_device, examples, mesh):
     directory, (metrics, gradients, parameters) = on_one_device
     with jax.enable_x64(True):
         found = one_step(load(directory, mesh), examples)
-    assert far(found[0].loss, metrics.loss) < 1e-12
-    assert max(far(found[1][name], gradients[name]) for name in gradients) < 1e-12
-    assert max(far(found[2][name], parameters[name]) for name in parameters) < 1e-12
+    assert relative_error(found[0].loss, metrics.loss) < 1e-12
+    assert max(relative_error(found[1][name], gradients[name]) for name in gradients) < 1e-12
+    assert max(relative_error(found[2][name], parameters[name]) for name in parameters) < 1e-12
 
 
 def collectives_of(directory, mesh, examples):
@@ -186,19 +189,19 @@ def test_gradients_are_summed_and_only_weights_in_use_are_gathered(on_one_device
     loaded, found = collectives_of(directory, "fsdp=4", examples)
     gathered = [elements for kind, elements in found if kind == "all-gather"]
     sizes = {leaf.size for leaf in loaded.parameters.values()}
-    # Every device looks up its channels of all tokens, and adds to the gradient of these: their numbers travel twice.
+    # Every device looks up its channels of all tokens, and adds to their gradient: the token ids are gathered twice.
     ids = one_batch(examples, True).tokens.size
     assert ids not in sizes and gathered.count(ids) <= 2
     weights = [size for size in gathered if size != ids]
-    assert weights and set(weights) <= sizes, "one weight at a time, and nothing but weights and the tokens' numbers"
-    # A block is computed twice forwards (remat) and once backwards; its weights are gathered for each at most.
+    assert weights and set(weights) <= sizes, "one weight at a time, and only weights and token ids"
+    # A block is computed twice forwards (remat) and once backwards; its weights are gathered at most once for each.
     assert len(weights) <= 3 * len(loaded.parameters)
     assert {kind for kind, _ in found} & {"all-reduce", "reduce-scatter"}
 
 
-def check_step(loaded, trained, wanted, parts, remat):
+def check_step(loaded, trained, expected, microbatches, remat):
     trainer = make_trainer(loaded, trained, remat=remat)
-    state, metrics = trainer.step(trainer.start(), parts)
-    assert far(metrics.loss, np.array(wanted.losses[0])) < LOSS
-    assert_same(state.optimizer[0], wanted.gradients, NUMBERS)
-    assert_same(state.parameters, wanted.parameters, NUMBERS)
+    state, metrics = trainer.step(trainer.init_state(), microbatches)
+    assert relative_error(metrics.loss, np.array(expected.losses[0])) < LOSS
+    assert_same(state.optimizer[0], expected.gradients, NUMBERS)
+    assert_same(state.parameters, expected.parameters, NUMBERS)

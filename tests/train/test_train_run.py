@@ -1,4 +1,4 @@
-"""Whole runs: what they leave behind, and that being cut off changes nothing."""
+"""Whole runs: their output, and that an interrupted and resumed run is identical to an uninterrupted one."""
 
 import dataclasses
 import json
@@ -47,22 +47,22 @@ def config(model, chats):
 
 
 def run(config: FinetuneConfig, stop_after: int | None = None):
-    """Runs, and sends SIGTERM to itself at step `stop_after`, which is the last but one then."""
+    """Run; after step `stop_after` the process sends itself SIGTERM, and one more step is done."""
 
-    def watch(progress):
-        if progress.step == stop_after:
+    def callback(metrics):
+        if metrics.step == stop_after:
             signal.raise_signal(signal.SIGTERM)
 
-    return finetune(prepare(config), watch=watch)
+    return finetune(prepare(config), callback=callback)
 
 
-def numbers(output) -> list[dict]:
+def metrics_of(output) -> list[dict]:
     entries = [json.loads(line) for line in (pathlib.Path(output) / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]
 
 
 def saved_state(output, step: int):
-    """All arrays of a checkpoint as they lie on disk, and the position of the data."""
+    """All arrays of a checkpoint as stored on disk, and the position in the data."""
     folder = pathlib.Path(output).absolute() / "checkpoints" / str(step)
     state = orbax.checkpoint.StandardCheckpointer().restore(folder / "state")
     leaves = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
@@ -74,21 +74,21 @@ def assert_identical(one, other, step: int = STEPS):
     assert leaves.keys() == others.keys() and len(leaves) > 3
     assert all(leaf.tobytes() == others[name].tobytes() for name, leaf in leaves.items())
     assert position == other_position
-    assert numbers(one) == numbers(other)
+    assert metrics_of(one) == metrics_of(other)
 
 
 @pytest.fixture(scope="module", params=["lora", pytest.param("full", marks=pytest.mark.slow)])
-def whole(request, config, tmp_path_factory):
-    """A run that nothing has disturbed: how it was asked for, and its output."""
-    output = tmp_path_factory.mktemp("whole")
+def uninterrupted(request, config, tmp_path_factory):
+    """The method and output of a run without interruption."""
+    output = tmp_path_factory.mktemp("uninterrupted")
     summary = run(config(output, method=request.param))
     assert (summary.steps, summary.is_stopped) == (STEPS, False)
     return request.param, output
 
 
-def test_a_run_learns_and_leaves_its_numbers(whole):
-    method, output = whole
-    entries = numbers(output)
+def test_a_run_lowers_the_loss_and_writes_its_metrics(uninterrupted):
+    method, output = uninterrupted
+    entries = metrics_of(output)
     assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))
     assert entries[-1]["loss"] < entries[0]["loss"] - 0.1
     assert {"loss", "gradient_norm", "learning_rate", "num_tokens"} <= entries[0].keys()
@@ -97,8 +97,8 @@ def test_a_run_learns_and_leaves_its_numbers(whole):
     assert (output / {"lora": "adapter", "full": "model"}[method]).is_dir()
 
 
-def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(whole, config, tmp_path):
-    method, output = whole
+def test_a_stopped_and_resumed_run_is_identical(uninterrupted, config, tmp_path):
+    method, output = uninterrupted
     summary = run(config(tmp_path, method=method), stop_after=2)
     assert (summary.steps, summary.is_stopped) == (3, True)
     assert not (tmp_path / "adapter").exists() and not (tmp_path / "model").exists()
@@ -109,16 +109,16 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(whole, config, tmp_
 
 
 def killed_at_random(config, times: int, rng) -> list[tuple[int, int]]:
-    """Starts the run in a process `times` times and kills each at a random moment, the first early and the last late.
+    """Start the run in a process `times` times and kill each at a random moment, the first early and the last late.
 
-    Returns the step after which each went on, and the one that it was seen to do last.
+    Returns, for each, the step after which it resumed and the last step that it reported.
     """
     program = f"""
 import json
 from qwen_dist.config import FinetuneConfig, bind_config
 from qwen_dist.train.run import finetune, prepare
 config = bind_config(FinetuneConfig, json.loads({json.dumps(dataclasses.asdict(config))!r}))
-finetune(prepare(config), watch=lambda progress: print(progress.step, flush=True))
+finetune(prepare(config), callback=lambda metrics: print(metrics.step, flush=True))
 """
     killed = []
     for number in range(times):
@@ -129,7 +129,7 @@ finetune(prepare(config), watch=lambda progress: print(progress.step, flush=True
         steps = [int(process.stdout.readline())]
         while steps[-1] < last:
             steps.append(int(process.stdout.readline()))
-        time.sleep(rng.uniform(0, 0.05))  # a step takes some 10 ms, a save more: somewhere in these
+        time.sleep(rng.uniform(0, 0.05))  # a step takes about 10 ms, a save longer: kill in one of them
         process.kill()
         limit.cancel()
         steps += map(int, process.communicate()[0].split())
@@ -143,34 +143,34 @@ finetune(prepare(config), watch=lambda progress: print(progress.step, flush=True
 def test_kill_9_changes_nothing(config, tmp_path, method, times):
     steps = 60 * times
     changes = {"method": method, "steps": steps, "save_every": 7}
-    run(config(tmp_path / "whole", **changes))
+    run(config(tmp_path / "uninterrupted", **changes))
     cut_off = config(tmp_path / "cut_off", **changes)
     killed = killed_at_random(cut_off, times, random.Random(0))
-    print("kill  went on after step  killed after step")
+    print("kill  resumed after step  killed after step")
     for number, (begun, ended) in enumerate(killed, 1):
         print(f"{number:4}  {begun:18}  {ended:17}")
     assert killed[-1][1] < steps, "all were killed before the end"
     run(cut_off)
-    assert_identical(tmp_path / "whole", tmp_path / "cut_off", step=steps)
+    assert_identical(tmp_path / "uninterrupted", tmp_path / "cut_off", step=steps)
 
 
 @pytest.mark.parametrize(
     "meshes", [("data=1", "fsdp=2,tensor=2"), pytest.param(("fsdp=4", "data=2"), marks=pytest.mark.slow)]
 )
-def test_a_run_goes_on_on_another_mesh(config, tmp_path, meshes):
+def test_a_run_resumes_on_another_mesh(config, tmp_path, meshes):
     first, second = meshes
     changes = {"method": "full", "data__packing": False}
     run(config(tmp_path / "one", mesh="data=1", **changes))
     run(config(tmp_path / "two", mesh=first, **changes), stop_after=3)
     run(config(tmp_path / "two", mesh=second, **changes))
-    one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
+    one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
     assert [entry["num_tokens"] for entry in one] == [entry["num_tokens"] for entry in two], "the same batches"
     np.testing.assert_allclose([e["loss"] for e in one], [e["loss"] for e in two], rtol=1e-6)
 
 
-def test_what_was_trained_answers_in_transformers_as_here(whole, config, model, tmp_path, capsys):
-    """An adapter in peft, added to the weights by `--adapter`, and by `export`; or a whole model: the same greedy text."""
-    method, output = whole
+def test_the_result_gives_the_same_text_in_transformers(uninterrupted, config, model, tmp_path, capsys):
+    """An adapter in peft, with `--adapter` and merged by `export`, or a full model: the same greedy text."""
+    method, output = uninterrupted
     if method == "full":
         theirs = transformers.AutoModelForCausalLM.from_pretrained(output / "model", dtype=torch.float32)
         ours = ["--model", str(output / "model")]
@@ -184,32 +184,34 @@ def test_what_was_trained_answers_in_transformers_as_here(whole, config, model, 
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     prompt = "the quick brown fox jumps over"
     tokens = torch.tensor([tokenizer(prompt)["input_ids"]])
-    wanted = theirs.generate(tokens, do_sample=False, max_new_tokens=12)[0, tokens.shape[1] :]
+    expected = theirs.generate(tokens, do_sample=False, max_new_tokens=12)[0, tokens.shape[1] :]
     untrained = transformers.AutoModelForCausalLM.from_pretrained(model)
     before = untrained.generate(tokens, do_sample=False, max_new_tokens=12)[0, tokens.shape[1] :]
     capsys.readouterr()
     ask = ["--dtype", "float32", "--temperature", "0", "--max-new-tokens", "12", "--mesh", "data=1", "--raw", "--json"]
     assert main(["generate", *ours, *ask, "--prompt", prompt]) == 0
     found = json.loads(capsys.readouterr().out)["token_ids"]
-    assert found == wanted.tolist() and found != before.tolist()
+    assert found == expected.tolist() and found != before.tolist()
 
 
-def test_an_adapter_is_trained_further(whole, config, tmp_path):
-    method, output = whole
+def test_an_adapter_is_trained_further(uninterrupted, config, tmp_path):
+    method, output = uninterrupted
     if method == "full":
-        pytest.skip("there is no adapter")
-    before = numbers(output)
+        pytest.skip("no adapter")
+    before = metrics_of(output)
     run(config(tmp_path / "further", model__adapter=str(output / "adapter"), steps=1))
-    assert numbers(tmp_path / "further")[0]["loss"] < before[1]["loss"]
+    assert metrics_of(tmp_path / "further")[0]["loss"] < before[1]["loss"]
     run(config(tmp_path / "merged", model__adapter=str(output / "adapter"), steps=1, method="full"))
-    np.testing.assert_allclose(numbers(tmp_path / "merged")[0]["loss"], numbers(tmp_path / "further")[0]["loss"], rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics_of(tmp_path / "merged")[0]["loss"], metrics_of(tmp_path / "further")[0]["loss"], rtol=1e-6
+    )
 
 
 def test_evaluation_and_the_best_checkpoint(config, chats, tmp_path):
     rates = {"optimizer__learning_rate": 0.5, "optimizer__schedule": "constant", "optimizer__clip_norm": 0.0}
     options = {"data__eval_files": (str(chats),), "eval_every": 2, "max_to_keep": 1, "keep_best": True, "tensorboard": True}
     summary = run(config(tmp_path, **options, **rates))
-    losses = {entry["step"]: entry["eval_loss"] for entry in numbers(tmp_path) if "eval_loss" in entry}
+    losses = {entry["step"]: entry["eval_loss"] for entry in metrics_of(tmp_path) if "eval_loss" in entry}
     assert list(losses) == [2, 4, 6, 8] and summary.eval_loss == losses[8]
     best = min(losses, key=losses.__getitem__)
     assert {int(path.name) for path in (tmp_path / "checkpoints").iterdir()} == {best, 8}
@@ -218,22 +220,24 @@ def test_evaluation_and_the_best_checkpoint(config, chats, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["muon", "adafactor"])
-def test_other_optimisers_learn(config, tmp_path, name):
+def test_other_optimizers_lower_the_loss(config, tmp_path, name):
     run(config(tmp_path, method="full", optimizer__name=name, mesh="fsdp=2,tensor=2"))
-    entries = numbers(tmp_path)
+    entries = metrics_of(tmp_path)
     assert entries[-1]["loss"] < entries[0]["loss"] - 0.1
 
 
-def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path):
-    with pytest.raises(UserError, match=r"step \d: the loss is .* no checkpoint is from before") as error:
+def test_a_non_finite_loss_stops_the_run(config, tmp_path):
+    with pytest.raises(UserError, match=r"step \d: the loss is .* there is no checkpoint") as error:
         run(config(tmp_path, optimizer__learning_rate=1e30, optimizer__clip_norm=0.0, save_every=0, method="full"))
     step = int(str(error.value).split()[1].rstrip(":"))
     assert np.load(tmp_path / f"batch-{step}.npz")["tokens"].shape == (4, 64)
 
 
-def test_another_run_is_not_gone_on_with(whole, config):
-    method, output = whole
-    with pytest.raises(UserError, match=r"another run:\n  - data.seed was 0 and is 1\n  - optimizer.b1 was 0.9 and is 0.8"):
+def test_a_run_with_another_fingerprint_is_not_resumed(uninterrupted, config):
+    method, output = uninterrupted
+    with pytest.raises(
+        UserError, match=r"another run:\n  - data.seed was 0 and is now 1\n  - optimizer.b1 was 0.9 and is now 0.8"
+    ):
         run(config(output, method=method, optimizer__b1=0.8, data__seed=1))
 
 

@@ -1,4 +1,4 @@
-"""The arithmetic of a step is three times that which is traced of a forward pass; the peaks are of known devices."""
+"""A step needs three times the flops of a traced forward pass; peaks are known for listed devices only."""
 
 import jax
 import jax.extend
@@ -14,8 +14,8 @@ from qwen_dist.planning.chips import CHIPS, chip_of_device
 from qwen_dist.sharding import TRAIN, ShardingContext
 from qwen_dist.train.console import describe_step
 from qwen_dist.train.lora import new_adapter
-from qwen_dist.train.run import Progressing
-from qwen_dist.train.utilization import StepFlops, flops_per_second
+from qwen_dist.train.run import StepMetrics
+from qwen_dist.train.utilization import StepFlops, peak_flops_per_second
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def loaded(tiny_checkpoint):
 
 
 def dots(jaxpr) -> float:
-    """Flops of every product in a traced program."""
+    """The flops of all products in a traced program."""
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -37,7 +37,7 @@ def dots(jaxpr) -> float:
 
 
 def test_a_step_needs_three_times_the_products_of_a_forward_pass(loaded):
-    # One block of queries: the program computes the whole square of scores. Of fewer rows a CPU has products of its own.
+    # One block of queries, so the program computes the full square of scores. CPUs have other products for fewer rows.
     T = 128
     positions = np.arange(T, dtype=np.int32)[None]
 
@@ -53,7 +53,7 @@ def test_a_step_needs_three_times_the_products_of_a_forward_pass(loaded):
     assert found == pytest.approx(3 * (traced - square + seen), rel=1e-12)
 
 
-def test_what_is_frozen_needs_no_gradient_and_padding_nothing(loaded):
+def test_frozen_weights_need_no_gradient_and_padding_needs_nothing(loaded):
     positions = np.arange(16, dtype=np.int32)[None]
     flops = StepFlops(loaded, loaded.parameters)
     adapted, trained = new_adapter(loaded, LoraOptions(rank=1, target_modules=("q_proj",)), dtype="float32")
@@ -64,9 +64,9 @@ def test_what_is_frozen_needs_no_gradient_and_padding_nothing(loaded):
 
 def test_the_peak_of_known_devices():
     assert chip_of_device("TPU v5 lite") is CHIPS["v5e"] and chip_of_device("TPU v5") is CHIPS["v5p"]
-    assert flops_per_second(jax.devices(), "bfloat16") is None, "nobody knows what a CPU can do"
+    assert peak_flops_per_second(jax.devices(), "bfloat16") is None, "the peak of a CPU is not known"
 
 
-def test_the_line_of_a_step_says_it():
-    progress = Progressing(1, 2, 3.0, 1.0, 1e-3, 0.5, 100, 0.4321)
-    assert "200 tokens/s, 0.50 s a step, MFU 43.2%" in describe_step(progress)
+def test_the_line_of_a_step_has_the_mfu():
+    metrics = StepMetrics(1, 2, 3.0, 1.0, 1e-3, 0.5, 100, 0.4321)
+    assert "200 tokens/s, 0.50 s a step, MFU 43.2%" in describe_step(metrics)

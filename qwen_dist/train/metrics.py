@@ -1,4 +1,4 @@
-"""What a run leaves to read: numbers of every step as JSON lines and for TensorBoard, and a chart of the loss."""
+"""The metrics of a run on disk: one JSON line a step, event files for TensorBoard, and a chart of the loss."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ from typing import Any
 from qwen_dist.errors import UserError
 
 
-class Journal:
-    """The numbers of a run, by step, in its directory; on processes other than the first nothing is written."""
+class MetricsLog:
+    """The metrics of a run by step, in its directory. Only the first process writes.
+
+    Attributes:
+      entries: the lines so far; empty on other processes.
+    """
 
     def __init__(self, directory: pathlib.Path, *, done: int, tensorboard: bool, is_first: bool):
-        """Go on behind step `done`; what was written of later steps, before the run was cut off, is left out.
+        """Open the log after step `done`; entries of later steps, from before an interruption, are dropped.
 
-        Raises UserError when TensorBoard's files are asked for and the package is not there.
+        Raises:
+          UserError: `tensorboard` is set and its package is not installed.
         """
         self._directory = directory
-        self._file = self._board = None
+        self._file = self._tensorboard = None
         self.entries: list[dict[str, Any]] = []
         if not is_first:
             return
@@ -30,36 +35,36 @@ class Journal:
         path.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries))
         self._file = path.open("a")
         if tensorboard:
-            self._board = _open_board(directory / "tensorboard", done)
+            self._tensorboard = _open_tensorboard(directory / "tensorboard", done)
 
-    def add(self, step: int, numbers: Mapping[str, float | int]) -> None:
-        """Numbers of one step; complete on disk when this returns."""
+    def add(self, step: int, metrics: Mapping[str, float | int]) -> None:
+        """Write the metrics of one step; they are in the file when this returns."""
         if self._file is None:
             return
-        self.entries.append({"step": step, **numbers})
+        self.entries.append({"step": step, **metrics})
         self._file.write(json.dumps(self.entries[-1]) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name, value in numbers.items():
-                self._board.add_scalar(name, value, step)
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Also draws the chart."""
+        """Close the files and draw the chart."""
         if self._file is None:
             return
         self._file.close()
-        if self._board is not None:
-            self._board.close()
-        (self._directory / "loss.html").write_text(chart(self.entries), encoding="utf-8")
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        (self._directory / "loss.html").write_text(loss_chart(self.entries), encoding="utf-8")
 
 
 def _read_entries(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The last line may be cut off."""
+    """Read all lines but the last, which may be incomplete."""
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1]]
 
 
-def _open_board(directory: pathlib.Path, done: int) -> Any:
+def _open_tensorboard(directory: pathlib.Path, done: int) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
@@ -70,13 +75,13 @@ def _open_board(directory: pathlib.Path, done: int) -> Any:
 WIDTH, HEIGHT, MARGIN = 900, 380, 50
 
 
-def chart(entries: Sequence[Mapping[str, Any]]) -> str:
-    """A page with the loss of every step, its running mean, and the losses of evaluations; it needs nothing else."""
+def loss_chart(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Return a self-contained HTML page: the loss of every step, its running mean, and the evaluation losses."""
     train = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
     evaluated = [(entry["step"], entry["eval_loss"]) for entry in entries if "eval_loss" in entry]
     points = train + evaluated
     if not points:
-        return _PAGE.format(lines="", ticks="", note="no step has been done")
+        return _PAGE.format(lines="", ticks="", note="no steps yet")
     last, top = max(step for step, _ in points), max(loss for _, loss in points)
     low = min(0.0, *(loss for _, loss in points))
 
@@ -97,12 +102,12 @@ def chart(entries: Sequence[Mapping[str, Any]]) -> str:
         x, y = place(last * fraction, low + (top - low) * fraction)
         ticks += f'<text x="{MARGIN - 8}" y="{y + 4}" text-anchor="end">{low + (top - low) * fraction:.2f}</text>'
         ticks += f'<text x="{x}" y="{HEIGHT - MARGIN + 20}" text-anchor="middle">{last * fraction:.0f}</text>'
-    note = f"loss by step: {train[0][1]:.4f} at first, {train[-1][1]:.4f} at last" if train else "loss by step"
+    note = f"loss by step: first {train[0][1]:.4f}, last {train[-1][1]:.4f}" if train else "loss by step"
     return _PAGE.format(lines=lines, ticks=ticks, note=html.escape(note))
 
 
 def _smooth(values: Sequence[tuple[int, float]], keep: float = 0.95) -> list[tuple[int, float]]:
-    """A running mean in which a value counts less the longer ago it was."""
+    """Return the exponential moving average, corrected for its start."""
     total = weight = 0.0
     smoothed = []
     for step, value in values:
