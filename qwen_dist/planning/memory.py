@@ -29,6 +29,7 @@ from qwen_dist.ops.expert_parallel import expert_capacity
 from qwen_dist.ops.paged_cache import PAGE, entries_at_a_time
 from qwen_dist.planning.workload import Phase, Workload
 from qwen_dist.sharding import ShardingContext
+from qwen_dist.train.lora import attach_lora
 from qwen_dist.train.loss import LOSS_CHUNK_TOKENS
 
 F32_BYTES = 4  # attention scores, logits and optimiser state are float32

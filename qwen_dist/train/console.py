@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from qwen_dist.checkpoint.names import group_names
 from qwen_dist.train.batches import rows_per_epoch
 from qwen_dist.train.examples import describe_bad_records
 from qwen_dist.train.run import RunInputs, StepCallback, StepMetrics, TrainSetup

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from qwen_dist.ops.matmul import accum_dtype, matmul
+from qwen_dist.ops.matmul import accum_dtype, matmul, weight_gradient
 from qwen_dist.sharding import constrain
 
 # The number of tokens per device whose logits exist at the same time.

@@ -172,7 +172,9 @@ class Trainer:
             return loss + aux_loss * count
 
         def add(sums: tuple[jax.Array, Parameters], microbatch: Batch) -> tuple[tuple[jax.Array, Parameters], None]:
-            loss, gradients = loss_and_gradient(rounded, microbatch)
+            # The backward pass selects implementations by the mesh too.
+            with use_sharding(self._sharding_ctx):
+                loss, gradients = loss_and_gradient(rounded, microbatch)
             gradients = jax.lax.with_sharding_constraint(gradients, self._shardings.parameters)
             return jax.tree.map(lambda total, more: total + more.astype(total.dtype), sums, (loss, gradients)), None
 

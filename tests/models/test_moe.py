@@ -14,6 +14,7 @@ from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.config import MoEConfig
 from qwen_dist.models.moe import Experts, load_balancing_loss, route
 from qwen_dist.models.parameters import random_parameters, with_parameters
+from qwen_dist.planning.compile import parse_collectives
 from qwen_dist.sharding import INFERENCE, RULE_SETS, ShardingContext, use_sharding
 
 
@@ -130,7 +131,7 @@ def exchanged(mesh, rules):
 
     chosen = jnp.zeros((B, 5, 3), jnp.int32)
     text = jax.jit(run).lower(parameters, jnp.ones((B, 5, 64)), chosen, jnp.ones((B, 5, 3))).compile().as_text()
-    return [(one.kind, max(elements for elements, _ in one.arrays)) for one in collectives(text)]
+    return [(one.kind, max(elements for elements, _ in one.arrays)) for one in parse_collectives(text)]
 
 
 @pytest.mark.parametrize("mesh", ["fsdp=2,expert=2,tensor=2", pytest.param("expert=8", marks=pytest.mark.slow)])

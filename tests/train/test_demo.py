@@ -10,9 +10,11 @@ import pytest
 import qwen_dist.demo
 from qwen_dist.cli import main
 from qwen_dist.demo.questions import (
+    COMPUTED_KINDS,
     EXPLANATIONS,
     held_out_questions,
     is_held_out,
+    to_record,
     training_questions,
 )
 
@@ -26,10 +28,10 @@ def test_it_is_small():
 def test_no_counted_question_was_trained_on():
     trained = {(question.kind, question.key) for question in training_questions(5000)}
     counted = held_out_questions(20)
-    assert set(WORKED_OUT) < counted.keys()
-    assert not trained & {(question.kind, question.key) for kind in WORKED_OUT for question in counted[kind]}
-    assert all(is_held_out(question) for kind in WORKED_OUT for question in counted[kind])
-    assert as_chat(counted["comparison"][0])["messages"][1]["role"] == "assistant"
+    assert set(COMPUTED_KINDS) < counted.keys()
+    assert not trained & {(question.kind, question.key) for kind in COMPUTED_KINDS for question in counted[kind]}
+    assert all(is_held_out(question) for kind in COMPUTED_KINDS for question in counted[kind])
+    assert to_record(counted["comparison"][0])["messages"][1]["role"] == "assistant"
 
 
 def test_it_answers_without_the_model_flag(capsys):
