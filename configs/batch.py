@@ -15,5 +15,5 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         config.model.path = arg
     config.mesh = ""
     config.sampling = config_dict.ConfigDict({"max_new_tokens": 512})
-    config.max_batch_size = 96
+    config.engine = config_dict.ConfigDict({"policy": "throughput", "max_batch_size": 96})
     return config

@@ -115,6 +115,7 @@ _INSPECT_EXAMPLE = """\
 examples:
   qwen-dist inspect ~/qwen3-0.6b
   qwen-dist inspect Qwen/Qwen3-8B --mesh fsdp=4,tensor=2 --json
+  qwen-dist inspect --kernels                            the operations, and what runs on this machine
 reads headers and configuration only; exit code 1 if there are problems"""
 
 _EXPORT_EXAMPLE = """\
@@ -181,7 +182,13 @@ def _parser() -> argparse.ArgumentParser:
         "--input", metavar="FILE", help='lines {"id","prompt"}, {"id","messages"} or of the OpenAI API; .gz, .zst, .parquet'
     )
     batch.add_argument("--output", metavar="FILE", help="in the same formats; an interrupted run is resumed")
-    batch.add_argument("--max-batch-size", type=int, metavar="N", help="the most requests at the same time (96)")
+    batch.add_argument(
+        "--max-batch-size",
+        dest="engine.max_batch_size",
+        type=int,
+        metavar="N",
+        help="the most requests at the same time (96)",
+    )
     batch.add_argument(
         "--num-replicas", type=int, metavar="N", help="divide the processes into N replicas of the whole model (1)"
     )
@@ -207,8 +214,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect = _add_command(
         commands, "inspect", _inspect, "show what a checkpoint holds and what loading costs", _INSPECT_EXAMPLE
     )
-    inspect.usage = "qwen-dist inspect DIR_OR_HUB_ID [flags]"
-    inspect.add_argument("model.path", metavar="DIR_OR_HUB_ID", help="checkpoint in the Hugging Face format")
+    inspect.usage = "qwen-dist inspect DIR_OR_HUB_ID [flags] | qwen-dist inspect --kernels"
+    inspect.add_argument("model.path", metavar="DIR_OR_HUB_ID", nargs="?", help="checkpoint in the Hugging Face format")
+    inspect.add_argument("--kernels", action="store_true", help="show which implementation of each operation runs where")
     _add_flags(inspect, _MODEL_FLAGS[1:])
     _add_device_flag(inspect)
 
@@ -487,7 +495,7 @@ def _output_json(text: str, updates: list[RequestOutput], tokenizer: Tokenizer) 
 
 
 def _batch(options: argparse.Namespace, overrides: list[str]) -> int:
-    names = ("input", "output", "max_batch_size", "num_replicas", "raw", "overwrite", "retry_errors", "keep_order")
+    names = ("input", "output", "engine.max_batch_size", "num_replicas", "raw", "overwrite", "retry_errors", "keep_order")
     values = _config_values(options, *names, "chart", "metrics_port", "profile")
     config = load_config(BatchConfig, options.config, overrides, values, _DEMO_MODEL)
     with _joined(options, config, num_replicas=config.num_replicas, input=config.input) as processes:
@@ -543,9 +551,10 @@ def _run_shard(config: BatchConfig, processes: Processes, stopped: Callable[[], 
                 config.model,
                 config.mesh,
                 config.sampling,
-                max_batch_size=config.max_batch_size,
-                cache_bytes=parse_bytes(config.kv_cache_memory),
-                steps_per_dispatch=config.steps_per_dispatch,
+                max_batch_size=config.engine.max_batch_size,
+                cache_bytes=parse_bytes(config.engine.kv_cache_memory),
+                steps_per_dispatch=config.engine.steps_per_dispatch,
+                policy=config.engine.policy,
                 devices=replica.devices(),
                 progress=progress,
                 announce=_announcer(processes, quiet=quiet),
@@ -709,6 +718,8 @@ class _ModelConfig:
 
 
 def _inspect(options: argparse.Namespace, overrides: list[str]) -> int:
+    if options.kernels:
+        return _print_kernels(as_json=options.json)
     config = load_config(_ModelConfig, None, overrides, _config_values(options))
     from qwen_dist.mesh import MeshConfig, make_mesh
 
@@ -730,6 +741,35 @@ def _inspect(options: argparse.Namespace, overrides: list[str]) -> int:
     else:
         report.print(_console())
     return 1 if report.problems else 0
+
+
+def _print_kernels(*, as_json: bool) -> int:
+    """Print for each operation the implementations that are tried on each backend, and the backends of this machine."""
+    import jax
+
+    from qwen_dist.ops import native
+    from qwen_dist.ops.dispatch import Backend
+    from qwen_dist.ops.table import dispatch_table
+
+    table = dispatch_table()
+    here = {phase: Backend.of_platform(jax.default_backend(), 1, phase) for phase in ("inference", "train")}
+    features = sorted(native.processor_features())
+    if as_json:
+        ops = {op: {backend.value: list(names) for backend, names in row.items()} for op, row in table.items()}
+        backends = {phase: backend.value for phase, backend in here.items()}
+        print(json.dumps({"ops": ops, "this_machine": backends, "processor_features": features}))
+        return 0
+    from rich.table import Table
+
+    shown = Table("operation", *(backend.value for backend in Backend))
+    for op, row in table.items():
+        shown.add_row(op, *("\n".join(row[backend]) for backend in Backend))
+    console = _console()
+    console.print(shown)
+    console.print("The first implementation of a cell that takes the arguments runs; the plain form takes all.")
+    console.print("This machine, one device: " + ", ".join(f"{phase} {backend.value}" for phase, backend in here.items()))
+    console.print(f"Processor features for the kernels: {' '.join(features) or 'none, or the kernels are not compiled'}")
+    return 0
 
 
 def _export(options: argparse.Namespace, overrides: list[str]) -> int:

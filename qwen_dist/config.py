@@ -77,21 +77,39 @@ class GenerateConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """How many requests the engine answers at a time, and in which order.
+
+    Attributes:
+      policy: which waiting request is admitted next: "throughput" takes the longest prompt, "latency" the first to come.
+      max_batch_size: the most requests that are generated at the same time.
+      kv_cache_memory: bound on the KV cache of each device.
+      steps_per_dispatch: decode steps on the device before the host reads the tokens.
+    """
+
+    policy: Literal["throughput", "latency"] = "throughput"
+    max_batch_size: int = 96
+    kv_cache_memory: str = "4GB"
+    steps_per_dispatch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.max_batch_size < 1:
+            raise UsageError(f"engine.max_batch_size is {self.max_batch_size}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class BatchConfig:
     """`qwen-dist batch`. An interrupted run is resumable: the same command continues it.
 
     Attributes:
       input, output: files of records and of results.
       mesh: as in `GenerateConfig`, over the devices of one replica.
-      max_batch_size: the most requests that are generated at the same time.
       num_replicas: divides the processes into this many replicas. Each has the whole model on its own mesh and generates
         its share of the records.
       raw: leave out the chat template.
       overwrite: start over where results exist.
       retry_errors: try the records again that ended in an error.
       keep_order: sort the finished output into the order of the input.
-      kv_cache_memory: bound on the KV cache of each device.
-      steps_per_dispatch: decode steps on the device before the host reads the tokens.
       metrics_port: serve metrics for Prometheus at this port during the run.
       profile: a directory for a trace of the first seconds.
       chart: an HTML file with throughput, requests and cache use over time.
@@ -102,21 +120,17 @@ class BatchConfig:
     output: str
     mesh: str = ""
     sampling: SamplingOptions = SamplingOptions()
-    max_batch_size: int = 96
+    engine: EngineOptions = EngineOptions()
     num_replicas: int = 1
     raw: bool = False
     overwrite: bool = False
     retry_errors: bool = False
     keep_order: bool = False
-    kv_cache_memory: str = "4GB"
-    steps_per_dispatch: int = 1
     metrics_port: int | None = None
     profile: str = ""
     chart: str = ""
 
     def __post_init__(self) -> None:
-        if self.max_batch_size < 1:
-            raise UsageError(f"max_batch_size is {self.max_batch_size}; it must be at least 1")
         if self.metrics_port is not None and not 0 < self.metrics_port < 2**16:
             raise UsageError(f"metrics_port is {self.metrics_port}; it must be from 1 to {2**16 - 1}")
 

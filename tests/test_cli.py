@@ -477,13 +477,14 @@ PERTURBED = {
     "sampling.seed": "1",
     "sampling.stop": None,
     "sampling.logprobs": "0",
-    "max_batch_size": "1",
+    "engine.policy": None,
+    "engine.max_batch_size": "1",
     "raw": "true",
     "overwrite": "true",
     "retry_errors": None,  # has its own test, like keep_order
     "keep_order": None,
-    "kv_cache_memory": "1KB",
-    "steps_per_dispatch": "0",
+    "engine.kv_cache_memory": "1KB",
+    "engine.steps_per_dispatch": "0",
     "metrics_port": "70000",
     "profile": "/dev/null/profile",
     "chart": "no-such-directory/chart.html",
@@ -513,6 +514,10 @@ def test_every_field_of_the_configuration_changes_something(run, model, tiny_dir
         if value is not None and field != "overwrite":
             assert outcome(**{field: value}) != before, field
 
+    # With one request at a time, latency answers the first record first.
+    assert outcome(**{"engine.max_batch_size": "1", "engine.policy": "latency"}) != outcome(
+        **{"engine.max_batch_size": "1"}
+    )
     other = tiny_directory("qwen3", **SIZES, initializer_range=0.3)
     assert outcome(**{"model.path": other}) != before
     odd = tiny_directory("qwen3", {"repetition_penalty": 1.1}, **SIZES)

@@ -78,7 +78,7 @@ def test_without_a_file_only_fields_without_a_default_are_required():
         ("sampling.temperature=None", SamplingOptions(temperature=None)),
         ("sampling.stop=('a', 'b=c')", SamplingOptions(stop=("a", "b=c"))),
         ("sampling.stop=['a']", SamplingOptions(stop=("a",))),
-        ("max_batch_size=7", 7),
+        ("engine.max_batch_size=7", 7),
         ("raw=true", True),
         ("raw=False", False),
     ],
@@ -119,13 +119,13 @@ def test_all_problems_of_file_overrides_and_flags_are_listed_at_once(file):
         "--config.overwrite=yes",
     ]
     with pytest.raises(UsageError) as error:
-        load_config(BatchConfig, path, overrides, {"mesh": "tensor=2", "max_batch_size": True, "input": "i"})
+        load_config(BatchConfig, path, overrides, {"mesh": "tensor=2", "engine.max_batch_size": True, "input": "i"})
     lines = str(error.value).splitlines()
     assert lines[0] == "the configuration cannot be used:"
     assert {line.removeprefix("  - ") for line in lines[1:]} == {
         "--config.sampling.seed has no value: write --config.sampling.seed=VALUE",
-        "zzz is not a field; the fields are model, input, output, mesh, sampling, max_batch_size, num_replicas, raw, "
-        "overwrite, retry_errors, keep_order, kv_cache_memory, steps_per_dispatch, metrics_port, profile, chart",
+        "zzz is not a field; the fields are model, input, output, mesh, sampling, engine, num_replicas, raw, "
+        "overwrite, retry_errors, keep_order, metrics_port, profile, chart",
         "model.dtipe is not a field; did you mean model.dtype?",
         "model.dtype is 'float16'; it must be 'bfloat16' or 'float32' or 'float64'",
         "model.path is missing",
@@ -135,7 +135,7 @@ def test_all_problems_of_file_overrides_and_flags_are_listed_at_once(file):
         "sampling.min_p is 'hot'; it must be float or None",
         "sampling.stop is 'END'; it must be a tuple of strings, such as ('a', 'b') or None",
         "overwrite is 'yes'; it must be bool",
-        "max_batch_size is True; it must be int",
+        "engine.max_batch_size is True; it must be int",
     }
 
 
@@ -174,8 +174,8 @@ def test_invalid_configuration_files(tmp_path, content, message):
 
 @pytest.mark.parametrize("size", [0, -3])
 def test_max_batch_size_is_at_least_one(size):
-    with pytest.raises(UsageError, match=f"max_batch_size is {size}; it must be at least 1"):
-        bind_config(BatchConfig, {"model": {"path": "x"}, "input": "i", "output": "o", "max_batch_size": size})
+    with pytest.raises(UsageError, match=f"engine.max_batch_size is {size}; it must be at least 1"):
+        bind_config(BatchConfig, {"model": {"path": "x"}, "input": "i", "output": "o", "engine": {"max_batch_size": size}})
 
 
 def test_sampling_options_are_the_sampling_parameters_of_the_engine():

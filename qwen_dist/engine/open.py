@@ -31,6 +31,7 @@ def open_engine(
     max_batch_size: int = 32,
     cache_bytes: int = 4 * 10**9,
     steps_per_dispatch: int = 1,
+    policy: str = "throughput",
     devices: Sequence[jax.Device] | None = None,
     progress: ProgressCallback | None = None,
     announce: Callable[[str], None] = lambda layout: None,
@@ -40,7 +41,7 @@ def open_engine(
     Args:
       options, sampling: as configured.
       mesh: as `MeshConfig.parse` reads it; empty is `default_mesh`.
-      max_batch_size, cache_bytes, steps_per_dispatch: of the engine.
+      max_batch_size, cache_bytes, steps_per_dispatch, policy: see `Engine`.
       devices: what the mesh is made of, by default all of this run.
       progress: see `checkpoint.load.load`.
       announce: told what the mesh is and what it does, before the weights are read, if there are several devices.
@@ -76,6 +77,7 @@ def open_engine(
         max_batch_size=max_batch_size,
         cache_bytes=cache_bytes,
         steps_per_dispatch=steps_per_dispatch,
+        policy=policy,
     )
     return engine, tokenizer, defaults
 

@@ -1,0 +1,32 @@
+"""The dispatch table: every operation with what runs on each backend."""
+
+from __future__ import annotations
+
+from qwen_dist.ops.argmax import ARGMAX
+from qwen_dist.ops.attention import ATTENTION
+from qwen_dist.ops.dispatch import Backend, Op
+from qwen_dist.ops.experts import EXPERTS
+from qwen_dist.ops.grouped_matmul import GROUPED_MATMUL, ROWS_BY_ROWS, ROWS_BY_WEIGHTS
+from qwen_dist.ops.matmul import BATCHED_MATMUL, MATMUL
+from qwen_dist.ops.paged_attention import PAGED_ATTENTION
+from qwen_dist.ops.rotary import ROTATE
+from qwen_dist.ops.swiglu import SWIGLU
+
+OPS: tuple[Op, ...] = (
+    MATMUL,
+    BATCHED_MATMUL,
+    GROUPED_MATMUL,
+    ROWS_BY_WEIGHTS,
+    ROWS_BY_ROWS,
+    ATTENTION,
+    PAGED_ATTENTION,
+    ROTATE,
+    SWIGLU,
+    EXPERTS,
+    ARGMAX,
+)
+
+
+def dispatch_table() -> dict[str, dict[Backend, tuple[str, ...]]]:
+    """Return for each op and backend the names of the implementations, in the order in which they are tried."""
+    return {op.name: {backend: tuple(one.name for one in op.implementations(backend)) for backend in Backend} for op in OPS}
