@@ -99,10 +99,10 @@ def open_qwen_dist(options: argparse.Namespace, method: str, dtype: str, tokens:
     from qwen_dist.config import LoraOptions, OptimizerOptions
     from qwen_dist.mesh import MeshConfig, make_mesh
     from qwen_dist.models.parameters import disk_shapes
+    from qwen_dist.ops.malloc import dispatch_synchronously, keep_freed_memory
     from qwen_dist.sharding import TRAIN, ShardingContext
     from qwen_dist.train.batches import Batch
     from qwen_dist.train.lora import new_adapter
-    from qwen_dist.train.malloc import dispatch_synchronously, keep_freed_memory
     from qwen_dist.train.optim import make_optimizer, make_schedule
     from qwen_dist.train.step import Trainer
 

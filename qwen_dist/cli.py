@@ -170,6 +170,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qwen-dist {qwen_dist.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
+    _add_generate(commands)
+    _add_batch(commands)
+    _add_finetune(commands)
+    _add_inspect(commands)
+    _add_export(commands)
+    _add_preflight(commands)
+    _add_parity(commands)
+    _add_plan(commands)
+    return parser
+
+
+def _add_generate(commands: Any) -> None:
     generate = _add_command(commands, "generate", _generate, "answer a prompt, or chat", _GENERATE_EXAMPLE)
     generate.add_argument("--prompt", metavar="TEXT", help="default: standard input, or a chat in a terminal")
     generate.add_argument("--system", metavar="TEXT", help="the system message")
@@ -177,6 +189,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_run_flags(generate)
     _add_host_flags(generate)
 
+
+def _add_batch(commands: Any) -> None:
     batch = _add_command(commands, "batch", _batch, "answer every line of a file", _BATCH_EXAMPLE)
     batch.add_argument(
         "--input", metavar="FILE", help='lines {"id","prompt"}, {"id","messages"} or of the OpenAI API; .gz, .zst, .parquet'
@@ -202,6 +216,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_run_flags(batch)
     _add_host_flags(batch)
 
+
+def _add_finetune(commands: Any) -> None:
     finetune = _add_command(commands, "finetune", _finetune, "train a model or an adapter on your data", _FINETUNE_EXAMPLE)
     finetune.add_argument("--show-data", type=int, metavar="N", help="print N examples with the loss mask, and exit")
     finetune.add_argument("--dry-run", action="store_true", help="print what would be trained, and exit")
@@ -211,6 +227,8 @@ def _parser() -> argparse.ArgumentParser:
     finetune.add_argument("--config", metavar="FILE[:ARG]", help="a configuration file; --config.key=value sets a key")
     _add_host_flags(finetune)
 
+
+def _add_inspect(commands: Any) -> None:
     inspect = _add_command(
         commands, "inspect", _inspect, "show what a checkpoint holds and what loading costs", _INSPECT_EXAMPLE
     )
@@ -220,6 +238,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_flags(inspect, _MODEL_FLAGS[1:])
     _add_device_flag(inspect)
 
+
+def _add_export(commands: Any) -> None:
     export = _add_command(
         commands, "export", _export, "load a checkpoint and save it in the format of transformers", _EXPORT_EXAMPLE
     )
@@ -230,6 +250,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_device_flag(export)
     _add_host_flags(export)
 
+
+def _add_preflight(commands: Any) -> None:
     preflight = _add_command(
         commands, "preflight", _preflight, "check processes and devices before a run", _PREFLIGHT_EXAMPLE
     )
@@ -237,6 +259,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_device_flag(preflight)
     _add_host_flags(preflight)
 
+
+def _add_parity(commands: Any) -> None:
     parity = _add_command(commands, "parity", _parity, "compare with PyTorch, component by component", _PARITY_EXAMPLE)
     parity.add_argument("--prompt", action="append", metavar="TEXT", help="a text to compare on; may be repeated")
     parity.add_argument("--tokens", type=int, metavar="N", help="use N random tokens instead of prompts")
@@ -244,6 +268,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_flags(parity, _MODEL_FLAGS[:3])
     _add_device_flag(parity)
 
+
+def _add_plan(commands: Any) -> None:
     plan = _add_command(commands, "plan", _plan, "estimate memory and speed of a model on any devices", _PLAN_EXAMPLE)
     plan.usage = "qwen-dist plan --model DIR_OR_CONFIG_JSON --topology KIND:SIZES [flags]"
     plan.add_argument("--topology", metavar="KIND:SIZES", required=True, help="such as v5e:8x8, v5p:4x4x4 or cpu:8")
@@ -259,7 +285,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--chart", metavar="FILE", help="also write an HTML page with the memory of each device")
     _add_flags(plan, _MODEL_FLAGS[:3])
-    return parser
 
 
 def _add_command(
@@ -675,7 +700,7 @@ def _finetune(options: argparse.Namespace, overrides: list[str]) -> int:
     values = _config_values(options, *(key for _, key, *_ in _TRAINING_FLAGS), "overwrite")
     config = load_config(FinetuneConfig, options.config, overrides, values)
     with _joined(options, config) as processes:
-        from qwen_dist.train.malloc import dispatch_synchronously, keep_freed_memory
+        from qwen_dist.ops.malloc import dispatch_synchronously, keep_freed_memory
 
         start_jax(options.num_cpu_devices, config.model.dtype)
         dispatch_synchronously()

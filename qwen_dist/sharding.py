@@ -181,14 +181,14 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, sharding_ctx.activation("activation", x.shape, axes))
 
 
-def all_gather_weight(weight: jax.Array, *axes: str) -> jax.Array:
+def all_gather_weight(weight: Any, *axes: str) -> Any:
     """Shard a weight as activations are, for use; its gradient is sharded as the parameter is.
 
     Training gathers here what it shards over fsdp, and reduce-scatters the gradient; with `constrain` alone every device
-    would keep the whole gradient.
+    would keep the whole gradient. A quantised weight is for inference, which uses weights where they are.
     """
     context = active_context()
-    if context is None:
+    if context is None or not isinstance(weight, jax.Array):
         return weight
     used = context.activation("weight", weight.shape, axes)
     kept = context.parameter("weight", weight.shape, axes)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from qwen_dist.checkpoint.source import (
+from qwen_dist.checkpoint.files import (
     INDEX_NAME,
     SINGLE_FILE_NAME,
     ByteFile,

@@ -25,11 +25,12 @@ import numpy as np
 
 from qwen_dist.checkpoint.boxes import box_from_slices, contains, intersect, relative_slices
 from qwen_dist.checkpoint.buffers import is_on_host
+from qwen_dist.checkpoint.files import INDEX_NAME, LOCAL_READ_OPTIONS, SINGLE_FILE_NAME, LocalFile
 from qwen_dist.checkpoint.load import ByteCounter, ProgressCallback, fit_to_budget, run_in_threads
 from qwen_dist.checkpoint.names import PREFIXES, NameMap, find_layout, name_tensors
 from qwen_dist.checkpoint.plan import Chunk, Parameter, Shard, chunk_boxes, count_stack_dims
 from qwen_dist.checkpoint.safetensors import LENGTH_BYTES, TensorInfo, build_header, dtype_name, parse_header
-from qwen_dist.checkpoint.source import INDEX_NAME, LOCAL_READ_OPTIONS, SINGLE_FILE_NAME, Checkpoint, LocalFile, read_header
+from qwen_dist.checkpoint.source import Checkpoint, read_header
 from qwen_dist.checkpoint.sync import sync_processes
 from qwen_dist.errors import CheckpointError
 

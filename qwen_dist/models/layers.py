@@ -69,7 +69,7 @@ class Linear(nnx.Module):
         return self._project(x, accum_dtype(x.dtype))
 
     def _project(self, x: jax.Array, dtype: DTypeLike) -> jax.Array:
-        weight = all_gather_weight(self.weight[...], *dict(self.out_sizes + self.in_sizes))
+        weight = all_gather_weight(self.weight.get_value(), *dict(self.out_sizes + self.in_sizes))
         in_shape, out_shape = ([size for _, size in sizes] for sizes in (self.in_sizes, self.out_sizes))
         rows = x.reshape(*x.shape[: x.ndim - len(in_shape)], -1)
         is_complete = self.bias is None and self.lora_A is None

@@ -119,7 +119,7 @@ class Experts(nnx.Module):
         return experts(x_BTD, chosen_BTK, scores_BTK, gate_up, down, axes)
 
     def _weights(self, name: str) -> ExpertWeights:
-        weight = getattr(self, name)[...]
+        weight = getattr(self, name).get_value()
         if name not in self.lora:
             return ExpertWeights(weight)
         lora_A, lora_B = (self.lora[name][side]["weight"][...] for side in ("lora_A", "lora_B"))

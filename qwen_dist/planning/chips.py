@@ -64,6 +64,25 @@ def chip_of_device(device_kind: str) -> Chip | None:
 
 
 @dataclasses.dataclass(frozen=True)
+class CompilerProfile:
+    """What the compiler of a platform does with memory, as its reports of this project's programs show.
+
+    Attributes:
+      platform: as jax names it.
+      presence_copies: copies of the token-presence table while a step updates it.
+      saved_input_copies: copies of the input of each block that the backward pass recomputes.
+    """
+
+    platform: str
+    presence_copies: int
+    saved_input_copies: int
+
+
+CPU_COMPILER = CompilerProfile("cpu", presence_copies=1, saved_input_copies=2)
+TPU_COMPILER = CompilerProfile("tpu", presence_copies=2, saved_input_copies=1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Topology:
     """A number of devices of one kind. `name` is libtpu's name, such as v5e:16x16, or cpu:8."""
 
@@ -74,6 +93,10 @@ class Topology:
     @property
     def is_cpu(self) -> bool:
         return self.name.startswith("cpu:")
+
+    @property
+    def compiler(self) -> CompilerProfile:
+        return CPU_COMPILER if self.is_cpu else TPU_COMPILER
 
     @classmethod
     def parse(cls, text: str) -> Topology:

@@ -168,7 +168,7 @@ def compile_program(lowered: jax.stages.Lowered) -> CompilerReport:
 
 
 def _peak(compiled: jax.stages.Compiled, memory: Any) -> float:
-    """Return the peak memory in bytes. The CPU compiler leaves temporaries out of its own figure."""
+    """Return the peak memory in bytes, also where the reported peak leaves temporaries out."""
     devices = jax.tree.leaves(compiled.output_shardings)[0].device_set
     if any(device.platform == "cpu" for device in devices):
         results = memory.output_size_in_bytes - memory.alias_size_in_bytes  # donated arguments are outputs too
@@ -213,8 +213,8 @@ class CollectiveOp:
 def parse_collectives(text: str) -> Iterator[CollectiveOp]:
     """Yield every collective in the text of a compiled program.
 
-    The TPU compiler writes a reduce-scatter as a computation of that name with an all-reduce inside. A collective that
-    overlaps several computations appears once in each of them; these copies have the same chain id.
+    A reduce-scatter may be written as a computation of that name with an all-reduce inside. A collective that overlaps
+    several computations appears once in each of them; these copies have the same chain id.
     """
     is_scattered = False
     chains = set()

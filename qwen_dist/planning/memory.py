@@ -27,6 +27,7 @@ from qwen_dist.ops import splash_attention
 from qwen_dist.ops.attention import query_block
 from qwen_dist.ops.expert_parallel import expert_capacity
 from qwen_dist.ops.paged_cache import PAGE, entries_at_a_time
+from qwen_dist.planning.chips import CPU_COMPILER, CompilerProfile
 from qwen_dist.planning.workload import Phase, Workload
 from qwen_dist.sharding import ShardingContext
 from qwen_dist.train.lora import attach_lora
@@ -97,14 +98,19 @@ class CostModel:
     num_parameters: int
     local_parameters: int
     local_trainable: int
-    is_tpu: bool = False
+    compiler: CompilerProfile = CPU_COMPILER
 
     @classmethod
     def of(
-        cls, config: ModelConfig, sharding_ctx: ShardingContext, workload: Workload, *, is_tpu: bool = False
+        cls,
+        config: ModelConfig,
+        sharding_ctx: ShardingContext,
+        workload: Workload,
+        *,
+        compiler: CompilerProfile = CPU_COMPILER,
     ) -> CostModel:
         """Make a cost model. Raises UsageError when the mesh does not divide the model or the batch."""
-        model = cls(config, sharding_ctx, workload, *_count_parameters(config, sharding_ctx, workload), is_tpu)
+        model = cls(config, sharding_ctx, workload, *_count_parameters(config, sharding_ctx, workload), compiler)
         model._size("batch")
         return model
 
@@ -146,8 +152,8 @@ class CostModel:
                 "saved activations": saved,
                 "working set": self._training_workspace_bytes(),
             }
-        # The token-presence table of the repetition penalty. A TPU updates a copy of it.
-        presence = self._size("batch", "vocab") * (2 if self.is_tpu else 1)
+        # The token-presence table of the repetition penalty, and the copy that some compilers update.
+        presence = self._size("batch", "vocab") * self.compiler.presence_copies
         working = self._for_step(phase)._inference_workspace_bytes(self._tokens_of(phase)[1])
         return {"parameters": parameters, "cache": self._cache_bytes(), "sampling": presence, "working set": working}
 
@@ -264,8 +270,8 @@ class CostModel:
         stream = self._size("batch", "length", "embed") * self._itemsize
         layers = len(self.config.layers)
         if self.workload.remat == "full":
-            # The input of each block. On a CPU also a copy of it, for the barrier before the recomputation.
-            return ((1 if self.is_tpu else 2) * layers + 1) * stream
+            # The input of each block, and the copy that some compilers keep of it.
+            return (self.compiler.saved_input_copies * layers + 1) * stream
         if self.workload.remat == "selective":
             return layers * (2 * stream + self._matmul_output_size() * F32_BYTES) + stream
         gathered = self._gathered_weight_bytes() if self.sharding_ctx.mesh.shape["fsdp"] > 1 else 0
@@ -290,7 +296,9 @@ class CostModel:
     @property
     def _uses_splash_attention(self) -> bool:
         """Whether training uses `splash_attention`, which saves no scores."""
-        return self.is_tpu and splash_attention.is_for(self._itemsize, self.sharding_ctx.num_shards("length"))
+        return self.compiler.platform == "tpu" and splash_attention.is_for(
+            self._itemsize, self.sharding_ctx.num_shards("length")
+        )
 
     def _attention_residual_bytes(self) -> int:
         """Return the bytes that attention saves in addition to its operands and its output."""

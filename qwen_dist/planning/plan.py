@@ -221,7 +221,7 @@ def _compile_phase(
 
 def _cost_model(config: ModelConfig, topology: Topology, workload: Workload, mesh: str) -> CostModel:
     sharding_ctx = abstract_sharding_context(MeshConfig.parse(mesh), topology.num_devices, workload)
-    return CostModel.of(config, sharding_ctx, workload, is_tpu=not topology.is_cpu)
+    return CostModel.of(config, sharding_ctx, workload, compiler=topology.compiler)
 
 
 def _fits(cost_model: CostModel, chip: Chip) -> bool:

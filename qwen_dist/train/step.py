@@ -15,11 +15,11 @@ from jax.typing import DTypeLike
 from qwen_dist.checkpoint.model import LoadedModel
 from qwen_dist.models.moe import load_balancing_loss
 from qwen_dist.models.parameters import with_parameters
+from qwen_dist.ops.malloc import drain_tcache
 from qwen_dist.ops.matmul import accum_dtype
 from qwen_dist.sharding import use_sharding
 from qwen_dist.train.batches import Batch
 from qwen_dist.train.loss import next_token_loss
-from qwen_dist.train.malloc import drain_tcache
 from qwen_dist.train.optim import Schedule, clip_grad_norm
 
 # What the forward pass saves for the backward pass, by the name in the configuration of what is recomputed.

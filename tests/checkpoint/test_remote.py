@@ -17,8 +17,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from server import serve, sometimes
 
 from qwen_dist.checkpoint import remote
+from qwen_dist.checkpoint.files import ReadOptions
 from qwen_dist.checkpoint.load import load, make_load_plan
-from qwen_dist.checkpoint.source import ReadOptions, open_checkpoint
+from qwen_dist.checkpoint.source import open_checkpoint
 from qwen_dist.errors import CheckpointError
 
 

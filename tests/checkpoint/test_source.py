@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from qwen_dist.checkpoint import source
-from qwen_dist.checkpoint.source import LocalFile, open_checkpoint
+from qwen_dist.checkpoint.files import LocalFile
+from qwen_dist.checkpoint.source import open_checkpoint
 from qwen_dist.errors import CheckpointError
 
 A, B = np.ones((2, 2), "float32"), np.zeros(3, "float32")

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from qwen_dist.checkpoint import source, sync
+from qwen_dist.checkpoint import files, sync
 from qwen_dist.checkpoint.load import execute_plan, load, make_load_plan
 from qwen_dist.checkpoint.save import export
 from qwen_dist.checkpoint.source import open_checkpoint
@@ -114,7 +114,7 @@ def dies_while_loading(folder):
         def die(*_):
             os.kill(os.getpid(), signal.SIGKILL)
 
-        source.LocalFile.read_into = die
+        files.LocalFile.read_into = die
     load(checkpoint, make_target(checkpoint, SPECS["rows"]))
 
 

@@ -13,7 +13,7 @@ SIZE = 100_000_000
 PROGRAM = """
 import ctypes, resource, threading
 import jax
-from qwen_dist.train import malloc
+from qwen_dist.ops import malloc
 
 jax.default_backend = lambda: {backend!r}
 libc = ctypes.CDLL(None)
@@ -54,7 +54,7 @@ def test_accelerators_leave_malloc_as_it_is(backend):
 
 @pytest.mark.parametrize(("backend", "num_calls"), [("cpu", 49), ("gpu", 0), ("tpu", 0)])
 def test_the_tcache_is_drained_on_the_cpu_backend_only(backend, num_calls, monkeypatch):
-    from qwen_dist.train import malloc
+    from qwen_dist.ops import malloc
 
     class Libc:
         """Counts the requests; the addresses are made up."""

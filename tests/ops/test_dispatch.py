@@ -1,0 +1,132 @@
+"""Which implementation of each operation runs where, and that every one computes what the plain form does."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from native_kernels import needs_kernels
+
+from qwen_dist.mesh import MeshConfig, make_mesh
+from qwen_dist.ops import native
+from qwen_dist.ops.dispatch import Backend, active_backend
+from qwen_dist.ops.matmul import MATMUL
+from qwen_dist.ops.paged_cache import MAX_ENTRIES, PAGE, PagedState, PageIndices
+from qwen_dist.ops.table import OPS, dispatch_table
+from qwen_dist.sharding import INFERENCE, TRAIN, ShardingContext, use_sharding
+
+
+def test_the_table_has_a_plain_form_of_every_operation_for_every_backend(monkeypatch):
+    """Run with -s to read it: a CPU with all features and without each of them, a TPU and a GPU."""
+    machines = [("cpu", frozenset(native.FEATURES)), ("tpu", frozenset()), ("gpu", frozenset())]
+    machines += [("cpu", frozenset(native.FEATURES) - {feature}) for feature in native.FEATURES]
+    table = dispatch_table()
+    assert table.keys() == {op.name for op in OPS} and len(table) == len(OPS)
+    for platform, features in machines:
+        monkeypatch.setattr(native, "processor_features", lambda features=features: features)
+        without = set(native.FEATURES) - features
+        for phase in ("inference", "train"):
+            backend = Backend.of_platform(platform, 1, phase)
+            missing = f" without {', '.join(sorted(without))}" if platform == "cpu" and without else ""
+            print(f"\n{platform}{missing}, {phase}: {backend.value}")
+            for name, row in table.items():
+                print(f"  {name:32} {' → '.join(row[backend])}")
+                assert row[backend][-1] == "plain", f"{name} has no plain form on {backend.value}"
+            has_kernels = platform == "cpu" and phase == "inference" and not without
+            assert (backend is Backend.CPU_KERNELS) == has_kernels
+    assert Backend.of_platform("cuda", 1, "inference") is Backend.GPU
+
+
+def test_the_backend_is_that_of_the_mesh_and_the_phase(monkeypatch):
+    monkeypatch.setattr(native, "is_available", lambda: True)
+    found = {}
+    for devices in (1, 2):
+        mesh = make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
+        for rules in (INFERENCE, TRAIN):
+            with use_sharding(ShardingContext(mesh, rules)):
+                found[devices, rules.phase] = active_backend()
+                assert Backend.of(mesh, rules.phase) is found[devices, rules.phase]
+    assert found == {
+        (1, "inference"): Backend.CPU_KERNELS,
+        (2, "inference"): Backend.CPU_KERNELS_LOCAL,
+        (1, "train"): Backend.CPU,
+        (2, "train"): Backend.CPU,
+    }
+    assert active_backend() is Backend.CPU, "outside of a mesh there may be gradients"
+
+
+def test_features_can_be_left_out(monkeypatch):
+    monkeypatch.setenv("QWEN_DIST_CPU_FEATURES", "avx512f, avx512bw")
+    assert native.processor_features() <= {"avx512f", "avx512bw"}
+    assert not native.is_available()
+
+
+def random(shape, dtype, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def attention_arguments(dtype, head_dim, num_shards=1):
+    pool = (num_shards, 1, 1, PAGE, head_dim)
+    state = PagedState(*(random(pool, dtype, seed).view(jnp.uint16 if dtype == "bfloat16" else dtype) for seed in (1, 2)))
+    row = np.zeros((num_shards, MAX_ENTRIES), np.int32)
+    start = np.where(np.arange(MAX_ENTRIES) < 1, row, 2**30)
+    pages = PageIndices(np.zeros((1, 1)), np.zeros(1), row, row, start, np.int32(1))
+    return random((num_shards, 1, 2, head_dim), dtype), state, jnp.full((num_shards, 1), 5, jnp.int32), pages, None
+
+
+FLOATS = ("float32", "bfloat16", "float16")
+
+
+def matmul_arguments(x, weight, result, num_out):
+    return random((2, 8), x), random((num_out, 8), weight), result
+
+
+def grouped_matmul_arguments(x, weight, result, num_out):
+    return random((2, 8), x), random((2, num_out, 8), weight), jnp.array([1, 1]), result
+
+
+def swiglu_arguments(gate, up):
+    return random((3, 5), gate), random((3, 5), up)
+
+
+def rotate_arguments(x, angles):
+    return random((1, 2, 3, 8), x), random((1, 2, 4), angles), random((1, 2, 4), angles)
+
+
+# Of each kernel the predicate, the function, and arguments at the edge of what it takes.
+CASES = [
+    (native.can_matmul, native.matmul, matmul_arguments, FLOATS, FLOATS, FLOATS, (3, 4)),
+    (native.can_grouped_matmul, native.grouped_matmul, grouped_matmul_arguments, FLOATS, FLOATS, FLOATS, (3, 4)),
+    (native.can_swiglu, native.swiglu, swiglu_arguments, FLOATS, FLOATS),
+    (native.can_rotate, native.rotate, rotate_arguments, FLOATS, FLOATS),
+    (native.can_paged_attention, native.paged_attention, attention_arguments, FLOATS[:2], (8, 16, 24, 32), (1, 2)),
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case[1].__name__)
+def test_predicates_say_what_the_kernels_take(case):
+    """Where a predicate says no, the kernel refuses the arguments itself."""
+    can, run, make, *values = case
+    decisions = []
+    for combination in itertools.product(*values):
+        arguments = make(*combination)
+        try:
+            jax.block_until_ready(run(*arguments))
+            runs = True
+        except jax.errors.JaxRuntimeError as error:
+            assert "INVALID_ARGUMENT" in str(error), error
+            runs = False
+        assert can(*arguments) == runs, combination
+        decisions.append(runs)
+    assert any(decisions) and not all(decisions)
+
+
+def test_one_narrow_row_is_padded_and_equals_the_plain_form():
+    x, weight = random((1, 16), "bfloat16"), random((8, 16), "bfloat16", 1)
+    float32 = jnp.dtype("float32")
+    chosen = MATMUL.select(Backend.CPU, x, weight, float32)
+    assert chosen.name == "two rows"
+    np.testing.assert_allclose(chosen.run(x, weight, float32), MATMUL.plain.run(x, weight, float32), rtol=1e-5, atol=1e-6)
+    assert MATMUL.select(Backend.TPU, x, weight, float32) is MATMUL.plain
