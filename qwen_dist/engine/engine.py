@@ -161,7 +161,7 @@ class Engine:
         return sum(map(operator.mul, by_group, layers)) // max(sum(layers), 1)
 
     def check(self, request: Request) -> None:
-        """Raises UserError if the request cannot be run."""
+        """Check a request. Raises UserError if it cannot be run."""
         length = len(request.prompt)
         if length == 0:
             raise UserError("the prompt is empty; give at least one token")

@@ -1,4 +1,4 @@
-"""From options to an engine that is ready to run."""
+"""From options to an engine with a loaded model."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def open_engine(
     progress: ProgressCallback | None = None,
     announce: Callable[[str], None] = lambda layout: None,
 ) -> tuple[Engine, Tokenizer, SamplingParams]:
-    """Load tokenizer and model; also returns how to sample where a request does not say.
+    """Load tokenizer and model; return the engine, the tokenizer and the sampling parameters of requests that set none.
 
     Args:
-      options, sampling: as configured.
+      options, sampling: from the configuration.
       mesh: as `MeshConfig.parse` reads it; empty is `default_mesh`.
       max_batch_size, cache_bytes, steps_per_dispatch, policy: see `Engine`.
-      devices: what the mesh is made of, by default all of this run.
+      devices: the devices of the mesh, by default all of this run.
       progress: see `checkpoint.load.load`.
-      announce: told what the mesh is and what it does, before the weights are read, if there are several devices.
+      announce: called with a description of the mesh before the weights are read, if there are several devices.
 
     Raises:
-      UserError: the mesh, the checkpoint or a sampling parameter cannot be used; cheap checks come before the weights.
+      UserError: the mesh, the checkpoint or a sampling parameter cannot be used. Cheap checks run before the weights load.
     """
     devices = jax.devices() if devices is None else devices
     adapter = read_adapter(options.adapter) if options.adapter else None

@@ -1,4 +1,4 @@
-"""A trace of what host and devices do, for TensorBoard or XProf."""
+"""A trace of host and devices, for TensorBoard or XProf."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterator
 
 from qwen_dist.errors import UserError
 
-# A trace of more is too big to be looked at.
+# A longer trace is too big for its viewers.
 SECONDS = 10.0
 
 
 @contextlib.contextmanager
 def profiling(directory: str) -> Iterator[Callable[[], None]]:
-    """A function to be called now and then: from its first call on, the next `SECONDS` are traced into the directory.
+    """Yield a function to call regularly: its first call starts a trace of `SECONDS` into the directory.
 
     Raises:
-      UserError: there cannot be such a directory.
+      UserError: the directory cannot be created.
     """
     import jax
 

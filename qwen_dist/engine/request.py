@@ -1,4 +1,4 @@
-"""What is asked of the engine and what it answers. No jax."""
+"""Requests to the engine, and its outputs. No jax."""
 
 from __future__ import annotations
 
@@ -14,15 +14,21 @@ MAX_TOP_LOGPROBS = 20
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen and when to stop; the defaults are greedy and change no probability.
+    """How the next token is sampled and when to stop. The defaults are greedy and change no probability.
 
-    In transformers' order: `repetition_penalty` divides the logits of tokens seen so far (multiplies negative ones);
-    `temperature` divides the logits (0 takes the most probable token and ignores the rest); `top_k` keeps that many
-    tokens (0: all); `top_p` the smallest set with that probability; `min_p` those at least that fraction as probable as
-    the best. `seed` fixes the draws of this request, whoever else is in the batch. `logprobs` asks for the
-    log-probability of each chosen token under the unmodified distribution, and of that many best alternatives;
-    `prompt_logprobs` for the same of the prompt's tokens from the second on. With it `max_new_tokens` may be 0, which only
-    scores the prompt.
+    Attributes, in the order in which transformers applies them:
+      repetition_penalty: divides the logits of tokens that prompt or answer already have (multiplies negative logits).
+      temperature: divides the logits; 0 takes the most probable token and ignores the following three.
+      top_k: keep the K most probable tokens; 0 keeps all.
+      top_p: keep the smallest set of tokens with this total probability.
+      min_p: keep tokens at least this fraction as probable as the best.
+      seed: fixes the draws of this request, whatever other requests are in the batch.
+      stop: texts before which the answer ends.
+      max_new_tokens: the most tokens of the answer.
+      logprobs: return the log-probability of each sampled token under the unmodified distribution, and of this many best
+        alternatives.
+      prompt_logprobs: return the same for the prompt's tokens from the second on. With it `max_new_tokens` may be 0, which
+        only scores the prompt.
     """
 
     max_new_tokens: int = 512
@@ -56,12 +62,12 @@ class SamplingParams:
 
     @classmethod
     def from_generation_config(cls, generation: Mapping[str, Any]) -> SamplingParams:
-        """What a checkpoint's `generation_config.json` asks for, read as transformers reads it.
+        """Return the parameters of a checkpoint's `generation_config.json`, read as transformers reads it.
 
-        Without `do_sample` it is greedy, whatever the temperature. Raises UsageError for values out of range.
+        Without `do_sample` they are greedy, whatever the temperature. Raises UsageError for values out of range.
         """
         is_greedy = not generation.get("do_sample", False)
-        defaults = {"temperature": 1.0, "top_k": 50}  # of transformers, where the file is silent
+        defaults = {"temperature": 1.0, "top_k": 50}  # transformers' own defaults
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         values = {name: generation.get(name, defaults.get(name)) for name in names}
         if is_greedy:
@@ -69,7 +75,7 @@ class SamplingParams:
         return cls(**{name: value for name, value in values.items() if value is not None})
 
     def override(self, params: Mapping[str, Any]) -> SamplingParams:
-        """These with others in their place; None keeps what is here. Raises UsageError for values out of range."""
+        """Return these parameters with some replaced; None replaces nothing. Raises UsageError for values out of range."""
         given = {name: value for name, value in params.items() if value is not None}
         if "stop" in given:
             given["stop"] = tuple(given["stop"])
@@ -78,7 +84,7 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One prompt, as token ids, and how to go on from it. `key` is the caller's, to know the answer by."""
+    """One prompt, as token ids, and how to continue it. `key` is the caller's name for it."""
 
     key: Any
     prompt: tuple[int, ...]
@@ -96,11 +102,14 @@ class TokenLogprob:
 
 @dataclasses.dataclass(frozen=True)
 class RequestOutput:
-    """What became final for one request: more text, and at the end the reason.
+    """The text and tokens of one request that became final.
 
-    `finish_reason` is None while more may come, "stop" (an end-of-text token or a stop string; neither is in the text)
-    or "length" (max_new_tokens, or the end of the context). The counts are totals so far. `prompt_logprobs` come with the
-    last update, if they were asked for.
+    Attributes:
+      text, tokens, logprobs: those since the output before.
+      num_generated: all tokens so far.
+      finish_reason: None while more may follow; "stop" after an end-of-text token or a stop string, neither of which is in
+        the text; "length" after max_new_tokens or at the end of the context.
+      prompt_logprobs: with the last output, if the request wants them.
     """
 
     request: Request

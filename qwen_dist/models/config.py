@@ -1,8 +1,8 @@
 """What to compute, read strictly from a checkpoint's `config.json`.
 
-`ModelConfig.from_hf` understands both generations of the file (transformers 4: `rope_theta` and `rope_scaling`;
-transformers 5: `rope_parameters`). Every key either sets something here, is known not to change the computation, or is an
-error: a model that runs with a key it did not understand gives answers that look right and are not.
+`ModelConfig.from_hf` reads both generations of the file (transformers 4: `rope_theta` and `rope_scaling`; transformers 5:
+`rope_parameters`). Every key either sets something here, is known not to change the computation, or is an error: a model
+that ignores a key gives answers that look right and are wrong.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3"]
 class RopeConfig:
     """Rotary position embedding, as in `modeling_rope_utils.py` of transformers.
 
-    `original_max_positions` is the length the frequencies were trained for, in tokens; the fields behind it belong to the
-    types named beside them and are None elsewhere.
+    `original_max_positions` is the length in tokens that the frequencies were trained for. The fields after it belong to
+    the types named with them and are None for the others.
     """
 
     type: RopeType
@@ -42,11 +42,13 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
-    """A mixture of experts: a token is given to the `experts_per_token` that the router scores highest of `num_experts`.
+    """A mixture of experts: each token goes to the `experts_per_token` of `num_experts` that the router scores highest.
 
-    expert_size, shared_expert_size: channels of each of them, and of the one that every token is given to besides (None:
-    there is none). normalize_scores: the scores of a token's experts are made to sum to 1. aux_loss_coef: what fine-tuning
-    multiplies the load-balancing loss by.
+    Attributes:
+      expert_size: channels of each expert.
+      shared_expert_size: channels of the shared expert, which every token also goes to; None: there is none.
+      normalize_scores: whether the scores of a token's experts are scaled to sum to 1.
+      aux_loss_coef: the factor of the load-balancing loss in fine-tuning.
     """
 
     num_experts: int
@@ -90,7 +92,7 @@ class ModelConfig:
 
     @property
     def channels(self) -> tuple[int, ...]:
-        """How many channels its MLPs have, each number once."""
+        """The sizes of its MLPs, each once."""
         sizes = [self.intermediate_size] if any(layer.ffn == "mlp" for layer in self.layers) else []
         if self.moe is not None:
             sizes += [self.moe.expert_size, self.moe.shared_expert_size or self.moe.expert_size]
@@ -128,8 +130,8 @@ class ModelConfig:
         return cls.from_hf(hf, ignored_keys)
 
 
-# Keys that a saved configuration may carry and that do not change what inference or fine-tuning computes
-# (quantization_config says how the weights are stored, which is the loader's business).
+# Keys that do not change what inference or fine-tuning computes. (quantization_config says how the weights are stored,
+# which concerns the loader.)
 _HARMLESS = frozenset(
     """_name_or_path architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id
     id2label label2id model_type output_attentions output_hidden_states output_router_logits pad_token_id problem_type
@@ -171,7 +173,7 @@ _QWEN3 = ("qwen3", "qwen3_moe")
 
 
 class _Reader:
-    """Takes keys out of the parsed file one by one, so that what is left over at the end was not understood."""
+    """Takes keys out of the parsed file one by one; a key that is left at the end was not understood."""
 
     def __init__(self, hf: Mapping[str, Any], ignored_keys: Iterable[str]):
         self.left = dict(hf)
@@ -255,7 +257,7 @@ class _Reader:
         return given
 
     def moe(self, family: str) -> MoEConfig:
-        """The experts, under either name that transformers gives their number."""
+        """Read the experts; transformers has two names for their number."""
         sizes = {"num_experts", "num_local_experts"} & self.left.keys()
         if len(sizes) == 2:
             self.problems.append("num_experts and num_local_experts are both given")
@@ -292,7 +294,7 @@ class _Reader:
         return [(index + 1) % step == 0 and index not in dense for index in range(count)]
 
     def windows(self, family: str, count: int) -> list[int | None]:
-        """`layer_types` where it is given, else the family's own rule; qwen3_moe has no other than that."""
+        """Return each layer's window: from `layer_types` if it is given, else by the rule of the family."""
         used = self.take("use_sliding_window", (bool,), default=False)
         window = self.take("sliding_window", (int,), default=None, minimum=1 if used else 0)
         if not used:
@@ -312,7 +314,7 @@ class _Reader:
         return [window if is_windowed else None for is_windowed in windowed]
 
     def windowed(self, kinds: list[Any], count: int) -> list[bool]:
-        """Which layers `layer_types` gives a window to."""
+        """Return which layers have a window according to `layer_types`."""
         allowed = ("full_attention", "sliding_attention")
         if unknown := sorted({repr(kind) for kind in kinds if kind not in allowed}):
             self.problems.append(f"layer_types has {', '.join(unknown)}; allowed are {', '.join(allowed)}")
@@ -395,7 +397,7 @@ def _rope_config(kind: RopeType, numbers: Mapping[str, Any], truncate: bool, max
 
 
 def _yarn_attention_factor(numbers: Mapping[str, Any], factor: float) -> float:
-    """The temperature of YaRN (arXiv:2309.00071, eq. 15), with DeepSeek's two-sided form when both scales are given."""
+    """Return the temperature of YaRN (arXiv:2309.00071, eq. 15), in DeepSeek's two-sided form if both scales are given."""
 
     def scale(mscale: float = 1.0) -> float:
         return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

@@ -126,7 +126,7 @@ class Experts(nnx.Module):
         return ExpertWeights(weight, lora_A, lora_B, self.lora_scale)
 
     def _axes(self, name: str) -> ExpertWeights:
-        """The logical names of the dimensions of `_weights`."""
+        """Return the logical names of the dimensions of `_weights`."""
         out, inp = EXPERT_MATRICES[name]
         if name not in self.lora:
             return ExpertWeights(("experts", *out, *inp))

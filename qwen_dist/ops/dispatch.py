@@ -33,12 +33,12 @@ class Backend(enum.Enum):
 
     @classmethod
     def of(cls, mesh: Any, phase: Phase) -> Backend:
-        """The backend of programs of this phase on a mesh, whose devices may be descriptions of devices."""
+        """Return the backend of programs of this phase on a mesh, whose devices may be descriptions of devices."""
         return cls.of_platform(mesh.devices.flat[0].platform, mesh.size, phase)
 
     @classmethod
     def of_platform(cls, platform: str, num_devices: int, phase: Phase) -> Backend:
-        """The same where there is no mesh to ask. `platform` is "cpu", "tpu" or the name of any GPU platform."""
+        """Return the backend without a mesh. `platform` is "cpu", "tpu" or the name of any GPU platform."""
         from qwen_dist.ops import native
 
         if platform == "tpu":
@@ -51,7 +51,7 @@ class Backend(enum.Enum):
 
 
 def active_backend() -> Backend:
-    """The backend of the active sharding context; outside of one, jax's default device, with gradients."""
+    """Return the backend of the active sharding context; outside of one, that of training on jax's default device."""
     context = active_context()
     if context is None:
         return Backend.of_platform(jax.default_backend(), 1, "train")
@@ -88,11 +88,11 @@ class Op:
         self._by_backend = dict(by_backend or {})
 
     def implementations(self, backend: Backend) -> tuple[Implementation, ...]:
-        """What runs on a backend: the first of these that can take the arguments."""
+        """Return what may run on a backend: the first of these that can take the arguments does."""
         return (*self._by_backend.get(backend, ()), self.plain)
 
     def select(self, backend: Backend, *args: Any, **kwargs: Any) -> Implementation:
-        """The implementation that takes these arguments on a backend."""
+        """Return the implementation that takes these arguments on a backend."""
         return next(one for one in self.implementations(backend) if one.can_run(*args, **kwargs))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

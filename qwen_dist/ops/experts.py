@@ -41,7 +41,7 @@ class ExpertWeights:
         return self.weight.shape[0]
 
     def matrix(self) -> Weight:
-        """The weight [E, O, I], its out-dimensions flattened."""
+        """Return the weight [E, O, I], its out-dimensions flattened."""
         return _flat(self.weight)
 
     def __call__(self, rows_RI: jax.Array, sizes_E: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -50,7 +50,7 @@ CACHE_LINE, CACHE_WAY = 64, 4096
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled kernels, registered with jax; None where the installation did not compile them."""
+    """Load the compiled kernels and register them with jax; None where the installation did not compile them."""
     folder = pathlib.Path(__file__).parent
     compiled = [path for suffix in importlib.machinery.EXTENSION_SUFFIXES if (path := folder / f"_native{suffix}").exists()]
     if not compiled:

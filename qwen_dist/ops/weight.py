@@ -29,17 +29,17 @@ class QuantizedWeight(Protocol):
         """The type that `dequantize` gives."""
 
     def dequantize(self) -> jax.Array:
-        """The weight as an array of `shape` and `dtype`."""
+        """Return the weight as an array of `shape` and `dtype`."""
 
     def reshape(self, *shape: int) -> QuantizedWeight:
-        """The same weight with other dimensions, as `jax.Array.reshape`."""
+        """Return the same weight with other dimensions, as `jax.Array.reshape`."""
 
 
 Weight = jax.Array | QuantizedWeight
 
 
 def to_array(weight: Weight) -> jax.Array:
-    """The weight as an array: the plain form of every quantised product."""
+    """Return the weight as an array: the plain form of every quantised product."""
     return weight if isinstance(weight, jax.Array) else weight.dequantize()
 
 

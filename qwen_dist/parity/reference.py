@@ -104,7 +104,7 @@ class Reference:
         return name.removeprefix(self._prefix)
 
     def _register_hooks(self) -> None:
-        """Hook every module whose output is compared. The hooks do nothing outside of a recording."""
+        """Add hooks to every module whose output is compared. They do nothing outside of a recording."""
         decoder = self.model.get_submodule(self._prefix.removesuffix("."))
         _hook_output(decoder.embed_tokens, "embed_tokens")
         for index, layer in enumerate(decoder.layers):

@@ -33,7 +33,7 @@ class Example:
     loss_mask: np.ndarray
 
     def __len__(self) -> int:
-        """The number of positions it takes in a row: the last token is only a target."""
+        """Return the number of positions it takes in a row: the last token is only a target."""
         return len(self.tokens) - 1
 
 

@@ -12,7 +12,7 @@ from transformers.generation import logits_process
 
 from qwen_dist.engine import sampling
 from qwen_dist.engine.request import SamplingParams
-from qwen_dist.engine.sampling import SamplingArrays, log_probabilities, penalise
+from qwen_dist.engine.sampling import SamplingArrays, apply_repetition_penalty, log_probabilities
 from qwen_dist.errors import UserError
 
 VOCAB = 61
@@ -35,12 +35,13 @@ ROWS = [
 ]
 
 
-def choose(logits_BV, params, seen_BV, positions_B):
+def sample(logits_BV, params, presence_BV, positions_B):
     """The whole way from logits to a token, as the engine goes it."""
-    return sampling.choose(penalise(logits_BV, params, seen_BV, np.arange(len(logits_BV))), params, positions_B)
+    penalized_BV = apply_repetition_penalty(logits_BV, params, presence_BV, np.arange(len(logits_BV)))
+    return sampling.sample(penalized_BV, params, positions_B)
 
 
-compiled_choose = jax.jit(choose)
+compiled_sample = jax.jit(sample)
 
 
 def reference_scores(params: SamplingParams, logits_V: np.ndarray, seen: np.ndarray) -> np.ndarray:
@@ -60,12 +61,12 @@ def reference_scores(params: SamplingParams, logits_V: np.ndarray, seen: np.ndar
 
 @pytest.fixture
 def kept(monkeypatch):
-    """(params of R rows, logits [R, V], seen [R, V]) -> bool [R, V]: the tokens that `choose` would ever choose.
+    """(params of R rows, logits [R, V], seen [R, V]) -> bool [R, V]: the tokens that `sample` would ever choose.
 
     Every row is asked V times, each time with noise that makes another token win if it has not been removed.
     """
     monkeypatch.setattr(sampling, "_gumbel", lambda seed, positions_B, like_BV: jax.nn.one_hot(positions_B, VOCAB) * 1e9)
-    compiled = jax.jit(lambda *arguments: choose(*arguments))  # its own: no other test must meet this noise
+    compiled = jax.jit(lambda *arguments: sample(*arguments))  # its own: no other test must meet this noise
 
     def kept(params, logits_RV, seen_RV):
         repeat = functools.partial(np.repeat, repeats=VOCAB, axis=0)
@@ -111,7 +112,7 @@ def test_greedy_rows_take_the_best_after_the_penalty():
     logits_BV = rng.normal(size=(64, VOCAB)).astype(np.float32)
     seen_BV = rng.random((64, VOCAB)) < 0.5
     params = [SamplingParams(repetition_penalty=penalty, seed=7) for penalty in (0.5, 1.0, 1.1, 2.0)] * 16
-    tokens_B = compiled_choose(logits_BV, SamplingArrays.from_params(params), seen_BV, np.arange(64))
+    tokens_B = compiled_sample(logits_BV, SamplingArrays.from_params(params), seen_BV, np.arange(64))
     expected = []
     for row, logits_V, seen in zip(params, logits_BV, seen_BV, strict=True):
         penalty = logits_process.RepetitionPenaltyLogitsProcessor(row.repetition_penalty)
@@ -126,7 +127,7 @@ def test_greedy_and_drawn_rows_in_one_batch():
     logits_BV = np.random.default_rng(3).normal(size=(8, VOCAB)).astype(np.float32)
     params = [SamplingParams(temperature=float(row % 2), top_k=3 * (row % 2)) for row in range(8)]
     seen_BV = np.zeros((8, VOCAB), bool)
-    tokens_B = np.asarray(compiled_choose(logits_BV, SamplingArrays.from_params(params), seen_BV, np.arange(8)))
+    tokens_B = np.asarray(compiled_sample(logits_BV, SamplingArrays.from_params(params), seen_BV, np.arange(8)))
     assert np.array_equal(tokens_B[::2], logits_BV.argmax(axis=-1)[::2])
 
 
@@ -144,7 +145,7 @@ def test_draws_have_the_probabilities_of_transformers(varied):
     else:
         rows, positions_B = [params] * num_draws, np.arange(num_draws)
     logits_BV, seen_BV = np.tile(logits_V, (num_draws, 1)), np.tile(seen, (num_draws, 1))
-    tokens_B = compiled_choose(logits_BV, SamplingArrays.from_params(rows), seen_BV, positions_B)
+    tokens_B = compiled_sample(logits_BV, SamplingArrays.from_params(rows), seen_BV, positions_B)
     counts = np.bincount(tokens_B, minlength=23)
     scores = reference_scores(params, logits_V, seen).astype(np.float64)
     expected = num_draws * np.exp(scores) / np.exp(scores).sum()
@@ -161,7 +162,7 @@ def test_both_halves_of_a_seed_and_the_position_count():
 
     def draw(seed: int, first_position: int) -> list[int]:
         params = SamplingArrays.from_params([SamplingParams(temperature=1.0, seed=seed)] * 400)
-        return compiled_choose(logits_BV, params, seen_BV, first_position + np.arange(400)).tolist()
+        return compiled_sample(logits_BV, params, seen_BV, first_position + np.arange(400)).tolist()
 
     assert draw(3, 0) == draw(3, 0)
     assert draw(3, 0)[7:] == draw(3, 7)[:-7]
