@@ -8,6 +8,7 @@ import pytest
 
 from qwen_dist.config import (
     BatchConfig,
+    EngineOptions,
     GenerateConfig,
     ModelOptions,
     SamplingOptions,
@@ -78,7 +79,7 @@ def test_without_a_file_only_fields_without_a_default_are_required():
         ("sampling.temperature=None", SamplingOptions(temperature=None)),
         ("sampling.stop=('a', 'b=c')", SamplingOptions(stop=("a", "b=c"))),
         ("sampling.stop=['a']", SamplingOptions(stop=("a",))),
-        ("engine.max_batch_size=7", 7),
+        ("engine.max_batch_size=7", EngineOptions(max_batch_size=7)),
         ("raw=true", True),
         ("raw=False", False),
     ],

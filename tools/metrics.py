@@ -4,8 +4,8 @@
     python tools/metrics.py --against REV      this tree beside a commit of it
 
 A room is a folder of `qwen_dist`, or a file directly in it. `fn` counts every function, nested ones too, from `def` to its
-last line. `comments` are comments per 100 lines, `docs` the share of lines in docstrings, `typed` the share of functions with
-a return type, `raise:assert` the number of each.
+last line. `comments` are comments per 100 lines, `docs` the share of lines in docstrings, `typed` the share of functions
+with a return type, `raise:assert` the number of each.
 """
 
 from __future__ import annotations

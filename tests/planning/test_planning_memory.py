@@ -56,11 +56,11 @@ def test_parameters_and_cache_match_real_arrays(mesh):
     model = LoadedModel(config, module, random_parameters(module, sharding_ctx), sharding_ctx)
     runner = Runner(model, workload.batch)
     # Pages for all positions of a row, and for a window: a chunk of a prompt and the 16 tokens before it.
-    state = runner.start(tuple(workload.batch // runner.parts * pages for pages in (16, 10)))
+    state = runner.start(tuple(workload.batch // runner.num_shards * pages for pages in (16, 10)))
     memory = cost_model(hf, mesh, workload).memory("decode")
     assert memory["parameters"] == on_first_device(model.parameters)
-    assert memory["cache"] == on_first_device(state.cache)
-    assert memory["sampling"] == on_first_device(state.seen_RV)
+    assert memory["cache"] == on_first_device(state.states)
+    assert memory["sampling"] == on_first_device(state.token_presence_MV)
 
 
 def on_first_device(tree) -> int:
@@ -127,7 +127,7 @@ def test_more_layers_by_extrapolation():
 
 
 def test_sizes_that_do_not_divide_are_refused():
-    with pytest.raises(UsageError, match="q_heads is 16, which the 32 parts of tensor do not divide"):
+    with pytest.raises(UsageError, match="q_heads is 16, which the 32 shards of tensor do not divide"):
         cost_model(SMALL, "tensor=32", Workload("batch", 8, 128), num_devices=32)
     with pytest.raises(UsageError, match="batch is 6, which the 4 shards of data do not divide"):
         cost_model(SMALL, "data=4", Workload("batch", 6, 128))

@@ -100,7 +100,7 @@ IN_RUN = [  # the output of a run of a few steps
     ("model.adapter", "{files}/nowhere", {}),
     ("data.eval_files", ("{files}/few.jsonl",), {}),
     ("save_every", 1, {}),
-    ("keep", 1, {"save_every": 1}),
+    ("max_to_keep", 1, {"save_every": 1}),
     ("keep_best", True, {}),  # refused without evaluation data; its effect is tested in test_train_run
     ("eval_every", 1, EVALUATED),
     ("tensorboard", True, {}),

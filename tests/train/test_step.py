@@ -159,7 +159,7 @@ def on_one_device(tiny_checkpoint, examples):
 
 
 def one_step(loaded, examples):
-    trainer = make_trainer(loaded, loaded.parameters.keys(), remat="blocks")
+    trainer = make_trainer(loaded, loaded.parameters.keys(), remat="full")
     state, metrics = trainer.step(trainer.init_state(), one_batch(examples, True).microbatches(1))
     return jax.device_get((metrics, state.optimizer[0], state.parameters))
 
