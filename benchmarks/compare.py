@@ -1,0 +1,93 @@
+"""Compare the speed of this tree with that of another checkout of this project: the same benchmarks, in turn.
+
+    git worktree add ../before REV && (cd ../before && python3 -m venv .venv && .venv/bin/pip install -e '.[dev]')
+    python benchmarks/compare.py --other ../before --model CHECKPOINT_DIR [--rounds 3] [--only inference,moe]
+
+Each measurement runs in a fresh process of each tree, with that tree's own `.venv`, `--rounds` times; a first round warms
+the caches of page and compiler and is discarded. The table has medians. A ratio above 1 means that this tree is faster.
+The mixture of `moe.py` is written to `--folder` if it is not there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+HERE = pathlib.Path(__file__).parent.parent
+# Of what the workers report, the times, and what is no measure of speed; everything else is a speed.
+TIMES = ("load", "first token", "seconds", "processor")
+NOT_SPEEDS = ("memory", "GB", "loss", "busy", "waiting", "waste", "rows", "tokens read", "tokens written", "plan")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--other", required=True, metavar="DIR", help="the other checkout")
+    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint of inference, batch and finetune")
+    parser.add_argument("--folder", metavar="DIR", help="checkpoint of moe; without it, moe is left out")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="inference,batch,moe,finetune")
+    parser.add_argument("--dtypes", default="bfloat16,float32")
+    parser.add_argument("--prompts", type=int, default=200, help="of batch")
+    options = parser.parse_args()
+    trees = {"this": HERE, "other": pathlib.Path(options.other).resolve()}
+    print_processor()
+    print(f"{'':42}{'this':>12}{'other':>12}{'ratio':>8}")
+    for name, script, arguments in workers(options):
+        results: dict[str, list[dict[str, float]]] = {tree: [] for tree in trees}
+        for round_number in range(options.rounds + 1):
+            # The order changes, so that neither tree always runs on the warmer machine.
+            for tree, root in list(trees.items())[:: 1 if round_number % 2 else -1]:
+                result = run(root, script, arguments)
+                print(f"{name} round {round_number} {tree}: {result}", file=sys.stderr, flush=True)
+                if round_number:
+                    results[tree].append(result)
+        print_rows(name, results)
+
+
+def workers(options: argparse.Namespace) -> list[tuple[str, str, list[str]]]:
+    """Return what to measure: a name, the benchmark's script, and the arguments of its worker."""
+    only, model, found = options.only.split(","), ["--model", options.model], []
+    prompts = ["--prompts", str(options.prompts)]
+    for dtype in options.dtypes.split(","):
+        if "inference" in only:
+            found.append((f"inference {dtype}", "inference.py", [*model, "--worker", "qwen_dist", dtype]))
+        if "batch" in only:
+            found.append((f"batch {dtype}", "batch.py", [*model, "--dtype", dtype, *prompts, "--worker", "qwen_dist"]))
+        if "moe" in only and options.folder:
+            found.append((f"moe {dtype}", "moe.py", ["--folder", options.folder, "--worker", "qwen_dist", dtype]))
+        if "finetune" in only:
+            for method in ("full", "lora"):
+                worker = ["--worker", "qwen_dist", method, dtype]
+                found.append((f"finetune {method} {dtype}", "finetune.py", [*model, *worker]))
+    return found
+
+
+def run(root: pathlib.Path, script: str, arguments: list[str]) -> dict[str, float]:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(root), "BENCHMARK_STARTED": repr(time.time())}
+    command = [str(root / ".venv/bin/python"), str(root / "benchmarks" / script), *arguments]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def print_rows(name: str, results: dict[str, list[dict[str, float]]]) -> None:
+    for key, value in results["this"][0].items():
+        if isinstance(value, int | float) and not any(word in key for word in NOT_SPEEDS):
+            mine, other = (statistics.median(result[key] for result in results[tree]) for tree in ("this", "other"))
+            ratio = other / mine if key in TIMES else mine / other
+            print(f"{name:24}{key:18}{mine:12.3f}{other:12.3f}{ratio:7.2f}×", flush=True)
+
+
+def print_processor() -> None:
+    info = pathlib.Path("/proc/cpuinfo")
+    features = info.read_text().split() if info.exists() else []
+    print(f"{os.cpu_count()} cores; avx512_bf16 {'yes' if 'avx512_bf16' in features else 'no'}")
+
+
+if __name__ == "__main__":
+    main()
