@@ -101,7 +101,7 @@ def open_qwen_dist(options: argparse.Namespace, method: str, dtype: str, tokens:
     from qwen_dist.models.parameters import disk_shapes
     from qwen_dist.ops.malloc import dispatch_synchronously, keep_freed_memory
     from qwen_dist.sharding import TRAIN, ShardingContext
-    from qwen_dist.train.batches import Batch
+    from qwen_dist.train.batches import TrainBatch
     from qwen_dist.train.lora import new_adapter
     from qwen_dist.train.optim import make_optimizer, make_schedule
     from qwen_dist.train.step import Trainer
@@ -122,7 +122,7 @@ def open_qwen_dist(options: argparse.Namespace, method: str, dtype: str, tokens:
     state = trainer.init_state()
     del model
     positions = np.broadcast_to(np.arange(options.length, dtype=np.int32), tokens[:, 1:].shape)
-    batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones_like(positions), positions)
+    batch = TrainBatch(tokens[:, :-1], tokens[:, 1:], np.ones_like(positions), positions)
 
     def step() -> float:
         nonlocal state

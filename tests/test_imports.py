@@ -133,6 +133,16 @@ def test_no_modules_import_each_other_in_a_circle():
     assert not {module for module in MODULES if module in reached(module)}
 
 
+def test_a_class_name_means_one_thing():
+    names = [
+        node.name
+        for path in MODULES.values()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert not {name for name in names if names.count(name) > 1 and not name.startswith("_")}
+
+
 def functions() -> Iterator[tuple[str, int]]:
     """Every function of the package by name, and its lines; a nested function counts for itself too."""
     for module, path in MODULES.items():

@@ -1,4 +1,7 @@
-"""The most likely token."""
+"""The index of the largest element of each row: the most likely token.
+
+Letters: B rows, V vocab, X blocks of a row, Y elements of a block.
+"""
 
 from __future__ import annotations
 

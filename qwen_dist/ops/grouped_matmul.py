@@ -3,7 +3,8 @@
 Rows are sorted by group and `sizes_E` says how many each group has: dynamic numbers in static shapes, so nothing is ever
 dropped, however uneven the groups are. Rows after the last group belong to none; their results are undefined.
 
-Letters: R rows, C in-features, O out-features, E groups, X the first rows of a group.
+Letters: R rows, C in-features, O out-features, I the features that are summed over (C forward, O backward), E groups, X the
+first rows of a group.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from qwen_dist.ops.matmul import accum_dtype
 from qwen_dist.planning.chips import Topology
 from qwen_dist.planning.workload import Phase, Workload
 from qwen_dist.sharding import ShardingContext
-from qwen_dist.train.batches import Batch
+from qwen_dist.train.batches import TrainBatch
 from qwen_dist.train.lora import attach_lora
 from qwen_dist.train.optim import make_optimizer, make_schedule
 from qwen_dist.train.step import Trainer
@@ -275,4 +275,4 @@ def _lower_training(config: ModelConfig, sharding_ctx: ShardingContext, workload
     optimizer = make_optimizer(options, schedule, shapes, disk_shapes(module))
     trainer = Trainer(model, shapes.keys(), optimizer, schedule, dtype=workload.dtype, remat=workload.remat)
     tokens = jax.ShapeDtypeStruct((workload.batch, workload.context), np.int32)
-    return trainer.lower(Batch(tokens, tokens, tokens, tokens), 1)
+    return trainer.lower(TrainBatch(tokens, tokens, tokens, tokens), 1)

@@ -20,7 +20,7 @@ PACKING_BINS = 64
 LENGTH_MULTIPLE = 64
 
 
-class Batch(NamedTuple):
+class TrainBatch(NamedTuple):
     """Rows of tokens; every field is int32 [B, T].
 
     Attributes:
@@ -37,16 +37,16 @@ class Batch(NamedTuple):
     positions: Any
     segments: Any = None
 
-    def microbatches(self, count: int) -> tuple[Batch, ...]:
+    def microbatches(self, count: int) -> tuple[TrainBatch, ...]:
         """Split the rows into `count` equal batches."""
         columns = [[None] * count if x is None else np.split(x, count) for x in self]
-        return tuple(Batch(*column) for column in zip(*columns, strict=True))
+        return tuple(TrainBatch(*column) for column in zip(*columns, strict=True))
 
 
 class BatchIterator(Protocol):
     """The interface of grain's iterators."""
 
-    def __next__(self) -> Batch: ...
+    def __next__(self) -> TrainBatch: ...
     def get_state(self) -> dict[str, Any]: ...
     def set_state(self, state: dict[str, Any]) -> None: ...
 
@@ -72,7 +72,7 @@ def training_batches(examples: Examples, options: DataOptions, batch_size: int) 
     return iter(_batched(shuffled, examples, options, batch_size))
 
 
-def evaluation_batches(examples: Examples, options: DataOptions, batch_size: int) -> Iterator[Batch]:
+def evaluation_batches(examples: Examples, options: DataOptions, batch_size: int) -> Iterator[TrainBatch]:
     """Return an iterator over every example once, in order; the last batch is filled with padding."""
     import grain
 
@@ -101,11 +101,11 @@ def _padded(example: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray
     return {name: np.pad(values, (0, length - size)) for name, values in (example | positions).items()}
 
 
-def _batch(fields: dict[str, np.ndarray], batch_size: int, packed: bool) -> Batch:
+def _batch(fields: dict[str, np.ndarray], batch_size: int, packed: bool) -> TrainBatch:
     missing = batch_size - len(fields["tokens"])
     names = ("tokens", "targets", "loss_mask", "tokens_positions", "tokens_segment_ids")
     tokens, targets, loss_mask, positions, segments = (
         np.pad(fields[name].astype(np.int32), ((0, missing), (0, 0))) for name in names
     )
     positions = np.where(segments == 0, -1, positions)
-    return Batch(tokens, targets, loss_mask, positions, segments if packed else None)
+    return TrainBatch(tokens, targets, loss_mask, positions, segments if packed else None)

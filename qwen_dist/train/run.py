@@ -33,7 +33,7 @@ from qwen_dist.models.transformer import Transformer
 from qwen_dist.ops.matmul import accum_dtype
 from qwen_dist.sharding import TRAIN, ShardingContext
 from qwen_dist.tokenizer import Tokenizer
-from qwen_dist.train.batches import Batch, BatchIterator, evaluation_batches, rows_per_epoch, training_batches
+from qwen_dist.train.batches import BatchIterator, TrainBatch, evaluation_batches, rows_per_epoch, training_batches
 from qwen_dist.train.checkpoints import Checkpoints
 from qwen_dist.train.examples import Examples, make_examples
 from qwen_dist.train.lora import attach_lora, extract_adapter, new_adapter, with_adapter
@@ -311,7 +311,7 @@ class _TrainLoop:
             batch = next_batch
         return state, step
 
-    def _utilization(self, batch: Batch, seconds: float) -> float | None:
+    def _utilization(self, batch: TrainBatch, seconds: float) -> float | None:
         peak = self._peak_flops_per_second
         return None if peak is None else self._flops(batch.positions) / (seconds * peak)
 
@@ -331,7 +331,7 @@ class _TrainLoop:
         self._metrics_log.add(metrics.step, known)
         self._callback(metrics)
 
-    def _describe_non_finite(self, step: int, batch: Batch, loss: float, norm: float) -> str:
+    def _describe_non_finite(self, step: int, batch: TrainBatch, loss: float, norm: float) -> str:
         path = pathlib.Path(self._config.output) / f"batch-{step}.npz"
         if jax.process_index() == 0:
             np.savez(path, **{name: value for name, value in batch._asdict().items() if value is not None})

@@ -18,7 +18,7 @@ from qwen_dist.models.parameters import with_parameters
 from qwen_dist.ops.malloc import drain_tcache
 from qwen_dist.ops.matmul import accum_dtype
 from qwen_dist.sharding import use_sharding
-from qwen_dist.train.batches import Batch
+from qwen_dist.train.batches import TrainBatch
 from qwen_dist.train.loss import next_token_loss
 from qwen_dist.train.optim import Schedule, clip_grad_norm
 
@@ -104,12 +104,12 @@ class Trainer:
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, self._shardings
         )
 
-    def step(self, state: TrainState, microbatches: Iterable[Batch]) -> tuple[TrainState, StepResult]:
+    def step(self, state: TrainState, microbatches: Iterable[TrainBatch]) -> tuple[TrainState, StepResult]:
         """Do one step with the summed gradient of all microbatches, which have the same shape. Donates `state`."""
         drain_tcache()
         return self._step(state, self._frozen, tuple(self._to_devices(microbatch) for microbatch in microbatches))
 
-    def evaluate(self, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def evaluate(self, state: TrainState, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
         """Return the sum of the losses of the target tokens, and their number."""
         return self._evaluate(state.parameters, self._frozen, self._to_devices(batch))
 
@@ -117,7 +117,7 @@ class Trainer:
         """Return all parameters of the model, trained and frozen."""
         return self._frozen | state.parameters
 
-    def lower(self, microbatch: Batch, count: int) -> jax.stages.Lowered:
+    def lower(self, microbatch: TrainBatch, count: int) -> jax.stages.Lowered:
         """Return the lowered program of a step with `count` microbatches of this shape."""
         leaf = jax.ShapeDtypeStruct(
             microbatch.tokens.shape, np.int32, sharding=self._batch_sharding(microbatch.tokens.shape)
@@ -128,7 +128,7 @@ class Trainer:
     def _batch_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
         return self._sharding_ctx.activation("batch", shape, ("batch", "length"))
 
-    def _to_devices(self, batch: Batch) -> Batch:
+    def _to_devices(self, batch: TrainBatch) -> TrainBatch:
         """Copy a batch to the devices. Every process has all rows and copies those of its devices."""
         return jax.tree.map(
             lambda x: jax.make_array_from_callback(x.shape, self._batch_sharding(x.shape), lambda index: x[index]), batch
@@ -148,7 +148,7 @@ class Trainer:
         return TrainState({name: value.sharding for name, value in self._initial.items()}, optimizer, replicated)
 
     def _update(
-        self, state: TrainState, frozen: Parameters, microbatches: tuple[Batch, ...]
+        self, state: TrainState, frozen: Parameters, microbatches: tuple[TrainBatch, ...]
     ) -> tuple[TrainState, StepResult]:
         count = sum(microbatch.loss_mask.sum() for microbatch in microbatches)
         loss, gradients = self._gradient(state.parameters, frozen, microbatches)
@@ -161,17 +161,17 @@ class Trainer:
         return TrainState(parameters, optimizer, state.step + 1), StepResult(loss / jnp.maximum(count, 1), norm, rate)
 
     def _gradient(
-        self, parameters: Parameters, frozen: Parameters, microbatches: tuple[Batch, ...]
+        self, parameters: Parameters, frozen: Parameters, microbatches: tuple[TrainBatch, ...]
     ) -> tuple[jax.Array, Parameters]:
         """Return loss and gradient, summed over the tokens of all microbatches, in at least float32."""
         rounded = {name: value.astype(self.dtype) for name, value in parameters.items()}
 
         @jax.value_and_grad
-        def loss_and_gradient(trained: Parameters, microbatch: Batch) -> jax.Array:
+        def loss_and_gradient(trained: Parameters, microbatch: TrainBatch) -> jax.Array:
             loss, count, aux_loss = self._losses(trained, frozen, microbatch)
             return loss + aux_loss * count
 
-        def add(sums: tuple[jax.Array, Parameters], microbatch: Batch) -> tuple[tuple[jax.Array, Parameters], None]:
+        def add(sums: tuple[jax.Array, Parameters], microbatch: TrainBatch) -> tuple[tuple[jax.Array, Parameters], None]:
             # The backward pass selects implementations by the mesh too.
             with use_sharding(self._sharding_ctx):
                 loss, gradients = loss_and_gradient(rounded, microbatch)
@@ -184,12 +184,12 @@ class Trainer:
         return jax.lax.scan(add, (jnp.zeros((), wide), zeros), stacked)[0]
 
     def _sum_losses(
-        self, trained: Mapping[str, jax.Array], frozen: Parameters, batch: Batch
+        self, trained: Mapping[str, jax.Array], frozen: Parameters, batch: TrainBatch
     ) -> tuple[jax.Array, jax.Array]:
         return self._losses(trained, frozen, batch)[:2]
 
     def _losses(
-        self, trained: Mapping[str, jax.Array], frozen: Parameters, batch: Batch
+        self, trained: Mapping[str, jax.Array], frozen: Parameters, batch: TrainBatch
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return the sum of the target tokens' losses, their number, and the experts' auxiliary loss per token."""
         with use_sharding(self._sharding_ctx):

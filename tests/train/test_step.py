@@ -21,7 +21,7 @@ from qwen_dist.models.parameters import disk_shapes
 from qwen_dist.parity.reference import UpcastToFloat64
 from qwen_dist.planning.compile import parse_collectives
 from qwen_dist.sharding import TRAIN, ShardingContext
-from qwen_dist.train.batches import Batch, evaluation_batches
+from qwen_dist.train.batches import TrainBatch, evaluation_batches
 from qwen_dist.train.lora import with_adapter
 from qwen_dist.train.optim import make_optimizer, make_schedule
 from qwen_dist.train.step import Trainer
@@ -32,7 +32,7 @@ LOSS, NUMBERS = 1e-12, 1e-10
 QUICK = ((False, 1, "none"), (True, 4, "full"))
 
 
-def one_batch(examples, packing: bool) -> Batch:
+def one_batch(examples, packing: bool) -> TrainBatch:
     """All examples in one batch: with packing in a few rows, without in one row each."""
     options = DataOptions(files=("made.jsonl",), max_length=48, packing=packing)
     (batch,) = evaluation_batches(examples, options, 8)
