@@ -105,7 +105,7 @@ class Candidate:
         *,
         pages_per_row: int,
     ) -> tuple[jax.Array, States]:
-        """Return the logits [B, V] at each row's token `last`, and the states with all tokens in them."""
+        """Return the logits [B, V] at one token of each row, and the states with all tokens in them."""
         with use_sharding(self.loaded.sharding_ctx):
             model = with_parameters(self.loaded.module, parameters)
             specs, num_shards = (
@@ -113,9 +113,9 @@ class Candidate:
                 self.loaded.sharding_ctx.batch_multiple(),
             )
             indices = indices_in_order(specs, positions_BT, num_shards, pages_per_row)
-            hidden_BTD, states_after, _ = model(tokens_BT, positions_BT, states, indices)
+            indices = indices._replace(logit_indices_BX=logit_indices_B[:, None])
+            hidden_B1D, states_after, _ = model(tokens_BT, positions_BT, states, indices)
             assert states_after is not None
-            hidden_B1D = jnp.take_along_axis(hidden_BTD, logit_indices_B[:, None, None], axis=1)
             return model.unembed(hidden_B1D)[:, 0], states_after
 
     def gradient(self, inputs: Inputs) -> tuple[dict[str, float], dict[str, jax.Array]]:

@@ -2,7 +2,7 @@
 
     python tests/parity/mutations.py          prints the table: mutation, the component named, by how much it is off
 
-A mutation replaces a piece of a function's source, like a developer's mistake. The function object stays the same, so every
+A mutation replaces a part of a function's source, like a developer's mistake. The function object stays the same, so every
 module that imported it runs the broken code.
 """
 
@@ -46,10 +46,12 @@ class Mutation:
         function = functools.reduce(getattr, path.split("."), importlib.import_module(module))
         original = function.__code__
         function.__code__ = self._mutated(function).__code__
+        jax.clear_caches()  # functions that were traced before, and would not be traced again
         try:
             yield
         finally:
             function.__code__ = original
+            jax.clear_caches()
 
     def _mutated(self, function: Any) -> Any:
         assert function.__closure__ is None, f"{self.function} has a closure, which its code cannot be replaced under"
@@ -69,8 +71,11 @@ def _mutation(what: str, function: str, *edits: str, named: str, scenario: str =
 
 
 ROPE, LAYERS, ATTENTION = "models.rope:", "models.layers:", "models.attention:"
-ATTEND, MODEL, CACHE = "models.attention:_attend_block", "models.transformer:", "models.cache:"
-MOE = "models.moe:"
+MODEL, MOE, STATE = "models.transformer:", "models.moe:", "models.state:"
+# The plain forms, which run in float64; in float32 and bfloat16 a kernel may run instead.
+ROTATE, ATTENTION_OP, CACHE, EXPERTS = "ops.rotary:rotate_plain", "ops.attention:", "ops.paged_cache:", "ops.experts:"
+ATTEND, PAGED_ATTEND = ATTENTION_OP + "_attend_block", "ops.paged_attention:_attend_shard"
+NATIVE = "ops.native:"
 FIRST = "layers.0.self_attn."
 MUTATIONS = [
     _mutation(
@@ -83,14 +88,14 @@ MUTATIONS = [
     ),
     _mutation(
         "rope pairs neighbours (2i, 2i+1)",
-        ROPE + "rotate",
+        ROTATE,
         "jnp.split(x_BTNH.astype(cos.dtype), 2, axis=-1)",
         "(x_BTNH[..., ::2], x_BTNH[..., 1::2])",
         named=FIRST + "q_rope",
     ),
     _mutation(
         "rope turns the other way",
-        ROPE + "rotate",
+        ROTATE,
         "first * cos - second * sin",
         "first * cos + second * sin",
         named=FIRST + "q_rope",
@@ -120,7 +125,7 @@ MUTATIONS = [
     _mutation("yarn ramp reversed", ROPE + "_yarn", "dtype(1) - ramp", "ramp", named=FIRST + "q_rope"),
     _mutation(
         "missing bias",
-        LAYERS + "Linear.unrounded",
+        LAYERS + "Linear._project",
         "y + all_gather_weight(self.bias[...], *dict(self.out_sizes)).astype(y.dtype)",
         "y",
         named=FIRST + "q_proj",
@@ -178,9 +183,9 @@ MUTATIONS = [
     ),
     _mutation(
         "transposed o_proj",
-        "models.parameters:with_parameters",
-        "parameters[_name(path)]",
-        "(lambda w: w.reshape(w.shape[0], -1).T.reshape(w.shape) if 'o_proj' in path else w)(parameters[_name(path)])",
+        "models.parameters:_assemble",
+        "parameters[name + suffix]",
+        "(lambda w: w.reshape(w.shape[0], -1).T.reshape(w.shape) if 'o_proj' in name else w)(parameters[name + suffix])",
         named=FIRST + "o_proj",
     ),
     _mutation(
@@ -194,43 +199,47 @@ MUTATIONS = [
     _mutation(
         "softmax in float32 whatever the model",
         ATTEND,
-        "_softmax_product(scores_BKTGS.",
-        "_softmax_product(scores_BKTGS.astype(jnp.float32).",
+        "_softmax_matmul(scores_BKTGS.",
+        "_softmax_matmul(scores_BKTGS.astype(jnp.float32).",
         named=FIRST + "weights",
     ),
     _mutation(
         "mask lets one future key through",
-        ATTENTION + "visible",
-        "distance_BTS >= 0",
-        "distance_BTS >= -1",
+        ATTENTION_OP + "is_visible",
+        "distance >= 0 if",
+        "distance >= -1 if",
+        "(distance >= 0)",
+        "(distance >= -1)",
         named=FIRST + "weights",
     ),
     _mutation(
         "mask hides the query's own key",
-        ATTENTION + "visible",
-        "distance_BTS >= 0",
-        "distance_BTS > 0",
+        ATTENTION_OP + "is_visible",
+        "distance >= 0 if",
+        "distance > 0 if",
+        "(distance >= 0)",
+        "(distance > 0)",
         named=FIRST + "weights",
     ),
     _mutation(
-        "padding is seen",
-        ATTENTION + "visible",
-        "(distance_BTS >= 0) & (kv_positions_BS >= 0)[:, None, :]",
-        "distance_BTS >= 0",
+        "padding is visible",
+        ATTENTION_OP + "visible",
+        "is_visible(distance_BTS, sliding_window) & (kv_positions_BS >= 0)[:, None, :]",
+        "is_visible(distance_BTS, sliding_window)",
         named=FIRST + "weights",
     ),
     _mutation(
         "sliding window off by one",
-        ATTENTION + "visible",
-        "distance_BTS < sliding_window",
-        "distance_BTS <= sliding_window",
+        ATTENTION_OP + "is_visible",
+        "distance < sliding_window",
+        "distance <= sliding_window",
         named="layers.1.self_attn.weights",
     ),
     _mutation(
-        "second query block sees as the first",
-        ATTENTION + "attend",
-        "join(positions_BCT[:, :, block])",
-        "join(positions_BCT[:, :, : block.stop - start])",
+        "second query block has the first's positions",
+        ATTENTION_OP + "attention_in_blocks",
+        "merge_length(positions_BCT[:, :, block])",
+        "merge_length(positions_BCT[:, :, : block.stop - start])",
         named=FIRST + "weights",
         scenario="long",
     ),
@@ -244,8 +253,8 @@ MUTATIONS = [
     _mutation(
         "gate and up swapped",
         "models.mlp:MLP.__call__",
-        "gated(gate_BTF, up_BTF)",
-        "gated(up_BTF, gate_BTF)",
+        "swiglu(gate_BTF, up_BTF)",
+        "swiglu(up_BTF, gate_BTF)",
         named="layers.0.mlp.down_proj",
     ),
     _mutation(
@@ -255,7 +264,7 @@ MUTATIONS = [
         "self.gate_proj(x_BTD)",
         named="layers.0.mlp.up_proj",
     ),
-    _mutation("gelu for silu", "models.mlp:silu", "jax.nn.silu", "jax.nn.gelu", named="layers.0.mlp.down_proj"),
+    _mutation("gelu for silu", "ops.swiglu:silu", "jax.nn.silu", "jax.nn.gelu", named="layers.0.mlp.down_proj"),
     _mutation("no final norm", MODEL + "Transformer.__call__", "self.norm(x_BTD)", "x_BTD", named="norm"),
     _mutation(
         "tied head untied",
@@ -281,18 +290,94 @@ MUTATIONS = [
         named="decode.step_1",
     ),
     _mutation(
-        "decoding: written one slot too far",
+        "decoding: written one position too far",
         CACHE + "write",
         "(positions_BT % PAGE)",
         "((positions_BT + (k_BTKH.shape[1] == 1)) % PAGE)",
         named="decode.step_1",
     ),
     _mutation(
-        "chunked prefill: each chunk from slot 0",
+        "chunked prefill: each chunk from position 0",
         CACHE + "write",
         "(positions_BT % PAGE)",
         "((positions_BT - positions_BT[:, :1] * (positions_BT.shape[1] > 1)) % PAGE)",
         named="decode.prefill",
+    ),
+    _mutation(
+        "chunked prefill: page from the next column",
+        STATE + "page_of_tokens",
+        "positions_BT // PAGE",
+        "positions_BT // PAGE + 1",
+        named="decode.prefill",
+        scenario="long",
+    ),
+    _mutation(
+        "decoding: page from the column before",
+        STATE + "page_of_tokens",
+        "positions_BT // PAGE",
+        "positions_BT // PAGE - (positions_BT.shape[1] == 1)",
+        named="decode.step_1",
+        scenario="long",
+    ),
+    _mutation(
+        "padding is written to the first page",
+        STATE + "page_of_tokens",
+        "positions_BT < 0, -1,",
+        "positions_BT < 0, pages.write_BN[:, :1],",
+        named="decode.prefill",
+        scenario="long",
+    ),
+    _mutation(
+        "logit indices off by one",
+        LAYERS + "take_positions",
+        "jnp.maximum(index, 0)",
+        "jnp.maximum(index - 1, 0)",
+        named="decode.prefill",
+    ),
+    _mutation(
+        "pages start one position too late",
+        PAGED_ATTEND,
+        "jnp.arange(S))",
+        "jnp.arange(S) + 1)",
+        named="decode.prefill",
+    ),
+    _mutation(
+        "no sliding window over pages",
+        PAGED_ATTEND,
+        "is_visible(distance_ETS, sliding_window)",
+        "is_visible(distance_ETS, None)",
+        named="decode.prefill",
+    ),
+    _mutation(
+        "an entry is added to another row",
+        PAGED_ATTEND,
+        "row[:, None] == jnp.arange(B)",
+        "row[:, None] == jnp.arange(B)[::-1]",
+        named="decode.prefill",
+    ),
+    _mutation(
+        "kernel: cos and sin swapped",
+        NATIVE + "rotate",
+        "(x_BTNH, cos_BTA, sin_BTA)",
+        "(x_BTNH, sin_BTA, cos_BTA)",
+        named=FIRST + "q_rope",
+        scenario="kernels",
+    ),
+    _mutation(
+        "kernel: gate and up swapped",
+        NATIVE + "swiglu",
+        "(gate, up)",
+        "(up, gate)",
+        named="layers.0.mlp.down_proj",
+        scenario="kernels",
+    ),
+    _mutation(
+        "kernel: no sliding window over pages",
+        NATIVE + "paged_attention",
+        "sliding_window or 0",
+        "0",
+        named="decode.prefill",
+        scenario="kernels",
     ),
     _mutation(
         "router in float32 whatever the model",
@@ -320,15 +405,15 @@ MUTATIONS = [
     ),
     _mutation(
         "an expert's gate and up swapped",
-        MOE + "_run_here",
-        "jax.nn.silu(gate_RF) * up_RF",
-        "jax.nn.silu(up_RF) * gate_RF",
+        EXPERTS + "local_experts",
+        "swiglu(gate_RF, up_RF)",
+        "swiglu(up_RF, gate_RF)",
         named="layers.0.mlp.expert_outputs",
         scenario="moe",
     ),
     _mutation(
-        "experts not weighed by their scores",
-        MOE + "_mix",
+        "experts not weighted by their scores",
+        EXPERTS + "experts_plain",
         "scores_BTK[..., None] * each_BTKD",
         "each_BTKD",
         named="layers.0.mlp.experts",
@@ -353,8 +438,8 @@ MUTATIONS = [
     _mutation(
         "no gradient through the gate",
         "models.mlp:MLP.__call__",
-        "gated(gate_BTF, up_BTF)",
-        "gated(jax.lax.stop_gradient(gate_BTF), up_BTF)",
+        "swiglu(gate_BTF, up_BTF)",
+        "swiglu(jax.lax.stop_gradient(gate_BTF), up_BTF)",
         named="layers.1.mlp.gate_proj.weight",
     ),
 ]
@@ -369,6 +454,7 @@ SCENARIOS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "moe": ("qwen2_moe", _TINY, {"dtype": "float64", "tokens": 24}),
     "long": ("qwen3", {"num_hidden_layers": 1}, {"dtype": "float64", "tokens": 500, "max_columns": 500}),
     "bfloat16": ("qwen3", _TINY, {"dtype": "bfloat16", "tokens": 40}),
+    "kernels": ("qwen3", _TINY | _WINDOWS, {"dtype": "float32", "tokens": 40}),
 }
 MakeCheckpoint = Callable[..., pathlib.Path]
 
