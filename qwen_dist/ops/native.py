@@ -31,9 +31,9 @@ from qwen_dist.ops.weight import Weight
 
 # jax's names for the functions of the library.
 TARGETS = {
-    "qwen_dist_grouped_matmul": "GroupedProduct",
+    "qwen_dist_grouped_matmul": "GroupedMatmul",
     "qwen_dist_experts": "Experts",
-    "qwen_dist_swiglu": "Gated",
+    "qwen_dist_swiglu": "SwiGlu",
     "qwen_dist_rotate": "Rotate",
     "qwen_dist_paged_attention": "PagedAttention",
 }

@@ -1,10 +1,10 @@
-// Attention of queries to the pages of a key/value cache, for processors with AVX512-BF16: see ../native.py.
+// Paged attention: queries times the pages of a key/value cache, for processors with AVX512-BF16. See ../native.py.
 //
-// One job is some query rows that share a key head; it goes over the pages of their sequence in the order of positions, with
-// a running maximum (arXiv:2205.14135). Of a page the keys are turned over once, so that 64 scores of a row are four
-// registers, and of 16-bit values two positions are put side by side, which is what the processor multiplies. Six rows'
-// scores, 24 registers, never leave the processor before they are weights. What a row gets is computed in the same order
-// whatever else is computed beside it.
+// One job is a range of query rows that share a key head. It goes over the pages of their sequence in the order of
+// positions, with a running softmax (arXiv:2205.14135). The keys of a page are transposed once, so that a row's 64 scores
+// are four registers. 16-bit values of two positions are interleaved, as the processor's dot product needs them. The scores
+// of six rows, 24 registers, stay in registers until they are weights. A row's result is computed in the same order
+// whatever the other rows are.
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
@@ -16,14 +16,14 @@
 
 namespace {
 
-constexpr int kRows = 6;         // of a tile
-constexpr int kPage = 64;        // positions
-constexpr int kVectors = 4;      // of 16 floats: a page's scores, or as many columns of the values
-constexpr int64_t kJobRows = 120;
+constexpr int kTileRows = 6;
+constexpr int kPageSize = 64;    // positions
+constexpr int kTileVectors = 4;  // registers per row of a tile: the scores of a page, or 64 columns of the values
+constexpr int64_t kRowsPerJob = 120;
 
-using Ints = const int32_t*;
+using Words = const int32_t*;  // each is a float32, two 16-bit floats or an index
 
-// Rows and columns of 16 × 16 words changed over.
+// Transpose 16 × 16 words.
 AVX512 INLINE void Transpose(__m512i (&x)[16]) {
   __m512i y[16];
   UNROLL for (int i = 0; i < 16; i += 2) {
@@ -48,211 +48,223 @@ AVX512 INLINE void Transpose(__m512i (&x)[16]) {
   }
 }
 
-// Keys [kPage][words] turned over: [words][kPage]. A word is a float32, or two 16-bit floats.
-AVX512 void TurnOver(Ints keys, int64_t words, int32_t* turned) {
-  for (int64_t word = 0; word < words; word += 16) {
-    const int number = static_cast<int>(std::min<int64_t>(16, words - word));
-    const auto mask = static_cast<__mmask16>((1u << number) - 1);
-    for (int position = 0; position < kPage; position += 16) {
+// Transpose keys [kPageSize][num_words] to [num_words][kPageSize].
+AVX512 void TransposeKeys(Words keys, int64_t num_words, int32_t* transposed) {
+  for (int64_t word = 0; word < num_words; word += 16) {
+    const int count = static_cast<int>(std::min<int64_t>(16, num_words - word));
+    const auto mask = static_cast<__mmask16>((1u << count) - 1);
+    for (int position = 0; position < kPageSize; position += 16) {
       __m512i block[16];
-      UNROLL for (int i = 0; i < 16; ++i) block[i] = _mm512_maskz_loadu_epi32(mask, keys + (position + i) * words + word);
+      UNROLL for (int i = 0; i < 16; ++i) {
+        block[i] = _mm512_maskz_loadu_epi32(mask, keys + (position + i) * num_words + word);
+      }
       Transpose(block);
-      for (int i = 0; i < number; ++i) _mm512_storeu_si512(turned + (word + i) * kPage + position, block[i]);
+      for (int i = 0; i < count; ++i) _mm512_storeu_si512(transposed + (word + i) * kPageSize + position, block[i]);
     }
   }
 }
 
-// Values [kPage][width] with so many positions side by side as a word holds, and `columns` of them, the last ones zeros.
-AVX512 void Pair(const float* values, int64_t width, int64_t columns, int32_t* paired) {
-  for (int64_t position = 0; position < kPage; ++position) {
-    for (int64_t column = 0; column < columns; column += kFloats) {
-      const __m512 row = column < width ? _mm512_loadu_ps(values + position * width + column) : _mm512_setzero_ps();
-      _mm512_storeu_ps(paired + position * columns + column, row);
+// Pack values [kPageSize][head_dim] into words with num_columns columns, padded with zeros. A word has one float32, or the
+// 16-bit floats of two consecutive positions.
+AVX512 void PackValues(const float* values, int64_t head_dim, int64_t num_columns, int32_t* packed) {
+  for (int64_t position = 0; position < kPageSize; ++position) {
+    for (int64_t column = 0; column < num_columns; column += kFloatLanes) {
+      const __m512 row = column < head_dim ? _mm512_loadu_ps(values + position * head_dim + column) : _mm512_setzero_ps();
+      _mm512_storeu_ps(packed + position * num_columns + column, row);
     }
   }
 }
-AVX512 void Pair(const uint16_t* values, int64_t width, int64_t columns, int32_t* paired) {
+AVX512 void PackValues(const uint16_t* values, int64_t head_dim, int64_t num_columns, int32_t* packed) {
   const auto load = [&](int64_t position, int64_t column) AVX512 {
     return _mm512_cvtepu16_epi32(
-        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + position * width + column)));
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + position * head_dim + column)));
   };
-  for (int64_t position = 0; position < kPage; position += 2) {
-    for (int64_t column = 0; column < columns; column += kFloats) {
+  for (int64_t position = 0; position < kPageSize; position += 2) {
+    for (int64_t column = 0; column < num_columns; column += kFloatLanes) {
       __m512i pair = _mm512_setzero_si512();
-      if (column < width) {
+      if (column < head_dim) {
         pair = _mm512_or_si512(load(position, column), _mm512_slli_epi32(load(position + 1, column), 16));
       }
-      _mm512_storeu_si512(paired + position / 2 * columns + column, pair);
+      _mm512_storeu_si512(packed + position / 2 * num_columns + column, pair);
     }
   }
 }
 
-// A word of one operand, with itself in all lanes, and a vector of the other.
-AVX512 INLINE __m512 Add(Float32, __m512 sum, int32_t word, __m512i vector) {
+// Multiply a word of one operand, broadcast to all lanes, with a vector of the other.
+AVX512 INLINE __m512 MultiplyAdd(Float32, __m512 sum, int32_t word, __m512i vector) {
   return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_set1_epi32(word)), _mm512_castsi512_ps(vector), sum);
 }
-AVX512 INLINE __m512 Add(BFloat16, __m512 sum, int32_t word, __m512i vector) {
-  return BFloat16::Add(sum, _mm512_set1_epi32(word), vector);
+AVX512 INLINE __m512 MultiplyAdd(BFloat16, __m512 sum, int32_t word, __m512i vector) {
+  return BFloat16::MultiplyAdd(sum, _mm512_set1_epi32(word), vector);
 }
 
-// What is known of a row so far: the highest score, the sum of the weights relative to it (in 16 parts), the weighed values.
-struct Row {
+// A row's running softmax: the highest score so far, and the sum of the weights relative to it, by lane.
+struct RunningSoftmax {
   float highest;
-  float total[kFloats];
+  float total[kFloatLanes];
 };
 
-// One page for some rows. `firsts` and `lasts` say which slots each row sees, from one up to, not including, another.
+// Process one page for a tile of rows. A row sees the page's positions [begin, end).
 template <class Type, int rows>
-AVX512 void Tile(Ints q, int64_t words, Ints turned_keys, Ints paired_values, int64_t columns, float scale, Ints firsts,
-                 Ints lasts, Row* known, float* mixed) {
-  constexpr int kWords = kPage * static_cast<int>(sizeof(typename Type::Element)) / 4;  // of a row's weights
-  __m512 scores[rows][kVectors];
-  UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int v = 0; v < kVectors; ++v) scores[r][v] = _mm512_setzero_ps();
-  for (int64_t word = 0; word < words; ++word) {
-    __m512i keys[kVectors];
-    UNROLL for (int v = 0; v < kVectors; ++v) keys[v] = _mm512_loadu_si512(turned_keys + word * kPage + v * kFloats);
-    UNROLL for (int r = 0; r < rows; ++r) {
-      UNROLL for (int v = 0; v < kVectors; ++v) scores[r][v] = Add(Type(), scores[r][v], q[r * words + word], keys[v]);
+AVX512 void AttendTile(Words q, int64_t num_words, Words transposed_keys, Words packed_values, int64_t num_columns,
+                       float scale, Words begin, Words end, RunningSoftmax* softmax, float* accumulator) {
+  constexpr int kWeightWords = kPageSize * static_cast<int>(sizeof(typename Type::Element)) / 4;  // of a row
+  __m512 scores[rows][kTileVectors];
+  UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int v = 0; v < kTileVectors; ++v) scores[r][v] = _mm512_setzero_ps();
+  for (int64_t word = 0; word < num_words; ++word) {
+    __m512i keys[kTileVectors];
+    UNROLL for (int v = 0; v < kTileVectors; ++v) {
+      keys[v] = _mm512_loadu_si512(transposed_keys + word * kPageSize + v * kFloatLanes);
+    }
+    UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int v = 0; v < kTileVectors; ++v) {
+      scores[r][v] = MultiplyAdd(Type(), scores[r][v], q[r * num_words + word], keys[v]);
     }
   }
-  alignas(64) typename Type::Element weights[rows][kPage];
-  float shrink[rows];
+  alignas(64) typename Type::Element weights[rows][kPageSize];
+  float rescale[rows];
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  const __m512 minus_infinity = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   UNROLL for (int r = 0; r < rows; ++r) {
-    const __m512i first = _mm512_set1_epi32(firsts[r]), last = _mm512_set1_epi32(lasts[r]);
-    UNROLL for (int v = 0; v < kVectors; ++v) {
-      const __m512i slot = _mm512_add_epi32(lanes, _mm512_set1_epi32(v * kFloats));
-      const __mmask16 seen = _mm512_cmpge_epi32_mask(slot, first) & _mm512_cmplt_epi32_mask(slot, last);
-      scores[r][v] = _mm512_mask_mul_ps(nothing, seen, scores[r][v], _mm512_set1_ps(scale));
+    const __m512i first = _mm512_set1_epi32(begin[r]), last = _mm512_set1_epi32(end[r]);
+    UNROLL for (int v = 0; v < kTileVectors; ++v) {
+      const __m512i position = _mm512_add_epi32(lanes, _mm512_set1_epi32(v * kFloatLanes));
+      const __mmask16 visible = _mm512_cmpge_epi32_mask(position, first) & _mm512_cmplt_epi32_mask(position, last);
+      scores[r][v] = _mm512_mask_mul_ps(minus_infinity, visible, scores[r][v], _mm512_set1_ps(scale));
     }
-    const __m512 most = _mm512_max_ps(_mm512_max_ps(scores[r][0], scores[r][1]), _mm512_max_ps(scores[r][2], scores[r][3]));
-    const float highest = std::max(known[r].highest, _mm512_reduce_max_ps(most));
-    const __m512 shrunk = Exp(_mm512_set1_ps(known[r].highest - highest));
-    __m512 total = _mm512_mul_ps(_mm512_loadu_ps(known[r].total), shrunk);
-    UNROLL for (int v = 0; v < kVectors; ++v) {
+    const __m512 largest =
+        _mm512_max_ps(_mm512_max_ps(scores[r][0], scores[r][1]), _mm512_max_ps(scores[r][2], scores[r][3]));
+    const float highest = std::max(softmax[r].highest, _mm512_reduce_max_ps(largest));
+    const __m512 rescaled = Exp(_mm512_set1_ps(softmax[r].highest - highest));
+    __m512 total = _mm512_mul_ps(_mm512_loadu_ps(softmax[r].total), rescaled);
+    UNROLL for (int v = 0; v < kTileVectors; ++v) {
       const __m512 weight = Exp(_mm512_sub_ps(scores[r][v], _mm512_set1_ps(highest)));
       total = _mm512_add_ps(total, weight);
-      Store(weight, weights[r] + v * kFloats);
+      StoreFloats(weight, weights[r] + v * kFloatLanes);
     }
-    known[r].highest = highest;
-    shrink[r] = _mm512_cvtss_f32(shrunk);
-    _mm512_storeu_ps(known[r].total, total);
+    softmax[r].highest = highest;
+    rescale[r] = _mm512_cvtss_f32(rescaled);
+    _mm512_storeu_ps(softmax[r].total, total);
   }
-  for (int64_t column = 0; column < columns; column += kVectors * kFloats) {
-    __m512 sums[rows][kVectors];
-    UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int v = 0; v < kVectors; ++v) {
-      const __m512 before = _mm512_loadu_ps(mixed + r * columns + column + v * kFloats);
-      sums[r][v] = _mm512_mul_ps(before, _mm512_set1_ps(shrink[r]));
+  for (int64_t column = 0; column < num_columns; column += kTileVectors * kFloatLanes) {
+    __m512 sums[rows][kTileVectors];
+    UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int v = 0; v < kTileVectors; ++v) {
+      const __m512 before = _mm512_loadu_ps(accumulator + r * num_columns + column + v * kFloatLanes);
+      sums[r][v] = _mm512_mul_ps(before, _mm512_set1_ps(rescale[r]));
     }
-    for (int word = 0; word < kWords; ++word) {
-      __m512i values[kVectors];
-      UNROLL for (int v = 0; v < kVectors; ++v) {
-        values[v] = _mm512_loadu_si512(paired_values + word * columns + column + v * kFloats);
+    for (int word = 0; word < kWeightWords; ++word) {
+      __m512i values[kTileVectors];
+      UNROLL for (int v = 0; v < kTileVectors; ++v) {
+        values[v] = _mm512_loadu_si512(packed_values + word * num_columns + column + v * kFloatLanes);
       }
       UNROLL for (int r = 0; r < rows; ++r) {
         const int32_t weight = reinterpret_cast<const int32_t*>(weights[r])[word];
-        UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = Add(Type(), sums[r][v], weight, values[v]);
+        UNROLL for (int v = 0; v < kTileVectors; ++v) sums[r][v] = MultiplyAdd(Type(), sums[r][v], weight, values[v]);
       }
     }
-    UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int v = 0; v < kVectors; ++v) {
-      _mm512_storeu_ps(mixed + r * columns + column + v * kFloats, sums[r][v]);
+    UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int v = 0; v < kTileVectors; ++v) {
+      _mm512_storeu_ps(accumulator + r * num_columns + column + v * kFloatLanes, sums[r][v]);
     }
   }
 }
 
 template <class Type>
-constexpr decltype(&Tile<Type, 1>) kTiles[] = {Tile<Type, 1>, Tile<Type, 2>, Tile<Type, 3>,
-                                               Tile<Type, 4>, Tile<Type, 5>, Tile<Type, 6>};
+constexpr decltype(&AttendTile<Type, 1>) kAttendTile[] = {AttendTile<Type, 1>, AttendTile<Type, 2>, AttendTile<Type, 3>,
+                                                          AttendTile<Type, 4>, AttendTile<Type, 5>, AttendTile<Type, 6>};
 
-struct Visit {
+// A page that a sequence reads, and the position of its first key.
+struct Entry {
   int32_t start, page;
 };
 
-struct Sizes {
-  int64_t tokens, key_heads, group, width;  // T, K, G, H
+struct Shape {
+  int64_t num_tokens, num_key_heads, group_size, head_dim;  // T, K, G query heads per key head, H
 };
 
 template <class Type>
 struct Attention {
   using Element = typename Type::Element;
-  Sizes sizes;
+  Shape shape;
   const Element *q, *keys, *values;
-  Ints positions;
+  Words positions;
   float scale;
   int64_t window;  // 0 for none
   Element* out;
 
-  // The rows [first, last) of a sequence and a key head, counted over tokens and the query heads of each.
+  // Compute rows [first, last) of a sequence and a key head: row t · G + g is query head g of token t.
   AVX512 void operator()(int64_t sequence, int64_t head, int64_t first, int64_t last,
-                         const std::vector<Visit>& visits) const {
-    const int64_t width = sizes.width, rows = last - first, words = width * sizeof(Element) / 4;
-    const int64_t columns = (width + kPage - 1) / kPage * kPage;
-    std::vector<Row> known(rows, Row{std::numeric_limits<float>::lowest(), {}});
-    std::vector<float> mixed(rows * columns);
-    std::vector<int32_t> queries(rows * words), turned(words * kPage), paired(columns * kPage), firsts(rows), lasts(rows);
-    std::vector<int64_t> position(rows), place(rows);
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t token = sequence * sizes.tokens + (first + row) / sizes.group;
+                         const std::vector<Entry>& entries) const {
+    const int64_t head_dim = shape.head_dim, num_rows = last - first, num_words = head_dim * sizeof(Element) / 4;
+    const int64_t num_columns = (head_dim + kPageSize - 1) / kPageSize * kPageSize;
+    std::vector<RunningSoftmax> softmax(num_rows, RunningSoftmax{std::numeric_limits<float>::lowest(), {}});
+    std::vector<float> accumulator(num_rows * num_columns);
+    std::vector<int32_t> queries(num_rows * num_words), transposed(num_words * kPageSize), packed(num_columns * kPageSize);
+    std::vector<int32_t> begin(num_rows), end(num_rows);
+    std::vector<int64_t> position(num_rows), row_offset(num_rows);
+    for (int64_t row = 0; row < num_rows; ++row) {
+      const int64_t token = sequence * shape.num_tokens + (first + row) / shape.group_size;
       position[row] = positions[token];
-      place[row] = ((token * sizes.key_heads + head) * sizes.group + (first + row) % sizes.group) * width;
-      std::memcpy(&queries[row * words], q + place[row], width * sizeof(Element));
+      row_offset[row] =
+          ((token * shape.num_key_heads + head) * shape.group_size + (first + row) % shape.group_size) * head_dim;
+      std::memcpy(&queries[row * num_words], q + row_offset[row], head_dim * sizeof(Element));
     }
-    const int64_t latest = *std::max_element(position.begin(), position.end());
-    for (const Visit& visit : visits) {
-      if (visit.start > latest) break;
-      bool is_seen = false;
-      for (int64_t row = 0; row < rows; ++row) {
-        const int64_t distance = position[row] - visit.start;  // to the first slot
-        lasts[row] = static_cast<int32_t>(std::clamp<int64_t>(distance + 1, 0, kPage));
-        firsts[row] = window == 0 ? 0 : static_cast<int32_t>(std::clamp<int64_t>(distance - window + 1, 0, kPage));
-        is_seen |= firsts[row] < lasts[row];
+    const int64_t last_position = *std::max_element(position.begin(), position.end());
+    for (const Entry& entry : entries) {
+      if (entry.start > last_position) break;
+      bool is_visible = false;
+      for (int64_t row = 0; row < num_rows; ++row) {
+        const int64_t distance = position[row] - entry.start;  // from the page's first position
+        end[row] = static_cast<int32_t>(std::clamp<int64_t>(distance + 1, 0, kPageSize));
+        begin[row] = window == 0 ? 0 : static_cast<int32_t>(std::clamp<int64_t>(distance - window + 1, 0, kPageSize));
+        is_visible |= begin[row] < end[row];
       }
-      if (!is_seen) continue;
-      const int64_t offset = (visit.page * sizes.key_heads + head) * kPage * width;
-      TurnOver(reinterpret_cast<Ints>(keys + offset), words, turned.data());
-      Pair(values + offset, width, columns, paired.data());
-      const int64_t tiles = (rows + kRows - 1) / kRows;
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t from = rows * tile / tiles, number = rows * (tile + 1) / tiles - from;
-        kTiles<Type>[number - 1](&queries[from * words], words, turned.data(), paired.data(), columns, scale, &firsts[from],
-                                 &lasts[from], &known[from], &mixed[from * columns]);
+      if (!is_visible) continue;
+      const int64_t page_offset = (entry.page * shape.num_key_heads + head) * kPageSize * head_dim;
+      TransposeKeys(reinterpret_cast<Words>(keys + page_offset), num_words, transposed.data());
+      PackValues(values + page_offset, head_dim, num_columns, packed.data());
+      const int64_t num_tiles = (num_rows + kTileRows - 1) / kTileRows;
+      for (int64_t tile = 0; tile < num_tiles; ++tile) {
+        const int64_t row = num_rows * tile / num_tiles, tile_rows = num_rows * (tile + 1) / num_tiles - row;
+        kAttendTile<Type>[tile_rows - 1](&queries[row * num_words], num_words, transposed.data(), packed.data(),
+                                         num_columns, scale, &begin[row], &end[row], &softmax[row],
+                                         &accumulator[row * num_columns]);
       }
     }
-    for (int64_t row = 0; row < rows; ++row) {
-      const float total = _mm512_reduce_add_ps(_mm512_loadu_ps(known[row].total));
-      const __m512 by = _mm512_set1_ps(std::max(total, std::numeric_limits<float>::min()));
-      for (int64_t column = 0; column < width; column += kFloats) {
-        Store(_mm512_div_ps(_mm512_loadu_ps(&mixed[row * columns + column]), by), out + place[row] + column);
+    for (int64_t row = 0; row < num_rows; ++row) {
+      const float total = _mm512_reduce_add_ps(_mm512_loadu_ps(softmax[row].total));
+      const __m512 divisor = _mm512_set1_ps(std::max(total, std::numeric_limits<float>::min()));
+      for (int64_t column = 0; column < head_dim; column += kFloatLanes) {
+        StoreFloats(_mm512_div_ps(_mm512_loadu_ps(&accumulator[row * num_columns + column]), divisor),
+                    out + row_offset[row] + column);
       }
     }
   }
 };
 
-ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
-                  ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> rows, ffi::Buffer<ffi::S32> pages,
-                  ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::S32> num_visits, ffi::Result<ffi::AnyBuffer> out,
-                  float scale, int64_t window) {
-  const auto shape = q.dimensions(), pages_shape = keys.dimensions();  // [B, T, N, H], [1, P, K, S, H]
-  if (shape.size() != 4 || pages_shape.size() != 5 || pages_shape[0] != 1 || pages_shape[3] != kPage ||
-      pages_shape[4] != shape[3] || shape[3] % kFloats != 0 || shape[2] % pages_shape[2] != 0) {
-    return ffi::Error::InvalidArgument("queries [B, T, N, H] and pages [1, P, K, 64, H] are wanted, H a multiple of 16");
+ffi::Error PagedAttentionImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                              ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> rows, ffi::Buffer<ffi::S32> pages,
+                              ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::S32> num_entries,
+                              ffi::Result<ffi::AnyBuffer> out, float scale, int64_t window) {
+  const auto q_shape = q.dimensions(), pages_shape = keys.dimensions();  // [B, T, N, H], [1, P, K, S, H]
+  if (q_shape.size() != 4 || pages_shape.size() != 5 || pages_shape[0] != 1 || pages_shape[3] != kPageSize ||
+      pages_shape[4] != q_shape[3] || q_shape[3] % kFloatLanes != 0 || q_shape[2] % pages_shape[2] != 0) {
+    return ffi::Error::InvalidArgument(
+        "paged_attention takes queries [B, T, N, H] and pages [1, P, K, 64, H]; N is a multiple of K, and H of 16");
   }
-  const Sizes sizes{shape[1], pages_shape[2], shape[2] / pages_shape[2], shape[3]};
-  std::vector<std::vector<Visit>> visits(shape[0]);
-  const int64_t number = std::min<int64_t>(num_visits.typed_data()[0], rows.element_count());
-  for (int64_t index = 0; index < number; ++index) {
+  const Shape shape{q_shape[1], pages_shape[2], q_shape[2] / pages_shape[2], q_shape[3]};
+  std::vector<std::vector<Entry>> entries(q_shape[0]);
+  const int64_t count = std::min<int64_t>(num_entries.typed_data()[0], rows.element_count());
+  for (int64_t index = 0; index < count; ++index) {
     const int32_t row = rows.typed_data()[index], page = pages.typed_data()[index];
-    if (row < 0 || row >= shape[0] || page < 0 || page >= pages_shape[1]) continue;
-    visits[row].push_back({starts.typed_data()[index], page});
+    if (row < 0 || row >= q_shape[0] || page < 0 || page >= pages_shape[1]) continue;
+    entries[row].push_back({starts.typed_data()[index], page});
   }
-  for (auto& of_row : visits) {
-    std::sort(of_row.begin(), of_row.end(), [](const Visit& a, const Visit& b) { return a.start < b.start; });
+  for (auto& of_sequence : entries) {
+    std::sort(of_sequence.begin(), of_sequence.end(), [](const Entry& a, const Entry& b) { return a.start < b.start; });
   }
-  const auto attend = [&](auto of) {
-    using Type = decltype(of);
+  const auto attend = [&](auto float_type) {
+    using Type = decltype(float_type);
     using Element = typename Type::Element;
-    const Attention<Type> attention{sizes,
+    const Attention<Type> attention{shape,
                                     static_cast<const Element*>(q.untyped_data()),
                                     static_cast<const Element*>(keys.untyped_data()),
                                     static_cast<const Element*>(values.untyped_data()),
@@ -260,22 +272,23 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys, f
                                     scale,
                                     window,
                                     static_cast<Element*>(out->untyped_data())};
-    const int64_t num_rows = sizes.tokens * sizes.group, parts = (num_rows + kJobRows - 1) / kJobRows;
-    ForEach(pool, shape[0] * sizes.key_heads * parts, [&](int64_t job) {
-      const int64_t part = job % parts, sequence = job / parts / sizes.key_heads;
-      attention(sequence, job / parts % sizes.key_heads, num_rows * part / parts, num_rows * (part + 1) / parts,
-                visits[sequence]);
+    const int64_t num_rows = shape.num_tokens * shape.group_size;
+    const int64_t jobs_per_head = (num_rows + kRowsPerJob - 1) / kRowsPerJob;
+    ParallelFor(pool, q_shape[0] * shape.num_key_heads * jobs_per_head, [&](int64_t job) {
+      const int64_t range = job % jobs_per_head, sequence = job / jobs_per_head / shape.num_key_heads;
+      attention(sequence, job / jobs_per_head % shape.num_key_heads, num_rows * range / jobs_per_head,
+                num_rows * (range + 1) / jobs_per_head, entries[sequence]);
     });
     return ffi::Error::Success();
   };
   if (q.element_type() == ffi::F32 && keys.element_type() == ffi::F32) return attend(Float32());
   if (q.element_type() == ffi::BF16 && keys.element_type() == ffi::U16) return attend(BFloat16());
-  return ffi::Error::InvalidArgument("float32, or bfloat16 and pages of its bits, are wanted");
+  return ffi::Error::InvalidArgument("paged_attention takes float32, or bfloat16 queries and pages of their bits (uint16)");
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(PagedAttention, Attend,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PagedAttention, PagedAttentionImpl,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
