@@ -1,4 +1,4 @@
-"""The part of the installation that pyproject.toml has no words for: the kernels, where there is a compiler for it."""
+"""Compile the C++ kernels for CPUs, which pyproject.toml cannot declare."""
 
 import glob
 import pathlib
@@ -13,10 +13,10 @@ setup(
             sorted(glob.glob("qwen_dist/ops/cpu/*.cc")),
             depends=sorted(glob.glob("qwen_dist/ops/cpu/*.h")),
             include_dirs=[str(pathlib.Path(jaxlib.__file__).parent / "include")],
-            # The headers are XLA's, and so are their warnings.
+            # -w: the warnings are about XLA's headers.
             extra_compile_args=["-std=c++17", "-O3", "-w"],
             language="c++",
-            # Without them XLA does the work: slower, and right.
+            # The installation also succeeds without a compiler: XLA then does the work, slower.
             optional=True,
         )
     ]

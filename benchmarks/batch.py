@@ -5,9 +5,9 @@
 
 Each system answers the same prompts greedily in a separate process, after a warm-up. transformers gets them sorted by
 length, in left-padded batches of 32; a batch takes as long as its longest answer. "continuous" (only on request) is
-transformers' continuous batching with its defaults. Tokens count up to each answer's end. "busy" is the fraction of time in
-which the devices run a compiled step, measured by jax's profiler over ten seconds of a second run; "waiting" is the
-fraction of the whole run in which the host only waits for a step.
+transformers' continuous batching with its defaults. Tokens count up to each answer's end. "device busy" is the fraction of
+time in which the devices run a compiled step, measured by jax's profiler over ten seconds of a second run; "host waiting"
+is the fraction of the whole run in which the host only waits for a step.
 """
 
 from __future__ import annotations
@@ -109,35 +109,36 @@ def answer_with_qwen_dist(options: argparse.Namespace) -> dict[str, float]:
     list(engine.run(dataclasses.replace(request, params=few) for request, few in zip(longest, limits, strict=True)))
     for length in (512, 256, 128):
         list(engine.run([Request(length, (longest[0].prompt * 9)[:length], limits[0])]))
-    scheduled, built, waited = [], [], []
-    timed(engine._scheduler, "schedule", scheduled)
-    timed(engine._batches, "build", built)
-    timed(jax, "device_get", waited)
-    held, live, rows = [], [], []
+    schedule_seconds, build_seconds, wait_seconds = [], [], []
+    timed(engine._scheduler, "schedule", schedule_seconds)
+    timed(engine._batches, "build", build_seconds)
+    timed(jax, "device_get", wait_seconds)
+    held, live, running = [], [], []
     start = time.perf_counter()
-    written = 0
-    for update in engine.run(everything):
-        written += len(update.tokens)
+    num_generated = 0
+    for output in engine.run(everything):
+        num_generated += len(output.tokens)
         stats = engine.stats
         held.append(stats.held_positions)
         live.append(stats.live_positions)
-        rows.append(stats.num_running)
+        running.append(stats.num_running)
     seconds = time.perf_counter() - start
-    waiting, plan_ms = sum(waited) / seconds, 1e3 * (statistics.mean(scheduled) + statistics.mean(built))
+    waiting = sum(wait_seconds) / seconds
+    scheduler_ms = 1e3 * (statistics.mean(schedule_seconds) + statistics.mean(build_seconds))
     return {
         "seconds": seconds,
-        "tokens read": sum(len(request.prompt) for request in everything),
-        "tokens written": written,
-        "busy": share_in_steps(engine.run(everything)),
-        "waiting": waiting,
-        "plan ms": plan_ms,
+        "prompt tokens": sum(len(request.prompt) for request in everything),
+        "generated tokens": num_generated,
+        "device busy": busy_fraction(engine.run(everything)),
+        "host waiting": waiting,
+        "scheduler ms": scheduler_ms,
         "cache waste": 1 - sum(live) / sum(held),
-        "mean rows": statistics.mean(rows),
+        "mean running": statistics.mean(running),
         "peak GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     }
 
 
-def share_in_steps(updates: Iterator[Any]) -> float:
+def busy_fraction(outputs: Iterator[Any]) -> float:
     """Return the fraction of a traced interval, from its first step to its last, in which a compiled step runs."""
     import jax
 
@@ -145,9 +146,9 @@ def share_in_steps(updates: Iterator[Any]) -> float:
 
     with tempfile.TemporaryDirectory() as folder:
         with profiling(folder) as tick:
-            next(updates)
+            next(outputs)
             begin = time.monotonic()
-            for _ in itertools.takewhile(lambda _: time.monotonic() - begin < SECONDS + BEFORE_TRACE, updates):
+            for _ in itertools.takewhile(lambda _: time.monotonic() - begin < SECONDS + BEFORE_TRACE, outputs):
                 if time.monotonic() - begin > BEFORE_TRACE:
                     tick()
         (path,) = Path(folder).rglob("*.xplane.pb")
@@ -188,13 +189,13 @@ def answer_with_transformers(options: argparse.Namespace) -> dict[str, float]:
 
     def answer(texts: list[str]) -> tuple[int, int]:
         chats = sorted(chat_ids(tokenizer, texts), key=len, reverse=True)
-        written = 0
+        num_generated = 0
         for start in range(0, len(chats), 32):
             batch = tokenizer.pad({"input_ids": chats[start : start + 32]}, return_tensors="pt")
             out = model.generate(**batch, do_sample=False, repetition_penalty=1.0, max_new_tokens=options.max_new_tokens)
             answers = out[:, batch["input_ids"].shape[1] :].tolist()
-            written += sum(until_end(row, model.generation_config.eos_token_id) for row in answers)
-        return sum(map(len, chats)), written
+            num_generated += sum(until_end(row, model.generation_config.eos_token_id) for row in answers)
+        return sum(map(len, chats)), num_generated
 
     return timed_answers(answer, options.prompts)
 
@@ -233,14 +234,14 @@ def until_end(tokens: list[int], ends: list[int]) -> int:
 
 
 def timed_answers(answer: Callable[[list[str]], tuple[int, int]], number: int) -> dict[str, float]:
-    """Time the answers to `number` questions after a warm-up; `answer` returns the numbers of tokens read and written."""
+    """Time the answers to `number` questions after a warm-up; `answer` returns counts of prompt and generated tokens."""
     answer(questions(4))
     start = time.perf_counter()
-    read, written = answer(questions(number))
+    num_prompt_tokens, num_generated = answer(questions(number))
     return {
         "seconds": time.perf_counter() - start,
-        "tokens read": read,
-        "tokens written": written,
+        "prompt tokens": num_prompt_tokens,
+        "generated tokens": num_generated,
         "peak GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     }
 
@@ -253,9 +254,10 @@ def print_table(options: argparse.Namespace, measured: dict[str, dict[str, float
     packages = ("jax", "flax", "torch", "transformers")
     print(f"{platform.machine()}, {os.cpu_count()} cores; {', '.join(f'{name} {version(name)}' for name in packages)}")
     print(f"{options.prompts} prompts, {options.dtype}, at most {options.max_new_tokens} tokens each")
-    speeds = {system: result["tokens written"] / result["seconds"] for system, result in measured.items()}
+    speeds = {system: result["generated tokens"] / result["seconds"] for system, result in measured.items()}
     for system, result in measured.items():
-        print(f"{system:14}{speeds[system]:8.1f} tokens/s written; " + ", ".join(f"{k} {v:.4g}" for k, v in result.items()))
+        details = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
+        print(f"{system:14}{speeds[system]:8.1f} tokens/s generated; {details}")
     ours = speeds.pop(SYSTEMS[0], None)
     for other, speed in speeds.items():
         if ours is not None:

@@ -4,8 +4,8 @@
     python benchmarks/compare.py --other ../before --model CHECKPOINT_DIR [--rounds 3] [--only inference,moe]
 
 Each measurement runs in a fresh process of each tree, with that tree's own `.venv`, `--rounds` times; a first round warms
-the caches of page and compiler and is discarded. The table has medians. A ratio above 1 means that this tree is faster.
-The mixture of `moe.py` is written to `--folder` if it is not there.
+the page cache and the compilation cache and is discarded. The table has medians. A ratio above 1 means that this tree is
+faster. `moe.py` writes its checkpoint to `--folder` if it is not there.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import sys
 import time
 
 HERE = pathlib.Path(__file__).parent.parent
-# Of what the workers report, the times, and what is no measure of speed; everything else is a speed.
+# Of the values that the workers report: times, and parts of the names of those that do not measure speed (" tokens" matches
+# "prompt tokens" and "generated tokens"). All others are speeds.
 TIMES = ("load", "first token", "seconds", "processor")
-NOT_SPEEDS = ("memory", "GB", "loss", "busy", "waiting", "waste", "rows", "tokens read", "tokens written", "plan")
+NOT_SPEEDS = ("memory", "GB", "loss", "busy", "waiting", "waste", "running", " tokens", "scheduler")
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ MODEL = pathlib.Path(qwen_dist.demo.__file__).parent / "model"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(MODEL))
-    parser.add_argument("--count", type=int, default=200, help="questions of a kind, at most")
+    parser.add_argument("--count", type=int, default=200, help="maximum number of questions of each kind")
     options = parser.parse_args()
     engine, tokenizer, params = open_engine(ModelOptions(options.model), "", SamplingOptions())
     for kind, (right, total) in score(engine, tokenizer, params, options.count).items():

@@ -63,7 +63,7 @@ def measure(options: argparse.Namespace, method: str, dtype: str) -> None:
             done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, check=True)
             results.append(json.loads(done.stdout.splitlines()[-1]))
             print(f"{dtype} {method} {system}: {results[-1]}", file=sys.stderr)
-    for name, unit in (("tokens", "tokens/s"), ("processor", "processor s/step"), ("memory", "GB")):
+    for name, unit in (("tokens", "tokens/s"), ("processor", "CPU s/step"), ("memory", "GB")):
         ours, theirs = (statistics.median(result[name] for result in found[system]) for system in SYSTEMS)
         ratio = ours / theirs if name == "tokens" else theirs / ours
         print(f"{dtype:10}{method:6}{unit:20}{ours:12.2f}{theirs:14.2f}{ratio:7.2f}×", flush=True)

@@ -6,7 +6,7 @@ The default is the demonstration model, which is so small that the host's work d
 different ids. The counts alternate, and each is repeated until it has answered as many prompts as the largest count: each
 then runs for about the same time, so that other load on the machine affects all of them alike. The table shows medians of
 the rounds. All programs are compiled and warmed up first; memory is the process's peak, also printed after each round. The
-scheduler's thread has to wait for a core while all cores compute a step, so its time is also given in processor time.
+scheduler's thread has to wait for a core while all cores compute a step, so its CPU time is also given.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from qwen_dist.batch.output import OutputFile
 from qwen_dist.batch.run import run_batch
 from qwen_dist.cli import start_jax
 from qwen_dist.config import ModelOptions, SamplingOptions
-from qwen_dist.engine.engine import EngineStats
+from qwen_dist.engine.engine import Engine, EngineStats
 from qwen_dist.engine.open import open_engine
 
 DEMONSTRATION = pathlib.Path(qwen_dist.__file__).parent / "demo" / "model"
@@ -55,27 +55,29 @@ def main() -> None:
             print(f"{count} prompts: {of_count[-1][0]:.1f} tokens/s, peak memory {peak_gb():.3f} GB", file=sys.stderr)
     for count, of_count in speeds.items():
         wall, processor = (statistics.median(column) for column in zip(*of_count, strict=True))
-        print(f"{count:6} prompts {wall:9.1f} tokens/s written, {processor:.1f} a processor second")
+        print(f"{count:6} prompts {wall:9.1f} tokens/s, {processor:.1f} tokens per CPU second")
     print(f"peak memory {peak_gb():.3f} GB")
     milliseconds: list[float] = []
-    rows: list[int] = []
+    running: list[int] = []
     # Measure with one clock at a time: the system call for thread time is a point where the thread may lose its core.
     for clock in (time.perf_counter, time.thread_time):
-        planned: list[float] = []
-        run, scheduler = open_batch(options.model, max_batch_size=256, watch=lambda stats: rows.append(stats.num_running))
-        timed(scheduler, "plan", planned, clock)
+        schedule_seconds: list[float] = []
+        build_seconds: list[float] = []
+        run, engine = open_batch(options.model, max_batch_size=256, watch=lambda stats: running.append(stats.num_running))
+        timed(engine._scheduler, "schedule", schedule_seconds, clock)
+        timed(engine._batches, "build", build_seconds, clock)
         run(2000)
-        milliseconds.append(1e3 * statistics.mean(planned))
+        milliseconds.append(1e3 * (statistics.mean(schedule_seconds) + statistics.mean(build_seconds)))
     print(
-        f"scheduler: {milliseconds[0]:.3f} ms a step, of which {milliseconds[1]:.3f} ms on a processor; "
-        f"{max(rows)} requests at a time at most, {statistics.mean(rows):.0f} on average"
+        f"scheduler: {milliseconds[0]:.3f} ms per step, of which {milliseconds[1]:.3f} ms is CPU time; "
+        f"at most {max(running)} running requests, {statistics.mean(running):.0f} on average"
     )
 
 
 def open_batch(
     model: str, *, max_batch_size: int, watch: Callable[[EngineStats], None] = lambda stats: None
-) -> tuple[Run, object]:
-    """Return a function (count) -> (seconds, tokens) that answers prompts from file to file, and the scheduler."""
+) -> tuple[Run, Engine]:
+    """Return a function (count) -> (seconds, tokens) that answers prompts from file to file, and the engine."""
     sampling = SamplingOptions(temperature=0.0)
     engine, tokenizer, params = open_engine(ModelOptions(model, "float32"), "", sampling, max_batch_size=max_batch_size)
     tokenizer.stop_ids = frozenset()
@@ -92,7 +94,7 @@ def open_batch(
         assert (summary.num_answered, summary.num_errors) == (count, 0)
         return summary.seconds, summary.num_generated_tokens
 
-    return run, engine._scheduler
+    return run, engine
 
 
 def record(number: int) -> dict[str, object]:

@@ -8,7 +8,7 @@
 set -euo pipefail
 
 usage() {
-    echo "usage: launch/local.sh [--processes N] [--devices M] [--port P] [--logs DIR] [--dry-run] -- VERB [ARGUMENTS]" >&2
+    echo "usage: launch/local.sh [--processes N] [--devices M] [--port P] [--logs DIR] [--dry-run] -- COMMAND [ARGUMENTS]" >&2
     exit 2
 }
 

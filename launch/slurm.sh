@@ -9,7 +9,7 @@ set -euo pipefail
 
 usage() {
     cat >&2 <<'TEXT'
-usage: launch/slurm.sh --nodes N [--gpus-per-node G] [--partition P] [--time T] [--logs DIR] [--dry-run] -- VERB [ARGUMENTS]
+usage: launch/slurm.sh --nodes N [--gpus-per-node G] [--partition P] [--time T] [--logs DIR] [--dry-run] -- COMMAND [ARGUMENTS]
 TEXT
     exit 2
 }

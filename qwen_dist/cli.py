@@ -538,13 +538,13 @@ def _catch_interrupt() -> Iterator[Callable[[], bool]]:
     """Yield a function that returns whether Ctrl-C was pressed. A second Ctrl-C ends the program as usual."""
     interrupted = False
 
-    def ask(number: int, frame: object) -> None:
+    def stop(number: int, frame: object) -> None:
         nonlocal interrupted
         interrupted = True
         signal.signal(signal.SIGINT, before)
         print("\nstopping after the running requests are finished; Ctrl-C again stops at once", file=sys.stderr)
 
-    before = signal.signal(signal.SIGINT, ask)
+    before = signal.signal(signal.SIGINT, stop)
     try:
         yield lambda: interrupted
     finally:
@@ -552,7 +552,7 @@ def _catch_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 def _run_shard(config: BatchConfig, processes: Processes, stopped: Callable[[], bool], *, quiet: bool) -> BatchSummary:
-    """Run this process's share of a batch. On process 0 the summary counts all processes."""
+    """Run this process's shard of a batch. On process 0 the summary counts all processes."""
     from qwen_dist.batch.manifest import result_settings, write_manifest
     from qwen_dist.batch.run import run_batch
     from qwen_dist.batch.shard import open_shard

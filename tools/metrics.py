@@ -1,7 +1,7 @@
 """Print the size and style of the code, room by room: lines, functions, classes, comments, docstrings, types and checks.
 
     python tools/metrics.py                    this tree
-    python tools/metrics.py --against REV      this tree beside a commit of it
+    python tools/metrics.py --against REV      this tree compared with a commit
 
 A room is a folder of `qwen_dist`, or a file directly in it. `fn` counts every function, nested ones too, from `def` to its
 last line. `comments` are comments per 100 lines, `docs` the share of lines in docstrings, `typed` the share of functions
@@ -26,7 +26,7 @@ COLUMNS = "room|files|lines|file med/p90/max|fn med/p90/max|classes|comments|doc
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--against", metavar="REV", help="a commit to print beside this tree")
+    parser.add_argument("--against", metavar="REV", help="a commit to compare with")
     against = parser.parse_args().against
     root = pathlib.Path(__file__).parent.parent
     print_tree("this tree", root)
