@@ -1,15 +1,15 @@
-"""Looking at a model's own intermediates, for comparison with another implementation.
+"""A model's own intermediates, for comparison with another implementation.
 
-The model calls `tap` on every intermediate that has a name. Outside `capture()` that is the identity at trace time, so a
-compiled program never knows; inside, the values are collected by name and can be returned from the traced function:
+The model calls `tap` on every intermediate that has a name. Outside `capture()` that is the identity at trace time, so it
+does not change a compiled program; inside, the values are collected by name and can be returned from the traced function:
 
     def forward(params, tokens, positions):
         with capture() as taps:
             x, *_ = model(tokens, positions)
         return x, taps                       # {"layers.0.self_attn.q_rope": Array [B, T, N, H], ...}
 
-`capture(replacing={name: value, ...})` also makes the model go on with the given values in place of its own, so that each
-component can be measured on another implementation's inputs.
+`capture(replacing={name: value, ...})` also makes the model continue with the given values in place of its own, so that
+each component can be measured on another implementation's inputs.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _scope: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("scope"
 
 @contextlib.contextmanager
 def capture(replacing: Mapping[str, jax.Array] | None = None) -> Iterator[dict[str, jax.Array]]:
-    """Collect every tapped value in the block, by its full name, into the dictionary this yields.
+    """Collect every tapped value in the block, by its full name, into the dictionary that this yields.
 
-    The computation goes on with `replacing[name]` where there is one; the value collected is always the model's own.
+    The computation continues with `replacing[name]` if there is one; the collected value is always the model's own.
     """
     taps: dict[str, jax.Array] = {}
     token, replacing_token = _taps.set(taps), _replacing.set(replacing or {})
@@ -52,7 +52,7 @@ def scope(name: str) -> Iterator[None]:
 
 
 def is_capturing() -> bool:
-    """Whether intermediates are looked at, so that each must be there."""
+    """Return whether intermediates are collected, so that each must be computed in this trace."""
     return _taps.get() is not None
 
 

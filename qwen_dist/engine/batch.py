@@ -6,7 +6,6 @@ logits are wanted, N pages that a row writes to, E entries (a row reading a page
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,16 +117,18 @@ class BatchBuilder:
                 batch.logit_indices_BX[b] = num_tokens - 1
         # A row reads at most a ring of pages, or all that the shard has.
         capacity = [width * min(ring, pages) for ring, pages in zip(self._limits.ring_pages, num_pages, strict=True)]
-        return batch._replace(pages=self._pages(rows, width, 1, capacity, self._entries_of_chunks))
+        return batch._replace(pages=self._pages(rows, width, 1, capacity))
 
     def _decode(self, rows: list[Schedule], num_pages: tuple[int, ...]) -> Batch:
         width = next(width for width in self._decode_widths if width >= max(map(len, rows)))
         batch = self._empty(width, 1, num_steps=max(row.num_tokens for shard in rows for row in shard))
-        for b, (sequence, start, _) in _placed(rows, width):
-            batch.tokens_BT[b], batch.positions_BT[b] = LAST_SAMPLED, start
-            batch.slots_B[b], batch.sequences[b] = sequence.slot, sequence
-            batch.logit_indices_BX[b] = 0
-        return batch._replace(pages=self._pages(rows, width, 2, num_pages, self._entries_of_decode))
+        for shard, of_shard in enumerate(rows):
+            part = slice(shard * width, shard * width + len(of_shard))
+            batch.tokens_BT[part], batch.logit_indices_BX[part] = LAST_SAMPLED, 0
+            batch.positions_BT[part, 0] = [row.start for row in of_shard]
+            batch.slots_B[part] = [row.sequence.slot for row in of_shard]
+            batch.sequences[part] = [row.sequence for row in of_shard]
+        return batch._replace(pages=self._pages(rows, width, 2, num_pages))
 
     def _empty(self, width: int, num_tokens: int, num_steps: int) -> Batch:
         total = width * self._num_shards
@@ -146,42 +147,44 @@ class BatchBuilder:
 
     # --- pages ---
 
-    def _pages(
-        self, rows: list[Schedule], width: int, num_written: int, capacity: Any, entries_of: Callable[..., Any]
-    ) -> tuple[PageArrays, ...]:
+    def _pages(self, rows: list[Schedule], width: int, num_written: int, capacity: Any) -> tuple[PageArrays, ...]:
         """Return for each group the pages that rows write (N = `num_written`), and the entries that they read."""
         arrays = []
         for group, size in enumerate(capacity):
             write_BN = np.zeros((width * len(rows), num_written), np.int32)
             first_page_B = np.zeros(width * len(rows), np.int32)
-            for b, (sequence, start, num_tokens) in _placed(rows, width):
-                table = sequence.page_tables[group]
-                first, last = start // self._limits.page_size, (start + num_tokens - 1) // self._limits.page_size
-                write_BN[b, 0], write_BN[b, -1], first_page_B[b] = table.page(first), table.page(last), first
-            entries = [entries_of(group, shard) for shard in rows]
+            entries = []
+            for shard, of_shard in enumerate(rows):
+                part = slice(shard * width, shard * width + len(of_shard))
+                first_page_B[part], write_BN[part], of_rows = self._pages_of_rows(group, of_shard, num_written)
+                entries.append(of_rows)
             arrays.append(PageArrays(write_BN, first_page_B, *self._padded(entries, size)))
         return tuple(arrays)
 
-    def _entries_of_chunks(self, group: int, rows: Schedule) -> tuple[np.ndarray, ...]:
-        return self._entries(group, rows)
+    def _pages_of_rows(self, group: int, rows: Schedule, num_written: int) -> tuple[np.ndarray, np.ndarray, Any]:
+        """Return of a shard's rows the first page that each writes, the pages, and the entries that they read.
 
-    def _entries_of_decode(self, group: int, rows: Schedule) -> tuple[np.ndarray, ...]:
-        """In the order of the pages in memory, so that neighbours are read together."""
-        entries = self._entries(group, rows)
-        order = np.argsort(entries[1], kind="stable")
-        return tuple(x[order] for x in entries)
-
-    def _entries(self, group: int, rows: Schedule) -> tuple[np.ndarray, ...]:
-        """Return row, page and first position of each page that the rows of a shard read."""
+        Entries are rows, pages and their first positions: those of a prompt's chunk in the order of its positions, those of
+        decode in the order of the pages in memory, so that neighbours are read together.
+        """
         page_size = self._limits.page_size
-        first = [self._limits.first_visible_page(group, row.start) for row in rows]
-        last = [(row.start + row.num_tokens - 1) // page_size for row in rows]
-        pages = [row.sequence.page_tables[group].pages(a, b) for row, a, b in zip(rows, first, last, strict=True)]
-        counts = [len(x) for x in pages]
-        row_E = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
-        # Within a row, the page numbers from its first one on.
-        number_E = np.arange(len(row_E)) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(first, counts)
-        return row_E, np.concatenate(pages) if pages else row_E, (number_E * page_size).astype(np.int32)
+        start_B = np.array([row.start for row in rows], np.int64)
+        last_B = (start_B + np.array([row.num_tokens for row in rows], np.int64) - 1) // page_size
+        first_B, visible_B = start_B // page_size, self._limits.first_visible_page(group, start_B)
+        tables = [row.sequence.page_tables[group] for row in rows]
+        pages = [table.pages(*ends) for table, *ends in zip(tables, visible_B.tolist(), last_B.tolist(), strict=True)]
+        page_E = np.concatenate([np.zeros(0, np.int32), *pages])
+        count_B = last_B - visible_B + 1
+        end_B = np.cumsum(count_B)
+        # A row's entries end with the pages that it writes.
+        write_BN = page_E[np.stack([end_B - 1 - last_B + first_B, end_B - 1][-num_written:], axis=1)]
+        row_E = np.repeat(np.arange(len(rows), dtype=np.int32), count_B)
+        number_E = np.arange(len(row_E)) - np.repeat(end_B - count_B - visible_B, count_B)
+        entries = row_E, page_E, (number_E * page_size).astype(np.int32)
+        if num_written > 1:
+            order_E = np.argsort(page_E, kind="stable")
+            entries = row_E[order_E], page_E[order_E], entries[2][order_E]
+        return first_B, write_BN, entries
 
     def _padded(self, entries: list[tuple[np.ndarray, ...]], capacity: int) -> tuple[np.ndarray, ...]:
         shape = (len(entries), -(-capacity // self._entry_multiple) * self._entry_multiple)

@@ -13,6 +13,8 @@ import heapq
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 
 class PagedGroup(NamedTuple):
     """A cache group in numbers: positions that its layers look back (None: all), and bytes of a page in all of them."""
@@ -65,10 +67,10 @@ class CacheLimits:
         candidates = range(1, self._num_slots * max(self.ring_pages, default=self._whole) + 1)
         return bisect.bisect_right(candidates, cache_bytes, key=needed)
 
-    def first_visible_page(self, group: int, position: int) -> int:
-        """Return the number of the first page that the query at a position sees."""
+    def first_visible_page(self, group: int, positions: np.ndarray) -> np.ndarray:
+        """Return the number of the first page that the query at each position sees."""
         window = self.groups[group].window
-        return 0 if window is None else max(0, position - window + 1) // self.page_size
+        return np.zeros_like(positions) if window is None else np.maximum(0, positions - window + 1) // self.page_size
 
     def num_live(self, group: int, num_positions: int) -> int:
         """Return how many positions of a sequence its queries can still see."""
