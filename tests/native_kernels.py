@@ -1,4 +1,4 @@
-"""Where the kernels for CPUs can be tested: not where they could have been compiled and were not, which is a fault."""
+"""The mark for tests of the C++ kernels: it skips them only where the kernels cannot be compiled or run."""
 
 import os
 import pathlib

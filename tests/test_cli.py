@@ -251,7 +251,7 @@ def test_results_are_not_overwritten_by_default(run, model, prompts, tmp_path):
 
 
 def test_a_run_is_resumed(run, model, prompts, tmp_path):
-    """After a cut in the middle of a result; then complete, in the order of the input; then only errors are retried."""
+    """First a truncated result is answered again; then results are sorted in input order; then only errors are retried."""
     output = tmp_path / "out.jsonl"
     base = ("batch", "--model", model, *FLAGS, "--input", prompts, "--output", output, "--json")
     assert run(*base).code == 0
@@ -309,10 +309,10 @@ def _split(directory: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
     tensors = safetensors.numpy.load_file(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
     names, shards = sorted(tensors), ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-    parts = (names[: len(names) // 2], names[len(names) // 2 :])
-    for shard, part in zip(shards, parts, strict=True):
-        safetensors.numpy.save_file({name: tensors[name] for name in part}, directory / shard)
-    weight_map = {name: shard for shard, part in zip(shards, parts, strict=True) for name in part}
+    halves = (names[: len(names) // 2], names[len(names) // 2 :])
+    for shard, half in zip(shards, halves, strict=True):
+        safetensors.numpy.save_file({name: tensors[name] for name in half}, directory / shard)
+    weight_map = {name: shard for shard, half in zip(shards, halves, strict=True) for name in half}
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return directory / shards[0], directory / shards[1]
 
@@ -355,15 +355,15 @@ def test_checkpoints_that_cannot_be_used(run, tiny_directory, damage, expected):
     result = run("generate", "--model", directory, *FLAGS, "--prompt", PROMPT)
     assert (result.code, result.out) == (1, "")
     assert result.err.startswith("qwen-dist generate: ")
-    for part in expected:
-        assert part in result.err
+    for text in expected:
+        assert text in result.err
 
 
 def test_sharded_weights_give_the_same_answer(run, model, tiny_directory):
     directory = tiny_directory("qwen3", {"repetition_penalty": 1.1}, **SIZES)
     _split(directory)
-    ask = (*FLAGS, "--prompt", PROMPT, "--json")
-    assert run("generate", "--model", directory, *ask) == run("generate", "--model", model, *ask)
+    arguments = (*FLAGS, "--prompt", PROMPT, "--json")
+    assert run("generate", "--model", directory, *arguments) == run("generate", "--model", model, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -378,8 +378,8 @@ def test_models_that_do_not_exist(run, tmp_path, monkeypatch, name, expected):
     result = run("generate", "--model", name, "--prompt", PROMPT)
     assert (result.code, result.out, len(result.err.splitlines())) == (1, "", 1)
     assert result.err.startswith(f"qwen-dist generate: {name!r}" if name.count("/") > 1 else f"qwen-dist generate: {name}")
-    for part in expected.split("(.*)"):
-        assert part in result.err
+    for text in expected.split("(.*)"):
+        assert text in result.err
 
 
 @pytest.mark.parametrize(
@@ -558,11 +558,11 @@ def start(tmp_path_factory):
 
 def test_cpu_devices_and_the_compilation_cache(run, start, model):
     """With float64, which is a setting of the process."""
-    ask = ("generate", "--model", model, *FLAGS, "--prompt", PROMPT, "--json")
-    process = start(*ask, "--num-cpu-devices", "4", "--mesh", "fsdp=2,tensor=2", "--dtype", "float64")
+    arguments = ("generate", "--model", model, *FLAGS, "--prompt", PROMPT, "--json")
+    process = start(*arguments, "--num-cpu-devices", "4", "--mesh", "fsdp=2,tensor=2", "--dtype", "float64")
     out, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (0, b"")
-    assert json.loads(out) == run(*ask).json
+    assert json.loads(out) == run(*arguments).json
     assert any((start.home / ".cache/qwen_dist/compiled").iterdir())
 
 

@@ -1,4 +1,4 @@
-"""Who may import whom: every room looks only at the rooms below it, and importing the package does nothing."""
+"""Import rules: a module imports only lower levels, and importing the package has no effect."""
 
 import ast
 import pathlib
@@ -19,7 +19,7 @@ MODULES = {
     if path not in PACKAGES
 }
 
-# A module may import those of a lower level; a room (`models`, `checkpoint`, …) also its own. Longest prefix counts.
+# A module may import modules of a lower level, and of the same level in its package. The longest prefix counts.
 LEVELS = {
     "errors": 0,
     "capture": 1,
@@ -79,15 +79,15 @@ WITHOUT_JAX = {
 MESH_AXES = {"data", "fsdp", "tensor", "expert", "context"}
 
 
-def room(module: str) -> str:
-    """The entry of LEVELS that a module belongs to."""
+def level_of(module: str) -> str:
+    """Return the entry of LEVELS that a module belongs to."""
     parts = module.split(".")
     prefixes = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
     return next(prefix for prefix in prefixes if prefix in LEVELS)
 
 
 def imports(path: pathlib.Path, *, types_too: bool = False) -> set[str]:
-    """Every module that a file imports, in functions too; those for types only when asked for."""
+    """Return every module that a file imports, in functions too; with `types_too` also those for types only."""
     tree = ast.parse(path.read_text())
     if not types_too:
         for node in ast.walk(tree):
@@ -105,17 +105,17 @@ def imports(path: pathlib.Path, *, types_too: bool = False) -> set[str]:
 
 
 def own(names: set[str]) -> set[str]:
-    """The modules of this package among imported names."""
+    """Return the modules of this package among imported names."""
     return {name.removeprefix("qwen_dist.") for name in names if name.removeprefix("qwen_dist.") in MODULES}
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_down(module):
-    here = room(module)
+    here = level_of(module)
     for other in own(imports(MODULES[module], types_too=True)):
-        there = room(other)
-        same_room = module.split(".")[0] == other.split(".")[0]
-        assert LEVELS[there] < LEVELS[here] or (same_room and LEVELS[there] <= LEVELS[here]), f"{module} imports {other}"
+        there = level_of(other)
+        same_package = module.split(".")[0] == other.split(".")[0]
+        assert LEVELS[there] < LEVELS[here] or (same_package and LEVELS[there] <= LEVELS[here]), f"{module} imports {other}"
 
 
 def test_no_modules_import_each_other_in_a_circle():
@@ -144,7 +144,7 @@ def test_a_class_name_means_one_thing():
 
 
 def functions() -> Iterator[tuple[str, int]]:
-    """Every function of the package by name, and its lines; a nested function counts for itself too."""
+    """Yield the name and the number of lines of every function of the package, nested ones too."""
     for module, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -160,30 +160,30 @@ def test_models_say_only_what_is_computed():
     assert sum(len(path.read_text().splitlines()) for path in (ROOT / "models").glob("*.py")) <= 1500
 
 
-# What one compiler or backend does, in words.
-HABIT = re.compile(r"XLA('s)? (CPU|TPU|GPU)|\b(CPU|TPU|GPU)s?('s)?\b[^.]{0,30}\b(compiler|backend)|glibc", re.IGNORECASE)
+# Text about the behaviour of one compiler or backend.
+BACKEND = re.compile(r"XLA('s)? (CPU|TPU|GPU)|\b(CPU|TPU|GPU)s?('s)?\b[^.]{0,30}\b(compiler|backend)|glibc", re.IGNORECASE)
 
 
-def test_only_ops_know_the_habits_of_a_compiler():
-    """How one backend behaves belongs beside the implementation that it concerns; data of chips is in planning.chips."""
+def test_only_ops_describe_a_backend():
+    """The behaviour of a backend belongs next to the implementation that it concerns; chip data is in planning.chips."""
     allowed = {"ops", "planning.chips"}
     found = {}
     for module, path in MODULES.items():
-        # checkpoint.buffers hands its memory to the runtime of CPU devices, which is no compiler.
-        if room(module) not in allowed and module != "checkpoint.buffers":
-            lines = [line for line in path.read_text().splitlines() if HABIT.search(line)]
+        # checkpoint.buffers is about the runtime of CPU devices, not about a compiler.
+        if level_of(module) not in allowed and module != "checkpoint.buffers":
+            lines = [line for line in path.read_text().splitlines() if BACKEND.search(line)]
             found |= {module: lines} if lines else {}
     assert not found
 
 
-def test_packages_are_empty():
-    """An `__init__` that imports its modules would undo the directions."""
+def test_packages_import_nothing():
+    """An `__init__` that imports its modules would make every import of one import all."""
     for path in PACKAGES:
         assert not imports(path, types_too=True), path
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if room(module) in WITHOUT_JAX])
-def test_leaves_know_no_jax(module):
+@pytest.mark.parametrize("module", [module for module in MODULES if level_of(module) in WITHOUT_JAX])
+def test_modules_without_jax(module):
     reached, todo = set(), [module]
     while todo:
         names = imports(MODULES[todo.pop()])
@@ -193,12 +193,12 @@ def test_leaves_know_no_jax(module):
         todo += new
 
 
-def test_torch_and_transformers_stay_in_the_reference():
+def test_only_the_reference_imports_torch_and_transformers():
     users = {m for m, path in MODULES.items() if {name.split(".")[0] for name in imports(path)} & {"torch", "transformers"}}
     assert users <= {"parity.reference"}
 
 
-def test_flax_is_nnx_without_its_own_transformations():
+def test_flax_is_used_without_linen_and_nnx_transformations():
     forbidden = {"jit", "grad", "value_and_grad", "scan", "vmap", "pmap", "remat", "cond", "while_loop", "shard_map"}
     for module, path in MODULES.items():
         assert not {name for name in imports(path, types_too=True) if name.startswith("flax.linen")}, module
@@ -211,21 +211,21 @@ def test_flax_is_nnx_without_its_own_transformations():
 
 
 def test_only_mesh_and_sharding_name_the_mesh_axes():
-    """The models above all: they name the dimensions of tensors, and rules say what splits them."""
+    """Models name the dimensions of tensors; the rules map these to mesh axes."""
     for module, path in MODULES.items():
-        if room(module) in ("models", "ops", "checkpoint", "engine", "train", "batch"):
+        if level_of(module) in ("models", "ops", "checkpoint", "engine", "train", "batch"):
             constants = {
                 node.value
                 for node in ast.walk(ast.parse(path.read_text()))
                 if isinstance(node, ast.Constant) and isinstance(node.value, str)
             }
             assert not constants & (MESH_AXES - {"data"}), module  # "data" is also a field of formats
-            if room(module) == "models":
+            if level_of(module) == "models":
                 assert not constants & MESH_AXES, module
                 assert not {name for name in imports(path) if "PartitionSpec" in name or "Mesh" in name}, module
 
 
-def test_modules_without_a_name_for_what_they_do_do_not_exist():
+def test_no_module_has_a_catch_all_name():
     assert not {module for module in MODULES if {"utils", "common", "helpers", "misc"} & set(module.split("."))}
 
 
@@ -234,7 +234,7 @@ def test_configurations_import_ml_collections_only():
         assert {name.split(".")[0] for name in imports(path)} <= {"ml_collections"}, path
 
 
-def test_importing_touches_nothing():
+def test_importing_the_package_has_no_effect():
     program = """
 import logging, os, sys
 environment, handlers = dict(os.environ), list(logging.root.handlers)
@@ -250,7 +250,7 @@ print(sorted(heavy & sys.modules.keys()))
 
 def test_importing_every_module_starts_no_device_and_changes_no_setting():
     # The comparison with PyTorch imports PyTorch, which does set environment variables.
-    modules = [f"qwen_dist.{module}" for module in MODULES if room(module) != "parity"]
+    modules = [f"qwen_dist.{module}" for module in MODULES if level_of(module) != "parity"]
     program = f"""
 import importlib, os
 import jax

@@ -1,4 +1,4 @@
-"""Where arrays live: the sharding_ctx's refusals, the rules on real parameters, and the same logits on every mesh."""
+"""Sharding: what a `ShardingContext` refuses, the rules on real parameters, and the same logits on every mesh."""
 
 import functools
 import json
@@ -17,9 +17,9 @@ from qwen_dist.models.parameters import abstract_parameters, random_parameters, 
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.sharding import INFERENCE, LOGICAL_AXES, RULE_SETS, TRAIN, RuleSet, ShardingContext, use_sharding
 
-# Sizes that 8 divides, but for the 2 key/value heads.
+# 8 divides the sizes, except the 2 key/value heads.
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 10, "vocab_size": 344, "num_hidden_layers": 2}
-# Sums are taken in another order: measured 3.6e-7 to 5.0e-7.
+# Sums have another order: measured 3.6e-7 to 5.0e-7.
 TOLERANCE = 2e-6
 
 MESHES = ["tensor=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2", "fsdp=8", "data=8", "data=2,context=2,tensor=2"]
@@ -45,18 +45,18 @@ def sharding_ctx(mesh: str, rules: RuleSet = INFERENCE) -> ShardingContext:
     return ShardingContext(make_mesh(MeshConfig.parse(mesh)), rules)
 
 
-def parts(spec: P, mesh: jax.sharding.Mesh, ndim: int) -> tuple[tuple[str, ...], ...]:
-    """The mesh axes that split each dimension, without those of size 1, which split nothing."""
+def sharded_axes(spec: P, mesh: jax.sharding.Mesh, ndim: int) -> tuple[tuple[str, ...], ...]:
+    """Return the mesh axes that shard each dimension, without those of size 1, which shard nothing."""
     entries = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec]
     entries += [()] * (ndim - len(entries))
     return tuple(tuple(axis for axis in entry if mesh.shape[axis] > 1) for entry in entries)
 
 
-# --- the sharding_ctx ---
+# --- ShardingContext ---
 
 
 @pytest.mark.parametrize("rules", RULE_SETS.values(), ids=RULE_SETS)
-def test_rules_only_name_logical_axes_and_axes_of_the_mesh(rules):
+def test_rules_name_only_logical_axes_and_mesh_axes(rules):
     for table in (rules.parameters, rules.activations):
         assert table.keys() <= LOGICAL_AXES
         assert {axis for axes in table.values() for axis in axes} <= set(make_mesh(MeshConfig()).axis_names)
@@ -67,7 +67,7 @@ def test_unknown_logical_names():
         sharding_ctx("").parameter("w", (4, 4), ("heads", "embed"))
 
 
-def test_rules_for_axes_that_the_mesh_does_not_have():
+def test_rules_for_axes_that_are_not_in_the_mesh():
     rules = RuleSet("pipelined", {"embed": ("stage",)}, {})
     with pytest.raises(UsageError, match="the rules split embed over stage, which the mesh does not have"):
         sharding_ctx("tensor=2", rules).parameter("w", (4,), ("embed",))
@@ -90,35 +90,35 @@ def test_sizes_that_do_not_divide_name_everything_and_the_legal_sizes():
     )
 
 
-def test_activations_have_rules_of_their_own():
+def test_activations_have_separate_rules():
     shape, axes = (8, 16, 32), ("batch", "length", "embed")
     mesh = "data=2,fsdp=2,tensor=2"
     assert sharding_ctx(mesh, TRAIN).activation("x", shape, axes).spec == P(("data", "fsdp"), None, None)
     assert sharding_ctx(mesh, INFERENCE).activation("x", shape, axes).spec == P("data", None, "fsdp")
     assert sharding_ctx("context=4", TRAIN).activation("x", shape, axes).spec == P(None, "context", None)
-    assert sharding_ctx("context=4").activation("x", (8, 1, 32), axes).spec == P(None, None, None)  # a decoding step
+    assert sharding_ctx("context=4").activation("x", (8, 1, 32), axes).spec == P(None, None, None)  # a decode step
     assert (sharding_ctx(mesh, TRAIN).batch_multiple(), sharding_ctx(mesh, INFERENCE).batch_multiple()) == (4, 2)
     with pytest.raises(UsageError, match="batch is 6, which the 4 shards of data×fsdp do not divide"):
         sharding_ctx(mesh, TRAIN).activation("x", (6, 16, 32), axes)
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "mesh", "split"),
+    ("kv_heads", "mesh", "axis"),
     [(8, "tensor=4", "tensor"), (4, "tensor=4", "tensor"), (2, "tensor=4", None), (1, "tensor=8", None)],
 )
-def test_key_value_heads_are_split_or_everywhere(kv_heads, mesh, split):
+def test_key_value_heads_are_sharded_or_replicated(kv_heads, mesh, axis):
     sharding = sharding_ctx(mesh).parameter("k", (kv_heads, 16, 32), ("kv_heads", "head_dim", "embed"))
-    assert sharding.spec == P(split, None, None)
+    assert sharding.spec == P(axis, None, None)
 
 
 @pytest.mark.parametrize(("kv_heads", "mesh"), [(3, "tensor=4"), (6, "tensor=4"), (5, "tensor=2")])
-def test_key_value_heads_that_fit_neither_way(kv_heads, mesh):
+def test_key_value_heads_that_can_be_neither(kv_heads, mesh):
     with pytest.raises(UsageError, match=rf"kv_heads is {kv_heads}, .* \(legal: 1, .*, or a multiple of {kv_heads}\)"):
         sharding_ctx(mesh).parameter("k", (kv_heads, 16, 32), ("kv_heads", "head_dim", "embed"))
 
 
-def test_a_model_that_does_not_fit_is_refused_before_a_byte_is_read(tmp_path, tiny_checkpoint):
-    """The directory has no weights at all: reading any would be another error."""
+def test_a_model_that_does_not_fit_is_refused_before_weights_are_read(tmp_path, tiny_checkpoint):
+    """The directory has no weights, so reading them would be another error."""
     config = json.loads((tiny_checkpoint("qwen3", **SIZES) / "config.json").read_text())
     config |= {"num_attention_heads": 6, "num_key_value_heads": 3, "vocab_size": 345}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -145,7 +145,7 @@ def test_a_deep_model_that_does_not_fit_is_a_short_error(tiny_checkpoint):
 
 @pytest.fixture(scope="module")
 def run(tiny_checkpoint):
-    """(mesh, rules) -> parameters and logits of the same four prompts, loaded and computed there."""
+    """A function (mesh, rules) -> parameters and logits of the same four prompts on that mesh."""
     directory = tiny_checkpoint("qwen3", **SIZES)
     tokens = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (8, 24), dtype=np.int32)
     positions = np.tile(np.arange(24, dtype=np.int32), (8, 1))
@@ -168,7 +168,7 @@ def run(tiny_checkpoint):
 
 @pytest.mark.parametrize("rules", RULE_SETS)
 @pytest.mark.parametrize("mesh", MESHES)
-def test_logits_on_a_mesh_are_those_of_one_device(run, mesh, rules):
+def test_logits_on_a_mesh_equal_those_of_one_device(run, mesh, rules):
     _, expected = run("", "inference")
     _, logits = run(mesh, rules)
     ours, one = np.asarray(logits), np.asarray(expected)
@@ -176,19 +176,19 @@ def test_logits_on_a_mesh_are_those_of_one_device(run, mesh, rules):
     assert np.linalg.norm(ours - one) / np.linalg.norm(one) < TOLERANCE
     batch = {"inference": ("data",), "train": ("data", "fsdp")}[rules]
     jax_mesh = logits.sharding.mesh
-    assert parts(logits.sharding.spec, jax_mesh, 3) == parts(P(batch, "context", "tensor"), jax_mesh, 3)
+    assert sharded_axes(logits.sharding.spec, jax_mesh, 3) == sharded_axes(P(batch, "context", "tensor"), jax_mesh, 3)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_parameters_live_where_the_rules_say(run, mesh):
+def test_parameters_are_sharded_by_the_rules(run, mesh):
     parameters, _ = run(mesh, "inference")
     kinds = {re.sub(r"layers\.\d+", "layers.0", name) for name in parameters}
     assert kinds == PARAMETER_SPECS.keys()
     for name, value in parameters.items():
         expected = PARAMETER_SPECS[re.sub(r"layers\.\d+", "layers.0", name)]
         if mesh == "tensor=8" and re.search("[kv]_proj", name):
-            expected = P(None, None, "fsdp")  # 2 heads for 8 devices: every device has both
-        assert parts(value.sharding.spec, value.sharding.mesh, value.ndim) == parts(
+            expected = P(None, None, "fsdp")  # 2 heads on 8 devices are replicated
+        assert sharded_axes(value.sharding.spec, value.sharding.mesh, value.ndim) == sharded_axes(
             expected, value.sharding.mesh, value.ndim
         ), name
 
@@ -196,15 +196,15 @@ def test_parameters_live_where_the_rules_say(run, mesh):
 def test_random_parameters_are_the_same_on_every_mesh(tiny_checkpoint):
     config = ModelConfig.from_directory(tiny_checkpoint("qwen3", **SIZES))
     module = Transformer(config, dtype="float32")
-    alone, spread = (random_parameters(module, sharding_ctx(mesh)) for mesh in ("", "fsdp=2,tensor=2"))
-    assert alone.keys() == spread.keys() == abstract_parameters(module, sharding_ctx("")).keys()
-    for name, value in alone.items():
-        np.testing.assert_array_equal(value, spread[name])
+    one, sharded = (random_parameters(module, sharding_ctx(mesh)) for mesh in ("", "fsdp=2,tensor=2"))
+    assert one.keys() == sharded.keys() == abstract_parameters(module, sharding_ctx("")).keys()
+    for name, value in one.items():
+        np.testing.assert_array_equal(value, sharded[name])
         if name.endswith("norm.weight"):
             assert np.all(np.asarray(value) == 1)
         else:
-            # 400 to 13,760 draws: the sample's deviation is within 4 of its own deviations.
+            # 400 to 13,760 draws: the sample's standard deviation is within 4 of its standard errors.
             assert abs(np.std(value) / config.initializer_range - 1) < 4 / np.sqrt(2 * value.size)
-    values = [np.asarray(value).ravel()[:400] for name, value in alone.items() if not name.endswith("norm.weight")]
-    for index, one in enumerate(values):
-        assert not any(np.array_equal(one[: other.size], other[: one.size]) for other in values[:index])
+    values = [np.asarray(value).ravel()[:400] for name, value in one.items() if not name.endswith("norm.weight")]
+    for index, value in enumerate(values):
+        assert not any(np.array_equal(value[: other.size], other[: value.size]) for other in values[:index])

@@ -83,7 +83,7 @@ def alone(opened, prompt: list[int], **params) -> dict:
     }
 
 
-def test_every_form_is_answered_in_its_own_as_if_alone(opened, answer):
+def test_every_format_gets_the_result_of_a_run_alone(opened, answer):
     _, tokenizer, _ = opened
     results, summary = answer(LINES)
     named = by_id(results)
@@ -183,16 +183,16 @@ def test_read_ahead_is_bounded(opened, answer):
 
 
 def test_stopping_finishes_running_requests(opened):
-    results, asked = [], False
+    results, is_stopping = [], False
 
     class Writer:
         def write(self, line, line_hash):
-            nonlocal asked
+            nonlocal is_stopping
             results.append(line)
-            asked = True
+            is_stopping = True
 
     records = [BatchRecord(index, index + 1, "plain", {}, prompt="fox") for index in range(50)]
-    summary = run_batch(*opened, iter(records), Writer(), should_stop=lambda: asked)
+    summary = run_batch(*opened, iter(records), Writer(), should_stop=lambda: is_stopping)
     engine = opened[0]
     assert 1 <= summary.num_answered == len(results) <= engine.max_batch_size
     assert all(result["usage"]["completion_tokens"] == 6 for result in results)
@@ -208,14 +208,14 @@ def test_completion_and_scoring(opened, answer):
         return {"custom_id": id, "method": "POST", "url": "/v1/completions", "body": {"prompt": text, **body}}
 
     lines = [
-        line("go on"),
+        line("continue"),
         line("score", echo=True, max_tokens=0, logprobs=2),
         line("both", echo=True, max_tokens=3, logprobs=1),
         line("none", max_tokens=0),
     ]
     named = by_id(answer(lines)[0])
     assert "max_new_tokens is 0; it must be at least 1" in named["none"]["error"]["message"]
-    (choice,) = named["go on"]["response"]["body"]["choices"]
+    (choice,) = named["continue"]["response"]["body"]["choices"]
     prompt = tokenizer.encode(text)
     expected = alone(opened, prompt)
     assert (choice["text"], choice["logprobs"]) == (expected["text"], None)

@@ -76,7 +76,7 @@ def on_first_device(tree) -> int:
     ],
 )
 def test_inference_memory_is_within_10_percent_of_the_compiler(mesh, phase):
-    """Flops are not compared: the compiler's include the sampler, and only one group of pages of attention."""
+    """Flops are not compared: the compiler's include the sampler, and only one iteration of attention's loop over pages."""
     workload = Workload("batch", 8, 256)
     plan, real = cost_model(SMALL, mesh, workload), compiled(SMALL, mesh, workload, phase)
     assert sum(plan.memory(phase).values()) == pytest.approx(real.device_bytes, rel=0.1)

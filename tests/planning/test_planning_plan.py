@@ -59,7 +59,7 @@ def test_proposals_fit_divide_and_come_best_first():
     assert plan.legal_axis_sizes["tensor"] == (1, 2, 4, 8, 16, 32, 64)
 
 
-def test_a_batch_is_rounded_up_to_what_the_mesh_splits():
+def test_a_batch_is_rounded_up_to_a_multiple_of_the_mesh():
     config = ModelConfig.from_hf(SMALL)
     assert plan_mesh(config, V5E, Workload("batch", 1, 256), "data=8,tensor=8").workload.batch == 8
     assert plan_mesh(config, V5E, Workload("finetune", 1, 256), "data=2,fsdp=4,tensor=8").workload.batch == 8

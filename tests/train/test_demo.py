@@ -48,8 +48,8 @@ def test_it_answers_what_it_can_do(capsys):
 
 def test_it_compares_and_sorts_unseen_numbers(tmp_path):
     """The counts of all kinds are in docs/finetune.md, printed by `python benchmarks/demo.py`."""
-    asked = held_out_questions(12)
-    questions = asked["comparison"] + asked["sorted list"]
+    held_out = held_out_questions(12)
+    questions = held_out["comparison"] + held_out["sorted list"]
     lines = [json.dumps({"id": str(number), "prompt": question.text}) for number, question in enumerate(questions)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     assert main(["batch", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]) == 0

@@ -124,15 +124,15 @@ def differs(base, files, tmp_path):
     """A function (observe, field, value, others): whether the field changes what is observed of a configuration."""
 
     def differs(observe, field, value, others) -> bool:
-        seen = []
+        outcomes = []
         for number, changes in enumerate((others, {**others, field: value})):
             filled = {name: filled_in(value, files) for name, value in changes.items()}
             try:
-                seen.append(observe(base(tmp_path / str(number), filled)))
+                outcomes.append(observe(base(tmp_path / str(number), filled)))
             except UserError as error:
-                seen.append((REFUSED, str(error)))
-        assert REFUSED not in seen[0] or field in ("data.bad_records", "model.ignored_config_keys"), seen[0]
-        return seen[0] != seen[1]
+                outcomes.append((REFUSED, str(error)))
+        assert REFUSED not in outcomes[0] or field in ("data.bad_records", "model.ignored_config_keys"), outcomes[0]
+        return outcomes[0] != outcomes[1]
 
     return differs
 
@@ -180,9 +180,9 @@ def test_the_field_changes_the_run(differs, field, value, others):
 def test_output_and_overwrite(base, tmp_path):
     config = base(tmp_path / "here", {"steps": 1})
     finetune(prepare(config))
-    seen = []
-    finetune(prepare(config), callback=seen.append)
-    assert seen == [], "all steps were done"
-    finetune(prepare(dataclasses.replace(config, overwrite=True)), callback=seen.append)
-    assert [metrics.step for metrics in seen] == [1]
+    reported = []
+    finetune(prepare(config), callback=reported.append)
+    assert reported == [], "all steps were done"
+    finetune(prepare(dataclasses.replace(config, overwrite=True)), callback=reported.append)
+    assert [metrics.step for metrics in reported] == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["here"]

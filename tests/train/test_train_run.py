@@ -188,8 +188,8 @@ def test_the_result_gives_the_same_text_in_transformers(uninterrupted, config, m
     untrained = transformers.AutoModelForCausalLM.from_pretrained(model)
     before = untrained.generate(tokens, do_sample=False, max_new_tokens=12)[0, tokens.shape[1] :]
     capsys.readouterr()
-    ask = ["--dtype", "float32", "--temperature", "0", "--max-new-tokens", "12", "--mesh", "data=1", "--raw", "--json"]
-    assert main(["generate", *ours, *ask, "--prompt", prompt]) == 0
+    flags = ["--dtype", "float32", "--temperature", "0", "--max-new-tokens", "12", "--mesh", "data=1", "--raw", "--json"]
+    assert main(["generate", *ours, *flags, "--prompt", prompt]) == 0
     found = json.loads(capsys.readouterr().out)["token_ids"]
     assert found == expected.tolist() and found != before.tolist()
 
