@@ -58,20 +58,22 @@ class SamplingBatch(NamedTuple):
 
 
 class StepArrays(NamedTuple):
-    """`batch.Batch`, without what only the host needs."""
+    """`batch.Batch`, without what only the host needs; for decode without tokens, which the devices have."""
 
-    tokens_BT: jax.Array | np.ndarray
+    tokens_BT: jax.Array | np.ndarray | None
     positions_BT: jax.Array | np.ndarray
-    next_tokens_BT: jax.Array | np.ndarray
+    next_tokens_BT: jax.Array | np.ndarray | None
     num_steps: jax.Array | np.ndarray
     indices: StepIndices
 
     @classmethod
     def of(cls, batch: Batch) -> StepArrays:
         pages = tuple(PageIndices(*arrays) for arrays in batch.pages)
-        continues_B = batch.continues_B if batch.is_prefill else None
-        indices = StepIndices(batch.slots_B, pages, batch.logit_indices_BX, continues_B)
-        return cls(batch.tokens_BT, batch.positions_BT, batch.next_tokens_BT, np.array(batch.num_steps, np.int32), indices)
+        num_steps = np.array(batch.num_steps, np.int32)
+        if not batch.is_prefill:
+            return cls(None, batch.positions_BT, None, num_steps, StepIndices(batch.slots_B, pages))
+        indices = StepIndices(batch.slots_B, pages, batch.logit_indices_BX, batch.continues_B)
+        return cls(batch.tokens_BT, batch.positions_BT, batch.next_tokens_BT, num_steps, indices)
 
 
 LogProbs = tuple[jax.Array, jax.Array, jax.Array]
@@ -169,8 +171,9 @@ class Runner:
         tokens, rows = numbers(num_rows, num_tokens), numbers(num_rows)
         columns = [numbers(self.num_shards, -(-number // MAX_ENTRIES) * MAX_ENTRIES) for number in entries]
         pages = tuple(PageIndices(numbers(num_rows, num_written), rows, x, x, x, numbers()) for x in columns)
-        continues_B = self._abstract((num_rows,), np.bool_) if is_prefill else None
-        indices = StepIndices(rows, pages, numbers(num_rows, 1), continues_B)
+        if not is_prefill:
+            return StepArrays(None, tokens, None, numbers(), StepIndices(rows, pages))
+        indices = StepIndices(rows, pages, numbers(num_rows, 1), self._abstract((num_rows,), np.bool_))
         return StepArrays(tokens, tokens, tokens, numbers(), indices)
 
     def _abstract_state(self, num_pages: tuple[int, ...]) -> DecodeState:
@@ -222,8 +225,6 @@ class Runner:
             module = with_parameters(self._model.module, parameters)
             slots_B = step.indices.slots_B
             inside_B = jnp.minimum(slots_B, self._num_slots - 1)
-            # All tokens of all rows: a row has one.
-            indices = step.indices._replace(logit_indices_BX=None)
 
             def is_running(state: DecodeState) -> jax.Array:
                 return (slots_B < self._num_slots) & ~state.finished_M[inside_B]
@@ -233,7 +234,7 @@ class Runner:
                 is_running_B = is_running(state)
                 positions_B = jnp.where(is_running_B, step.positions_BT[:, 0] + index, -1)
                 tokens_B1 = state.last_tokens_M[inside_B][:, None]
-                running = indices._replace(slots_B=jnp.where(is_running_B, slots_B, self._num_slots))
+                running = step.indices._replace(slots_B=jnp.where(is_running_B, slots_B, self._num_slots))
                 x_B1D, states, _ = module(tokens_B1, positions_B[:, None], state.states, running)
                 logits_BV = module.unembed(x_B1D)[:, 0]
                 state = state._replace(states=states)
