@@ -7,32 +7,26 @@ Decoding is done here byte by byte, so that a stream never shows half a characte
 from __future__ import annotations
 
 import codecs
-import datetime
 import functools
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import tokenizers
 
+from qwen_dist.chat_template import Message, render_template
 from qwen_dist.errors import CheckpointError, UserError
-
-Message = Mapping[str, Any]
-
-_TOKENIZER_FILE, _TOKENIZER_CONFIG, _MODEL_CONFIG, _GENERATION_CONFIG = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "config.json",
-    "generation_config.json",
+from qwen_dist.json_reader import read_json_object
+from qwen_dist.tokenizer_files import (
+    TEMPLATE_TOKENS,
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILE,
+    chat_templates,
+    require_files,
+    stop_ids,
+    token_text,
 )
-_TEMPLATE_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class Tokenizer:
@@ -54,7 +48,7 @@ class Tokenizer:
     ):
         if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
             raise CheckpointError(
-                f"{_TOKENIZER_FILE} has the decoder {backend.decoder}; every Qwen tokenizer is byte-level (ByteLevel): "
+                f"{TOKENIZER_FILE} has the decoder {backend.decoder}; every Qwen tokenizer is byte-level (ByteLevel): "
                 "is this a Qwen checkpoint?"
             )
         backend.no_truncation()
@@ -80,14 +74,14 @@ class Tokenizer:
           CheckpointError: files are missing (all are listed) or invalid.
         """
         directory = Path(path)
-        _require_files(directory)
-        config = _read_json(directory / _TOKENIZER_CONFIG)
+        require_files(directory)
+        config = read_json_object(directory / TOKENIZER_CONFIG)
         try:
-            backend = tokenizers.Tokenizer.from_file(str(directory / _TOKENIZER_FILE))
+            backend = tokenizers.Tokenizer.from_file(str(directory / TOKENIZER_FILE))
         except Exception as error:  # the library raises nothing narrower
-            raise CheckpointError(f"{directory / _TOKENIZER_FILE} cannot be read: {error}; download it again") from error
-        tokens = {name: _token_text(name, config[name]) for name in _TEMPLATE_TOKENS if config.get(name)}
-        return cls(backend, _stop_ids(directory, backend, tokens), _chat_templates(directory, config), tokens)
+            raise CheckpointError(f"{directory / TOKENIZER_FILE} cannot be read: {error}; download it again") from error
+        tokens = {name: token_text(name, config[name]) for name in TEMPLATE_TOKENS if config.get(name)}
+        return cls(backend, stop_ids(directory, backend, tokens), chat_templates(directory, config), tokens)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of `text`. The text of a special token, such as `<|im_end|>`, becomes that token.
@@ -142,20 +136,8 @@ class Tokenizer:
           UserError: the messages are invalid (every problem is listed), or the template rejects them.
           CheckpointError: there is no chat template, or it is invalid.
         """
-        template = _compile_template(self._chat_template(bool(variables.get("tools"))))
-        inputs = {
-            "tools": None,
-            "documents": None,
-            **self._template_tokens,
-            **variables,
-            "messages": _validate_messages(messages),
-            "add_generation_prompt": add_generation_prompt,
-        }
-        try:
-            # The template is untrusted code: it gets plain JSON values only, no objects to escape the sandbox with.
-            return template.render(json.loads(json.dumps(inputs)))
-        except Exception as error:  # template code can raise anything
-            raise UserError(f"the chat template cannot be rendered with these messages: {error}") from error
+        source = self._chat_template(bool(variables.get("tools")))
+        return render_template(source, messages, add_generation_prompt, self._template_tokens, variables)
 
     def _chat_template(self, has_tools: bool) -> str:
         names = ("tool_use", "default") if has_tools else ("default",)
@@ -245,171 +227,3 @@ def _byte_decoder() -> dict[str, int]:
     printable = {char: ord(char) for char in alphabet if ord(char) < 256}
     moved = sorted(set(range(256)) - set(printable.values()))
     return printable | dict(zip(alphabet[len(printable) :], moved, strict=True))
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %} … {% endgeneration %}`, which marks text to train on. It renders its contents."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
-
-
-@functools.lru_cache
-def _compile_template(source: str) -> jinja2.Template:
-    """Compile a chat template with the filters and globals of transformers (`utils/chat_template_utils.py`)."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise CheckpointError(f"the checkpoint's chat template is broken: line {error.lineno}: {error}") from error
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # jinja2's own filter escapes <, > and & for HTML, which the model was not trained on.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _validate_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Return the messages with joined text parts and without None values. Raises UserError with every problem."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise UserError(f'messages must be a non-empty list of {{"role", "content"}} objects; got {messages!r:.80}')
-    problems = [f"messages[{i}]: {problem}" for i, message in enumerate(messages) for problem in _message_problems(message)]
-    if problems:
-        raise UserError("; ".join(problems))
-    return [
-        {key: _join_text_parts(value) if key == "content" else value for key, value in message.items() if value is not None}
-        for message in messages
-    ]
-
-
-def _message_problems(message: Any) -> list[str]:
-    if not isinstance(message, Mapping):
-        return [f'must be an object with "role" and "content"; got {message!r:.80}']
-    problems = []
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or not role:
-        problems.append(f'"role" must be a string such as "user"; got {role!r:.80}')
-    if content is None:
-        if not message.get("tool_calls"):
-            problems.append('"content" is missing')
-    elif isinstance(content, list):
-        problems += [
-            f'content[{j}] must be {{"type": "text", "text": "…"}} (this model reads text only); got {part!r:.80}'
-            for j, part in enumerate(content)
-            if not _is_text_part(part)
-        ]
-    elif not isinstance(content, str):
-        problems.append(f'"content" must be a string or a list of text parts; got {content!r:.80}')
-    return problems
-
-
-def _is_text_part(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
-
-
-def _join_text_parts(content: str | list[Mapping[str, str]]) -> str:
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
-def _require_files(directory: Path) -> None:
-    missing = [name for name in (_TOKENIZER_FILE, _TOKENIZER_CONFIG, _MODEL_CONFIG) if not (directory / name).is_file()]
-    if not missing:
-        return
-    message = f"{directory} has no {', '.join(missing)}: give the directory of a whole checkpoint"
-    if _TOKENIZER_FILE in missing and (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
-        message += (
-            "; it has vocab.json and merges.txt, from which transformers writes tokenizer.json once: "
-            f"AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r})"
-        )
-    raise CheckpointError(message)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; download it again") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_read_text(path))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}; download it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object; it holds {content!r:.80}")
-    return content
-
-
-def _token_text(name: str, token: Any) -> str:
-    """Return the text of a special token, given as text or as an object with a `content`."""
-    text = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(text, str):
-        raise CheckpointError(f"{_TOKENIZER_CONFIG}: {name} must be a token; got {token!r:.80}")
-    return text
-
-
-def _stop_ids(directory: Path, backend: tokenizers.Tokenizer, tokens: Mapping[str, str]) -> frozenset[int]:
-    generation = directory / _GENERATION_CONFIG
-    ids = _eos_ids(_read_json(generation), generation) if generation.is_file() else frozenset()
-    if ids:
-        return ids
-    config = _read_json(directory / _MODEL_CONFIG)
-    ids = _eos_ids(config.get("text_config", config), directory / _MODEL_CONFIG)
-    if "eos_token" in tokens:
-        eos_id = backend.token_to_id(tokens["eos_token"])
-        if eos_id is None:
-            raise CheckpointError(
-                f"{_TOKENIZER_CONFIG} names the eos_token {tokens['eos_token']!r}, unknown to {_TOKENIZER_FILE}"
-            )
-        ids |= {eos_id}
-    if not ids:
-        raise CheckpointError(
-            f"no end-of-text id: {_GENERATION_CONFIG} or {_MODEL_CONFIG} in {directory} must have an eos_token_id"
-        )
-    return ids
-
-
-def _eos_ids(config: Mapping[str, Any], path: Path) -> frozenset[int]:
-    value = config.get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(id, int) and not isinstance(id, bool) and id >= 0 for id in ids):
-        raise CheckpointError(f"{path}: eos_token_id must be a token id or a list of them; got {value!r}")
-    return frozenset(ids)
-
-
-def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the sources of the chat templates by name. A single template has the name "default"."""
-    file, old_file = directory / "chat_template.jinja", directory / "chat_template.json"
-    if file.is_file():
-        return {"default": _read_text(file)}
-    template = _read_json(old_file).get("chat_template") if old_file.is_file() else config.get("chat_template")
-    if template is None:
-        return {}
-    if isinstance(template, str):
-        return {"default": template}
-    try:
-        return {value["name"]: value["template"] for value in template}
-    except (TypeError, KeyError) as error:
-        raise CheckpointError(
-            f'chat_template in {directory} must be a string or a list of {{"name", "template"}}; got {template!r:.80}'
-        ) from error

@@ -22,6 +22,9 @@ MODULES = {
 # A module may import modules of a lower level, and of the same level in its package. The longest prefix counts.
 LEVELS = {
     "errors": 0,
+    "json_reader": 1,
+    "chat_template": 1,
+    "tokenizer_files": 2,
     "capture": 1,
     "config": 1,
     "engine.request": 1,
@@ -44,7 +47,7 @@ LEVELS = {
     "runtime.distributed": 3,
     "mesh": 2,
     "sharding": 2,
-    "tokenizer": 2,
+    "tokenizer": 3,
     "ops": 3,
     "models": 4,
     "checkpoint": 5,
@@ -58,6 +61,9 @@ LEVELS = {
 WITHOUT_JAX = {
     "errors",
     "config",
+    "json_reader",
+    "chat_template",
+    "tokenizer_files",
     "runtime.cluster",
     "runtime.control",
     "runtime.preflight",
