@@ -25,7 +25,7 @@ Axes = tuple[str, ...]
 
 LOGICAL_AXES = frozenset(
     "batch length pages slots kv_length embed vocab q_heads kv_heads head_dim mlp experts lora_rank router top_k "
-    "gate_up".split()
+    "gate_up key_heads value_heads head_blocks head_channels taps query_gate".split()
 )
 
 
@@ -43,10 +43,11 @@ _WEIGHTS = {
     "vocab": ("tensor",),
     "q_heads": ("tensor",),
     "kv_heads": ("tensor",),
+    "key_heads": ("tensor",),
     "mlp": ("tensor",),
     "experts": ("expert",),
 }
-_SPLIT_CHANNELS = {axis: ("tensor",) for axis in ("vocab", "q_heads", "kv_heads", "mlp")} | {"experts": ("expert",)}
+_SPLIT_CHANNELS = {axis: ("tensor",) for axis in ("vocab", "q_heads", "kv_heads", "key_heads", "mlp")} | {"experts": ("expert",)}
 
 # Tokens of one row are split over context; of keys and values, whose length is kv_length, every device has all.
 _SPLIT_ROWS = {"length": ("context",)}

@@ -33,6 +33,18 @@ TINY_SIZES: dict[str, dict[str, Any]] = {
     | {"num_experts": 10, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
     | {"decoder_sparse_step": 2},
 }
+# Value heads 1, 2 and 3 times the key heads; every second layer has attention.
+_HYBRID = {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 40, "head_dim": 16, "linear_num_key_heads": 2}
+_HYBRID |= {"linear_key_head_dim": 8, "linear_value_head_dim": 12, "full_attention_interval": 2}
+_HYBRID_MOE = {"num_experts": 10, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
+_HYBRID_MOE |= {"shared_expert_intermediate_size": 24}
+TINY_SIZES |= {
+    "qwen3_next": _HYBRID | _HYBRID_MOE | {"linear_num_value_heads": 6, "mlp_only_layers": [1]},
+    "qwen3_5": _HYBRID | {"linear_num_value_heads": 4},
+    "qwen3_5_moe": _HYBRID | _HYBRID_MOE | {"linear_num_value_heads": 2},
+}
+# The text model of a family whose `model_type` is that of a multimodal model.
+TEXT_TYPES = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 
 
 TOKEN_PATTERN = (
@@ -100,7 +112,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., p
             torch.manual_seed(0)
             sizes = {"vocab_size": 311, "intermediate_size": 48, "num_hidden_layers": 3, "max_position_embeddings": 2048}
             config = transformers.AutoConfig.for_model(
-                family, **(sizes | {"initializer_range": 0.2} | TINY_SIZES[family] | values)
+                TEXT_TYPES.get(family, family), **(sizes | {"initializer_range": 0.2} | TINY_SIZES[family] | values)
             )
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             for name, parameter in model.named_parameters():  # norms and biases start as ones and zeros, which hide faults

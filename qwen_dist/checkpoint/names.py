@@ -118,7 +118,8 @@ def find_layout(parameters: Iterable[str], tensors: Iterable[str]) -> tuple[tupl
 def _segments(name: str, shape: tuple[int, ...], *, fused_experts: bool) -> tuple[Segment, ...]:
     experts = _EXPERTS.match(name)
     if experts is None:
-        return (Segment(name, shape, 0, math.prod(shape)),)
+        sections = getattr(shape, "sections", ())
+        return tuple(_section_segments(name, shape, sections)) if sections else (Segment(name, shape, 0, math.prod(shape)),)
     prefix, parameter = experts.groups()
     num_experts, rows, columns = shape
     if fused_experts:
@@ -130,6 +131,18 @@ def _segments(name: str, shape: tuple[int, ...], *, fused_experts: bool) -> tupl
         for expert in range(num_experts)
         for projection in projections
     )
+
+
+def _section_segments(name: str, shape: tuple[int, ...], sections: tuple[int, ...]) -> Iterator[Segment]:
+    """Yield a parameter's rows in its order, head by head, from a tensor that has all heads' rows of each section together."""
+    num_heads, row = shape[0] // sum(sections), math.prod(shape[1:])
+    size = math.gcd(*sections)
+    for head in range(num_heads):
+        section_start = 0
+        for rows in sections:
+            for start in range(section_start + head * rows, section_start + (head + 1) * rows, size):
+                yield Segment(name, shape, start * row, size * row)
+            section_start += num_heads * rows
 
 
 def _fused_expert_segments(prefix: str, parameter: str, num_experts: int, rows: int, columns: int) -> Iterator[Segment]:

@@ -20,6 +20,7 @@ from qwen_dist.models.state import LayerState, MixerInputs
 from qwen_dist.models.state_spec import FullAttentionSpec, PagedSpec, SlidingWindowSpec
 from qwen_dist.ops import paged_cache
 from qwen_dist.ops.attention import attention
+from qwen_dist.ops.matmul import accum_dtype
 from qwen_dist.ops.paged_attention import paged_attention
 from qwen_dist.ops.rotary import rotate
 from qwen_dist.sharding import constrain
@@ -33,16 +34,21 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, layer: LayerConfig, *, dtype: DTypeLike):
         embed = {"embed": config.hidden_size}
         q_heads = {"q_heads": config.num_attention_heads, "head_dim": config.head_dim}
+        # With a gate, each head's rows of `q_proj` are those of the query, then those of its gate.
+        gated = {"q_heads": config.num_attention_heads, "query_gate": 2, "head_dim": config.head_dim}
         kv_heads = {"kv_heads": config.num_key_value_heads, "head_dim": config.head_dim}
         std = config.initializer_range
-        self.q_proj = Linear(q_heads, embed, bias=config.qkv_bias, dtype=dtype, std=std)
+        self.q_proj = Linear(
+            gated if config.attention_gate else q_heads, embed, bias=config.qkv_bias, dtype=dtype, std=std
+        )
         self.k_proj = Linear(kv_heads, embed, bias=config.qkv_bias, dtype=dtype, std=std)
         self.v_proj = Linear(kv_heads, embed, bias=config.qkv_bias, dtype=dtype, std=std)
         self.o_proj = Linear(embed, q_heads, bias=config.o_bias, dtype=dtype, std=std)
         norm = functools.partial(RMSNorm, "head_dim", config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
+        norm = functools.partial(norm, offset=config.norm_offset)
         self.q_norm = norm() if config.qk_norm else None
         self.k_norm = norm() if config.qk_norm else None
-        self.sliding_window = layer.sliding_window
+        self.sliding_window, self.has_gate = layer.sliding_window, config.attention_gate
 
     @staticmethod
     def state_spec(config: ModelConfig, layer: LayerConfig, dtype: DTypeLike) -> PagedSpec:
@@ -60,6 +66,9 @@ class Attention(nnx.Module):
             query_BTD, positions_BT = take_positions(x_BTD, index_BX), take_positions(positions_BT, index_BX, -1)
             rope = take_positions(rope[0], index_BX), take_positions(rope[1], index_BX)
         q_BTNH = tap("q_proj", self.q_proj(query_BTD))
+        gate_BTNH = None
+        if self.has_gate:
+            q_BTNH, gate_BTNH = q_BTNH[..., 0, :], q_BTNH[..., 1, :]
         k_BTKH = tap("k_proj", self.k_proj(x_BTD))
         v_BTKH = tap("v_proj", self.v_proj(x_BTD))
         if self.q_norm is not None and self.k_norm is not None:
@@ -76,4 +85,7 @@ class Attention(nnx.Module):
             state = paged_cache.write(state, k_BTKH, v_BTKH, inputs.positions_BT, inputs.page_BT)
             mixed_BTNH = paged_attention(q_BTNH, state, positions_BT, inputs.pages, self.sliding_window)
         mixed_BTNH = constrain(tap("mixed", mixed_BTNH), "batch", "length", "q_heads", "head_dim")
+        if gate_BTNH is not None:
+            open_BTNH = jax.nn.sigmoid(gate_BTNH.astype(accum_dtype(gate_BTNH.dtype))).astype(gate_BTNH.dtype)
+            mixed_BTNH = tap("gated", mixed_BTNH * open_BTNH)
         return tap("o_proj", self.o_proj(mixed_BTNH)), state

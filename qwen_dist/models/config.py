@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, cast
 
 from qwen_dist.errors import CheckpointError
+from qwen_dist.models.families import ALIASES, FAMILIES, Family
 
-FAMILIES = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
 RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3"]
 
 
@@ -60,6 +60,35 @@ class MoEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DeltaNetConfig:
+    """The linear attention of a hybrid model: each key head serves `values_per_key` consecutive value heads.
+
+    Attributes:
+      num_key_heads, values_per_key: the heads.
+      key_dim, value_dim: channels of a head.
+      conv_taps: tokens that the short convolution sees, the newest included.
+      has_fused_projections: see `Family`.
+    """
+
+    num_key_heads: int
+    values_per_key: int
+    key_dim: int
+    value_dim: int
+    conv_taps: int
+    has_fused_projections: bool
+
+    @property
+    def group_values(self) -> int:
+        """The value channels of a key head."""
+        return self.values_per_key * self.value_dim
+
+    @property
+    def conv_channels(self) -> int:
+        """The channels of a key head that the convolution mixes: its query, key and values."""
+        return 2 * self.key_dim + self.group_values
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerConfig:
     """One block: its mixer (a key of `transformer.MIXERS`), its MLP, and its attention window in tokens (None: all)."""
 
@@ -89,6 +118,10 @@ class ModelConfig:
     rope: RopeConfig
     moe: MoEConfig | None
     layers: tuple[LayerConfig, ...]
+    rotary_dim: int
+    norm_offset: bool = False
+    attention_gate: bool = False
+    delta_net: DeltaNetConfig | None = None
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -109,7 +142,17 @@ class ModelConfig:
         Raises:
           CheckpointError: listing everything that is missing, mistyped, unknown or not supported.
         """
-        return _Reader(hf, ignored_keys).model()
+        text = hf.get("text_config")
+        if text is None:
+            return _Reader(hf, ignored_keys).model()
+        if not isinstance(text, dict):
+            raise CheckpointError(f"text_config is {str(text)[:80]!r}; it must be an object")
+        outer = _Reader({key: value for key, value in hf.items() if key != "text_config"}, ignored_keys)
+        inner = _Reader(text, ignored_keys)
+        inner.problems += outer.outer_problems(text)
+        if "tie_word_embeddings" in hf:
+            inner.left.setdefault("tie_word_embeddings", hf["tie_word_embeddings"])
+        return inner.model()
 
     @classmethod
     def from_directory(cls, directory: str | pathlib.Path, ignored_keys: Iterable[str] = ()) -> ModelConfig:
@@ -168,8 +211,13 @@ _ROPE_REQUIRED: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 _ROPE_ALWAYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+# Keys of a hybrid's rope_parameters that concern images: with text, all three position axes are equal.
+_ROPE_OF_IMAGES = frozenset({"mrope_section", "mrope_interleaved"})
+# Keys beside `text_config` in the configuration of a multimodal model.
+_OUTER_HARMLESS = frozenset(
+    "vision_config image_token_id video_token_id vision_start_token_id vision_end_token_id language_model_only".split()
+)
 _REQUIRED = object()
-_QWEN3 = ("qwen3", "qwen3_moe")
 
 
 class _Reader:
@@ -197,22 +245,35 @@ class _Reader:
             return minimum
         return value
 
+    def outer_problems(self, text: Mapping[str, Any]) -> list[str]:
+        """Return what is wrong with the keys of a multimodal model's configuration beside `text_config`."""
+        tied = self.left.pop("tie_word_embeddings", None)
+        inner = text.get("tie_word_embeddings")
+        if tied is not None and inner is not None and tied != inner:
+            self.problems.append(f"tie_word_embeddings is {tied} and text_config.tie_word_embeddings is {inner}")
+        self.leftovers(_OUTER_HARMLESS, {})
+        return self.problems
+
     def model(self) -> ModelConfig:
-        family = self.left.get("model_type")
-        if family not in FAMILIES:
-            raise CheckpointError(f"model_type {family!r} is not supported yet; supported are {', '.join(FAMILIES)}.")
+        name = ALIASES.get(str(self.left.get("model_type")), self.left.get("model_type"))
+        if name not in FAMILIES:
+            raise CheckpointError(f"model_type {name!r} is not supported yet; supported are {', '.join(FAMILIES)}.")
+        family = FAMILIES[name]
         heads = self.take("num_attention_heads", (int,), minimum=1)
         kv_heads = self.take("num_key_value_heads", (int,), default=heads, minimum=1)
         hidden = self.take("hidden_size", (int,), minimum=1)
         head_dim = self.head_dim(family, hidden, heads)
         max_positions = self.take("max_position_embeddings", (int,), minimum=1)
         qkv_bias = self.qkv_bias(family)
-        moe = self.moe(family) if family.endswith("_moe") else None
+        moe = self.moe(family) if family.has_experts else None
+        rotary_dim = self.rotary_dim(family, head_dim)
+        layers = self.layers(family, moe)
+        has_mlp = any(layer.ffn == "mlp" for layer in layers)
         config = ModelConfig(
-            family=family,
+            family=name,
             vocab_size=self.take("vocab_size", (int,), minimum=1),
             hidden_size=hidden,
-            intermediate_size=self.take("intermediate_size", (int,), minimum=1),
+            intermediate_size=self.take("intermediate_size", (int,), **{"minimum": 1} if has_mlp else {"default": 0}),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
@@ -221,26 +282,26 @@ class _Reader:
             initializer_range=float(self.take("initializer_range", (int, float), default=0.02, minimum=0.0)),
             tie_word_embeddings=self.take("tie_word_embeddings", (bool,), default=False),
             qkv_bias=qkv_bias,
-            o_bias=qkv_bias and family in _QWEN3,
-            qk_norm=family in _QWEN3,
-            rope=self.rope(head_dim, max_positions),
+            o_bias=qkv_bias and family.has_o_bias,
+            qk_norm=family.qk_norm,
+            rope=self.rope(family, max_positions),
             moe=moe,
-            layers=self.layers(family, moe),
+            layers=layers,
+            rotary_dim=rotary_dim,
+            norm_offset=family.is_hybrid,
+            attention_gate=family.is_hybrid,
+            delta_net=self.delta_net(family) if family.is_hybrid else None,
         )
         if heads % kv_heads:
             self.problems.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-        self.leftovers()
+        self.leftovers(family.harmless, family.neutral)
         if self.problems:
             raise CheckpointError("config.json cannot be used:\n  - " + "\n  - ".join(self.problems))
         return config
 
-    def head_dim(self, family: str, hidden: int, heads: int) -> int:
-        given = self.take("head_dim", (int,), default=None, minimum=1)
-        if given is not None:
-            head_dim = given
-        elif family == "qwen3":
-            head_dim = 128  # the default of the Qwen3Config class, whatever hidden_size is
-        else:
+    def head_dim(self, family: Family, hidden: int, heads: int) -> int:
+        head_dim = self.take("head_dim", (int,), default=family.head_dim, minimum=1)
+        if head_dim is None:
             head_dim = hidden // heads
             if hidden % heads:
                 self.problems.append(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
@@ -248,15 +309,50 @@ class _Reader:
             self.problems.append(f"head_dim is {head_dim}; rotary embedding needs an even one")
         return head_dim
 
-    def qkv_bias(self, family: str) -> bool:
-        if family == "qwen2_moe":
+    def rotary_dim(self, family: Family, head_dim: int) -> int:
+        """Return how many channels of a head are rotated: `partial_rotary_factor` of them, in either place of that key."""
+        factor = self.left.pop("partial_rotary_factor", None)
+        for given in (self.left.get("rope_scaling"), self.left.get("rope_parameters")):
+            if isinstance(given, dict) and given.get("partial_rotary_factor") is not None:
+                factor = given["partial_rotary_factor"]
+        if factor is None:
+            factor = 0.25 if family.is_hybrid else 1.0
+        if not family.is_hybrid and factor != 1.0:
+            self.problems.append(f"partial_rotary_factor is {factor}; this family rotates whole heads")
+        elif isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= 1:
+            self.problems.append(f"partial_rotary_factor is {factor!r}; it must be a number above 0 and at most 1")
+        elif int(head_dim * factor) % 2 or int(head_dim * factor) == 0:
+            self.problems.append(f"partial_rotary_factor {factor} of head_dim {head_dim} is not a positive even number")
+        else:
+            return int(head_dim * factor)
+        return head_dim
+
+    def delta_net(self, family: Family) -> DeltaNetConfig:
+        key_heads = self.take("linear_num_key_heads", (int,), default=16, minimum=1)
+        value_heads = self.take("linear_num_value_heads", (int,), default=32, minimum=1)
+        if value_heads % key_heads:
+            self.problems.append(
+                f"linear_num_value_heads {value_heads} is not a multiple of linear_num_key_heads {key_heads}"
+            )
+        return DeltaNetConfig(
+            num_key_heads=key_heads,
+            values_per_key=max(value_heads // key_heads, 1),
+            key_dim=self.take("linear_key_head_dim", (int,), default=128, minimum=1),
+            value_dim=self.take("linear_value_head_dim", (int,), default=128, minimum=1),
+            conv_taps=self.take("linear_conv_kernel_dim", (int,), default=4, minimum=2),
+            has_fused_projections=family.has_fused_projections,
+        )
+
+    def qkv_bias(self, family: Family) -> bool:
+        if family.qkv_bias == "qkv_bias":
             return bool(self.take("qkv_bias", (bool,), default=True))
-        given = bool(self.take("attention_bias", (bool,), default=family == "qwen2"))
-        if family == "qwen2" and not given:
+        is_always = family.qkv_bias == "always"
+        given = bool(self.take("attention_bias", (bool,), default=is_always))
+        if is_always and not given:
             self.problems.append("attention_bias is False; a qwen2 model always has q, k and v biases")
         return given
 
-    def moe(self, family: str) -> MoEConfig:
+    def moe(self, family: Family) -> MoEConfig:
         """Read the experts; transformers has two names for their number."""
         sizes = {"num_experts", "num_local_experts"} & self.left.keys()
         if len(sizes) == 2:
@@ -265,18 +361,28 @@ class _Reader:
         per_token = self.take("num_experts_per_tok", (int,), minimum=1)
         if per_token > num_experts:
             self.problems.append(f"num_experts_per_tok {per_token} is more than the {num_experts} experts")
-        has_shared = family == "qwen2_moe"
+        has_shared = family.has_shared_expert
+        normalizes = family.normalize_scores == "always"
+        normalize = self.take("norm_topk_prob", (bool,), default=normalizes or bool(family.normalize_scores))
+        if normalizes and not normalize:
+            self.problems.append("norm_topk_prob is False; this family always normalises")
         return MoEConfig(
             num_experts=num_experts,
             experts_per_token=per_token,
             expert_size=self.take("moe_intermediate_size", (int,), minimum=1),
             shared_expert_size=self.take("shared_expert_intermediate_size", (int,), minimum=1) if has_shared else None,
-            normalize_scores=self.take("norm_topk_prob", (bool,), default=False),
+            normalize_scores=normalize,
             aux_loss_coef=float(self.take("router_aux_loss_coef", (int, float), default=0.001, minimum=0.0)),
         )
 
-    def layers(self, family: str, moe: MoEConfig | None) -> tuple[LayerConfig, ...]:
+    def layers(self, family: Family, moe: MoEConfig | None) -> tuple[LayerConfig, ...]:
         count = self.take("num_hidden_layers", (int,), minimum=1)
+        if family.is_hybrid:
+            mixers, experts = self.mixers(count), self.has_experts(count, moe)
+            return tuple(
+                LayerConfig(mixer, "moe" if has_experts else "mlp")
+                for mixer, has_experts in zip(mixers, experts, strict=True)
+            )
         windows, experts = self.windows(family, count), self.has_experts(count, moe)
         return tuple(
             LayerConfig(ffn="moe" if has_experts else "mlp", sliding_window=window)
@@ -293,19 +399,29 @@ class _Reader:
             self.problems.append(f"mlp_only_layers has {', '.join(wrong)}; layers are 0 to {count - 1}")
         return [(index + 1) % step == 0 and index not in dense for index in range(count)]
 
-    def windows(self, family: str, count: int) -> list[int | None]:
+    def mixers(self, count: int) -> list[str]:
+        """Return each layer's mixer: from `layer_types`, else attention in every `full_attention_interval`-th layer."""
+        interval = self.take("full_attention_interval", (int,), default=4, minimum=1)
+        kinds = self.take("layer_types", (list,), default=None)
+        if kinds is None:
+            return ["delta_net" if (index + 1) % interval else "attention" for index in range(count)]
+        by_kind = {"linear_attention": "delta_net", "full_attention": "attention"}
+        self.check_layer_types(kinds, count, tuple(by_kind))
+        return ([by_kind.get(kind, "attention") for kind in kinds] + ["attention"] * count)[:count]
+
+    def windows(self, family: Family, count: int) -> list[int | None]:
         """Return each layer's window: from `layer_types` if it is given, else by the rule of the family."""
         used = self.take("use_sliding_window", (bool,), default=False)
         window = self.take("sliding_window", (int,), default=None, minimum=1 if used else 0)
         if not used:
             window = None
-        if family == "qwen3_moe":
+        if family.window_rule == "all":
             self.left.pop("max_window_layers", None)  # released files have it; its class does not
             return [window] * count
         limit = self.take("max_window_layers", (int,), default=28, minimum=0)
         kinds = self.take("layer_types", (list,), default=None)
         if kinds is None:
-            rule = (lambda i: i % 2 == 0 and i < limit) if family == "qwen2_moe" else (lambda i: i >= limit)
+            rule = (lambda i: i % 2 == 0 and i < limit) if family.window_rule == "even" else (lambda i: i >= limit)
             windowed = [window is not None and rule(index) for index in range(count)]
         else:
             windowed = self.windowed(kinds, count)
@@ -315,14 +431,16 @@ class _Reader:
 
     def windowed(self, kinds: list[Any], count: int) -> list[bool]:
         """Return which layers have a window according to `layer_types`."""
-        allowed = ("full_attention", "sliding_attention")
+        self.check_layer_types(kinds, count, ("full_attention", "sliding_attention"))
+        return [kind == "sliding_attention" for kind in kinds][:count] + [False] * (count - len(kinds))
+
+    def check_layer_types(self, kinds: list[Any], count: int, allowed: tuple[str, ...]) -> None:
         if unknown := sorted({repr(kind) for kind in kinds if kind not in allowed}):
             self.problems.append(f"layer_types has {', '.join(unknown)}; allowed are {', '.join(allowed)}")
         if len(kinds) != count:
             self.problems.append(f"layer_types has {len(kinds)} entries for num_hidden_layers {count}")
-        return [kind == "sliding_attention" for kind in kinds][:count] + [False] * (count - len(kinds))
 
-    def rope(self, head_dim: int, max_positions: int) -> RopeConfig:
+    def rope(self, family: Family, max_positions: int) -> RopeConfig:
         legacy = self.take("rope_scaling", (dict,), default={})
         given: dict[str, Any] = legacy | self.take("rope_parameters", (dict,), default={})
         if any(given[key] != value for key, value in legacy.items()):
@@ -330,16 +448,14 @@ class _Reader:
         theta = given.get("rope_theta", self.left.get("rope_theta"))
         if "rope_theta" in self.left and self.left.pop("rope_theta") != theta:
             self.problems.append("rope_theta and rope_parameters.rope_theta differ")
-        partial = given.get("partial_rotary_factor", self.left.get("partial_rotary_factor", 1.0))
-        self.left.pop("partial_rotary_factor", None)
+        if family.is_hybrid:
+            given = {key: value for key, value in given.items() if key not in _ROPE_OF_IMAGES}
         kind = given.get("rope_type", given.get("type", "default"))
         if kind not in _ROPE_KEYS:
             self.problems.append(f"rope type {kind!r} is not supported; supported are {', '.join(_ROPE_KEYS)}")
             return RopeConfig("default", 1.0, max_positions)
         if unknown := sorted(set(given) - _ROPE_KEYS[kind] - _ROPE_ALWAYS):
             self.problems.append(f"rope type {kind!r} does not know {', '.join(unknown)}")
-        if partial != 1.0:
-            self.problems.append(f"partial_rotary_factor is {partial}; this family rotates whole heads")
         numbers: dict[str, Any] = {
             key: value for key, value in given.items() if key not in ("rope_type", "type", "truncate")
         }
@@ -353,13 +469,14 @@ class _Reader:
             numbers |= dict.fromkeys(missing, 1.0)
         return _rope_config(kind, numbers, given.get("truncate", True), max_positions)
 
-    def leftovers(self) -> None:
+    def leftovers(self, harmless: frozenset[str], neutral: Mapping[str, Any]) -> None:
+        neutral = _NEUTRAL | dict(neutral)
         for key, value in self.left.items():
-            if key in _HARMLESS or key in self.ignored:
+            if key in _HARMLESS or key in harmless or key in self.ignored:
                 continue
-            if key in _NEUTRAL:
-                if value not in (_NEUTRAL[key], None):
-                    self.problems.append(f"{key} is {value!r}, which is not supported; supported is {_NEUTRAL[key]!r}")
+            if key in neutral:
+                if value not in (neutral[key], None):
+                    self.problems.append(f"{key} is {value!r}, which is not supported; supported is {neutral[key]!r}")
             elif value not in (None, False):
                 self.problems.append(
                     f"{key} = {json.dumps(value)[:80]} is not understood and may change the computation "

@@ -18,15 +18,22 @@ from qwen_dist.sharding import all_gather_weight
 
 
 def parameter(
-    out: dict[str, int], inp: dict[str, int] | None = None, *, dtype: DTypeLike, std: float | None = None
+    out: dict[str, int],
+    inp: dict[str, int] | None = None,
+    *,
+    dtype: DTypeLike,
+    std: float | None = None,
+    disk_shape: tuple[int, ...] | None = None,
+    sections: tuple[int, ...] = (),
 ) -> nnx.Param:
     """Declare a parameter [*out, *inp] by the logical name and size of each dimension.
 
-    On disk `out` is one dimension and `inp` another. `std`: see `declare_param`.
+    On disk `out` is one dimension and `inp` another, or it has `disk_shape`. `std`, `sections`: see `declare_param`.
     """
     sizes = out | (inp or {})
-    disk_shape = tuple(math.prod(dims.values()) for dims in (out, inp) if dims)
-    return declare_param(jax.ShapeDtypeStruct(tuple(sizes.values()), dtype), tuple(sizes), std=std, disk_shape=disk_shape)
+    shape = disk_shape or tuple(math.prod(dims.values()) for dims in (out, inp) if dims)
+    value = jax.ShapeDtypeStruct(tuple(sizes.values()), dtype)
+    return declare_param(value, tuple(sizes), std=std, disk_shape=shape, sections=sections)
 
 
 def take_positions(x_BT: jax.Array, index_BX: jax.Array, otherwise: int = 0) -> jax.Array:
@@ -42,8 +49,18 @@ class Linear(nnx.Module):
     checkpoint stores them flattened; the bytes are the same. What training shards over fsdp is gathered here, for use.
     """
 
-    def __init__(self, out: dict[str, int], inp: dict[str, int], *, bias: bool, dtype: DTypeLike, std: float):
-        self.weight = parameter(out, inp, dtype=dtype, std=std)
+    def __init__(
+        self,
+        out: dict[str, int],
+        inp: dict[str, int],
+        *,
+        bias: bool,
+        dtype: DTypeLike,
+        std: float,
+        sections: tuple[int, ...] = (),
+    ):
+        self.weight = parameter(out, inp, dtype=dtype, std=std, sections=sections)
+        self.sections = sections
         self.bias = parameter(out, dtype=dtype, std=std) if bias else None
         self.out_sizes, self.in_sizes = tuple(out.items()), tuple(inp.items())
         self.lora_A: Linear | None = None
@@ -58,7 +75,8 @@ class Linear(nnx.Module):
         in_features = math.prod(size for _, size in self.in_sizes)
         narrow, std = {"lora_rank": rank}, (3 * in_features) ** -0.5
         self.lora_A = nnx.data(Linear(narrow, dict(self.in_sizes), bias=False, dtype=dtype, std=std))
-        self.lora_B = nnx.data(Linear(dict(self.out_sizes), narrow, bias=False, dtype=dtype, std=0.0))
+        lora_B = Linear(dict(self.out_sizes), narrow, bias=False, dtype=dtype, std=0.0, sections=self.sections)
+        self.lora_B = nnx.data(lora_B)
         self.lora_scale = scale
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -94,16 +112,23 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) · weight over the last dimension (arXiv:1910.07467); cast back *before* the weight, as Qwen's is."""
+    """x / rms(x) · weight over the last dimension (arXiv:1910.07467); cast back *before* the weight, as Qwen's is.
 
-    def __init__(self, axis: str, size: int, *, eps: float, dtype: DTypeLike):
-        self.weight = parameter({axis: size}, dtype=dtype)
-        self.axis, self.eps = axis, eps
+    With `offset` it is x / rms(x) · (1 + weight), cast back *after* it, as in Qwen3-Next and Qwen3.5.
+    """
+
+    def __init__(self, axis: str, size: int, *, eps: float, dtype: DTypeLike, offset: bool = False):
+        self.weight = parameter({axis: size}, dtype=dtype, std=0.0 if offset else None)
+        self.axis, self.eps, self.offset = axis, eps, offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(accum_dtype(x.dtype))
         variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        normed = (wide * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
+        normed = wide * jax.lax.rsqrt(variance + self.eps)
+        if self.offset:
+            weight = jnp.broadcast_to(all_gather_weight(self.weight[...], self.axis).astype(wide.dtype), x.shape)
+            return (normed * (1 + weight)).astype(x.dtype)
+        normed = normed.astype(x.dtype)
         # Broadcast in float32: then its gradient, the sum over all tokens, is also in float32 and rounded once.
         weight = jnp.broadcast_to(all_gather_weight(self.weight[...], self.axis).astype(wide.dtype), x.shape)
         return weight.astype(x.dtype) * normed

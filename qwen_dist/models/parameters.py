@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
@@ -24,12 +25,40 @@ from qwen_dist.sharding import ShardingContext
 MAX_PROBLEMS = 12
 
 
+class DiskShape(tuple[int, ...]):
+    """The shape of a parameter on disk.
+
+    Attributes:
+      sections: rows of each section. A parameter with sections is [G, n, c, …]: the rows of its sections head by head, in
+        blocks of c rows, c the greatest common divisor of the sections. Disk has the first section's rows of all G heads,
+        then the second's, and so on. Empty: the bytes are in the same order.
+    """
+
+    sections: tuple[int, ...]
+
+    def __new__(cls, shape: Iterable[int], sections: tuple[int, ...] = ()) -> DiskShape:
+        self = super().__new__(cls, shape)
+        self.sections = sections
+        return self
+
+
+def on_disk(array: np.ndarray, disk_shape: DiskShape) -> np.ndarray:
+    """Return a whole parameter in the shape and order in which a checkpoint stores it."""
+    if not disk_shape.sections:
+        return array.reshape(disk_shape)
+    by_head = array.reshape(len(array), -1, *array.shape[3:])
+    ends = np.cumsum(disk_shape.sections)[:-1]
+    sections = [part.reshape(-1, *array.shape[3:]) for part in np.split(by_head, ends, axis=1)]
+    return np.concatenate(sections).reshape(disk_shape)
+
+
 def declare_param(
     value: jax.ShapeDtypeStruct,
     axes: tuple[str, ...],
     *,
     std: float | None,
     disk_shape: tuple[int, ...],
+    sections: tuple[int, ...] = (),
     weight_format: WeightFormat = ARRAY,
 ) -> nnx.Param:
     """Declare a parameter without a value; a `ShardingContext` decides later where it lives.
@@ -38,19 +67,26 @@ def declare_param(
       value: shape and dtype.
       axes: the logical name of each dimension.
       std: the standard deviation of random values (see `random_parameters`); None: ones.
-      disk_shape: the shape in which a checkpoint stores the same bytes.
+      disk_shape: the shape in which a checkpoint stores the same numbers.
+      sections: see `DiskShape`.
       weight_format: the arrays that it consists of.
     """
     assert len(value.shape) == len(axes), f"{value.shape} and {axes}"
     return nnx.Param(
-        value, out_sharding=axes, eager_sharding=False, std=std, disk_shape=disk_shape, weight_format=weight_format
+        value,
+        out_sharding=axes,
+        eager_sharding=False,
+        std=std,
+        disk_shape=DiskShape(disk_shape, sections),
+        weight_format=weight_format,
     )
 
 
-def disk_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
-    """Return the shape in which a checkpoint stores each array: the same bytes, with heads flattened."""
+def disk_shapes(model: nnx.Module) -> dict[str, DiskShape]:
+    """Return the shape in which a checkpoint stores each array: the same numbers, with heads flattened."""
     return {
-        name: tuple(spec.shape) if suffix else metadata["disk_shape"] for name, suffix, spec, metadata in _tensors(model)
+        name: DiskShape(spec.shape) if suffix else metadata["disk_shape"]
+        for name, suffix, spec, metadata in _tensors(model)
     }
 
 

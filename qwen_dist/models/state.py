@@ -10,7 +10,7 @@ that a row writes to, M slots of a shard, E entries.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_dist.models.state_spec import LayerStateSpec, RecurrentSpec, StateArray, cache_groups
+from qwen_dist.ops import slots
 from qwen_dist.ops.paged_cache import MAX_ENTRIES, NOWHERE, PAGE, PagedState, PageIndices, stored_dtype
 from qwen_dist.sharding import ShardingContext, constrain
 
@@ -157,52 +158,16 @@ def indices_in_order(
     return StepIndices(jnp.arange(num_rows), (pages,) * len(cache_groups(specs)))
 
 
-Body = Callable[[Any, Any], tuple[Any, Any]]
+def slot_rows(inputs: MixerInputs) -> slots.SlotRows:
+    """Return where the rows of a step have their slots; a row whose first position is 0 starts a sequence."""
+    assert inputs.slots_B is not None
+    return slots.SlotRows(inputs.slots_B, inputs.positions_BT[:, 0] == 0, inputs.continues_B)
 
 
 def update_slots(
-    spec: RecurrentSpec, state: LayerState, inputs: MixerInputs, rows: Any, body: Body
+    spec: RecurrentSpec, state: LayerState, inputs: MixerInputs, rows: Any, body: slots.Body
 ) -> tuple[Any, LayerState]:
-    """Run a recurrence over the rows of a step, each from its slot's state, and keep what comes out.
-
-    A row whose first position is 0 starts from the initial value. Rows of one sequence run one after the other; without
-    `continues_B` all rows run at once.
-
-    Args:
-      spec, state: of the layer.
-      inputs: of the step.
-      rows: a pytree of arrays [B, …].
-      body: (slot state, one row) → (slot state, output of the row); padding inside a row must leave the state unchanged.
-
-    Returns:
-      The outputs [B, …] and the new state.
-    """
-    assert inputs.slots_B is not None
-    num_shards, num_slots = state[0].shape[:2]
-    initial = tuple(jnp.full(x.shape, x.initial, x.dtype) for x in spec.slot_arrays)
-    slots_B, is_start_B, rows = jax.tree.map(
-        lambda x: x.reshape(num_shards, -1, *x.shape[1:]), (inputs.slots_B, inputs.positions_BT[:, 0] == 0, rows)
-    )
-    by_shard = slots_B - jnp.arange(num_shards)[:, None] * num_slots, is_start_B, rows
-
-    def row(slots: Any, one: Any) -> tuple[Any, Any]:
-        slot, is_start, inputs_of_row = one
-        kept = jax.tree.map(lambda x, x0: jnp.where(is_start, x0, x.at[slot].get(mode="clip")), slots, initial)
-        new, output = body(kept, inputs_of_row)
-        return jax.tree.map(lambda x, x1: x.at[slot].set(x1.astype(x.dtype), mode="drop"), slots, new), output
-
-    def shard_in_order(slots: Any, ones: Any) -> tuple[Any, Any]:
-        return jax.lax.scan(row, slots, ones)
-
-    def shard_at_once(slots: Any, ones: Any) -> tuple[Any, Any]:
-        slot, is_start, inputs_of_rows = ones
-
-        def from_slot(x: jax.Array, x0: jax.Array) -> jax.Array:
-            return jnp.where(is_start.reshape(-1, *(1,) * x0.ndim), x0, x.at[slot].get(mode="clip"))
-
-        new, outputs = jax.vmap(body)(jax.tree.map(from_slot, slots, initial), inputs_of_rows)
-        return jax.tree.map(lambda x, x1: x.at[slot].set(x1.astype(x.dtype), mode="drop"), slots, new), outputs
-
-    shard = shard_at_once if inputs.continues_B is None else shard_in_order
-    new, outputs = jax.vmap(shard)(state, by_shard)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs), new
+    """Run a recurrence over the rows of a step; see `slots.recur`. Returns the outputs [B, …] and the new state."""
+    initial = tuple(x.initial for x in spec.slot_arrays)
+    state, outputs = slots.recur(state, slot_rows(inputs), initial, rows, body)
+    return outputs, state

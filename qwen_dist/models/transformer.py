@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from qwen_dist.capture import is_capturing, scope, tap
 from qwen_dist.models.attention import Attention
 from qwen_dist.models.config import LayerConfig, ModelConfig
+from qwen_dist.models.delta_net import GatedDeltaNet
 from qwen_dist.models.layers import Embedding, Linear, RMSNorm, take_positions
 from qwen_dist.models.mlp import MLP
 from qwen_dist.models.moe import MoE
@@ -41,7 +42,7 @@ class Mixer(Protocol):
 
 
 # `LayerConfig.mixer` → (config, layer, dtype=…) → the mixer; the class also has `state_spec(config, layer, dtype)`.
-MIXERS: dict[str, Any] = {"attention": Attention}
+MIXERS: dict[str, Any] = {"attention": Attention, "delta_net": GatedDeltaNet}
 
 
 def state_specs(config: ModelConfig, dtype: DTypeLike) -> tuple[LayerStateSpec, ...]:
@@ -53,7 +54,9 @@ class Block(nnx.Module):
     """A mixer and an MLP (or a mixture of experts), each after a norm and added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, *, dtype: DTypeLike):
-        norm = functools.partial(RMSNorm, "embed", config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        norm = functools.partial(
+            RMSNorm, "embed", config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, offset=config.norm_offset
+        )
         self.input_layernorm = norm()
         self.mixer_name = MIXERS[layer.mixer].name
         setattr(self, self.mixer_name, MIXERS[layer.mixer](config, layer, dtype=dtype))
@@ -91,7 +94,9 @@ class Transformer(nnx.Module):
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, std=std)
         self.layers = nnx.List([Block(config, layer, dtype=dtype) for layer in config.layers])
-        self.norm = RMSNorm("embed", config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.norm = RMSNorm(
+            "embed", config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, offset=config.norm_offset
+        )
         vocab, embed = {"vocab": config.vocab_size}, {"embed": config.hidden_size}
         is_tied = config.tie_word_embeddings
         self.lm_head = None if is_tied else Linear(vocab, embed, bias=False, dtype=dtype, std=std)
@@ -125,7 +130,7 @@ class Transformer(nnx.Module):
           and the router's logits [B, T, E] of every mixture of experts, for `moe.load_balancing_loss`.
         """
         x_BTD = constrain(tap("embed_tokens", self.embed_tokens(tokens_BT)), "batch", "length", "embed")
-        rope = rope_table(self.config.rope, self.config.head_dim, positions_BT, x_BTD.dtype)
+        rope = rope_table(self.config.rope, self.config.rotary_dim, positions_BT, x_BTD.dtype)
         inputs = _inputs_by_layer(self.config, MixerInputs(rope, positions_BT, segments_BT), indices, x_BTD.dtype)
         run: Any = Block.__call__ if remat is None else jax.checkpoint(Block.__call__, policy=remat)
         if states is not None and not is_capturing():

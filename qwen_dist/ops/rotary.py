@@ -1,6 +1,6 @@
 """Rotation of queries and keys by their positions' angles (arXiv:2104.09864).
 
-Letters: B batch, T length, N heads, H head_dim, A half of H.
+Letters: B batch, T length, N heads, H head_dim, A pairs: half of H, or of the part that is rotated.
 """
 
 from __future__ import annotations
@@ -13,8 +13,15 @@ from qwen_dist.ops.dispatch import Backend, Implementation, Op
 
 
 def rotate(x_BTNH: jax.Array, cos_BTA: jax.Array, sin_BTA: jax.Array) -> jax.Array:
-    """Rotate the pairs (i, i + H/2) of each head by their angles, in the precision of cos and sin; returns x's dtype."""
-    return ROTATE(x_BTNH, cos_BTA, sin_BTA)
+    """Rotate the pairs (i, i + A) of each head by their angles, in the precision of cos and sin; returns x's dtype.
+
+    Of a head with more than 2 A channels the others stay as they are.
+    """
+    num_rotated = 2 * cos_BTA.shape[-1]
+    if num_rotated == x_BTNH.shape[-1]:
+        return ROTATE(x_BTNH, cos_BTA, sin_BTA)
+    rotated, kept = jnp.split(x_BTNH, [num_rotated], axis=-1)
+    return jnp.concatenate([ROTATE(rotated, cos_BTA, sin_BTA), kept], axis=-1)
 
 
 def rotate_plain(x_BTNH: jax.Array, cos_BTA: jax.Array, sin_BTA: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qwen_dist.ops.argmax import ARGMAX
 from qwen_dist.ops.attention import ATTENTION
+from qwen_dist.ops.delta_rule import DELTA_RULE, DELTA_RULE_IN_SLOTS
 from qwen_dist.ops.dispatch import Backend, Op
 from qwen_dist.ops.experts import EXPERTS
 from qwen_dist.ops.grouped_matmul import GROUPED_MATMUL, ROWS_BY_ROWS, ROWS_BY_WEIGHTS
@@ -23,6 +24,8 @@ OPS: tuple[Op, ...] = (
     ROTATE,
     SWIGLU,
     EXPERTS,
+    DELTA_RULE,
+    DELTA_RULE_IN_SLOTS,
     ARGMAX,
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,8 @@ import numpy as np
 from qwen_dist.checkpoint.model import load_model
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.config import ModelConfig
-from qwen_dist.models.parameters import disk_shapes
+from qwen_dist.models.parameters import DiskShape, disk_shapes, on_disk
+from qwen_dist.models.transformer import Transformer
 from qwen_dist.parity.candidate import Candidate
 from qwen_dist.parity.checks import Check, NextTokenAgreement, ParityReport, check, first_failure, missing_check
 from qwen_dist.parity.inputs import Inputs, ParityOptions, make_inputs
@@ -84,6 +86,11 @@ class Comparison:
         sharding_ctx = ShardingContext(make_mesh(MeshConfig.parse(self.options.mesh)), INFERENCE)
         return Candidate(load_model(self.options.model, sharding_ctx, dtype=self.options.dtype))
 
+    @functools.cached_property
+    def disk_shapes(self) -> dict[str, DiskShape]:
+        """The shape on disk of every parameter."""
+        return disk_shapes(Transformer(self.config, dtype=self.options.dtype))
+
     @property
     def first_failure(self) -> Check | None:
         """The first failed check, in the order in which to look for an error."""
@@ -125,7 +132,7 @@ class Comparison:
 
     def compare_parameters(self, candidate: Candidate, expected: Mapping[str, np.ndarray]) -> None:
         """Check that names, shapes on disk and bits are equal."""
-        actual, shapes = candidate.loaded.parameters, disk_shapes(candidate.loaded.module)
+        actual, shapes = candidate.loaded.parameters, self.disk_shapes
         for name in [*expected, *(name for name in actual if name not in expected)]:
             if name not in actual or name not in expected:
                 self.checks.append(missing_check("parameters", name, EXACT, _side_missing(name in expected)))
@@ -133,7 +140,8 @@ class Comparison:
                 shapes_differ = f"shape {list(shapes[name])}, PyTorch has {list(expected[name].shape)}"
                 self.checks.append(missing_check("parameters", name, EXACT, shapes_differ))
             else:
-                ours = np.asarray(actual[name]).reshape(shapes[name])
+                # PyTorch rounds every parameter to the model's dtype; some are kept in float32 here.
+                ours = on_disk(np.asarray(actual[name]), shapes[name]).astype(expected[name].dtype)
                 self.checks.append(check("parameters", name, ours, expected[name], EXACT))
 
     def compare_intermediates(self, section: Section, actual: Intermediates, expected: Intermediates) -> None:
@@ -176,7 +184,7 @@ class Comparison:
             self.checks.append(check("gradient", name, *_loss_pair(actual[0][name], loss, self.options.dtype), tolerance))
         for name in filter(actual[1].__contains__, backward_order(outputs)):
             gradient = outputs.gradients[name]
-            ours = np.asarray(actual[1][name]).reshape(gradient.shape)
+            ours = on_disk(np.asarray(actual[1][name]), self.disk_shapes[name])
             self.checks.append(check("gradient", name, ours, gradient, tolerance))
 
     def by_token(self, name: str, values: Intermediates) -> np.ndarray:

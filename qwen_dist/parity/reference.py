@@ -31,6 +31,8 @@ _HOOKED = (
     "mlp.shared_expert.up_proj mlp.shared_expert.down_proj mlp.shared_expert_gate"
 ).split()
 _PER_HEAD = ("q_proj", "k_proj", "v_proj")
+# Of a gated delta net: modules whose output has the channels of each key head together.
+_PER_KEY_HEAD = ("in_proj_qkvz", "in_proj_ba", "in_proj_z", "in_proj_b", "in_proj_a")
 IGNORED_LABEL = -100
 
 
@@ -110,8 +112,13 @@ class Reference:
         for index, layer in enumerate(decoder.layers):
             modules = dict(layer.named_modules())
             for name in filter(modules.__contains__, _HOOKED):
-                head_dim = layer.self_attn.head_dim if name.endswith(_PER_HEAD) else None
-                _hook_output(modules[name], f"layers.{index}.{name}", head_dim)
+                shape = _head_shape(layer.self_attn, name) if name.endswith(_PER_HEAD) else None
+                _hook_output(modules[name], f"layers.{index}.{name}", shape)
+            if "linear_attn" in modules:
+                _hook_delta_net(layer.linear_attn, f"layers.{index}.linear_attn.")
+            elif layer.self_attn.q_proj.out_features == 2 * layer.self_attn.o_proj.in_features:
+                heads = (-1, layer.self_attn.head_dim)
+                _hook_input(layer.self_attn.o_proj, f"layers.{index}.self_attn.gated", heads)
             if "mlp.experts" in modules:
                 _hook_router(modules["mlp.gate"], f"layers.{index}.mlp.")
                 _hook_experts(modules["mlp.experts"], f"layers.{index}.mlp.")
@@ -197,9 +204,87 @@ def _record_flat(name: str, value: torch.Tensor) -> None:
         _record(name, value.unflatten(0, (recording.num_rows, -1)))
 
 
-def _hook_output(module: torch.nn.Module, name: str, head_dim: int | None = None) -> None:
+def _head_shape(attention: Any, name: str) -> tuple[int, ...]:
+    """Return the shape of a projection's channels: heads, with a gate after each head's query if there is one."""
+    is_gated = attention.q_proj.out_features == 2 * attention.o_proj.in_features
+    return (-1, 2, attention.head_dim) if is_gated and name.endswith("q_proj") else (-1, attention.head_dim)
+
+
+def _hook_delta_net(module: Any, start: str) -> None:
+    """Record the intermediates of a gated delta net, with the channels of each key head together, as this project has them."""
+    num_heads, values = module.num_k_heads, module.num_v_heads // module.num_k_heads
+    sections = (module.head_k_dim, module.head_k_dim, values * module.head_v_dim)
+
+    def by_key_head(x: torch.Tensor) -> torch.Tensor:
+        parts = x.split([num_heads * rows for rows in sections], dim=-1)
+        return torch.cat([part.unflatten(-1, (num_heads, -1)) for part in parts], dim=-1)
+
+    for name in _PER_KEY_HEAD:
+        if hasattr(module, name):
+            _hook_output(getattr(module, name), start + name, (num_heads, -1))
+    if hasattr(module, "in_proj_qkv"):
+        module.in_proj_qkv.register_forward_hook(lambda _module, _inputs, x: _record(start + "in_proj_qkv", by_key_head(x)))
+    heads = (num_heads, values, module.head_v_dim)
+
+    def record_norm(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+        recording = _recording.get()
+        if recording is not None:
+            _record(start + "norm", output.reshape(recording.num_rows, -1, *heads))
+
+    module.norm.register_forward_hook(record_norm)
+    _hook_output(module.out_proj, start + "out_proj")
+    _observe_functions(sys.modules[type(module).__module__])
+
+    def record_convolution(x: torch.Tensor) -> None:
+        _record(start + "conv", by_key_head(x.transpose(1, 2)))
+
+    def record_rule(g: torch.Tensor, beta: torch.Tensor, core: torch.Tensor) -> None:
+        _record(start + "g", g.unflatten(-1, (num_heads, -1)))
+        _record(start + "beta", beta.unflatten(-1, (num_heads, -1)))
+        _record(start + "core", core.unflatten(2, (num_heads, -1)))
+
+    recorders = _DeltaNetRecorders(record_convolution, record_rule)
+    module.register_forward_pre_hook(lambda _module, _inputs: _running_delta_net.set(recorders) and None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _DeltaNetRecorders:
+    """What records the results of the functions that a gated delta net calls."""
+
+    convolution: Callable[[torch.Tensor], None]
+    rule: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+_running_delta_net: contextvars.ContextVar[_DeltaNetRecorders | None] = contextvars.ContextVar("delta_net", default=None)
+
+
+def _observe_functions(modeling: Any) -> None:
+    """Have a modeling file's convolution and delta rule, which are functions, report their results to the running layer."""
+    if getattr(modeling, "is_observed_by_qwen_dist", False):
+        return
+    convolution, rule = modeling.causal_conv1d_fn, modeling.torch_chunk_gated_delta_rule
+
+    def observed_convolution(*args: Any, **kwargs: Any) -> Any:
+        output, recorders = convolution(*args, **kwargs), _running_delta_net.get()
+        if recorders is not None:
+            recorders.convolution(output)
+        return output
+
+    def observed_rule(*args: Any, g: torch.Tensor, beta: torch.Tensor, **kwargs: Any) -> Any:
+        output, recorders = rule(*args, g=g, beta=beta, **kwargs), _running_delta_net.get()
+        if recorders is not None:
+            recorders.rule(g, beta, output[0])
+        return output
+
+    modeling.causal_conv1d_fn, modeling.torch_chunk_gated_delta_rule = observed_convolution, observed_rule
+    modeling.is_observed_by_qwen_dist = True
+
+
+def _hook_output(module: torch.nn.Module, name: str, shape: tuple[int, ...] | None = None) -> None:
+    """Record a module's output, its channels in this shape."""
+
     def hook(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> None:
-        output = output if head_dim is None else output.unflatten(-1, (-1, head_dim))
+        output = output if shape is None else output.unflatten(-1, shape)
         (_record_flat if output.ndim == 2 else _record)(name, output)
 
     module.register_forward_hook(hook)
@@ -228,8 +313,11 @@ def _hook_experts(module: torch.nn.Module, start: str) -> None:
     module.register_forward_hook(hook)
 
 
-def _hook_input(module: torch.nn.Module, name: str) -> None:
-    module.register_forward_pre_hook(lambda _module, inputs: _record(name, inputs[0]))
+def _hook_input(module: torch.nn.Module, name: str, shape: tuple[int, ...] | None = None) -> None:
+    def hook(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        _record(name, inputs[0] if shape is None else inputs[0].unflatten(-1, shape))
+
+    module.register_forward_pre_hook(hook)
 
 
 def _register_observed_attention(attention: str) -> str:

@@ -1,0 +1,201 @@
+"""Gated delta net (arXiv:2412.06464), the linear attention of Qwen3-Next and Qwen3.5: a short convolution over the tokens,
+the gated delta rule, and a norm gated by the token.
+
+Letters: B batch, T length, X tokens whose outputs are wanted, D embed, G key heads, R value heads of a key head,
+K key channels, V value channels, C channels of a key head in the convolution (2 K + R V), W taps of the convolution.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from qwen_dist.capture import tap
+from qwen_dist.models.config import DeltaNetConfig, LayerConfig, ModelConfig
+from qwen_dist.models.layers import Linear, parameter, take_positions
+from qwen_dist.models.state import LayerState, MixerInputs, slot_rows
+from qwen_dist.models.state_spec import RecurrentSpec, StateArray
+from qwen_dist.ops import slots
+from qwen_dist.ops.delta_rule import DeltaInputs, delta_rule, delta_rule_in_slots
+from qwen_dist.ops.matmul import accum_dtype
+from qwen_dist.sharding import all_gather_weight, constrain
+
+_SEPARATE = ("in_proj_z", "in_proj_b", "in_proj_a")
+_HEAD_AXES = ("batch", "length", "key_heads", "head_channels")
+
+
+class GatedDeltaNet(nnx.Module):
+    """A mixer whose state is a matrix for each value head, and the last tokens of the convolution.
+
+    On disk the rows of `in_proj_qkv` and `conv1d` are all queries, then all keys, then all values; here they are by key
+    head. qwen3_next stores `in_proj_qkvz` and `in_proj_ba` instead of four projections, by key head on disk, too.
+    """
+
+    name = "linear_attn"
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig, *, dtype: DTypeLike):
+        net = config.delta_net
+        assert net is not None
+        self.sizes = net
+        embed, std = {"embed": config.hidden_size}, config.initializer_range
+        sections = (net.key_dim, net.key_dim, net.group_values)
+
+        def project(channels: int) -> Linear:
+            heads = {"key_heads": net.num_key_heads, "head_channels": channels}
+            return Linear(heads, embed, bias=False, dtype=dtype, std=std)
+
+        if net.has_fused_projections:
+            self.in_proj_qkvz = project(sum(sections) + net.group_values)
+            self.in_proj_ba = project(2 * net.values_per_key)
+        else:
+            blocks = _blocks_of_head(net)
+            self.in_proj_qkv = Linear(blocks, embed, bias=False, dtype=dtype, std=std, sections=sections)
+            self.in_proj_z = project(net.group_values)
+            self.in_proj_b, self.in_proj_a = project(net.values_per_key), project(net.values_per_key)
+        self.conv1d = ShortConvolution(net, sections, dtype=dtype, std=std)
+        # Kept in float32, as some checkpoints store them; of the others nothing is lost.
+        wide, heads = accum_dtype(dtype), {"key_heads": net.num_key_heads, "value_heads": net.values_per_key}
+        self.A_log = parameter(heads, dtype=wide)
+        self.dt_bias = parameter(heads, dtype=dtype)
+        self.norm = GatedRMSNorm(net.value_dim, eps=config.rms_norm_eps, dtype=wide)
+        values = {"key_heads": net.num_key_heads, "head_channels": net.group_values}
+        self.out_proj = Linear(embed, values, bias=False, dtype=dtype, std=std)
+
+    @staticmethod
+    def state_spec(config: ModelConfig, layer: LayerConfig, dtype: DTypeLike) -> RecurrentSpec:
+        net = config.delta_net
+        assert net is not None
+        matrix = (net.num_key_heads, net.values_per_key, net.key_dim, net.value_dim)
+        columns = (net.conv_taps - 1, net.num_key_heads, net.conv_channels)
+        return RecurrentSpec(
+            (
+                StateArray(matrix, accum_dtype(dtype).name, ("key_heads", "value_heads", "head_dim", "head_dim")),
+                StateArray(columns, jnp.dtype(dtype).name, ("taps", "key_heads", "head_channels")),
+            )
+        )
+
+    def __call__(
+        self, x_BTD: jax.Array, inputs: MixerInputs, state: LayerState | None
+    ) -> tuple[jax.Array, LayerState | None]:
+        """Return mixed tokens [B, T, D], or with logit indices [B, X, D], and the state with these tokens in it."""
+        net, is_real_BT = self.sizes, inputs.positions_BT >= 0
+        qkv_BTGC, z_BTGV, b_BTGR, a_BTGR = self._project(x_BTD)
+        # Padding must be 0 to the convolution of the tokens after it.
+        qkv_BTGC = jnp.where(is_real_BT[..., None, None], qkv_BTGC, 0)
+        segments_BT = None if inputs.segments_BT is None else _extended(inputs.segments_BT, is_real_BT)
+        if state is None:
+            conv_BTGC, _ = self.conv1d(qkv_BTGC, None, segments_BT)
+        else:
+            rows = slot_rows(inputs)
+            before_BWGC = slots.gather(state[1], rows)
+            if rows.continues_B is not None:
+                previous_BWGC = jnp.roll(qkv_BTGC[:, 1 - net.conv_taps :], 1, axis=0)
+                before_BWGC = jnp.where(rows.continues_B[:, None, None, None], previous_BWGC, before_BWGC)
+            conv_BTGC, with_before_BTGC = self.conv1d(qkv_BTGC, before_BWGC, None)
+        conv_BTGC = constrain(tap("conv", conv_BTGC), *_HEAD_AXES)
+        rule = self._rule_inputs(conv_BTGC, b_BTGR, a_BTGR, is_real_BT)
+        if state is None:
+            o_BTGRV, _ = delta_rule(rule, None, segments_BT)
+        else:
+            o_BTGRV, matrices = delta_rule_in_slots(rule, state[0], rows)
+            count_B = is_real_BT.sum(1)
+            index_BW = count_B[:, None] + jnp.arange(net.conv_taps - 1)
+            columns = slots.scatter(state[1], rows, take_positions(with_before_BTGC, index_BW))
+            state = (matrices, columns)
+        o_BTGRV = tap("core", o_BTGRV.astype(x_BTD.dtype))
+        if inputs.logit_indices_BX is not None:
+            o_BTGRV, z_BTGV = (take_positions(x, inputs.logit_indices_BX) for x in (o_BTGRV, z_BTGV))
+        gated_BTGRV = tap("norm", self.norm(o_BTGRV, z_BTGV.reshape(o_BTGRV.shape)))
+        gated_BTGV = constrain(gated_BTGRV.reshape(z_BTGV.shape), *_HEAD_AXES)
+        return tap("out_proj", self.out_proj(gated_BTGV)), state
+
+    def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Return queries, keys and values by key head [B, T, G, C], and z, b and a of its value heads."""
+        if not self.sizes.has_fused_projections:
+            qkv = self.in_proj_qkv(x_BTD)
+            qkv_BTGC = tap("in_proj_qkv", qkv.reshape(*qkv.shape[:3], -1))
+            z_BTGV, b_BTGR, a_BTGR = (tap(name, getattr(self, name)(x_BTD)) for name in _SEPARATE)
+            return qkv_BTGC, z_BTGV, b_BTGR, a_BTGR
+        qkvz_BTGC, ba_BTGR = (tap(name, getattr(self, name)(x_BTD)) for name in ("in_proj_qkvz", "in_proj_ba"))
+        qkv_BTGC, z_BTGV = jnp.split(qkvz_BTGC, [self.sizes.conv_channels], axis=-1)
+        return qkv_BTGC, z_BTGV, *jnp.split(ba_BTGR, 2, axis=-1)
+
+    def _rule_inputs(
+        self, conv_BTGC: jax.Array, b_BTGR: jax.Array, a_BTGR: jax.Array, is_real_BT: jax.Array
+    ) -> DeltaInputs:
+        """Return what the rule needs, 0 for padding."""
+        net, wide = self.sizes, accum_dtype(conv_BTGC.dtype)
+        q_BTGK, k_BTGK, v_BTGV = jnp.split(conv_BTGC, [net.key_dim, 2 * net.key_dim], axis=-1)
+        v_BTGRV = v_BTGV.reshape(*v_BTGV.shape[:-1], net.values_per_key, net.value_dim)
+        beta_BTGR = tap("beta", jax.nn.sigmoid(b_BTGR.astype(wide)).astype(b_BTGR.dtype))
+        A_log_GR, dt_bias_GR = (
+            all_gather_weight(x[...], "key_heads", "value_heads").astype(wide) for x in (self.A_log, self.dt_bias)
+        )
+        g_BTGR = tap("g", -jnp.exp(A_log_GR) * jax.nn.softplus(a_BTGR.astype(wide) + dt_bias_GR))
+        inputs = DeltaInputs(q_BTGK, k_BTGK, v_BTGRV, g_BTGR, beta_BTGR)
+        return DeltaInputs(*(jnp.where(is_real_BT.reshape(*is_real_BT.shape, *(1,) * (x.ndim - 2)), x, 0) for x in inputs))
+
+
+class ShortConvolution(nnx.Module):
+    """y_t = silu(Σ_i w_i x_(t - W + 1 + i)) for each channel, with 0 before a sequence starts."""
+
+    def __init__(self, net: DeltaNetConfig, sections: tuple[int, ...], *, dtype: DTypeLike, std: float):
+        disk_shape = (net.num_key_heads * net.conv_channels, 1, net.conv_taps)
+        taps = {"taps": net.conv_taps}
+        self.weight = parameter(
+            _blocks_of_head(net), taps, dtype=dtype, std=std, disk_shape=disk_shape, sections=sections
+        )
+        self.num_taps = net.conv_taps
+
+    def __call__(
+        self, x_BTGC: jax.Array, before_BWGC: jax.Array | None, segments_BT: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return y, and x with the W - 1 tokens before it [B, W - 1 + T, G, C]; `before_BWGC` has them, or they are 0."""
+        T, before = x_BTGC.shape[1], self.num_taps - 1
+        if before_BWGC is None:
+            before_BWGC = jnp.zeros((len(x_BTGC), before, *x_BTGC.shape[2:]), x_BTGC.dtype)
+        all_BTGC = jnp.concatenate([before_BWGC.astype(x_BTGC.dtype), x_BTGC], axis=1)
+        weight = all_gather_weight(self.weight[...], "key_heads", "head_blocks", "head_channels", "taps")
+        weight_GCW = weight.reshape(*x_BTGC.shape[2:], self.num_taps)
+        wide = accum_dtype(x_BTGC.dtype)
+        total_BTGC: Any = 0
+        for tap_index in range(self.num_taps):
+            shifted_BTGC = all_BTGC[:, tap_index : tap_index + T]
+            if segments_BT is not None:
+                distance = before - tap_index
+                same_BT = jnp.roll(segments_BT, distance, axis=1) == segments_BT
+                shifted_BTGC = jnp.where(same_BT[..., None, None], shifted_BTGC, 0)
+            total_BTGC += shifted_BTGC.astype(wide) * weight_GCW[..., tap_index].astype(wide)
+        rounded_BTGC = total_BTGC.astype(x_BTGC.dtype).astype(wide)
+        return jax.nn.silu(rounded_BTGC).astype(x_BTGC.dtype), all_BTGC
+
+
+class GatedRMSNorm(nnx.Module):
+    """x / rms(x) · weight · silu(z) over the value channels; cast back before the weight and before the gate."""
+
+    def __init__(self, size: int, *, eps: float, dtype: DTypeLike):
+        self.weight = parameter({"head_dim": size}, dtype=dtype)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array, z: jax.Array) -> jax.Array:
+        wide = accum_dtype(x.dtype)
+        variance = jnp.mean(jnp.square(x.astype(wide)), axis=-1, keepdims=True)
+        normed = (x.astype(wide) * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype).astype(wide)
+        weighted = (all_gather_weight(self.weight[...], "head_dim").astype(wide) * normed).astype(x.dtype)
+        return (weighted.astype(wide) * jax.nn.silu(z.astype(wide))).astype(x.dtype)
+
+
+def _blocks_of_head(net: DeltaNetConfig) -> dict[str, int]:
+    """Return the dimensions of the convolved channels by key head, in blocks that disk has in one piece; see `DiskShape`."""
+    size = math.gcd(net.key_dim, net.group_values)
+    return {"key_heads": net.num_key_heads, "head_blocks": net.conv_channels // size, "head_channels": size}
+
+
+def _extended(segments_BT: jax.Array, is_real_BT: jax.Array) -> jax.Array:
+    """Give padding the segment of the token before it."""
+    return jax.lax.cummax(jnp.where(is_real_BT, segments_BT, -1), axis=1)

@@ -1,0 +1,103 @@
+"""States of fixed size in slots: rows of a step read their slot's state, and write it back.
+
+Letters: D data-parallel shards, M slots of a shard, B rows of a step, each in the shard of its slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any
+Body = Callable[[Tree, Tree], tuple[Tree, Tree]]
+
+
+class SlotRows(NamedTuple):
+    """Where the rows of a step have their states.
+
+    Attributes:
+      slots_B: the slot of each row among those of all shards; their number where the row is padding.
+      is_start_B: the row starts a sequence, from the initial state.
+      continues_B: the row continues the sequence of the row before it; None: no row does.
+    """
+
+    slots_B: jax.Array
+    is_start_B: jax.Array
+    continues_B: jax.Array | None = None
+
+
+def gather(pool_DM: jax.Array, rows: SlotRows, initial: float = 0.0) -> jax.Array:
+    """Return each row's state [B, …] before the step: of its slot, or the initial value."""
+    local_DB, _ = _local_slots(pool_DM, rows)
+    found_DB = jax.vmap(lambda pool_M, slot_B: pool_M.at[slot_B].get(mode="clip"))(pool_DM, local_DB)
+    found_B = found_DB.reshape(-1, *found_DB.shape[2:])
+    return jnp.where(_expand(rows.is_start_B, found_B.ndim), jnp.asarray(initial, found_B.dtype), found_B)
+
+
+def scatter(pool_DM: jax.Array, rows: SlotRows, new_B: jax.Array) -> jax.Array:
+    """Put the states after the step into the slots; of several rows of a sequence, that of the last one."""
+    _, written_DB = _local_slots(pool_DM, rows)
+    new_DB = new_B.astype(pool_DM.dtype).reshape(len(pool_DM), -1, *new_B.shape[1:])
+    return jax.vmap(lambda pool_M, slot_B, x_B: pool_M.at[slot_B].set(x_B, mode="drop"))(pool_DM, written_DB, new_DB)
+
+
+def recur(pools: Tree, rows: SlotRows, initial: Tree, inputs_B: Tree, body: Body) -> tuple[Tree, Tree]:
+    """Run a recurrence over the rows, each from its state, the rows of one sequence one after the other.
+
+    Args:
+      pools: a pytree of arrays [D, M, …].
+      rows: of the step.
+      initial: the same pytree of the values of a sequence's start.
+      inputs_B: a pytree of arrays [B, …].
+      body: (states, inputs) → (states, output), of one row; padding inside a row must leave the states unchanged.
+
+    Returns:
+      The pools, and the outputs [B, …].
+    """
+    if rows.continues_B is None:
+        states = jax.tree.map(lambda pool, value: gather(pool, rows, value), pools, initial)
+        states, outputs_B = jax.vmap(body)(states, inputs_B)
+        return jax.tree.map(lambda pool, x_B: scatter(pool, rows, x_B), pools, states), outputs_B
+    pool = jax.tree.leaves(pools)[0]
+    read_DB, written_DB = _local_slots(pool, rows)
+    by_shard = (is_start_DB, continues_DB, inputs_DB) = jax.tree.map(
+        lambda x: x.reshape(len(pool), -1, *x.shape[1:]), (rows.is_start_B, rows.continues_B, inputs_B)
+    )
+    del by_shard
+
+    def shard(pools_M: Tree, rows_B: Tree) -> tuple[Tree, Tree]:
+        def row(carry: Tree, one: Tree) -> tuple[Tree, Tree]:
+            before, pools_M = carry
+            read, written, is_start, continues, inputs = one
+            found = jax.tree.map(lambda pool_M: pool_M.at[read].get(mode="clip"), pools_M)
+            fresh = jax.tree.map(lambda x, value: jnp.where(is_start, jnp.asarray(value, x.dtype), x), found, initial)
+            start = jax.tree.map(lambda x, y: jnp.where(continues, x, y), before, fresh)
+            after, output = body(start, inputs)
+            after = jax.tree.map(lambda x, pool_M: x.astype(pool_M.dtype), after, pools_M)
+            pools_M = jax.tree.map(lambda pool_M, x: pool_M.at[written].set(x, mode="drop"), pools_M, after)
+            return (after, pools_M), output
+
+        # The state of the row before is carried next to the pool: then XLA updates the pool in place.
+        nothing = jax.tree.map(lambda pool_M: jnp.zeros(pool_M.shape[1:], pool_M.dtype), pools_M)
+        (_, pools_M), outputs_B = jax.lax.scan(row, (nothing, pools_M), rows_B)
+        return pools_M, outputs_B
+
+    pools, outputs_DB = jax.vmap(shard)(pools, (read_DB, written_DB, is_start_DB, continues_DB, inputs_DB))
+    return pools, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs_DB)
+
+
+def _local_slots(pool_DM: jax.Array, rows: SlotRows) -> tuple[jax.Array, jax.Array]:
+    """Return the slot of each row within its shard [D, B / D], to read and to write; out of range: nowhere."""
+    D, M = pool_DM.shape[:2]
+    local_DB = rows.slots_B.reshape(D, -1) - jnp.arange(D)[:, None] * M
+    if rows.continues_B is None:
+        return local_DB, local_DB
+    is_followed_B = jnp.concatenate([rows.continues_B[1:], jnp.zeros(1, bool)])
+    return local_DB, jnp.where(is_followed_B.reshape(D, -1), M, local_DB)
+
+
+def _expand(x_B: jax.Array, ndim: int) -> jax.Array:
+    return x_B.reshape(-1, *(1,) * (ndim - 1))

@@ -1,0 +1,127 @@
+"""The gated delta rule: transformers' own functions are the truth; chunks, steps, segments and padding agree."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_delta_rule
+
+from qwen_dist.ops.delta_rule import DeltaInputs, delta_rule, unit_lower_inverse
+
+
+def random_inputs(rng: np.random.Generator, B: int, T: int, G: int, R: int, K: int, V: int, gates=(0.01, 1, 40)):
+    return DeltaInputs(
+        rng.standard_normal((B, T, G, K)),
+        rng.standard_normal((B, T, G, K)),
+        rng.standard_normal((B, T, G, R, V)),
+        -rng.exponential(1, (B, T, G, R)) * rng.choice(gates, (B, T, G, R)),
+        rng.uniform(0, 1, (B, T, G, R)),
+    )
+
+
+def torch_truth(inputs: DeltaInputs, monkeypatch) -> tuple[np.ndarray, np.ndarray]:
+    """Run transformers' step form in float64: it casts to float32 by name, which is float64 here."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    q, k, v, g, beta = (torch.from_numpy(np.asarray(x, np.float64)) for x in inputs)
+    B, T, G, R, V = v.shape
+    heads = v.reshape(B, T, G * R, V), g.reshape(B, T, G * R), beta.reshape(B, T, G * R)
+    o, state = torch_recurrent_gated_delta_rule(
+        q, k, *heads, output_final_state=True, use_qk_l2norm_in_kernel=True
+    )
+    return o.numpy().reshape(B, T, G, R, V), state.numpy().reshape(B, G, R, -1, V)
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize("T", [1, 2, 31, 64, 65, 200])
+@pytest.mark.parametrize(("G", "R", "K", "V"), [(2, 3, 16, 8), (1, 1, 8, 24)])
+def test_it_equals_transformers(T, G, R, K, V, monkeypatch):
+    inputs = random_inputs(np.random.default_rng(T), 2, T, G, R, K, V)
+    o, state = torch_truth(inputs, monkeypatch)
+    got_o, got_state = jax.jit(delta_rule)(jax.tree.map(jnp.asarray, inputs))
+    np.testing.assert_allclose(got_o, o, atol=1e-12)
+    np.testing.assert_allclose(got_state, state, atol=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(1, 90), min_size=1, max_size=4),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0.0, 1.0, 1000.0]),
+    st.booleans(),
+)
+def test_packed_sequences_with_padding_equal_each_alone(lengths, seed, gate, has_equal_keys):
+    rng = np.random.default_rng(seed)
+    gaps = rng.integers(0, 9, len(lengths) + 1)
+    total = sum(lengths) + int(gaps.sum())
+    total += -total % 64  # few lengths, so few programs
+    whole = jax.tree.map(np.zeros_like, random_inputs(rng, 1, total, 1, 2, 8, 8))
+    segments, start, alone = np.zeros((1, total), np.int32), int(gaps[0]), []
+    for number, length in enumerate(lengths):
+        part = random_inputs(rng, 1, length, 1, 2, 8, 8, gates=(gate,))
+        if has_equal_keys:
+            part = part._replace(k_BTGK=np.broadcast_to(part.k_BTGK[:, :1], part.k_BTGK.shape))
+        place = slice(start, start + length)
+        for x, one in zip(whole, part, strict=True):
+            x[:, place] = one
+        segments[:, start:] = number
+        alone.append((place, *delta_rule(jax.tree.map(jnp.asarray, part))))
+        start += length + int(gaps[number + 1])
+    o, state = jax.jit(delta_rule)(jax.tree.map(jnp.asarray, whole), None, jnp.asarray(segments))
+    for place, one, last in alone:
+        np.testing.assert_allclose(o[:, place], one, atol=1e-11)
+    np.testing.assert_allclose(state, last, atol=1e-11)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=5), st.integers(0, 2**32 - 1))
+def test_any_split_gives_the_same(lengths, seed):
+    rng = np.random.default_rng(seed)
+    inputs = jax.tree.map(jnp.asarray, random_inputs(rng, 1, sum(lengths), 2, 1, 8, 4))
+    start = jnp.asarray(rng.standard_normal((1, 2, 1, 8, 4)))
+    o, end = delta_rule(inputs, start)
+    outputs, state, position = [], start, 0
+    for length in lengths:
+        part = jax.tree.map(lambda x: x[:, position : position + length], inputs)  # noqa: B023
+        some, state = delta_rule(part, state)
+        outputs.append(some)
+        position += length
+    np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), o, atol=1e-11)
+    np.testing.assert_allclose(state, end, atol=1e-11)
+
+
+@pytest.mark.parametrize("gate", [0.0, 1000.0])
+def test_gradients_are_finite_and_those_of_the_steps(gate):
+    inputs = jax.tree.map(jnp.asarray, random_inputs(np.random.default_rng(0), 1, 70, 1, 2, 8, 8, gates=(gate,)))
+    inputs = jax.tree.map(lambda x: x.at[:, 5].set(0), inputs)  # padding: zero keys, too
+
+    def in_steps(inputs):
+        state, outputs = jnp.zeros((1, 1, 2, 8, 8)), []
+        for t in range(70):
+            o, state = delta_rule(jax.tree.map(lambda x: x[:, t : t + 1], inputs), state)  # noqa: B023
+            outputs.append(o)
+        return jnp.sum(jnp.concatenate(outputs, axis=1) ** 2)
+
+    got = jax.grad(lambda inputs: jnp.sum(delta_rule(inputs)[0] ** 2))(inputs)
+    for x, expected in zip(got, jax.grad(in_steps)(inputs), strict=True):
+        assert jnp.isfinite(x).all()
+        np.testing.assert_allclose(x, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("period", [1, 2])
+def test_the_inverse_is_accurate_where_keys_repeat(period):
+    """Sums of powers of L have errors of 1 to 1e8 here."""
+    rng = np.random.default_rng(0)
+    keys = rng.standard_normal((period, 16))
+    keys = np.resize(keys / np.linalg.norm(keys, axis=1, keepdims=True), (64, 16))
+    lower = np.tril(keys @ keys.T, -1)
+    exact = np.linalg.inv(np.eye(64) + lower)
+    got = np.asarray(unit_lower_inverse(jnp.asarray(lower, jnp.float32)))
+    assert np.abs(got - exact).max() <= 1e-6 * np.abs(exact).max()
