@@ -28,6 +28,7 @@ from qwen_dist.config import (
     parse_bytes,
 )
 from qwen_dist.errors import UsageError, UserError
+from qwen_dist.outputs import Written, check_paths
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -524,6 +525,8 @@ def _batch(options: argparse.Namespace, overrides: list[str]) -> int:
     values = _config_values(options, *names, "chart", "metrics_port", "profile")
     config = load_config(BatchConfig, options.config, overrides, values, _DEMO_MODEL)
     with _joined(options, config, num_replicas=config.num_replicas, input=config.input) as processes:
+        if processes.is_main:
+            _check_batch_paths(config, options.config)
         start_jax(options.num_cpu_devices, config.model.dtype)
         processes.check_devices()
         # Ctrl-C handling is for one process only: several would have to stop at the same record.
@@ -531,6 +534,22 @@ def _batch(options: argparse.Namespace, overrides: list[str]) -> int:
             summary = _run_shard(config, processes, stopped, quiet=options.json or not processes.is_main)
             _print_summary(summary, config.output, as_json=options.json)
             return _EXIT_INTERRUPTED if stopped() else 0
+
+
+def _check_batch_paths(config: BatchConfig, config_file: str | None) -> None:
+    from qwen_dist.batch.manifest import check_manifest
+    from qwen_dist.batch.output import paths_written
+
+    written = paths_written(config.output)
+    written.append(Written("--chart", config.chart, is_page=True))
+    written.append(Written("--profile", config.profile, is_directory=True))
+    check_paths({"--input": config.input} | _paths_read(config.model, config_file), written)
+    check_manifest(config.output)
+
+
+def _paths_read(model: ModelOptions, config_file: str | None = None) -> dict[str, str]:
+    """Return the paths that a command reads besides its data, by flag."""
+    return {"--model": model.path, "--adapter": model.adapter or "", "--config": (config_file or "").partition(":")[0]}
 
 
 @contextlib.contextmanager
@@ -554,7 +573,7 @@ def _catch_interrupt() -> Iterator[Callable[[], bool]]:
 def _run_shard(config: BatchConfig, processes: Processes, stopped: Callable[[], bool], *, quiet: bool) -> BatchSummary:
     """Run this process's shard of a batch. On process 0 the summary counts all processes."""
     from qwen_dist.batch.manifest import result_settings, write_manifest
-    from qwen_dist.batch.run import run_batch
+    from qwen_dist.batch.run import BatchSummary, run_batch
     from qwen_dist.batch.shard import open_shard
     from qwen_dist.engine.open import open_engine
     from qwen_dist.runtime.distributed import assign_replica
@@ -584,6 +603,8 @@ def _run_shard(config: BatchConfig, processes: Processes, stopped: Callable[[], 
                 progress=progress,
                 announce=_announcer(processes, quiet=quiet),
             )
+        if processes.is_main:
+            write_manifest(config, settings, BatchSummary(num_before=results.num_before), is_complete=False)
         with _batch_progress(config.input, results.num_before, quiet=quiet) as show:
 
             def report(summary: BatchSummary, stats: EngineStats) -> None:
@@ -619,14 +640,13 @@ def _monitors(
 ) -> Iterator[Callable[[BatchSummary, EngineStats], None]]:
     """Yield the callback for the monitors that the configuration enables: metrics, profile, chart; print a final table."""
     from qwen_dist.batch.metrics import metrics_server
-    from qwen_dist.batch.series import TimeSeries, check_chart, write_chart
+    from qwen_dist.batch.series import TimeSeries, write_chart
     from qwen_dist.engine.profile import profiling
 
     series = TimeSeries()
     with contextlib.ExitStack() as stack:
         watches: list[Callable[[BatchSummary, EngineStats], None]] = [series.add]
         if processes.is_main and config.chart:
-            check_chart(config.chart)
             stack.callback(write_chart, config.chart, series)
         if processes.is_main and config.metrics_port is not None:
             watches.append(stack.enter_context(metrics_server(config.metrics_port)))
@@ -801,6 +821,8 @@ def _export(options: argparse.Namespace, overrides: list[str]) -> int:
     values = _config_values(options)
     config = load_config(_ModelConfig, None, overrides, values)
     with _joined(options, config, output=options.output) as processes:
+        if processes.is_main:
+            check_paths(_paths_read(config.model), [Written("--output", options.output, is_directory=True)])
         start_jax(options.num_cpu_devices, config.model.dtype)
         processes.check_devices()
         from qwen_dist.checkpoint.model import export_model
@@ -831,6 +853,7 @@ def _parity(options: argparse.Namespace, overrides: list[str]) -> int:
     from qwen_dist.parity.report import print_report
     from qwen_dist.parity.run import ParityOptions, run_parity
 
+    check_paths(_paths_read(config.model), [Written("--report", options.report or "", is_page=True)])
     parity_options = ParityOptions(
         model=config.model.path,
         dtype=config.model.dtype,
@@ -900,6 +923,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     from qwen_dist.planning.chips import Topology
 
     topology = Topology.parse(options.topology)
+    check_paths(_paths_read(config.model), [Written("--chart", options.chart or "", is_page=True)])
     start_jax(topology.num_devices if topology.is_cpu else 1, config.model.dtype, use_compilation_cache=topology.is_cpu)
     from qwen_dist.planning.plan import compile_plan, make_capacity_plan, parse_layers
     from qwen_dist.planning.report import print_plan, to_json, write_chart

@@ -5,6 +5,7 @@ Every JSON file that is not written by the run itself is read here, so that a da
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import pathlib
@@ -110,8 +111,8 @@ def parse_json(raw: bytes, *, max_depth: int = MAX_DEPTH) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        counts = collections.Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counts.items() if count > 1)
         raise JsonError(f"the key {printable(repr(twice), 80)} occurs twice in one object")
     return entries
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
@@ -12,7 +11,7 @@ from typing import Any, Protocol
 from qwen_dist.batch.jsonl import BatchRecord, InvalidRecord, error_line, result_line
 from qwen_dist.engine.engine import Engine, EngineStats
 from qwen_dist.engine.request import Request, RequestOutput, SamplingParams, TokenLogprob
-from qwen_dist.errors import UsageError, UserError
+from qwen_dist.errors import UserError
 from qwen_dist.tokenizer import Tokenizer
 
 # How often `report` is called.
@@ -49,12 +48,6 @@ class _PendingResult:
     record: BatchRecord
     text: str = ""
     logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
-
-
-def check_paths(input: str, output: str) -> None:
-    """Raise UsageError if writing the output would overwrite the input."""
-    if os.path.exists(output) and os.path.exists(input) and os.path.samefile(input, output):
-        raise UsageError(f"input and output are the same file, {input}; name another output")
 
 
 def run_batch(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import html
-import os
 
 from qwen_dist.batch.run import BatchSummary
 from qwen_dist.engine.engine import EngineStats
@@ -55,12 +54,6 @@ class TimeSeries:
         """Return (seconds, growth per second of a total) for each interval between two samples."""
         pairs = [(a, b) for a, b in zip(self.samples, self.samples[1:], strict=False) if b.seconds > a.seconds]
         return [(b.seconds, (getattr(b, name) - getattr(a, name)) / (b.seconds - a.seconds)) for a, b in pairs]
-
-
-def check_chart(path: str) -> None:
-    """Raise UserError if the chart's directory does not exist."""
-    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-        raise UserError(f"cannot write the chart {path}: its directory does not exist; create it, or name another")
 
 
 def write_chart(path: str, series: TimeSeries) -> None:

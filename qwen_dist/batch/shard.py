@@ -15,7 +15,7 @@ import numpy as np
 
 from qwen_dist.batch.jsonl import BatchRecord, InvalidRecord, read_records
 from qwen_dist.batch.output import OutputFile
-from qwen_dist.batch.run import BatchSummary, check_paths
+from qwen_dist.batch.run import BatchSummary
 from qwen_dist.runtime.control import ControlChannel, Message
 from qwen_dist.runtime.distributed import Processes, Replica
 
@@ -68,7 +68,6 @@ def open_shard(
     Raises:
       UserError: the files cannot be used.
     """
-    check_paths(input, output)
     if processes.is_main:
         order = (lambda: read_records(input)) if keep_order else None
         records = read_records(input)

@@ -8,6 +8,7 @@ complete old checkpoint or the complete new one.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -15,7 +16,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,11 @@ from qwen_dist.checkpoint.plan import Chunk, Parameter, Shard, chunk_boxes, coun
 from qwen_dist.checkpoint.safetensors import LENGTH_BYTES, TensorInfo, build_header, dtype_name, parse_header
 from qwen_dist.checkpoint.source import Checkpoint, read_header
 from qwen_dist.checkpoint.sync import sync_processes
-from qwen_dist.errors import CheckpointError
+from qwen_dist.errors import CheckpointError, UserError, printable
+from qwen_dist.outputs import run_lock
 
+# In a staging directory: it is one, and may be removed.
+_STAGING_MARKER = ".qwen_dist_saving"
 MAX_SHARD_BYTES = 5_000_000_000
 # Files that `transformers` and this project's tokenizer read in addition to weights and config.json.
 EXTRA_FILE_NAMES = (
@@ -115,28 +119,38 @@ def save(
     Raises:
       CheckpointError: the output exists or cannot be written; it is left unchanged.
     """
-    target = Path(os.path.abspath(output))
+    target = Path(os.path.realpath(output))  # a link stays, and what it leads to is replaced
     staging = target.with_name(f".{target.name}.saving")
     shapes = {name: array.shape for name, array in arrays.items()} | dict(disk_shapes or {})
     names = name_tensors(shapes, prefix=prefix, fused_experts=fused_experts)
     dtypes = {name: _saved_dtype(array, dtype) for name, array in arrays.items()}
     files = _plan_files(names, dtypes, max_shard_bytes)
-    try:
+    with contextlib.ExitStack() as stack, _write_errors(target):
         with sync_processes("preparing to save") as sync_point:
             sync_point.digest = repr(sorted((file.name, file.size, sorted(file.tensors)) for file in files))
             if jax.process_index() == 0:
-                _create_staging(target, staging, files, overwrite)
+                stack.enter_context(run_lock(str(target.with_name(f".{target.name}.lock")), str(target)))
+                _check_target(target, overwrite)
+                _create_staging(staging, files)
+                stack.callback(shutil.rmtree, staging, ignore_errors=True)
         with sync_processes("saving"):
             _write_local_shards(arrays, dtypes, names, files, staging, host_memory_budget, progress)
         with sync_processes("finishing the save"):
             if jax.process_index() == 0:
                 _write_metadata(staging, files, _saved_config(config, dtypes), extra_files or {})
+                _keep_other_files(target, staging)
                 _commit(staging, target)
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}.") from error
-    finally:
-        if jax.process_index() == 0:
-            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _write_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = error.strerror or error if isinstance(error, OSError) else error
+        raise CheckpointError(f"{printable(target)} cannot be written: {reason}.") from error
 
 
 def _saved_dtype(array: jax.Array, dtype: np.dtype | None) -> np.dtype:
@@ -184,8 +198,10 @@ def _natural_key(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _create_staging(target: Path, staging: Path, files: list[_OutputFile], overwrite: bool) -> None:
-    """Create the staging directory with all files, each with its header and full size."""
+def _check_target(target: Path, overwrite: bool) -> None:
+    """Raise CheckpointError if the target exists and may not be replaced."""
+    if target == target.parent:
+        raise CheckpointError(f"{target} is the root of the file system; choose another output.")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         if not overwrite:
             raise CheckpointError(f"{target} exists; choose another output, or pass --overwrite (overwrite=True).")
@@ -194,9 +210,18 @@ def _create_staging(target: Path, staging: Path, files: list[_OutputFile], overw
                 f"{target} is not a checkpoint directory and will not be replaced; choose another output."
             )
     target.parent.mkdir(parents=True, exist_ok=True)
-    if staging.exists():  # left by a save that was killed
-        shutil.rmtree(staging)
+
+
+def _create_staging(staging: Path, files: list[_OutputFile]) -> None:
+    """Create the staging directory with all files, each with its header and full size."""
+    if staging.is_symlink():
+        staging.unlink()
+    elif (staging / _STAGING_MARKER).is_file() or (staging.is_dir() and not any(staging.iterdir())):
+        shutil.rmtree(staging)  # left by a save that was killed
+    elif staging.exists():
+        raise CheckpointError(f"{staging} is in the way and was not made by qwen-dist: move it away.")
     staging.mkdir()
+    (staging / _STAGING_MARKER).touch()
     for file in files:
         with open(staging / file.name, "wb") as handle:
             handle.write(file.header)
@@ -306,13 +331,43 @@ def _saved_config(config: Mapping[str, Any], dtypes: Mapping[str, np.dtype]) -> 
     return saved
 
 
+def _is_of_checkpoint(name: str) -> bool:
+    """Return whether a file belongs to a checkpoint, so that the new checkpoint's files take its place."""
+    return name in ("config.json", INDEX_NAME, _STAGING_MARKER, *EXTRA_FILE_NAMES) or name.endswith(".safetensors")
+
+
+def _keep_other_files(target: Path, staging: Path) -> None:
+    """Take over what else lies in a checkpoint's directory, such as notes, by hard links or as copies."""
+    for path in target.iterdir() if target.is_dir() else ():
+        if _is_of_checkpoint(path.name) or (staging / path.name).exists():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, staging / path.name, symlinks=True, copy_function=_link_or_copy)
+        else:
+            _link_or_copy(path, staging / path.name)
+
+
+def _link_or_copy(source: str | Path, destination: str | Path) -> None:
+    try:
+        os.link(source, destination, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, destination, follow_symlinks=False)
+
+
 def _commit(staging: Path, target: Path) -> None:
     """Rename the finished directory to the target in one step. `save` then removes the old one."""
     _fsync(staging)
     if target.exists() and any(target.iterdir()):
-        _swap_directories(staging, target)
+        (target / _STAGING_MARKER).touch()  # it becomes the staging directory, and may be removed
+        try:
+            _swap_directories(staging, target)
+        except CheckpointError:
+            (target / _STAGING_MARKER).unlink()
+            raise
     else:
         os.rename(staging, target)
+    # Until now a killed save could be told by it.
+    (target / _STAGING_MARKER).unlink()
     _fsync(target.parent)
 
 

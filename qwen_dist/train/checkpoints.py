@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import logging
+import os
 import pathlib
-from collections.abc import Mapping
+import resource
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qwen_dist.errors import UserError
+import jax
+
+from qwen_dist.errors import UserError, printable
 from qwen_dist.train.step import TrainState
 
 
@@ -21,6 +28,9 @@ class Checkpoints:
           keep: how many of the newest checkpoints stay.
           keep_best: also keep the checkpoint with the lowest loss given to `save`.
         """
+        # A failed write is reported by `_written`; Orbax would log its traceback, too.
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -60,7 +70,9 @@ class Checkpoints:
         args = self._args.Composite(
             state=self._args.StandardSave(state._asdict()), position=self._args.JsonSave(dict(position))
         )
-        self._manager.save(step, args=args, metrics=None if loss is None else {"loss": loss})
+        with self._written():
+            _check_space(pathlib.Path(self._manager.directory), state)
+            self._manager.save(step, args=args, metrics=None if loss is None else {"loss": loss})
 
     def position(self) -> dict[str, Any]:
         """Return the position of the newest checkpoint.
@@ -84,10 +96,62 @@ class Checkpoints:
     def _restore(self, **items: Any) -> Any:
         try:
             return self._manager.restore(self.latest, args=self._args.Composite(**items))
-        except (ValueError, KeyError, OSError) as error:
+        except Exception as error:  # the reader of a damaged file can raise anything
             where = self._manager.directory / str(self.latest)
-            raise UserError(f"the checkpoint {where} cannot be restored: {error}") from error
+            reason = _reason(error)
+            raise UserError(f"the checkpoint {where} cannot be restored ({type(error).__name__}: {reason})") from error
+
+    def set_aside(self, step: int) -> pathlib.Path:
+        """Rename the folder of a checkpoint so that it is none any more, and return its new path.
+
+        Every process calls this, and `reload` when all have; the first one renames.
+        """
+        folder = pathlib.Path(self._manager.directory) / str(step)
+        moved = folder.parent.with_name(f"damaged-checkpoint-{step}")
+        number = 1
+        while moved.exists():
+            number += 1
+            moved = moved.with_name(f"damaged-checkpoint-{step}-{number}")
+        if jax.process_index() == 0:
+            try:
+                folder.rename(moved)
+            except OSError as error:
+                raise UserError(f"{folder} cannot be renamed: {error.strerror}") from error
+        return moved
+
+    def reload(self) -> None:
+        """Look at the directory again, after another process has changed it."""
+        self._manager.reload()
 
     def close(self) -> None:
-        """Wait for the background writes and release the directory."""
-        self._manager.close()
+        """Wait for the background writes and release the directory. Raises UserError if one failed."""
+        with self._written():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        """Turn what a failed write raises, now or after it was started, into one sentence."""
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore have no common error class
+            reason = _reason(error)
+            raise UserError(
+                f"a checkpoint cannot be written to {self._manager.directory} ({type(error).__name__}: {reason}): free "
+                "some disk space and run the same command again; it resumes from the newest whole checkpoint"
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the end of an error's first line: TensorStore puts the cause last, after the path of every layer."""
+    return printable(str(error).strip().split("\n")[0].split(": ")[-1], 200)
+
+
+def _check_space(directory: pathlib.Path, state: TrainState) -> None:
+    """Raise OSError if a checkpoint cannot fit, even compressed to half its size. Otherwise the write will tell."""
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    system = os.statvfs(directory)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    free = system.f_bavail * system.f_frsize
+    available = free if limit == resource.RLIM_INFINITY else min(free, limit)
+    if available < needed / 2:
+        raise OSError(errno.ENOSPC, f"it has {needed:,} bytes, and {available:,} can be written")

@@ -25,12 +25,13 @@ from qwen_dist.checkpoint.model import LoadedModel, load_model
 from qwen_dist.checkpoint.save import EXTRA_FILE_NAMES, save
 from qwen_dist.checkpoint.sync import sync_processes
 from qwen_dist.config import FinetuneConfig, LoraOptions
-from qwen_dist.errors import UsageError, UserError
+from qwen_dist.errors import UsageError, UserError, printable
 from qwen_dist.mesh import MeshConfig, make_mesh, training_mesh
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.parameters import abstract_parameters, disk_shapes
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.ops.matmul import accum_dtype
+from qwen_dist.outputs import Marker, Written, check_paths, run_lock
 from qwen_dist.sharding import TRAIN, ShardingContext
 from qwen_dist.tokenizer import Tokenizer
 from qwen_dist.train.batches import BatchIterator, TrainBatch, evaluation_batches, rows_per_epoch, training_batches
@@ -49,6 +50,12 @@ _RESUMABLE_CHANGES = frozenset(
         "mesh output steps epochs remat num_microbatches save_every max_to_keep keep_best eval_every tensorboard overwrite"
     ).split()
 )
+
+
+RUN_MARKER = Marker("qwen_dist_run.json", "training run", 1)
+# What a run writes into its directory, and --overwrite removes.
+_RUN_DIRECTORIES = ("checkpoints", "tensorboard", "adapter", "model")
+_RUN_FILES = ("metrics.jsonl", "loss.html", "batch-*.npz")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +114,11 @@ def prepare(config: FinetuneConfig) -> RunInputs:
     Raises:
       UserError: the model or the data cannot be used, or they do not fit together.
     """
+    files, eval_files = find_data_files(config.data.files), find_data_files(config.data.eval_files)
+    check_paths(
+        {"--model": config.model.path, "--adapter": config.model.adapter, "--data": files, "--eval-data": eval_files},
+        [Written("--output", config.output, is_directory=True)],
+    )
     directory = local_directory(config.model.path, weights=config.model.load_format != "dummy")
     model = ModelConfig.from_directory(directory, config.model.ignored_keys)
     if config.data.max_length > model.max_position_embeddings:
@@ -117,12 +129,12 @@ def prepare(config: FinetuneConfig) -> RunInputs:
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {model.vocab_size}")
 
-    def examples(patterns: tuple[str, ...]) -> Examples:
-        records = read_train_records(find_data_files(patterns), raw=config.data.raw)
+    def examples(files: list[str]) -> Examples:
+        records = read_train_records(files, raw=config.data.raw)
         return make_examples(records, tokenizer, max_length=config.data.max_length, bad_records=config.data.bad_records)
 
-    training = examples(config.data.files)
-    evaluation = examples(config.data.eval_files) if config.data.eval_files else None
+    training = examples(files)
+    evaluation = examples(eval_files) if eval_files else None
     num_steps = config.steps or math.ceil(config.epochs * rows_per_epoch(training, config.data) / config.batch_size)
     return RunInputs(config, directory, tokenizer, model, training, evaluation, num_steps)
 
@@ -145,32 +157,92 @@ def finetune(
     Raises:
       UserError: the output belongs to another run, the model cannot be loaded, or the loss is not finite.
     """
-    config = inputs.config
-    output = pathlib.Path(config.output)
-    with sync_processes("preparing the output"):
-        if jax.process_index() == 0:
-            _prepare_output(output, overwrite=config.overwrite)
-    with contextlib.closing(
-        Checkpoints(output / "checkpoints", keep=config.max_to_keep, keep_best=config.keep_best)
-    ) as checkpoints:
-        found = checkpoints.latest
-        position = checkpoints.position() if found is not None else None
-        if position is not None:
-            _check_same_run(position["run"], fingerprint(inputs))
-        setup = set_up(inputs, load_progress)
-        state = setup.trainer.init_state() if position is None else checkpoints.restore(setup.trainer.abstract_state())
-        batches = training_batches(inputs.training, config.data, config.batch_size)
-        if position is not None:
-            log(f"resuming after step {found} of {inputs.num_steps}")
-            batches.set_state(position["data"])
-        metrics_log = MetricsLog(output, done=found or 0, tensorboard=config.tensorboard, is_first=jax.process_index() == 0)
+    config, output = inputs.config, pathlib.Path(inputs.config.output)
+    with contextlib.ExitStack() as stack:
+        with sync_processes("preparing the output"):
+            if jax.process_index() == 0:
+                is_run = _open_output(output)
+                stack.enter_context(run_lock(str(output / "run.lock"), str(output), log))
+        # An earlier run is removed only after everything that this one reads has been read.
+        setup = set_up(inputs, load_progress) if config.overwrite else None
+        if setup is not None:
+            with sync_processes("removing the earlier run"):
+                if jax.process_index() == 0 and is_run:
+                    _remove_run(output)
+        checkpoints = stack.enter_context(
+            contextlib.closing(Checkpoints(output / "checkpoints", keep=config.max_to_keep, keep_best=config.keep_best))
+        )
+        start = _Start(inputs, checkpoints, log)
+        setup = setup or set_up(inputs, load_progress)
+        state, batches, found = start.restore(setup)
+        metrics_log = MetricsLog(
+            output, done=found, tensorboard=config.tensorboard, is_first=jax.process_index() == 0, log=log
+        )
         with contextlib.closing(metrics_log), _sigterm_event() as stop_requested:
             loop = _TrainLoop(inputs, setup, checkpoints, metrics_log, callback, stop_requested)
-            state, step = loop.train(state, batches, found or 0)
+            state, step = loop.train(state, batches, found)
         if step < inputs.num_steps:
             return TrainSummary(step, loop.loss, loop.eval_loss, True, "")
         result = _write_result(inputs, setup, state, log)
     return TrainSummary(step, loop.loss, loop.eval_loss, False, str(result))
+
+
+class _Start:
+    """Where a run starts: after the newest checkpoint that can be read, or from the beginning."""
+
+    def __init__(self, inputs: RunInputs, checkpoints: Checkpoints, log: Callable[[str], None]):
+        """Read the position of the newest whole checkpoint. Raises UserError if it is that of another run."""
+        self._inputs, self._checkpoints, self._log = inputs, checkpoints, log
+        self._damaged: list[str] = []
+        self._position = self._newest(lambda: checkpoints.position())
+        if self._position is not None:
+            _check_same_run(self._position["run"], fingerprint(inputs))
+
+    def restore(self, setup: TrainSetup) -> tuple[TrainState, BatchIterator, int]:
+        """Return the state, the data from there on, and the number of steps done.
+
+        Raises:
+          UserError: there are checkpoints, and none can be read.
+        """
+        config, trainer = self._inputs.config, setup.trainer
+
+        def read() -> tuple[TrainState, Any]:
+            return self._checkpoints.restore(trainer.abstract_state()), self._checkpoints.position()
+
+        batches = training_batches(self._inputs.training, config.data, config.batch_size)
+        found = self._newest(read)
+        if found is None:
+            return trainer.init_state(), batches, 0
+        state, position = found
+        step = self._checkpoints.latest or 0
+        self._log(f"resuming after step {step} of {self._inputs.num_steps}")
+        batches.set_state(position["data"])
+        return state, batches, step
+
+    def _newest(self, read: Callable[[], Any]) -> Any:
+        """Return what `read` returns of the newest checkpoint that it can read on all processes; None without checkpoints.
+
+        Damaged ones are set aside, so that the run writes new ones in their place.
+        """
+        while (step := self._checkpoints.latest) is not None:
+            value, problem = None, ""
+            try:
+                value = read()
+            except UserError as error:
+                problem = str(error)
+            if not _any_process(bool(problem)):
+                return value
+            with sync_processes("leaving out a damaged checkpoint"):
+                moved = self._checkpoints.set_aside(step)
+            self._checkpoints.reload()
+            self._damaged.append(problem or f"the checkpoint of step {step} cannot be read by another process")
+            self._log(f"{self._damaged[-1]}; it is left out, and is now {moved}")
+        if self._damaged:
+            raise UserError(
+                f"{self._damaged[-1]}, and there is no other: remove {self._inputs.config.output}, or use --overwrite, to "
+                "start over"
+            )
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -405,15 +477,31 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _prepare_output(output: pathlib.Path, *, overwrite: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"output {output} is a file; it must be a directory")
-    is_run = (output / "checkpoints").is_dir()
-    if output.exists() and any(output.iterdir()) and not is_run:
-        raise UsageError(f"output {output} is not empty and has no training run; use another directory")
-    if overwrite and is_run:
-        shutil.rmtree(output)
-    output.mkdir(parents=True, exist_ok=True)
+def _open_output(output: pathlib.Path) -> bool:
+    """Create the directory of a run, or open that of an earlier one. Returns whether there was one."""
+    try:
+        is_run = RUN_MARKER.check(output, "--output")
+        output.mkdir(parents=True, exist_ok=True)
+        if not is_run:
+            RUN_MARKER.write(output)
+    except OSError as error:
+        raise UsageError(f"--output {printable(output)} cannot be written: {error.strerror}") from None
+    return is_run
+
+
+def _remove_run(output: pathlib.Path) -> None:
+    """Remove what an earlier run has written; other files in its directory stay."""
+    try:
+        for name in _RUN_DIRECTORIES:
+            if (output / name).is_symlink():
+                (output / name).unlink()
+            elif (output / name).is_dir():
+                shutil.rmtree(output / name)
+        for pattern in _RUN_FILES:
+            for path in output.glob(pattern):
+                path.unlink()
+    except OSError as error:
+        raise UserError(f"the earlier run in {printable(output)} cannot be removed: {error.strerror}") from None
 
 
 def _write_result(inputs: RunInputs, setup: TrainSetup, state: TrainState, log: Callable[[str], None]) -> pathlib.Path:

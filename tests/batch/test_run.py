@@ -9,12 +9,11 @@ import pytest
 from qwen_dist.batch import run
 from qwen_dist.batch.jsonl import BatchRecord, read_records
 from qwen_dist.batch.output import OutputFile
-from qwen_dist.batch.run import BatchSummary, check_paths, run_batch
+from qwen_dist.batch.run import BatchSummary, run_batch
 from qwen_dist.config import ModelOptions, SamplingOptions
 from qwen_dist.engine.engine import TAKEN_AHEAD
 from qwen_dist.engine.open import open_engine
 from qwen_dist.engine.request import Request
-from qwen_dist.errors import UsageError
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "def is_prime(n):"}]
 LINES = [
@@ -247,13 +246,3 @@ def test_progress_only_grows(answer, monkeypatch):
 
 def test_an_empty_file(answer):
     assert answer([""]) == ([], BatchSummary(seconds=pytest.approx(0, abs=1)))
-
-
-def test_overwriting_the_input_is_refused(tmp_path):
-    input = tmp_path / "in.jsonl"
-    input.write_text("{}\n")
-    (tmp_path / "link.jsonl").symlink_to(input)
-    for output in (input, tmp_path / "link.jsonl", tmp_path / "." / "in.jsonl"):
-        with pytest.raises(UsageError, match="input and output are the same file"):
-            check_paths(str(input), str(output))
-    assert input.read_text() == "{}\n"

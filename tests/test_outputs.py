@@ -1,0 +1,327 @@
+"""Nothing is lost: what may be replaced or removed, what may be written where, and who writes to an output."""
+
+import json
+import os
+import pathlib
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+from safetensors.numpy import load_file
+
+from qwen_dist.cli import main
+from qwen_dist.errors import UsageError, UserError
+from qwen_dist.outputs import Written, check_paths, run_lock
+
+DEMO = pathlib.Path(__file__).parents[1] / "qwen_dist" / "demo" / "model"
+CHAT = {"messages": [{"role": "user", "content": "What is 2?"}, {"role": "assistant", "content": "Two."}]}
+
+
+@pytest.fixture
+def failed(capsys):
+    """Run a command that must fail in one short line; returns its exit code and the line."""
+
+    def failed(*arguments) -> tuple[int, str]:
+        code = main(list(map(str, arguments)))
+        error = capsys.readouterr().err
+        assert code in (1, 2) and len(error) < 1500 and len(error.splitlines()) == 1, error
+        return code, error
+
+    return failed
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"id": str(n), "prompt": f"Which is larger, 3 or {n}?"}) + "\n" for n in range(40)))
+    return path
+
+
+@pytest.fixture
+def chats(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(20 * (json.dumps(CHAT) + "\n"))
+    return path
+
+
+def files_of(directory: pathlib.Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+# --- paths ---
+
+
+def test_every_conflict_is_listed(tmp_path):
+    (tmp_path / "in.jsonl").write_text("1")
+    os.link(tmp_path / "in.jsonl", tmp_path / "hard.jsonl")
+    (tmp_path / "soft.jsonl").symlink_to("in.jsonl")
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    read = {"--input": str(tmp_path / "in.jsonl"), "--model": str(tmp_path / "run" / "model")}
+    written = [
+        Written("--output", str(tmp_path / "hard.jsonl")),
+        Written("--chart", str(tmp_path / "soft.jsonl")),
+        Written("--profile", str(tmp_path / "run"), is_directory=True),
+        Written("--report", str(tmp_path / "none" / "page.html")),
+        Written("--more", "s3://bucket/x"),
+    ]
+    with pytest.raises(UsageError) as error:
+        check_paths(read, written)
+    message = str(error.value)
+    for part in (
+        f"--input {tmp_path}/in.jsonl is the same as --output",
+        f"--input {tmp_path}/in.jsonl is the same as --chart",
+        f"--output {tmp_path}/hard.jsonl and --chart {tmp_path}/soft.jsonl are the same file",
+        f"--model {tmp_path}/run/model is inside --profile",
+        f"--report {tmp_path}/none/page.html cannot be written: there is no directory {tmp_path}/none",
+    ):
+        assert part in message
+    check_paths({"--input": "s3://bucket/y"}, written[-1:])
+    with pytest.raises(UsageError, match="are both s3"):
+        check_paths({"--input": "s3://bucket/x"}, written[-1:])
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "file/below", "/", "/proc/x/y", "."])
+@pytest.mark.parametrize("verb", ["finetune", "export", "batch"])
+def test_places_that_cannot_be_written(failed, tmp_path, prompts, chats, verb, name, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    inputs = {"finetune": ("--data", chats), "export": (), "batch": ("--input", prompts)}[verb]
+    before = files_of(tmp_path)
+    code, _ = failed(verb, "--model", DEMO, *inputs, "--output", name)
+    assert code in (1, 2) and files_of(tmp_path) == before
+
+
+# --- batch ---
+
+
+@pytest.mark.parametrize("role", ["output", "chart", "journal", "manifest", "partial", "lock"])
+def test_batch_does_not_write_over_its_input(failed, tmp_path, prompts, role):
+    output, chart = tmp_path / "out.jsonl", tmp_path / "chart.html"
+    name = {"journal": "out.jsonl.journal", "manifest": "out.jsonl.manifest.json", "partial": "out.jsonl.partial"}
+    name |= {"lock": "out.jsonl.lock", "output": "out.jsonl", "chart": "chart.html"}
+    shutil.copy(prompts, tmp_path / name[role])
+    before = files_of(tmp_path)
+    flags = ("--input", tmp_path / name[role], "--output", output, "--chart", chart, "--overwrite")
+    code, error = failed("batch", "--model", DEMO, *flags)
+    assert code == 2 and ("--input" in error or role == "chart") and files_of(tmp_path) == before
+
+
+def test_the_lines_of_a_compressed_output_are_not_an_input(failed, tmp_path, prompts):
+    input = tmp_path / "w.gz.jsonl"
+    shutil.move(prompts, input)
+    before = files_of(tmp_path)
+    code, error = failed("batch", "--model", DEMO, "--input", input, "--output", tmp_path / "w.gz", "--overwrite")
+    assert code == 2 and "--input" in error and files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("out.jsonl.journal", b"my diary, which is longer than an entry"),
+        ("out.jsonl.journal", b"short"),
+        ("out.jsonl.manifest.json", b'{"my": "file"}'),
+        ("out.jsonl.manifest.json", b"not JSON"),
+        ("out.jsonl.lock", b"keys"),
+        ("chart.html", b"notes"),
+    ],
+)
+def test_files_of_others_are_not_replaced(failed, tmp_path, prompts, name, content):
+    (tmp_path / name).write_bytes(content)
+    flags = ("--output", tmp_path / "out.jsonl", "--chart", tmp_path / "chart.html", "--overwrite")
+    failed("batch", "--model", DEMO, "--input", prompts, *flags)
+    assert (tmp_path / name).read_bytes() == content
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    failed("batch", "--model", DEMO, "--input", prompts, *flags)
+
+
+def test_changed_settings_are_named(failed, tmp_path, prompts):
+    base = ("batch", "--model", DEMO, "--input", prompts, "--output", tmp_path / "out.jsonl", "--json")
+    assert main(list(map(str, (*base, "--max-new-tokens", 4)))) == 0
+    _, error = failed(*base, "--max-new-tokens", 5, "--temperature", 0.5)
+    assert "sampling.max_new_tokens was 4 and is now 5" in error and "sampling.temperature was" in error
+    assert "--overwrite" in error
+
+
+def test_a_second_writer_is_refused(failed, tmp_path, prompts):
+    output = tmp_path / "out.jsonl"
+    program = f"""
+import sys
+from qwen_dist.batch.output import OutputFile
+with OutputFile({str(output)!r}):
+    print("open", flush=True)
+    sys.stdin.read()
+"""
+    holder = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"open\n"
+        code, error = failed("batch", "--model", DEMO, "--input", prompts, "--output", output)
+        assert code == 1 and f"is in use by process {holder.pid} on " in error
+        holder.kill()  # the lock is released with its process
+        holder.wait()
+        with run_lock(f"{output}.lock", str(output)):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    assert not (tmp_path / "out.jsonl.lock").exists()
+
+
+# --- finetune ---
+
+
+def finetune(output, chats, *flags) -> list[str]:
+    sizes = ("--steps", 2, "--batch-size", 2, "--config.data.max_length=64", "--config.optimizer.warmup_steps=1")
+    sizes += ("--config.save_every=1", "--mesh", "data=1", "--dtype", "float32")
+    return list(map(str, ("finetune", "--model", DEMO, "--data", chats, "--output", output, "--json", *sizes, *flags)))
+
+
+def test_only_a_run_is_replaced(failed, tmp_path, chats, capsys):
+    """A run that exists is replaced; its directory's other files stay, and other directories are not touched."""
+    foreign = tmp_path / "thesis"
+    (foreign / "checkpoints").mkdir(parents=True)
+    (foreign / "thesis.txt").write_text("four years")
+    (foreign / "checkpoints" / "one").write_text("x")
+    before = files_of(foreign)
+    code, error = failed(*finetune(foreign, chats, "--overwrite"))
+    assert code == 2 and "nothing in it is changed" in error and files_of(foreign) == before
+
+    run = tmp_path / "run"
+    assert main(finetune(run, chats)) == 0
+    (run / "notes.txt").write_text("keep me")
+    for flags in (("--model", run / "adapter"), ("--adapter", run / "adapter"), ("--data", run / "notes.txt")):
+        before = files_of(run)
+        code, error = failed(*finetune(run, chats, "--overwrite", *flags))
+        assert code == 2 and f"{flags[0]} {flags[1]} is inside --output" in error and files_of(run) == before
+    (run / "batch-7.npz").write_text("of a step that failed")
+    assert main(finetune(run, chats, "--overwrite")) == 0
+    assert (run / "notes.txt").read_text() == "keep me" and not (run / "batch-7.npz").exists()
+    marker = run / "qwen_dist_run.json"
+    marker.write_text(marker.read_text().replace("1", "2"))
+    code, error = failed(*finetune(run, chats, "--overwrite"))
+    assert "version 2" in error
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what Orbax leaves of a failed restore
+def test_damaged_checkpoints_and_metrics(tmp_path, chats, capsys):
+    """The newest whole checkpoint is taken; without one, a sentence says what to do."""
+    run, aside = tmp_path / "run", tmp_path / "aside"
+    assert main(finetune(run, chats)) == 0
+    result = load_file(run / "adapter" / "adapter_model.safetensors")
+    shutil.copytree(run, aside)
+
+    cut_largest(run / "checkpoints" / "2")
+    shutil.rmtree(run / "adapter")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_bytes(lines[0].encode() + b"\n{}\n" + bytes(20) + b"\n")
+    capsys.readouterr()
+    assert main([*finetune(run, chats), "--debug"]) == 0
+    assert (run / "damaged-checkpoint-2").is_dir() and sorted(os.listdir(run / "checkpoints")) == ["1", "2"]
+    again = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert all((again[name] == value).all() for name, value in result.items())
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2]
+
+    for step in ("1", "2"):
+        (aside / "checkpoints" / step / "position" / "metadata").write_text("")
+    capsys.readouterr()
+    assert main(finetune(aside, chats)) == 1
+    error = capsys.readouterr().err
+    assert "there is no other" in error and "--overwrite" in error and "Traceback" not in error
+
+
+def cut_largest(checkpoint: pathlib.Path) -> None:
+    largest = max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("limit", [5000, 100_000])
+def test_a_full_disk_ends_a_run_with_one_sentence(tmp_path, chats, limit):
+    """A limit of the size of files, as for a full disk: the run can be resumed afterwards."""
+    program = f"""
+import resource, sys
+from qwen_dist.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {resource.RLIM_INFINITY}))
+sys.exit(main(sys.argv[1:]))
+"""
+    arguments = finetune(tmp_path / "run", chats, "--num-cpu-devices", "1")
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": ""}
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "run the same command again" in done.stderr
+    assert main(arguments) == 0
+
+
+def test_a_second_run_in_one_directory_is_refused(failed, tmp_path, chats):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "qwen_dist_run.json").write_text('{"kind": "training run", "version": 1}')
+    with run_lock(str(run / "run.lock"), str(run)):
+        code, error = failed(*finetune(run, chats))
+    assert code == 1 and f"is in use by process {os.getpid()} on " in error
+
+
+# --- export ---
+
+
+def export(output, *flags) -> list[str]:
+    return list(map(str, ("export", "--model", DEMO, "--output", output, *flags)))
+
+
+def test_export_over_links_and_notes(failed, tmp_path, capsys):
+    output, link = tmp_path / "model", tmp_path / "link"
+    assert main(export(output)) == 0
+    (output / "README.md").write_text("mine")
+    (output / "notes").mkdir()
+    (output / "notes" / "one.txt").write_text("1")
+    (output / "old.safetensors").write_bytes(b"of the old checkpoint")
+    link.symlink_to(output)
+    before = files_of(output)
+    failed(*export(link))
+    assert files_of(output) == before
+    for number in range(2):
+        assert main(export(link, "--overwrite")) == 0, number
+        assert link.is_symlink() and (output / "README.md").read_text() == "mine"
+        assert (output / "notes" / "one.txt").read_text() == "1" and not (output / "old.safetensors").exists()
+    assert sorted(os.listdir(tmp_path)) == ["link", "model"]
+
+
+def test_export_does_not_replace_what_it_reads(failed, tmp_path):
+    source = tmp_path / "outer" / "model"
+    shutil.copytree(DEMO, source)
+    (tmp_path / "outer" / "config.json").write_text("{}")
+    before = files_of(tmp_path)
+    for output in (source, tmp_path / "outer"):
+        code, error = failed("export", "--model", source, "--output", output, "--overwrite")
+        assert code == 2 and "--model" in error and files_of(tmp_path) == before
+
+
+def test_what_lies_in_the_way_of_the_staging_directory(failed, tmp_path):
+    output, staging = tmp_path / "model", tmp_path / ".model.saving"
+    staging.mkdir()
+    (staging / "diary.txt").write_text("dear diary")
+    code, error = failed(*export(output))
+    assert code == 1 and "was not made by qwen-dist" in error and (staging / "diary.txt").exists()
+    shutil.rmtree(staging)
+    (tmp_path / "elsewhere").mkdir()
+    staging.symlink_to(tmp_path / "elsewhere")
+    assert main(export(output)) == 0
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "model"]
+
+
+def test_a_locked_output_names_its_holder(tmp_path):
+    lock, holder = str(tmp_path / "lock"), f"it is in use by process {os.getpid()}"
+    with run_lock(lock, "it"), pytest.raises(UserError, match=holder), run_lock(lock, "it"):
+        pass
+
+
+# --- pages ---
+
+
+@pytest.mark.parametrize("verb", ["plan", "parity"])
+def test_pages_are_checked_before_the_work(failed, verb, tmp_path):
+    flags = {"plan": ("--topology", "v5e:8x8", "--chart"), "parity": ("--report",)}[verb]
+    code, error = failed(verb, "--model", DEMO, *flags, tmp_path / "none" / "page.html")
+    assert code == 2 and "there is no directory" in error
