@@ -246,7 +246,7 @@ from qwen_dist.cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {resource.RLIM_INFINITY}))
 sys.exit(main(sys.argv[1:]))
 """
-    arguments = finetune(tmp_path / "run", chats, "--num-cpu-devices", "1")
+    arguments = finetune(tmp_path / "run", chats)
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": ""}
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr

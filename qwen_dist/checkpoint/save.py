@@ -132,7 +132,7 @@ def save(
                 stack.enter_context(run_lock(str(target.with_name(f".{target.name}.lock")), str(target)))
                 _check_target(target, overwrite)
                 _create_staging(staging, files)
-                stack.callback(shutil.rmtree, staging, ignore_errors=True)
+                stack.callback(_remove_staging, staging)
         with sync_processes("saving"):
             _write_local_shards(arrays, dtypes, names, files, staging, host_memory_budget, progress)
         with sync_processes("finishing the save"):
@@ -217,7 +217,7 @@ def _create_staging(staging: Path, files: list[_OutputFile]) -> None:
     if staging.is_symlink():
         staging.unlink()
     elif (staging / _STAGING_MARKER).is_file() or (staging.is_dir() and not any(staging.iterdir())):
-        shutil.rmtree(staging)  # left by a save that was killed
+        _remove_staging(staging)  # left by a save that was killed
     elif staging.exists():
         raise CheckpointError(f"{staging} is in the way and was not made by qwen-dist: move it away.")
     staging.mkdir()
@@ -226,6 +226,18 @@ def _create_staging(staging: Path, files: list[_OutputFile]) -> None:
         with open(staging / file.name, "wb") as handle:
             handle.write(file.header)
             handle.truncate(file.size)
+
+
+def _remove_staging(staging: Path) -> None:
+    """Remove the directory, its marker last: if this is killed, the next save goes on with it."""
+    with contextlib.suppress(FileNotFoundError):
+        for path in staging.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != _STAGING_MARKER:
+                path.unlink(missing_ok=True)
+        (staging / _STAGING_MARKER).unlink(missing_ok=True)
+        staging.rmdir()
 
 
 def _write_local_shards(
