@@ -14,10 +14,11 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import qwen_dist
+from qwen_dist.chat import make_chat
 from qwen_dist.config import (
     BatchConfig,
     FinetuneConfig,
@@ -63,6 +64,10 @@ _SAMPLING_FLAGS: tuple[_Flag, ...] = (
     ("--logprobs", "sampling.logprobs", int, "N", "log-probabilities, with the N best alternatives"),
 )
 
+_CHAT_FLAGS: tuple[_Flag, ...] = (
+    ("--thinking", "chat.thinking", str, "on|off", "sets enable_thinking of the chat template, as Qwen3's has"),
+    ("--template-arg", "chat.template_args", str, "NAME=VALUE", "sets a variable of the chat template; may be repeated"),
+)
 _TRAINING_FLAGS: tuple[_Flag, ...] = (
     ("--load-format", "model.load_format", str, "FORMAT", "safetensors (default) or dummy: from random weights"),
     ("--data", "data.files", str, "FILE", "JSON lines, parquet or text; may be repeated and contain *"),
@@ -84,6 +89,7 @@ _DEMO_MODEL = {"model.path": str(pathlib.Path(qwen_dist.__file__).parent / "demo
 _START_TIMEOUT_S = 60.0
 _COMPILATION_CACHE = "~/.cache/qwen_dist/compiled"
 _TABLE_WIDTH = 160
+_MAX_PROMPT_BYTES = 2**26
 
 _GENERATE_EXAMPLE = """\
 examples:
@@ -223,7 +229,7 @@ def _add_finetune(commands: Any) -> None:
     finetune.add_argument("--show-data", type=int, metavar="N", help="print N examples with the loss mask, and exit")
     finetune.add_argument("--dry-run", action="store_true", help="print what would be trained, and exit")
     finetune.add_argument("--overwrite", action="store_true", default=None, help="start over if the run exists")
-    _add_flags(finetune, _MODEL_FLAGS + _ADAPTER_FLAG + _TRAINING_FLAGS)
+    _add_flags(finetune, _MODEL_FLAGS + _ADAPTER_FLAG + _CHAT_FLAGS + _TRAINING_FLAGS)
     _add_device_flag(finetune)
     finetune.add_argument("--config", metavar="FILE[:ARG]", help="a configuration file; --config.key=value sets a key")
     _add_host_flags(finetune)
@@ -305,7 +311,7 @@ def _add_command(
 
 
 def _add_run_flags(command: argparse.ArgumentParser) -> None:
-    _add_flags(command, _MODEL_FLAGS + _ADAPTER_FLAG + _SAMPLING_FLAGS)
+    _add_flags(command, _MODEL_FLAGS + _ADAPTER_FLAG + _CHAT_FLAGS + _SAMPLING_FLAGS)
     _add_device_flag(command)
     command.add_argument("--config", metavar="FILE[:ARG]", help="a configuration file; --config.key=value sets a key")
 
@@ -325,14 +331,14 @@ def _add_host_flags(command: argparse.ArgumentParser) -> None:
 
 def _add_flags(command: argparse.ArgumentParser, flags: Sequence[_Flag]) -> None:
     for flag, key, kind, metavar, help in flags:
-        action = "append" if flag in ("--stop", "--data", "--eval-data") else "store"
+        action = "append" if flag in ("--stop", "--data", "--eval-data", "--template-arg") else "store"
         command.add_argument(flag, dest=key, type=kind, metavar=metavar, help=help, action=action)
     command.add_argument("--json", action="store_true", help="print one JSON object, for programs")
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def _config_values(options: argparse.Namespace, *more: str) -> dict[str, Any]:
-    keys = [key for _, key, *_ in _MODEL_FLAGS + _ADAPTER_FLAG + _SAMPLING_FLAGS] + list(more)
+    keys = [key for _, key, *_ in _MODEL_FLAGS + _ADAPTER_FLAG + _CHAT_FLAGS + _SAMPLING_FLAGS] + list(more)
     return {key: value for key in keys if (value := getattr(options, key, None)) is not None}
 
 
@@ -415,9 +421,12 @@ def _redirect_stdout(process_id: int) -> Iterator[None]:
 
 def _generate(options: argparse.Namespace, overrides: list[str]) -> int:
     config = load_config(GenerateConfig, options.config, overrides, _config_values(options), _DEMO_MODEL)
+    variables = config.chat.variables
+    if options.raw and variables:
+        raise UsageError("--thinking and --template-arg set variables of the chat template, which --raw leaves out")
     prompt = options.prompt
     if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read()
+        prompt = _read_prompt()
     if prompt is None and options.json:
         raise UsageError("--json needs --prompt, or the prompt on standard input")
     with _joined(options, config, prompt=prompt, system=options.system, raw=options.raw) as processes:
@@ -434,23 +443,42 @@ def _generate(options: argparse.Namespace, overrides: list[str]) -> int:
                 config.mesh,
                 config.sampling,
                 max_batch_size=1,
+                template_variables=variables,
                 progress=progress,
                 announce=_announcer(processes, quiet=quiet),
             )
         if prompt is None:
-            return _chat(engine, tokenizer, sampling, options.system)
+            return _chat(engine, tokenizer, sampling, options.system, variables)
         if options.raw:
+            tokenizer.check_length(prompt, engine.max_context)
             ids = tokenizer.encode(prompt)
         else:
-            ids = tokenizer.apply_chat_template([*_system_messages(options.system), {"role": "user", "content": prompt}])
+            chat = make_chat([*_system_messages(options.system), {"role": "user", "content": prompt}], None, variables)
+            ids = tokenizer.encode_prompt(chat, engine.max_context)
+            sampling = sampling.override({"stop_token_ids": tokenizer.chat_stop_ids})
         _respond(engine, tokenizer, sampling, ids, as_json=options.json)
     return 0
 
 
-def _chat(engine: Engine, tokenizer: Tokenizer, sampling: SamplingParams, system: str | None) -> int:
+def _read_prompt() -> str:
+    """Return standard input without the newline at its end, which `echo` adds."""
+    content = sys.stdin.buffer.read(_MAX_PROMPT_BYTES + 1)
+    if len(content) > _MAX_PROMPT_BYTES:
+        raise UserError(f"standard input has more than {_MAX_PROMPT_BYTES} bytes")
+    try:
+        prompt = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 (byte {error.start + 1}); give the prompt in UTF-8") from None
+    return prompt.removesuffix("\n").removesuffix("\r") if prompt.endswith("\n") else prompt
+
+
+def _chat(
+    engine: Engine, tokenizer: Tokenizer, sampling: SamplingParams, system: str | None, variables: Mapping[str, Any]
+) -> int:
     with contextlib.suppress(ImportError):  # line editing and history, where Python has them
         import readline  # noqa: F401
     messages = _system_messages(system)
+    sampling = sampling.override({"stop_token_ids": tokenizer.chat_stop_ids})
     print("Chat. An empty line or Ctrl-D ends it; Ctrl-C stops an answer.", file=sys.stderr)
     while True:
         try:
@@ -461,7 +489,8 @@ def _chat(engine: Engine, tokenizer: Tokenizer, sampling: SamplingParams, system
             return 0
         messages.append({"role": "user", "content": text})
         try:
-            answer = _respond(engine, tokenizer, sampling, tokenizer.apply_chat_template(messages), as_json=False)
+            ids = tokenizer.encode_prompt(make_chat(messages, None, variables), engine.max_context)
+            answer = _respond(engine, tokenizer, sampling, ids, as_json=False)
             messages.append({"role": "assistant", "content": answer})
         except KeyboardInterrupt:
             print("\n(stopped)", file=sys.stderr)
@@ -599,6 +628,7 @@ def _run_shard(config: BatchConfig, processes: Processes, stopped: Callable[[], 
                 cache_bytes=parse_bytes(config.engine.kv_cache_memory),
                 steps_per_dispatch=config.engine.steps_per_dispatch,
                 policy=config.engine.policy,
+                template_variables=config.chat.variables,
                 devices=replica.devices(),
                 progress=progress,
                 announce=_announcer(processes, quiet=quiet),
@@ -613,7 +643,15 @@ def _run_shard(config: BatchConfig, processes: Processes, stopped: Callable[[], 
                 watch(summary, stats)
 
             summary = run_batch(
-                engine, tokenizer, sampling, records, results, raw=config.raw, report=report, should_stop=stopped
+                engine,
+                tokenizer,
+                sampling,
+                records,
+                results,
+                raw=config.raw,
+                variables=config.chat.variables,
+                report=report,
+                should_stop=stopped,
             )
         summary = results.finish(summary, not stopped())
     if processes.is_main:

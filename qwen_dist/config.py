@@ -18,7 +18,9 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
+from qwen_dist.chat import variable_problems
 from qwen_dist.errors import UsageError
+from qwen_dist.json_reader import JsonError, parse_json
 
 T = TypeVar("T")
 
@@ -68,12 +70,49 @@ class SamplingOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class ChatOptions:
+    """Variables of the chat template, which must use them.
+
+    Attributes:
+      thinking: on or off sets `enable_thinking`, which Qwen3's templates have.
+      template_args: others, each `name=value`, where the value is JSON or a text.
+    """
+
+    thinking: Literal["on", "off"] | None = None
+    template_args: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        wrong = [text for text in self.template_args if not text.partition("=")[0].isidentifier() or "=" not in text]
+        problems = [f"it must be name=value, and not {', '.join(map(repr, wrong))}"] if wrong else []
+        problems += variable_problems(self.variables)
+        if self.thinking is not None and any(text.startswith("enable_thinking=") for text in self.template_args):
+            problems.append("thinking sets enable_thinking, too; give one of them")
+        if problems:
+            raise UsageError(f"chat.template_args (--template-arg): {'; '.join(problems)}")
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The variables by name."""
+        pairs = (text.partition("=") for text in self.template_args)
+        thinking = {} if self.thinking is None else {"enable_thinking": self.thinking == "on"}
+        return thinking | {name: _parse_json_or_text(text) for name, _, text in pairs}
+
+
+def _parse_json_or_text(text: str) -> Any:
+    try:
+        return parse_json(text.encode("utf-8", "surrogatepass"))
+    except JsonError:
+        return text
+
+
+@dataclasses.dataclass(frozen=True)
 class GenerateConfig:
     """`qwen-dist generate`. `mesh` is written like `fsdp=2,tensor=4`; empty takes `mesh.default_mesh`."""
 
     model: ModelOptions
     mesh: str = ""
     sampling: SamplingOptions = SamplingOptions()
+    chat: ChatOptions = ChatOptions()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +159,7 @@ class BatchConfig:
     output: str
     mesh: str = ""
     sampling: SamplingOptions = SamplingOptions()
+    chat: ChatOptions = ChatOptions()
     engine: EngineOptions = EngineOptions()
     num_replicas: int = 1
     raw: bool = False
@@ -217,6 +257,7 @@ class FinetuneConfig:
     data: DataOptions
     output: str
     method: Literal["full", "lora"] = "lora"
+    chat: ChatOptions = ChatOptions()
     lora: LoraOptions = LoraOptions()
     optimizer: OptimizerOptions = OptimizerOptions()
     mesh: str = ""

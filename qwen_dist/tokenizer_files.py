@@ -8,7 +8,7 @@ from typing import Any
 
 import tokenizers
 
-from qwen_dist.errors import CheckpointError
+from qwen_dist.errors import CheckpointError, printable
 from qwen_dist.json_reader import read_file, read_json_object
 
 TOKENIZER_FILE, TOKENIZER_CONFIG, MODEL_CONFIG, GENERATION_CONFIG = (
@@ -88,9 +88,13 @@ def chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]
         return {}
     if isinstance(template, str):
         return {"default": template}
-    try:
-        return {value["name"]: value["template"] for value in template}
-    except (TypeError, KeyError) as error:
-        raise CheckpointError(
-            f'chat_template in {directory} must be a string or a list of {{"name", "template"}}; got {template!r:.80}'
-        ) from error
+    if isinstance(template, list) and all(_is_named_template(entry) for entry in template):
+        return {entry["name"]: entry["template"] for entry in template}
+    raise CheckpointError(
+        f'chat_template in {printable(directory)} must be a string or a list of {{"name", "template"}} with strings; '
+        f"got {printable(repr(template), 80)}"
+    )
+
+
+def _is_named_template(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("name", "template"))

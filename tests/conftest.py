@@ -50,9 +50,7 @@ CHAT_TEMPLATE = """{%- if tools %}
 {%- endif %}
 {%- set ns = namespace(turns=0) %}
 {% for message in messages %}
-    {%- if message.role == 'secret' %}
-        {%- continue %}
-    {%- elif message.role not in ['system', 'user', 'assistant', 'tool'] %}
+    {%- if message.role not in ['system', 'user', 'assistant', 'tool'] %}
         {{- raise_exception('Unexpected role ' ~ message.role) }}
     {%- endif %}
     {%- set ns.turns = ns.turns + 1 %}

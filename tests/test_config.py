@@ -125,7 +125,7 @@ def test_all_problems_of_file_overrides_and_flags_are_listed_at_once(file):
     assert lines[0] == "the configuration cannot be used:"
     assert {line.removeprefix("  - ") for line in lines[1:]} == {
         "--config.sampling.seed has no value: write --config.sampling.seed=VALUE",
-        "zzz is not a field; the fields are model, input, output, mesh, sampling, engine, num_replicas, raw, "
+        "zzz is not a field; the fields are model, input, output, mesh, sampling, chat, engine, num_replicas, raw, "
         "overwrite, retry_errors, keep_order, metrics_port, profile, chart",
         "model.dtipe is not a field; did you mean model.dtype?",
         "model.dtype is 'float16'; it must be 'bfloat16' or 'float32' or 'float64'",
@@ -180,9 +180,9 @@ def test_max_batch_size_is_at_least_one(size):
 
 
 def test_sampling_options_are_the_sampling_parameters_of_the_engine():
-    """The fields are the same, so that none is lost. One of them can only be set by a record."""
+    """The fields are the same, so that none is lost. Only a record and its chat template set the other two."""
     known = [field.name for field in dataclasses.fields(SamplingParams)]
-    assert [*(field.name for field in dataclasses.fields(SamplingOptions)), "prompt_logprobs"] == known
+    assert [*(field.name for field in dataclasses.fields(SamplingOptions)), "prompt_logprobs", "stop_token_ids"] == known
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from qwen_dist.errors import UserError
 
 LineFormat = Literal["plain", "openai"]
 
+_CHAT_FIELDS = ("tools", "chat_template_kwargs")
 _CHAT_URL, _TEXT_URL = "/v1/chat/completions", "/v1/completions"
 
 
@@ -36,6 +37,7 @@ class BatchRecord:
       format: the format of the result line.
       params: the line's sampling parameters by the engine's names (`_SAMPLING_PARAMS`). Names and types have been checked;
         the engine checks the values, and the tokenizer the messages.
+      tools, chat_template_kwargs: of a chat, as given; `chat.make_chat` checks them.
       model: the model that an OpenAI line names; copied to the result, otherwise ignored.
       echo: whether the result's text begins with the prompt.
       line_hash: 64 bits, unique in the file also for repeated lines.
@@ -47,6 +49,8 @@ class BatchRecord:
     params: Mapping[str, Any]
     prompt: str | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
+    tools: Any = None
+    chat_template_kwargs: Any = None
     model: str | None = None
     echo: bool = False
     line_hash: int = dataclasses.field(default=0, compare=False)
@@ -142,7 +146,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _parse_plain(fields: dict[str, Any], problems: list[str]) -> dict[str, Any]:
-    allowed = ["prompt", "messages", *_SAMPLING_PARAMS]
+    allowed = ["prompt", "messages", *_CHAT_FIELDS, *_SAMPLING_PARAMS]
     unknown = sorted(fields.keys() - set(allowed))
     if unknown:
         problems.append(f"unknown {', '.join(unknown)}; allowed are id, {', '.join(allowed)}")
@@ -154,7 +158,7 @@ def _parse_plain(fields: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     if messages is not None:
         _check_messages(messages, problems)
     params = _parse_params(fields, {name: name for name in _SAMPLING_PARAMS}, problems)
-    return {"prompt": prompt, "messages": messages, "params": params}
+    return {"prompt": prompt, "messages": messages, "params": params} | {name: fields.get(name) for name in _CHAT_FIELDS}
 
 
 def _parse_openai(fields: dict[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -175,7 +179,11 @@ def _parse_openai(fields: dict[str, Any], problems: list[str]) -> dict[str, Any]
     params = _parse_params(body, _OPENAI_SAMPLING_PARAMS, problems) | contents.pop("params")
     known = {*contents, "model", "logprobs", "top_logprobs"} | _OPENAI_SAMPLING_PARAMS.keys() | _OPENAI_IGNORED
     refused = sorted(
-        name for name in body.keys() - known if body[name] is not None and body[name] != _OPENAI_DEFAULTS.get(name)
+        name
+        for name in body.keys() - known
+        if body[name] is not None
+        and body[name] != _OPENAI_DEFAULTS.get(name)
+        and not (name == "tool_choice" and body[name] in ("none", "auto"))
     )
     if refused:
         problems.append(f"cannot be honoured, so leave out: {', '.join(refused)}")
@@ -184,7 +192,10 @@ def _parse_openai(fields: dict[str, Any], problems: list[str]) -> dict[str, Any]
 
 def _parse_chat(body: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     _check_messages(body.get("messages"), problems)
-    return {"messages": body.get("messages"), "params": _openai_logprobs(body, problems)}
+    chat_fields = {name: body.get(name) for name in _CHAT_FIELDS}
+    if body.get("tool_choice") == "none":
+        chat_fields["tools"] = None  # the model calls no tool that it does not know
+    return {"messages": body.get("messages"), "params": _openai_logprobs(body, problems)} | chat_fields
 
 
 def _parse_completion(body: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -302,7 +313,6 @@ _OPENAI_DEFAULTS = {
     "response_format": {"type": "text"},
     "stream": False,
     "suffix": "",
-    "tool_choice": "none",
     "tools": [],
 }
 

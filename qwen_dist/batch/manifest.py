@@ -29,6 +29,7 @@ def result_settings(config: BatchConfig) -> dict[str, Any]:
         "dtype": config.model.dtype,
         "load_format": config.model.load_format,
         "sampling": dataclasses.asdict(config.sampling),
+        "chat": config.chat.variables,
         "raw": config.raw,
     }
 

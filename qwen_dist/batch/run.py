@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from qwen_dist.batch.jsonl import BatchRecord, InvalidRecord, error_line, result_line
+from qwen_dist.chat import make_chat
 from qwen_dist.engine.engine import Engine, EngineStats
 from qwen_dist.engine.request import Request, RequestOutput, SamplingParams, TokenLogprob
 from qwen_dist.errors import UserError
@@ -58,6 +60,7 @@ def run_batch(
     writer: ResultWriter,
     *,
     raw: bool = False,
+    variables: Mapping[str, Any] = types.MappingProxyType({}),
     report: Callable[[BatchSummary, EngineStats], None] = lambda summary, stats: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> BatchSummary:
@@ -67,9 +70,9 @@ def run_batch(
       engine: from `open_engine`, as are `tokenizer` and `defaults`.
       tokenizer: of the same checkpoint.
       defaults: sampling parameters, overridden by a record's own.
-      records: from `read_records`; read only as fast as the engine takes requests.
-      writer: takes the results.
+      records, writer: `records` come from `read_records`, only as fast as the engine takes requests.
       raw: give prompts to the model unchanged, without the chat template.
+      variables: of the chat template, for records that do not set them.
       report: called every `REPORT_EVERY_S` seconds and at the end, with the counts so far and the engine's load.
       should_stop: when it returns true, running requests are finished and no others are started.
 
@@ -86,7 +89,7 @@ def run_batch(
             if should_stop():
                 return
             try:
-                yield _make_request(record, engine, tokenizer, defaults, raw)
+                yield _make_request(record, engine, tokenizer, defaults, raw=raw, variables=variables)
             except UserError as error:
                 writer.write(error_line(record, str(error)), record.line_hash)
                 summary.num_errors += 1
@@ -112,17 +115,27 @@ def run_batch(
 
 
 def _make_request(
-    record: BatchRecord | InvalidRecord, engine: Engine, tokenizer: Tokenizer, defaults: SamplingParams, raw: bool
+    record: BatchRecord | InvalidRecord,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    defaults: SamplingParams,
+    *,
+    raw: bool,
+    variables: Mapping[str, Any],
 ) -> Request:
     if isinstance(record, InvalidRecord):
         raise UserError(record.message)
-    if record.messages is not None:
-        prompt = tokenizer.apply_chat_template(record.messages)
-    elif raw or record.format == "openai":
-        prompt = tokenizer.encode(record.prompt or "")
+    params = defaults.override(record.params)
+    if record.messages is None and (raw or record.format == "openai"):
+        text = record.prompt or ""
+        tokenizer.check_length(text, engine.max_context)
+        prompt = tokenizer.encode(text)
     else:
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": record.prompt}])
-    request = Request(_PendingResult(record), tuple(prompt), defaults.override(record.params))
+        messages = record.messages or [{"role": "user", "content": record.prompt}]
+        chat = make_chat(messages, record.tools, {**variables, **(record.chat_template_kwargs or {})})
+        prompt = tokenizer.encode_prompt(chat, engine.max_context)
+        params = params.override({"stop_token_ids": tokenizer.chat_stop_ids})
+    request = Request(_PendingResult(record), tuple(prompt), params)
     engine.check(request)
     return request
 

@@ -282,7 +282,8 @@ class Detokenizer:
         self.max_new_tokens = min(end + 1 - len(request.prompt), request.params.max_new_tokens)
         self.num_generated = 0
         self.scores: list[TokenLogprob] = []
-        self._stop_ids = tokenizer.stop_ids
+        specials = [id for text in request.params.stop if (id := tokenizer.special_id(text)) is not None]
+        self._stop_ids = tokenizer.stop_ids.union(request.params.stop_token_ids, specials)
         self._decoder = StreamDecoder(tokenizer)
         self._stops = StopStrings(request.params.stop)
 

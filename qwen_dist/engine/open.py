@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import jax
 
@@ -32,6 +32,7 @@ def open_engine(
     cache_bytes: int = 4 * 10**9,
     steps_per_dispatch: int = 1,
     policy: str = "throughput",
+    template_variables: Collection[str] = (),
     devices: Sequence[jax.Device] | None = None,
     progress: ProgressCallback | None = None,
     announce: Callable[[str], None] = lambda layout: None,
@@ -42,6 +43,7 @@ def open_engine(
       options, sampling: from the configuration.
       mesh: as `MeshConfig.parse` reads it; empty is `default_mesh`.
       max_batch_size, cache_bytes, steps_per_dispatch, policy: see `Engine`.
+      template_variables: names that the chat template must use.
       devices: the devices of the mesh, by default all of this run.
       progress: see `checkpoint.load.load`.
       announce: called with a description of the mesh before the weights are read, if there are several devices.
@@ -54,6 +56,7 @@ def open_engine(
     given = make_mesh(MeshConfig.parse(mesh), devices) if mesh else None
     directory = local_directory(options.path, weights=options.load_format != "dummy")
     tokenizer = Tokenizer.from_directory(directory)
+    tokenizer.check_template_variables(template_variables)
     defaults = SamplingParams.from_generation_config(_generation_config(directory)).override(vars(sampling))
     chosen = given or make_mesh(default_mesh(ModelConfig.from_directory(directory, options.ignored_keys), devices), devices)
     sharding_ctx = ShardingContext(chosen, INFERENCE)

@@ -23,12 +23,13 @@ class SamplingParams:
       top_p: keep the smallest set of tokens with this total probability.
       min_p: keep tokens at least this fraction as probable as the best.
       seed: fixes the draws of this request, whatever other requests are in the batch.
-      stop: texts before which the answer ends.
+      stop: texts before which the answer ends. The text of a special token stands for the token.
       max_new_tokens: the most tokens of the answer.
       logprobs: return the log-probability of each sampled token under the unmodified distribution, and of this many best
         alternatives.
       prompt_logprobs: return the same for the prompt's tokens from the second on. With it `max_new_tokens` may be 0, which
         only scores the prompt.
+      stop_token_ids: tokens that end the answer, besides those of the checkpoint.
     """
 
     max_new_tokens: int = 512
@@ -41,6 +42,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         is_scored = self.prompt_logprobs is not None

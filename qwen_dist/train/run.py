@@ -26,6 +26,7 @@ from qwen_dist.checkpoint.save import EXTRA_FILE_NAMES, save
 from qwen_dist.checkpoint.sync import sync_processes
 from qwen_dist.config import FinetuneConfig, LoraOptions
 from qwen_dist.errors import UsageError, UserError, printable
+from qwen_dist.json_reader import read_json_object
 from qwen_dist.mesh import MeshConfig, make_mesh, training_mesh
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.parameters import abstract_parameters, disk_shapes
@@ -34,6 +35,7 @@ from qwen_dist.ops.matmul import accum_dtype
 from qwen_dist.outputs import Marker, Written, check_paths, run_lock
 from qwen_dist.sharding import TRAIN, ShardingContext
 from qwen_dist.tokenizer import Tokenizer
+from qwen_dist.tokenizer_files import GENERATION_CONFIG
 from qwen_dist.train.batches import BatchIterator, TrainBatch, evaluation_batches, rows_per_epoch, training_batches
 from qwen_dist.train.checkpoints import Checkpoints
 from qwen_dist.train.examples import Examples, make_examples
@@ -126,11 +128,13 @@ def prepare(config: FinetuneConfig) -> RunInputs:
             f"data.max_length is {config.data.max_length}; the model's context has {model.max_position_embeddings} tokens"
         )
     tokenizer = Tokenizer.from_directory(directory)
+    tokenizer.check_template_variables(config.chat.variables)
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {model.vocab_size}")
 
     def examples(files: list[str]) -> Examples:
-        records = read_train_records(files, raw=config.data.raw)
+        variables = config.chat.variables
+        records = read_train_records(files, raw=config.data.raw, variables=variables)
         return make_examples(records, tokenizer, max_length=config.data.max_length, bad_records=config.data.bad_records)
 
     training = examples(files)
@@ -447,7 +451,8 @@ def fingerprint(inputs: RunInputs) -> dict[str, Any]:
     fields = dataclasses.asdict(inputs.config)
     kept = {name: value for name, value in fields.items() if name not in _RESUMABLE_CHANGES}
     kept["data"] = kept["data"] | {"tokens": _data_digest(inputs.training)}
-    del kept["data"]["eval_files"], kept["data"]["files"]
+    # The digest has what the files and the chat template make of them.
+    del kept["data"]["eval_files"], kept["data"]["files"], kept["chat"]
     return json.loads(json.dumps(kept))
 
 
@@ -514,13 +519,28 @@ def _write_result(inputs: RunInputs, setup: TrainSetup, state: TrainState, log: 
         return output / "adapter"
     log(f"writing the model: {output / 'model'}")
     files = {name: inputs.directory / name for name in EXTRA_FILE_NAMES}
+    extra_files = {name: path.read_bytes() for name, path in files.items() if path.is_file()}
     save(
         setup.trainer.parameters(state),
         output / "model",
         config=json.loads((inputs.directory / "config.json").read_text(encoding="utf-8")),
         disk_shapes=disk_shapes(setup.model.module),
-        extra_files={name: path.read_bytes() for name, path in files.items() if path.is_file()},
+        extra_files=extra_files | _with_trained_ends(inputs),
         dtype=jax.numpy.dtype(config.model.dtype),
         overwrite=True,
     )
     return output / "model"
+
+
+def _with_trained_ends(inputs: RunInputs) -> dict[str, bytes]:
+    """Return generation_config.json with the tokens that end the trained answers, if it does not have them yet.
+
+    A base model ends texts with another token than the chat template, and would not stop after an answer.
+    """
+    missing = inputs.training.ends_of_targets(inputs.tokenizer) - inputs.tokenizer.stop_ids
+    if not missing:
+        return {}
+    path = inputs.directory / GENERATION_CONFIG
+    content = read_json_object(path) if path.is_file() else {}
+    content["eos_token_id"] = sorted(inputs.tokenizer.stop_ids) + sorted(missing)
+    return {GENERATION_CONFIG: json.dumps(content, indent=2).encode()}

@@ -99,7 +99,7 @@ def test_openai_parameters_without_effect_are_accepted(tmp_path):
         ({"messages": ["hi"]}, "messages must be a non-empty list"),
         ({"id": True, "prompt": "a"}, "id must be a non-empty string or a whole number; got True"),
         ({"id": "", "prompt": "a"}, "id must be"),
-        ({"prompt": "a", "temprature": 1}, "unknown temprature; allowed are id, prompt, messages, max_new_tokens,"),
+        ({"prompt": "a", "temprature": 1}, "unknown temprature; allowed are id, prompt, messages, tools, chat_temp"),
         ({"prompt": "a", "top_k": 1.5, "seed": "x"}, "top_k must be a whole number; got 1.5; seed must be"),
         ({"prompt": "a", "temperature": True}, "temperature must be a number; got True"),
         ({"prompt": "a", "stop": ["a", ""]}, "stop must be a non-empty string or a list"),

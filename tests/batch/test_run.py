@@ -32,7 +32,7 @@ BAD = {
     "too long": ({"id": "too long", "prompt": "a " * 200}, "tokens and the model's context 128"),
     "out of range": ({"id": "out of range", "prompt": "a", "top_p": 7}, "top_p is 7; it must be above 0 and at most 1"),
     "misspelt": ({"id": "misspelt", "prompt": "a", "temprature": 1}, "unknown temprature"),
-    "poet": ({"id": "poet", "messages": [{"role": "poet", "content": "x"}]}, "Unexpected role poet"),
+    "poet": ({"id": "poet", "messages": [{"role": "poet", "content": "x"}]}, "must be one of system, user,"),
     "image": ({"id": "image", "messages": [{"role": "user", "content": [{"type": "image"}]}]}, "reads text only"),
     "line-7": ("{", "the line is not JSON"),
     "openai bad": (

@@ -122,7 +122,7 @@ BAD = {
     "mixed file": {"text": "the fox"},
     "too long": {"messages": [USER, {"role": "assistant", "content": "fox " * 99}]},
     "unknown format": {"question": "why"},
-    "not renderable": {"messages": [{"role": "user"}, ASSISTANT]},
+    "invalid chat": {"messages": [{"role": "user"}, ASSISTANT]},
 }
 
 
@@ -158,7 +158,7 @@ def test_parquet_tables(tokenizer, write_file, tmp_path):
     rows = [{"messages": [USER, ASSISTANT]}, {"messages": []}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
     found = list(read_train_records([str(tmp_path / "t.parquet")], raw=False))
-    assert isinstance(found[0], TrainRecord) and list(found[0].messages) == rows[0]["messages"]
+    assert isinstance(found[0], TrainRecord) and list(found[0].chat.messages) == rows[0]["messages"]
     assert isinstance(found[1], BadTrainRecord) and str(found[1].location) == f"{tmp_path}/t.parquet:2"
 
 
