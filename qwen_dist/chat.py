@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from qwen_dist.errors import UserError, printable
@@ -48,7 +49,9 @@ class Chat:
         return dataclasses.replace(self, messages=tuple(messages))
 
 
-def make_chat(messages: Any, tools: Any = None, variables: Any = None) -> Chat:
+def make_chat(
+    messages: Any, tools: Any = None, variables: Any = None, default_variables: Mapping[str, Any] = MappingProxyType({})
+) -> Chat:
     """Return a conversation in the form of `Chat`.
 
     Args:
@@ -56,6 +59,7 @@ def make_chat(messages: Any, tools: Any = None, variables: Any = None) -> Chat:
         parts, which are joined.
       tools: a list of objects, or a JSON text of one.
       variables: `chat_template_kwargs`, an object.
+      default_variables: those of the run, for names that `variables` does not have.
 
     Raises:
       UserError: listing every problem.
@@ -71,7 +75,7 @@ def make_chat(messages: Any, tools: Any = None, variables: Any = None) -> Chat:
     if problems:
         raise UserError("; ".join(problems))
     trained = tuple(message.pop("weight", 1) != 0 and message["role"] == "assistant" for message in parsed)
-    return Chat(tuple(parsed), chat_tools, dict(variables or {}), trained)
+    return Chat(tuple(parsed), chat_tools, {**default_variables, **(variables or {})}, trained)
 
 
 def without_nulls(value: Any) -> Any:

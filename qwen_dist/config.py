@@ -386,7 +386,8 @@ def _bind(cls: Any, given: Any, prefix: str, problems: list[str]) -> Any:
 
 
 def _convert(kind: Any, value: Any, name: str, problems: list[str]) -> Any:
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    # The union of a Literal and None is one of typing's.
+    kinds = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
     if isinstance(value, _RawText):
         value = _parse_text(kinds, value)
     for one in kinds:

@@ -54,6 +54,17 @@ def test_templates_are_rendered_as_in_transformers(source, small_tokenizer):
             assert rendered(source, chat, add_generation_prompt=prompt) == expected
 
 
+def test_tags_of_transformers(small_tokenizer):
+    source = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{% continue %}{% endif %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% if loop.index0 == 1 %}{% break %}{% endif %}{% endfor %}{{ strftime_now('%Y') }}"
+    )
+    reference = AutoTokenizer.from_pretrained(small_tokenizer)
+    assert rendered(source, [USER, ANSWER]) == reference.apply_chat_template(
+        [USER, ANSWER], chat_template=source, tokenize=False
+    )
+
+
 @pytest.mark.parametrize(
     ("source", "messages", "tools", "lost"),
     [

@@ -68,7 +68,7 @@ def run(monkeypatch, capsys):
     """Return a function (*arguments, stdin="", terminal=False) -> Result."""
 
     def run(*arguments, stdin: str = "", terminal: bool = False) -> Result:
-        given = io.StringIO(stdin)
+        given = io.TextIOWrapper(io.BytesIO(stdin.encode("utf-8", "surrogateescape")), encoding="utf-8")
         given.isatty = lambda: terminal
         monkeypatch.setattr("sys.stdin", given)
         capsys.readouterr()
@@ -113,12 +113,47 @@ def test_every_way_to_give_a_prompt(run, model):
     base = ("generate", "--model", model, *FLAGS)
     whole = run(*base, "--prompt", PROMPT, "--json").json
     assert run(*base, "--prompt", PROMPT) == (0, whole["text"] + "\n", "")
-    assert run(*base, stdin=PROMPT) == (0, whole["text"] + "\n", "")
+    for end in ("", "\n", "\r\n"):  # one newline is echo's
+        assert run(*base, stdin=PROMPT + end) == (0, whole["text"] + "\n", "")
     chat = Tokenizer.from_directory(model).render_chat([{"role": "user", "content": PROMPT}])
     assert run(*base, "--raw", "--prompt", chat, "--json").json == whole
     raw = run(*base, "--raw", "--prompt", PROMPT, "--json").json
     assert raw["usage"]["prompt_tokens"] == len(Tokenizer.from_directory(model).encode(PROMPT))
     assert raw["token_ids"] != whole["token_ids"]
+
+
+def test_all_but_one_newline_of_standard_input_are_the_prompt(run, model):
+    base = ("generate", "--model", model, *FLAGS, "--raw", "--json")
+    assert run(*base, stdin=PROMPT + "\n\n").json == run(*base, "--prompt", PROMPT + "\n").json
+    assert run(*base, stdin=" a\r\nb\r").json == run(*base, "--prompt", " a\r\nb\r").json
+
+
+def test_standard_input_that_is_not_utf_8_is_one_line(run, model):
+    result = run("generate", "--model", model, *FLAGS, stdin="ab\udcff\n")
+    assert result.code == 1
+    assert result.err == "qwen-dist generate: standard input is not UTF-8 (byte 3); give the prompt in UTF-8\n"
+
+
+def test_variables_of_the_chat_template(run, model, tiny_directory):
+    base = ("generate", "--model", model, *FLAGS, "--prompt", PROMPT, "--json")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    expected = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPT}], add_generation_prompt=True, enable_thinking=False
+    )["input_ids"]
+    off = run(*base, "--thinking", "off").json
+    assert off["usage"]["prompt_tokens"] == len(expected)
+    assert run(*base, "--template-arg", "enable_thinking=false").json == off
+    assert run(*base, "--config.chat.thinking=off").json == off
+    assert run(*base, "--thinking", "on").json == run(*base).json
+    assert run(*base, "--thinking", "maybe").code == 2
+    assert run(*base, "--thinking", "off", "--raw").code == 2
+    unused = run(*base, "--template-arg", "lang=de")
+    assert (unused.code, unused.err) == (1, "qwen-dist generate: the chat template does not use lang; leave it out\n")
+
+
+def test_a_prompt_that_is_far_too_long_is_not_tokenized(run, model):
+    result = run("generate", "--model", model, *FLAGS, stdin="fox " * 2**20)
+    assert result.code == 1 and "has 4194304 bytes and so at least" in result.err
 
 
 def test_the_same_answer_on_a_mesh(run, model):

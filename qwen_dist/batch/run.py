@@ -132,7 +132,7 @@ def _make_request(
         prompt = tokenizer.encode(text)
     else:
         messages = record.messages or [{"role": "user", "content": record.prompt}]
-        chat = make_chat(messages, record.tools, {**variables, **(record.chat_template_kwargs or {})})
+        chat = make_chat(messages, record.tools, record.chat_template_kwargs, variables)
         prompt = tokenizer.encode_prompt(chat, engine.max_context)
         params = params.override({"stop_token_ids": tokenizer.chat_stop_ids})
     request = Request(_PendingResult(record), tuple(prompt), params)

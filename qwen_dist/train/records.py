@@ -185,17 +185,14 @@ def _record(
 ) -> TrainRecord | BadTrainRecord:
     if location.file.endswith(".parquet"):
         fields = without_nulls(fields)
-    if not isinstance(fields.get("chat_template_kwargs", {}), Mapping | None):
-        return BadTrainRecord(location, "invalid chat", "chat_template_kwargs must be an object")
-    chat_fields = {**fields, "chat_template_kwargs": {**variables, **(fields.get("chat_template_kwargs") or {})}}
     if fields.get("messages") is not None:
-        return _chat(location, "messages", fields["messages"], chat_fields)
+        return _chat(location, "messages", fields["messages"], fields, variables)
     if fields.get("conversations") is not None:
-        return _sharegpt(location, chat_fields)
+        return _sharegpt(location, fields, variables)
     if "prompt" in fields and "completion" in fields:
-        return _prompt(location, fields["prompt"], fields["completion"], chat_fields, raw)
+        return _prompt(location, fields["prompt"], fields["completion"], fields, variables, raw)
     if "instruction" in fields and "output" in fields:
-        return _alpaca(location, chat_fields, raw)
+        return _alpaca(location, fields, variables, raw)
     if "text" in fields:
         text = fields["text"]
         if isinstance(text, str) and text.strip():
@@ -211,10 +208,15 @@ def _record(
 
 
 def _prompt(
-    location: RecordLocation, prompt: Any, completion: Any, fields: Mapping[str, Any], raw: bool
+    location: RecordLocation,
+    prompt: Any,
+    completion: Any,
+    fields: Mapping[str, Any],
+    variables: Mapping[str, Any],
+    raw: bool,
 ) -> TrainRecord | BadTrainRecord:
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _chat(location, "prompt", prompt + completion, fields, first_trained=len(prompt))
+        return _chat(location, "prompt", prompt + completion, fields, variables, first_trained=len(prompt))
     if not isinstance(prompt, str) or not isinstance(completion, str):
         return BadTrainRecord(
             location, "unknown format", '"prompt" and "completion" must both be strings, or both be messages'
@@ -223,7 +225,7 @@ def _prompt(
         return BadTrainRecord(location, "empty text", '"completion" is empty')
     if raw:
         return TrainRecord(location, "prompt", prompt=prompt, text=completion)
-    return _chat(location, "prompt", _turns((prompt, completion)), fields)
+    return _chat(location, "prompt", _turns((prompt, completion)), fields, variables)
 
 
 def _turns(*exchanges: tuple[str, str]) -> list[dict[str, Any]]:
@@ -234,7 +236,9 @@ def _turns(*exchanges: tuple[str, str]) -> list[dict[str, Any]]:
     ]
 
 
-def _alpaca(location: RecordLocation, fields: Mapping[str, Any], raw: bool) -> TrainRecord | BadTrainRecord:
+def _alpaca(
+    location: RecordLocation, fields: Mapping[str, Any], variables: Mapping[str, Any], raw: bool
+) -> TrainRecord | BadTrainRecord:
     """Return Alpaca's `instruction`, `input` and `output`, after `system` and `history`, pairs of question and answer."""
     texts = [fields.get(name) or "" for name in ("instruction", "input", "output", "system")]
     history = fields.get("history") or []
@@ -250,7 +254,7 @@ def _alpaca(location: RecordLocation, fields: Mapping[str, Any], raw: bool) -> T
     if raw:
         return TrainRecord(location, "instruction", prompt=question, text=output)
     messages = [{"role": "system", "content": system}] if system else []
-    return _chat(location, "instruction", messages + _turns(*map(tuple, history), (question, output)), fields)
+    return _chat(location, "instruction", messages + _turns(*map(tuple, history), (question, output)), fields, variables)
 
 
 def _are_pairs(history: Any) -> bool:
@@ -259,13 +263,15 @@ def _are_pairs(history: Any) -> bool:
     )
 
 
-def _sharegpt(location: RecordLocation, fields: Mapping[str, Any]) -> TrainRecord | BadTrainRecord:
+def _sharegpt(
+    location: RecordLocation, fields: Mapping[str, Any], variables: Mapping[str, Any]
+) -> TrainRecord | BadTrainRecord:
     """Return ShareGPT's `conversations`: turns with `from` and `value`, or messages as in other chats."""
     turns, system = fields["conversations"], fields.get("system")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return _chat(location, "conversations", turns, fields)
+        return _chat(location, "conversations", turns, fields, variables)
     messages = [{"role": "system", "content": system}] if system else []
-    return _chat(location, "conversations", messages + [_sharegpt_message(turn) for turn in turns], fields)
+    return _chat(location, "conversations", messages + [_sharegpt_message(turn) for turn in turns], fields, variables)
 
 
 def _sharegpt_message(turn: Mapping[str, Any]) -> dict[str, Any]:
@@ -284,7 +290,12 @@ def _sharegpt_message(turn: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _chat(
-    location: RecordLocation, format: RecordFormat, messages: Any, fields: Mapping[str, Any], first_trained: int = 0
+    location: RecordLocation,
+    format: RecordFormat,
+    messages: Any,
+    fields: Mapping[str, Any],
+    variables: Mapping[str, Any],
+    first_trained: int = 0,
 ) -> TrainRecord | BadTrainRecord:
     """Return a record of a chat, in which the messages before `first_trained` are not trained."""
     if not isinstance(messages, list) or not messages:
@@ -296,7 +307,7 @@ def _chat(
         detail = f"the role is {printable(repr(wrong[0]), 60)}; it must be one of {', '.join(ROLES)}"
         return BadTrainRecord(location, "unknown role", detail)
     try:
-        chat = make_chat(messages, fields.get("tools"), fields["chat_template_kwargs"])
+        chat = make_chat(messages, fields.get("tools"), fields.get("chat_template_kwargs"), variables)
     except UserError as error:
         return BadTrainRecord(location, "invalid chat", str(error))
     chat = dataclasses.replace(chat, trained=(False,) * first_trained + chat.trained[first_trained:])

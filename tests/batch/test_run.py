@@ -29,7 +29,7 @@ LINES = [
 ]
 BAD = {
     "no prompt": ({"id": "no prompt"}, "give either prompt or messages"),
-    "too long": ({"id": "too long", "prompt": "a " * 200}, "tokens and the model's context 128"),
+    "too long": ({"id": "too long", "prompt": "a " * 300}, "tokens and the model's context 256"),
     "out of range": ({"id": "out of range", "prompt": "a", "top_p": 7}, "top_p is 7; it must be above 0 and at most 1"),
     "misspelt": ({"id": "misspelt", "prompt": "a", "temprature": 1}, "unknown temprature"),
     "poet": ({"id": "poet", "messages": [{"role": "poet", "content": "x"}]}, "must be one of system, user,"),
@@ -39,6 +39,13 @@ BAD = {
         {"custom_id": "openai bad", "body": {"messages": MESSAGES, "n": 3}},
         "cannot be honoured, so leave out: n",
     ),
+    "audio": (
+        {"id": "audio", "messages": [MESSAGES[1] | {"audio": {}, "function_call": "f"}]},
+        "leave out: 'function_call'",
+    ),
+    "variable": ({"id": "variable", "prompt": "a", "chat_template_kwargs": {"lang": "de"}}, "does not use lang"),
+    "kwargs": ({"id": "kwargs", "prompt": "a", "chat_template_kwargs": ["lang"]}, "chat_template_kwargs must be an object"),
+    "far too long": ({"id": "far too long", "prompt": "a " * 2**20}, "has 2097152 bytes and so at least"),
     "plain": ({"id": "plain", "prompt": "again"}, "the id 'plain' is already that of an earlier line"),
 }
 
@@ -46,7 +53,7 @@ BAD = {
 @pytest.fixture(scope="module")
 def opened(tiny_directory):
     """Engine, tokenizer and default sampling of a tiny checkpoint; answers of six tokens, eight at a time."""
-    sizes = {"num_hidden_layers": 1, "num_attention_heads": 8, "head_dim": 10, "max_position_embeddings": 128}
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 8, "head_dim": 10, "max_position_embeddings": 256}
     options = ModelOptions(str(tiny_directory("qwen3", **sizes)), dtype="float32")
     return open_engine(options, "", SamplingOptions(max_new_tokens=6), max_batch_size=8)
 
@@ -117,6 +124,52 @@ def test_every_format_gets_the_result_of_a_run_alone(opened, answer):
     counts = [result["usage"] if "usage" in result else result["response"]["body"]["usage"] for result in results]
     assert summary.num_prompt_tokens == sum(usage["prompt_tokens"] for usage in counts)
     assert summary.num_generated_tokens == sum(usage["completion_tokens"] for usage in counts)
+
+
+CALL = {"type": "function", "function": {"name": "find", "arguments": {"a": 2}}}
+CALL_AS_TEXT = {"type": "function", "function": {"name": "find", "arguments": '{"a": 2}'}}
+TOOLS = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}]
+
+
+def test_tools_calls_and_variables_of_the_template_have_one_form(opened, answer):
+    tokenizer = opened[1]
+    calling = [MESSAGES[1], {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "3"}]
+    as_text = [calling[0], calling[1] | {"content": None, "refusal": None, "tool_calls": [CALL_AS_TEXT]}, calling[2]]
+    expected = alone(opened, tokenizer.apply_chat_template(calling, tools=TOOLS, enable_thinking=False))
+    variables = {"chat_template_kwargs": {"enable_thinking": False}}
+    results, _ = answer(
+        [
+            {"id": "object", "messages": calling, "tools": TOOLS} | variables,
+            {"id": "text", "messages": as_text, "tools": json.dumps(TOOLS)} | variables,
+            {"custom_id": "openai", "body": {"messages": as_text, "tools": TOOLS, "tool_choice": "auto"} | variables},
+            {"custom_id": "none", "body": {"messages": MESSAGES, "tools": TOOLS, "tool_choice": "none"}},
+        ]
+    )
+    named = by_id(results)
+    for name in ("object", "text"):
+        assert named[name] == {"id": name} | expected
+    body = named["openai"]["response"]["body"]
+    assert body["usage"]["prompt_tokens"] == expected["usage"]["prompt_tokens"]
+    assert body["choices"][0]["message"]["content"] == expected["text"]
+    without_tools = len(tokenizer.apply_chat_template(MESSAGES))
+    assert named["none"]["response"]["body"]["usage"]["prompt_tokens"] == without_tools
+
+
+def test_developer_messages_are_system_messages_where_the_template_has_no_others(opened, answer):
+    lines = [
+        {"id": role, "messages": [{"role": role, "content": "Be brief."}, MESSAGES[1]]} for role in ("developer", "system")
+    ]
+    named = by_id(answer(lines)[0])
+    assert named["developer"] == named["system"] | {"id": "developer"}
+
+
+def test_variables_of_a_run_are_those_of_records_that_set_none(opened, answer):
+    off, on = ({"enable_thinking": value} for value in (False, True))
+    lines = [{"id": "run", "prompt": "fox"}, {"id": "own", "prompt": "fox", "chat_template_kwargs": on}]
+    named = by_id(answer(lines, variables=off)[0])
+    for name, variables in (("run", off), ("own", on)):
+        chat = opened[1].apply_chat_template([{"role": "user", "content": "fox"}], **variables)
+        assert named[name] == {"id": name} | alone(opened, chat)
 
 
 def test_invalid_lines_get_errors_and_the_run_continues(opened, answer):
