@@ -163,6 +163,15 @@ def test_developer_messages_are_system_messages_where_the_template_has_no_others
     assert named["developer"] == named["system"] | {"id": "developer"}
 
 
+@pytest.mark.parametrize(("raw", "is_chat"), [(False, True), (True, False)])
+def test_a_chat_also_ends_where_its_template_ends_answers(opened, raw, is_chat):
+    engine, tokenizer, defaults = opened
+    options = {"raw": raw, "variables": {}}
+    request = run._make_request(BatchRecord("a", 1, "plain", {}, prompt="fox"), engine, tokenizer, defaults, **options)
+    assert request.params.stop_token_ids == (tokenizer.chat_stop_ids if is_chat else ())
+    assert tokenizer.chat_stop_ids == (tokenizer.special_id("<|im_end|>"),)
+
+
 def test_variables_of_a_run_are_those_of_records_that_set_none(opened, answer):
     off, on = ({"enable_thinking": value} for value in (False, True))
     lines = [{"id": "run", "prompt": "fox"}, {"id": "own", "prompt": "fox", "chat_template_kwargs": on}]
