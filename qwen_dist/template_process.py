@@ -69,8 +69,8 @@ class _Process:
         with self._lock:
             kills = self._kills.get(source, [])
             if len(kills) < _MAX_KILLS:
-                self._start()
                 try:
+                    self._start()
                     self._send(content)
                     return self._receive(_REPLY_TIMEOUT_S)
                 except OSError:
@@ -85,21 +85,20 @@ class _Process:
         # After a fork, the process belongs to the parent.
         if self._popen is not None and self._owner == os.getpid() and self._popen.poll() is None:
             return
-        here, there = socket.socketpair()
-        with there:
-            # A session of its own: Ctrl-C does not reach it.
-            self._popen = subprocess.Popen(
-                [sys.executable, "-P", str(_WORKER)],
-                stdin=there.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        self._socket, self._owner = here, os.getpid()
         try:
+            self._socket, there = socket.socketpair()
+            self._owner = os.getpid()
+            with there:
+                # A session of its own: Ctrl-C does not reach it.
+                self._popen = subprocess.Popen(
+                    [sys.executable, "-P", str(_WORKER)],
+                    stdin=there.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
             self._receive(_START_TIMEOUT_S)
         except OSError as error:
-            self._stop()
             raise UserError(f"the process that renders chat templates did not start: {printable(error)}") from None
 
     def _send(self, content: bytes) -> None:
@@ -128,10 +127,11 @@ class _Process:
 
     def _stop(self, wait: float = 0.0) -> str:
         """End the process, if it does not end in `wait` seconds; return how it ended, as a clause for a message."""
-        if self._popen is None or self._socket is None or self._owner != os.getpid():
-            return "it was not rendered"
+        if self._socket is not None:
+            self._socket.close()
         popen, self._popen = self._popen, None
-        self._socket.close()
+        if popen is None or self._owner != os.getpid():
+            return "it was not rendered"
         try:
             popen.wait(wait)
         except subprocess.TimeoutExpired:

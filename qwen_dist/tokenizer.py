@@ -18,7 +18,7 @@ import tokenizers
 
 from qwen_dist.chat import Chat, Message, make_chat
 from qwen_dist.chat_template import ChatTemplate, TurnFormat
-from qwen_dist.errors import CheckpointError, UserError
+from qwen_dist.errors import CheckpointError, UsageError, UserError
 from qwen_dist.json_reader import read_json_object
 from qwen_dist.tokenizer_files import (
     TEMPLATE_TOKENS,
@@ -196,9 +196,19 @@ class Tokenizer:
         )
 
     def check_template_variables(self, names: Collection[str]) -> None:
-        """Check names of variables. Raises UserError if there is no chat template, or if it does not use one of them."""
-        if names:
-            self.chat_template().check_variables(names)
+        """Check the variables that flags set.
+
+        Raises:
+          UsageError: the chat template does not use one of them.
+          CheckpointError: there is no chat template.
+        """
+        if not names:
+            return
+        template = self.chat_template()
+        try:
+            template.check_variables(names)
+        except UserError as error:
+            raise UsageError(f"--thinking or --template-arg: {error}") from None
 
     def end_of_turn(self, turns: TurnFormat) -> int | None:
         """Return the token that ends an answer in a chat: the first special one after its content; None without one."""

@@ -185,9 +185,10 @@ def _record(
 ) -> TrainRecord | BadTrainRecord:
     if location.file.endswith(".parquet"):
         fields = without_nulls(fields)
-    if fields.get("messages") is not None:
+    fields = {name: value for name, value in fields.items() if value is not None}
+    if "messages" in fields:
         return _chat(location, "messages", fields["messages"], fields, variables)
-    if fields.get("conversations") is not None:
+    if "conversations" in fields:
         return _sharegpt(location, fields, variables)
     if "prompt" in fields and "completion" in fields:
         return _prompt(location, fields["prompt"], fields["completion"], fields, variables, raw)
