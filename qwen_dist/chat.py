@@ -78,15 +78,6 @@ def make_chat(
     return Chat(tuple(parsed), chat_tools, {**default_variables, **(variables or {})}, trained)
 
 
-def without_nulls(value: Any) -> Any:
-    """Return a JSON value without the nulls in its objects. Arrow gives each object of a column the keys of all of them."""
-    if isinstance(value, Mapping):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    if _is_list(value):
-        return [without_nulls(item) for item in value]
-    return value
-
-
 def alternatives(chat: Chat) -> Iterator[Chat]:
     """Yield the chat and then the forms of the same chat that some chat templates need instead.
 
@@ -123,7 +114,7 @@ def _parse_message(message: Any, where: str, problems: list[str]) -> dict[str, A
     if not isinstance(message, Mapping):
         problems.append(f'{where}: must be an object with "role" and "content"; got {_show(message)}')
         return {}
-    parsed = {key: value for key, value in message.items() if value is not None and not _is_empty(key, value)}
+    parsed = {key: value for key, value in _given(message).items() if not _is_empty(key, value)}
     if unknown := [key for key in parsed if key not in MESSAGE_KEYS]:
         names = ", ".join(printable(repr(key), 60) for key in unknown[:10])
         problems.append(f"{where}: cannot be honoured, so leave out: {names}; known are {', '.join(MESSAGE_KEYS)}")
@@ -165,7 +156,7 @@ def _parse_content(content: Any, where: str, problems: list[str]) -> str:
     if not _is_list(content):
         problems.append(f'{where}: "content" must be a string or a list of text parts; got {_show(content)}')
         return ""
-    parts = [without_nulls(part) for part in content]
+    parts = [_given(part) if isinstance(part, Mapping) else part for part in content]
     problems += [
         f'{where}: content[{j}] must be {{"type": "text", "text": "…"}} (this model reads text only); got {_show(part)}'
         for j, part in enumerate(parts)
@@ -188,12 +179,12 @@ def _parse_tool_calls(calls: Any, where: str, problems: list[str]) -> list[dict[
 
 def _parse_tool_call(call: Any, where: str, problems: list[str]) -> dict[str, Any]:
     """Return `{"type", "function": {"name", "arguments"}}`; the fields of the function may also be those of the call."""
-    call = {key: value for key, value in call.items() if value is not None} if isinstance(call, Mapping) else call
+    call = _given(call) if isinstance(call, Mapping) else call
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         problems.append(f'{where} must be {{"type": "function", "function": {{"name", "arguments"}}}}; got {_show(call)}')
         return {}
-    function = {key: value for key, value in function.items() if value is not None}
+    function = _given(function)
     arguments = _parse_json_text(function.get("arguments"))
     if not isinstance(arguments, Mapping | None):
         problems.append(f"{where}: the arguments must be an object, or a JSON text of one; got {_show(arguments)}")
@@ -237,6 +228,11 @@ def _parse_json_text(value: Any) -> Any:
         return parse_json(value.encode("utf-8", "surrogatepass"))
     except JsonError as error:
         return error
+
+
+def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that are not null."""
+    return {key: value for key, value in fields.items() if value is not None}
 
 
 def _is_list(value: Any) -> bool:

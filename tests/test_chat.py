@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qwen_dist.chat import Chat, make_chat, without_nulls
+from qwen_dist.chat import Chat, make_chat
 from qwen_dist.config import ChatOptions, GenerateConfig, load_config
 from qwen_dist.errors import UsageError, UserError
 
@@ -74,11 +74,6 @@ def test_weights_say_which_answers_are_trained():
     chat = make_chat([USER, ANSWER | {"weight": 0}, USER, ANSWER | {"weight": 1.0}, ANSWER])
     assert chat.trained == (False, False, False, True, True)
     assert not any("weight" in message for message in chat.messages)
-
-
-def test_nulls_of_arrow():
-    row = {"a": None, "b": [{"c": None, "d": [None, 1]}]}
-    assert without_nulls(row) == {"b": [{"d": [None, 1]}]}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import IO, Any, cast
 
 from qwen_dist.batch import remote
-from qwen_dist.batch.parquet import write_parquet
+from qwen_dist.batch.parquet import without_nulls, write_parquet
 from qwen_dist.errors import UserError
 
 _ROWS_PER_BATCH = 1024
@@ -105,8 +105,7 @@ def _parquet_lines(path: str) -> Iterator[bytes]:
         with contextlib.closing(file):
             for batch in file.iter_batches(_ROWS_PER_BATCH):
                 for row in batch.to_pylist():
-                    fields = {name: value for name, value in row.items() if value is not None}
-                    yield json.dumps(fields, ensure_ascii=False, default=str).encode() + b"\n"
+                    yield json.dumps(without_nulls(row), ensure_ascii=False, default=str).encode() + b"\n"
 
     return rows()
 

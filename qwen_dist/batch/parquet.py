@@ -1,4 +1,4 @@
-"""Results as rows of a parquet file. No jax."""
+"""Rows of a parquet file: records to read and results to write. No jax."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from collections.abc import Iterable
 from typing import IO, Any
 
 _ROWS_PER_BATCH = 1024
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value of a row without the nulls in its objects: Arrow gives each object the keys of all in the column."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def write_parquet(file: IO[bytes], lines: Iterable[bytes], pyarrow: Any, parquet: Any) -> None:

@@ -15,7 +15,8 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from qwen_dist.chat import ROLES, Chat, make_chat, without_nulls
+from qwen_dist.batch.parquet import without_nulls
+from qwen_dist.chat import ROLES, Chat, make_chat
 from qwen_dist.errors import UsageError, UserError, printable
 from qwen_dist.json_reader import JsonError, parse_json, read_file
 
@@ -177,14 +178,12 @@ def _rows(file: str) -> Iterator[tuple[RecordLocation, Mapping[str, Any]]]:
     for batch in table.iter_batches():
         for row in batch.to_pylist():
             number += 1
-            yield RecordLocation(file, number), {name: value for name, value in row.items() if value is not None}
+            yield RecordLocation(file, number), without_nulls(row)
 
 
 def _record(
     location: RecordLocation, fields: Mapping[str, Any], raw: bool, variables: Mapping[str, Any]
 ) -> TrainRecord | BadTrainRecord:
-    if location.file.endswith(".parquet"):
-        fields = without_nulls(fields)
     fields = {name: value for name, value in fields.items() if value is not None}
     if "messages" in fields:
         return _chat(location, "messages", fields["messages"], fields, variables)

@@ -10,6 +10,7 @@ import pytest
 import transformers
 from chat_templates import CHATML, QWEN3, QWEN3_THINKING, QWQ, R1
 
+from qwen_dist.batch.jsonl import read_records
 from qwen_dist.config import DataOptions
 from qwen_dist.errors import UsageError, UserError
 from qwen_dist.tokenizer import Tokenizer
@@ -303,6 +304,18 @@ def test_parquet_tables(tokenizer, write_file, tmp_path):
     found = list(read_train_records([str(tmp_path / "t.parquet")], raw=False))
     assert isinstance(found[0], TrainRecord) and list(found[0].chat.messages) == rows[0]["messages"]
     assert isinstance(found[1], BadTrainRecord) and str(found[1].location) == f"{tmp_path}/t.parquet:2"
+
+
+def test_the_nulls_that_arrow_adds_are_not_given(write_file, tmp_path):
+    """A column of objects has the keys of all rows, and null where a row has none."""
+    tools = [{"function": {"name": "f", "parameters": {"a": {"type": "number"}}}}, {"function": {"name": "g"}}]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}
+    rows = [{"messages": [USER, call], "tools": tools[:1]}, {"messages": [USER, ASSISTANT], "tools": tools[1:]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    found = [record.chat for record in read_train_records([str(tmp_path / "t.parquet")], raw=False)]
+    assert found == [record.chat for record in read_train_records([write_file("t.jsonl", *rows)], raw=False)]
+    inputs = [line.messages for line in read_records(tmp_path / "t.parquet")]
+    assert inputs == [[USER, call], [USER, ASSISTANT]]
 
 
 @pytest.fixture(scope="module")
