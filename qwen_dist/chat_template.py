@@ -85,16 +85,14 @@ class ChatTemplate:
         chat, text = self._render_complete(chat, False)
         every = [index for index, message in enumerate(chat.messages) if (message.get("content") or "").strip()]
         (marked,) = self._render_all([_inputs(_mark_contents(chat, every), False)])
-        places = list(_MARK_PATTERN.finditer(marked))
         ends = [0] * len(chat.messages)
         if _MARK_PATTERN.sub("", marked) == text:
-            for number, place in enumerate(places):
-                ends[_mark_index(place[0])] = place.start() - sum(len(other[0]) for other in places[:number])
+            for number, place in enumerate(_MARK_PATTERN.finditer(marked)):
+                ends[_mark_index(place[0])] = place.start() - number * len(place[0])
             return text, ends
         # The template looks into the contents, so each is marked alone.
-        for index, marked in zip(
-            every, self._render_all([_inputs(_mark_contents(chat, [i]), False) for i in every]), strict=True
-        ):
+        one_each = self._render_all([_inputs(_mark_contents(chat, [index]), False) for index in every])
+        for index, marked in zip(every, one_each, strict=True):
             after = marked.rpartition(_mark(index))[2]
             if not text.endswith(after):
                 raise UserError(f"messages[{index}]: its place in the text of the chat template cannot be found")

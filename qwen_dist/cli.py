@@ -425,6 +425,8 @@ def _generate(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.raw and variables:
         raise UsageError("--thinking and --template-arg set variables of the chat template, which --raw leaves out")
     prompt = options.prompt
+    if prompt is None and sys.stdin is None:
+        raise UsageError("standard input is closed; give --prompt")
     if prompt is None and not sys.stdin.isatty():
         prompt = _read_prompt()
     if prompt is None and options.json:
@@ -462,7 +464,10 @@ def _generate(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _read_prompt() -> str:
     """Return standard input without the newline at its end, which `echo` adds."""
-    content = sys.stdin.buffer.read(_MAX_PROMPT_BYTES + 1)
+    try:
+        content = sys.stdin.buffer.read(_MAX_PROMPT_BYTES + 1)
+    except OSError as error:  # such as one that is open for writing only
+        raise UsageError(f"standard input cannot be read: {error.strerror}; give --prompt") from None
     if len(content) > _MAX_PROMPT_BYTES:
         raise UserError(f"standard input has more than {_MAX_PROMPT_BYTES} bytes")
     try:

@@ -63,7 +63,10 @@ class _Process:
 
     def ask(self, source: str, inputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the worker's reply. Raises UserError or CheckpointError where there is none."""
-        content = json.dumps({"source": source, "inputs": inputs}).encode()
+        try:
+            content = json.dumps({"source": source, "inputs": inputs}).encode()
+        except (TypeError, ValueError, RecursionError) as error:  # such as a date in a table
+            raise UserError(f"the chat has a value that is not of JSON: {printable(error)}") from None
         if len(content) > _MAX_REQUEST_BYTES:
             raise UserError(f"the chat has {len(content)} bytes; the chat template takes at most {_MAX_REQUEST_BYTES}")
         with self._lock:

@@ -1,5 +1,6 @@
 """Chat templates: what they leave out, how they open and end turns, and what a hostile one can cost."""
 
+import datetime
 import json
 import os
 import pathlib
@@ -210,6 +211,11 @@ def test_a_chat_that_is_too_large_is_refused():
         rendered(CHATML, [USER | {"content": "x" * 2**24}])
     with pytest.raises(UserError, match=r"the chat has [0-9]+ bytes"):
         rendered(CHATML, [USER | {"content": "x" * 2**26}])
+
+
+def test_values_that_are_not_of_json_are_refused():
+    with pytest.raises(UserError, match="the chat has a value that is not of JSON: Object of type date"):
+        rendered(QWEN3, [USER], enable_thinking=datetime.date(2024, 1, 1))
 
 
 def test_threads_get_their_own_texts():
