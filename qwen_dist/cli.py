@@ -200,7 +200,7 @@ def _add_generate(commands: Any) -> None:
 def _add_batch(commands: Any) -> None:
     batch = _add_command(commands, "batch", _batch, "answer every line of a file", _BATCH_EXAMPLE)
     batch.add_argument(
-        "--input", metavar="FILE", help='lines {"id","prompt"}, {"id","messages"} or of the OpenAI API; .gz, .zst, .parquet'
+        "--input", metavar="FILE", help='lines {"id","prompt"}, {"id","messages"} or of OpenAI\'s API; .gz, .zst, .parquet'
     )
     batch.add_argument("--output", metavar="FILE", help="in the same formats; an interrupted run is resumed")
     batch.add_argument(

@@ -473,7 +473,7 @@ def test_debug_shows_the_traceback(model):
 def test_help_fits_a_screen_and_shows_an_example(run, command):
     result = run(command, "--help")
     assert result.code == 0
-    assert len(result.out.splitlines()) <= 44
+    assert len(result.out.splitlines()) <= 48
     assert max(map(len, result.out.splitlines())) <= 124
     assert "example" in result.out and f"  qwen-dist {command} " in result.out
     assert f" {command} " in run("--help").out
@@ -516,6 +516,8 @@ PERTURBED = {
     "sampling.seed": "1",
     "sampling.stop": None,
     "sampling.logprobs": "0",
+    "chat.thinking": "off",
+    "chat.template_args": "('enable_thinking=false',)",
     "engine.policy": None,
     "engine.max_batch_size": "1",
     "raw": "true",

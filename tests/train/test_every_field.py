@@ -6,6 +6,7 @@ import pathlib
 import typing
 
 import pytest
+from chat_templates import QWEN3
 from short_run import short_run
 
 from qwen_dist.config import FinetuneConfig
@@ -23,7 +24,7 @@ def model(tiny_directory):
 
 @pytest.fixture(scope="module")
 def files(chats, tiny_directory, tmp_path_factory):
-    """Fewer chats, chats with a broken line, prompts with completions; another model, and one with an unknown key."""
+    """Fewer chats, chats with a broken line, prompts with completions; other models."""
     place = tmp_path_factory.mktemp("files")
     few = chats.read_text().splitlines()[:12]
     (place / "few.jsonl").write_text("\n".join(few) + "\n")
@@ -34,6 +35,10 @@ def files(chats, tiny_directory, tmp_path_factory):
     config = json.loads((unknown_key / "config.json").read_text()) | {"attn_scale": 2.0}
     (unknown_key / "config.json").write_text(json.dumps(config))
     (place / "unknown_key").symlink_to(unknown_key)
+    thinking = tiny_directory("qwen3", num_hidden_layers=1, hidden_size=32)
+    settings = json.loads((thinking / "tokenizer_config.json").read_text()) | {"chat_template": QWEN3}
+    (thinking / "tokenizer_config.json").write_text(json.dumps(settings))
+    (place / "thinking").symlink_to(thinking)
     return place
 
 
@@ -88,6 +93,8 @@ IN_DATA = [  # the first batch and how long the run is
     ("data.raw", True, {"data.files": ("{files}/pairs.jsonl",)}),
     ("data.bad_records", "skip", {"data.files": ("{files}/broken.jsonl",)}),
     ("data.seed", 1, {}),
+    ("chat.thinking", "off", {"model.path": "{files}/thinking"}),
+    ("chat.template_args", ("enable_thinking=false",), {"model.path": "{files}/thinking"}),
     ("steps", 5, {}),
     ("epochs", 2.5, {"steps": 0}),
 ]
