@@ -218,7 +218,9 @@ def _add_batch(commands: Any) -> None:
     batch.add_argument("--retry-errors", action="store_true", default=None, help="retry records that ended in an error")
     batch.add_argument("--keep-order", action="store_true", default=None, help="write results in the order of the input")
     batch.add_argument("--chart", metavar="FILE", help="write an HTML page: throughput, requests and cache over time")
+    batch.add_argument("--max-line-size", metavar="SIZE", help="longer input lines are answered with an error (64MB)")
     batch.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics during the run")
+    batch.add_argument("--metrics-host", metavar="ADDRESS", help="serve them on this address (127.0.0.1)")
     batch.add_argument("--profile", metavar="DIR", help="write a trace of the first seconds, for TensorBoard or XProf")
     _add_run_flags(batch)
     _add_host_flags(batch)
@@ -556,7 +558,7 @@ def _output_json(text: str, updates: list[RequestOutput], tokenizer: Tokenizer) 
 
 def _batch(options: argparse.Namespace, overrides: list[str]) -> int:
     names = ("input", "output", "engine.max_batch_size", "num_replicas", "raw", "overwrite", "retry_errors", "keep_order")
-    values = _config_values(options, *names, "chart", "metrics_port", "profile")
+    values = _config_values(options, *names, "chart", "max_line_size", "metrics_port", "metrics_host", "profile")
     config = load_config(BatchConfig, options.config, overrides, values, _DEMO_MODEL)
     with _joined(options, config, num_replicas=config.num_replicas, input=config.input) as processes:
         if processes.is_main:
@@ -622,6 +624,7 @@ def _run_shard(config: BatchConfig, processes: Processes, stopped: Callable[[], 
         overwrite=config.overwrite,
         retry_errors=config.retry_errors,
         keep_order=config.keep_order,
+        max_line_bytes=parse_bytes(config.max_line_size),
     )
     with shard as (records, results), _monitors(config, processes, quiet=quiet) as watch:
         with _loading(quiet=quiet) as progress:
@@ -640,7 +643,8 @@ def _run_shard(config: BatchConfig, processes: Processes, stopped: Callable[[], 
             )
         if processes.is_main:
             write_manifest(config, settings, BatchSummary(num_before=results.num_before), is_complete=False)
-        with _batch_progress(config.input, results.num_before, quiet=quiet) as show:
+        num_lines = 0 if quiet else _count_lines(config.input, parse_bytes(config.max_line_size))
+        with _batch_progress(num_lines, results.num_before, quiet=quiet) as show:
 
             def report(summary: BatchSummary, stats: EngineStats) -> None:
                 results.collect()
@@ -692,7 +696,7 @@ def _monitors(
         if processes.is_main and config.chart:
             stack.callback(write_chart, config.chart, series)
         if processes.is_main and config.metrics_port is not None:
-            watches.append(stack.enter_context(metrics_server(config.metrics_port)))
+            watches.append(stack.enter_context(metrics_server(config.metrics_port, config.metrics_host)))
         if processes.is_main and config.profile:
             tick = stack.enter_context(profiling(config.profile))
             watches.append(lambda summary, stats: tick())
@@ -723,14 +727,17 @@ def _series_table(series: TimeSeries) -> Table:
     return table
 
 
+def _count_lines(input: str, max_line_bytes: int) -> int:
+    from qwen_dist.batch.formats import read_bounded_lines
+
+    return sum(1 for line in read_bounded_lines(input, max_line_bytes) if not isinstance(line, bytes) or line.strip())
+
+
 @contextlib.contextmanager
-def _batch_progress(input: str, num_before: int, *, quiet: bool) -> Iterator[Callable[[BatchSummary, EngineStats], None]]:
+def _batch_progress(total: int, num_before: int, *, quiet: bool) -> Iterator[Callable[[BatchSummary, EngineStats], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.table import Column
 
-    from qwen_dist.batch.formats import read_lines
-
-    total = 0 if quiet else sum(1 for line in read_lines(input) if line.strip())
     columns = (
         TextColumn("answering"),
         BarColumn(bar_width=10),

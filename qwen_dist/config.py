@@ -149,7 +149,9 @@ class BatchConfig:
       overwrite: start over where results exist.
       retry_errors: try the records again that ended in an error.
       keep_order: sort the finished output into the order of the input.
+      max_line_size: a longer input line, or row of a parquet file, is answered with an error.
       metrics_port: serve metrics for Prometheus at this port during the run.
+      metrics_host: the address that the metrics are served on; the default is for this machine only.
       profile: a directory for a trace of the first seconds.
       chart: an HTML file with throughput, requests and cache use over time.
     """
@@ -166,13 +168,16 @@ class BatchConfig:
     overwrite: bool = False
     retry_errors: bool = False
     keep_order: bool = False
+    max_line_size: str = "64MB"
     metrics_port: int | None = None
+    metrics_host: str = "127.0.0.1"
     profile: str = ""
     chart: str = ""
 
     def __post_init__(self) -> None:
         if self.metrics_port is not None and not 0 < self.metrics_port < 2**16:
             raise UsageError(f"metrics_port is {self.metrics_port}; it must be from 1 to {2**16 - 1}")
+        _check_line_size("max_line_size", self.max_line_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +190,7 @@ class DataOptions:
       packing: put several sequences into one row.
       raw: leave the chat template out of prompts and completions.
       bad_records: stop at records that cannot be used, or skip them.
+      max_line_size: the most bytes of a line, of a row of a parquet file or of a plain text.
       seed: of the shuffle.
     """
 
@@ -194,7 +200,11 @@ class DataOptions:
     packing: bool = True
     raw: bool = False
     bad_records: Literal["refuse", "skip"] = "refuse"
+    max_line_size: str = "64MB"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_line_size("data.max_line_size", self.max_line_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,6 +347,15 @@ def parse_bytes(text: str) -> int:
         raise UsageError(f"{text!r} is not a size; examples are 256MB, 1.5GB and 2GiB")
     number, unit, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+
+
+def _check_line_size(name: str, text: str) -> None:
+    try:
+        size = parse_bytes(text)
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from None
+    if size < 1000:
+        raise UsageError(f"{name} is {text}; it must be at least 1kB")
 
 
 def bind_config(cls: type[T], given: Mapping[str, Any], problems: Iterable[str] = ()) -> T:

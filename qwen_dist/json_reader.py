@@ -9,6 +9,7 @@ import collections
 import json
 import os
 import pathlib
+import re
 import stat
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ MAX_JSON_BYTES = 64 * 2**20
 MAX_DEPTH = 100
 # Longer integers are not sizes, ids or seeds, and Python refuses or takes long to convert them.
 _MAX_DIGITS = 40
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class JsonError(ValueError):
@@ -78,7 +80,7 @@ def parse_json(raw: bytes, *, max_depth: int = MAX_DEPTH) -> Any:
     """Parse JSON in UTF-8 strictly.
 
     Refused are: a byte-order mark, nesting deeper than `max_depth`, a key that occurs twice in an object, NaN, Infinity,
-    numbers that no float64 holds, and integers of more than 40 digits.
+    numbers that no float64 holds, integers of more than 40 digits, and half of a surrogate pair, which is not a character.
 
     Raises:
       JsonError: it is not JSON, or one of these.
@@ -101,10 +103,16 @@ def parse_json(raw: bytes, *, max_depth: int = MAX_DEPTH) -> Any:
         raise
     except RecursionError:
         raise JsonError(f"it is nested deeper than {max_depth}") from None
-    except ValueError as problem:
-        raise JsonError(printable(problem, 200)) from None
+    except json.JSONDecodeError as problem:
+        line = f"line {problem.lineno}, " if "\n" in text else ""
+        raise JsonError(f"{problem.msg} ({line}column {problem.colno})") from None
     if text.count("[") + text.count("{") > max_depth and _is_deeper(value, max_depth):
         raise JsonError(f"it is nested deeper than {max_depth}")
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise JsonError("it has half of a surrogate pair, which is not a character") from None
     return value
 
 

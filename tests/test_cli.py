@@ -526,7 +526,9 @@ PERTURBED = {
     "keep_order": None,
     "engine.kv_cache_memory": "1KB",
     "engine.steps_per_dispatch": "0",
+    "max_line_size": "10B",
     "metrics_port": "70000",
+    "metrics_host": None,  # has its own test
     "profile": "/dev/null/profile",
     "chart": "no-such-directory/chart.html",
 }

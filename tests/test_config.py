@@ -126,7 +126,7 @@ def test_all_problems_of_file_overrides_and_flags_are_listed_at_once(file):
     assert {line.removeprefix("  - ") for line in lines[1:]} == {
         "--config.sampling.seed has no value: write --config.sampling.seed=VALUE",
         "zzz is not a field; the fields are model, input, output, mesh, sampling, chat, engine, num_replicas, raw, "
-        "overwrite, retry_errors, keep_order, metrics_port, profile, chart",
+        "overwrite, retry_errors, keep_order, max_line_size, metrics_port, metrics_host, profile, chart",
         "model.dtipe is not a field; did you mean model.dtype?",
         "model.dtype is 'float16'; it must be 'bfloat16' or 'float32' or 'float64'",
         "model.path is missing",

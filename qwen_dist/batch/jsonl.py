@@ -12,14 +12,15 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from qwen_dist.batch.formats import read_lines
-from qwen_dist.errors import UserError
+from qwen_dist.batch.formats import read_bounded_lines
+from qwen_dist.batch.line_reader import MAX_LINE_BYTES, UnreadableLine
+from qwen_dist.errors import UserError, printable
+from qwen_dist.json_reader import JsonError, parse_json
 
 LineFormat = Literal["plain", "openai"]
 
@@ -72,31 +73,35 @@ def hash64(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def read_records(path: str | os.PathLike[str]) -> Iterator[BatchRecord | InvalidRecord]:
+def read_records(
+    path: str | os.PathLike[str], max_line_bytes: int = MAX_LINE_BYTES
+) -> Iterator[BatchRecord | InvalidRecord]:
     """Read the records of a file one at a time: UTF-8 with or without BOM, blank lines skipped. File types: see `formats`.
 
     Raises:
       UserError: at once if the file cannot be opened, while reading if it is damaged.
     """
-    return _records(read_lines(path))
+    return _records(read_bounded_lines(path, max_line_bytes))
 
 
-def _records(lines: Iterator[bytes]) -> Iterator[BatchRecord | InvalidRecord]:
+def _records(lines: Iterator[bytes | UnreadableLine]) -> Iterator[BatchRecord | InvalidRecord]:
     format: LineFormat = "plain"
     ids, line_hashes = set[int](), set[int]()  # hashes instead of lines, to save memory
     for number, line in enumerate(lines, start=1):
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        line = line.rstrip()
-        if not line:
-            continue
-        record = _parse_line(line, number, format)
-        id, line_hash = hash64(repr(record.id).encode()), hash64(line)
+        record: BatchRecord | InvalidRecord
+        if isinstance(line, UnreadableLine):
+            record, line_hash = InvalidRecord(f"line-{number}", number, format, line.reason), line.hash
+        else:
+            line = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).rstrip()
+            if not line:
+                continue
+            record, line_hash = _parse_line(line, number, format), hash64(line)
+        id = hash64(repr(record.id).encode())
         if id in ids and isinstance(record, BatchRecord):
-            message = f"the id {record.id!r} is already that of an earlier line: give every line its own"
+            message = f"the id {_shortened(record.id)} is already that of an earlier line: give every line its own"
             record = InvalidRecord(record.id, number, record.format, message)
         if line_hash in line_hashes:
-            line_hash = hash64(line + str(number).encode())
+            line_hash = hash64(line_hash.to_bytes(8, "little") + str(number).encode())
         ids.add(id)
         line_hashes.add(line_hash)
         format = record.format  # the format of an unreadable line is taken from the line before
@@ -125,31 +130,19 @@ def _parse_line(line: bytes, number: int, format: LineFormat) -> BatchRecord | I
 
 def _parse_object(line: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
-        # `"\ud83d"` is valid JSON, but half a surrogate pair is not a character and cannot be tokenized.
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"the line is not UTF-8 (byte {error.start + 1})") from error
-    except UnicodeEncodeError as error:
-        raise UserError("the line has half of a surrogate pair, which is not a character") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"the line is not JSON: {error.msg} (column {error.colno})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"the line is not usable JSON: {error}") from error
+        value = parse_json(line)
+    except JsonError as error:
+        raise UserError(f"the line is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f'the line must be a JSON object such as {{"id", "prompt"}}; got {_shortened(value)}')
     return value
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _parse_plain(fields: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     allowed = ["prompt", "messages", *_CHAT_FIELDS, *_SAMPLING_PARAMS]
     unknown = sorted(fields.keys() - set(allowed))
     if unknown:
-        problems.append(f"unknown {', '.join(unknown)}; allowed are id, {', '.join(allowed)}")
+        problems.append(f"unknown {printable(', '.join(unknown), 100)}; allowed are id, {', '.join(allowed)}")
     prompt, messages = fields.get("prompt"), fields.get("messages")
     if (prompt is None) == (messages is None):
         problems.append("give either prompt or messages")
@@ -164,7 +157,7 @@ def _parse_plain(fields: dict[str, Any], problems: list[str]) -> dict[str, Any]:
 def _parse_openai(fields: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     unknown = sorted(fields.keys() - {"method", "url", "body"})
     if unknown:
-        problems.append(f"unknown {', '.join(unknown)}; allowed are custom_id, method, url, body")
+        problems.append(f"unknown {printable(', '.join(unknown), 100)}; allowed are custom_id, method, url, body")
     for name, allowed in (("method", ("POST",)), ("url", (_CHAT_URL, _TEXT_URL))):
         if fields.get(name, allowed[0]) not in allowed:
             problems.append(f"{name} must be {' or '.join(allowed)}; got {_shortened(fields[name])}")
@@ -186,7 +179,7 @@ def _parse_openai(fields: dict[str, Any], problems: list[str]) -> dict[str, Any]
         and not (name == "tool_choice" and body[name] in ("none", "auto"))
     )
     if refused:
-        problems.append(f"cannot be honoured, so leave out: {', '.join(refused)}")
+        problems.append(f"cannot be honoured, so leave out: {printable(', '.join(refused), 100)}")
     return contents | {"params": params, "model": model}
 
 

@@ -8,13 +8,13 @@ that ignores a key gives answers that look right and are wrong.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, cast
 
-from qwen_dist.errors import CheckpointError
+from qwen_dist.errors import CheckpointError, printable, problem_list
+from qwen_dist.json_reader import read_json_object
 
 FAMILIES = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
 RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3"]
@@ -117,16 +117,12 @@ class ModelConfig:
         path = pathlib.Path(directory)
         path = path if path.suffix == ".json" else path / "config.json"
         try:
-            hf = json.loads(path.read_text(encoding="utf-8"))
+            hf = read_json_object(path)
         except FileNotFoundError:
             raise CheckpointError(
                 f"{path.parent} is not a checkpoint: it has no config.json. "
                 "Pass the directory of a Qwen checkpoint in the Hugging Face format."
             ) from None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
-        if not isinstance(hf, dict):
-            raise CheckpointError(f"{path} holds a JSON {type(hf).__name__}; a model configuration is an object.")
         return cls.from_hf(hf, ignored_keys)
 
 
@@ -169,6 +165,10 @@ _ROPE_REQUIRED: dict[str, tuple[str, ...]] = {
 }
 _ROPE_ALWAYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 _REQUIRED = object()
+# Above all sizes of real models; tensors with larger dimensions cannot be computed with 32-bit indices.
+_MAX_INT = 2**31 - 1
+_MAX_LAYERS = _MAX_EXPERTS = 10_000
+_MAX_FLOAT = 1e15
 _QWEN3 = ("qwen3", "qwen3_moe")
 
 
@@ -180,7 +180,14 @@ class _Reader:
         self.problems: list[str] = []
         self.ignored = set(ignored_keys)
 
-    def take(self, key: str, kinds: tuple[type, ...], default: Any = _REQUIRED, minimum: float | None = None) -> Any:
+    def take(
+        self,
+        key: str,
+        kinds: tuple[type, ...],
+        default: Any = _REQUIRED,
+        minimum: float | None = None,
+        maximum: float = _MAX_INT,
+    ) -> Any:
         value: Any = self.left.pop(key, None)
         if value is None:
             if default is _REQUIRED:
@@ -190,17 +197,18 @@ class _Reader:
         wrong_bool = isinstance(value, bool) and bool not in kinds
         if wrong_bool or not isinstance(value, kinds):
             wanted = " or ".join(kind.__name__ for kind in kinds)
-            self.problems.append(f"{key} is {value!r}; it must be {wanted}")
-            return minimum or 1 if default in (_REQUIRED, None) else default
-        if minimum is not None and not cast(float, value) >= minimum:
-            self.problems.append(f"{key} is {value!r}; it must be at least {minimum}")
+            self.problems.append(f"{key} is {_shown(value)}; it must be {wanted}")
+            return minimum or 1 if default is _REQUIRED else default
+        if minimum is not None and not minimum <= cast(float, value) <= maximum:
+            limit = f"at least {minimum}" if value < minimum else f"at most {maximum}"
+            self.problems.append(f"{key} is {_shown(value)}; it must be {limit}")
             return minimum
         return value
 
     def model(self) -> ModelConfig:
         family = self.left.get("model_type")
         if family not in FAMILIES:
-            raise CheckpointError(f"model_type {family!r} is not supported yet; supported are {', '.join(FAMILIES)}.")
+            raise CheckpointError(f"model_type {_shown(family)} is not supported yet; supported are {', '.join(FAMILIES)}.")
         heads = self.take("num_attention_heads", (int,), minimum=1)
         kv_heads = self.take("num_key_value_heads", (int,), default=heads, minimum=1)
         hidden = self.take("hidden_size", (int,), minimum=1)
@@ -231,7 +239,7 @@ class _Reader:
             self.problems.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
         self.leftovers()
         if self.problems:
-            raise CheckpointError("config.json cannot be used:\n  - " + "\n  - ".join(self.problems))
+            raise CheckpointError(f"config.json cannot be used:\n{problem_list(self.problems)}")
         return config
 
     def head_dim(self, family: str, hidden: int, heads: int) -> int:
@@ -261,7 +269,7 @@ class _Reader:
         sizes = {"num_experts", "num_local_experts"} & self.left.keys()
         if len(sizes) == 2:
             self.problems.append("num_experts and num_local_experts are both given")
-        num_experts = self.take(max(sizes, default="num_experts"), (int,), minimum=1)
+        num_experts = self.take(max(sizes, default="num_experts"), (int,), minimum=1, maximum=_MAX_EXPERTS)
         per_token = self.take("num_experts_per_tok", (int,), minimum=1)
         if per_token > num_experts:
             self.problems.append(f"num_experts_per_tok {per_token} is more than the {num_experts} experts")
@@ -276,7 +284,7 @@ class _Reader:
         )
 
     def layers(self, family: str, moe: MoEConfig | None) -> tuple[LayerConfig, ...]:
-        count = self.take("num_hidden_layers", (int,), minimum=1)
+        count = self.take("num_hidden_layers", (int,), minimum=1, maximum=_MAX_LAYERS)
         windows, experts = self.windows(family, count), self.has_experts(count, moe)
         return tuple(
             LayerConfig(ffn="moe" if has_experts else "mlp", sliding_window=window)
@@ -289,8 +297,9 @@ class _Reader:
             return [False] * count
         step = self.take("decoder_sparse_step", (int,), default=1, minimum=1)
         dense = self.take("mlp_only_layers", (list,), default=[])
-        if wrong := [repr(index) for index in dense if not isinstance(index, int) or not 0 <= index < count]:
-            self.problems.append(f"mlp_only_layers has {', '.join(wrong)}; layers are 0 to {count - 1}")
+        if wrong := [index for index in dense if not isinstance(index, int) or not 0 <= index < count]:
+            self.problems.append(f"mlp_only_layers has {_shown(*wrong)}; layers are 0 to {count - 1}")
+            dense = []
         return [(index + 1) % step == 0 and index not in dense for index in range(count)]
 
     def windows(self, family: str, count: int) -> list[int | None]:
@@ -316,8 +325,8 @@ class _Reader:
     def windowed(self, kinds: list[Any], count: int) -> list[bool]:
         """Return which layers have a window according to `layer_types`."""
         allowed = ("full_attention", "sliding_attention")
-        if unknown := sorted({repr(kind) for kind in kinds if kind not in allowed}):
-            self.problems.append(f"layer_types has {', '.join(unknown)}; allowed are {', '.join(allowed)}")
+        if unknown := [kind for kind in kinds if kind not in allowed]:
+            self.problems.append(f"layer_types has {_shown(*unknown)}; allowed are {', '.join(allowed)}")
         if len(kinds) != count:
             self.problems.append(f"layer_types has {len(kinds)} entries for num_hidden_layers {count}")
         return [kind == "sliding_attention" for kind in kinds][:count] + [False] * (count - len(kinds))
@@ -333,25 +342,29 @@ class _Reader:
         partial = given.get("partial_rotary_factor", self.left.get("partial_rotary_factor", 1.0))
         self.left.pop("partial_rotary_factor", None)
         kind = given.get("rope_type", given.get("type", "default"))
-        if kind not in _ROPE_KEYS:
-            self.problems.append(f"rope type {kind!r} is not supported; supported are {', '.join(_ROPE_KEYS)}")
+        if not isinstance(kind, str) or kind not in _ROPE_KEYS:
+            self.problems.append(f"rope type {_shown(kind)} is not supported; supported are {', '.join(_ROPE_KEYS)}")
             return RopeConfig("default", 1.0, max_positions)
         if unknown := sorted(set(given) - _ROPE_KEYS[kind] - _ROPE_ALWAYS):
-            self.problems.append(f"rope type {kind!r} does not know {', '.join(unknown)}")
+            self.problems.append(f"rope type {kind!r} does not know {printable(', '.join(unknown), 80)}")
         if partial != 1.0:
-            self.problems.append(f"partial_rotary_factor is {partial}; this family rotates whole heads")
+            self.problems.append(f"partial_rotary_factor is {_shown(partial)}; this family rotates whole heads")
         numbers: dict[str, Any] = {
             key: value for key, value in given.items() if key not in ("rope_type", "type", "truncate")
         }
         numbers["rope_theta"] = 10_000.0 if theta is None else theta
         for key, value in numbers.items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
-                self.problems.append(f"rope {key} is {value!r}; it must be a positive number")
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (is_number and 0 < value <= _MAX_FLOAT):
+                self.problems.append(f"rope {printable(key, 80)} is {_shown(value)}; it must be a positive number")
                 numbers[key] = 1.0
         if missing := [key for key in _ROPE_REQUIRED[kind] if numbers.get(key) is None]:
             self.problems.append(f"rope type {kind!r} needs {', '.join(missing)}")
             numbers |= dict.fromkeys(missing, 1.0)
-        return _rope_config(kind, numbers, given.get("truncate", True), max_positions)
+        truncate = given.get("truncate", True)
+        if not isinstance(truncate, bool):
+            self.problems.append(f"rope truncate is {_shown(truncate)}; it must be bool")
+        return _rope_config(kind, numbers, truncate, max_positions)
 
     def leftovers(self) -> None:
         for key, value in self.left.items():
@@ -359,12 +372,19 @@ class _Reader:
                 continue
             if key in _NEUTRAL:
                 if value not in (_NEUTRAL[key], None):
-                    self.problems.append(f"{key} is {value!r}, which is not supported; supported is {_NEUTRAL[key]!r}")
+                    self.problems.append(
+                        f"{key} is {_shown(value)}, which is not supported; supported is {_NEUTRAL[key]!r}"
+                    )
             elif value not in (None, False):
                 self.problems.append(
-                    f"{key} = {json.dumps(value)[:80]} is not understood and may change the computation "
-                    f"(if it does not: --config.model.ignored_config_keys={key})"
+                    f"{printable(key, 80)} = {_shown(value)} is not understood and may change the computation "
+                    f"(if it does not: --config.model.ignored_config_keys={printable(key, 80)})"
                 )
+
+
+def _shown(*values: Any) -> str:
+    """Return values of the file as they are printed in a message."""
+    return printable(", ".join(dict.fromkeys(map(repr, values[:20]))), 80)
 
 
 def _rope_config(kind: RopeType, numbers: Mapping[str, Any], truncate: bool, max_positions: int) -> RopeConfig:

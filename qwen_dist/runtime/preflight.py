@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import qwen_dist
+from qwen_dist.json_reader import MAX_JSON_BYTES
 from qwen_dist.runtime.cluster import Cluster
 
 HostInfo = dict[str, Any]
@@ -75,7 +76,8 @@ def checkpoint_files(checkpoint: str) -> list[pathlib.Path]:
     directory = pathlib.Path(checkpoint).expanduser()
     if not checkpoint or not directory.is_dir():
         return []
-    return sorted([*directory.glob("*.json"), *directory.glob("*.safetensors")])
+    found = [*directory.glob("*.json"), *directory.glob("*.safetensors")]
+    return sorted(path for path in found if path.is_file())  # reading a named pipe might never end
 
 
 def checkpoint_digest(files: Sequence[pathlib.Path]) -> str:
@@ -84,10 +86,10 @@ def checkpoint_digest(files: Sequence[pathlib.Path]) -> str:
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
-        if path.suffix == ".json":
-            digest.update(path.read_bytes())
-            continue
         with open(path, "rb") as file:
+            if path.suffix == ".json":
+                digest.update(file.read(MAX_JSON_BYTES))
+                continue
             for sample in range(_NUM_SAMPLES):
                 file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_NUM_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE_BYTES))

@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import glob
-import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from qwen_dist.batch.parquet import without_nulls
+from qwen_dist.batch.formats import read_bounded_lines, read_rows
+from qwen_dist.batch.line_reader import MAX_LINE_BYTES, UnreadableLine
 from qwen_dist.chat import ROLES, Chat, make_chat
 from qwen_dist.errors import UsageError, UserError, printable
 from qwen_dist.json_reader import JsonError, parse_json, read_file
@@ -93,7 +93,11 @@ def find_data_files(patterns: Sequence[str]) -> list[str]:
 
 
 def read_train_records(
-    files: Sequence[str], *, raw: bool, variables: Mapping[str, Any] | None = None
+    files: Sequence[str],
+    *,
+    raw: bool,
+    variables: Mapping[str, Any] | None = None,
+    max_line_bytes: int = MAX_LINE_BYTES,
 ) -> Iterator[TrainRecord | BadTrainRecord]:
     """Yield every record of the files in order.
 
@@ -101,10 +105,14 @@ def read_train_records(
       files: from `find_data_files`.
       raw: a prompt is plain text instead of a user's turn.
       variables: of the chat template, for chats that do not set them.
+      max_line_bytes: the most bytes of a line, of a row or of a plain text.
+
+    Raises:
+      UserError: a file cannot be read or is damaged.
     """
     for file in files:
         expected: RecordFormat | None = None
-        for location, fields in _fields(file):
+        for location, fields in _fields(file, max_line_bytes):
             record = fields if isinstance(fields, BadTrainRecord) else _record(location, fields, raw, variables or {})
             if isinstance(record, TrainRecord):
                 expected = expected or record.format
@@ -114,32 +122,36 @@ def read_train_records(
             yield record
 
 
-def _fields(file: str) -> Iterator[tuple[RecordLocation, Mapping[str, Any] | BadTrainRecord]]:
-    if file.endswith(".parquet"):
-        yield from _rows(file)
-    elif file.endswith(".txt"):
-        yield RecordLocation(file, 1), {"text": _text(file)}
-    elif file.endswith(".json") and _is_array(file):
+def _fields(file: str, max_bytes: int) -> Iterator[tuple[RecordLocation, Mapping[str, Any] | BadTrainRecord]]:
+    if file.endswith(".txt"):
+        yield RecordLocation(file, 1), {"text": _text(file, max_bytes)}
+        return
+    if file.endswith(".json") and _is_array(file):
         yield from _array_records(file)
-    else:
-        with open(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    location = RecordLocation(file, number)
-                    yield location, _parse(location, line)
+        return
+    lines: Iterator[bytes | Mapping[str, Any] | UnreadableLine]
+    lines = read_rows(file, max_bytes) if file.endswith(".parquet") else read_bounded_lines(file, max_bytes)
+    for number, line in enumerate(lines, 1):
+        location = RecordLocation(file, number)
+        if isinstance(line, UnreadableLine):
+            yield location, BadTrainRecord(location, "broken line", line.reason)
+        elif not isinstance(line, bytes):
+            yield location, line
+        elif line.strip():
+            yield location, _parse(location, line)
 
 
-def _text(file: str) -> str:
+def _text(file: str, max_bytes: int) -> str:
     try:
-        return pathlib.Path(file).read_text(encoding="utf-8")
+        return read_file(file, max_bytes=max_bytes, error=UserError).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8: {error}") from None
+        raise UserError(f"{file} is not UTF-8: byte {error.start} is not") from None
 
 
 def _parse(location: RecordLocation, line: bytes) -> Mapping[str, Any] | BadTrainRecord:
     try:
-        fields = json.loads(line)
-    except ValueError as error:  # includes UnicodeDecodeError
+        fields = parse_json(line)
+    except JsonError as error:
         return BadTrainRecord(location, "broken line", f"not JSON: {error}")
     return (
         fields
@@ -165,22 +177,6 @@ def _array_records(file: str) -> Iterator[tuple[RecordLocation, Mapping[str, Any
         yield location, record if isinstance(record, dict) else BadTrainRecord(location, "broken line", detail)
 
 
-def _rows(file: str) -> Iterator[tuple[RecordLocation, Mapping[str, Any]]]:
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{file}: reading parquet needs an extra: pip install 'qwen-dist[parquet]'") from None
-    try:
-        table = parquet.ParquetFile(file)
-    except (OSError, ValueError) as error:  # pyarrow's errors derive from these
-        raise UserError(f"{file} cannot be read as parquet: {error}") from None
-    number = 0
-    for batch in table.iter_batches():
-        for row in batch.to_pylist():
-            number += 1
-            yield RecordLocation(file, number), without_nulls(row)
-
-
 def _record(
     location: RecordLocation, fields: Mapping[str, Any], raw: bool, variables: Mapping[str, Any]
 ) -> TrainRecord | BadTrainRecord:
@@ -198,7 +194,7 @@ def _record(
         if isinstance(text, str) and text.strip():
             return TrainRecord(location, "text", text=text)
         return BadTrainRecord(location, "empty text", f'"text" must be a non-empty string; it is {text!r:.60}')
-    names = ", ".join(printable(repr(name), 60) for name in fields) or "nothing"
+    names = printable(", ".join(map(repr, fields)) or "nothing", 200)
     return BadTrainRecord(
         location,
         "unknown format",

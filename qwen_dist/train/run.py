@@ -24,7 +24,7 @@ from qwen_dist.checkpoint.load import ProgressCallback
 from qwen_dist.checkpoint.model import LoadedModel, load_model
 from qwen_dist.checkpoint.save import EXTRA_FILE_NAMES, save
 from qwen_dist.checkpoint.sync import sync_processes
-from qwen_dist.config import FinetuneConfig, LoraOptions
+from qwen_dist.config import FinetuneConfig, LoraOptions, parse_bytes
 from qwen_dist.errors import UsageError, UserError, printable
 from qwen_dist.json_reader import read_json_object
 from qwen_dist.mesh import MeshConfig, make_mesh, training_mesh
@@ -133,8 +133,12 @@ def prepare(config: FinetuneConfig) -> RunInputs:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {model.vocab_size}")
 
     def examples(files: list[str]) -> Examples:
-        variables = config.chat.variables
-        records = read_train_records(files, raw=config.data.raw, variables=variables)
+        records = read_train_records(
+            files,
+            raw=config.data.raw,
+            variables=config.chat.variables,
+            max_line_bytes=parse_bytes(config.data.max_line_size),
+        )
         return make_examples(records, tokenizer, max_length=config.data.max_length, bad_records=config.data.bad_records)
 
     training = examples(files)
@@ -452,7 +456,9 @@ def fingerprint(inputs: RunInputs) -> dict[str, Any]:
     kept = {name: value for name, value in fields.items() if name not in _RESUMABLE_CHANGES}
     kept["data"] = kept["data"] | {"tokens": _data_digest(inputs.training)}
     # The digest has what the files and the chat template make of them.
-    del kept["data"]["eval_files"], kept["data"]["files"], kept["chat"]
+    for name in ("eval_files", "files", "max_line_size"):
+        del kept["data"][name]
+    del kept["chat"]
     return json.loads(json.dumps(kept))
 
 

@@ -340,15 +340,41 @@ def test_reading_does_not_change_what_was_given():
     ("content", "message"),
     [
         (None, "is not a checkpoint: it has no config.json"),
-        ("{", "cannot be read as JSON"),
-        ("[1]", "holds a JSON list; a model configuration is an object"),
+        ("{", "is not JSON: Expecting property name"),
+        ("[1]", r"must hold a JSON object; it holds \[1\]"),
+        ("[" * 100_000, "nested deeper than"),
+        ('{"a": 1, "a": 2}', "the key 'a' occurs twice"),
+        ('{"rms_norm_eps": Infinity}', "Infinity is not a JSON number"),
+        ('{"vocab_size": 1' + "0" * 5000 + "}", "a number has 5001 digits"),
+        ("\ufeff{}", "byte-order mark"),
     ],
 )
 def test_directories_without_a_usable_file(tmp_path, content, message):
     if content is not None:
-        (tmp_path / "config.json").write_text(content)
-    with pytest.raises(CheckpointError, match=message):
+        (tmp_path / "config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=message) as error:
         ModelConfig.from_directory(tmp_path)
+    assert len(str(error.value)) < 1000
+
+
+ODD_VALUES = [0, -1, 10**39, 1e300, True, "x" * 10**6, "\x1b[2J", [], [[]] * 1000, {}, {"a": {}}, 0.5]
+
+
+@pytest.mark.parametrize("given", [QWEN2_5_7B, QWEN3_30B_A3B], ids=["dense", "moe"])
+def test_odd_values_are_refused_in_a_short_message(given):
+    """Every key with every kind of value: the file is used, or refused in one message that can be printed."""
+    rope = {"rope_type", "rope_theta", "factor", "truncate", "original_max_position_embeddings", "attention_factor"}
+    cases = [given | {key: value} for key in (*given, "layer_types", "x\x1b" * 1000) for value in ODD_VALUES]
+    cases += [
+        given | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0} | {key: value}}
+        for key in rope
+        for value in ODD_VALUES
+    ]
+    for case in cases:
+        try:
+            ModelConfig.from_hf(case)
+        except CheckpointError as error:
+            assert len(str(error)) < 3000 and "\x1b" not in str(error)
 
 
 # One change of `config.json` for every field of the three classes.

@@ -30,6 +30,7 @@ def files(chats, tiny_directory, tmp_path_factory):
     (place / "few.jsonl").write_text("\n".join(few) + "\n")
     (place / "broken.jsonl").write_text("\n".join([*few, '{"messages": [']) + "\n")
     (place / "pairs.jsonl").write_text(json.dumps({"prompt": "the fox", "completion": "brown dog"}) + "\n")
+    (place / "text.jsonl").write_text(json.dumps({"text": "the quick brown fox " * 100}) + "\n")
     (place / "other").symlink_to(tiny_directory("qwen2", num_hidden_layers=1))
     unknown_key = tiny_directory("qwen3", num_hidden_layers=1, hidden_size=32)
     config = json.loads((unknown_key / "config.json").read_text()) | {"attn_scale": 2.0}
@@ -92,6 +93,7 @@ IN_DATA = [  # the first batch and how long the run is
     ("data.packing", False, {}),
     ("data.raw", True, {"data.files": ("{files}/pairs.jsonl",)}),
     ("data.bad_records", "skip", {"data.files": ("{files}/broken.jsonl",)}),
+    ("data.max_line_size", "1kB", {"data.files": ("{files}/text.jsonl",)}),
     ("data.seed", 1, {}),
     ("chat.thinking", "off", {"model.path": "{files}/thinking"}),
     ("chat.template_args", ("enable_thinking=false",), {"model.path": "{files}/thinking"}),
