@@ -11,8 +11,8 @@ from typing import IO, Any
 # The most bytes of a line, unless `max_line_size` says otherwise. The longest contexts are far below it.
 MAX_LINE_BYTES = 64 * 10**6
 _SKIP_BYTES = 2**20
-# A block of 4 bytes may become 128 kB, so this many compressed bytes become at most 32 MB.
-_ZSTD_INPUT_BYTES = 1024
+# A block of 4 bytes may become 128 kB, so this many compressed bytes become at most 8 MB.
+_ZSTD_INPUT_BYTES = 256
 
 
 @dataclasses.dataclass(frozen=True)

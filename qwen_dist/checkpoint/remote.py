@@ -36,13 +36,15 @@ from qwen_dist.json_reader import MAX_JSON_BYTES
 REMOTE_READ_OPTIONS = ReadOptions(num_threads=16, max_gap=2**20, chunk_bytes=8 * 2**20)
 CONNECT_TIMEOUT_S = 10.0
 STALL_TIMEOUT_S = 30.0
-# A response that comes without a stall, but at a lower rate than this, is given up, too.
-MIN_BYTES_PER_S = 4096
+# A response that comes without a stall, but more slowly than this, is given up, too.
+MIN_BYTES_PER_S = 16_384
+SMALL_FILE_TIMEOUT_S = 600.0
 MAX_ATTEMPTS = 6
 FIRST_DELAY_S = 0.25
 MAX_DELAY_S = 20.0
 MAX_REDIRECTS = 5
 _RECEIVE_BYTES = 2**20
+_MAX_URL_CHARS = 2000
 _RETRYABLE_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 _DENIED_STATUSES = frozenset({401, 403, 410})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -50,6 +52,8 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 def open_url(url: str) -> Folder:
     """Open the folder at an `http(s)://`, `gs://` or `s3://` address."""
+    if len(url) > _MAX_URL_CHARS or not url.isprintable():
+        raise CheckpointError(f"{printable(url)} is not a usable address.")
     scheme = _origin(url)[0]
     if scheme in ("http", "https"):
         return HttpFolder(url.rstrip("/") + "/")
@@ -76,7 +80,9 @@ def open_hub(hub_id: str) -> Folder:
         commit = huggingface_hub.HfApi().model_info(name, revision=revision or None).sha
     except Exception as error:
         # The hub's client raises errors of several libraries; all mean that the repository cannot be reached.
-        raise CheckpointError(f"{hub_id} is not a local directory and cannot be opened on the hub: {_one_line(error)}") from error
+        raise CheckpointError(
+            f"{hub_id} is not a local directory and cannot be opened on the hub: {_one_line(error)}"
+        ) from error
     url = huggingface_hub.hf_hub_url(name, "config.json", revision=commit).removesuffix("config.json")
     return HttpFolder(url, build_hf_headers())
 
@@ -124,7 +130,7 @@ class HttpFolder:
                     return None
                 if response.status != 200:
                     _raise_status(response, url, expected=200)
-                for received in _receive(response, MAX_JSON_BYTES + 1):
+                for received in _receive(response, MAX_JSON_BYTES + 1, SMALL_FILE_TIMEOUT_S):
                     content += received
                     if len(content) > MAX_JSON_BYTES:
                         raise CheckpointError(f"{url}: expected at most {MAX_JSON_BYTES} bytes.")
@@ -221,7 +227,7 @@ class HttpFile:
             total = _content_range(response, self.url, offset, offset + len(buffer))
             if total != self.size or _version(response) != self._version:
                 raise CheckpointError(f"{self.url} was changed while it was being read; load it again.")
-            for content in _receive(response, len(buffer)):
+            for content in _receive(response, len(buffer), STALL_TIMEOUT_S + len(buffer) / MIN_BYTES_PER_S):
                 buffer[received : received + len(content)] = content
                 received += len(content)
             if received < len(buffer):
@@ -251,34 +257,39 @@ def _redirect(url: str, location: str) -> str:
     """Return the address that a response of `url` leads to. Raises CheckpointError if it must not be followed."""
     try:
         target = urljoin(url, location)
+        scheme = _origin(target)[0]
     except ValueError as error:
-        raise CheckpointError(f"{url}: redirected to {printable(location)}, no usable address: {error}") from None
-    scheme = _origin(target)[0]
+        raise CheckpointError(f"{url}: refused to follow the redirect to {printable(location)}: {error}") from None
     if scheme not in ("http", "https") or (_origin(url)[0] == "https" and scheme == "http"):
         raise CheckpointError(f"{url}: refused to follow the redirect to {printable(target)}, which is not https.")
     return target
 
 
-def _receive(response: Any, max_bytes: int) -> Iterator[bytes]:
-    """Yield the body as it comes, at most `max_bytes` of it. Raises _TransientError when it takes too long."""
-    received, deadline = 0, time.monotonic() + STALL_TIMEOUT_S + max_bytes / MIN_BYTES_PER_S
-    while received < max_bytes and (content := response.read1(min(_RECEIVE_BYTES, max_bytes - received))):
-        received += len(content)
-        yield content
-        if time.monotonic() > deadline:
-            raise _TransientError(f"less than {MIN_BYTES_PER_S} bytes per second")
+def _receive(response: Any, max_bytes: int, timeout_s: float) -> Iterator[bytes]:
+    """Yield the body as it comes, at most `max_bytes` of it. Raises _TransientError when it takes longer than this."""
+    received = 0
+    try:
+        with _shut_down_after(timeout_s, response.socket):
+            while received < max_bytes and (content := response.read1(min(_RECEIVE_BYTES, max_bytes - received))):
+                received += len(content)
+                yield content
+    except TimeoutError as error:
+        raise _TransientError(f"{error}: {received} bytes", received) from error
 
 
 @functools.cache
 def _pools_with_deadline() -> dict[str, Any]:
-    """Return urllib3's connection pools by scheme, with connections that give a response's headers a deadline."""
+    """Return urllib3's connection pools by scheme, with a deadline for headers; responses have their `socket`."""
     import urllib3
 
     def with_deadline(pool: Any) -> Any:
         class Connection(pool.ConnectionCls):  # type: ignore[misc]
             def getresponse(self) -> Any:
-                with _shut_down_after(STALL_TIMEOUT_S, self.sock):
-                    return super().getresponse()
+                connection = self.sock
+                with _shut_down_after(STALL_TIMEOUT_S, connection):
+                    response = super().getresponse()
+                response.socket = connection
+                return response
 
         return type(pool.__name__, (pool,), {"ConnectionCls": Connection})
 
@@ -290,9 +301,11 @@ def _pools_with_deadline() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _shut_down_after(seconds: float, connection: socket.socket) -> Iterator[None]:
-    """End all waits for the connection when the block takes longer than this: a timeout of a socket is for each byte."""
+    """End the block with a TimeoutError when it takes longer than this; the timeout of a socket is for each byte only."""
+    is_late = threading.Event()
 
     def shut_down() -> None:
+        is_late.set()
         with contextlib.suppress(OSError):  # it is closed
             connection.shutdown(socket.SHUT_RDWR)
 
@@ -303,6 +316,8 @@ def _shut_down_after(seconds: float, connection: socket.socket) -> Iterator[None
         yield
     finally:
         timer.cancel()
+    if is_late.is_set():  # a response that ends inside its headers counts as whole
+        raise TimeoutError(f"not complete after {seconds:.0f} s")
 
 
 def _one_line(error: Exception) -> str:
@@ -365,7 +380,9 @@ def _content_range(response: Any, url: str, start: int, stop: int) -> int:
     text = response.headers.get("Content-Range", "")
     match = re.fullmatch("bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", text.strip())
     if match is None or (int(match[1]), int(match[2]) + 1) != (start, stop):
-        raise CheckpointError(f"{url}: requested bytes {start}-{stop - 1}, the server answered with {printable(repr(text), 80)}.")
+        raise CheckpointError(
+            f"{url}: requested bytes {start}-{stop - 1}, the server answered with {printable(repr(text), 80)}."
+        )
     return int(match[3])
 
 
@@ -436,7 +453,9 @@ class ObjectFile:
         try:
             content = memoryview(obstore.get(self._folder.store, self.name, options=options).bytes())
         except (obstore.exceptions.BaseError, OSError) as error:
-            raise CheckpointError(f"{self._folder}/{self.name}: bytes from {offset} cannot be read: {_one_line(error)}") from error
+            raise CheckpointError(
+                f"{self._folder}/{self.name}: bytes from {offset} cannot be read: {_one_line(error)}"
+            ) from error
         if len(content) != len(buffer):
             found = f"{len(content)} bytes instead of {len(buffer)}"
             raise CheckpointError(f"{self._folder}/{self.name}: the store sent {found} from offset {offset}.")
