@@ -283,7 +283,7 @@ def _pools_with_deadline() -> dict[str, Any]:
     import urllib3
 
     def with_deadline(pool: Any) -> Any:
-        class Connection(pool.ConnectionCls):  # type: ignore[misc]
+        class ConnectionWithDeadline(pool.ConnectionCls):
             def getresponse(self) -> Any:
                 connection = self.sock
                 with _shut_down_after(STALL_TIMEOUT_S, connection):
@@ -291,7 +291,7 @@ def _pools_with_deadline() -> dict[str, Any]:
                 response.socket = connection
                 return response
 
-        return type(pool.__name__, (pool,), {"ConnectionCls": Connection})
+        return type(pool.__name__, (pool,), {"ConnectionCls": ConnectionWithDeadline})
 
     return {
         "http": with_deadline(urllib3.HTTPConnectionPool),

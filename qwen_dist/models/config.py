@@ -199,8 +199,8 @@ class _Reader:
             wanted = " or ".join(kind.__name__ for kind in kinds)
             self.problems.append(f"{key} is {_shown(value)}; it must be {wanted}")
             return minimum or 1 if default is _REQUIRED else default
-        if minimum is not None and not minimum <= cast(float, value) <= maximum:
-            limit = f"at least {minimum}" if value < minimum else f"at most {maximum}"
+        if minimum is not None and not minimum <= (number := cast(float, value)) <= maximum:
+            limit = f"at least {minimum}" if number < minimum else f"at most {maximum}"
             self.problems.append(f"{key} is {_shown(value)}; it must be {limit}")
             return minimum
         return value
@@ -341,8 +341,8 @@ class _Reader:
             self.problems.append("rope_theta and rope_parameters.rope_theta differ")
         partial = given.get("partial_rotary_factor", self.left.get("partial_rotary_factor", 1.0))
         self.left.pop("partial_rotary_factor", None)
-        kind = given.get("rope_type", given.get("type", "default"))
-        if not isinstance(kind, str) or kind not in _ROPE_KEYS:
+        kind: Any = given.get("rope_type", given.get("type", "default"))
+        if kind not in list(_ROPE_KEYS):  # a list, as a value without a hash may be given
             self.problems.append(f"rope type {_shown(kind)} is not supported; supported are {', '.join(_ROPE_KEYS)}")
             return RopeConfig("default", 1.0, max_positions)
         if unknown := sorted(set(given) - _ROPE_KEYS[kind] - _ROPE_ALWAYS):

@@ -158,7 +158,11 @@ def _run_preflight(
             result = None
         if result is None:
             raise UserError(f"preflight: process 0 at {cluster.coordinator} ended before all processes had connected.")
-        problems, names = result["problems"], result.get("names", [])
+        problems, names = result.get("problems"), result.get("names", [])
+        if not isinstance(problems, list) or not isinstance(names, list):
+            raise UserError(
+                f"preflight: what listens at {cluster.coordinator} is not process 0 of this run: use another port."
+            )
     if problems:
         raise UserError("preflight:\n  - " + "\n  - ".join(problems))
     return names

@@ -25,6 +25,9 @@ MIN_FREE_DISK = 10**9
 # For the interpreter, jax and the loader's buffers.
 MIN_FREE_MEMORY = 10**9
 _NUM_SAMPLES, _SAMPLE_BYTES = 16, 4096
+# The fields of a host info: texts, and mappings with the type of their values; and "pid".
+_TEXTS = ("host", "code", "checkpoint", "input")
+_MAPPINGS = {"versions": str, "settings": str, "memory": int, "disk": int}
 
 
 def collect_host_info(
@@ -60,6 +63,18 @@ def collect_host_info(
         "memory": {"free": _available_memory(), "needed": int(MIN_FREE_MEMORY + memory_per_checkpoint_byte * weights)},
         "disk": {directory: shutil.disk_usage(_nearest_existing(directory)).free for directory in write_dirs},
     }
+
+
+def is_host_info(value: object) -> bool:
+    """Return whether a value that was received has the keys and types of a host info."""
+    if not isinstance(value, dict) or value.keys() != {*_TEXTS, "pid", *_MAPPINGS}:
+        return False
+    if not all(isinstance(value[name], str) for name in _TEXTS) or type(value["pid"]) is not int:
+        return False
+    for name, kind in _MAPPINGS.items():
+        if not isinstance(value[name], dict) or any(type(one) is not kind for one in value[name].values()):
+            return False
+    return value["versions"].keys() == {"qwen-dist", "jax"} and value["memory"].keys() == {"free", "needed"}
 
 
 def code_digest() -> str:
