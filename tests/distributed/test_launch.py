@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 ARGUMENTS = ["batch", "--model", "/data/a b", "--input", 'q"uo\\te$(X).jsonl', "--output", "out.jsonl"]
-ARGUMENTS += [
+ODD = [
     "costs $$5",
     "$$(HOME)",
     "$$$",
@@ -92,13 +92,13 @@ def test_tpu_pod(launch):
 def test_gke(launch, kind, flags):
     from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
-    text = output_of([launch / "gke" / "launch.sh", "--kind", kind, *flags, *GKE, "--dry-run", "--", *ARGUMENTS])
+    text = output_of([launch / "gke" / "launch.sh", "--kind", kind, *flags, *GKE, "--dry-run", "--", *ARGUMENTS, *ODD])
     manifest = yaml.safe_load(text)
     parsed = JobsetV1alpha2JobSet.from_dict(manifest)  # raises for wrong types and drops unknown keys
     assert parsed.to_dict() == manifest
     (job,) = manifest["spec"]["replicatedJobs"]
     (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
-    assert [expand(word) for word in container["args"]] == ARGUMENTS
+    assert [expand(word) for word in container["args"]] == [*ARGUMENTS, *ODD]
     assert job["replicas"] == (2 if kind == "tpu" else 1) and job["template"]["spec"]["parallelism"] == 4
 
 
