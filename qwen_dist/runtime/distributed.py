@@ -158,11 +158,11 @@ def _run_preflight(
             result = None
         if result is None:
             raise UserError(f"preflight: process 0 at {cluster.coordinator} ended before all processes had connected.")
-        problems, names = result.get("problems"), result.get("names", [])
-        if not isinstance(problems, list) or not isinstance(names, list):
+        if not isinstance(result.get("problems"), list) or not isinstance(result.get("names", []), list):
             raise UserError(
                 f"preflight: what listens at {cluster.coordinator} is not process 0 of this run: use another port."
             )
+        problems, names = result["problems"], result.get("names", [])
     if problems:
         raise UserError("preflight:\n  - " + "\n  - ".join(problems))
     return names
