@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import stat
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from qwen_dist.errors import CheckpointError, UserError, printable
@@ -74,6 +75,27 @@ def read_json_object(
     if not isinstance(content, dict):
         raise error(f"{printable(path)} must hold a JSON object; it holds {printable(repr(content), 80)}")
     return content
+
+
+def read_optional_object(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Return the JSON object in a file as `read_json_object` does, or None if nothing has this name."""
+    try:
+        return read_json_object(path)
+    except FileNotFoundError:
+        if os.path.islink(path):
+            raise CheckpointError(f"{printable(path)} is a link to a file that does not exist; download it again") from None
+        return None
+
+
+def keys_within(section: str, keys: Iterable[str]) -> frozenset[str]:
+    """Return which keys of an object the dotted `keys` name: `a` names a key in any object, `section.a` in that one."""
+    return frozenset(key.removeprefix(f"{section}.") for key in keys)
+
+
+def unusable_keys(file: str | os.PathLike[str], problems: list[str]) -> CheckpointError:
+    """Return the error for keys of a checkpoint's file that are not understood, one problem a line."""
+    parts = [f"{printable(file)} cannot be used:", *problems, "(keys in --config.model.ignored_config_keys are not read)"]
+    return CheckpointError(" ".join(parts) if len(problems) == 1 else "\n  - ".join(parts[:-1]) + "\n" + parts[-1])
 
 
 def parse_json(raw: bytes, *, max_depth: int = MAX_DEPTH) -> Any:

@@ -19,16 +19,19 @@ import tokenizers
 from qwen_dist.chat import Chat, Message, make_chat
 from qwen_dist.chat_template import ChatTemplate, TurnFormat
 from qwen_dist.errors import CheckpointError, UsageError, UserError
-from qwen_dist.json_reader import read_json_object
+from qwen_dist.json_reader import read_optional_object
 from qwen_dist.tokenizer_files import (
     TEMPLATE_TOKENS,
     TOKENIZER_CONFIG,
     TOKENIZER_FILE,
     chat_templates,
+    read_settings,
     require_files,
+    special_tokens,
     stop_ids,
     token_text,
 )
+from qwen_dist.tokenizer_vocab import add_tokens, build_backend, read_backend
 
 
 class TooLongError(UserError):
@@ -65,28 +68,40 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.vocab_size = max([backend.get_vocab_size(with_added_tokens=False), *(id + 1 for id in added)])
         self._backend = backend
+        self._template_sources = dict(chat_templates)
         self._chat_templates = {name: ChatTemplate(source, template_tokens) for name, source in chat_templates.items()}
         self._special_ids = frozenset(id for id, token in added.items() if token.special)
 
     @classmethod
-    def from_directory(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """Read the tokenizer of a checkpoint directory.
+    def from_directory(cls, path: str | os.PathLike[str], ignored_keys: Iterable[str] = ()) -> Tokenizer:
+        """Read the tokenizer of a checkpoint directory; without tokenizer.json, from vocab.json and merges.txt.
 
         The stop ids are those of generation_config.json. If it has none, they are those of config.json and the tokenizer's
-        eos_token. A chat_template.jinja or chat_template.json file takes precedence over tokenizer_config.json.
+        eos_token. A chat template in a file takes precedence over tokenizer_config.json, whose `ignored_keys` are not read.
 
         Raises:
           CheckpointError: files are missing (all are listed) or invalid.
         """
         directory = Path(path)
         require_files(directory)
-        config = read_json_object(directory / TOKENIZER_CONFIG)
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(directory / TOKENIZER_FILE))
-        except Exception as error:  # the library raises nothing narrower
-            raise CheckpointError(f"{directory / TOKENIZER_FILE} cannot be read: {error}; download it again") from error
-        tokens = {name: token_text(name, config[name]) for name in TEMPLATE_TOKENS if config.get(name)}
-        return cls(backend, stop_ids(directory, backend, tokens), chat_templates(directory, config), tokens)
+        settings = read_settings(directory, ignored_keys)
+        file = directory / TOKENIZER_FILE
+        backend = read_backend(file) if file.exists() else build_backend(directory)
+        tokens = {name: token_text(name, settings[name]) for name in TEMPLATE_TOKENS if settings.get(name)}
+        eos_token = {tokens["eos_token"]} if "eos_token" in tokens and file.exists() else set()
+        add_tokens(backend, directory, settings, [text for text in special_tokens(settings) if text not in eos_token])
+        return cls(backend, stop_ids(directory, backend, tokens), chat_templates(directory, settings), tokens)
+
+    def differences(self, path: str | os.PathLike[str]) -> list[str]:
+        """Return which of "chat template" and "vocabulary" another directory, such as an adapter's, has differently."""
+        directory, found = Path(path), []
+        templates = chat_templates(directory, read_optional_object(directory / TOKENIZER_CONFIG) or {})
+        if templates and templates != self._template_sources:
+            found.append("chat template")
+        file = directory / TOKENIZER_FILE
+        if file.exists() and read_backend(file).get_vocab() != self._backend.get_vocab():
+            found.append("vocabulary")
+        return found
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of `text`. The text of a special token, such as `<|im_end|>`, becomes that token.

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from qwen_dist.errors import CheckpointError, printable
 from qwen_dist.json_reader import MAX_JSON_BYTES, JsonError, parse_json, read_file
+from qwen_dist.tokenizer_files import TEMPLATE_DIRECTORY
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_FILE_NAME = "model.safetensors"
@@ -112,6 +113,10 @@ class Folder(Protocol):
         """Return the names of the safetensors files in a folder without an index."""
         ...
 
+    def template_files(self) -> list[str]:
+        """Return the names of the named chat templates, to be read; of a folder that cannot be listed, possible names."""
+        ...
+
 
 class LocalFolder:
     """A directory on this machine."""
@@ -154,6 +159,9 @@ class LocalFolder:
 
     def weight_files(self) -> list[str]:
         return sorted(path.name for path in self.root.glob("*.safetensors"))
+
+    def template_files(self) -> list[str]:
+        return sorted(f"{TEMPLATE_DIRECTORY}/{path.name}" for path in self.root.glob(f"{TEMPLATE_DIRECTORY}/*.jinja"))
 
 
 def read_json(folder: Folder, name: str) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 
 from qwen_dist.errors import CheckpointError
+from qwen_dist.gguf import refuse_gguf
 
 _WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 _SMALL_FILES = (
@@ -18,6 +19,11 @@ _SMALL_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -36,6 +42,7 @@ def local_directory(model: str, *, weights: bool = True) -> pathlib.Path:
     if "://" in model:
         return _copy_small_files(model)
     path = pathlib.Path(model).expanduser()
+    refuse_gguf(path)
     if path.exists():
         return path
     if not _HUB_ID.fullmatch(model):
@@ -62,8 +69,9 @@ def _copy_small_files(url: str) -> pathlib.Path:
     folder = open_folder(url)
     directory = pathlib.Path(tempfile.mkdtemp(prefix="qwen_dist-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    for name in _SMALL_FILES:
-        content = folder.read(name)
+    for name in (*_SMALL_FILES, *folder.template_files()):
+        content = None if "*" in name else folder.read(name)
         if content is not None:
+            (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(content)
     return directory

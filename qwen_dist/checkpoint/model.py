@@ -132,7 +132,7 @@ def export_model(
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> str:
-    names = {"BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+    names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
     stored = {tensor.dtype.name for tensor in checkpoint.tensors.values()}
     if checkpoint.config.get("quantization_config"):
         return "bfloat16"

@@ -31,6 +31,7 @@ from qwen_dist.checkpoint.files import (
 )
 from qwen_dist.errors import CheckpointError, printable
 from qwen_dist.json_reader import MAX_JSON_BYTES
+from qwen_dist.tokenizer_files import TEMPLATE_DIRECTORY
 
 # A request costs a round trip: use more threads, larger requests, and read gaps up to a megabyte rather than skip them.
 REMOTE_READ_OPTIONS = ReadOptions(num_threads=16, max_gap=2**20, chunk_bytes=8 * 2**20)
@@ -170,6 +171,9 @@ class HttpFolder:
     def weight_files(self) -> list[str]:
         # A web server has no directory listing: without an index there can only be this file.
         return [SINGLE_FILE_NAME]
+
+    def template_files(self) -> list[str]:
+        return [f"{TEMPLATE_DIRECTORY}/tool_use.jinja"]
 
 
 class HttpFile:
@@ -425,6 +429,12 @@ class ObjectFolder:
         with _object_errors(self.url):
             listing = obstore.list_with_delimiter(self.store)["objects"]
         return sorted(entry["path"] for entry in listing if entry["path"].endswith(".safetensors"))
+
+    def template_files(self) -> list[str]:
+        import obstore
+
+        listing = obstore.list_with_delimiter(self.store, f"{TEMPLATE_DIRECTORY}/")["objects"]
+        return sorted(entry["path"] for entry in listing if entry["path"].endswith(".jinja"))
 
 
 class ObjectFile:

@@ -26,7 +26,7 @@ import numpy as np
 
 from qwen_dist.checkpoint.boxes import box_from_slices, contains, intersect, relative_slices
 from qwen_dist.checkpoint.buffers import is_on_host
-from qwen_dist.checkpoint.files import INDEX_NAME, LOCAL_READ_OPTIONS, SINGLE_FILE_NAME, LocalFile
+from qwen_dist.checkpoint.files import INDEX_NAME, LOCAL_READ_OPTIONS, SINGLE_FILE_NAME, Folder, LocalFile
 from qwen_dist.checkpoint.load import ByteCounter, ProgressCallback, fit_to_budget, run_in_threads
 from qwen_dist.checkpoint.names import PREFIXES, NameMap, find_layout, name_tensors
 from qwen_dist.checkpoint.plan import Chunk, Parameter, Shard, chunk_boxes, count_stack_dims
@@ -49,6 +49,7 @@ EXTRA_FILE_NAMES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
     "LICENSE",
 )
 
@@ -70,7 +71,6 @@ def export(
     Weights that were quantised are written dequantised, as they were loaded. Other arguments and errors as in `save`.
     """
     prefix, fused_experts = find_layout(arrays, checkpoint.tensors)
-    extra_files = {name: checkpoint.folder.read(name) for name in EXTRA_FILE_NAMES}
     save(
         arrays,
         output,
@@ -78,13 +78,19 @@ def export(
         disk_shapes=disk_shapes,
         prefix=prefix,
         fused_experts=fused_experts,
-        extra_files={name: content for name, content in extra_files.items() if content is not None},
+        extra_files=read_extra_files(checkpoint.folder),
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
         host_memory_budget=host_memory_budget,
         progress=progress,
     )
+
+
+def read_extra_files(folder: Folder) -> dict[str, bytes]:
+    """Return the content of the files of a checkpoint that are copied to another, by name."""
+    contents = {name: folder.read(name) for name in (*EXTRA_FILE_NAMES, *folder.template_files())}
+    return {name: content for name, content in contents.items() if content is not None}
 
 
 def save(
@@ -327,6 +333,7 @@ def _write_metadata(
         weight_map = {name: file.name for file in files for name in file.tensors}
         content[INDEX_NAME] = _encode_json({"metadata": {"total_size": total}, "weight_map": weight_map})
     for name, text in content.items():
+        (staging / name).parent.mkdir(exist_ok=True)
         (staging / name).write_bytes(text)
         _fsync(staging / name)
 

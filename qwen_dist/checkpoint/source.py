@@ -22,6 +22,7 @@ from qwen_dist.checkpoint.files import (
 from qwen_dist.checkpoint.safetensors import LENGTH_BYTES, Header, TensorInfo, header_length, parse_header
 from qwen_dist.checkpoint.sync import sync_processes
 from qwen_dist.errors import CheckpointError, printable, problem_list
+from qwen_dist.gguf import refuse_gguf
 
 # One read usually covers the whole header of a file (Qwen's are 10-100 kB).
 _FIRST_READ_BYTES = 128 * 1024
@@ -77,6 +78,7 @@ def open_folder(location: str | os.PathLike[str]) -> Folder:
         from qwen_dist.checkpoint.remote import open_url
 
         return open_url(text)
+    refuse_gguf(text)
     if os.path.isdir(text):
         return LocalFolder(Path(text))
     if _HUB_ID.fullmatch(text) and not os.path.exists(text):

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, cast
 
 from qwen_dist.errors import CheckpointError, printable, problem_list
-from qwen_dist.json_reader import read_json_object
+from qwen_dist.json_reader import keys_within, read_json_object
 
 FAMILIES = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
 RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3"]
@@ -104,7 +104,8 @@ class ModelConfig:
 
         Args:
           hf: the parsed file.
-          ignored_keys: keys the user vouches for: they may be present and are not read.
+          ignored_keys: unknown keys the user vouches for: they may be present and are not read. A key inside rope_scaling
+            or quantization_config is named alone or with its object: `attn_factor` or `rope_scaling.attn_factor`.
 
         Raises:
           CheckpointError: listing everything that is missing, mistyped, unknown or not supported.
@@ -164,6 +165,16 @@ _ROPE_REQUIRED: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 _ROPE_ALWAYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+# Of FP8; the weights are dequantised, so what concerns activations changes nothing.
+_QUANTIZATION_KEYS = set(
+    "quant_method weight_block_size fmt scale_fmt modules_to_not_convert ignored_layers activation_scheme".split()
+)
+# Why model types are not supported, by a part of their names; the first match counts.
+_UNSUPPORTED = {
+    **dict.fromkeys(("vl", "omni", "audio", "asr"), "it reads images or audio; only text models are"),
+    **dict.fromkeys(("qwen3_next", "qwen3_5"), "hybrid models, which have linear attention, are planned"),
+    "qwen": "this generation of Qwen is not",
+}
 _REQUIRED = object()
 # Above all sizes of real models; tensors with larger dimensions cannot be computed with 32-bit indices.
 _MAX_INT = 2**31 - 1
@@ -208,14 +219,18 @@ class _Reader:
     def model(self) -> ModelConfig:
         family = self.left.get("model_type")
         if family not in FAMILIES:
-            raise CheckpointError(f"model_type {_shown(family)} is not supported yet; supported are {', '.join(FAMILIES)}.")
+            reason = next((why for part, why in _UNSUPPORTED.items() if part in str(family)), "it is not a Qwen text model")
+            message = f"model_type {_shown(family)} is not supported yet: {reason}"
+            raise CheckpointError(f"{message}; supported are {', '.join(FAMILIES)}.")
         heads = self.take("num_attention_heads", (int,), minimum=1)
         kv_heads = self.take("num_key_value_heads", (int,), default=heads, minimum=1)
         hidden = self.take("hidden_size", (int,), minimum=1)
         head_dim = self.head_dim(family, hidden, heads)
         max_positions = self.take("max_position_embeddings", (int,), minimum=1)
         qkv_bias = self.qkv_bias(family)
+        self.quantization()
         moe = self.moe(family) if family.endswith("_moe") else None
+        layers = self.layers(family, moe)
         config = ModelConfig(
             family=family,
             vocab_size=self.take("vocab_size", (int,), minimum=1),
@@ -232,8 +247,8 @@ class _Reader:
             o_bias=qkv_bias and family in _QWEN3,
             qk_norm=family in _QWEN3,
             rope=self.rope(head_dim, max_positions),
-            moe=moe,
-            layers=self.layers(family, moe),
+            moe=moe if any(layer.ffn == "moe" for layer in layers) else None,
+            layers=layers,
         )
         if heads % kv_heads:
             self.problems.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
@@ -345,8 +360,11 @@ class _Reader:
         if kind not in list(_ROPE_KEYS):  # a list, as a value without a hash may be given
             self.problems.append(f"rope type {_shown(kind)} is not supported; supported are {', '.join(_ROPE_KEYS)}")
             return RopeConfig("default", 1.0, max_positions)
-        if unknown := sorted(set(given) - _ROPE_KEYS[kind] - _ROPE_ALWAYS):
-            self.problems.append(f"rope type {kind!r} does not know {printable(', '.join(unknown), 80)}")
+        known = _ROPE_KEYS[kind] | _ROPE_ALWAYS
+        if unknown := sorted(set(given) - known - keys_within("rope_scaling", self.ignored)):
+            names = printable(", ".join(unknown), 80)
+            self.problems.append(f"rope type {kind!r} does not know {names} {_how_to_ignore(unknown, 'rope_scaling')}")
+        given = {key: value for key, value in given.items() if key in known}
         if partial != 1.0:
             self.problems.append(f"partial_rotary_factor is {_shown(partial)}; this family rotates whole heads")
         numbers: dict[str, Any] = {
@@ -366,6 +384,16 @@ class _Reader:
             self.problems.append(f"rope truncate is {_shown(truncate)}; it must be bool")
         return _rope_config(kind, numbers, truncate, max_positions)
 
+    def quantization(self) -> None:
+        """Refuse what the loader would not see; it checks the method itself."""
+        name = "quantization_config"
+        given: Any = self.left.get(name)
+        if self.left.pop("quantization", None) is not None:
+            self.problems.append("quantization (of MLX) is not supported; use the original checkpoint or its FP8 release")
+        is_fp8 = isinstance(given, dict) and given.get("quant_method") == "fp8"
+        if is_fp8 and (unknown := sorted(set(given) - _QUANTIZATION_KEYS - keys_within(name, self.ignored))):
+            self.problems.append(f"{name} has unknown keys {_how_to_ignore(unknown, name)}")
+
     def leftovers(self) -> None:
         for key, value in self.left.items():
             if key in _HARMLESS or key in self.ignored:
@@ -378,13 +406,18 @@ class _Reader:
             elif value not in (None, False):
                 self.problems.append(
                     f"{printable(key, 80)} = {_shown(value)} is not understood and may change the computation "
-                    f"(if it does not: --config.model.ignored_config_keys={printable(key, 80)})"
+                    f"{_how_to_ignore([key])}"
                 )
 
 
 def _shown(*values: Any) -> str:
     """Return values of the file as they are printed in a message."""
     return printable(", ".join(dict.fromkeys(map(repr, values[:20]))), 80)
+
+
+def _how_to_ignore(keys: Iterable[str], section: str = "") -> str:
+    names = ",".join(f"{section}.{key}".removeprefix(".") for key in keys)
+    return f"(if it does not: --config.model.ignored_config_keys={printable(names, 80)})"
 
 
 def _rope_config(kind: RopeType, numbers: Mapping[str, Any], truncate: bool, max_positions: int) -> RopeConfig:

@@ -164,7 +164,8 @@ class Reference:
         # A row's first token is preceded by padding only, so it is no target.
         labels = torch.where(torch.from_numpy(inputs.positions) > 0, arguments["input_ids"], IGNORED_LABEL)
         with self._computing():
-            options = {"output_router_logits": True} if hasattr(self.model.config, "router_aux_loss_coef") else {}
+            has_experts = any(name.endswith("mlp.experts") for name, _ in self.model.named_modules())
+            options = {"output_router_logits": True} if has_experts else {}
             output = self.model(**arguments, labels=labels, use_cache=False, **options)
             output.loss.backward()
         gradients = {self._name(name): to_numpy(value.grad) for name, value in self.model.named_parameters()}

@@ -34,7 +34,7 @@ def run_parity(options: ParityOptions, progress: Callable[[str], None] = lambda 
     from qwen_dist.parity.comparison import Comparison, compare_in_same_dtype
     from qwen_dist.parity.oracle import compare_bfloat16
 
-    config = ModelConfig.from_directory(options.model)
+    config = ModelConfig.from_directory(options.model, options.ignored_keys)
     # By default, accelerators round the operands of float32 products to fewer bits.
     with jax.enable_x64(options.dtype == "float64"), jax.default_matmul_precision("highest"):
         comparison = Comparison(options, config, progress)

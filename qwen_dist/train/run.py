@@ -19,10 +19,11 @@ import jax
 import numpy as np
 
 from qwen_dist.checkpoint.adapter import Adapter, merge_adapter, read_adapter, write_adapter
+from qwen_dist.checkpoint.files import LocalFolder
 from qwen_dist.checkpoint.hub import local_directory
 from qwen_dist.checkpoint.load import ProgressCallback
 from qwen_dist.checkpoint.model import LoadedModel, load_model
-from qwen_dist.checkpoint.save import EXTRA_FILE_NAMES, save
+from qwen_dist.checkpoint.save import read_extra_files, save
 from qwen_dist.checkpoint.sync import sync_processes
 from qwen_dist.config import FinetuneConfig, LoraOptions, parse_bytes
 from qwen_dist.errors import UsageError, UserError, printable
@@ -127,7 +128,7 @@ def prepare(config: FinetuneConfig) -> RunInputs:
         raise UsageError(
             f"data.max_length is {config.data.max_length}; the model's context has {model.max_position_embeddings} tokens"
         )
-    tokenizer = Tokenizer.from_directory(directory)
+    tokenizer = Tokenizer.from_directory(directory, config.model.ignored_keys)
     tokenizer.check_template_variables(config.chat.variables)
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {model.vocab_size}")
@@ -182,6 +183,8 @@ def finetune(
         )
         start = _Start(inputs, checkpoints, log)
         setup = setup or set_up(inputs, load_progress)
+        if note := setup.model.sharding_ctx.replicated_note(inputs.model.vocab_size):
+            log(note)
         state, batches, found = start.restore(setup)
         metrics_log = MetricsLog(
             output, done=found, tensorboard=config.tensorboard, is_first=jax.process_index() == 0, log=log
@@ -524,14 +527,12 @@ def _write_result(inputs: RunInputs, setup: TrainSetup, state: TrainState, log: 
         write_adapter(output / "adapter", adapter, base=config.model.path)
         return output / "adapter"
     log(f"writing the model: {output / 'model'}")
-    files = {name: inputs.directory / name for name in EXTRA_FILE_NAMES}
-    extra_files = {name: path.read_bytes() for name, path in files.items() if path.is_file()}
     save(
         setup.trainer.parameters(state),
         output / "model",
         config=json.loads((inputs.directory / "config.json").read_text(encoding="utf-8")),
         disk_shapes=disk_shapes(setup.model.module),
-        extra_files=extra_files | _with_trained_ends(inputs),
+        extra_files=read_extra_files(LocalFolder(inputs.directory)) | _with_trained_ends(inputs),
         dtype=jax.numpy.dtype(config.model.dtype),
         overwrite=True,
     )

@@ -9,6 +9,8 @@ import pytest
 import torch
 import transformers
 
+from qwen_dist.checkpoint.hub import local_directory
+from qwen_dist.checkpoint.source import open_folder
 from qwen_dist.errors import CheckpointError
 from qwen_dist.models.config import LayerConfig, ModelConfig, MoEConfig, RopeConfig
 
@@ -268,7 +270,8 @@ def test_every_problem_is_listed_at_once():
         "rms_norm_eps is True; it must be int or float",
         "hidden_act is 'gelu', which is not supported; supported is 'silu'",
         "rope factor is -1; it must be a positive number",
-        "rope type 'yarn' does not know low_freq_factor",
+        "rope type 'yarn' does not know low_freq_factor "
+        "(if it does not: --config.model.ignored_config_keys=rope_scaling.low_freq_factor)",
         "partial_rotary_factor is 0.25; this family rotates whole heads",
         "layer_types has 'chunked_attention'; allowed are full_attention, sliding_attention",
         "layer_types has 2 entries for num_hidden_layers 28",
@@ -285,8 +288,20 @@ def test_every_problem_is_listed_at_once():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "model_type 'llama' is not supported yet; supported are qwen2, qwen3"),
-        ({"model_type": None}, "model_type None is not supported yet"),
+        (
+            {"model_type": "llama"},
+            "model_type 'llama' is not supported yet: it is not a Qwen text model; supported are qwen2",
+        ),
+        ({"model_type": None}, "model_type None is not supported yet: it is not a Qwen text model"),
+        ({"model_type": ["qwen3"]}, r"model_type \['qwen3'\] is not supported yet"),
+        ({"model_type": "qwen2_5_vl"}, "it reads images or audio; only text models are"),
+        ({"model_type": "qwen3_omni_moe"}, "it reads images or audio; only text models are"),
+        ({"model_type": "qwen3_next"}, "hybrid models, which have linear attention, are planned"),
+        ({"model_type": "qwen3_5_moe_text"}, "hybrid models, which have linear attention, are planned"),
+        ({"model_type": "qwen"}, "this generation of Qwen is not"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, r"quantization \(of MLX\) is not supported; use the original"),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, r"rope type \['yarn'\] is not supported"),
+        ({"hidden_size": 10**30}, r"it must be int below 2\*\*53"),
         ({"use_mrope": True}, "use_mrope is True"),
         (
             {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
@@ -328,6 +343,36 @@ def test_keys_the_user_vouches_for():
     with pytest.raises(CheckpointError, match="my_note") as error:
         ModelConfig.from_hf(given, ["logit_scale"])
     assert "logit_scale" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "key"),
+    [
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, "attn_factor"),
+        ("quantization_config", {"quant_method": "fp8", "weight_block_size": [128, 128]}, "unheard_of"),
+    ],
+)
+def test_keys_inside_objects_that_the_user_vouches_for(section, value, key):
+    given = QWEN3_0_6B | {section: value | {key: "x"}}
+    with pytest.raises(CheckpointError, match=rf"\(if it does not: --config.model.ignored_config_keys={section}.{key}\)"):
+        ModelConfig.from_hf(given)
+    for ignored in (key, f"{section}.{key}"):
+        assert ModelConfig.from_hf(given, [ignored]) == ModelConfig.from_hf(QWEN3_0_6B | {section: value})
+
+
+@pytest.mark.parametrize("changes", [{"mlp_only_layers": [0, 1, 2]}, {"decoder_sparse_step": 5}])
+def test_a_mixture_without_a_layer_of_experts_is_a_dense_model(tiny_checkpoint, changes):
+    config = ModelConfig.from_directory(tiny_checkpoint("qwen3_moe", **({"mlp_only_layers": []} | changes)))
+    assert config.moe is None and {layer.ffn for layer in config.layers} == {"mlp"}
+
+
+def test_gguf_is_named(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for location in (tmp_path / "model.gguf", tmp_path, "Qwen/Qwen3-8B-GGUF"):
+        with pytest.raises(CheckpointError, match=r"is in the GGUF format, .* the model's repository with safetensors"):
+            local_directory(str(location))
+        with pytest.raises(CheckpointError, match="is in the GGUF format"):
+            open_folder(location)
 
 
 def test_reading_does_not_change_what_was_given():

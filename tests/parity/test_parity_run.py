@@ -79,6 +79,12 @@ def test_terminal_json_and_page_agree(report, tmp_path):
         write_html(report, tmp_path / "missing" / "out.html")
 
 
+def test_a_mixture_without_a_layer_of_experts(tiny_checkpoint):
+    checkpoint = tiny_checkpoint("qwen2_moe", num_hidden_layers=2, mlp_only_layers=[0, 1])
+    report = run_parity(ParityOptions(checkpoint, dtype="float32", tokens=16, decode_steps=2))
+    assert report.ok, report.verdict()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float32_is_within_bounds(tiny_checkpoint, family):
