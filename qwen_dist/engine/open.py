@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import pathlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import jax
 
@@ -15,8 +13,8 @@ from qwen_dist.checkpoint.load import ProgressCallback
 from qwen_dist.checkpoint.model import load_model
 from qwen_dist.config import ModelOptions, SamplingOptions
 from qwen_dist.engine.engine import Engine
+from qwen_dist.engine.generation_config import read_generation_config
 from qwen_dist.engine.request import SamplingParams
-from qwen_dist.errors import CheckpointError
 from qwen_dist.mesh import MeshConfig, default_mesh, make_mesh
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.sharding import INFERENCE, ShardingContext
@@ -46,7 +44,8 @@ def open_engine(
       template_variables: names that the chat template must use.
       devices: the devices of the mesh, by default all of this run.
       progress: see `checkpoint.load.load`.
-      announce: called with a description of the mesh before the weights are read, if there are several devices.
+      announce: called before the weights are read, with a description of the mesh if it has several devices, and with what
+        the user may not expect.
 
     Raises:
       UserError: the mesh, the checkpoint or a sampling parameter cannot be used. Cheap checks run before the weights load.
@@ -55,13 +54,13 @@ def open_engine(
     adapter = read_adapter(options.adapter) if options.adapter else None
     given = make_mesh(MeshConfig.parse(mesh), devices) if mesh else None
     directory = local_directory(options.path, weights=options.load_format != "dummy")
-    tokenizer = Tokenizer.from_directory(directory)
+    tokenizer = Tokenizer.from_directory(directory, options.ignored_keys)
     tokenizer.check_template_variables(template_variables)
-    defaults = SamplingParams.from_generation_config(_generation_config(directory)).override(vars(sampling))
-    chosen = given or make_mesh(default_mesh(ModelConfig.from_directory(directory, options.ignored_keys), devices), devices)
-    sharding_ctx = ShardingContext(chosen, INFERENCE)
-    if len(devices) > 1:
-        announce(sharding_ctx.describe())
+    defaults = read_generation_config(directory, options.ignored_keys).override(vars(sampling))
+    config = ModelConfig.from_directory(directory, options.ignored_keys)
+    sharding_ctx = ShardingContext(given or make_mesh(default_mesh(config, devices), devices), INFERENCE)
+    for note in _notes(len(devices), sharding_ctx, config, tokenizer, options.adapter):
+        announce(note)
     model = load_model(
         directory,
         sharding_ctx,
@@ -85,14 +84,12 @@ def open_engine(
     return engine, tokenizer, defaults
 
 
-def _generation_config(directory: pathlib.Path) -> dict:
-    path = directory / "generation_config.json"
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}; download it again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object; it holds {content!r:.80}")
-    return content
+def _notes(
+    num_devices: int, sharding_ctx: ShardingContext, config: ModelConfig, tokenizer: Tokenizer, adapter: str
+) -> Iterator[str]:
+    if num_devices > 1:
+        yield sharding_ctx.describe()
+    if note := sharding_ctx.replicated_note(config.vocab_size):
+        yield note
+    if adapter and (differing := tokenizer.differences(adapter)):
+        yield f"{adapter} has its own {' and '.join(differing)}, not used: those of the model are"

@@ -127,6 +127,15 @@ def test_a_lora_step_equals_peft(adapted, examples, packing, accumulation, remat
         check_step(loaded, trained, expected, one_batch(examples, packing).microbatches(accumulation), remat)
 
 
+def test_a_vocabulary_that_tensor_does_not_divide(full, examples):
+    """311 tokens on two devices: each has them all, and the step stays that of PyTorch."""
+    directory, expected = full
+    with jax.enable_x64(True):
+        loaded = load(directory, "tensor=2")
+        assert loaded.parameters["embed_tokens.weight"].sharding.shard_shape((311, 32)) == (311, 32)
+        check_step(loaded, loaded.parameters.keys(), expected, one_batch(examples, False).microbatches(1), "none")
+
+
 def test_twenty_float32_steps_have_the_losses_of_pytorch(full, examples):
     directory, _ = full
     settings = {"rate": 1e-3, "weight_decay": 0.1, "clip_norm": 0.5}
