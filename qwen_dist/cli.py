@@ -21,6 +21,7 @@ import qwen_dist
 from qwen_dist.chat import make_chat
 from qwen_dist.config import (
     BatchConfig,
+    ExportModelOptions,
     FinetuneConfig,
     GenerateConfig,
     LoraOptions,
@@ -46,7 +47,13 @@ _Flag = tuple[str, str, type, str, str]
 # Flags that set a configuration key: (flag, key, type, metavar, help).
 _MODEL_FLAGS: tuple[_Flag, ...] = (
     ("--model", "model.path", str, "DIR_OR_HUB_ID", "checkpoint in the Hugging Face format"),
-    ("--dtype", "model.dtype", str, "DTYPE", "bfloat16, float32 or float64 (bfloat16; parity: float32; export: as stored)"),
+    (
+        "--dtype",
+        "model.dtype",
+        str,
+        "DTYPE",
+        "bfloat16, float32, float64 (bfloat16; parity: float32; export: as stored, also float16)",
+    ),
     ("--mesh", "mesh", str, "AXES", "devices per mesh axis, such as fsdp=2,tensor=4"),
     ("--host-memory-budget", "model.host_memory_budget", str, "SIZE", "bound on the loader's buffers, such as 256MB"),
 )
@@ -59,6 +66,8 @@ _SAMPLING_FLAGS: tuple[_Flag, ...] = (
     ("--top-p", "sampling.top_p", float, "P", "sample from the fewest tokens with total probability P"),
     ("--min-p", "sampling.min_p", float, "P", "drop tokens below P times the highest probability"),
     ("--repetition-penalty", "sampling.repetition_penalty", float, "R", "above 1 makes earlier tokens less likely"),
+    ("--presence-penalty", "sampling.presence_penalty", float, "P", "subtracted once from tokens that the answer has"),
+    ("--frequency-penalty", "sampling.frequency_penalty", float, "P", "subtracted for each time the answer has the token"),
     ("--seed", "sampling.seed", int, "N", "random seed; the same seed gives the same tokens"),
     ("--stop", "sampling.stop", str, "TEXT", "stop before this text; may be repeated"),
     ("--logprobs", "sampling.logprobs", int, "N", "log-probabilities, with the N best alternatives"),
@@ -390,7 +399,7 @@ def _joined(
         return
     model: ModelOptions = config.model
     on_host = bool(options.num_cpu_devices) or os.environ.get("JAX_PLATFORMS") == "cpu"
-    copies = {"bfloat16": 1, "float32": 2, "float64": 4}[model.dtype] * num_replicas / cluster.num_processes
+    copies = {"bfloat16": 1, "float16": 1, "float32": 2, "float64": 4}[model.dtype] * num_replicas / cluster.num_processes
     host_info = collect_host_info(
         {"command": options.command, **vars(config), **more},
         checkpoint=model.path,
@@ -812,6 +821,14 @@ class _ModelConfig:
     mesh: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class _ExportConfig:
+    """The configuration of `export`."""
+
+    model: ExportModelOptions
+    mesh: str = ""
+
+
 def _inspect(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.kernels:
         return _print_kernels(as_json=options.json)
@@ -869,7 +886,7 @@ def _print_kernels(*, as_json: bool) -> int:
 
 def _export(options: argparse.Namespace, overrides: list[str]) -> int:
     values = _config_values(options)
-    config = load_config(_ModelConfig, None, overrides, values)
+    config = load_config(_ExportConfig, None, overrides, values)
     with _joined(options, config, output=options.output) as processes:
         if processes.is_main:
             check_paths(_paths_read(config.model), [Written("--output", options.output, is_directory=True)])
@@ -910,6 +927,7 @@ def _parity(options: argparse.Namespace, overrides: list[str]) -> int:
         prompts=tuple(options.prompt or ()),
         tokens=options.tokens,
         mesh=config.mesh,
+        ignored_keys=tuple(config.model.ignored_keys),
     )
     report = run_parity(parity_options, progress=lambda stage: print(stage, file=sys.stderr))
     if options.json:

@@ -33,7 +33,9 @@ class ModelOptions:
       path: a checkpoint directory or a hub id.
       dtype: of parameters and activations.
       load_format: "dummy" makes random weights on the devices, so the directory needs no weight files.
-      ignored_config_keys: keys of config.json, separated by commas, that do not change the computation.
+      ignored_config_keys: unknown keys of the checkpoint's JSON files, separated by commas, that do not change the
+        computation. `attn_factor` names a key of any object, `rope_scaling.attn_factor` that of one: rope_scaling,
+        quantization_config, generation_config or tokenizer_config.
       host_memory_budget: bound on the loader's buffers, such as 256MB; empty for the loader's default.
       adapter: a directory in PEFT's format; its low-rank adapter is merged into the weights.
     """
@@ -55,6 +57,13 @@ class ModelOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExportModelOptions(ModelOptions):
+    """The model to export. Nothing is computed, so float16 is possible, too."""
+
+    dtype: Literal["bfloat16", "float16", "float32", "float64"] = "bfloat16"  # type: ignore[assignment]
+
+
+@dataclasses.dataclass(frozen=True)
 class SamplingOptions:
     """See `engine.request.SamplingParams`. None takes the value of the checkpoint's generation_config.json."""
 
@@ -67,6 +76,9 @@ class SamplingOptions:
     seed: int | None = None
     stop: tuple[str, ...] | None = None
     logprobs: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    min_new_tokens: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -404,6 +416,12 @@ def _bind(cls: Any, given: Any, prefix: str, problems: list[str]) -> Any:
     return None if problems else cls(**values)
 
 
+_NO_FLOAT16 = (
+    " (activations of Qwen models exceed 65504, the largest float16; devices without bfloat16 can use float32, and export "
+    "writes float16)"
+)
+
+
 def _convert(kind: Any, value: Any, name: str, problems: list[str]) -> Any:
     # The union of a Literal and None is one of typing's.
     kinds = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
@@ -420,7 +438,8 @@ def _convert(kind: Any, value: Any, name: str, problems: list[str]) -> Any:
             return value
         elif one is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
-    problems.append(f"{name} is {value!r}; it must be {' or '.join(map(_describe, kinds))}")
+    reason = _NO_FLOAT16 if value in ("float16", "fp16", "half") else ""
+    problems.append(f"{name} is {value!r}; it must be {' or '.join(map(_describe, kinds))}{reason}")
     return None
 
 

@@ -426,7 +426,7 @@ def test_models_that_do_not_exist(run, tmp_path, monkeypatch, name, expected):
     [
         (["--mesh", "tensor=16"], "mesh tensor=16 needs 16 devices and there are 8"),
         (["--mesh", "model=2"], "'model' is not an axis; axes are data, fsdp, expert, context, tensor"),
-        (["--mesh", "tensor=3"], "vocab is 344, which the 3 shards of tensor do not divide"),
+        (["--mesh", "tensor=3"], "which the 3 shards of tensor do not divide"),
         (["--num-cpu-devices", "0"], "--num-cpu-devices 0: give at least 1"),
         (["--dtype", "float16"], "model.dtype is 'float16'; it must be 'bfloat16' or 'float32' or 'float64'"),
         (["--temperature", "-1", "--top-p", "2"], "temperature is -1.0; it must be 0 or more; top_p is 2.0"),
@@ -518,6 +518,9 @@ PERTURBED = {
     "sampling.logprobs": "0",
     "chat.thinking": "off",
     "chat.template_args": "('enable_thinking=false',)",
+    "sampling.presence_penalty": "-2",
+    "sampling.frequency_penalty": "-2",
+    "sampling.min_new_tokens": "-1",
     "engine.policy": None,
     "engine.max_batch_size": "1",
     "raw": "true",

@@ -25,6 +25,7 @@ from qwen_dist.json_reader import JsonError, parse_json
 LineFormat = Literal["plain", "openai"]
 
 _CHAT_FIELDS = ("tools", "chat_template_kwargs")
+MAX_CHOICES = 128
 _CHAT_URL, _TEXT_URL = "/v1/chat/completions", "/v1/completions"
 
 
@@ -41,6 +42,7 @@ class BatchRecord:
       tools, chat_template_kwargs: of a chat, as given; `chat.make_chat` checks them.
       model: the model that an OpenAI line names; copied to the result, otherwise ignored.
       echo: whether the result's text begins with the prompt.
+      num_choices: answers to this record, all in one result line.
       line_hash: 64 bits, unique in the file also for repeated lines.
     """
 
@@ -54,6 +56,7 @@ class BatchRecord:
     chat_template_kwargs: Any = None
     model: str | None = None
     echo: bool = False
+    num_choices: int = 1
     line_hash: int = dataclasses.field(default=0, compare=False)
 
 
@@ -170,7 +173,10 @@ def _parse_openai(fields: dict[str, Any], problems: list[str]) -> dict[str, Any]
     if not isinstance(model, str | None):
         problems.append(f"model must be a string; got {_shortened(model)}")
     params = _parse_params(body, _OPENAI_SAMPLING_PARAMS, problems) | contents.pop("params")
-    known = {*contents, "model", "logprobs", "top_logprobs"} | _OPENAI_SAMPLING_PARAMS.keys() | _OPENAI_IGNORED
+    num_choices = 1 if body.get("n") is None else body["n"]
+    if not _is_integer(num_choices) or not 1 <= num_choices <= MAX_CHOICES:
+        problems.append(f"n must be a whole number from 1 to {MAX_CHOICES}; got {_shortened(num_choices)}")
+    known = {*contents, "model", "n", "logprobs", "top_logprobs"} | _OPENAI_SAMPLING_PARAMS.keys() | _OPENAI_IGNORED
     refused = sorted(
         name
         for name in body.keys() - known
@@ -180,7 +186,7 @@ def _parse_openai(fields: dict[str, Any], problems: list[str]) -> dict[str, Any]
     )
     if refused:
         problems.append(f"cannot be honoured, so leave out: {printable(', '.join(refused), 100)}")
-    return contents | {"params": params, "model": model}
+    return contents | {"params": params, "model": model, "num_choices": num_choices}
 
 
 def _parse_chat(body: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -237,6 +243,8 @@ def _parse_params(fields: Mapping[str, Any], names: Mapping[str, str], problems:
             problems.append(f"{name} is {_shortened(value)}, but another name for the same limit says {params[ours]}")
     if isinstance(params.get("stop"), str):
         params["stop"] = [params["stop"]]
+    if "logit_bias" in params:
+        params["logit_bias"] = tuple((int(token), float(bias)) for token, bias in params["logit_bias"].items())
     return params
 
 
@@ -261,6 +269,13 @@ def _is_stop(value: Any) -> bool:
     return all(isinstance(stop, str) and stop for stop in stops)
 
 
+def _is_bias(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        token.isascii() and token.isdigit() and str(int(token[:20])) == token and _is_number(bias)
+        for token, bias in value.items()
+    )
+
+
 def _shortened(value: Any) -> str:
     return f"{value!r:.80}"
 
@@ -281,11 +296,15 @@ _SAMPLING_PARAMS: dict[str, tuple[_Check, str]] = {
     "seed": _INTEGER,
     "stop": (_is_stop, "a non-empty string or a list of them"),
     "logprobs": (_is_count, "a whole number, 0 or more"),
+    "presence_penalty": _NUMBER,
+    "frequency_penalty": _NUMBER,
+    "logit_bias": (_is_bias, 'an object of token ids and biases, such as {"50256": -100}'),
+    "min_new_tokens": _INTEGER,
 }
-_OPENAI_SAMPLING_PARAMS = {name: name for name in _SAMPLING_PARAMS if name not in ("max_new_tokens", "logprobs")} | {
-    "max_tokens": "max_new_tokens",
-    "max_completion_tokens": "max_new_tokens",
-}
+_OPENAI_NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
+_OPENAI_SAMPLING_PARAMS = {
+    name: name for name in _SAMPLING_PARAMS if name not in _OPENAI_NAMES.values() and name != "logprobs"
+} | _OPENAI_NAMES
 # Fields that do not change the result.
 _OPENAI_IGNORED = {
     "metadata",
@@ -299,10 +318,6 @@ _OPENAI_IGNORED = {
 # Fields that are not supported, except with these values, which have no effect.
 _OPENAI_DEFAULTS = {
     "best_of": 1,
-    "frequency_penalty": 0,
-    "logit_bias": {},
-    "n": 1,
-    "presence_penalty": 0,
     "response_format": {"type": "text"},
     "stream": False,
     "suffix": "",
@@ -310,44 +325,52 @@ _OPENAI_DEFAULTS = {
 }
 
 
-def result_line(
-    record: BatchRecord,
-    text: str,
-    finish_reason: str,
-    prompt_tokens: int,
-    completion_tokens: int,
-    logprobs: Sequence[Mapping[str, Any]] | None = None,
-) -> dict[str, Any]:
-    """Return the result line of a record, in the record's format.
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One answer to a record.
 
-    Args:
-      record: the request.
+    Attributes:
       text: the generated text, without the stop string or stop token that ended it.
       finish_reason: "stop" or "length".
-      prompt_tokens: number of prompt tokens.
-      completion_tokens: number of generated tokens, the stop token included.
+      num_tokens: number of generated tokens, the stop token included.
       logprobs: `{"token", "logprob", "bytes", "top_logprobs"}` for each token of the text, as in the OpenAI API; the
         log-probability of the first token of an echoed prompt is None.
     """
+
+    text: str
+    finish_reason: str
+    num_tokens: int
+    logprobs: Sequence[Mapping[str, Any]] | None = None
+
+
+def result_line(record: BatchRecord, choices: Sequence[Choice], prompt_tokens: int) -> dict[str, Any]:
+    """Return the result line of a record with its answers, in the record's format."""
+    completion_tokens = sum(choice.num_tokens for choice in choices)
     usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
     if record.format == "plain":
-        line = {"id": record.id, "text": text, "finish_reason": finish_reason, "usage": usage}
-        return line if logprobs is None else line | {"logprobs": list(logprobs)}
-    choice: dict[str, Any] = {"index": 0, "finish_reason": finish_reason}
-    if record.messages is None:
-        choice |= {"text": text, "logprobs": None if logprobs is None else _completion_logprobs(logprobs)}
-    else:
-        choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-        choice["logprobs"] = None if logprobs is None else {"content": list(logprobs), "refusal": None}
+        (choice,) = choices
+        line = {"id": record.id, "text": choice.text, "finish_reason": choice.finish_reason, "usage": usage}
+        return line if choice.logprobs is None else line | {"logprobs": list(choice.logprobs)}
     body = {
         "id": f"{'cmpl' if record.messages is None else 'chatcmpl'}-{record.line_number}",
         "object": "text_completion" if record.messages is None else "chat.completion",
         "created": int(time.time()),
         "model": record.model or "",
-        "choices": [choice],
+        "choices": [_openai_choice(record, index, choice) for index, choice in enumerate(choices)],
         "usage": usage | {"total_tokens": prompt_tokens + completion_tokens},
     }
     return _openai_line(record, 200, body, None)
+
+
+def _openai_choice(record: BatchRecord, index: int, choice: Choice) -> dict[str, Any]:
+    logprobs, entry = choice.logprobs, {"index": index, "finish_reason": choice.finish_reason}
+    if record.messages is None:
+        return entry | {"text": choice.text, "logprobs": None if logprobs is None else _completion_logprobs(logprobs)}
+    message = {"role": "assistant", "content": choice.text, "refusal": None}
+    return entry | {
+        "message": message,
+        "logprobs": None if logprobs is None else {"content": list(logprobs), "refusal": None},
+    }
 
 
 def _completion_logprobs(logprobs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

@@ -9,7 +9,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
-from qwen_dist.batch.jsonl import BatchRecord, InvalidRecord, error_line, result_line
+from qwen_dist.batch.jsonl import BatchRecord, Choice, InvalidRecord, error_line, result_line
 from qwen_dist.chat import make_chat
 from qwen_dist.engine.engine import Engine, EngineStats
 from qwen_dist.engine.request import Request, RequestOutput, SamplingParams, TokenLogprob
@@ -45,9 +45,18 @@ class ResultWriter(Protocol):
 
 @dataclasses.dataclass
 class _PendingResult:
-    """The text and log-probabilities of one record so far."""
+    """The choices of one record that are finished, by index."""
 
     record: BatchRecord
+    choices: dict[int, Choice] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class _PendingChoice:
+    """The text and log-probabilities of one choice so far."""
+
+    result: _PendingResult
+    index: int
     text: str = ""
     logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
 
@@ -89,21 +98,22 @@ def run_batch(
             if should_stop():
                 return
             try:
-                yield _make_request(record, engine, tokenizer, defaults, raw=raw, variables=variables)
+                yield from _make_requests(record, engine, tokenizer, defaults, raw=raw, variables=variables)
             except UserError as error:
                 writer.write(error_line(record, str(error)), record.line_hash)
                 summary.num_errors += 1
 
     for update in engine.run(requests()):
-        pending: _PendingResult = update.request.key
+        pending: _PendingChoice = update.request.key
         pending.text += update.text
         pending.logprobs += update.logprobs
         summary.num_generated_tokens += len(update.tokens)
         summary.seconds = time.monotonic() - start
         if update.finish_reason is not None:
-            writer.write(_make_result(pending, update, tokenizer), pending.record.line_hash)
-            summary.num_answered += 1
             summary.num_prompt_tokens += len(update.request.prompt)
+            if (line := _add_choice(pending, update, tokenizer)) is not None:
+                writer.write(line, pending.result.record.line_hash)
+                summary.num_answered += 1
         if summary.seconds - last_report >= REPORT_EVERY_S:
             report(summary, engine.stats)
             last_report = summary.seconds
@@ -114,7 +124,7 @@ def run_batch(
     return summary
 
 
-def _make_request(
+def _make_requests(
     record: BatchRecord | InvalidRecord,
     engine: Engine,
     tokenizer: Tokenizer,
@@ -122,7 +132,8 @@ def _make_request(
     *,
     raw: bool,
     variables: Mapping[str, Any],
-) -> Request:
+) -> list[Request]:
+    """Return a request for each choice; they differ in their seeds."""
     if isinstance(record, InvalidRecord):
         raise UserError(record.message)
     params = defaults.override(record.params)
@@ -135,21 +146,34 @@ def _make_request(
         chat = make_chat(messages, record.tools, record.chat_template_kwargs, variables)
         prompt = tokenizer.encode_prompt(chat, engine.max_context)
         params = params.override({"stop_token_ids": tokenizer.chat_stop_ids})
-    request = Request(_PendingResult(record), tuple(prompt), params)
-    engine.check(request)
-    return request
+    result = _PendingResult(record)
+    requests = [
+        Request(_PendingChoice(result, index), tuple(prompt), params.with_seed_of_choice(index))
+        for index in range(record.num_choices)
+    ]
+    engine.check(requests[0])
+    return requests
 
 
-def _make_result(pending: _PendingResult, update: RequestOutput, tokenizer: Tokenizer) -> dict[str, Any]:
+def _add_choice(pending: _PendingChoice, update: RequestOutput, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """Add a finished choice to its record; return the result line when it is the last one."""
+    record, choices = pending.result.record, pending.result.choices
+    choices[pending.index] = _make_choice(pending, update, tokenizer)
+    if len(choices) < record.num_choices:
+        return None
+    return result_line(record, [choices[index] for index in sorted(choices)], len(update.request.prompt))
+
+
+def _make_choice(pending: _PendingChoice, update: RequestOutput, tokenizer: Tokenizer) -> Choice:
     assert update.finish_reason is not None
-    prompt, record, logprobs = update.request.prompt, pending.record, None
+    prompt, record, logprobs = update.request.prompt, pending.result.record, None
     if update.request.params.logprobs is not None:
         logprobs = [logprob_json(token, tokenizer) for token in pending.logprobs]
         if record.echo:
             first = logprob_json(TokenLogprob(prompt[0], 0.0, ()), tokenizer) | {"logprob": None}
             logprobs = [first, *(logprob_json(token, tokenizer) for token in update.prompt_logprobs), *logprobs]
     text = (record.prompt or "") + pending.text if record.echo else pending.text
-    return result_line(record, text, update.finish_reason, len(prompt), update.num_generated, logprobs)
+    return Choice(text, update.finish_reason, update.num_generated, logprobs)
 
 
 def logprob_json(logprob: TokenLogprob, tokenizer: Tokenizer) -> dict[str, Any]:

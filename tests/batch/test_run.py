@@ -36,8 +36,8 @@ BAD = {
     "image": ({"id": "image", "messages": [{"role": "user", "content": [{"type": "image"}]}]}, "reads text only"),
     "line-7": ("{", "the line is not JSON"),
     "openai bad": (
-        {"custom_id": "openai bad", "body": {"messages": MESSAGES, "n": 3}},
-        "cannot be honoured, so leave out: n",
+        {"custom_id": "openai bad", "body": {"messages": MESSAGES, "stream": True}},
+        "cannot be honoured, so leave out: stream",
     ),
     "audio": (
         {"id": "audio", "messages": [MESSAGES[1] | {"audio": {}, "function_call": "f"}]},
@@ -308,3 +308,44 @@ def test_progress_only_grows(answer, monkeypatch):
 
 def test_an_empty_file(answer):
     assert answer([""]) == ([], BatchSummary(seconds=pytest.approx(0, abs=1)))
+
+
+def test_several_choices_of_one_record(answer):
+    """Each is the answer to the record alone with the next seed; the usage counts the prompt once."""
+    sampled = {"messages": MESSAGES, "max_tokens": 5, "temperature": 1.5, "seed": 2**63 - 2}
+    seeds = [2**63 - 2, 2**63 - 1, -(2**63)]  # the largest is followed by the smallest
+    singles = [{"custom_id": f"seed {n}", "body": sampled | {"seed": seed}} for n, seed in enumerate(seeds)]
+    text = {"custom_id": "text", "url": "/v1/completions", "body": {"prompt": "the", "n": 2, "max_tokens": 2, "echo": True}}
+    results, summary = answer([{"custom_id": "three", "body": sampled | {"n": 3, "logprobs": True}}, *singles, text])
+    results = {name: result["response"]["body"] for name, result in by_id(results).items()}
+    three, alone_bodies = results["three"], [results[f"seed {n}"] for n in range(3)]
+    assert [choice["index"] for choice in three["choices"]] == [0, 1, 2]
+    contents = [choice["message"]["content"] for choice in three["choices"]]
+    assert contents == [body["choices"][0]["message"]["content"] for body in alone_bodies]
+    assert len(set(contents)) == 3
+    assert all(choice["logprobs"]["content"] for choice in three["choices"])
+    counts = [body["usage"] for body in alone_bodies]
+    assert three["usage"]["prompt_tokens"] == counts[0]["prompt_tokens"]
+    assert three["usage"]["completion_tokens"] == sum(usage["completion_tokens"] for usage in counts)
+    assert [choice["text"][:3] for choice in results["text"]["choices"]] == ["the", "the"]
+    assert (summary.num_answered, summary.num_errors) == (5, 0)
+
+
+def test_penalties_and_bias_of_a_line(answer, opened):
+    _, tokenizer, _ = opened
+    (fox,) = tokenizer.encode(" fox") if len(tokenizer.encode(" fox")) == 1 else tokenizer.encode("a")
+    lines = [
+        {"id": "plain", "prompt": "a"},
+        {"id": "biased", "prompt": "a", "logit_bias": {str(fox): 100}, "max_new_tokens": 3, "logprobs": 0},
+        {"id": "both", "prompt": "a", "logit_bias": {str(fox): 100}, "presence_penalty": 2, "top_k": -1},
+        {"id": "outside", "prompt": "a", "logit_bias": {"344": 1}},
+        {"id": "too much", "prompt": "a", "frequency_penalty": 2.5},
+    ]
+    results = by_id(answer(lines)[0])
+    assert results["biased"]["text"] == tokenizer.decode([fox] * 3)
+    assert results["both"]["text"] == tokenizer.decode([fox] * 6)  # 100 outweighs the penalty
+    assert results["plain"]["text"] != results["both"]["text"]
+    # The log-probabilities are those of the model, without the bias.
+    assert all(entry["logprob"] < -0.01 for entry in results["biased"]["logprobs"])
+    assert "logit_bias has token ids outside the vocabulary of 344" in results["outside"]["error"]["message"]
+    assert "frequency_penalty is 2.5; it must be from -2 to 2" in results["too much"]["error"]["message"]
