@@ -52,7 +52,7 @@ _MODEL_FLAGS: tuple[_Flag, ...] = (
         "model.dtype",
         str,
         "DTYPE",
-        "bfloat16, float32, float64 (bfloat16; parity: float32; export: as stored, also float16)",
+        "bfloat16, float32 or float64 (bfloat16; parity: float32; export: as stored)",
     ),
     ("--mesh", "mesh", str, "AXES", "devices per mesh axis, such as fsdp=2,tensor=4"),
     ("--host-memory-budget", "model.host_memory_budget", str, "SIZE", "bound on the loader's buffers, such as 256MB"),
