@@ -218,20 +218,20 @@ def test_stop_ids_of_another_type_are_one_line(directory, eos):
 def test_named_templates_in_files(directory, tmp_path):
     folder = directory / "additional_chat_templates"
     folder.mkdir()
-    (folder / "tool_use.jinja").write_text("tools {{ messages[0].content }}")
+    (folder / "tool_use.jinja").write_text("tools {{ tools[0] | tojson }} {{ messages[0].content }}")
     (folder / "rag.jinja").write_text("rag")
     (directory / "chat_template.jinja").write_text("default {{ messages[0].content }}")
     tokenizer, reference = Tokenizer.from_directory(directory), AutoTokenizer.from_pretrained(directory)
     for variables in ({}, {"tools": TOOLS}):
         expected = reference.apply_chat_template(MESSAGES, tokenize=False, **variables)
         assert tokenizer.render_chat(MESSAGES, **variables) == expected
-    assert tokenizer.render_chat(MESSAGES, tools=TOOLS) == "tools hi"
+    assert tokenizer.render_chat(MESSAGES, tools=TOOLS).startswith("tools {")
 
 
 def test_a_copy_renders_as_the_original(directory, tmp_path):
     folder = directory / "additional_chat_templates"
     folder.mkdir()
-    (folder / "tool_use.jinja").write_text("tools {{ messages[0].content }}")
+    (folder / "tool_use.jinja").write_text("tools {{ tools[0] | tojson }} {{ messages[0].content }}")
     (directory / "chat_template.json").write_text(json.dumps({"chat_template": "old {{ messages[0].content }}"}))
     files = read_extra_files(LocalFolder(directory))
     copy = tmp_path / "written"

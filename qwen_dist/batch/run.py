@@ -111,9 +111,7 @@ def run_batch(
         summary.seconds = time.monotonic() - start
         if update.finish_reason is not None:
             summary.num_prompt_tokens += len(update.request.prompt)
-            if (line := _add_choice(pending, update, tokenizer)) is not None:
-                writer.write(line, pending.result.record.line_hash)
-                summary.num_answered += 1
+            summary.num_answered += _finish_choice(pending, update, tokenizer, writer)
         if summary.seconds - last_report >= REPORT_EVERY_S:
             report(summary, engine.stats)
             last_report = summary.seconds
@@ -155,13 +153,15 @@ def _make_requests(
     return requests
 
 
-def _add_choice(pending: _PendingChoice, update: RequestOutput, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """Add a finished choice to its record; return the result line when it is the last one."""
+def _finish_choice(pending: _PendingChoice, update: RequestOutput, tokenizer: Tokenizer, writer: ResultWriter) -> bool:
+    """Add a finished choice to its record; write the result when it is the last one. Return whether it was."""
     record, choices = pending.result.record, pending.result.choices
     choices[pending.index] = _make_choice(pending, update, tokenizer)
     if len(choices) < record.num_choices:
-        return None
-    return result_line(record, [choices[index] for index in sorted(choices)], len(update.request.prompt))
+        return False
+    line = result_line(record, [choices[index] for index in sorted(choices)], len(update.request.prompt))
+    writer.write(line, record.line_hash)
+    return True
 
 
 def _make_choice(pending: _PendingChoice, update: RequestOutput, tokenizer: Tokenizer) -> Choice:

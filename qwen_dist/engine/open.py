@@ -44,8 +44,7 @@ def open_engine(
       template_variables: names that the chat template must use.
       devices: the devices of the mesh, by default all of this run.
       progress: see `checkpoint.load.load`.
-      announce: called before the weights are read, with a description of the mesh if it has several devices, and with what
-        the user may not expect.
+      announce: called before the weights are read, with the mesh if there are several devices, and with what may surprise.
 
     Raises:
       UserError: the mesh, the checkpoint or a sampling parameter cannot be used. Cheap checks run before the weights load.
