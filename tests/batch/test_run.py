@@ -167,7 +167,8 @@ def test_developer_messages_are_system_messages_where_the_template_has_no_others
 def test_a_chat_also_ends_where_its_template_ends_answers(opened, raw, is_chat):
     engine, tokenizer, defaults = opened
     options = {"raw": raw, "variables": {}}
-    request = run._make_request(BatchRecord("a", 1, "plain", {}, prompt="fox"), engine, tokenizer, defaults, **options)
+    record = BatchRecord("a", 1, "plain", {}, prompt="fox")
+    (request,) = run._make_requests(record, engine, tokenizer, defaults, **options)
     assert request.params.stop_token_ids == (tokenizer.chat_stop_ids if is_chat else ())
     assert tokenizer.chat_stop_ids == (tokenizer.special_id("<|im_end|>"),)
 
