@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_dist.checkpoint.names import SCALE_SUFFIX, group_names
 from qwen_dist.checkpoint.safetensors import TensorInfo
 from qwen_dist.checkpoint.source import Checkpoint, open_checkpoint
-from qwen_dist.errors import UserError
+from qwen_dist.errors import UserError, printable
 
 if TYPE_CHECKING:
     import jax
@@ -67,10 +67,13 @@ class CheckpointReport:
         return json.dumps(asdict(self), indent=2)
 
     def print(self, console: Console) -> None:
-        """Print the report as a tree."""
+        """Print the problems and warnings, then the report as a tree."""
         from rich.markup import escape
         from rich.tree import Tree
 
+        for label, style, lines in (("problem", "bold red", self.problems), ("warning", "yellow", self.warnings)):
+            for line in lines:
+                console.print(f"[{style}]{label}[/]  {escape(printable(line, 1000))}", highlight=False, soft_wrap=True)
         title = f"[bold]{escape(self.location)}[/]  {escape(self.architecture)}"
         sizes = f"{self.parameters / 1e9:.3f} B parameters, {self.bytes / 1e9:.3f} GB in {len(self.files)} files"
         dtypes = ", ".join(f"{name} {size / 1e9:.3f} GB" for name, size in self.dtypes.items())
@@ -79,9 +82,6 @@ class CheckpointReport:
             console.print(self._tree())
         if self.load is not None:
             console.print(f"[bold]load[/]  {escape(self.load.text)}", highlight=False, soft_wrap=True)
-        for label, style, lines in (("warning", "yellow", self.warnings), ("problem", "red", self.problems)):
-            for line in lines:
-                console.print(f"[{style}]{label}[/]  {escape(line)}", highlight=False, soft_wrap=True)
 
     def _tree(self) -> Any:
         from rich.tree import Tree

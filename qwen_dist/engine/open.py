@@ -19,6 +19,7 @@ from qwen_dist.engine.request import SamplingParams
 from qwen_dist.errors import CheckpointError
 from qwen_dist.mesh import MeshConfig, default_mesh, make_mesh
 from qwen_dist.models.config import ModelConfig
+from qwen_dist.ops.dispatch import Backend
 from qwen_dist.sharding import INFERENCE, ShardingContext
 from qwen_dist.tokenizer import Tokenizer
 
@@ -46,7 +47,7 @@ def open_engine(
       template_variables: names that the chat template must use.
       devices: the devices of the mesh, by default all of this run.
       progress: see `checkpoint.load.load`.
-      announce: called with a description of the mesh before the weights are read, if there are several devices.
+      announce: called with a description of device, mesh and kernels before the weights are read.
 
     Raises:
       UserError: the mesh, the checkpoint or a sampling parameter cannot be used. Cheap checks run before the weights load.
@@ -60,8 +61,8 @@ def open_engine(
     defaults = SamplingParams.from_generation_config(_generation_config(directory)).override(vars(sampling))
     chosen = given or make_mesh(default_mesh(ModelConfig.from_directory(directory, options.ignored_keys), devices), devices)
     sharding_ctx = ShardingContext(chosen, INFERENCE)
-    if len(devices) > 1:
-        announce(sharding_ctx.describe())
+    device, backend = devices[0], Backend.of(sharding_ctx.mesh, "inference").value
+    announce(f"{device.platform} ({device.device_kind}), {sharding_ctx.describe()}; implementations: {backend}")
     model = load_model(
         directory,
         sharding_ctx,
