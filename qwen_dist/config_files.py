@@ -49,10 +49,19 @@ def nest(content: Mapping[Any, Any], path: str) -> dict[str, Any]:
             if not isinstance(group, dict):
                 raise UsageError(f"--config {printable(path)}: {printable(key)} cannot be set: {parent} is a value")
         value = nest(value, path) if isinstance(value, Mapping) else value
-        if name in group and not (isinstance(group[name], dict) and isinstance(value, dict)):
-            raise UsageError(f"--config {printable(path)}: {printable(key)} is given twice")
-        group[name] = group[name] | value if name in group else value
+        _merge(group, {name: value}, path)
     return nested
+
+
+def _merge(group: dict[str, Any], more: Mapping[str, Any], path: str) -> None:
+    """Add values to a group; a key may be in both only where both hold groups. Raises UsageError."""
+    for name, value in more.items():
+        if isinstance(group.get(name), dict) and isinstance(value, dict):
+            _merge(group[name], value, path)
+        elif name in group:
+            raise UsageError(f"--config {printable(path)}: {printable(name)} is given twice")
+        else:
+            group[name] = value
 
 
 def _split(file: str) -> tuple[str, str]:

@@ -318,7 +318,7 @@ def test_a_run_is_resumed(run, model, prompts, tmp_path):
     ("input", "output", "code", "expected"),
     [
         ("in.jsonl", "in.jsonl", 2, "input and output are the same file"),
-        ("missing.jsonl", "out.jsonl", 1, "cannot read the input"),
+        ("missing.jsonl", "out.jsonl", 2, "cannot read the input"),
         ("in.jsonl", "missing/out.jsonl", 1, "cannot write the output"),
         ("in.jsonl", "/dev/full", 1, "No space left on device; the 0 results so far are complete: free some disk space"),
     ],

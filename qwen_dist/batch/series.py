@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import itertools
 import math
 
 from qwen_dist.batch.run import BatchSummary
@@ -65,8 +66,10 @@ class TimeSeries:
         last = self.samples[-1]
         if last is not ends[-1] and last.seconds > ends[-1].seconds:
             ends[max(len(ends) - 1, 1) :] = [last]
-        pairs = zip(ends, ends[1:], strict=False)
-        return [(b.seconds, (getattr(b, name) - getattr(a, name)) / (b.seconds - a.seconds)) for a, b in pairs]
+        return [
+            (b.seconds, (getattr(b, name) - getattr(a, name)) / (b.seconds - a.seconds))
+            for a, b in itertools.pairwise(ends)
+        ]
 
 
 def write_chart(path: str, series: TimeSeries) -> None:

@@ -28,8 +28,9 @@ def local_directory(model: str, *, weights: bool = True, files: Sequence[str] = 
     """Return a local directory with a checkpoint's files, after downloading a hub id that is not in the hub's cache.
 
     Args:
-      model: a directory, a config.json, an id such as `Qwen/Qwen3-0.6B` or `Qwen/Qwen3-0.6B@main`, or the `http(s)://`, `gs://`
-        or `s3://` address of a directory. Only configuration and tokenizer are copied from an address: `load_model` streams its weights.
+      model: a directory, a config.json, an id such as `Qwen/Qwen3-0.6B` or `Qwen/Qwen3-0.6B@main`, or the `http(s)://`,
+        `gs://` or `s3://` address of a directory. Only configuration and tokenizer are copied from an address:
+        `load_model` streams its weights.
       weights: False does not download the weights of a hub id either.
       files: download only these files of a hub id.
 

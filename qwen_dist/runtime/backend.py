@@ -59,7 +59,7 @@ def find_devices() -> list[jax.Device]:
     """
     import jax
 
-    asked = jax.config.jax_platforms or ""
+    asked = jax.config.values["jax_platforms"] or ""
     is_noisy = not asked and importlib.util.find_spec("libtpu") is not None
     try:
         with dropped_lines(_NO_TPU) if is_noisy else contextlib.nullcontext():

@@ -61,7 +61,8 @@ def describe_data(inputs: RunInputs) -> str:
         f"{count(len(training), 'example')} with {count(training.num_positions, 'token')} in total, "
         f"{training.num_target_tokens:,} in the loss",
         f"{count(inputs.num_steps, 'step')} of {count(config.batch_size, 'row')} of at most {config.data.max_length} "
-        f"tokens: {inputs.num_steps * config.batch_size / rows:.2f} epochs; learning rate {config.optimizer.learning_rate:g}",
+        f"tokens: {inputs.num_steps * config.batch_size / rows:.2f} epochs; "
+        f"learning rate {config.optimizer.learning_rate:g}",
         *(f"note: {note}" for note in inputs.notes),
     ]
     return "\n".join(lines + ([describe_bad_records(training.bad)] if training.bad else []))
