@@ -69,11 +69,11 @@ def abstract_parameters(model: nnx.Module, sharding_ctx: ShardingContext) -> dic
         except UsageError as error:
             what, _, reasons = str(error).partition(": ")
             for reason in reasons.split("; "):
-                problems.setdefault(reason, []).append(what)
+                problems.setdefault(reason, []).append(what.partition(" does not fit")[0])
     if problems:
         # Layers fail alike: one line for each reason, with the first parameter.
         shown = [
-            f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
+            f"{reason}: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
             for reason, names in list(problems.items())[:MAX_PROBLEMS]
         ]
         raise UsageError("the model does not fit the mesh:\n  - " + "\n  - ".join(shown))
