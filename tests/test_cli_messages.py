@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -240,6 +242,18 @@ def test_summaries_of_a_batch():
     some = BatchSummary(num_answered=3, num_errors=2, seconds=1.0)
     text = describe_summary(some, "o", {"too long": 2}, num_left=5804)
     assert "2 × too long" in text and "run the same command to continue (5,804 left)" in text
+
+
+# --- documents ---
+
+
+def test_the_python_of_the_page_on_loading_runs(tiny_directory, tmp_path, monkeypatch):
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "loading.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    model = tiny_directory("qwen3", num_hidden_layers=1, hidden_size=40)
+    monkeypatch.chdir(tmp_path)
+    exec(program.replace("DIR", str(model)), {})
+    assert (tmp_path / "new-directory" / "model.safetensors").is_file()
 
 
 # --- chat ---
