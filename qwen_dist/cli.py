@@ -15,6 +15,7 @@ import pathlib
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -819,7 +820,9 @@ def _parity(options: argparse.Namespace, overrides: list[str]) -> int:
         tokens=options.tokens,
         mesh=config.mesh,
     )
-    with dropped_lines(r"Involuntary full rematerialization"):
+    with dropped_lines(r"Involuntary full rematerialization"), warnings.catch_warnings():
+        # transformers 5 takes both names; the new one is not in its first releases.
+        warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
         report = run_parity(parity_options, progress=lambda stage: print(stage, file=sys.stderr))
     if options.json:
         print(json.dumps(report.to_json()))

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from qwen_dist import failures
@@ -27,6 +28,7 @@ from qwen_dist.config import (
     parse_bytes,
 )
 from qwen_dist.errors import CheckpointError, UsageError, UserError
+from qwen_dist.parity.checks import NOT_JUDGED, NextTokenAgreement, ParityReport
 from qwen_dist.runtime import memory
 from qwen_dist.runtime.stderr_filter import dropped_lines
 from qwen_dist.train.optim import num_warmup_steps
@@ -242,6 +244,27 @@ def test_summaries_of_a_batch():
     some = BatchSummary(num_answered=3, num_errors=2, seconds=1.0)
     text = describe_summary(some, "o", {"too long": 2}, num_left=5804)
     assert "2 × too long" in text and "run the same command to continue (5,804 left)" in text
+
+
+def test_the_second_ctrl_c_of_a_batch_ends_at_once():
+    program = """
+import os, signal, time
+from qwen_dist.cli import _catch_interrupt
+with _catch_interrupt() as stopped:
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stopped()
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 130 and done.stderr.endswith("interrupted\n") and "again stops at once" in done.stderr
+
+
+def test_a_comparison_of_few_rows_is_not_judged():
+    facts = {NOT_JUDGED: "at least 8 rows are needed, and there are 1"}
+    nothing = np.zeros(0)
+    report = ParityReport(facts, [], NextTokenAgreement(nothing, nothing, nothing, nothing), np.zeros((0, 2)))
+    assert report.verdict().startswith("not judged: at least 8 rows") and not report.is_judged
 
 
 # --- documents ---
