@@ -820,8 +820,8 @@ def _parity(options: argparse.Namespace, overrides: list[str]) -> int:
         tokens=options.tokens,
         mesh=config.mesh,
     )
-    with dropped_lines(r"Involuntary full rematerialization"), warnings.catch_warnings():
-        # transformers 5 takes both names; the new one is not in its first releases.
+    with dropped_lines(r"Involuntary full rematerialization|past_key_values.*deprecated"), warnings.catch_warnings():
+        # transformers says it once as a log line and once as a warning; its first releases have no other name.
         warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
         report = run_parity(parity_options, progress=lambda stage: print(stage, file=sys.stderr))
     if options.json:
