@@ -41,7 +41,7 @@ logs=${logs:-logs/local-$(date +%Y%m%d-%H%M%S)}
 
 environment() {
     printf '%s\n' JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$devices" "QWEN_DIST_COORDINATOR=127.0.0.1:$port" \
-        "QWEN_DIST_NUM_PROCESSES=$processes" "QWEN_DIST_PROCESS_ID=$1"
+        "QWEN_DIST_NUM_PROCESSES=$processes" "QWEN_DIST_PROCESS_ID=$1" PYTHONUNBUFFERED=1
 }
 
 if [ -n "$dry_run" ]; then

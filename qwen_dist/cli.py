@@ -1,6 +1,7 @@
 """The command line: `qwen-dist COMMAND …`. It turns flags into a configuration, runs the command and prints the result.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped by SIGTERM after saving (finetune), 130 interrupted.
+Exit codes: 0 done (of a batch also when records have an error), 1 failed, 2 wrong usage, 75 stopped by SIGTERM after saving
+(finetune), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import qwen_dist
 from qwen_dist.chat import make_chat
+from qwen_dist.command_parser import CommandParser, check_command, describe_unknown
 from qwen_dist.config import (
     BatchConfig,
     ExportModelOptions,
@@ -29,15 +32,15 @@ from qwen_dist.config import (
     load_config,
     parse_bytes,
 )
-from qwen_dist.errors import UsageError, UserError
+from qwen_dist.errors import UsageError, UserError, printable, printable_lines
+from qwen_dist.failures import describe_failure
 from qwen_dist.outputs import Written, check_paths
+from qwen_dist.runtime.backend import COMPILATION_CACHE, find_devices, start_jax
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from qwen_dist.batch.run import BatchSummary
-    from qwen_dist.batch.series import TimeSeries
     from qwen_dist.engine.engine import Engine, EngineStats
     from qwen_dist.engine.request import RequestOutput, SamplingParams
     from qwen_dist.runtime.distributed import Processes
@@ -85,7 +88,7 @@ _TRAINING_FLAGS: tuple[_Flag, ...] = (
     ("--method", "method", str, "METHOD", "lora (default) or full"),
     ("--steps", "steps", int, "N", "number of steps, instead of config.epochs (1)"),
     ("--batch-size", "batch_size", int, "N", "rows per step, on all devices together (8)"),
-    ("--learning-rate", "optimizer.learning_rate", float, "R", "peak learning rate (1e-5)"),
+    ("--learning-rate", "optimizer.learning_rate", float, "R", "peak learning rate (lora 2e-4, full 1e-5)"),
 )
 
 _EXIT_SIGTERM = 75  # EX_TEMPFAIL: the same command resumes the run
@@ -96,7 +99,6 @@ _DEMO_MODEL = {"model.path": str(pathlib.Path(qwen_dist.__file__).parent / "demo
 
 # How long processes wait for each other before the preflight reports which are missing.
 _START_TIMEOUT_S = 60.0
-_COMPILATION_CACHE = "~/.cache/qwen_dist/compiled"
 _TABLE_WIDTH = 160
 _MAX_PROMPT_BYTES = 2**26
 
@@ -156,20 +158,17 @@ reads config.json only; --compile for a TPU needs libtpu (pip install libtpu) bu
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser()
-    options, unknown = parser.parse_known_args(given)
-    overrides = [argument for argument in unknown if argument.startswith("--config.")]
-    if wrong := [argument for argument in unknown if argument not in overrides]:
-        options.command_parser.error(
-            f"unknown argument {' '.join(wrong)}; `qwen-dist {options.command} --help` lists all flags"
-        )
+    parser, commands = _parser()
+    name = "qwen-dist"
     try:
+        check_command(given, commands)
+        options, unknown = parser.parse_known_args(given)
+        name = f"qwen-dist {options.command}"
+        overrides = [argument for argument in unknown if argument.startswith("--config.")]
+        if wrong := [argument for argument in unknown if argument not in overrides]:
+            command = commands[options.command]
+            raise UsageError(describe_unknown(wrong, command.flags, options.command))
         return options.run(options, overrides)
-    except UserError as error:
-        if options.debug:
-            raise
-        print(f"qwen-dist {options.command}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _EXIT_INTERRUPTED
@@ -177,12 +176,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader closed the pipe (`| head`). Redirect stdout, or the interpreter prints an error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        if "--debug" in given:
+            raise
+        message = error if isinstance(error, UserError) else describe_failure(error)
+        print(f"{name}: {printable_lines(message, max_chars=1000)}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="qwen-dist", description="Run and fine-tune Qwen text models in JAX.", allow_abbrev=False
-    )
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, CommandParser]]:
+    parser = CommandParser(prog="qwen-dist", description="Run and fine-tune Qwen text models in JAX.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"qwen-dist {qwen_dist.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
@@ -194,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_preflight(commands)
     _add_parity(commands)
     _add_plan(commands)
-    return parser
+    return parser, dict(commands.choices)
 
 
 def _add_generate(commands: Any) -> None:
@@ -242,7 +245,9 @@ def _add_finetune(commands: Any) -> None:
     finetune.add_argument("--overwrite", action="store_true", default=None, help="start over if the run exists")
     _add_flags(finetune, _MODEL_FLAGS + _ADAPTER_FLAG + _CHAT_FLAGS + _TRAINING_FLAGS)
     _add_device_flag(finetune)
-    finetune.add_argument("--config", metavar="FILE[:ARG]", help="a configuration file; --config.key=value sets a key")
+    finetune.add_argument(
+        "--config", metavar="FILE[:ARG]", help="a .py, .yaml or .json file; --config.key=value sets a key"
+    )
     _add_host_flags(finetune)
 
 
@@ -289,7 +294,7 @@ def _add_parity(commands: Any) -> None:
 
 def _add_plan(commands: Any) -> None:
     plan = _add_command(commands, "plan", _plan, "estimate memory and speed of a model on any devices", _PLAN_EXAMPLE)
-    plan.usage = "qwen-dist plan --model DIR_OR_CONFIG_JSON --topology KIND:SIZES [flags]"
+    plan.usage = "qwen-dist plan --model DIR_OR_HUB_ID --topology KIND:SIZES [flags]"
     plan.add_argument("--topology", metavar="KIND:SIZES", required=True, help="such as v5e:8x8, v5p:4x4x4 or cpu:8")
     plan.add_argument(
         "--command", dest="workload", choices=("batch", "finetune"), default="batch", help="what to run (batch)"
@@ -317,14 +322,14 @@ def _add_command(
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110),
         usage=f"qwen-dist {name} --model DIR_OR_HUB_ID [flags]",
     )
-    command.set_defaults(run=run, command_parser=command)
+    command.set_defaults(run=run)
     return command
 
 
 def _add_run_flags(command: argparse.ArgumentParser) -> None:
     _add_flags(command, _MODEL_FLAGS + _ADAPTER_FLAG + _CHAT_FLAGS + _SAMPLING_FLAGS)
     _add_device_flag(command)
-    command.add_argument("--config", metavar="FILE[:ARG]", help="a configuration file; --config.key=value sets a key")
+    command.add_argument("--config", metavar="FILE[:ARG]", help="a .py, .yaml or .json file; --config.key=value sets a key")
 
 
 def _add_device_flag(command: argparse.ArgumentParser) -> None:
@@ -353,33 +358,6 @@ def _config_values(options: argparse.Namespace, *more: str) -> dict[str, Any]:
     return {key: value for key in keys if (value := getattr(options, key, None)) is not None}
 
 
-def start_jax(num_cpu_devices: int | None, dtype: str, *, use_compilation_cache: bool = True) -> None:
-    """Configure jax, before any device is used. No other code changes jax's settings.
-
-    Compiled programs are cached in JAX_COMPILATION_CACHE_DIR, by default ~/.cache/qwen_dist/compiled, so that the second
-    start of the same model on the same machine compiles nothing.
-
-    Args:
-      num_cpu_devices: use this many CPU devices; None uses the default platform.
-      dtype: float64 enables 64-bit types.
-      use_compilation_cache: False when compiling for devices of another machine, whose programs cannot be read back.
-    """
-    import jax
-
-    if num_cpu_devices is not None:
-        if num_cpu_devices < 1:
-            raise UsageError(f"--num-cpu-devices {num_cpu_devices}: give at least 1")
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", num_cpu_devices)
-    if dtype == "float64":
-        jax.config.update("jax_enable_x64", True)
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(_COMPILATION_CACHE).expanduser()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    if not use_compilation_cache:
-        jax.config.update("jax_enable_compilation_cache", False)
-
-
 @contextlib.contextmanager
 def _joined(
     options: argparse.Namespace, config: Any, *, num_replicas: int = 1, input: str | None = None, **more: Any
@@ -404,7 +382,7 @@ def _joined(
         {"command": options.command, **vars(config), **more},
         checkpoint=model.path,
         input=input,
-        write_dirs=[os.environ.get("JAX_COMPILATION_CACHE_DIR") or _COMPILATION_CACHE],
+        write_dirs=[os.environ.get("JAXCOMPILATION_CACHE_DIR") or COMPILATION_CACHE],
         memory_per_checkpoint_byte=copies if on_host and model.load_format != "dummy" else 0.0,
     )
     with (
@@ -447,6 +425,7 @@ def _generate(options: argparse.Namespace, overrides: list[str]) -> int:
             raise UsageError("a chat needs a single process; with several, give --prompt to all of them")
         start_jax(options.num_cpu_devices, config.model.dtype)
         processes.check_devices()
+        from qwen_dist.chat_session import ChatSession, system_messages
         from qwen_dist.engine.open import open_engine
 
         quiet = options.json or not processes.is_main
@@ -461,12 +440,19 @@ def _generate(options: argparse.Namespace, overrides: list[str]) -> int:
                 announce=_announcer(processes, quiet=quiet),
             )
         if prompt is None:
-            return _chat(engine, tokenizer, sampling, options.system, variables)
+            chat_sampling = sampling.override({"stop_token_ids": tokenizer.chat_stop_ids})
+            session = ChatSession(
+                lambda messages: tokenizer.encode_prompt(make_chat(messages, None, variables), engine.max_context),
+                lambda ids: _respond(engine, tokenizer, chat_sampling, ids, as_json=False),
+                engine.max_context,
+                options.system,
+            )
+            return session.run(config.model.path)
         if options.raw:
             tokenizer.check_length(prompt, engine.max_context)
             ids = tokenizer.encode(prompt)
         else:
-            chat = make_chat([*_system_messages(options.system), {"role": "user", "content": prompt}], None, variables)
+            chat = make_chat([*system_messages(options.system), {"role": "user", "content": prompt}], None, variables)
             ids = tokenizer.encode_prompt(chat, engine.max_context)
             sampling = sampling.override({"stop_token_ids": tokenizer.chat_stop_ids})
         _respond(engine, tokenizer, sampling, ids, as_json=options.json)
@@ -486,38 +472,6 @@ def _read_prompt() -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"standard input is not UTF-8 (byte {error.start + 1}); give the prompt in UTF-8") from None
     return prompt.removesuffix("\n").removesuffix("\r") if prompt.endswith("\n") else prompt
-
-
-def _chat(
-    engine: Engine, tokenizer: Tokenizer, sampling: SamplingParams, system: str | None, variables: Mapping[str, Any]
-) -> int:
-    with contextlib.suppress(ImportError):  # line editing and history, where Python has them
-        import readline  # noqa: F401
-    messages = _system_messages(system)
-    sampling = sampling.override({"stop_token_ids": tokenizer.chat_stop_ids})
-    print("Chat. An empty line or Ctrl-D ends it; Ctrl-C stops an answer.", file=sys.stderr)
-    while True:
-        try:
-            text = input("\n> ")
-        except EOFError:
-            return 0
-        if not text.strip():
-            return 0
-        messages.append({"role": "user", "content": text})
-        try:
-            ids = tokenizer.encode_prompt(make_chat(messages, None, variables), engine.max_context)
-            answer = _respond(engine, tokenizer, sampling, ids, as_json=False)
-            messages.append({"role": "assistant", "content": answer})
-        except KeyboardInterrupt:
-            print("\n(stopped)", file=sys.stderr)
-            messages.pop()
-        except UserError as error:
-            print(error, file=sys.stderr)
-            messages.pop()
-
-
-def _system_messages(text: str | None) -> list[dict[str, str]]:
-    return [] if text is None else [{"role": "system", "content": text}]
 
 
 def _respond(engine: Engine, tokenizer: Tokenizer, sampling: SamplingParams, ids: Sequence[int], *, as_json: bool) -> str:
@@ -569,6 +523,8 @@ def _batch(options: argparse.Namespace, overrides: list[str]) -> int:
     names = ("input", "output", "engine.max_batch_size", "num_replicas", "raw", "overwrite", "retry_errors", "keep_order")
     values = _config_values(options, *names, "chart", "max_line_size", "metrics_port", "metrics_host", "profile")
     config = load_config(BatchConfig, options.config, overrides, values, _DEMO_MODEL)
+    if "://" not in config.input and not os.path.exists(config.input):
+        raise UsageError(f"cannot read the input {printable(config.input)}: there is no such file; give --input")
     with _joined(options, config, num_replicas=config.num_replicas, input=config.input) as processes:
         if processes.is_main:
             _check_batch_paths(config, options.config)
@@ -577,7 +533,7 @@ def _batch(options: argparse.Namespace, overrides: list[str]) -> int:
         # Ctrl-C handling is for one process only: several would have to stop at the same record.
         with contextlib.nullcontext(lambda: False) if processes.count > 1 else _catch_interrupt() as stopped:
             summary = _run_shard(config, processes, stopped, quiet=options.json or not processes.is_main)
-            _print_summary(summary, config.output, as_json=options.json)
+            _print_summary(summary, config, is_complete=not stopped(), as_json=options.json)
             return _EXIT_INTERRUPTED if stopped() else 0
 
 
@@ -599,14 +555,20 @@ def _paths_read(model: ModelOptions, config_file: str | None = None) -> dict[str
 
 @contextlib.contextmanager
 def _catch_interrupt() -> Iterator[Callable[[], bool]]:
-    """Yield a function that returns whether Ctrl-C was pressed. A second Ctrl-C ends the program as usual."""
+    """Yield a function that returns whether Ctrl-C was pressed. A second Ctrl-C ends the program at once.
+
+    It does not raise KeyboardInterrupt, which is lost if it comes while a callback of jax's garbage collector runs. The
+    journal says up to where the output is complete.
+    """
     interrupted = False
 
     def stop(number: int, frame: object) -> None:
         nonlocal interrupted
+        if interrupted:
+            os.write(2, b"\ninterrupted\n")
+            os._exit(_EXIT_INTERRUPTED)
         interrupted = True
-        signal.signal(signal.SIGINT, before)
-        print("\nstopping after the running requests are finished; Ctrl-C again stops at once", file=sys.stderr)
+        os.write(2, b"\nstopping after the running requests are finished; Ctrl-C again stops at once\n")
 
     before = signal.signal(signal.SIGINT, stop)
     try:
@@ -618,6 +580,7 @@ def _catch_interrupt() -> Iterator[Callable[[], bool]]:
 def _run_shard(config: BatchConfig, processes: Processes, stopped: Callable[[], bool], *, quiet: bool) -> BatchSummary:
     """Run this process's shard of a batch. On process 0 the summary counts all processes."""
     from qwen_dist.batch.manifest import result_settings, write_manifest
+    from qwen_dist.batch.progress import batch_progress
     from qwen_dist.batch.run import BatchSummary, run_batch
     from qwen_dist.batch.shard import open_shard
     from qwen_dist.engine.open import open_engine
@@ -652,8 +615,8 @@ def _run_shard(config: BatchConfig, processes: Processes, stopped: Callable[[], 
             )
         if processes.is_main:
             write_manifest(config, settings, BatchSummary(num_before=results.num_before), is_complete=False)
-        num_lines = 0 if quiet else _count_lines(config.input, parse_bytes(config.max_line_size))
-        with _batch_progress(num_lines, results.num_before, quiet=quiet) as show:
+        max_line_bytes, console = parse_bytes(config.max_line_size), _console(stderr=True, quiet=quiet)
+        with batch_progress(config.input, max_line_bytes, results.num_before, console) as show:
 
             def report(summary: BatchSummary, stats: EngineStats) -> None:
                 results.collect()
@@ -677,17 +640,15 @@ def _run_shard(config: BatchConfig, processes: Processes, stopped: Callable[[], 
     return summary
 
 
-def _print_summary(summary: BatchSummary, output: str, *, as_json: bool) -> None:
+def _print_summary(summary: BatchSummary, config: BatchConfig, *, is_complete: bool, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"output": output, **vars(summary)}))
-    else:
-        speed = summary.num_generated_tokens / max(summary.seconds, 1e-9)
-        before = f"{summary.num_before} done before; " if summary.num_before else ""
-        print(
-            f"{before}{summary.num_answered} answered, {summary.num_errors} with an error; {summary.num_prompt_tokens} "
-            f"prompt tokens and {summary.num_generated_tokens} generated tokens in {summary.seconds:.1f} s "
-            f"({speed:.1f} tokens/s): {output}"
-        )
+        print(json.dumps({"output": config.output, **vars(summary)}))
+        return
+    from qwen_dist.batch.progress import count_errors, count_left, describe_summary
+
+    kinds = count_errors(config.output) if summary.num_errors else {}
+    num_left = None if is_complete else count_left(config.input, summary)
+    print(describe_summary(summary, config.output, kinds, num_left=num_left))
 
 
 @contextlib.contextmanager
@@ -696,6 +657,7 @@ def _monitors(
 ) -> Iterator[Callable[[BatchSummary, EngineStats], None]]:
     """Yield the callback for the monitors that the configuration enables: metrics, profile, chart; print a final table."""
     from qwen_dist.batch.metrics import metrics_server
+    from qwen_dist.batch.progress import series_table
     from qwen_dist.batch.series import TimeSeries, write_chart
     from qwen_dist.engine.profile import profiling
 
@@ -715,61 +677,8 @@ def _monitors(
                 one(summary, stats)
 
         yield watch
-        _console(stderr=True, quiet=quiet).print(_series_table(series))
-
-
-def _series_table(series: TimeSeries) -> Table:
-    """Return a table of the throughput and load of a batch on this process."""
-    from rich.table import Table
-
-    last, table = series.samples[-1], Table()
-    for column in ("", "total", "mean", "max"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, field in (("prompt tokens", "num_prompt_tokens"), ("generated tokens", "num_generated_tokens")):
-        speeds = [speed for _, speed in series.rates(field)]
-        total = getattr(last, field)
-        mean = f"{total / max(last.seconds, 1e-9):.1f}/s"
-        table.add_row(name, str(total), mean, f"{max(speeds, default=0):.1f}/s")
-    for name, field, form in (("running requests", "num_running", ".1f"), ("KV cache used", "cache_utilization", ".0%")):
-        most = max(getattr(sample, field) for sample in series.samples)
-        table.add_row(name, "", f"{series.mean(field):{form}}", f"{most:{form}}")
-    return table
-
-
-def _count_lines(input: str, max_line_bytes: int) -> int:
-    from qwen_dist.batch.formats import read_bounded_lines
-
-    return sum(1 for line in read_bounded_lines(input, max_line_bytes) if not isinstance(line, bytes) or line.strip())
-
-
-@contextlib.contextmanager
-def _batch_progress(total: int, num_before: int, *, quiet: bool) -> Iterator[Callable[[BatchSummary, EngineStats], None]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.table import Column
-
-    columns = (
-        TextColumn("answering"),
-        BarColumn(bar_width=10),
-        MofNCompleteColumn(table_column=Column(min_width=2 * len(str(total)) + 1)),
-        TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=_console(stderr=True, quiet=quiet)) as bar:
-        task = bar.add_task("", total=total, completed=num_before, status="")
-
-        def report(summary: BatchSummary, stats: EngineStats) -> None:
-            seconds = max(summary.seconds, 1e-9)
-            bar.update(
-                task,
-                completed=num_before + summary.num_answered + summary.num_errors,
-                status=f"{summary.num_prompt_tokens / seconds:.0f} tokens/s in, "
-                f"{summary.num_generated_tokens / seconds:.0f} out; "
-                f"{stats.num_running} running, {stats.num_waiting} waiting, "
-                f"cache {stats.held_positions / max(stats.cache_positions, 1):.0%}",
-            )
-
-        yield report
+        if len(series.samples) > 1 and series.samples[-1].num_generated_tokens:
+            _console(stderr=True, quiet=quiet).print(series_table(series))
 
 
 # --- finetune ---
@@ -784,7 +693,7 @@ def _finetune(options: argparse.Namespace, overrides: list[str]) -> int:
         start_jax(options.num_cpu_devices, config.model.dtype)
         dispatch_synchronously()
         processes.check_devices()
-        from qwen_dist.train.console import describe_data, describe_training, progress_bar, show_data
+        from qwen_dist.train.console import count, describe_data, describe_training, progress_bar, show_data
         from qwen_dist.train.run import finetune, prepare, set_up_abstract
 
         prepared = prepare(config)
@@ -798,7 +707,7 @@ def _finetune(options: argparse.Namespace, overrides: list[str]) -> int:
             return 0
         console.print(describe_data(prepared), highlight=False, soft_wrap=True)
         keep_freed_memory()
-        with progress_bar(console) as callback:
+        with progress_bar(console, prepared.num_steps) as callback:
             summary = finetune(prepared, callback=callback, log=lambda text: console.print(text, highlight=False))
         if options.json:
             print(json.dumps(vars(summary)))
@@ -806,7 +715,7 @@ def _finetune(options: argparse.Namespace, overrides: list[str]) -> int:
             print(f"stopped and saved after step {summary.steps}; the same command resumes the run")
         else:
             loss = "" if summary.loss is None else f", loss {summary.loss:.4f}"
-            print(f"{summary.steps} steps{loss}: {summary.result}")
+            print(f"{count(summary.steps, 'step')}{loss}: {summary.result}")
     return _EXIT_SIGTERM if summary.is_stopped else 0
 
 
@@ -838,6 +747,7 @@ def _inspect(options: argparse.Namespace, overrides: list[str]) -> int:
     mesh = MeshConfig.parse(config.mesh)
     # Nothing is computed, so there can be as many CPU devices as the mesh needs.
     start_jax(options.num_cpu_devices or mesh.num_devices, config.model.dtype)
+    find_devices()
     from qwen_dist.checkpoint.inspect import inspect
     from qwen_dist.checkpoint.model import abstract_model
     from qwen_dist.sharding import INFERENCE, ShardingContext
@@ -863,7 +773,7 @@ def _print_kernels(*, as_json: bool) -> int:
     from qwen_dist.ops.dispatch import Backend
     from qwen_dist.ops.table import dispatch_table
 
-    table = dispatch_table()
+    table, _ = dispatch_table(), find_devices()
     here = {phase: Backend.of_platform(jax.default_backend(), 1, phase) for phase in ("inference", "train")}
     features = sorted(native.processor_features())
     if as_json:
@@ -916,20 +826,26 @@ def _export(options: argparse.Namespace, overrides: list[str]) -> int:
 def _parity(options: argparse.Namespace, overrides: list[str]) -> int:
     config = load_config(_ModelConfig, None, overrides, {"model.dtype": "float32"} | _config_values(options))
     start_jax(options.num_cpu_devices, config.model.dtype)
+    find_devices()
+    from qwen_dist.checkpoint.hub import local_directory
     from qwen_dist.parity.page import write_html
     from qwen_dist.parity.report import print_report
     from qwen_dist.parity.run import ParityOptions, run_parity
+    from qwen_dist.runtime.stderr_filter import dropped_lines
 
     check_paths(_paths_read(config.model), [Written("--report", options.report or "", is_page=True)])
     parity_options = ParityOptions(
-        model=config.model.path,
+        model=str(local_directory(config.model.path)),
         dtype=config.model.dtype,
         prompts=tuple(options.prompt or ()),
         tokens=options.tokens,
         mesh=config.mesh,
         ignored_keys=tuple(config.model.ignored_keys),
     )
-    report = run_parity(parity_options, progress=lambda stage: print(stage, file=sys.stderr))
+    with dropped_lines(r"Involuntary full rematerialization|past_key_values.*deprecated"), warnings.catch_warnings():
+        # transformers says it once as a log line and once as a warning; its first releases have no other name.
+        warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
+        report = run_parity(parity_options, progress=lambda stage: print(stage, file=sys.stderr))
     if options.json:
         print(json.dumps(report.to_json()))
     else:
@@ -970,11 +886,14 @@ def _preflight(options: argparse.Namespace, overrides: list[str]) -> int:
             print(json.dumps(report))
         else:
             for process, who in enumerate(processes.names):
-                print(
-                    f"{who}: {sum(device.process_index == process for device in devices)} {devices[0].device_kind} devices"
-                )
+                own = sum(device.process_index == process for device in devices)
+                print(f"{who}: {own} {devices[0].device_kind} {'device' if own == 1 else 'devices'}")
             print(sharding_ctx.describe())
-            print(f"all {processes.count} processes and {len(devices)} devices respond")
+            one_process, one_device = processes.count == 1, len(devices) == 1
+            print(
+                f"{'the process' if one_process else f'all {processes.count} processes'} and "
+                f"{'its device' if one_device else f'{len(devices)} devices'} respond"
+            )
     return 0
 
 
@@ -987,17 +906,20 @@ class _PlanConfig(_ModelConfig):
 
 def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     config = load_config(_PlanConfig, None, overrides, _config_values(options))
+    from qwen_dist.checkpoint.hub import local_directory
     from qwen_dist.models.config import ModelConfig
     from qwen_dist.planning.chips import Topology
 
     topology = Topology.parse(options.topology)
     check_paths(_paths_read(config.model), [Written("--chart", options.chart or "", is_page=True)])
     start_jax(topology.num_devices if topology.is_cpu else 1, config.model.dtype, use_compilation_cache=topology.is_cpu)
+    find_devices()
     from qwen_dist.planning.plan import compile_plan, make_capacity_plan, parse_layers
     from qwen_dist.planning.report import print_plan, to_json, write_chart
     from qwen_dist.planning.workload import Workload
 
-    model = ModelConfig.from_directory(config.model.path, config.model.ignored_keys)
+    directory = local_directory(config.model.path, files=("config.json",))
+    model = ModelConfig.from_directory(directory, config.model.ignored_keys)
     lora = config.lora if options.workload == "finetune" and options.method == "lora" else None
     workload = Workload(options.workload, options.batch_size, options.context, config.model.dtype, options.remat, lora)
     plan = make_capacity_plan(config.model.path, model, topology, workload, config.mesh or None)

@@ -100,6 +100,8 @@ class ShardingContext:
 
     def describe(self) -> str:
         """Return the mesh, and what the rules shard over each of its axes that spans several devices, as text."""
+        if self.mesh.size == 1:
+            return f"one device, rules for {self.rules.phase}"
         lines = [f"mesh {_sizes(self.mesh)} of {self.mesh.size} devices, rules for {self.rules.phase}:"]
         for axis, size in self.mesh.shape.items():
             if size > 1:

@@ -60,9 +60,9 @@ def test_without_a_file_only_fields_without_a_default_are_required():
     with pytest.raises(UsageError) as error:
         load_config(BatchConfig, None, [], {})
     assert str(error.value).splitlines()[1:] == [
-        "  - model.path is missing",
-        "  - input is missing",
-        "  - output is missing",
+        "  - model.path is missing; give --model",
+        "  - input is missing; give --input",
+        "  - output is missing; give --output",
     ]
 
 
@@ -130,8 +130,8 @@ def test_all_problems_of_file_overrides_and_flags_are_listed_at_once(file):
         "model.dtipe is not a field; did you mean model.dtype?",
         "model.dtype is 'float16'; it must be 'bfloat16' or 'float32' or 'float64' (activations of Qwen models exceed "
         "65504, the largest float16; devices without bfloat16 can use float32, and export writes float16)",
-        "model.path is missing",
-        "output is missing",
+        "model.path is missing; give --model",
+        "output is missing; give --output",
         "sampling.top_k is 1.5; it must be int or None",
         "sampling.temperture is not a field; did you mean sampling.temperature?",
         "sampling.min_p is 'hot'; it must be float or None",

@@ -71,10 +71,13 @@ class CheckpointReport:
         return json.dumps(asdict(self), indent=2)
 
     def print(self, console: Console) -> None:
-        """Print the report as a tree."""
+        """Print the problems and warnings, then the report as a tree."""
         from rich.markup import escape
         from rich.tree import Tree
 
+        for label, style, lines in (("problem", "bold red", self.problems), ("warning", "yellow", self.warnings)):
+            for line in lines:
+                console.print(f"[{style}]{label}[/]  {escape(printable(line, 1000))}", highlight=False, soft_wrap=True)
         title = f"[bold]{escape(printable(self.location))}[/]  {escape(self.architecture)}"
         sizes = f"{self.parameters / 1e9:.3f} B parameters, {self.bytes / 1e9:.3f} GB in {len(self.files)} files"
         dtypes = ", ".join(f"{name} {size / 1e9:.3f} GB" for name, size in self.dtypes.items())
@@ -85,9 +88,6 @@ class CheckpointReport:
             console.print(f"and {len(self.groups) - _MAX_PRINTED_GROUPS} more; --json lists all")
         if self.load is not None:
             console.print(f"[bold]load[/]  {escape(self.load.text)}", highlight=False, soft_wrap=True)
-        for label, style, lines in (("warning", "yellow", self.warnings), ("problem", "red", self.problems)):
-            for line in lines:
-                console.print(f"[{style}]{label}[/]  {escape(printable(line, 1000))}", highlight=False, soft_wrap=True)
 
     def _tree(self, shown: Sequence[TensorGroup]) -> Any:
         from rich.markup import escape

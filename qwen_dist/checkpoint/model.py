@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -14,10 +15,11 @@ from qwen_dist.checkpoint.adapter import merge_adapter, read_adapter
 from qwen_dist.checkpoint.load import ProgressCallback, load
 from qwen_dist.checkpoint.save import export
 from qwen_dist.checkpoint.source import Checkpoint, open_checkpoint
-from qwen_dist.errors import UsageError
+from qwen_dist.errors import UsageError, UserError
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.parameters import abstract_parameters, disk_shapes, random_parameters
 from qwen_dist.models.transformer import Transformer
+from qwen_dist.runtime.memory import available_memory, format_gb
 from qwen_dist.sharding import ShardingContext
 
 
@@ -65,6 +67,7 @@ def load_model(
     config = ModelConfig.from_directory(directory, ignored_config_keys)
     module = Transformer(config, dtype=dtype)
     target = abstract_parameters(module, sharding_ctx)  # raises UsageError before anything is read
+    _check_memory(target)
     if load_format == "dummy":
         return LoadedModel(config, module, random_parameters(module, sharding_ctx), sharding_ctx)
     parameters = load(
@@ -76,6 +79,21 @@ def load_model(
         progress=progress,
     )
     return LoadedModel(config, module, parameters, sharding_ctx)
+
+
+def _check_memory(target: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    """Raise UserError if the weights on the CPU devices of this process alone are larger than its available memory."""
+    needed = sum(
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) * len(leaf.sharding.addressable_devices)
+        for leaf in target.values()
+        if leaf.sharding is not None and next(iter(leaf.sharding.device_set)).platform == "cpu"
+    )
+    available = available_memory()
+    if needed > available:
+        raise UserError(
+            f"not enough memory: the weights need {format_gb(needed)} and {format_gb(available)} are available. Use a "
+            "smaller --dtype such as bfloat16, or more hosts with --mesh; `qwen-dist plan` estimates what is needed"
+        )
 
 
 AbstractModel = tuple[dict[str, jax.ShapeDtypeStruct], dict[str, tuple[int, ...]], bool]

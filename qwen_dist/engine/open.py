@@ -17,6 +17,7 @@ from qwen_dist.engine.generation_config import read_generation_config
 from qwen_dist.engine.request import SamplingParams
 from qwen_dist.mesh import MeshConfig, default_mesh, make_mesh
 from qwen_dist.models.config import ModelConfig
+from qwen_dist.ops.dispatch import Backend
 from qwen_dist.sharding import INFERENCE, ShardingContext
 from qwen_dist.tokenizer import Tokenizer
 
@@ -44,7 +45,7 @@ def open_engine(
       template_variables: names that the chat template must use.
       devices: the devices of the mesh, by default all of this run.
       progress: see `checkpoint.load.load`.
-      announce: called before the weights are read, with the mesh if there are several devices, and with what may surprise.
+      announce: called before the weights are read with device, mesh and kernels, and with what may surprise.
 
     Raises:
       UserError: the mesh, the checkpoint or a sampling parameter cannot be used. Cheap checks run before the weights load.
@@ -58,7 +59,7 @@ def open_engine(
     defaults = read_generation_config(directory, options.ignored_keys).override(vars(sampling))
     config = ModelConfig.from_directory(directory, options.ignored_keys)
     sharding_ctx = ShardingContext(given or make_mesh(default_mesh(config, devices), devices), INFERENCE)
-    for note in _notes(len(devices), sharding_ctx, config, tokenizer, options.adapter):
+    for note in _notes(devices[0], sharding_ctx, config, tokenizer, options.adapter):
         announce(note)
     model = load_model(
         directory,
@@ -84,10 +85,10 @@ def open_engine(
 
 
 def _notes(
-    num_devices: int, sharding_ctx: ShardingContext, config: ModelConfig, tokenizer: Tokenizer, adapter: str
+    device: jax.Device, sharding_ctx: ShardingContext, config: ModelConfig, tokenizer: Tokenizer, adapter: str
 ) -> Iterator[str]:
-    if num_devices > 1:
-        yield sharding_ctx.describe()
+    backend = Backend.of(sharding_ctx.mesh, "inference").value
+    yield f"{device.platform} ({device.device_kind}), {sharding_ctx.describe()}; implementations: {backend}"
     if note := sharding_ctx.replicated_note(config.vocab_size):
         yield note
     if adapter and (differing := tokenizer.differences(adapter)):

@@ -18,6 +18,7 @@ from typing import Any
 import qwen_dist
 from qwen_dist.json_reader import MAX_JSON_BYTES
 from qwen_dist.runtime.cluster import Cluster
+from qwen_dist.runtime.memory import available_memory
 
 HostInfo = dict[str, Any]
 # Space for compiled programs and one output; a run with less would fail halfway.
@@ -60,7 +61,7 @@ def collect_host_info(
         "settings": {key: repr(value) for key, value in settings.items()},
         "checkpoint": checkpoint_digest(files),
         "input": "" if input is None else _file_digest(pathlib.Path(input)),
-        "memory": {"free": _available_memory(), "needed": int(MIN_FREE_MEMORY + memory_per_checkpoint_byte * weights)},
+        "memory": {"free": available_memory(), "needed": int(MIN_FREE_MEMORY + memory_per_checkpoint_byte * weights)},
         "disk": {directory: shutil.disk_usage(_nearest_existing(directory)).free for directory in write_dirs},
     }
 
@@ -174,17 +175,6 @@ def _memory_problems(host_infos: Mapping[int, HostInfo]) -> list[str]:
 
 def _gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB"
-
-
-def _available_memory() -> int:
-    """Return the bytes that programs can still allocate, page cache included, within the container's limit."""
-    with open("/proc/meminfo") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = (pathlib.Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.exists() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free
 
 
 def _file_digest(path: pathlib.Path) -> str:

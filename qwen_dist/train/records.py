@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import glob
-import pathlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -84,7 +84,7 @@ def find_data_files(patterns: Sequence[str]) -> list[str]:
     found = [sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern] for pattern in patterns]
     problems = [f"no file matches {pattern}" for pattern, files in zip(patterns, found, strict=True) if not files]
     files = [file for matches in found for file in matches]
-    problems += [f"there is no file {file}" for file in files if not pathlib.Path(file).is_file()]
+    problems += [f"there is no file {printable(file)}" for file in files if not os.path.isfile(file)]
     suffixes = (".jsonl", ".json", ".parquet", ".txt")
     problems += [f"{file}: a data file ends in {', '.join(suffixes)}" for file in files if not file.endswith(suffixes)]
     if problems:

@@ -25,7 +25,7 @@ from qwen_dist.checkpoint.load import ProgressCallback
 from qwen_dist.checkpoint.model import LoadedModel, load_model
 from qwen_dist.checkpoint.save import read_extra_files, save
 from qwen_dist.checkpoint.sync import sync_processes
-from qwen_dist.config import FinetuneConfig, LoraOptions, parse_bytes
+from qwen_dist.config import DataOptions, FinetuneConfig, LoraOptions, parse_bytes
 from qwen_dist.errors import UsageError, UserError, printable
 from qwen_dist.json_reader import read_json_object
 from qwen_dist.mesh import MeshConfig, make_mesh, training_mesh
@@ -42,7 +42,7 @@ from qwen_dist.train.checkpoints import Checkpoints
 from qwen_dist.train.examples import Examples, make_examples
 from qwen_dist.train.lora import attach_lora, extract_adapter, new_adapter, with_adapter
 from qwen_dist.train.metrics import MetricsLog
-from qwen_dist.train.optim import make_optimizer, make_schedule
+from qwen_dist.train.optim import make_optimizer, make_schedule, num_warmup_steps
 from qwen_dist.train.records import find_data_files, read_train_records
 from qwen_dist.train.step import Trainer, TrainState
 from qwen_dist.train.utilization import StepFlops, peak_flops_per_second
@@ -59,11 +59,18 @@ RUN_MARKER = Marker("qwen_dist_run.json", "training run", 1)
 # What a run writes into its directory, and --overwrite removes.
 _RUN_DIRECTORIES = ("checkpoints", "tensorboard", "adapter", "model")
 _RUN_FILES = ("metrics.jsonl", "loss.html", "batch-*.npz")
+# A run of fewer steps gets a note.
+MIN_STEPS = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class RunInputs:
-    """What a run needs besides the weights. It is cheap to make, so errors in the data show before the model is loaded."""
+    """What a run needs besides the weights. It is cheap to make, so errors in the data show before the model is loaded.
+
+    Attributes:
+      config: with the values that follow from method and model.
+      notes: what a user may not expect of the run.
+    """
 
     config: FinetuneConfig
     directory: pathlib.Path
@@ -72,6 +79,7 @@ class RunInputs:
     training: Examples
     evaluation: Examples | None
     num_steps: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -117,6 +125,7 @@ def prepare(config: FinetuneConfig) -> RunInputs:
     Raises:
       UserError: the model or the data cannot be used, or they do not fit together.
     """
+    # Cheap checks come first: files before a download, all of them before the weights.
     files, eval_files = find_data_files(config.data.files), find_data_files(config.data.eval_files)
     check_paths(
         {"--model": config.model.path, "--adapter": config.model.adapter, "--data": files, "--eval-data": eval_files},
@@ -124,10 +133,7 @@ def prepare(config: FinetuneConfig) -> RunInputs:
     )
     directory = local_directory(config.model.path, weights=config.model.load_format != "dummy")
     model = ModelConfig.from_directory(directory, config.model.ignored_keys)
-    if config.data.max_length > model.max_position_embeddings:
-        raise UsageError(
-            f"data.max_length is {config.data.max_length}; the model's context has {model.max_position_embeddings} tokens"
-        )
+    given, config = config, config.resolved(model.max_position_embeddings)
     tokenizer = Tokenizer.from_directory(directory, config.model.ignored_keys)
     tokenizer.check_template_variables(config.chat.variables)
     if tokenizer.vocab_size > model.vocab_size:
@@ -142,10 +148,31 @@ def prepare(config: FinetuneConfig) -> RunInputs:
         )
         return make_examples(records, tokenizer, max_length=config.data.max_length, bad_records=config.data.bad_records)
 
-    training = examples(files)
-    evaluation = examples(eval_files) if eval_files else None
+    training, evaluation = examples(files), examples(eval_files) if eval_files else None
     num_steps = config.steps or math.ceil(config.epochs * rows_per_epoch(training, config.data) / config.batch_size)
-    return RunInputs(config, directory, tokenizer, model, training, evaluation, num_steps)
+    num_warmup_steps(config.optimizer, num_steps)  # raises UsageError if it is longer than the run
+    notes = tuple(_notes(given, config, training, num_steps))
+    return RunInputs(config, directory, tokenizer, model, training, evaluation, num_steps, notes)
+
+
+def _notes(given: FinetuneConfig, config: FinetuneConfig, training: Examples, num_steps: int) -> Iterator[str]:
+    """Yield what a user may not expect of the run, each with what to set."""
+    if given.data.max_length > config.data.max_length:
+        yield (
+            f"data.max_length is {config.data.max_length}, the context of the model; {given.data.max_length} was "
+            f"{'the default' if given.data.max_length == DataOptions.max_length else 'given'}"
+        )
+    rows = rows_per_epoch(training, config.data)
+    if rows < config.batch_size:
+        yield (
+            f"the data fills {rows:.1f} rows, so a batch of {config.batch_size} repeats it; set a smaller --batch-size or "
+            "give more data"
+        )
+    if num_steps < MIN_STEPS:
+        yield (
+            f"{num_steps} {'step is' if num_steps == 1 else 'steps are'} too few to learn much at a learning rate of "
+            f"{config.optimizer.learning_rate:g}; set --steps, --config.epochs or a smaller --batch-size"
+        )
 
 
 def finetune(

@@ -75,6 +75,7 @@ IN_PROGRAM = [  # the program of a step, not compiled
     ("optimizer.learning_rate", 2e-3, {}),
     ("optimizer.schedule", "linear", {}),
     ("optimizer.warmup_steps", 2, {}),
+    ("optimizer.warmup_ratio", 0.5, {}),
     ("optimizer.min_lr_ratio", 0.5, {}),
     ("optimizer.weight_decay", 0.5, {}),
     ("optimizer.clip_norm", 0.125, {}),
