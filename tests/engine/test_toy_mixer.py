@@ -92,7 +92,7 @@ def tokenizer(small_tokenizer):
     ("layers", "mesh", "steps"),
     [
         ("hybrid", "data=1", 1),
-        ("recurrent only", "data=1", 5),
+        pytest.param("recurrent only", "data=1", 5, marks=pytest.mark.slow),
         *(pytest.param("hybrid", "data=2,fsdp=2,tensor=2", steps, marks=pytest.mark.slow) for steps in (1, 5)),
         *(pytest.param("recurrent only", mesh, 1, marks=pytest.mark.slow) for mesh in ("data=1", "data=4,tensor=2")),
     ],
