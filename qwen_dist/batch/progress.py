@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from qwen_dist.batch.formats import exists, is_appendable, read_lines
+from qwen_dist.batch.formats import exists, is_appendable, read_bounded_lines, read_lines
 from qwen_dist.batch.run import BatchSummary
 from qwen_dist.batch.series import TimeSeries
 from qwen_dist.engine.engine import EngineStats
