@@ -28,7 +28,7 @@ from qwen_dist.config import (
     load_config,
     parse_bytes,
 )
-from qwen_dist.errors import UsageError, UserError
+from qwen_dist.errors import UsageError, UserError, printable
 from qwen_dist.outputs import Written, check_paths
 
 if TYPE_CHECKING:
@@ -577,6 +577,8 @@ def _check_batch_paths(config: BatchConfig, config_file: str | None) -> None:
     written = paths_written(config.output)
     written.append(Written("--chart", config.chart, is_page=True))
     written.append(Written("--profile", config.profile, is_directory=True))
+    if not ("://" in config.input or os.path.exists(config.input)):
+        raise UsageError(f"cannot read the input {printable(config.input)}: there is no such file; name one with --input")
     check_paths({"--input": config.input} | _paths_read(config.model, config_file), written)
     check_manifest(config.output)
 
@@ -891,12 +893,12 @@ def _export(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _parity(options: argparse.Namespace, overrides: list[str]) -> int:
     config = load_config(_ModelConfig, None, overrides, {"model.dtype": "float32"} | _config_values(options))
+    check_paths(_paths_read(config.model), [Written("--report", options.report or "", is_page=True)])
     start_jax(options.num_cpu_devices, config.model.dtype)
     from qwen_dist.parity.page import write_html
     from qwen_dist.parity.report import print_report
     from qwen_dist.parity.run import ParityOptions, run_parity
 
-    check_paths(_paths_read(config.model), [Written("--report", options.report or "", is_page=True)])
     parity_options = ParityOptions(
         model=config.model.path,
         dtype=config.model.dtype,

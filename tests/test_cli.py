@@ -309,7 +309,7 @@ def test_a_run_is_resumed(run, model, prompts, tmp_path):
     assert run(*base, "--retry-errors").json["num_errors"] == 1
     assert output.read_bytes().splitlines(keepends=True) == lines
     refused = run(*base, "--max-new-tokens", "3")
-    assert refused.code == 1 and "of another checkpoint or of other parameters" in refused.err
+    assert refused.code == 1 and "sampling.max_new_tokens was 12 and is now 3" in refused.err
     manifest = json.loads((tmp_path / "out.jsonl.manifest.json").read_text())
     assert manifest["is_complete"] and manifest["settings"]["sampling"]["max_new_tokens"] == 12
 
@@ -317,9 +317,9 @@ def test_a_run_is_resumed(run, model, prompts, tmp_path):
 @pytest.mark.parametrize(
     ("input", "output", "code", "expected"),
     [
-        ("in.jsonl", "in.jsonl", 2, "input and output are the same file"),
-        ("missing.jsonl", "out.jsonl", 1, "cannot read the input"),
-        ("in.jsonl", "missing/out.jsonl", 1, "cannot write the output"),
+        ("in.jsonl", "in.jsonl", 2, "is the same as --output"),
+        ("missing.jsonl", "out.jsonl", 2, "cannot read the input"),
+        ("in.jsonl", "missing/out.jsonl", 2, "there is no directory"),
         ("in.jsonl", "/dev/full", 1, "No space left on device; the 0 results so far are complete: free some disk space"),
     ],
 )

@@ -47,13 +47,18 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
         raise UserError(f"cannot read the input {path}: {error.strerror or error}") from error
 
 
+def partial_path(path: str) -> str:
+    """Return the path under which `write_lines` writes until the file is complete."""
+    return f"{path}.partial"
+
+
 def write_lines(path: str, lines: Iterable[bytes]) -> None:
     """Write complete lines to a file, atomically: no partial file is ever visible. Raises UserError."""
     if remote.is_url(path):
         with remote.open_writer(path) as file:
             _write(file, lines, path)
         return
-    partial = f"{path}.partial"
+    partial = partial_path(path)
     try:
         with open(partial, "wb") as file:
             _write(file, lines, path)

@@ -74,30 +74,33 @@ class Checkpoints:
             _check_space(pathlib.Path(self._manager.directory), state)
             self._manager.save(step, args=args, metrics=None if loss is None else {"loss": loss})
 
-    def position(self) -> dict[str, Any]:
-        """Return the position of the newest checkpoint.
+    def position(self, step: int) -> dict[str, Any]:
+        """Return the position of the checkpoint of a step.
 
         Raises:
           UserError: the checkpoint cannot be read.
         """
-        return self._restore(position=self._args.JsonRestore())["position"]
+        return self._restore(step, position=self._args.JsonRestore())["position"]
 
-    def restore(self, like: TrainState) -> TrainState:
-        """Return the state of the newest checkpoint.
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """Return the state of the checkpoint of a step.
 
         Args:
+          step: one of `steps`.
           like: an abstract state: the shapes, dtypes and shardings of the result.
 
         Raises:
           UserError: the checkpoint cannot be read.
         """
-        return TrainState(**self._restore(state=self._args.StandardRestore(like._asdict()))["state"])
+        return TrainState(**self._restore(step, state=self._args.StandardRestore(like._asdict()))["state"])
 
-    def _restore(self, **items: Any) -> Any:
+    def _restore(self, step: int, **items: Any) -> Any:
         try:
-            return self._manager.restore(self.latest, args=self._args.Composite(**items))
+            return self._manager.restore(step, args=self._args.Composite(**items))
+        except MemoryError:  # no damage
+            raise
         except Exception as error:  # the reader of a damaged file can raise anything
-            where = self._manager.directory / str(self.latest)
+            where = self._manager.directory / str(step)
             reason = _reason(error)
             raise UserError(f"the checkpoint {where} cannot be restored ({type(error).__name__}: {reason})") from error
 
