@@ -784,8 +784,12 @@ def _finetune(options: argparse.Namespace, overrides: list[str]) -> int:
             return 0
         console.print(describe_data(prepared), highlight=False, soft_wrap=True)
         keep_freed_memory()
+
+        def log(text: str) -> None:
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+
         with progress_bar(console) as callback:
-            summary = finetune(prepared, callback=callback, log=lambda text: console.print(text, highlight=False))
+            summary = finetune(prepared, callback=callback, log=log)
         if options.json:
             print(json.dumps(vars(summary)))
         elif summary.is_stopped:

@@ -277,20 +277,30 @@ def test_only_a_run_is_replaced(failed, tmp_path, chats, capsys):
     assert "version 2" in error
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what Orbax leaves of a failed restore
 def test_damaged_checkpoints_and_metrics(tmp_path, chats, capsys):
     """The newest whole checkpoint is taken; without one, a sentence says what to do."""
     run, aside = tmp_path / "run", tmp_path / "aside"
     assert main(finetune(run, chats)) == 0
     result = load_file(run / "adapter" / "adapter_model.safetensors")
     shutil.copytree(run, aside)
+    (aside / "adapter" / "README.md").write_text("a model card")
+    assert main(finetune(aside, chats)) == 0
+    assert (aside / "adapter" / "README.md").read_text() == "a model card"
 
     cut_largest(run / "checkpoints" / "2")
     shutil.rmtree(run / "adapter")
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_bytes(lines[0].encode() + b"\n{}\n" + bytes(20) + b"\n")
     capsys.readouterr()
-    assert main([*finetune(run, chats), "--debug"]) == 0
+    plain = [argument for argument in finetune(run, chats) if argument != "--json"]
+    done = subprocess.run([sys.executable, "-m", "qwen_dist.cli", *plain], capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "ignored" not in done.stderr, done.stderr[:2000]
+    said = done.stderr.splitlines()
+    assert any(line.startswith(f"the checkpoint {run}/checkpoints/2 cannot be restored (ValueError: ") for line in said), (
+        said
+    )
+    assert "resuming after step 1 of 2" in said
+    assert f"{run}/metrics.jsonl has 2 damaged lines, which are left out" in said
     assert (run / "damaged-checkpoint-2").is_dir() and sorted(os.listdir(run / "checkpoints")) == ["1", "2"]
     again = load_file(run / "adapter" / "adapter_model.safetensors")
     assert all((again[name] == value).all() for name, value in result.items())

@@ -16,7 +16,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,7 @@ def save(
         with sync_processes("finishing the save"):
             if jax.process_index() == 0:
                 _write_metadata(staging, files, _saved_config(config, dtypes), extra_files or {})
-                _keep_other_files(target, staging)
+                keep_other_files(target, staging, _is_of_checkpoint)
                 _commit(staging, target)
 
 
@@ -389,10 +389,16 @@ def _is_of_checkpoint(name: str) -> bool:
     return name in ("config.json", INDEX_NAME, _STAGING_MARKER, *EXTRA_FILE_NAMES) or name.endswith(".safetensors")
 
 
-def _keep_other_files(target: Path, staging: Path) -> None:
-    """Take over what else lies in a checkpoint's directory, such as notes, by hard links or as copies."""
+def keep_other_files(target: Path, staging: Path, is_replaced: Callable[[str], bool] = lambda name: False) -> None:
+    """Take over what else lies in a directory that will be replaced, such as notes, by hard links or as copies.
+
+    Args:
+      target: the directory.
+      staging: the new one. Its own files win.
+      is_replaced: returns whether a file of this name is left out.
+    """
     for path in target.iterdir() if target.is_dir() else ():
-        if _is_of_checkpoint(path.name) or (staging / path.name).exists():
+        if is_replaced(path.name) or (staging / path.name).exists():
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.copytree(path, staging / path.name, symlinks=True, copy_function=_link_or_copy)
