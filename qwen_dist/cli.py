@@ -544,6 +544,8 @@ def _check_batch_paths(config: BatchConfig, config_file: str | None) -> None:
     written = paths_written(config.output)
     written.append(Written("--chart", config.chart, is_page=True))
     written.append(Written("--profile", config.profile, is_directory=True))
+    if not ("://" in config.input or os.path.exists(config.input)):
+        raise UsageError(f"cannot read the input {printable(config.input)}: there is no such file; name one with --input")
     check_paths({"--input": config.input} | _paths_read(config.model, config_file), written)
     check_manifest(config.output)
 
@@ -707,8 +709,12 @@ def _finetune(options: argparse.Namespace, overrides: list[str]) -> int:
             return 0
         console.print(describe_data(prepared), highlight=False, soft_wrap=True)
         keep_freed_memory()
+
+        def log(text: str) -> None:
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+
         with progress_bar(console, prepared.num_steps) as callback:
-            summary = finetune(prepared, callback=callback, log=lambda text: console.print(text, highlight=False))
+            summary = finetune(prepared, callback=callback, log=log)
         if options.json:
             print(json.dumps(vars(summary)))
         elif summary.is_stopped:
@@ -825,6 +831,7 @@ def _export(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _parity(options: argparse.Namespace, overrides: list[str]) -> int:
     config = load_config(_ModelConfig, None, overrides, {"model.dtype": "float32"} | _config_values(options))
+    check_paths(_paths_read(config.model), [Written("--report", options.report or "", is_page=True)])
     start_jax(options.num_cpu_devices, config.model.dtype)
     find_devices()
     from qwen_dist.checkpoint.hub import local_directory
@@ -833,7 +840,6 @@ def _parity(options: argparse.Namespace, overrides: list[str]) -> int:
     from qwen_dist.parity.run import ParityOptions, run_parity
     from qwen_dist.runtime.stderr_filter import dropped_lines
 
-    check_paths(_paths_read(config.model), [Written("--report", options.report or "", is_page=True)])
     parity_options = ParityOptions(
         model=str(local_directory(config.model.path)),
         dtype=config.model.dtype,

@@ -34,12 +34,14 @@ class Written:
       path: of the file or directory.
       is_directory: a directory, which is created with its parents if needed.
       is_page: an HTML page; an existing file that is none is not replaced.
+      is_helper: a file that a run makes next to the output before it in the list, whose problems are not repeated.
     """
 
     flag: str
     path: str
     is_directory: bool = False
     is_page: bool = False
+    is_helper: bool = False
 
 
 def check_paths(read: Mapping[str, str | Sequence[str]], written: Iterable[Written]) -> None:
@@ -50,49 +52,68 @@ def check_paths(read: Mapping[str, str | Sequence[str]], written: Iterable[Writt
       written: the paths that are written, also those that a run makes next to its output.
 
     Raises:
-      UsageError: lists every problem: an input that would be overwritten, two outputs in one place, a directory that does
-        not exist or cannot be written.
+      UsageError: lists every problem: an input that would be overwritten, a file among those of a model or an adapter, two
+        outputs in one place, a directory that does not exist or cannot be written.
     """
     inputs = [(flag, path) for flag, paths in read.items() for path in _as_list(paths) if path]
-    outputs, problems = [one for one in written if one.path], []
+    outputs, problems, is_refused = [one for one in written if one.path], [], False
     for index, output in enumerate(outputs):
-        if "://" in output.path:
-            problems += [f"{flag} and {output.flag} are both {output.path}" for flag, path in inputs if path == output.path]
+        if output.is_helper and is_refused:
             continue
-        if problem := _place_problem(output):
-            problems.append(problem)
-            continue
-        problems += [
-            f"{flag} {printable(path)} {_lies(output, path)} {output.flag} {printable(output.path)}, which is written"
-            for flag, path in inputs
-            if "://" not in path and _overlap(output, path)
-        ]
-        problems += [
-            f"{other.flag} {printable(other.path)} and {output.flag} {printable(output.path)} are the same file"
-            for other in outputs[:index]
-            if "://" not in other.path and _is_same(other.path, output.path)
-        ]
+        place = _place_problem(output) or _among_inputs(output, inputs)
+        is_refused = place is not None
+        problems += [place] if place is not None else _conflicts(output, inputs, outputs[:index])
     if problems:
         raise UsageError("; ".join(dict.fromkeys(problems)) + ": name another place")
+
+
+def _conflicts(output: Written, inputs: Sequence[tuple[str, str]], others: Sequence[Written]) -> list[str]:
+    """Return which inputs and other outputs are what is written, or lie in it."""
+    shown = f"{output.flag} {printable(output.path)}"
+    found = [
+        f"{flag} {printable(path)} {relation} {shown}, which is written"
+        for flag, path in inputs
+        if (relation := _relation(output, path))
+    ]
+    return found + [
+        f"{other.flag} {printable(other.path)} and {shown} are the same file"
+        for other in others
+        if _is_same(other.path, output.path)
+    ]
+
+
+def _among_inputs(output: Written, inputs: Sequence[tuple[str, str]]) -> str | None:
+    """Return which model or adapter a file would be written into; None if it is not.
+
+    It could replace one of their files, and another file changes what identifies them, so that no run could be resumed.
+    """
+    if output.is_directory or output.is_page or "://" in output.path:
+        return None
+    written = pathlib.Path(os.path.realpath(output.path))
+    for flag, path in inputs:
+        if os.path.isdir(path) and written.is_relative_to(os.path.realpath(path)):
+            return f"{flag} {printable(path)} holds {output.flag} {printable(output.path)}, which is written"
+    return None
 
 
 def _as_list(paths: str | Sequence[str]) -> Sequence[str]:
     return [paths] if isinstance(paths, str) else paths
 
 
-def _lies(output: Written, path: str) -> str:
-    return "is the same as" if _is_same(output.path, path) else "is inside"
-
-
-def _overlap(output: Written, path: str) -> bool:
-    """Return whether the input is what is written, or lies in a directory that is."""
+def _relation(output: Written, path: str) -> str | None:
+    """Return how an input lies to what is written, if it would be overwritten."""
     if _is_same(output.path, path):
-        return True
-    return output.is_directory and pathlib.Path(os.path.realpath(path)).is_relative_to(os.path.realpath(output.path))
+        return "is the same as"
+    if not output.is_directory or "://" in path:
+        return None
+    is_inside = pathlib.Path(os.path.realpath(path)).is_relative_to(os.path.realpath(output.path))
+    return "is inside" if is_inside else None
 
 
 def _is_same(one: str, other: str) -> bool:
     """Return whether two paths are one file: by name, or by a hard or symbolic link."""
+    if "://" in one or "://" in other:
+        return one == other
     if os.path.realpath(one) == os.path.realpath(other):
         return True
     identities = [_identity(path) for path in (one, other)]
@@ -109,14 +130,18 @@ def _identity(path: str) -> _Identity | None:
 
 def _place_problem(output: Written) -> str | None:
     """Return why nothing can be written at a path, or None."""
+    if "://" in output.path:
+        return None
     shown = f"{output.flag} {printable(output.path)}"
     try:
-        path = pathlib.Path(os.path.abspath(output.path))
         if "\0" in output.path:
             return f"{shown} has a NUL character"
+        path = pathlib.Path(os.path.realpath(output.path))  # of a symbolic link, what it leads to is written
         mode = path.stat().st_mode if path.exists() else None
         if mode is not None and stat.S_ISDIR(mode) != output.is_directory:
             return f"{shown} is a directory, not a file" if stat.S_ISDIR(mode) else f"{shown} is a file, not a directory"
+        if path == path.parent:
+            return f"{shown} is the root of the file system"
         parent = path.parent
         while output.is_directory and not parent.exists():
             parent = parent.parent
@@ -126,8 +151,10 @@ def _place_problem(output: Written) -> str | None:
             return f"{shown} cannot be written: {printable(parent)} is not a directory"
         if mode is None and not os.access(parent, os.W_OK | os.X_OK):
             return f"{shown} cannot be written: no permission to write in {printable(parent)}"
-        if path == path.parent:
-            return f"{shown} is the root of the file system"
+        if mode is not None and not os.access(path, os.W_OK):
+            return f"{shown} cannot be written: no permission to change it"
+        if path.is_symlink():
+            return f"{shown} is a symbolic link that leads to itself"
         if output.is_page and mode is not None and stat.S_ISREG(mode) and not _is_page(path):
             return f"{shown} exists and is not an HTML page"
     except (OSError, ValueError) as error:
@@ -155,8 +182,17 @@ class Marker:
     version: int
 
     def write(self, directory: pathlib.Path) -> None:
-        """Mark a directory."""
-        (directory / self.name).write_text(json.dumps({"kind": self.kind, "version": self.version}) + "\n")
+        """Mark a directory, in one step: a marker that was cut would make the directory useless."""
+        partial = directory / self._partial_name
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": self.kind, "version": self.version}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(directory / self.name)
+
+    @property
+    def _partial_name(self) -> str:
+        return f"{self.name}.partial"
 
     def check(self, directory: pathlib.Path, flag: str) -> bool:
         """Return whether a directory has been marked; False if it is empty or does not exist.
@@ -164,7 +200,7 @@ class Marker:
         Raises:
           UsageError: it holds something else, or files in another form.
         """
-        if not directory.exists() or not any(directory.iterdir()):
+        if not directory.exists() or {path.name for path in directory.iterdir()} <= {self._partial_name}:
             return False
         try:
             found = read_json_object(directory / self.name, max_bytes=_MARKER_BYTES, error=UsageError)

@@ -317,9 +317,9 @@ def test_a_run_is_resumed(run, model, prompts, tmp_path):
 @pytest.mark.parametrize(
     ("input", "output", "code", "expected"),
     [
-        ("in.jsonl", "in.jsonl", 2, "in.jsonl is the same as --output"),
+        ("in.jsonl", "in.jsonl", 2, "is the same as --output"),
         ("missing.jsonl", "out.jsonl", 2, "cannot read the input"),
-        ("in.jsonl", "missing/out.jsonl", 2, "missing"),
+        ("in.jsonl", "missing/out.jsonl", 2, "there is no directory"),
         ("in.jsonl", "/dev/full", 1, "No space left on device; the 0 results so far are complete: free some disk space"),
     ],
 )

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 
 from qwen_dist.cli import main
 from qwen_dist.errors import UsageError, UserError
-from qwen_dist.outputs import Written, check_paths, run_lock
+from qwen_dist.outputs import Marker, Written, check_paths, run_lock
+from qwen_dist.train.metrics import MetricsLog
 
 DEMO = pathlib.Path(__file__).parents[1] / "qwen_dist" / "demo" / "model"
 CHAT = {"messages": [{"role": "user", "content": "What is 2?"}, {"role": "assistant", "content": "Two."}]}
@@ -80,7 +81,7 @@ def test_every_conflict_is_listed(tmp_path):
     ):
         assert part in message
     check_paths({"--input": "s3://bucket/y"}, written[-1:])
-    with pytest.raises(UsageError, match="are both s3"):
+    with pytest.raises(UsageError, match="--input s3://bucket/x is the same as --more s3://bucket/x"):
         check_paths({"--input": "s3://bucket/x"}, written[-1:])
 
 
@@ -93,6 +94,29 @@ def test_places_that_cannot_be_written(failed, tmp_path, prompts, chats, verb, n
     before = files_of(tmp_path)
     code, _ = failed(verb, "--model", DEMO, *inputs, "--output", name)
     assert code in (1, 2) and files_of(tmp_path) == before
+
+
+def test_links_that_lead_nowhere(tmp_path):
+    (tmp_path / "dangling.html").symlink_to(tmp_path / "none" / "page.html")
+    (tmp_path / "loop.html").symlink_to("loop.html")
+    (tmp_path / "new.html").symlink_to("page.html")
+    names = ("dangling.html", "loop.html", "new.html")
+    with pytest.raises(UsageError) as error:
+        check_paths({}, [Written("--chart", str(tmp_path / name), is_page=True) for name in names])
+    message = str(error.value)
+    assert f"--chart {tmp_path}/dangling.html cannot be written: there is no directory {tmp_path}/none" in message
+    assert f"--chart {tmp_path}/loop.html is a symbolic link that leads to itself" in message and "new.html" not in message
+
+
+def test_a_marker_that_was_being_written_is_none(tmp_path):
+    marker = Marker("made_by.json", "thing", 1)
+    assert not marker.check(tmp_path, "--output")
+    (tmp_path / "made_by.json.partial").write_text('{"ki')
+    assert not marker.check(tmp_path, "--output")
+    marker.write(tmp_path)
+    assert marker.check(tmp_path, "--output") and os.listdir(tmp_path) == ["made_by.json"]
+    with pytest.raises(UsageError, match="is marked as thing, version 1; this is qwen-dist's thing, version 2"):
+        Marker("made_by.json", "thing", 2).check(tmp_path, "--output")
 
 
 # --- batch ---
@@ -126,6 +150,9 @@ def test_the_lines_of_a_compressed_output_are_not_an_input(failed, tmp_path, pro
         ("out.jsonl.manifest.json", b'{"my": "file"}'),
         ("out.jsonl.manifest.json", b"not JSON"),
         ("out.jsonl.lock", b"keys"),
+        ("out.jsonl.partial", b"notes"),
+        ("out.jsonl.journal.partial", b"notes"),
+        ("out.jsonl.manifest.json.partial", b"notes"),
         ("chart.html", b"notes"),
     ],
 )
@@ -137,6 +164,52 @@ def test_files_of_others_are_not_replaced(failed, tmp_path, prompts, name, conte
     (tmp_path / name).unlink()
     (tmp_path / name).mkdir()
     failed("batch", "--model", DEMO, "--input", prompts, *flags)
+
+
+def test_results_under_the_name_of_the_lines_of_a_compressed_output(failed, tmp_path, prompts):
+    work = tmp_path / "w.gz.jsonl"
+    work.write_text("my thesis\n")
+    code, error = failed("batch", "--model", DEMO, "--input", prompts, "--output", tmp_path / "w.gz", "--overwrite")
+    assert code == 1 and str(work) in error and work.read_text() == "my thesis\n"
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "w.gz.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer_config.json", "out.jsonl"])
+def test_results_are_not_written_among_the_files_of_the_model(failed, tmp_path, prompts, name):
+    model = tmp_path / "model"
+    shutil.copytree(DEMO, model)
+    (tmp_path / "link").symlink_to(model / name)
+    before = files_of(model)
+    for output in (model / name, tmp_path / "link"):
+        code, error = failed("batch", "--model", model, "--input", prompts, "--output", output, "--overwrite")
+        assert code == 2 and f"--model {model} holds --output {output}" in error and files_of(model) == before
+
+
+def test_a_damaged_manifest_does_not_end_a_run(tmp_path, prompts, capsys):
+    base = (
+        "batch",
+        "--model",
+        DEMO,
+        "--input",
+        prompts,
+        "--output",
+        tmp_path / "out.jsonl",
+        "--json",
+        "--max-new-tokens",
+        2,
+    )
+    assert main(list(map(str, base))) == 0
+    manifest = tmp_path / "out.jsonl.manifest.json"
+    whole = manifest.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", bytes(40)):
+        manifest.write_bytes(damaged)
+        assert main(list(map(str, base))) == 0
+        assert json.loads(manifest.read_text())["counts"]["num_before"] == 40
+
+
+def test_a_missing_input_is_wrong_usage(failed, tmp_path):
+    code, error = failed("batch", "--model", DEMO, "--input", tmp_path / "none", "--output", tmp_path / "out.jsonl")
+    assert code == 2 and "cannot read the input" in error and "--input" in error and not os.listdir(tmp_path)
 
 
 def test_changed_settings_are_named(failed, tmp_path, prompts):
@@ -206,20 +279,30 @@ def test_only_a_run_is_replaced(failed, tmp_path, chats, capsys):
     assert "version 2" in error
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what Orbax leaves of a failed restore
 def test_damaged_checkpoints_and_metrics(tmp_path, chats, capsys):
     """The newest whole checkpoint is taken; without one, a sentence says what to do."""
     run, aside = tmp_path / "run", tmp_path / "aside"
     assert main(finetune(run, chats)) == 0
     result = load_file(run / "adapter" / "adapter_model.safetensors")
     shutil.copytree(run, aside)
+    (aside / "adapter" / "README.md").write_text("a model card")
+    assert main(finetune(aside, chats)) == 0
+    assert (aside / "adapter" / "README.md").read_text() == "a model card"
 
     cut_largest(run / "checkpoints" / "2")
     shutil.rmtree(run / "adapter")
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_bytes(lines[0].encode() + b"\n{}\n" + bytes(20) + b"\n")
     capsys.readouterr()
-    assert main([*finetune(run, chats), "--debug"]) == 0
+    plain = [argument for argument in finetune(run, chats) if argument != "--json"]
+    done = subprocess.run([sys.executable, "-m", "qwen_dist.cli", *plain], capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "ignored" not in done.stderr, done.stderr[:2000]
+    said = done.stderr.splitlines()
+    assert any(line.startswith(f"the checkpoint {run}/checkpoints/2 cannot be restored (ValueError: ") for line in said), (
+        said
+    )
+    assert "resuming after step 1 of 2" in said
+    assert f"{run}/metrics.jsonl has 2 damaged lines, which are left out" in said
     assert (run / "damaged-checkpoint-2").is_dir() and sorted(os.listdir(run / "checkpoints")) == ["1", "2"]
     again = load_file(run / "adapter" / "adapter_model.safetensors")
     assert all((again[name] == value).all() for name, value in result.items())
@@ -228,10 +311,29 @@ def test_damaged_checkpoints_and_metrics(tmp_path, chats, capsys):
 
     for step in ("1", "2"):
         (aside / "checkpoints" / step / "position" / "metadata").write_text("")
-    capsys.readouterr()
-    assert main(finetune(aside, chats)) == 1
-    error = capsys.readouterr().err
-    assert "there is no other" in error and "--overwrite" in error and "Traceback" not in error
+    before = files_of(aside)
+    for _ in range(2):  # nothing is moved, and the second run does not start over
+        capsys.readouterr()
+        assert main(finetune(aside, chats)) == 1
+        error = capsys.readouterr().err
+        assert f"{aside}/checkpoints/2 cannot be restored" in error and "the 1 older ones cannot be read either" in error
+        assert f"remove {aside}/checkpoints" in error and "--overwrite" in error and "Traceback" not in error
+        assert files_of(aside) == before
+    assert main(finetune(run, chats, "--overwrite")) == 0
+    assert not (run / "damaged-checkpoint-2").exists()
+
+
+@pytest.mark.parametrize("line", ["{}", "\0" * 20, '{"step": "1"}', '{"step": 1, "loss": "x"}', "[" * 9000, "é{"])
+def test_damaged_lines_of_metrics_are_left_out(tmp_path, line):
+    whole = {"step": 1, "loss": 2.5}
+    (tmp_path / "metrics.jsonl").write_text(f'{json.dumps(whole)}\n{line}\n{{"step": 2, "lo')
+    said = []
+    log = MetricsLog(tmp_path, done=2, tensorboard=False, is_first=True, log=said.append)
+    log.add(2, {"loss": 2.0})
+    log.close()
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert entries == [whole, {"step": 2, "loss": 2.0}]
+    assert said == [f"{tmp_path}/metrics.jsonl has 1 damaged lines, which are left out"]
 
 
 def cut_largest(checkpoint: pathlib.Path) -> None:
@@ -240,19 +342,17 @@ def cut_largest(checkpoint: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [5000, 100_000])
-def test_a_full_disk_ends_a_run_with_one_sentence(tmp_path, chats, limit):
+def test_a_full_disk_ends_a_run_with_one_sentence(tmp_path, chats, capsys, limit):
     """A limit of the size of files, as for a full disk: the run can be resumed afterwards."""
-    program = f"""
-import resource, sys
-from qwen_dist.cli import main
-resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {resource.RLIM_INFINITY}))
-sys.exit(main(sys.argv[1:]))
-"""
     arguments = finetune(tmp_path / "run", chats)
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": ""}
-    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, env=environment)
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "run the same command again" in done.stderr
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        code = main(arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err
+    assert code == 1 and "Traceback" not in error and "run the same command again" in error
     assert main(arguments) == 0
 
 
@@ -278,7 +378,6 @@ def test_export_over_links_and_notes(failed, tmp_path, capsys):
     (output / "README.md").write_text("mine")
     (output / "notes").mkdir()
     (output / "notes" / "one.txt").write_text("1")
-    (output / "old.safetensors").write_bytes(b"of the old checkpoint")
     link.symlink_to(output)
     before = files_of(output)
     failed(*export(link))
@@ -286,7 +385,11 @@ def test_export_over_links_and_notes(failed, tmp_path, capsys):
     for number in range(2):
         assert main(export(link, "--overwrite")) == 0, number
         assert link.is_symlink() and (output / "README.md").read_text() == "mine"
-        assert (output / "notes" / "one.txt").read_text() == "1" and not (output / "old.safetensors").exists()
+        assert (output / "notes" / "one.txt").read_text() == "1"
+    (output / "lora.safetensors").write_bytes(b"of another origin")
+    before = files_of(output)
+    _, error = failed(*export(output, "--overwrite"))
+    assert "lora.safetensors" in error and files_of(output) == before
     assert sorted(os.listdir(tmp_path)) == ["link", "model"]
 
 
@@ -298,6 +401,28 @@ def test_export_does_not_replace_what_it_reads(failed, tmp_path):
     for output in (source, tmp_path / "outer"):
         code, error = failed("export", "--model", source, "--output", output, "--overwrite")
         assert code == 2 and "--model" in error and files_of(tmp_path) == before
+
+
+def test_a_directory_with_a_config_json_is_no_checkpoint(failed, tmp_path):
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "config.json").write_text('{"port": 8080}')
+    (project / "LICENSE").write_text("mine")
+    before = files_of(project)
+    code, error = failed(*export(project, "--overwrite"))
+    assert code == 1 and "is not a checkpoint directory" in error and files_of(project) == before
+
+
+def test_an_export_is_refused_before_the_model_is_loaded(failed, tmp_path):
+    """The weights are cut, which only loading would find."""
+    source, output = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(DEMO, source)
+    os.truncate(source / "model.safetensors", 1000)
+    output.mkdir()
+    (output / "diary.txt").write_text("dear diary")
+    for name, expected in (("out", "exists; choose another output"), ("x" * 250, "File name too long")):
+        code, error = failed("export", "--model", source, "--output", tmp_path / name)
+        assert code in (1, 2) and expected in error
 
 
 def test_what_lies_in_the_way_of_the_staging_directory(failed, tmp_path):

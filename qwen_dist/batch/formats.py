@@ -65,13 +65,18 @@ def read_rows(path: str, max_bytes: int) -> Iterator[dict[str, Any] | Unreadable
         return _with_user_errors(path, "row", parquet_rows(file, parquet, max_bytes))
 
 
+def partial_path(path: str) -> str:
+    """Return the path under which `write_lines` writes until the file is complete."""
+    return f"{path}.partial"
+
+
 def write_lines(path: str, lines: Iterable[bytes]) -> None:
     """Write complete lines to a file, atomically: no partial file is ever visible. Raises UserError."""
     if remote.is_url(path):
         with remote.open_writer(path) as file:
             _write(file, lines, path)
         return
-    partial = f"{path}.partial"
+    partial = partial_path(path)
     try:
         with open(partial, "wb") as file:
             _write(file, lines, path)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import os
 from typing import Any
 
 import qwen_dist
 from qwen_dist.batch.formats import write_lines
-from qwen_dist.batch.output import local_path
+from qwen_dist.batch.output import journal_path, local_path
 from qwen_dist.batch.run import BatchSummary
 from qwen_dist.config import BatchConfig
 from qwen_dist.errors import UsageError, printable
@@ -66,13 +67,18 @@ def manifest_path(output: str) -> str:
 
 
 def check_manifest(output: str) -> None:
-    """Raise UsageError if there is a file under the manifest's name that no run has written."""
+    """Raise UsageError if there is a file under the manifest's name that no run has written.
+
+    A damaged one of a run that has a journal is written again.
+    """
     path = manifest_path(output)
     try:
         found = read_json_object(path, error=UsageError).get("format")
     except FileNotFoundError:
         return
     except UsageError as error:
+        if os.path.isfile(path) and os.path.exists(journal_path(output)):
+            return
         raise UsageError(f"{error}; it would be overwritten: move it away, or name another output") from None
     if found != MANIFEST_FORMAT:
         raise UsageError(

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from qwen_dist.batch import formats, remote
+from qwen_dist.batch.formats import partial_path
 from qwen_dist.batch.jsonl import BatchRecord, InvalidRecord, hash64
 from qwen_dist.errors import UserError, printable
 from qwen_dist.json_reader import read_json_object
@@ -42,11 +43,13 @@ def paths_written(output: str) -> list[Written]:
     if not remote.is_url(output) and os.path.exists(output) and not os.path.isfile(output):
         return [Written("--output", output)]  # a pipe or a device
     local = local_path(output)
-    names = [output, f"{local}.journal", f"{local}.lock", f"{local}.manifest.json"]
+    names = [output, journal_path(output), f"{local}.lock", f"{local}.manifest.json"]
     if not formats.is_appendable(output):
         names.append(f"{local}.jsonl")
-    names += [f"{path}.partial" for path in names[:2] if not remote.is_url(path)]
-    return [Written("--output" if path == output else "the file of --output,", path) for path in names]
+    names += [partial_path(path) for path in names if not (remote.is_url(path) or path.endswith(".lock"))]
+    return [
+        Written("--output" if path == output else "the file of --output,", path, is_helper=path != output) for path in names
+    ]
 
 
 def local_path(output: str) -> str:
@@ -60,6 +63,11 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def journal_path(output: str) -> str:
+    """Return the path of the journal of a run with this output."""
+    return f"{local_path(output)}.journal"
 
 
 class OutputFile:
@@ -84,7 +92,7 @@ class OutputFile:
         self.path = os.fspath(path)
         local = local_path(self.path)
         self._work_path = self.path if formats.is_appendable(self.path) else f"{local}.jsonl"
-        self._journal_path = f"{local}.journal"
+        self._journal_path = journal_path(self.path)
         self._settings, self._manifest_path = settings, f"{local}.manifest.json"
         self._header = np.array([(JOURNAL_MAGIC, hash64(settings.encode()), JOURNAL_VERSION, 0)], JOURNAL_ENTRY)
         self._lock = contextlib.ExitStack()
@@ -92,6 +100,7 @@ class OutputFile:
         self._overwrite_pending = False  # existing results are discarded by the first write
         try:
             self._check_journal()
+            self._check_helper_files()
             self._is_regular = not os.path.exists(self._work_path) or stat.S_ISREG(os.stat(self._work_path).st_mode)
             if self._is_regular:
                 self._lock.enter_context(run_lock(f"{local}.lock", self.path, lambda text: print(text, file=sys.stderr)))
@@ -152,6 +161,21 @@ class OutputFile:
             raise UserError(
                 f"{printable(self._journal_path)} has version {version}; this qwen-dist has version {JOURNAL_VERSION}: "
                 "name another output"
+            )
+
+    def _check_helper_files(self) -> None:
+        """Refuse files under the names that a run gives to its own, if no journal says that a run made them."""
+        if os.path.exists(self._journal_path):
+            return
+        own = [partial_path(path) for path in (self.path, self._work_path, self._journal_path, self._manifest_path)]
+        own += [self._work_path] if self._work_path != self.path else []
+        found = [
+            path for path in dict.fromkeys(own) if os.path.lexists(path) and (os.path.islink(path) or os.path.getsize(path))
+        ]
+        if found:
+            raise UserError(
+                f"{', '.join(map(printable, found))} would be overwritten, and no journal says that a run made it: "
+                "move it away, or name another output"
             )
 
     def _describe_changes(self) -> str:

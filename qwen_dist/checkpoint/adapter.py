@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_dist.checkpoint.names import PREFIXES
+from qwen_dist.checkpoint.save import keep_other_files
 from qwen_dist.checkpoint.sync import sync_processes
 from qwen_dist.errors import CheckpointError
 from qwen_dist.ops.matmul import accum_dtype
@@ -188,6 +189,7 @@ def write_adapter(directory: str | os.PathLike[str], adapter: Adapter, *, base: 
             safetensors.numpy.save_file(arrays, staging / WEIGHTS_NAME, metadata={"format": "pt"})
             (staging / CONFIG_NAME).write_text(json.dumps(_peft_config(adapter, base, prefix), indent=2) + "\n")
             if target.exists():
+                keep_other_files(target, staging)  # such as a model card
                 shutil.rmtree(target)
             staging.rename(target)
         except OSError as error:

@@ -13,8 +13,9 @@ from jax.typing import DTypeLike
 
 from qwen_dist.checkpoint.adapter import merge_adapter, read_adapter
 from qwen_dist.checkpoint.load import ProgressCallback, load
-from qwen_dist.checkpoint.save import export
+from qwen_dist.checkpoint.save import check_output, export
 from qwen_dist.checkpoint.source import Checkpoint, open_checkpoint
+from qwen_dist.checkpoint.sync import sync_processes
 from qwen_dist.errors import UsageError, UserError
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.parameters import abstract_parameters, disk_shapes, random_parameters
@@ -129,6 +130,9 @@ def export_model(
     `adapter` is a directory in PEFT's layout; it is added to the weights. `dtype` None keeps that of the checkpoint
     (bfloat16 for a quantised one). Other arguments and errors as for `load_model` and `checkpoint.save.save`.
     """
+    with sync_processes("checking the output"):
+        if jax.process_index() == 0:
+            check_output(output, overwrite=overwrite)
     low_rank = read_adapter(adapter) if adapter else None
     checkpoint = open_checkpoint(location)
     target, shapes, is_tied = abstract_model(

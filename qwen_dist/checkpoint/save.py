@@ -16,7 +16,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from qwen_dist.checkpoint.safetensors import LENGTH_BYTES, TensorInfo, build_hea
 from qwen_dist.checkpoint.source import Checkpoint, read_header
 from qwen_dist.checkpoint.sync import sync_processes
 from qwen_dist.errors import CheckpointError, UserError, printable
+from qwen_dist.json_reader import read_json_object
 from qwen_dist.outputs import run_lock
 
 # In a staging directory: it is one, and may be removed.
@@ -126,7 +127,7 @@ def save(
       CheckpointError: the output exists or cannot be written; it is left unchanged.
     """
     target = Path(os.path.realpath(output))  # a link stays, and what it leads to is replaced
-    staging = target.with_name(f".{target.name}.saving")
+    staging = _staging_of(target)
     shapes = {name: array.shape for name, array in arrays.items()} | dict(disk_shapes or {})
     names = name_tensors(shapes, prefix=prefix, fused_experts=fused_experts)
     dtypes = {name: _saved_dtype(array, dtype) for name, array in arrays.items()}
@@ -135,8 +136,9 @@ def save(
         with sync_processes("preparing to save") as sync_point:
             sync_point.digest = repr(sorted((file.name, file.size, sorted(file.tensors)) for file in files))
             if jax.process_index() == 0:
+                target.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(run_lock(str(target.with_name(f".{target.name}.lock")), str(target)))
-                _check_target(target, overwrite)
+                _check_target(target, overwrite=overwrite)
                 _create_staging(staging, files)
                 stack.callback(_remove_staging, staging)
         with sync_processes("saving"):
@@ -144,7 +146,7 @@ def save(
         with sync_processes("finishing the save"):
             if jax.process_index() == 0:
                 _write_metadata(staging, files, _saved_config(config, dtypes), extra_files or {})
-                _keep_other_files(target, staging)
+                keep_other_files(target, staging, _is_of_checkpoint)
                 _commit(staging, target)
 
 
@@ -204,28 +206,67 @@ def _natural_key(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_output(output: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Check, before any weight is loaded, that `save` may write to a directory.
+
+    Raises:
+      CheckpointError: it exists and may not be replaced, or nothing can be written there.
+    """
+    target = Path(os.path.realpath(output))
+    with _write_errors(target):
+        _check_target(target, overwrite=overwrite)
+        _check_staging(_staging_of(target))
+
+
+def _staging_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}.saving")
+
+
+def _check_target(target: Path, *, overwrite: bool) -> None:
     """Raise CheckpointError if the target exists and may not be replaced."""
     if target == target.parent:
         raise CheckpointError(f"{target} is the root of the file system; choose another output.")
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        if not overwrite:
-            raise CheckpointError(f"{target} exists; choose another output, or pass --overwrite (overwrite=True).")
-        if not (target / "config.json").is_file():
-            raise CheckpointError(
-                f"{target} is not a checkpoint directory and will not be replaced; choose another output."
-            )
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not overwrite:
+        raise CheckpointError(f"{target} exists; choose another output, or pass --overwrite (overwrite=True).")
+    weights = sorted(path.name for path in target.glob("*.safetensors")) if target.is_dir() else []
+    if not (weights and (target / "config.json").is_file()):
+        raise CheckpointError(
+            f"{printable(target)} is not a checkpoint directory and will not be replaced (it would have config.json and "
+            "safetensors files); choose another output."
+        )
+    # Other files are kept, but weights of another origin would make the new checkpoint ambiguous.
+    if others := [name for name in weights if name not in _weight_files(target)]:
+        raise CheckpointError(
+            f"{printable(target)} holds {printable(', '.join(others))}, which is not of its checkpoint: move it away, or "
+            "choose another output."
+        )
+
+
+def _weight_files(target: Path) -> set[str]:
+    """Return the names of the weight files that belong to the checkpoint in a directory."""
+    with contextlib.suppress(FileNotFoundError):
+        weight_map = read_json_object(target / INDEX_NAME).get("weight_map")
+        return {SINGLE_FILE_NAME, *map(str, weight_map.values())} if isinstance(weight_map, dict) else {SINGLE_FILE_NAME}
+    names = {path.name for path in target.glob("*.safetensors")}
+    return names if len(names) == 1 else {SINGLE_FILE_NAME}
+
+
+def _check_staging(staging: Path) -> None:
+    """Raise CheckpointError if something else has the name of the staging directory."""
+    is_left_over = (staging / _STAGING_MARKER).is_file() or (staging.is_dir() and not any(staging.iterdir()))
+    if os.path.lexists(staging) and not staging.is_symlink() and not is_left_over:
+        raise CheckpointError(f"{printable(staging)} is in the way and was not made by qwen-dist: move it away.")
 
 
 def _create_staging(staging: Path, files: list[_OutputFile]) -> None:
     """Create the staging directory with all files, each with its header and full size."""
+    _check_staging(staging)
     if staging.is_symlink():
         staging.unlink()
-    elif (staging / _STAGING_MARKER).is_file() or (staging.is_dir() and not any(staging.iterdir())):
-        _remove_staging(staging)  # left by a save that was killed
     elif staging.exists():
-        raise CheckpointError(f"{staging} is in the way and was not made by qwen-dist: move it away.")
+        _remove_staging(staging)  # left by a save that was killed
     staging.mkdir()
     (staging / _STAGING_MARKER).touch()
     for file in files:
@@ -355,10 +396,16 @@ def _is_of_checkpoint(name: str) -> bool:
     return name in ("config.json", INDEX_NAME, _STAGING_MARKER, *EXTRA_FILE_NAMES) or name.endswith(".safetensors")
 
 
-def _keep_other_files(target: Path, staging: Path) -> None:
-    """Take over what else lies in a checkpoint's directory, such as notes, by hard links or as copies."""
+def keep_other_files(target: Path, staging: Path, is_replaced: Callable[[str], bool] = lambda name: False) -> None:
+    """Take over what else lies in a directory that will be replaced, such as notes, by hard links or as copies.
+
+    Args:
+      target: the directory.
+      staging: the new one. Its own files win.
+      is_replaced: returns whether a file of this name is left out.
+    """
     for path in target.iterdir() if target.is_dir() else ():
-        if _is_of_checkpoint(path.name) or (staging / path.name).exists():
+        if is_replaced(path.name) or (staging / path.name).exists():
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.copytree(path, staging / path.name, symlinks=True, copy_function=_link_or_copy)

@@ -8,6 +8,8 @@ import logging
 import os
 import pathlib
 import resource
+import sys
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -31,6 +33,9 @@ class Checkpoints:
         # A failed write is reported by `_written`; Orbax would log its traceback, too.
         for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+        # After an error, which `_restore` reports, what Orbax has begun to read ends with many tracebacks of its own.
+        self._hook = sys.unraisablehook
+        sys.unraisablehook = self._drop_rest_of_read
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -74,32 +79,34 @@ class Checkpoints:
             _check_space(pathlib.Path(self._manager.directory), state)
             self._manager.save(step, args=args, metrics=None if loss is None else {"loss": loss})
 
-    def position(self) -> dict[str, Any]:
-        """Return the position of the newest checkpoint.
+    def position(self, step: int) -> dict[str, Any]:
+        """Return the position of the checkpoint of a step.
 
         Raises:
           UserError: the checkpoint cannot be read.
         """
-        return self._restore(position=self._args.JsonRestore())["position"]
+        return self._restore(step, position=self._args.JsonRestore())["position"]
 
-    def restore(self, like: TrainState) -> TrainState:
-        """Return the state of the newest checkpoint.
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """Return the state of the checkpoint of a step.
 
         Args:
+          step: one of `steps`.
           like: an abstract state: the shapes, dtypes and shardings of the result.
 
         Raises:
           UserError: the checkpoint cannot be read.
         """
-        return TrainState(**self._restore(state=self._args.StandardRestore(like._asdict()))["state"])
+        return TrainState(**self._restore(step, state=self._args.StandardRestore(like._asdict()))["state"])
 
-    def _restore(self, **items: Any) -> Any:
+    def _restore(self, step: int, **items: Any) -> Any:
         try:
-            return self._manager.restore(self.latest, args=self._args.Composite(**items))
+            return self._manager.restore(step, args=self._args.Composite(**items))
+        except MemoryError:  # no damage
+            raise
         except Exception as error:  # the reader of a damaged file can raise anything
-            where = self._manager.directory / str(self.latest)
-            reason = _reason(error)
-            raise UserError(f"the checkpoint {where} cannot be restored ({type(error).__name__}: {reason})") from error
+            where = self._manager.directory / str(step)
+            raise UserError(f"the checkpoint {where} cannot be restored ({_reason(error)})") from error
 
     def set_aside(self, step: int) -> pathlib.Path:
         """Rename the folder of a checkpoint so that it is none any more, and return its new path.
@@ -125,8 +132,18 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for the background writes and release the directory. Raises UserError if one failed."""
-        with self._written():
-            self._manager.close()
+        try:
+            with self._written():
+                self._manager.close()
+        finally:
+            sys.unraisablehook = self._hook
+
+    def _drop_rest_of_read(self, unraisable: Any) -> None:
+        is_closed_loop = isinstance(unraisable.exc_value, RuntimeError) and "Event loop is closed" in str(
+            unraisable.exc_value
+        )
+        if not (is_closed_loop or isinstance(unraisable.object, types.CoroutineType)):
+            self._hook(unraisable)
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[None]:
@@ -134,16 +151,17 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore have no common error class
-            reason = _reason(error)
             raise UserError(
-                f"a checkpoint cannot be written to {self._manager.directory} ({type(error).__name__}: {reason}): free "
+                f"a checkpoint cannot be written to {self._manager.directory} ({_reason(error)}): free "
                 "some disk space and run the same command again; it resumes from the newest whole checkpoint"
             ) from error
 
 
-def _reason(error: Exception) -> str:
-    """Return the end of an error's first line: TensorStore puts the cause last, after the path of every layer."""
-    return printable(str(error).strip().split("\n")[0].split(": ")[-1], 200)
+def _reason(error: BaseException) -> str:
+    """Return the first cause of an error: of its first line the end, as TensorStore puts the cause after every layer."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return printable(f"{type(error).__name__}: {str(error).strip().split(chr(10))[0].split(': ')[-1]}", 200)
 
 
 def _check_space(directory: pathlib.Path, state: TrainState) -> None:

@@ -48,7 +48,10 @@ class MetricsLog:
                 self.entries = [entry for entry in entries if entry["step"] <= done]
                 if num_damaged:
                     log(f"{self._path} has {num_damaged} damaged lines, which are left out")
-            self._path.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries))
+            # In one step: a run that is killed here keeps the metrics of its earlier steps.
+            partial = self._path.with_name("metrics.jsonl.partial")
+            partial.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries))
+            partial.replace(self._path)
             self._file = self._path.open("a")
         if tensorboard:
             self._tensorboard = _open_tensorboard(directory / "tensorboard", done)
@@ -94,7 +97,7 @@ def _read_entries(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
             entry = parse_json(line)
         except JsonError:
             entry = None
-        if isinstance(entry, dict) and type(entry.get("step")) is int:
+        if isinstance(entry, dict) and "step" in entry and all(type(value) in (int, float) for value in entry.values()):
             entries.append(entry)
         else:
             num_damaged += 1

@@ -57,8 +57,8 @@ _RESUMABLE_CHANGES = frozenset(
 
 RUN_MARKER = Marker("qwen_dist_run.json", "training run", 1)
 # What a run writes into its directory, and --overwrite removes.
-_RUN_DIRECTORIES = ("checkpoints", "tensorboard", "adapter", "model")
-_RUN_FILES = ("metrics.jsonl", "loss.html", "batch-*.npz")
+_RUN_DIRECTORIES = ("checkpoints", "damaged-checkpoint-*", "tensorboard", "adapter", "model")
+_RUN_FILES = ("metrics.jsonl", "metrics.jsonl.partial", "loss.html", "batch-*.npz")
 # A run of fewer steps gets a note.
 MIN_STEPS = 10
 
@@ -231,54 +231,57 @@ class _Start:
     def __init__(self, inputs: RunInputs, checkpoints: Checkpoints, log: Callable[[str], None]):
         """Read the position of the newest whole checkpoint. Raises UserError if it is that of another run."""
         self._inputs, self._checkpoints, self._log = inputs, checkpoints, log
-        self._damaged: list[str] = []
-        self._position = self._newest(lambda: checkpoints.position())
-        if self._position is not None:
-            _check_same_run(self._position["run"], fingerprint(inputs))
+        self._steps = checkpoints.steps  # without those that turned out to be damaged
+        self._damaged: dict[int, str] = {}
+        position = self._newest(checkpoints.position)
+        if position is not None:
+            _check_same_run(position["run"], fingerprint(inputs))
 
     def restore(self, setup: TrainSetup) -> tuple[TrainState, BatchIterator, int]:
         """Return the state, the data from there on, and the number of steps done.
 
+        Damaged checkpoints are renamed once an older one has been read, so that the run can write theirs again.
+
         Raises:
-          UserError: there are checkpoints, and none can be read.
+          UserError: there are checkpoints, and none can be read; they stay as they are.
         """
         config, trainer = self._inputs.config, setup.trainer
 
-        def read() -> tuple[TrainState, Any]:
-            return self._checkpoints.restore(trainer.abstract_state()), self._checkpoints.position()
+        def read(step: int) -> tuple[TrainState, Any]:
+            return self._checkpoints.restore(step, trainer.abstract_state()), self._checkpoints.position(step)
 
         batches = training_batches(self._inputs.training, config.data, config.batch_size)
         found = self._newest(read)
         if found is None:
             return trainer.init_state(), batches, 0
+        for step, problem in self._damaged.items():
+            with sync_processes("leaving out a damaged checkpoint"):
+                moved = self._checkpoints.set_aside(step)
+            self._log(f"{problem}; it is left out, and is now {moved}")
+        if self._damaged:
+            self._checkpoints.reload()
         state, position = found
-        step = self._checkpoints.latest or 0
-        self._log(f"resuming after step {step} of {self._inputs.num_steps}")
+        self._log(f"resuming after step {self._steps[-1]} of {self._inputs.num_steps}")
         batches.set_state(position["data"])
-        return state, batches, step
+        return state, batches, self._steps[-1]
 
-    def _newest(self, read: Callable[[], Any]) -> Any:
-        """Return what `read` returns of the newest checkpoint that it can read on all processes; None without checkpoints.
-
-        Damaged ones are set aside, so that the run writes new ones in their place.
-        """
-        while (step := self._checkpoints.latest) is not None:
+    def _newest(self, read: Callable[[int], Any]) -> Any:
+        """Return what `read` returns of the newest checkpoint that all processes can read; None without checkpoints."""
+        while self._steps:
             value, problem = None, ""
             try:
-                value = read()
+                value = read(self._steps[-1])
             except UserError as error:
                 problem = str(error)
             if not _any_process(bool(problem)):
                 return value
-            with sync_processes("leaving out a damaged checkpoint"):
-                moved = self._checkpoints.set_aside(step)
-            self._checkpoints.reload()
-            self._damaged.append(problem or f"the checkpoint of step {step} cannot be read by another process")
-            self._log(f"{self._damaged[-1]}; it is left out, and is now {moved}")
+            step = self._steps.pop()
+            self._damaged[step] = problem or f"the checkpoint of step {step} cannot be read by another process"
         if self._damaged:
+            newest, *older = self._damaged.values()
+            others = f"the {len(older)} older ones cannot be read either" if older else "there is no other"
             raise UserError(
-                f"{self._damaged[-1]}, and there is no other: remove {self._inputs.config.output}, or use --overwrite, to "
-                "start over"
+                f"{newest}, and {others}: remove {self._inputs.config.output}/checkpoints or use --overwrite to start over"
             )
         return None
 
@@ -443,12 +446,16 @@ class _TrainLoop:
 
     def _describe_non_finite(self, step: int, batch: TrainBatch, loss: float, norm: float) -> str:
         path = pathlib.Path(self._config.output) / f"batch-{step}.npz"
+        where = f"The batch is in {path}"
         if jax.process_index() == 0:
-            np.savez(path, **{name: value for name, value in batch._asdict().items() if value is not None})
+            try:
+                np.savez(path, **{name: value for name, value in batch._asdict().items() if value is not None})
+            except OSError as error:
+                where = f"The batch cannot be written to {path} ({error.strerror})"
         saved = self._checkpoints.latest
         return (
-            f"step {step}: the loss is {loss} and the gradient norm is {norm}, so the run has stopped. The batch is in "
-            f"{path}; {f'the newest checkpoint is of step {saved}' if saved else 'there is no checkpoint'}. "
+            f"step {step}: the loss is {loss} and the gradient norm is {norm}, so the run has stopped. {where}; "
+            f"{f'the newest checkpoint is of step {saved}' if saved else 'there is no checkpoint'}. "
             "Try a lower optimizer.learning_rate, or float32."
         )
 
@@ -533,13 +540,10 @@ def _open_output(output: pathlib.Path) -> bool:
 def _remove_run(output: pathlib.Path) -> None:
     """Remove what an earlier run has written; other files in its directory stay."""
     try:
-        for name in _RUN_DIRECTORIES:
-            if (output / name).is_symlink():
-                (output / name).unlink()
-            elif (output / name).is_dir():
-                shutil.rmtree(output / name)
-        for pattern in _RUN_FILES:
-            for path in output.glob(pattern):
+        for path in [path for pattern in _RUN_DIRECTORIES + _RUN_FILES for path in output.glob(pattern)]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
                 path.unlink()
     except OSError as error:
         raise UserError(f"the earlier run in {printable(output)} cannot be removed: {error.strerror}") from None
