@@ -33,9 +33,9 @@ class ModelOptions:
       path: a checkpoint directory or a hub id.
       dtype: of parameters and activations.
       load_format: "dummy" makes random weights on the devices, so the directory needs no weight files.
-      ignored_config_keys: keys of config.json, separated by commas, that do not change the computation.
+      ignored_config_keys: keys of config.json or adapter_config.json, separated by commas, that do not change the computation.
       host_memory_budget: bound on the loader's buffers, such as 256MB; empty for the loader's default.
-      adapter: a directory in PEFT's format; its low-rank adapter is merged into the weights.
+      adapter: a directory in PEFT's format; the adapter is merged into the weights.
     """
 
     path: str
