@@ -33,11 +33,11 @@ class ModelOptions:
       path: a checkpoint directory or a hub id.
       dtype: of parameters and activations.
       load_format: "dummy" makes random weights on the devices, so the directory needs no weight files.
-      ignored_config_keys: unknown keys of the checkpoint's JSON files, separated by commas, that do not change the
-        computation. `attn_factor` names a key of any object, `rope_scaling.attn_factor` that of one: rope_scaling,
-        quantization_config, generation_config or tokenizer_config.
+      ignored_config_keys: unknown keys of the checkpoint's and the adapter's JSON files, separated by commas, that do not
+        change the computation. `attn_factor` names a key of any object, `rope_scaling.attn_factor` that of one:
+        rope_scaling, quantization_config, generation_config or tokenizer_config.
       host_memory_budget: bound on the loader's buffers, such as 256MB; empty for the loader's default.
-      adapter: a directory in PEFT's format; its low-rank adapter is merged into the weights.
+      adapter: a directory in PEFT's format; the adapter is merged into the weights.
     """
 
     path: str

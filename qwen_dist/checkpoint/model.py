@@ -11,7 +11,8 @@ from typing import Any, Literal
 import jax
 from jax.typing import DTypeLike
 
-from qwen_dist.checkpoint.adapter import merge_adapter, read_adapter
+from qwen_dist.checkpoint.adapter_merge import fit_updates, merge_updates
+from qwen_dist.checkpoint.adapter_read import PeftAdapter, read_adapter
 from qwen_dist.checkpoint.load import ProgressCallback, load
 from qwen_dist.checkpoint.save import check_output, export
 from qwen_dist.checkpoint.source import Checkpoint, open_checkpoint
@@ -46,6 +47,7 @@ def load_model(
     weights: str | None = None,
     load_format: Literal["safetensors", "dummy"] = "safetensors",
     ignored_config_keys: Iterable[str] = (),
+    adapter: PeftAdapter | None = None,
     host_memory_budget: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> LoadedModel:
@@ -58,6 +60,7 @@ def load_model(
       weights: where the weights are, if not in `directory`: any location that `open_checkpoint` takes.
       load_format: "dummy" makes random weights on the devices instead of reading any.
       ignored_config_keys: unknown keys of config.json that the user allows.
+      adapter: is merged into the weights. That it fits them is checked before they are read.
       host_memory_budget: see `checkpoint.load.load`.
       progress: see `checkpoint.load.load`.
 
@@ -68,17 +71,21 @@ def load_model(
     config = ModelConfig.from_directory(directory, ignored_config_keys)
     module = Transformer(config, dtype=dtype)
     target = abstract_parameters(module, sharding_ctx)  # raises UsageError before anything is read
+    updates, shapes = () if adapter is None else adapter.updates, disk_shapes(module)
+    fit_updates(updates, shapes)
     _check_memory(target)
     if load_format == "dummy":
-        return LoadedModel(config, module, random_parameters(module, sharding_ctx), sharding_ctx)
-    parameters = load(
-        open_checkpoint(weights or directory),
-        target,
-        disk_shapes=disk_shapes(module),
-        tied=config.tie_word_embeddings,
-        host_memory_budget=host_memory_budget,
-        progress=progress,
-    )
+        parameters = random_parameters(module, sharding_ctx)
+    else:
+        parameters = load(
+            open_checkpoint(weights or directory),
+            target,
+            disk_shapes=shapes,
+            tied=config.tie_word_embeddings,
+            host_memory_budget=host_memory_budget,
+            progress=progress,
+        )
+    parameters = merge_updates(parameters, updates, shapes, sharding_ctx)
     return LoadedModel(config, module, parameters, sharding_ctx)
 
 
@@ -127,20 +134,20 @@ def export_model(
 ) -> None:
     """Load the checkpoint at `location` onto the mesh and save it as a Hugging Face directory.
 
-    `adapter` is a directory in PEFT's layout; it is added to the weights. `dtype` None keeps that of the checkpoint
+    `adapter` is a directory in PEFT's layout; it is merged into the weights. `dtype` None keeps that of the checkpoint
     (bfloat16 for a quantised one). Other arguments and errors as for `load_model` and `checkpoint.save.save`.
     """
     with sync_processes("checking the output"):
         if jax.process_index() == 0:
             check_output(output, overwrite=overwrite)
-    low_rank = read_adapter(adapter) if adapter else None
+    updates = read_adapter(adapter, ignored_config_keys).updates if adapter else ()
     checkpoint = open_checkpoint(location)
     target, shapes, is_tied = abstract_model(
         checkpoint.config, sharding_ctx, dtype or _stored_dtype(checkpoint), ignored_config_keys
     )
+    fit_updates(updates, shapes)
     arrays = load(checkpoint, target, disk_shapes=shapes, tied=is_tied, host_memory_budget=host_memory_budget)
-    if low_rank is not None:
-        arrays = merge_adapter(arrays, low_rank, sharding_ctx)
+    arrays = merge_updates(arrays, updates, shapes, sharding_ctx)
     export(
         checkpoint,
         arrays,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import jax
 
-from qwen_dist.checkpoint.adapter import merge_adapter, read_adapter
+from qwen_dist.checkpoint.adapter_read import read_adapter
 from qwen_dist.checkpoint.hub import local_directory
 from qwen_dist.checkpoint.load import ProgressCallback
 from qwen_dist.checkpoint.model import load_model
@@ -51,7 +50,7 @@ def open_engine(
       UserError: the mesh, the checkpoint or a sampling parameter cannot be used. Cheap checks run before the weights load.
     """
     devices = jax.devices() if devices is None else devices
-    adapter = read_adapter(options.adapter) if options.adapter else None
+    adapter = read_adapter(options.adapter, options.ignored_keys) if options.adapter else None
     given = make_mesh(MeshConfig.parse(mesh), devices) if mesh else None
     directory = local_directory(options.path, weights=options.load_format != "dummy")
     tokenizer = Tokenizer.from_directory(directory, options.ignored_keys)
@@ -68,11 +67,10 @@ def open_engine(
         weights=options.path if "://" in options.path else None,
         load_format=options.load_format,
         ignored_config_keys=options.ignored_keys,
+        adapter=adapter,
         host_memory_budget=options.host_memory_bytes,
         progress=progress,
     )
-    if adapter is not None:
-        model = dataclasses.replace(model, parameters=merge_adapter(model.parameters, adapter, sharding_ctx))
     engine = Engine(
         model,
         tokenizer,

@@ -18,7 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from qwen_dist.checkpoint.adapter import Adapter, merge_adapter, read_adapter, write_adapter
+from qwen_dist.checkpoint.adapter import Adapter, write_adapter
+from qwen_dist.checkpoint.adapter_read import read_adapter
 from qwen_dist.checkpoint.files import LocalFolder
 from qwen_dist.checkpoint.hub import local_directory
 from qwen_dist.checkpoint.load import ProgressCallback
@@ -303,7 +304,8 @@ def set_up(inputs: RunInputs, load_progress: ProgressCallback | None = None) -> 
       UserError: the model, the adapter or the mesh cannot be used.
     """
     config = inputs.config
-    adapter = read_adapter(config.model.adapter) if config.model.adapter else None
+    read = read_adapter(config.model.adapter, config.model.ignored_keys) if config.model.adapter else None
+    adapter = read.to_lora() if read and config.method == "lora" else None
     model = load_model(
         inputs.directory,
         _sharding_ctx(inputs),
@@ -311,12 +313,11 @@ def set_up(inputs: RunInputs, load_progress: ProgressCallback | None = None) -> 
         weights=config.model.path if "://" in config.model.path else None,
         load_format=config.model.load_format,
         ignored_config_keys=config.model.ignored_keys,
+        adapter=read if config.method == "full" else None,
         host_memory_budget=config.model.host_memory_bytes,
         progress=load_progress,
     )
     if config.method == "full":
-        if adapter is not None:
-            model = dataclasses.replace(model, parameters=merge_adapter(model.parameters, adapter, model.sharding_ctx))
         return _with_trainer(inputs, model, list(model.parameters), config.lora)
     if adapter is not None:
         lora = dataclasses.replace(config.lora, rank=adapter.rank, alpha=adapter.alpha, use_rslora=adapter.rslora)
