@@ -617,8 +617,7 @@ def _run_shard(config: BatchConfig, processes: Processes, stopped: Callable[[], 
             )
         if processes.is_main:
             write_manifest(config, settings, BatchSummary(num_before=results.num_before), is_complete=False)
-        max_line_bytes, console = parse_bytes(config.max_line_size), _console(stderr=True, quiet=quiet)
-        with batch_progress(config.input, max_line_bytes, results.num_before, console) as show:
+        with batch_progress(config, results.num_before, _console(stderr=True, quiet=quiet)) as show:
 
             def report(summary: BatchSummary, stats: EngineStats) -> None:
                 results.collect()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from qwen_dist.batch.formats import exists, is_appendable, read_bounded_lines, read_lines
 from qwen_dist.batch.run import BatchSummary
 from qwen_dist.batch.series import TimeSeries
+from qwen_dist.config import BatchConfig, parse_bytes
 from qwen_dist.engine.engine import EngineStats
 from qwen_dist.errors import printable
 
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def batch_progress(
-    input: str, max_line_bytes: int, num_before: int, console: Console
+    config: BatchConfig, num_before: int, console: Console
 ) -> Iterator[Callable[[BatchSummary, EngineStats], None]]:
     """Show a progress bar; yield the callback that updates it."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.table import Column
 
-    total = 0 if console.quiet else _count_lines(input, max_line_bytes)
+    total = 0 if console.quiet else _count_lines(config.input, parse_bytes(config.max_line_size))
     columns = (
         TextColumn("answering"),
         BarColumn(bar_width=None),
