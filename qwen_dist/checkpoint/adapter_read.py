@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,6 +176,8 @@ class _Reader:
         for layer, by_expert in experts.items():
             updates += self._named_experts(_without_prefix(layer), by_expert)
         self._check_expected()
+        counts = Counter((update.parameter, update.kind) for update in updates)
+        self.problems += [f"{name} is changed by several tensors" for (name, _), count in counts.items() if count > 1]
         return updates
 
     def _whole_parameter(self, name: str, value: np.ndarray) -> Update:
@@ -222,8 +224,8 @@ class _Reader:
 
     def _stack(self, module: str) -> str:
         """Return which matrices of the experts these tensors are for: the inner ones are the first that have an adapter."""
-        targets = self.config.target_parameters
-        stacks = [stack for stack in EXPERT_PARAMETERS if any(name.endswith(stack) for name in targets)]
+        experts, targets = module.removesuffix(".base_layer"), self.config.target_parameters
+        stacks = [stack for stack in EXPERT_PARAMETERS if any(names_module(name, f"{experts}.{stack}") for name in targets)]
         if not stacks:
             self.problems.append(f"{module}: target_parameters does not say which matrices of the experts these are for")
             return EXPERT_PARAMETERS[0]

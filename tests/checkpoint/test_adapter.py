@@ -192,6 +192,13 @@ def test_stacked_experts_are_merged(tiny_checkpoint, tmp_path, targets):
     check(base, write(base, tmp_path / "adapter", **config, **patterns))
 
 
+def test_stacked_experts_of_each_layer_are_told_apart(tiny_checkpoint, tmp_path):
+    base = tiny_checkpoint("qwen3_moe", **MOE | {"num_hidden_layers": 2}, moe_intermediate_size=20, hidden_size=40)
+    targets = ["layers.0.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"]  # both [40, in]
+    path = write(base, tmp_path / "adapter", target_modules=["q_proj"], target_parameters=targets)
+    assert {"layers.0.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"} <= check(base, path)
+
+
 def test_the_router_is_merged(tiny_checkpoint, tmp_path):
     base = tiny_checkpoint("qwen3_moe", **MOE)
     path = write(base, tmp_path / "adapter", target_modules=["q_proj"], target_parameters=["mlp.gate.weight"])
@@ -390,6 +397,10 @@ TENSORS = {
         "target_parameters does not say",
     ),
     "magnitude without DoRA": ({f"{Q}lora_magnitude_vector": (32,)}, "lora_magnitude_vector is not a part of what"),
+    "twice": (
+        {f"{Q.replace('model.model.', 'model.')}lora_{side}.weight": (4, 32) if side == "A" else (32, 4) for side in "AB"},
+        r"q_proj.weight is changed by several tensors",
+    ),
     "integers": (
         {f"{Q}lora_A.weight": np.ones((4, 32), np.int32)},
         "q_proj.lora_A.weight is of type I32; it must be one of F16",
