@@ -285,7 +285,7 @@ def test_a_base_model_ends_answers_with_the_token_of_its_template(tmp_path, smal
 
 @pytest.mark.parametrize("template", [5, [5], [{"name": "default", "template": 5}], [{"name": 5, "template": "x"}], {}])
 def test_templates_that_are_no_texts(tmp_path, base_files, template):
-    with pytest.raises(CheckpointError, match=r"chat_template in .* must be a string or a list"):
+    with pytest.raises(CheckpointError, match=r"chat_template must be a string or a list"):
         Tokenizer.from_directory(base_files(tmp_path / "base", template))
 
 

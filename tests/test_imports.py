@@ -23,6 +23,7 @@ MODULES = {
 LEVELS = {
     "errors": -1,
     "json_reader": 0,
+    "key_reader": 0,
     "chat": 1,
     "template_worker": 0,
     "template_process": 1,
@@ -83,6 +84,7 @@ WITHOUT_JAX = {
     "runtime.memory",
     "runtime.stderr_filter",
     "json_reader",
+    "key_reader",
     "chat",
     "chat_template",
     "template_process",

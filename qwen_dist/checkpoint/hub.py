@@ -49,6 +49,8 @@ def local_directory(model: str, *, weights: bool = True, files: Sequence[str] = 
         refuse_gguf(path)
         return path
     match = _HUB_ID.fullmatch(model)
+    if match is not None:
+        refuse_gguf(match[1])
     if match is None:
         raise CheckpointError(
             f"{printable(repr(model))} is neither a directory nor a hub id such as Qwen/Qwen3-0.6B. "

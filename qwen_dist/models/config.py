@@ -11,10 +11,11 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from qwen_dist.errors import CheckpointError, printable, problem_list
 from qwen_dist.json_reader import keys_within, read_json_object
+from qwen_dist.key_reader import KeyReader, how_to_ignore, shown
 
 FAMILIES = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
 RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3"]
@@ -175,52 +176,19 @@ _UNSUPPORTED = {
     **dict.fromkeys(("qwen3_next", "qwen3_5"), "hybrid models, which have linear attention, are planned"),
     "qwen": "this generation of Qwen is not",
 }
-_REQUIRED = object()
-# Above all sizes of real models; tensors with larger dimensions cannot be computed with 32-bit indices.
-_MAX_INT = 2**31 - 1
 _MAX_LAYERS = _MAX_EXPERTS = 10_000
 _MAX_FLOAT = 1e15
 _QWEN3 = ("qwen3", "qwen3_moe")
 
 
-class _Reader:
+class _Reader(KeyReader):
     """Takes keys out of the parsed file one by one; a key that is left at the end was not understood."""
-
-    def __init__(self, hf: Mapping[str, Any], ignored_keys: Iterable[str]):
-        self.left = dict(hf)
-        self.problems: list[str] = []
-        self.ignored = set(ignored_keys)
-
-    def take(
-        self,
-        key: str,
-        kinds: tuple[type, ...],
-        default: Any = _REQUIRED,
-        minimum: float | None = None,
-        maximum: float = _MAX_INT,
-    ) -> Any:
-        value: Any = self.left.pop(key, None)
-        if value is None:
-            if default is _REQUIRED:
-                self.problems.append(f"{key} is missing")
-                return minimum or 1
-            return default
-        wrong_bool = isinstance(value, bool) and bool not in kinds
-        if wrong_bool or not isinstance(value, kinds):
-            wanted = " or ".join(kind.__name__ for kind in kinds)
-            self.problems.append(f"{key} is {_shown(value)}; it must be {wanted}")
-            return minimum or 1 if default is _REQUIRED else default
-        if minimum is not None and not minimum <= (number := cast(float, value)) <= maximum:
-            limit = f"at least {minimum}" if number < minimum else f"at most {maximum}"
-            self.problems.append(f"{key} is {_shown(value)}; it must be {limit}")
-            return minimum
-        return value
 
     def model(self) -> ModelConfig:
         family = self.left.get("model_type")
         if family not in FAMILIES:
             reason = next((why for part, why in _UNSUPPORTED.items() if part in str(family)), "it is not a Qwen text model")
-            message = f"model_type {_shown(family)} is not supported yet: {reason}"
+            message = f"model_type {shown(family)} is not supported yet: {reason}"
             raise CheckpointError(f"{message}; supported are {', '.join(FAMILIES)}.")
         heads = self.take("num_attention_heads", (int,), minimum=1)
         kv_heads = self.take("num_key_value_heads", (int,), default=heads, minimum=1)
@@ -313,7 +281,7 @@ class _Reader:
         step = self.take("decoder_sparse_step", (int,), default=1, minimum=1)
         dense = self.take("mlp_only_layers", (list,), default=[])
         if wrong := [index for index in dense if not isinstance(index, int) or not 0 <= index < count]:
-            self.problems.append(f"mlp_only_layers has {_shown(*wrong)}; layers are 0 to {count - 1}")
+            self.problems.append(f"mlp_only_layers has {shown(*wrong)}; layers are 0 to {count - 1}")
             dense = []
         return [(index + 1) % step == 0 and index not in dense for index in range(count)]
 
@@ -341,7 +309,7 @@ class _Reader:
         """Return which layers have a window according to `layer_types`."""
         allowed = ("full_attention", "sliding_attention")
         if unknown := [kind for kind in kinds if kind not in allowed]:
-            self.problems.append(f"layer_types has {_shown(*unknown)}; allowed are {', '.join(allowed)}")
+            self.problems.append(f"layer_types has {shown(*unknown)}; allowed are {', '.join(allowed)}")
         if len(kinds) != count:
             self.problems.append(f"layer_types has {len(kinds)} entries for num_hidden_layers {count}")
         return [kind == "sliding_attention" for kind in kinds][:count] + [False] * (count - len(kinds))
@@ -358,15 +326,15 @@ class _Reader:
         self.left.pop("partial_rotary_factor", None)
         kind: Any = given.get("rope_type", given.get("type", "default"))
         if kind not in list(_ROPE_KEYS):  # a list, as a value without a hash may be given
-            self.problems.append(f"rope type {_shown(kind)} is not supported; supported are {', '.join(_ROPE_KEYS)}")
+            self.problems.append(f"rope type {shown(kind)} is not supported; supported are {', '.join(_ROPE_KEYS)}")
             return RopeConfig("default", 1.0, max_positions)
         known = _ROPE_KEYS[kind] | _ROPE_ALWAYS
         if unknown := sorted(set(given) - known - keys_within("rope_scaling", self.ignored)):
             names = printable(", ".join(unknown), 80)
-            self.problems.append(f"rope type {kind!r} does not know {names} {_how_to_ignore(unknown, 'rope_scaling')}")
+            self.problems.append(f"rope type {kind!r} does not know {names} {how_to_ignore(unknown, 'rope_scaling')}")
         given = {key: value for key, value in given.items() if key in known}
         if partial != 1.0:
-            self.problems.append(f"partial_rotary_factor is {_shown(partial)}; this family rotates whole heads")
+            self.problems.append(f"partial_rotary_factor is {shown(partial)}; this family rotates whole heads")
         numbers: dict[str, Any] = {
             key: value for key, value in given.items() if key not in ("rope_type", "type", "truncate")
         }
@@ -374,14 +342,14 @@ class _Reader:
         for key, value in numbers.items():
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if value is not None and not (is_number and 0 < value <= _MAX_FLOAT):
-                self.problems.append(f"rope {printable(key, 80)} is {_shown(value)}; it must be a positive number")
+                self.problems.append(f"rope {printable(key, 80)} is {shown(value)}; it must be a positive number")
                 numbers[key] = 1.0
         if missing := [key for key in _ROPE_REQUIRED[kind] if numbers.get(key) is None]:
             self.problems.append(f"rope type {kind!r} needs {', '.join(missing)}")
             numbers |= dict.fromkeys(missing, 1.0)
         truncate = given.get("truncate", True)
         if not isinstance(truncate, bool):
-            self.problems.append(f"rope truncate is {_shown(truncate)}; it must be bool")
+            self.problems.append(f"rope truncate is {shown(truncate)}; it must be bool")
         return _rope_config(kind, numbers, truncate, max_positions)
 
     def quantization(self) -> None:
@@ -392,7 +360,7 @@ class _Reader:
             self.problems.append("quantization (of MLX) is not supported; use the original checkpoint or its FP8 release")
         is_fp8 = isinstance(given, dict) and given.get("quant_method") == "fp8"
         if is_fp8 and (unknown := sorted(set(given) - _QUANTIZATION_KEYS - keys_within(name, self.ignored))):
-            self.problems.append(f"{name} has unknown keys {_how_to_ignore(unknown, name)}")
+            self.problems.append(f"{name} has unknown keys {how_to_ignore(unknown, name)}")
 
     def leftovers(self) -> None:
         for key, value in self.left.items():
@@ -400,24 +368,12 @@ class _Reader:
                 continue
             if key in _NEUTRAL:
                 if value not in (_NEUTRAL[key], None):
-                    self.problems.append(
-                        f"{key} is {_shown(value)}, which is not supported; supported is {_NEUTRAL[key]!r}"
-                    )
+                    self.problems.append(f"{key} is {shown(value)}, which is not supported; supported is {_NEUTRAL[key]!r}")
             elif value not in (None, False):
                 self.problems.append(
-                    f"{printable(key, 80)} = {_shown(value)} is not understood and may change the computation "
-                    f"{_how_to_ignore([key])}"
+                    f"{printable(key, 80)} = {shown(value)} is not understood and may change the computation "
+                    f"{how_to_ignore([key])}"
                 )
-
-
-def _shown(*values: Any) -> str:
-    """Return values of the file as they are printed in a message."""
-    return printable(", ".join(dict.fromkeys(map(repr, values[:20]))), 80)
-
-
-def _how_to_ignore(keys: Iterable[str], section: str = "") -> str:
-    names = ",".join(f"{section}.{key}".removeprefix(".") for key in keys)
-    return f"(if it does not: --config.model.ignored_config_keys={printable(names, 80)})"
 
 
 def _rope_config(kind: RopeType, numbers: Mapping[str, Any], truncate: bool, max_positions: int) -> RopeConfig:

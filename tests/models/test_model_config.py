@@ -301,7 +301,7 @@ def test_every_problem_is_listed_at_once():
         ({"model_type": "qwen"}, "this generation of Qwen is not"),
         ({"quantization": {"group_size": 64, "bits": 4}}, r"quantization \(of MLX\) is not supported; use the original"),
         ({"rope_scaling": {"rope_type": ["yarn"]}}, r"rope type \['yarn'\] is not supported"),
-        ({"hidden_size": 10**30}, r"it must be int below 2\*\*53"),
+        ({"hidden_size": 10**30}, "it must be at most 2147483647"),
         ({"use_mrope": True}, "use_mrope is True"),
         (
             {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
