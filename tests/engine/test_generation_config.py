@@ -92,7 +92,7 @@ def restricted(plain, eos):
     }
 
 
-@pytest.mark.parametrize("mesh", [pytest.param("data=1", marks=pytest.mark.slow), "data=2,tensor=4"])
+@pytest.mark.parametrize("mesh", ["data=1", pytest.param("data=2,tensor=4", marks=pytest.mark.slow)])
 def test_greedy_answers_are_transformers(directory, reference, plain, mesh):
     """All files at once: requests with different processors and without any share the steps."""
     engine, eos = (
