@@ -24,12 +24,12 @@ from hypothesis import strategies as st
 
 from qwen_dist.batch.jsonl import read_records
 from qwen_dist.batch.output import OutputFile
-from qwen_dist.checkpoint.adapter import read_adapter
+from qwen_dist.checkpoint.adapter_read import read_adapter
 from qwen_dist.checkpoint.safetensors import build_header
 from qwen_dist.checkpoint.source import open_checkpoint
 from qwen_dist.cli import main
 from qwen_dist.config import BatchConfig, FinetuneConfig, load_config
-from qwen_dist.engine.request import SamplingParams
+from qwen_dist.engine.generation_config import read_generation_config
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.runtime.cluster import Cluster
 from qwen_dist.runtime.control import GREETING, rendezvous
@@ -151,10 +151,9 @@ def test_config(copied):
 
 
 def test_generation_config(copied):
-    from qwen_dist.engine.open import _generation_config
 
     def use(directory):
-        SamplingParams.from_generation_config(_generation_config(directory))
+        read_generation_config(directory)
         Tokenizer.from_directory(directory)
 
     known = [spoil(dumps(GENERATION)) for spoil in SPOILED.values()]
