@@ -8,7 +8,7 @@
     qwen-dist export --model demo/model --output qwen_dist/demo/model --dtype bfloat16
 
 qwen_dist/demo generates the text, under this project's licence. The first run learns the questions that the model can
-answer; the second goes on with its weights and adds all other prompts: a loss of 0.0018, at about 1.5 s a step on two
+answer; the second starts from its weights and adds all other prompts: a loss of 0.0018, at about 1.5 s a step on two
 cores. The first run of the model in the package was made with rows of 128 tokens; 233 of its 300 steps were run with
 `--steps 500`, so the learning rate fell more slowly. `python benchmarks/demo.py` counts how often the model is right.
 """

@@ -15,7 +15,7 @@ _HELP = """\
 /clear         forget the conversation
 /system TEXT   set the system message and forget the conversation; without TEXT, remove it
 /exit, /quit   end the chat, as do Ctrl-D and an empty line
-A line that ends with \\ goes on in the next; lines between two \"\"\" are one message. Ctrl-C stops an answer."""
+A line that ends with \\ continues on the next one; lines between two \"\"\" are one message. Ctrl-C stops an answer."""
 _QUOTES = '"""'
 
 

@@ -1,4 +1,4 @@
-"""Read files and JSON that other people wrote: regular files of bounded size, UTF-8, bounded depth, sizes and numbers.
+"""Read files and JSON from outside: regular files of bounded size, UTF-8, bounded depth and numbers.
 
 Every JSON file that is not written by the run itself is read here, so that a damaged or hostile one is one sentence.
 """
@@ -14,7 +14,7 @@ import stat
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from qwen_dist.errors import CheckpointError, UserError, printable
+from qwen_dist.errors import CheckpointError, UserError, printable, problem_list
 
 # Real ones: an index of 100,000 tensors has 10 MB, tokenizer.json of Qwen3 has 11 MB.
 MAX_JSON_BYTES = 64 * 2**20
@@ -67,13 +67,17 @@ def read_json_object(
       FileNotFoundError: there is none.
       UserError: of the class `error`; it cannot be read, or is not a JSON object.
     """
-    raw = read_file(path, max_bytes=max_bytes, error=error)
+    return parse_object(read_file(path, max_bytes=max_bytes, error=error), printable(path), error)
+
+
+def parse_object(raw: bytes, name: str, error: type[UserError] = CheckpointError) -> dict[str, Any]:
+    """Return the JSON object in the content of the file `name`. Raises `error` as `read_json_object` does."""
     try:
         content = parse_json(raw)
     except JsonError as problem:
-        raise error(f"{printable(path)} is not JSON: {problem}") from None
+        raise error(f"{name} is not JSON: {problem}") from None
     if not isinstance(content, dict):
-        raise error(f"{printable(path)} must hold a JSON object; it holds {printable(repr(content), 80)}")
+        raise error(f"{name} must hold a JSON object; it holds {printable(repr(content), 80)}")
     return content
 
 
@@ -93,9 +97,11 @@ def keys_within(section: str, keys: Iterable[str]) -> frozenset[str]:
 
 
 def unusable_keys(file: str | os.PathLike[str], problems: list[str]) -> CheckpointError:
-    """Return the error for keys of a checkpoint's file that are not understood, one problem a line."""
-    parts = [f"{printable(file)} cannot be used:", *problems, "(keys in --config.model.ignored_config_keys are not read)"]
-    return CheckpointError(" ".join(parts) if len(problems) == 1 else "\n  - ".join(parts[:-1]) + "\n" + parts[-1])
+    """Return the error for keys of a checkpoint's file that are not understood: a single one in the same line."""
+    listed = f" {printable(problems[0], 500)} " if len(problems) == 1 else f"\n{problem_list(problems)}\n"
+    return CheckpointError(
+        f"{printable(file)} cannot be used:{listed}(keys in --config.model.ignored_config_keys are not read)"
+    )
 
 
 def parse_json(raw: bytes, *, max_depth: int = MAX_DEPTH) -> Any:

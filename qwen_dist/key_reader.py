@@ -21,8 +21,8 @@ class KeyReader:
       ignored: keys that the user vouches for.
     """
 
-    def __init__(self, hf: Mapping[str, Any], ignored_keys: Iterable[str]):
-        self.left = dict(hf)
+    def __init__(self, values: Mapping[str, Any], ignored_keys: Iterable[str]):
+        self.left = dict(values)
         self.problems: list[str] = []
         self.ignored = set(ignored_keys)
 
@@ -34,7 +34,7 @@ class KeyReader:
         minimum: float | None = None,
         maximum: float = MAX_INT,
     ) -> Any:
-        """Take a key. A value of another kind, or out of range, is a problem, and a value that can be used is returned."""
+        """Take a key. For a value of another kind or out of range, note a problem and return one that can be used."""
         value: Any = self.left.pop(key, None)
         if value is None:
             if default is REQUIRED:

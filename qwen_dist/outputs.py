@@ -225,7 +225,7 @@ def run_lock(path: str, output: str, note: Callable[[str], None] = lambda text: 
     Args:
       path: of the lock file; it is removed afterwards.
       output: what is locked, for the message.
-      note: told in a sentence if the file system has no locks.
+      note: called with a sentence if the file system has no locks.
 
     Raises:
       UserError: another process holds it; the message says which, and since when.

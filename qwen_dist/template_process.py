@@ -1,4 +1,4 @@
-"""Render chat templates in a process of their own, which is started at the first one and again after it was ended.
+"""Render chat templates in a separate process, started at the first template and again after it was killed.
 
 A template that takes too long or too much memory, or makes the interpreter crash, ends only that process.
 """
@@ -92,7 +92,7 @@ class _Process:
             self._socket, there = socket.socketpair()
             self._owner = os.getpid()
             with there:
-                # A session of its own: Ctrl-C does not reach it.
+                # A new session, so that Ctrl-C does not reach it.
                 self._popen = subprocess.Popen(
                     [sys.executable, "-P", str(_WORKER)],
                     stdin=there.fileno(),

@@ -1,7 +1,7 @@
 """The process that renders chat templates. It is run as a script, and imports nothing of this package.
 
-A chat template is a program of other people, so it gets a process of its own, which the operating system limits: in memory,
-and in the processor time of each request. Whatever the template does, at worst this process ends.
+A chat template is untrusted code, so it runs in a separate process. The operating system limits its memory and the
+processor time of each request. Whatever the template does, at worst this process ends.
 
 Requests and replies are JSON, each after its length in 8 bytes, on the socket that is the standard input:
   {"source": a template, "inputs": [its variables, …]}

@@ -18,7 +18,7 @@ from qwen_dist.json_reader import read_file, read_json_object, read_optional_obj
 
 VOCAB_FILE, MERGES_FILE, ADDED_TOKENS_FILE = "vocab.json", "merges.txt", "added_tokens.json"
 _MAX_BYTES = 2**28
-# Of every Qwen tokenizer. Digits are tokens of their own.
+# Of every Qwen tokenizer. Each digit is one token.
 _PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 _MAX_ID = 2**31
@@ -40,7 +40,7 @@ def build_backend(directory: Path) -> tokenizers.Tokenizer:
     """
     vocab = read_json_object(directory / VOCAB_FILE, max_bytes=_MAX_BYTES)
     if not all(_is_id(id) for id in vocab.values()) or len(set(vocab.values())) != len(vocab):
-        raise CheckpointError(f"{directory / VOCAB_FILE} must give every token an id of its own; download it again")
+        raise CheckpointError(f"{directory / VOCAB_FILE} must give every token a different id; download it again")
     try:
         lines = read_file(directory / MERGES_FILE, max_bytes=_MAX_BYTES).decode("utf-8").split("\n")
         merges = [_merge(line) for line in lines if line and not line.startswith("#version")]
@@ -127,5 +127,5 @@ def _file_tokens(path: Path, special: set[str]) -> dict[int, AddedToken]:
     """Return the tokens of added_tokens.json, {"<|endoftext|>": 151643, …}, by id."""
     ids = read_optional_object(path) or {}
     if not all(text and _is_id(id) for text, id in ids.items()) or len(set(ids.values())) != len(ids):
-        raise CheckpointError(f"{path} must give every token an id of its own; got {printable(repr(ids), 80)}")
+        raise CheckpointError(f"{path} must give every token a different id; got {printable(repr(ids), 80)}")
     return {id: AddedToken(text, normalized=text not in special, special=text in special) for text, id in ids.items()}

@@ -195,7 +195,7 @@ def test_stop_ids(small_tokenizer, tmp_path, tokenizer):
     ("changes", "message"),
     [
         ({"tokenizer__json": None, "config__json": None}, "has no tokenizer.json, config.json: give"),
-        ({"tokenizer__json": None, "vocab__json": {"a": "x"}, "merges__txt": ""}, "an id of its own"),
+        ({"tokenizer__json": None, "vocab__json": {"a": "x"}, "merges__txt": ""}, "a different id"),
         ({"tokenizer__json": '{"version"'}, "tokenizer.json cannot be read"),
         ({"tokenizer_config__json": "{"}, "tokenizer_config.json is not JSON"),
         ({"tokenizer_config__json": []}, "must hold a JSON object"),

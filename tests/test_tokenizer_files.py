@@ -160,10 +160,10 @@ def test_real_vocab_and_merges(real_checkpoint, tmp_path):
     [
         ("merges.txt", "a b c\n", "is not a pair of tokens"),
         ("merges.txt", "zz zzz\n", "merges.txt cannot be used"),
-        ("vocab.json", '{"a": "5"}', "an id of its own"),
-        ("vocab.json", '{"a": 1, "b": 1}', "an id of its own"),
+        ("vocab.json", '{"a": "5"}', "a different id"),
+        ("vocab.json", '{"a": 1, "b": 1}', "a different id"),
         ("vocab.json", "[" * 100_000, "is not JSON"),
-        ("added_tokens.json", '{"<x>": -1}', "an id of its own"),
+        ("added_tokens.json", '{"<x>": -1}', "a different id"),
         ("added_tokens.json", '{"<x>": 12345}', "the files are not of the same tokenizer"),
     ],
 )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen_dist.errors import CheckpointError, printable
+from qwen_dist.errors import CheckpointError, printable, problem_list
 from qwen_dist.json_reader import read_json_object
 from qwen_dist.models.parameters import MAX_PROBLEMS
 
@@ -133,10 +133,7 @@ def read_adapter_config(directory: Path, ignored_keys: Iterable[str] = ()) -> Ad
 
 def raise_problems(what: str, problems: list[str]) -> None:
     """Raise CheckpointError with one line for each problem, cut to `MAX_PROBLEMS`."""
-    shown = [printable(problem) for problem in problems[:MAX_PROBLEMS]]
-    if len(problems) > len(shown):
-        shown.append(f"… and {len(problems) - len(shown)} more")
-    raise CheckpointError(f"{what}:\n  - " + "\n  - ".join(shown))
+    raise CheckpointError(f"{what}:\n{problem_list(problems, MAX_PROBLEMS)}")
 
 
 class _Reader:

@@ -65,7 +65,7 @@ class PeftAdapter:
             if not is_plain:
                 problems.append(f"{update.layer}: {_describe(update)} can only be merged")
             elif update.rank != config.rank or update.tensors["scale"] != scale(config.rank, config.alpha, config.rslora):
-                problems.append(f"{update.layer}: a rank or alpha of its own can only be merged")
+                problems.append(f"{update.layer}: its rank or alpha differs from the others, so it can only be merged")
         if problems:
             what = "the adapter cannot be trained further; merge it with `qwen-dist export --adapter` first"
             raise_problems(what, problems)
@@ -317,7 +317,7 @@ def _split_experts(matrices: _Matrices) -> dict[str, np.ndarray]:
 
 
 def _stack_experts(by_expert: Mapping[tuple[int, str], _Matrices], is_down: bool) -> dict[str, np.ndarray]:
-    """Return the tensors of an update of stacked experts; gate and up share a stack, each with ranks of its own.
+    """Return the tensors of an update of stacked experts; gate and up share a stack, each with its own ranks.
 
     B is block-diagonal, as the rows of gate_proj and up_proj have different A. What an expert lacks is zero.
     """

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qwen_dist.errors import CheckpointError, printable
-from qwen_dist.json_reader import MAX_JSON_BYTES, JsonError, parse_json, read_file
+from qwen_dist.json_reader import MAX_JSON_BYTES, parse_object, read_file
 from qwen_dist.tokenizer_files import TEMPLATE_DIRECTORY
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -171,15 +171,7 @@ def read_json(folder: Folder, name: str) -> dict[str, Any] | None:
       CheckpointError: the file is not a JSON object, or cannot be read.
     """
     raw = folder.read(name)
-    if raw is None:
-        return None
-    try:
-        content = parse_json(raw)
-    except JsonError as error:
-        raise CheckpointError(f"{folder}: {name} is not JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{folder}: {name}: expected a JSON object, found a {type(content).__name__}.")
-    return content
+    return None if raw is None else parse_object(raw, f"{folder}: {name}")
 
 
 def check_weight_map(folder: Folder, index: Mapping[str, Any]) -> dict[str, str]:

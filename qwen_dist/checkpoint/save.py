@@ -276,7 +276,7 @@ def _create_staging(staging: Path, files: list[_OutputFile]) -> None:
 
 
 def _remove_staging(staging: Path) -> None:
-    """Remove the directory, its marker last: if this is killed, the next save goes on with it."""
+    """Remove the directory, its marker last: if this is killed, the next save still knows that it may remove it."""
     with contextlib.suppress(FileNotFoundError):
         for path in staging.iterdir():
             if path.is_dir() and not path.is_symlink():

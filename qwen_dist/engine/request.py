@@ -22,7 +22,7 @@ class SamplingParams:
       logit_bias: (token id, bias) pairs, added to the logits.
       sequence_bias: (token ids, bias) pairs: added to the logit of the last token where the tokens before it came last.
       no_repeat_ngram_size: prompt and answer together repeat no sequence of this many tokens; 0 allows all.
-      min_new_tokens, min_length: no stop token before the answer has, or prompt and answer together have, so many tokens.
+      min_new_tokens, min_length: the fewest tokens of the answer, or of prompt and answer, before a stop token is allowed.
       begin_suppress_tokens: token ids that an answer does not begin with.
       repetition_penalty: divides the logits of tokens that prompt or answer already have (multiplies negative logits).
       frequency_penalty: subtracted from a token's logit as often as the answer has it.

@@ -33,7 +33,7 @@ class Checkpoints:
         # A failed write is reported by `_written`; Orbax would log its traceback, too.
         for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        # After an error, which `_restore` reports, what Orbax has begun to read ends with many tracebacks of its own.
+        # After an error, which `_restore` reports, what Orbax has begun to read ends with many other tracebacks.
         self._hook = sys.unraisablehook
         sys.unraisablehook = self._drop_rest_of_read
         import orbax.checkpoint as ocp

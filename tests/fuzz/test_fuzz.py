@@ -30,9 +30,11 @@ from qwen_dist.checkpoint.source import open_checkpoint
 from qwen_dist.cli import main
 from qwen_dist.config import BatchConfig, FinetuneConfig, load_config
 from qwen_dist.engine.generation_config import read_generation_config
+from qwen_dist.errors import UserError
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.runtime.cluster import Cluster
 from qwen_dist.runtime.control import GREETING, rendezvous
+from qwen_dist.runtime.preflight import collect_host_info
 from qwen_dist.tokenizer import Tokenizer
 from qwen_dist.train.metrics import MetricsLog
 from qwen_dist.train.records import read_train_records
@@ -151,7 +153,6 @@ def test_config(copied):
 
 
 def test_generation_config(copied):
-
     def use(directory):
         read_generation_config(directory)
         Tokenizer.from_directory(directory)
@@ -447,7 +448,8 @@ def test_flags(copied, tmp_path, monkeypatch, capsys):
 
 def test_coordinator(monkeypatch):
     """Strangers at the coordinator's port, each followed by the process that it waits for."""
-    hello = {"greeting": GREETING, "process": 1, "num_processes": 2, "host_info": {"host": "b", "pid": 1}}
+    host_info = collect_host_info({}, checkpoint="", input=None, write_dirs=["/"], memory_per_checkpoint_byte=0)
+    hello = {"greeting": GREETING, "process": 1, "num_processes": 2, "host_info": host_info}
 
     def run(content):
         with socket.socket() as free:
@@ -468,9 +470,11 @@ def test_coordinator(monkeypatch):
         visitor = threading.Thread(target=visit)
         visitor.start()
         try:
-            connections, _ = rendezvous(cluster, {"host": "a", "pid": 2}, 3.0)
+            connections, _ = rendezvous(cluster, host_info, 10.0)
             for connection in connections.values():
                 connection.close()
+        except UserError as error:  # the real process must get in
+            raise AssertionError(str(error)) from error
         finally:
             visitor.join()
             for visit_ in visits:
