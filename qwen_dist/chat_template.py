@@ -7,7 +7,6 @@ mark must come out.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import logging
 import re
@@ -53,6 +52,7 @@ class ChatTemplate:
         self._source = source
         self._tokens = dict(tokens)
         self._turn_formats: dict[str, TurnFormat] = {}
+        self._has_noted_developer = False
 
     def check_variables(self, names: Iterable[str]) -> None:
         """Raise UserError if the template does not use one of these variables: setting it would change nothing."""
@@ -162,8 +162,11 @@ class ChatTemplate:
         return isinstance(text, str) and _mark(0) in text
 
     def _note_developer(self, chat: Chat, form: Chat) -> None:
-        if any(m["role"] == "developer" for m in chat.messages) and all(m["role"] != "developer" for m in form.messages):
-            _note_once("the chat template does not write the role developer: these messages are given the role system")
+        if self._has_noted_developer or not any(m["role"] == "developer" for m in chat.messages):
+            return
+        if all(m["role"] != "developer" for m in form.messages):
+            self._has_noted_developer = True
+            _log.warning("the chat template does not write the role developer: these messages are given the role system")
 
     def _render_all(self, inputs: Sequence[dict[str, Any]]) -> list[str]:
         texts = self._try(inputs)
@@ -175,11 +178,6 @@ class ChatTemplate:
     def _try(self, inputs: Sequence[dict[str, Any]]) -> list[str | UserError]:
         defaults = {"tools": None, "documents": None, **self._tokens}
         return render(self._source, [defaults | each for each in inputs])
-
-
-@functools.lru_cache
-def _note_once(text: str) -> None:
-    _log.warning(text)
 
 
 def _inputs(chat: Chat, add_generation_prompt: bool) -> dict[str, Any]:

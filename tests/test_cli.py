@@ -264,7 +264,7 @@ def test_a_batch_and_its_summary(run, model, prompts, tmp_path):
     assert "polyline" in (tmp_path / "chart.html").read_text() and "running requests" in result.err
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
     assert result.out.startswith("2 answered, 1 with an error; 117 prompt tokens and 24 generated tokens in ")
-    assert "3/3" in result.err
+    assert "answered 3/3; 0:0" in result.err
 
 
 def test_a_configuration_file_and_a_mesh(run, model, prompts, tmp_path):

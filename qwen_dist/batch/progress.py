@@ -26,16 +26,11 @@ def batch_progress(
     config: BatchConfig, num_before: int, console: Console
 ) -> Iterator[Callable[[BatchSummary, EngineStats], None]]:
     """Show a progress bar; yield the callback that updates it."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.table import Column
+    from rich.progress import BarColumn, Progress, TextColumn
 
     total = 0 if console.quiet else _count_lines(config.input, parse_bytes(config.max_line_size))
-    columns = (
-        TextColumn("answering"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(table_column=Column(min_width=2 * len(str(total)) + 1)),
-        TextColumn("{task.fields[status]}"),
-    )
+    # One text, the most important part first: a narrow terminal cuts its end.
+    columns = (TextColumn("answered {task.completed}/{task.total}; {task.fields[status]}"), BarColumn(bar_width=None))
     start, left = time.monotonic(), TimeLeft()
     with Progress(*columns, console=console, expand=True) as bar:
         task = bar.add_task("", total=total, completed=num_before, status="compiling (once)…")
@@ -46,11 +41,11 @@ def batch_progress(
             bar.update(
                 task,
                 completed=num_before + done,
-                status=f"{summary.num_prompt_tokens / seconds:.0f} tokens/s in, "
+                status=f"{clock(now - start)}, left {left.after(now, done, total - num_before)}; "
+                f"{summary.num_prompt_tokens / seconds:.0f} tokens/s in, "
                 f"{summary.num_generated_tokens / seconds:.0f} out; "
                 f"{stats.num_running} running, {stats.num_waiting} waiting, "
-                f"cache {stats.held_positions / max(stats.cache_positions, 1):.0%}; "
-                f"elapsed {clock(now - start)}, left {left.after(now, done, total - num_before)}",
+                f"cache {stats.held_positions / max(stats.cache_positions, 1):.0%}",
             )
 
         yield report
