@@ -25,6 +25,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from qwen_dist.hf_config import parse_model_config
 from qwen_dist.mesh import MeshConfig
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.parameters import abstract_parameters, with_parameters
@@ -83,7 +84,7 @@ class Scanned(Transformer):
 
 def lower(phase: str, num_layers: int, is_scanned: bool, topology: Topology, context: int) -> jax.stages.Lowered:
     mesh, rules = SETTINGS[phase]
-    config = ModelConfig.from_hf(QWEN3_32B | {"num_hidden_layers": num_layers})
+    config = parse_model_config(QWEN3_32B | {"num_hidden_layers": num_layers})
     sharding_ctx = ShardingContext(topology_mesh(topology, MeshConfig.parse(mesh)), rules)
     module = Scanned(config) if is_scanned else Transformer(config, dtype="bfloat16")
     parameters = abstract_parameters(module, sharding_ctx)

@@ -16,7 +16,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         config.model.path = arg
     config.method = "full"
     config.optimizer = config_dict.ConfigDict(
-        {"learning_rate": 1e-5, "schedule": "cosine", "warmup_steps": 10, "weight_decay": 0.1, "b2": 0.95}
+        {"learning_rate": 1e-5, "schedule": "cosine", "warmup_ratio": 0.1, "weight_decay": 0.1, "b2": 0.95}
     )
     config.data = config_dict.ConfigDict({"max_length": 1024, "packing": True})
     config.batch_size = 8

@@ -12,13 +12,20 @@ usage() {
     exit 2
 }
 
+refuse() {
+    printf 'launch/local.sh: %s; got %q\n' "$1" "$2" >&2
+    exit 2
+}
+check_number() { [[ $2 =~ ^[1-9][0-9]{0,5}$ ]] || refuse "$1 must be a whole number of at least 1" "$2"; }
+
 processes=2 devices=1 port=$((20000 + RANDOM % 20000)) logs="" dry_run=""
 while [ $# -gt 0 ] && [ "$1" != "--" ]; do
+    if [[ $1 == --* && $1 != --dry-run && -z ${2-} ]]; then refuse "$1 needs a value" ""; fi
     case $1 in
-        --processes) processes=${2:?} && shift ;;
-        --devices) devices=${2:?} && shift ;;
-        --port) port=${2:?} && shift ;;
-        --logs) logs=${2:?} && shift ;;
+        --processes) processes=$2 && shift ;;
+        --devices) devices=$2 && shift ;;
+        --port) port=$2 && shift ;;
+        --logs) logs=$2 && shift ;;
         --dry-run) dry_run=yes ;;
         *) usage ;;
     esac
@@ -26,11 +33,15 @@ while [ $# -gt 0 ] && [ "$1" != "--" ]; do
 done
 [ $# -ge 2 ] || usage
 shift
+check_number --processes "$processes"
+check_number --devices "$devices"
+check_number --port "$port"
+if ((port > 65535)); then refuse "--port must be at most 65535" "$port"; fi
 logs=${logs:-logs/local-$(date +%Y%m%d-%H%M%S)}
 
 environment() {
     printf '%s\n' JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$devices" "QWEN_DIST_COORDINATOR=127.0.0.1:$port" \
-        "QWEN_DIST_NUM_PROCESSES=$processes" "QWEN_DIST_PROCESS_ID=$1"
+        "QWEN_DIST_NUM_PROCESSES=$processes" "QWEN_DIST_PROCESS_ID=$1" PYTHONUNBUFFERED=1
 }
 
 if [ -n "$dry_run" ]; then

@@ -14,12 +14,23 @@ TEXT
     exit 2
 }
 
+refuse() {
+    printf 'launch/slurm.sh: %s; got %q\n' "$1" "$2" >&2
+    exit 2
+}
+check_number() { [[ $2 =~ ^[1-9][0-9]{0,5}$ ]] || refuse "$1 must be a whole number of at least 1" "$2"; }
+
 nodes="" logs="" dry_run="" options=()
 while [ $# -gt 0 ] && [ "$1" != "--" ]; do
+    if [[ $1 == --* && $1 != --dry-run && -z ${2-} ]]; then refuse "$1 needs a value" ""; fi
     case $1 in
-        --nodes) nodes=${2:?} && shift ;;
-        --gpus-per-node | --partition | --time) options+=("$1=${2:?}") && shift ;;
-        --logs) logs=${2:?} && shift ;;
+        --nodes) nodes=$2 && shift ;;
+        --gpus-per-node)
+            check_number "$1" "$2"
+            options+=("$1=$2") && shift
+            ;;
+        --partition | --time) options+=("$1=$2") && shift ;;
+        --logs) logs=$2 && shift ;;
         --dry-run) dry_run=yes ;;
         *) usage ;;
     esac
@@ -27,6 +38,7 @@ while [ $# -gt 0 ] && [ "$1" != "--" ]; do
 done
 if [ $# -lt 2 ] || [ -z "$nodes" ]; then usage; fi
 shift
+check_number --nodes "$nodes"
 logs=${logs:-logs/slurm-$(date +%Y%m%d-%H%M%S)}
 
 command=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 "${options[@]}"

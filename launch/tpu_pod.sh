@@ -15,13 +15,19 @@ usage() {
     exit 2
 }
 
+refuse() {
+    printf 'launch/tpu_pod.sh: %s; got %q\n' "$1" "$2" >&2
+    exit 2
+}
+
 name="" zone="" project="" logs="" dry_run=""
 while [ $# -gt 0 ]; do
+    if [[ $1 == --* && $1 != --dry-run && -z ${2-} ]]; then refuse "$1 needs a value" ""; fi
     case $1 in
-        --name) name=${2:?} && shift ;;
-        --zone) zone=${2:?} && shift ;;
-        --project) project=${2:?} && shift ;;
-        --logs) logs=${2:?} && shift ;;
+        --name) name=$2 && shift ;;
+        --zone) zone=$2 && shift ;;
+        --project) project=$2 && shift ;;
+        --logs) logs=$2 && shift ;;
         --dry-run) dry_run=yes ;;
         install | run | logs | stop) break ;;
         *) usage ;;

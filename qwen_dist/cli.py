@@ -1,6 +1,7 @@
 """The command line: `qwen-dist COMMAND …`. It turns flags into a configuration, runs the command and prints the result.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped by SIGTERM after saving (finetune), 130 interrupted.
+Exit codes: 0 done (of a batch also when records have an error), 1 failed, 2 wrong usage, 75 stopped by SIGTERM after saving
+(finetune), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ import pathlib
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import qwen_dist
+from qwen_dist.chat import make_chat
+from qwen_dist.command_parser import CommandParser, check_command, describe_unknown
 from qwen_dist.config import (
     BatchConfig,
+    ExportModelOptions,
     FinetuneConfig,
     GenerateConfig,
     LoraOptions,
@@ -27,14 +32,15 @@ from qwen_dist.config import (
     load_config,
     parse_bytes,
 )
-from qwen_dist.errors import UsageError, UserError
+from qwen_dist.errors import UsageError, UserError, printable, printable_lines
+from qwen_dist.failures import describe_failure
+from qwen_dist.outputs import Written, check_paths
+from qwen_dist.runtime.backend import COMPILATION_CACHE, find_devices, start_jax
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from qwen_dist.batch.run import BatchSummary
-    from qwen_dist.batch.series import TimeSeries
     from qwen_dist.engine.engine import Engine, EngineStats
     from qwen_dist.engine.request import RequestOutput, SamplingParams
     from qwen_dist.runtime.distributed import Processes
@@ -44,7 +50,13 @@ _Flag = tuple[str, str, type, str, str]
 # Flags that set a configuration key: (flag, key, type, metavar, help).
 _MODEL_FLAGS: tuple[_Flag, ...] = (
     ("--model", "model.path", str, "DIR_OR_HUB_ID", "checkpoint in the Hugging Face format"),
-    ("--dtype", "model.dtype", str, "DTYPE", "bfloat16, float32 or float64 (bfloat16; parity: float32; export: as stored)"),
+    (
+        "--dtype",
+        "model.dtype",
+        str,
+        "DTYPE",
+        "bfloat16, float32 or float64 (bfloat16; parity: float32; export: as stored)",
+    ),
     ("--mesh", "mesh", str, "AXES", "devices per mesh axis, such as fsdp=2,tensor=4"),
     ("--host-memory-budget", "model.host_memory_budget", str, "SIZE", "bound on the loader's buffers, such as 256MB"),
 )
@@ -57,11 +69,17 @@ _SAMPLING_FLAGS: tuple[_Flag, ...] = (
     ("--top-p", "sampling.top_p", float, "P", "sample from the fewest tokens with total probability P"),
     ("--min-p", "sampling.min_p", float, "P", "drop tokens below P times the highest probability"),
     ("--repetition-penalty", "sampling.repetition_penalty", float, "R", "above 1 makes earlier tokens less likely"),
+    ("--presence-penalty", "sampling.presence_penalty", float, "P", "subtracted once from tokens that the answer has"),
+    ("--frequency-penalty", "sampling.frequency_penalty", float, "P", "subtracted for each time the answer has the token"),
     ("--seed", "sampling.seed", int, "N", "random seed; the same seed gives the same tokens"),
     ("--stop", "sampling.stop", str, "TEXT", "stop before this text; may be repeated"),
     ("--logprobs", "sampling.logprobs", int, "N", "log-probabilities, with the N best alternatives"),
 )
 
+_CHAT_FLAGS: tuple[_Flag, ...] = (
+    ("--thinking", "chat.thinking", str, "on|off", "sets enable_thinking of the chat template, as Qwen3's has"),
+    ("--template-arg", "chat.template_args", str, "NAME=VALUE", "sets a variable of the chat template; may be repeated"),
+)
 _TRAINING_FLAGS: tuple[_Flag, ...] = (
     ("--load-format", "model.load_format", str, "FORMAT", "safetensors (default) or dummy: from random weights"),
     ("--data", "data.files", str, "FILE", "JSON lines, parquet or text; may be repeated and contain *"),
@@ -70,7 +88,7 @@ _TRAINING_FLAGS: tuple[_Flag, ...] = (
     ("--method", "method", str, "METHOD", "lora (default) or full"),
     ("--steps", "steps", int, "N", "number of steps, instead of config.epochs (1)"),
     ("--batch-size", "batch_size", int, "N", "rows per step, on all devices together (8)"),
-    ("--learning-rate", "optimizer.learning_rate", float, "R", "peak learning rate (1e-5)"),
+    ("--learning-rate", "optimizer.learning_rate", float, "R", "peak learning rate (lora 2e-4, full 1e-5)"),
 )
 
 _EXIT_SIGTERM = 75  # EX_TEMPFAIL: the same command resumes the run
@@ -81,8 +99,8 @@ _DEMO_MODEL = {"model.path": str(pathlib.Path(qwen_dist.__file__).parent / "demo
 
 # How long processes wait for each other before the preflight reports which are missing.
 _START_TIMEOUT_S = 60.0
-_COMPILATION_CACHE = "~/.cache/qwen_dist/compiled"
 _TABLE_WIDTH = 160
+_MAX_PROMPT_BYTES = 2**26
 
 _GENERATE_EXAMPLE = """\
 examples:
@@ -140,20 +158,17 @@ reads config.json only; --compile for a TPU needs libtpu (pip install libtpu) bu
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser()
-    options, unknown = parser.parse_known_args(given)
-    overrides = [argument for argument in unknown if argument.startswith("--config.")]
-    if wrong := [argument for argument in unknown if argument not in overrides]:
-        options.command_parser.error(
-            f"unknown argument {' '.join(wrong)}; `qwen-dist {options.command} --help` lists all flags"
-        )
+    parser, commands = _parser()
+    name = "qwen-dist"
     try:
+        check_command(given, commands)
+        options, unknown = parser.parse_known_args(given)
+        name = f"qwen-dist {options.command}"
+        overrides = [argument for argument in unknown if argument.startswith("--config.")]
+        if wrong := [argument for argument in unknown if argument not in overrides]:
+            command = commands[options.command]
+            raise UsageError(describe_unknown(wrong, command.flags, options.command))
         return options.run(options, overrides)
-    except UserError as error:
-        if options.debug:
-            raise
-        print(f"qwen-dist {options.command}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _EXIT_INTERRUPTED
@@ -161,12 +176,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader closed the pipe (`| head`). Redirect stdout, or the interpreter prints an error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        if "--debug" in given:
+            raise
+        message = error if isinstance(error, UserError) else describe_failure(error)
+        print(f"{name}: {printable_lines(message, max_chars=1000)}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="qwen-dist", description="Run and fine-tune Qwen text models in JAX.", allow_abbrev=False
-    )
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, CommandParser]]:
+    parser = CommandParser(prog="qwen-dist", description="Run and fine-tune Qwen text models in JAX.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"qwen-dist {qwen_dist.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
@@ -178,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_preflight(commands)
     _add_parity(commands)
     _add_plan(commands)
-    return parser
+    return parser, dict(commands.choices)
 
 
 def _add_generate(commands: Any) -> None:
@@ -193,7 +212,7 @@ def _add_generate(commands: Any) -> None:
 def _add_batch(commands: Any) -> None:
     batch = _add_command(commands, "batch", _batch, "answer every line of a file", _BATCH_EXAMPLE)
     batch.add_argument(
-        "--input", metavar="FILE", help='lines {"id","prompt"}, {"id","messages"} or of the OpenAI API; .gz, .zst, .parquet'
+        "--input", metavar="FILE", help='lines {"id","prompt"}, {"id","messages"} or of OpenAI\'s API; .gz, .zst, .parquet'
     )
     batch.add_argument("--output", metavar="FILE", help="in the same formats; an interrupted run is resumed")
     batch.add_argument(
@@ -211,7 +230,9 @@ def _add_batch(commands: Any) -> None:
     batch.add_argument("--retry-errors", action="store_true", default=None, help="retry records that ended in an error")
     batch.add_argument("--keep-order", action="store_true", default=None, help="write results in the order of the input")
     batch.add_argument("--chart", metavar="FILE", help="write an HTML page: throughput, requests and cache over time")
+    batch.add_argument("--max-line-size", metavar="SIZE", help="longer input lines are answered with an error (64MB)")
     batch.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics during the run")
+    batch.add_argument("--metrics-host", metavar="ADDRESS", help="serve them on this address (127.0.0.1)")
     batch.add_argument("--profile", metavar="DIR", help="write a trace of the first seconds, for TensorBoard or XProf")
     _add_run_flags(batch)
     _add_host_flags(batch)
@@ -222,9 +243,11 @@ def _add_finetune(commands: Any) -> None:
     finetune.add_argument("--show-data", type=int, metavar="N", help="print N examples with the loss mask, and exit")
     finetune.add_argument("--dry-run", action="store_true", help="print what would be trained, and exit")
     finetune.add_argument("--overwrite", action="store_true", default=None, help="start over if the run exists")
-    _add_flags(finetune, _MODEL_FLAGS + _ADAPTER_FLAG + _TRAINING_FLAGS)
+    _add_flags(finetune, _MODEL_FLAGS + _ADAPTER_FLAG + _CHAT_FLAGS + _TRAINING_FLAGS)
     _add_device_flag(finetune)
-    finetune.add_argument("--config", metavar="FILE[:ARG]", help="a configuration file; --config.key=value sets a key")
+    finetune.add_argument(
+        "--config", metavar="FILE[:ARG]", help="a .py, .yaml or .json file; --config.key=value sets a key"
+    )
     _add_host_flags(finetune)
 
 
@@ -271,7 +294,7 @@ def _add_parity(commands: Any) -> None:
 
 def _add_plan(commands: Any) -> None:
     plan = _add_command(commands, "plan", _plan, "estimate memory and speed of a model on any devices", _PLAN_EXAMPLE)
-    plan.usage = "qwen-dist plan --model DIR_OR_CONFIG_JSON --topology KIND:SIZES [flags]"
+    plan.usage = "qwen-dist plan --model DIR_OR_HUB_ID --topology KIND:SIZES [flags]"
     plan.add_argument("--topology", metavar="KIND:SIZES", required=True, help="such as v5e:8x8, v5p:4x4x4 or cpu:8")
     plan.add_argument(
         "--command", dest="workload", choices=("batch", "finetune"), default="batch", help="what to run (batch)"
@@ -299,14 +322,14 @@ def _add_command(
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110),
         usage=f"qwen-dist {name} --model DIR_OR_HUB_ID [flags]",
     )
-    command.set_defaults(run=run, command_parser=command)
+    command.set_defaults(run=run)
     return command
 
 
 def _add_run_flags(command: argparse.ArgumentParser) -> None:
-    _add_flags(command, _MODEL_FLAGS + _ADAPTER_FLAG + _SAMPLING_FLAGS)
+    _add_flags(command, _MODEL_FLAGS + _ADAPTER_FLAG + _CHAT_FLAGS + _SAMPLING_FLAGS)
     _add_device_flag(command)
-    command.add_argument("--config", metavar="FILE[:ARG]", help="a configuration file; --config.key=value sets a key")
+    command.add_argument("--config", metavar="FILE[:ARG]", help="a .py, .yaml or .json file; --config.key=value sets a key")
 
 
 def _add_device_flag(command: argparse.ArgumentParser) -> None:
@@ -324,42 +347,15 @@ def _add_host_flags(command: argparse.ArgumentParser) -> None:
 
 def _add_flags(command: argparse.ArgumentParser, flags: Sequence[_Flag]) -> None:
     for flag, key, kind, metavar, help in flags:
-        action = "append" if flag in ("--stop", "--data", "--eval-data") else "store"
+        action = "append" if flag in ("--stop", "--data", "--eval-data", "--template-arg") else "store"
         command.add_argument(flag, dest=key, type=kind, metavar=metavar, help=help, action=action)
     command.add_argument("--json", action="store_true", help="print one JSON object, for programs")
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def _config_values(options: argparse.Namespace, *more: str) -> dict[str, Any]:
-    keys = [key for _, key, *_ in _MODEL_FLAGS + _ADAPTER_FLAG + _SAMPLING_FLAGS] + list(more)
+    keys = [key for _, key, *_ in _MODEL_FLAGS + _ADAPTER_FLAG + _CHAT_FLAGS + _SAMPLING_FLAGS] + list(more)
     return {key: value for key in keys if (value := getattr(options, key, None)) is not None}
-
-
-def start_jax(num_cpu_devices: int | None, dtype: str, *, use_compilation_cache: bool = True) -> None:
-    """Configure jax, before any device is used. No other code changes jax's settings.
-
-    Compiled programs are cached in JAX_COMPILATION_CACHE_DIR, by default ~/.cache/qwen_dist/compiled, so that the second
-    start of the same model on the same machine compiles nothing.
-
-    Args:
-      num_cpu_devices: use this many CPU devices; None uses the default platform.
-      dtype: float64 enables 64-bit types.
-      use_compilation_cache: False when compiling for devices of another machine, whose programs cannot be read back.
-    """
-    import jax
-
-    if num_cpu_devices is not None:
-        if num_cpu_devices < 1:
-            raise UsageError(f"--num-cpu-devices {num_cpu_devices}: give at least 1")
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", num_cpu_devices)
-    if dtype == "float64":
-        jax.config.update("jax_enable_x64", True)
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(_COMPILATION_CACHE).expanduser()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    if not use_compilation_cache:
-        jax.config.update("jax_enable_compilation_cache", False)
 
 
 @contextlib.contextmanager
@@ -381,12 +377,12 @@ def _joined(
         return
     model: ModelOptions = config.model
     on_host = bool(options.num_cpu_devices) or os.environ.get("JAX_PLATFORMS") == "cpu"
-    copies = {"bfloat16": 1, "float32": 2, "float64": 4}[model.dtype] * num_replicas / cluster.num_processes
+    copies = {"bfloat16": 1, "float16": 1, "float32": 2, "float64": 4}[model.dtype] * num_replicas / cluster.num_processes
     host_info = collect_host_info(
         {"command": options.command, **vars(config), **more},
         checkpoint=model.path,
         input=input,
-        write_dirs=[os.environ.get("JAX_COMPILATION_CACHE_DIR") or _COMPILATION_CACHE],
+        write_dirs=[os.environ.get("JAXCOMPILATION_CACHE_DIR") or COMPILATION_CACHE],
         memory_per_checkpoint_byte=copies if on_host and model.load_format != "dummy" else 0.0,
     )
     with (
@@ -414,9 +410,14 @@ def _redirect_stdout(process_id: int) -> Iterator[None]:
 
 def _generate(options: argparse.Namespace, overrides: list[str]) -> int:
     config = load_config(GenerateConfig, options.config, overrides, _config_values(options), _DEMO_MODEL)
+    variables = config.chat.variables
+    if options.raw and variables:
+        raise UsageError("--thinking and --template-arg set variables of the chat template, which --raw leaves out")
     prompt = options.prompt
+    if prompt is None and sys.stdin is None:
+        raise UsageError("standard input is closed; give --prompt")
     if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read()
+        prompt = _read_prompt()
     if prompt is None and options.json:
         raise UsageError("--json needs --prompt, or the prompt on standard input")
     with _joined(options, config, prompt=prompt, system=options.system, raw=options.raw) as processes:
@@ -424,6 +425,7 @@ def _generate(options: argparse.Namespace, overrides: list[str]) -> int:
             raise UsageError("a chat needs a single process; with several, give --prompt to all of them")
         start_jax(options.num_cpu_devices, config.model.dtype)
         processes.check_devices()
+        from qwen_dist.chat_session import ChatSession, system_messages
         from qwen_dist.engine.open import open_engine
 
         quiet = options.json or not processes.is_main
@@ -433,45 +435,43 @@ def _generate(options: argparse.Namespace, overrides: list[str]) -> int:
                 config.mesh,
                 config.sampling,
                 max_batch_size=1,
+                template_variables=variables,
                 progress=progress,
                 announce=_announcer(processes, quiet=quiet),
             )
         if prompt is None:
-            return _chat(engine, tokenizer, sampling, options.system)
+            chat_sampling = sampling.override({"stop_token_ids": tokenizer.chat_stop_ids})
+            session = ChatSession(
+                lambda messages: tokenizer.encode_prompt(make_chat(messages, None, variables), engine.max_context),
+                lambda ids: _respond(engine, tokenizer, chat_sampling, ids, as_json=False),
+                engine.max_context,
+                options.system,
+            )
+            return session.run(config.model.path)
         if options.raw:
+            tokenizer.check_length(prompt, engine.max_context)
             ids = tokenizer.encode(prompt)
         else:
-            ids = tokenizer.apply_chat_template([*_system_messages(options.system), {"role": "user", "content": prompt}])
+            chat = make_chat([*system_messages(options.system), {"role": "user", "content": prompt}], None, variables)
+            ids = tokenizer.encode_prompt(chat, engine.max_context)
+            sampling = sampling.override({"stop_token_ids": tokenizer.chat_stop_ids})
         _respond(engine, tokenizer, sampling, ids, as_json=options.json)
     return 0
 
 
-def _chat(engine: Engine, tokenizer: Tokenizer, sampling: SamplingParams, system: str | None) -> int:
-    with contextlib.suppress(ImportError):  # line editing and history, where Python has them
-        import readline  # noqa: F401
-    messages = _system_messages(system)
-    print("Chat. An empty line or Ctrl-D ends it; Ctrl-C stops an answer.", file=sys.stderr)
-    while True:
-        try:
-            text = input("\n> ")
-        except EOFError:
-            return 0
-        if not text.strip():
-            return 0
-        messages.append({"role": "user", "content": text})
-        try:
-            answer = _respond(engine, tokenizer, sampling, tokenizer.apply_chat_template(messages), as_json=False)
-            messages.append({"role": "assistant", "content": answer})
-        except KeyboardInterrupt:
-            print("\n(stopped)", file=sys.stderr)
-            messages.pop()
-        except UserError as error:
-            print(error, file=sys.stderr)
-            messages.pop()
-
-
-def _system_messages(text: str | None) -> list[dict[str, str]]:
-    return [] if text is None else [{"role": "system", "content": text}]
+def _read_prompt() -> str:
+    """Return standard input without the newline at its end, which `echo` adds."""
+    try:
+        content = sys.stdin.buffer.read(_MAX_PROMPT_BYTES + 1)
+    except OSError as error:  # such as one that is open for writing only
+        raise UsageError(f"standard input cannot be read: {error.strerror}; give --prompt") from None
+    if len(content) > _MAX_PROMPT_BYTES:
+        raise UserError(f"standard input has more than {_MAX_PROMPT_BYTES} bytes")
+    try:
+        prompt = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 (byte {error.start + 1}); give the prompt in UTF-8") from None
+    return prompt.removesuffix("\n").removesuffix("\r") if prompt.endswith("\n") else prompt
 
 
 def _respond(engine: Engine, tokenizer: Tokenizer, sampling: SamplingParams, ids: Sequence[int], *, as_json: bool) -> str:
@@ -521,28 +521,56 @@ def _output_json(text: str, updates: list[RequestOutput], tokenizer: Tokenizer) 
 
 def _batch(options: argparse.Namespace, overrides: list[str]) -> int:
     names = ("input", "output", "engine.max_batch_size", "num_replicas", "raw", "overwrite", "retry_errors", "keep_order")
-    values = _config_values(options, *names, "chart", "metrics_port", "profile")
+    values = _config_values(options, *names, "chart", "max_line_size", "metrics_port", "metrics_host", "profile")
     config = load_config(BatchConfig, options.config, overrides, values, _DEMO_MODEL)
+    if "://" not in config.input and not os.path.exists(config.input):
+        raise UsageError(f"cannot read the input {printable(config.input)}: there is no such file; give --input")
     with _joined(options, config, num_replicas=config.num_replicas, input=config.input) as processes:
+        if processes.is_main:
+            _check_batch_paths(config, options.config)
         start_jax(options.num_cpu_devices, config.model.dtype)
         processes.check_devices()
         # Ctrl-C handling is for one process only: several would have to stop at the same record.
         with contextlib.nullcontext(lambda: False) if processes.count > 1 else _catch_interrupt() as stopped:
             summary = _run_shard(config, processes, stopped, quiet=options.json or not processes.is_main)
-            _print_summary(summary, config.output, as_json=options.json)
+            _print_summary(summary, config, is_complete=not stopped(), as_json=options.json)
             return _EXIT_INTERRUPTED if stopped() else 0
+
+
+def _check_batch_paths(config: BatchConfig, config_file: str | None) -> None:
+    from qwen_dist.batch.manifest import check_manifest
+    from qwen_dist.batch.output import paths_written
+
+    written = paths_written(config.output)
+    written.append(Written("--chart", config.chart, is_page=True))
+    written.append(Written("--profile", config.profile, is_directory=True))
+    if not ("://" in config.input or os.path.exists(config.input)):
+        raise UsageError(f"cannot read the input {printable(config.input)}: there is no such file; name one with --input")
+    check_paths({"--input": config.input} | _paths_read(config.model, config_file), written)
+    check_manifest(config.output)
+
+
+def _paths_read(model: ModelOptions, config_file: str | None = None) -> dict[str, str]:
+    """Return the paths that a command reads besides its data, by flag."""
+    return {"--model": model.path, "--adapter": model.adapter or "", "--config": (config_file or "").partition(":")[0]}
 
 
 @contextlib.contextmanager
 def _catch_interrupt() -> Iterator[Callable[[], bool]]:
-    """Yield a function that returns whether Ctrl-C was pressed. A second Ctrl-C ends the program as usual."""
+    """Yield a function that returns whether Ctrl-C was pressed. A second Ctrl-C ends the program at once.
+
+    It does not raise KeyboardInterrupt, which is lost if it comes while a callback of jax's garbage collector runs. The
+    journal says up to where the output is complete.
+    """
     interrupted = False
 
     def stop(number: int, frame: object) -> None:
         nonlocal interrupted
+        if interrupted:
+            os.write(2, b"\ninterrupted\n")
+            os._exit(_EXIT_INTERRUPTED)
         interrupted = True
-        signal.signal(signal.SIGINT, before)
-        print("\nstopping after the running requests are finished; Ctrl-C again stops at once", file=sys.stderr)
+        os.write(2, b"\nstopping after the running requests are finished; Ctrl-C again stops at once\n")
 
     before = signal.signal(signal.SIGINT, stop)
     try:
@@ -554,7 +582,8 @@ def _catch_interrupt() -> Iterator[Callable[[], bool]]:
 def _run_shard(config: BatchConfig, processes: Processes, stopped: Callable[[], bool], *, quiet: bool) -> BatchSummary:
     """Run this process's shard of a batch. On process 0 the summary counts all processes."""
     from qwen_dist.batch.manifest import result_settings, write_manifest
-    from qwen_dist.batch.run import run_batch
+    from qwen_dist.batch.progress import batch_progress
+    from qwen_dist.batch.run import BatchSummary, run_batch
     from qwen_dist.batch.shard import open_shard
     from qwen_dist.engine.open import open_engine
     from qwen_dist.runtime.distributed import assign_replica
@@ -569,6 +598,7 @@ def _run_shard(config: BatchConfig, processes: Processes, stopped: Callable[[], 
         overwrite=config.overwrite,
         retry_errors=config.retry_errors,
         keep_order=config.keep_order,
+        max_line_bytes=parse_bytes(config.max_line_size),
     )
     with shard as (records, results), _monitors(config, processes, quiet=quiet) as watch:
         with _loading(quiet=quiet) as progress:
@@ -580,11 +610,14 @@ def _run_shard(config: BatchConfig, processes: Processes, stopped: Callable[[], 
                 cache_bytes=parse_bytes(config.engine.kv_cache_memory),
                 steps_per_dispatch=config.engine.steps_per_dispatch,
                 policy=config.engine.policy,
+                template_variables=config.chat.variables,
                 devices=replica.devices(),
                 progress=progress,
                 announce=_announcer(processes, quiet=quiet),
             )
-        with _batch_progress(config.input, results.num_before, quiet=quiet) as show:
+        if processes.is_main:
+            write_manifest(config, settings, BatchSummary(num_before=results.num_before), is_complete=False)
+        with batch_progress(config, results.num_before, _console(stderr=True, quiet=quiet)) as show:
 
             def report(summary: BatchSummary, stats: EngineStats) -> None:
                 results.collect()
@@ -592,7 +625,15 @@ def _run_shard(config: BatchConfig, processes: Processes, stopped: Callable[[], 
                 watch(summary, stats)
 
             summary = run_batch(
-                engine, tokenizer, sampling, records, results, raw=config.raw, report=report, should_stop=stopped
+                engine,
+                tokenizer,
+                sampling,
+                records,
+                results,
+                raw=config.raw,
+                variables=config.chat.variables,
+                report=report,
+                should_stop=stopped,
             )
         summary = results.finish(summary, not stopped())
     if processes.is_main:
@@ -600,17 +641,15 @@ def _run_shard(config: BatchConfig, processes: Processes, stopped: Callable[[], 
     return summary
 
 
-def _print_summary(summary: BatchSummary, output: str, *, as_json: bool) -> None:
+def _print_summary(summary: BatchSummary, config: BatchConfig, *, is_complete: bool, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"output": output, **vars(summary)}))
-    else:
-        speed = summary.num_generated_tokens / max(summary.seconds, 1e-9)
-        before = f"{summary.num_before} done before; " if summary.num_before else ""
-        print(
-            f"{before}{summary.num_answered} answered, {summary.num_errors} with an error; {summary.num_prompt_tokens} "
-            f"prompt tokens and {summary.num_generated_tokens} generated tokens in {summary.seconds:.1f} s "
-            f"({speed:.1f} tokens/s): {output}"
-        )
+        print(json.dumps({"output": config.output, **vars(summary)}))
+        return
+    from qwen_dist.batch.progress import count_errors, count_left, describe_summary
+
+    kinds = count_errors(config.output) if summary.num_errors else {}
+    num_left = None if is_complete else count_left(config.input, summary)
+    print(describe_summary(summary, config.output, kinds, num_left=num_left))
 
 
 @contextlib.contextmanager
@@ -619,17 +658,17 @@ def _monitors(
 ) -> Iterator[Callable[[BatchSummary, EngineStats], None]]:
     """Yield the callback for the monitors that the configuration enables: metrics, profile, chart; print a final table."""
     from qwen_dist.batch.metrics import metrics_server
-    from qwen_dist.batch.series import TimeSeries, check_chart, write_chart
+    from qwen_dist.batch.progress import series_table
+    from qwen_dist.batch.series import TimeSeries, write_chart
     from qwen_dist.engine.profile import profiling
 
     series = TimeSeries()
     with contextlib.ExitStack() as stack:
         watches: list[Callable[[BatchSummary, EngineStats], None]] = [series.add]
         if processes.is_main and config.chart:
-            check_chart(config.chart)
             stack.callback(write_chart, config.chart, series)
         if processes.is_main and config.metrics_port is not None:
-            watches.append(stack.enter_context(metrics_server(config.metrics_port)))
+            watches.append(stack.enter_context(metrics_server(config.metrics_port, config.metrics_host)))
         if processes.is_main and config.profile:
             tick = stack.enter_context(profiling(config.profile))
             watches.append(lambda summary, stats: tick())
@@ -639,58 +678,8 @@ def _monitors(
                 one(summary, stats)
 
         yield watch
-        _console(stderr=True, quiet=quiet).print(_series_table(series))
-
-
-def _series_table(series: TimeSeries) -> Table:
-    """Return a table of the throughput and load of a batch on this process."""
-    from rich.table import Table
-
-    last, table = series.samples[-1], Table()
-    for column in ("", "total", "mean", "max"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, field in (("prompt tokens", "num_prompt_tokens"), ("generated tokens", "num_generated_tokens")):
-        speeds = [speed for _, speed in series.rates(field)]
-        total = getattr(last, field)
-        mean = f"{total / max(last.seconds, 1e-9):.1f}/s"
-        table.add_row(name, str(total), mean, f"{max(speeds, default=0):.1f}/s")
-    for name, field, form in (("running requests", "num_running", ".1f"), ("KV cache used", "cache_utilization", ".0%")):
-        most = max(getattr(sample, field) for sample in series.samples)
-        table.add_row(name, "", f"{series.mean(field):{form}}", f"{most:{form}}")
-    return table
-
-
-@contextlib.contextmanager
-def _batch_progress(input: str, num_before: int, *, quiet: bool) -> Iterator[Callable[[BatchSummary, EngineStats], None]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.table import Column
-
-    from qwen_dist.batch.formats import read_lines
-
-    total = 0 if quiet else sum(1 for line in read_lines(input) if line.strip())
-    columns = (
-        TextColumn("answering"),
-        BarColumn(bar_width=10),
-        MofNCompleteColumn(table_column=Column(min_width=2 * len(str(total)) + 1)),
-        TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=_console(stderr=True, quiet=quiet)) as bar:
-        task = bar.add_task("", total=total, completed=num_before, status="")
-
-        def report(summary: BatchSummary, stats: EngineStats) -> None:
-            seconds = max(summary.seconds, 1e-9)
-            bar.update(
-                task,
-                completed=num_before + summary.num_answered + summary.num_errors,
-                status=f"{summary.num_prompt_tokens / seconds:.0f} tokens/s in, "
-                f"{summary.num_generated_tokens / seconds:.0f} out; "
-                f"{stats.num_running} running, {stats.num_waiting} waiting, "
-                f"cache {stats.held_positions / max(stats.cache_positions, 1):.0%}",
-            )
-
-        yield report
+        if len(series.samples) > 1 and series.samples[-1].num_generated_tokens:
+            _console(stderr=True, quiet=quiet).print(series_table(series))
 
 
 # --- finetune ---
@@ -705,7 +694,7 @@ def _finetune(options: argparse.Namespace, overrides: list[str]) -> int:
         start_jax(options.num_cpu_devices, config.model.dtype)
         dispatch_synchronously()
         processes.check_devices()
-        from qwen_dist.train.console import describe_data, describe_training, progress_bar, show_data
+        from qwen_dist.train.console import count, describe_data, describe_training, progress_bar, show_data
         from qwen_dist.train.run import finetune, prepare, set_up_abstract
 
         prepared = prepare(config)
@@ -719,15 +708,19 @@ def _finetune(options: argparse.Namespace, overrides: list[str]) -> int:
             return 0
         console.print(describe_data(prepared), highlight=False, soft_wrap=True)
         keep_freed_memory()
-        with progress_bar(console) as callback:
-            summary = finetune(prepared, callback=callback, log=lambda text: console.print(text, highlight=False))
+
+        def log(text: str) -> None:
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+        with progress_bar(console, prepared.num_steps) as callback:
+            summary = finetune(prepared, callback=callback, log=log)
         if options.json:
             print(json.dumps(vars(summary)))
         elif summary.is_stopped:
             print(f"stopped and saved after step {summary.steps}; the same command resumes the run")
         else:
             loss = "" if summary.loss is None else f", loss {summary.loss:.4f}"
-            print(f"{summary.steps} steps{loss}: {summary.result}")
+            print(f"{count(summary.steps, 'step')}{loss}: {summary.result}")
     return _EXIT_SIGTERM if summary.is_stopped else 0
 
 
@@ -742,6 +735,14 @@ class _ModelConfig:
     mesh: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class _ExportConfig:
+    """The configuration of `export`."""
+
+    model: ExportModelOptions
+    mesh: str = ""
+
+
 def _inspect(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.kernels:
         return _print_kernels(as_json=options.json)
@@ -751,6 +752,7 @@ def _inspect(options: argparse.Namespace, overrides: list[str]) -> int:
     mesh = MeshConfig.parse(config.mesh)
     # Nothing is computed, so there can be as many CPU devices as the mesh needs.
     start_jax(options.num_cpu_devices or mesh.num_devices, config.model.dtype)
+    find_devices()
     from qwen_dist.checkpoint.inspect import inspect
     from qwen_dist.checkpoint.model import abstract_model
     from qwen_dist.sharding import INFERENCE, ShardingContext
@@ -776,7 +778,7 @@ def _print_kernels(*, as_json: bool) -> int:
     from qwen_dist.ops.dispatch import Backend
     from qwen_dist.ops.table import dispatch_table
 
-    table = dispatch_table()
+    table, _ = dispatch_table(), find_devices()
     here = {phase: Backend.of_platform(jax.default_backend(), 1, phase) for phase in ("inference", "train")}
     features = sorted(native.processor_features())
     if as_json:
@@ -799,8 +801,10 @@ def _print_kernels(*, as_json: bool) -> int:
 
 def _export(options: argparse.Namespace, overrides: list[str]) -> int:
     values = _config_values(options)
-    config = load_config(_ModelConfig, None, overrides, values)
+    config = load_config(_ExportConfig, None, overrides, values)
     with _joined(options, config, output=options.output) as processes:
+        if processes.is_main:
+            check_paths(_paths_read(config.model), [Written("--output", options.output, is_directory=True)])
         start_jax(options.num_cpu_devices, config.model.dtype)
         processes.check_devices()
         from qwen_dist.checkpoint.model import export_model
@@ -826,19 +830,27 @@ def _export(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _parity(options: argparse.Namespace, overrides: list[str]) -> int:
     config = load_config(_ModelConfig, None, overrides, {"model.dtype": "float32"} | _config_values(options))
+    check_paths(_paths_read(config.model), [Written("--report", options.report or "", is_page=True)])
     start_jax(options.num_cpu_devices, config.model.dtype)
+    find_devices()
+    from qwen_dist.checkpoint.hub import local_directory
     from qwen_dist.parity.page import write_html
     from qwen_dist.parity.report import print_report
     from qwen_dist.parity.run import ParityOptions, run_parity
+    from qwen_dist.runtime.stderr_filter import dropped_lines
 
     parity_options = ParityOptions(
-        model=config.model.path,
+        model=str(local_directory(config.model.path)),
         dtype=config.model.dtype,
         prompts=tuple(options.prompt or ()),
         tokens=options.tokens,
         mesh=config.mesh,
+        ignored_keys=tuple(config.model.ignored_keys),
     )
-    report = run_parity(parity_options, progress=lambda stage: print(stage, file=sys.stderr))
+    with dropped_lines(r"Involuntary full rematerialization|past_key_values.*deprecated"), warnings.catch_warnings():
+        # transformers says it once as a log line and once as a warning; its first releases have no other name.
+        warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
+        report = run_parity(parity_options, progress=lambda stage: print(stage, file=sys.stderr))
     if options.json:
         print(json.dumps(report.to_json()))
     else:
@@ -879,11 +891,14 @@ def _preflight(options: argparse.Namespace, overrides: list[str]) -> int:
             print(json.dumps(report))
         else:
             for process, who in enumerate(processes.names):
-                print(
-                    f"{who}: {sum(device.process_index == process for device in devices)} {devices[0].device_kind} devices"
-                )
+                own = sum(device.process_index == process for device in devices)
+                print(f"{who}: {own} {devices[0].device_kind} {'device' if own == 1 else 'devices'}")
             print(sharding_ctx.describe())
-            print(f"all {processes.count} processes and {len(devices)} devices respond")
+            one_process, one_device = processes.count == 1, len(devices) == 1
+            print(
+                f"{'the process' if one_process else f'all {processes.count} processes'} and "
+                f"{'its device' if one_device else f'{len(devices)} devices'} respond"
+            )
     return 0
 
 
@@ -896,16 +911,20 @@ class _PlanConfig(_ModelConfig):
 
 def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     config = load_config(_PlanConfig, None, overrides, _config_values(options))
-    from qwen_dist.models.config import ModelConfig
+    from qwen_dist.checkpoint.hub import local_directory
+    from qwen_dist.hf_config import read_model_config
     from qwen_dist.planning.chips import Topology
 
     topology = Topology.parse(options.topology)
+    check_paths(_paths_read(config.model), [Written("--chart", options.chart or "", is_page=True)])
     start_jax(topology.num_devices if topology.is_cpu else 1, config.model.dtype, use_compilation_cache=topology.is_cpu)
+    find_devices()
     from qwen_dist.planning.plan import compile_plan, make_capacity_plan, parse_layers
     from qwen_dist.planning.report import print_plan, to_json, write_chart
     from qwen_dist.planning.workload import Workload
 
-    model = ModelConfig.from_directory(config.model.path, config.model.ignored_keys)
+    directory = local_directory(config.model.path, files=("config.json",))
+    model = read_model_config(directory, config.model.ignored_keys)
     lora = config.lora if options.workload == "finetune" and options.method == "lora" else None
     workload = Workload(options.workload, options.batch_size, options.context, config.model.dtype, options.remat, lora)
     plan = make_capacity_plan(config.model.path, model, topology, workload, config.mesh or None)

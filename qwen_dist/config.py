@@ -10,15 +10,17 @@ import ast
 import contextlib
 import dataclasses
 import difflib
-import importlib.util
-import pathlib
+import math
 import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
-from qwen_dist.errors import UsageError
+from qwen_dist.chat import variable_problems
+from qwen_dist.config_files import load_config_file
+from qwen_dist.errors import UsageError, printable
+from qwen_dist.json_reader import JsonError, parse_json
 
 T = TypeVar("T")
 
@@ -31,9 +33,11 @@ class ModelOptions:
       path: a checkpoint directory or a hub id.
       dtype: of parameters and activations.
       load_format: "dummy" makes random weights on the devices, so the directory needs no weight files.
-      ignored_config_keys: keys of config.json, separated by commas, that do not change the computation.
+      ignored_config_keys: unknown keys of the checkpoint's and the adapter's JSON files, separated by commas, that do not
+        change the computation. `attn_factor` names a key of any object, `rope_scaling.attn_factor` that of one:
+        rope_scaling, quantization_config, generation_config or tokenizer_config.
       host_memory_budget: bound on the loader's buffers, such as 256MB; empty for the loader's default.
-      adapter: a directory in PEFT's format; its low-rank adapter is merged into the weights.
+      adapter: a directory in PEFT's format; the adapter is merged into the weights.
     """
 
     path: str
@@ -53,6 +57,13 @@ class ModelOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExportModelOptions(ModelOptions):
+    """The model to export. Nothing is computed, so float16 is possible, too."""
+
+    dtype: Literal["bfloat16", "float16", "float32", "float64"] = "bfloat16"  # type: ignore[assignment]
+
+
+@dataclasses.dataclass(frozen=True)
 class SamplingOptions:
     """See `engine.request.SamplingParams`. None takes the value of the checkpoint's generation_config.json."""
 
@@ -65,6 +76,45 @@ class SamplingOptions:
     seed: int | None = None
     stop: tuple[str, ...] | None = None
     logprobs: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    min_new_tokens: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatOptions:
+    """Variables of the chat template, which must use them.
+
+    Attributes:
+      thinking: on or off sets `enable_thinking`, which Qwen3's templates have.
+      template_args: others, each `name=value`, where the value is JSON or a text.
+    """
+
+    thinking: Literal["on", "off"] | None = None
+    template_args: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        wrong = [text for text in self.template_args if not text.partition("=")[0].isidentifier() or "=" not in text]
+        problems = [f"it must be name=value, and not {', '.join(map(repr, wrong))}"] if wrong else []
+        problems += variable_problems(self.variables)
+        if self.thinking is not None and any(text.startswith("enable_thinking=") for text in self.template_args):
+            problems.append("thinking sets enable_thinking, too; give one of them")
+        if problems:
+            raise UsageError(f"chat.template_args (--template-arg): {'; '.join(problems)}")
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The variables by name."""
+        pairs = (text.partition("=") for text in self.template_args)
+        thinking = {} if self.thinking is None else {"enable_thinking": self.thinking == "on"}
+        return thinking | {name: _parse_json_or_text(text) for name, _, text in pairs}
+
+
+def _parse_json_or_text(text: str) -> Any:
+    try:
+        return parse_json(text.encode("utf-8", "surrogatepass"))
+    except JsonError:
+        return text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +124,7 @@ class GenerateConfig:
     model: ModelOptions
     mesh: str = ""
     sampling: SamplingOptions = SamplingOptions()
+    chat: ChatOptions = ChatOptions()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +161,9 @@ class BatchConfig:
       overwrite: start over where results exist.
       retry_errors: try the records again that ended in an error.
       keep_order: sort the finished output into the order of the input.
+      max_line_size: a longer input line, or row of a parquet file, is answered with an error.
       metrics_port: serve metrics for Prometheus at this port during the run.
+      metrics_host: the address that the metrics are served on; the default is for this machine only.
       profile: a directory for a trace of the first seconds.
       chart: an HTML file with throughput, requests and cache use over time.
     """
@@ -120,19 +173,23 @@ class BatchConfig:
     output: str
     mesh: str = ""
     sampling: SamplingOptions = SamplingOptions()
+    chat: ChatOptions = ChatOptions()
     engine: EngineOptions = EngineOptions()
     num_replicas: int = 1
     raw: bool = False
     overwrite: bool = False
     retry_errors: bool = False
     keep_order: bool = False
+    max_line_size: str = "64MB"
     metrics_port: int | None = None
+    metrics_host: str = "127.0.0.1"
     profile: str = ""
     chart: str = ""
 
     def __post_init__(self) -> None:
         if self.metrics_port is not None and not 0 < self.metrics_port < 2**16:
             raise UsageError(f"metrics_port is {self.metrics_port}; it must be from 1 to {2**16 - 1}")
+        _check_line_size("max_line_size", self.max_line_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,10 +198,11 @@ class DataOptions:
 
     Attributes:
       files, eval_files: paths, which may contain `*`.
-      max_length: the most tokens of a sequence.
+      max_length: the most tokens of a sequence; at most the model's context.
       packing: put several sequences into one row.
       raw: leave the chat template out of prompts and completions.
       bad_records: stop at records that cannot be used, or skip them.
+      max_line_size: the most bytes of a line, of a row of a parquet file or of a plain text.
       seed: of the shuffle.
     """
 
@@ -154,7 +212,11 @@ class DataOptions:
     packing: bool = True
     raw: bool = False
     bad_records: Literal["refuse", "skip"] = "refuse"
+    max_line_size: str = "64MB"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_line_size("data.max_line_size", self.max_line_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,9 +234,12 @@ class LoraOptions:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerOptions:
-    """The optimiser and its schedule. The learning rate rises linearly for `warmup_steps`, then follows `schedule`.
+    """The optimiser and its schedule. The learning rate rises linearly in the warm-up, then follows `schedule`.
 
     Attributes:
+      learning_rate: the highest of the run; None for 2e-4 with adapters and 1e-5 without.
+      warmup_steps: the length of the warm-up.
+      warmup_ratio: its length as a fraction of the run, rounded up, as in transformers; only without warmup_steps.
       min_lr_ratio: the linear and cosine schedules end at this fraction of the learning rate.
       weight_decay: decoupled, on matrices only.
       clip_norm: bound on the global gradient norm; 0 for none.
@@ -182,9 +247,10 @@ class OptimizerOptions:
     """
 
     name: Literal["adamw", "adafactor", "muon"] = "adamw"
-    learning_rate: float = 1e-5
+    learning_rate: float | None = None
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: int = 0
+    warmup_ratio: float = 0.0
     min_lr_ratio: float = 0.0
     weight_decay: float = 0.0
     clip_norm: float = 1.0
@@ -217,6 +283,7 @@ class FinetuneConfig:
     data: DataOptions
     output: str
     method: Literal["full", "lora"] = "lora"
+    chat: ChatOptions = ChatOptions()
     lora: LoraOptions = LoraOptions()
     optimizer: OptimizerOptions = OptimizerOptions()
     mesh: str = ""
@@ -248,10 +315,41 @@ class FinetuneConfig:
             )
         if not self.steps and self.epochs <= 0:
             problems.append(f"epochs is {self.epochs}; it must be above 0, or give steps")
+        problems += self._optimizer_problems()
         if self.keep_best and not self.data.eval_files:
             problems.append("keep_best needs data.eval_files")
         if problems:
             raise UsageError("the configuration cannot be used:\n  - " + "\n  - ".join(problems))
+
+    def resolved(self, max_context: int) -> FinetuneConfig:
+        """Return the configuration with the values that follow from the method and the context of the model."""
+        rate = self.optimizer.learning_rate
+        optimizer = dataclasses.replace(self.optimizer, learning_rate=LEARNING_RATES[self.method] if rate is None else rate)
+        data = dataclasses.replace(self.data, max_length=min(self.data.max_length, max_context))
+        return dataclasses.replace(self, optimizer=optimizer, data=data)
+
+    def _optimizer_problems(self) -> list[str]:
+        options, problems = self.optimizer, []
+        if options.learning_rate is not None and options.learning_rate < 0:
+            problems.append(f"optimizer.learning_rate is {options.learning_rate}; it must be at least 0")
+        if options.warmup_steps < 0:
+            problems.append(f"optimizer.warmup_steps is {options.warmup_steps}; it must be at least 0")
+        if not 0 <= options.warmup_ratio < 1:
+            problems.append(f"optimizer.warmup_ratio is {options.warmup_ratio}; it must be at least 0 and below 1")
+        if options.warmup_steps and options.warmup_ratio:
+            problems.append("optimizer.warmup_steps and optimizer.warmup_ratio are both given; give one of them")
+        if self.steps and options.warmup_steps > self.steps:
+            problems.append(f"optimizer.warmup_steps is {options.warmup_steps}, and the run has {self.steps} steps")
+        for pattern in self.lora.target_modules:
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError, OverflowError) as error:
+                problems.append(f"lora.target_modules: {printable(repr(pattern), 80)} is not a regular expression: {error}")
+        return problems
+
+
+# Peak learning rates for --method, as peft's and transformers' examples have them.
+LEARNING_RATES = {"lora": 2e-4, "full": 1e-5}
 
 
 def load_config(
@@ -265,7 +363,8 @@ def load_config(
 
     Args:
       cls: the dataclass to bind to.
-      file: `FILE` or `FILE:ARG`, a Python file with `get_config(arg) -> ConfigDict`; None for none.
+      file: a Python file with `get_config(arg) -> ConfigDict` (`FILE` or `FILE:ARG`), or a `.yaml` or `.json` file with
+        the same keys, nested or dotted; None for none.
       overrides: `--config.key=value` arguments as given.
       values: dotted key -> value, from other flags.
       defaults: dotted key -> value, for keys that nothing else sets.
@@ -273,7 +372,7 @@ def load_config(
     Raises:
       UsageError: listing every key that is unknown, missing or mistyped.
     """
-    given: dict[str, Any] = {} if file is None else _load_file(file)
+    given: dict[str, Any] = {} if file is None else load_config_file(file)
     problems: list[str] = []
     for override in overrides:
         key, equals, text = override.removeprefix("--config.").partition("=")
@@ -293,9 +392,20 @@ def parse_bytes(text: str) -> int:
     """Parse a size such as `256MB` or `2GiB` into bytes. Raises UsageError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     if match is None:
-        raise UsageError(f"{text!r} is not a size; examples are 256MB, 1.5GB and 2GiB")
+        raise UsageError(f"{printable(repr(text), 60)} is not a size; examples are 256MB, 1.5GB and 2GiB")
     number, unit, binary = match.groups()
+    if len(number) > 18:
+        raise UsageError(f"the size {printable(text, 40)} has {len(number)} digits; examples are 256MB, 1.5GB and 2GiB")
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+
+
+def _check_line_size(name: str, text: str) -> None:
+    try:
+        size = parse_bytes(text)
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from None
+    if size < 1000:
+        raise UsageError(f"{name} is {text}; it must be at least 1kB")
 
 
 def bind_config(cls: type[T], given: Mapping[str, Any], problems: Iterable[str] = ()) -> T:
@@ -316,6 +426,14 @@ def bind_config(cls: type[T], given: Mapping[str, Any], problems: Iterable[str] 
     return bound
 
 
+# The flags that set the keys without which a command cannot run.
+_REQUIRED_FLAGS = {"model.path": "--model", "input": "--input", "output": "--output", "data.files": "--data"}
+
+
+def _give(key: str) -> str:
+    return f"; give {_REQUIRED_FLAGS[key]}" if key in _REQUIRED_FLAGS else ""
+
+
 class _RawText(str):
     """A value from the command line, not yet parsed as the type of its field."""
 
@@ -324,12 +442,12 @@ def _bind(cls: Any, given: Any, prefix: str, problems: list[str]) -> Any:
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if not isinstance(given, Mapping):
-        problems.append(f"{prefix[:-1]} is {given!r}; it must hold fields: {', '.join(fields)}")
+        problems.append(f"{prefix[:-1]} is {printable(repr(given), 120)}; it must hold fields: {', '.join(fields)}")
         return None
     for key in sorted(given.keys() - fields.keys()):
-        close = difflib.get_close_matches(key, fields, n=1)
+        close = difflib.get_close_matches(key[:80], fields, n=1)
         meant = f"; did you mean {prefix}{close[0]}?" if close else f"; the fields are {', '.join(fields)}"
-        problems.append(f"{prefix}{key} is not a field{meant}")
+        problems.append(f"{prefix}{printable(key, 80)} is not a field{meant}")
     values = {}
     for name, field in fields.items():
         value, kind = given.get(name, dataclasses.MISSING), hints[name]
@@ -337,15 +455,22 @@ def _bind(cls: Any, given: Any, prefix: str, problems: list[str]) -> Any:
             values[name] = _bind(kind, {} if value is dataclasses.MISSING else value, f"{prefix}{name}.", problems)
         elif value is dataclasses.MISSING or (value is None and field.default is dataclasses.MISSING):
             if field.default is dataclasses.MISSING:
-                problems.append(f"{prefix}{name} is missing")
+                problems.append(f"{prefix}{name} is missing{_give(prefix + name)}")
             values[name] = field.default
         else:
             values[name] = _convert(kind, value, prefix + name, problems)
     return None if problems else cls(**values)
 
 
+_NO_FLOAT16 = (
+    " (activations of Qwen models exceed 65504, the largest float16; devices without bfloat16 can use float32, and export "
+    "writes float16)"
+)
+
+
 def _convert(kind: Any, value: Any, name: str, problems: list[str]) -> Any:
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    # The union of a Literal and None is one of typing's.
+    kinds = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
     if isinstance(value, _RawText):
         value = _parse_text(kinds, value)
     for one in kinds:
@@ -355,11 +480,15 @@ def _convert(kind: Any, value: Any, name: str, problems: list[str]) -> Any:
         elif typing.get_origin(one) is tuple:
             if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
                 return tuple(value)
-        elif isinstance(value, one) and (one is bool or not isinstance(value, bool)):
+        elif isinstance(value, bool) and one is not bool:
+            continue
+        elif one is float and isinstance(value, int | float):
+            if math.isfinite(value) and abs(value) < 1e300:
+                return float(value)
+        elif isinstance(value, one) and not (one is int and abs(value) >= 2**63):
             return value
-        elif one is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-    problems.append(f"{name} is {value!r}; it must be {' or '.join(map(_describe, kinds))}")
+    reason = _NO_FLOAT16 if value in ("float16", "fp16", "half") else ""
+    problems.append(f"{name} is {printable(repr(value), 120)}; it must be {' or '.join(map(_describe, kinds))}{reason}")
     return None
 
 
@@ -384,25 +513,6 @@ def _describe(kind: Any) -> str:
     if typing.get_origin(kind) is tuple:
         return "a tuple of strings, such as ('a', 'b')"
     return "None" if kind is types.NoneType else kind.__name__
-
-
-def _load_file(file: str) -> dict[str, Any]:
-    from ml_collections import config_dict
-
-    path, _, argument = file.partition(":")
-    if not pathlib.Path(path).is_file():
-        raise UsageError(f"--config {file}: there is no file {path}; give FILE or FILE:ARG")
-    spec = importlib.util.spec_from_file_location("qwen_dist_run_config", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config(argument) if hasattr(module, "get_config") else None
-    except Exception as error:  # the user's code can raise anything
-        raise UsageError(f"--config {file} fails with {type(error).__name__}: {error}; --debug shows where") from error
-    if not isinstance(config, config_dict.ConfigDict):
-        raise UsageError(f"--config {file}: {path} must have a function get_config(arg) that returns a ConfigDict")
-    return config.to_dict()
 
 
 def _is_set(given: Any, key: str) -> bool:

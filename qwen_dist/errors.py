@@ -1,6 +1,7 @@
 """Errors that a user can cause. The command line prints their message without a traceback."""
 
 import unicodedata
+from collections.abc import Sequence
 
 
 class UserError(ValueError):
@@ -28,6 +29,14 @@ def printable_lines(text: object, max_lines: int = 40, max_chars: int = 500) -> 
     lines = str(text).split("\n")
     shown = [printable(line, max_chars) for line in lines[:max_lines]]
     return "\n".join([*shown, f"… and {len(lines) - max_lines} more lines"] if len(lines) > max_lines else shown)
+
+
+def problem_list(problems: Sequence[str], max_listed: int = 20) -> str:
+    """Return one indented line for each problem; of many, the first ones and how many follow."""
+    lines = [printable(problem, 500) for problem in problems[:max_listed]]
+    if len(problems) > max_listed:
+        lines.append(f"and {len(problems) - max_listed} more")
+    return "\n".join(f"  - {line}" for line in lines)
 
 
 def _is_printable(char: str) -> bool:

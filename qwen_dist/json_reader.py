@@ -1,23 +1,27 @@
-"""Read files and JSON that other people wrote: regular files of bounded size, UTF-8, bounded depth, sizes and numbers.
+"""Read files and JSON from outside: regular files of bounded size, UTF-8, bounded depth and numbers.
 
 Every JSON file that is not written by the run itself is read here, so that a damaged or hostile one is one sentence.
 """
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import pathlib
+import re
 import stat
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from qwen_dist.errors import CheckpointError, UserError, printable
+from qwen_dist.errors import CheckpointError, UserError, printable, problem_list
 
 # Real ones: an index of 100,000 tensors has 10 MB, tokenizer.json of Qwen3 has 11 MB.
 MAX_JSON_BYTES = 64 * 2**20
 MAX_DEPTH = 100
 # Longer integers are not sizes, ids or seeds, and Python refuses or takes long to convert them.
 _MAX_DIGITS = 40
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class JsonError(ValueError):
@@ -63,21 +67,48 @@ def read_json_object(
       FileNotFoundError: there is none.
       UserError: of the class `error`; it cannot be read, or is not a JSON object.
     """
-    raw = read_file(path, max_bytes=max_bytes, error=error)
+    return parse_object(read_file(path, max_bytes=max_bytes, error=error), printable(path), error)
+
+
+def parse_object(raw: bytes, name: str, error: type[UserError] = CheckpointError) -> dict[str, Any]:
+    """Return the JSON object in the content of the file `name`. Raises `error` as `read_json_object` does."""
     try:
         content = parse_json(raw)
     except JsonError as problem:
-        raise error(f"{printable(path)} is not JSON: {problem}") from None
+        raise error(f"{name} is not JSON: {problem}") from None
     if not isinstance(content, dict):
-        raise error(f"{printable(path)} must hold a JSON object; it holds {printable(repr(content), 80)}")
+        raise error(f"{name} must hold a JSON object; it holds {printable(repr(content), 80)}")
     return content
+
+
+def read_optional_object(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Return the JSON object in a file as `read_json_object` does, or None if nothing has this name."""
+    try:
+        return read_json_object(path)
+    except FileNotFoundError:
+        if os.path.islink(path):
+            raise CheckpointError(f"{printable(path)} is a link to a file that does not exist; download it again") from None
+        return None
+
+
+def keys_within(section: str, keys: Iterable[str]) -> frozenset[str]:
+    """Return which keys of an object the dotted `keys` name: `a` names a key in any object, `section.a` in that one."""
+    return frozenset(key.removeprefix(f"{section}.") for key in keys)
+
+
+def unusable_keys(file: str | os.PathLike[str], problems: list[str]) -> CheckpointError:
+    """Return the error for keys of a checkpoint's file that are not understood: a single one in the same line."""
+    listed = f" {printable(problems[0], 500)} " if len(problems) == 1 else f"\n{problem_list(problems)}\n"
+    return CheckpointError(
+        f"{printable(file)} cannot be used:{listed}(keys in --config.model.ignored_config_keys are not read)"
+    )
 
 
 def parse_json(raw: bytes, *, max_depth: int = MAX_DEPTH) -> Any:
     """Parse JSON in UTF-8 strictly.
 
     Refused are: a byte-order mark, nesting deeper than `max_depth`, a key that occurs twice in an object, NaN, Infinity,
-    numbers that no float64 holds, and integers of more than 40 digits.
+    numbers that no float64 holds, integers of more than 40 digits, and half of a surrogate pair, which is not a character.
 
     Raises:
       JsonError: it is not JSON, or one of these.
@@ -100,18 +131,24 @@ def parse_json(raw: bytes, *, max_depth: int = MAX_DEPTH) -> Any:
         raise
     except RecursionError:
         raise JsonError(f"it is nested deeper than {max_depth}") from None
-    except ValueError as problem:
-        raise JsonError(printable(problem, 200)) from None
+    except json.JSONDecodeError as problem:
+        line = f"line {problem.lineno}, " if "\n" in text else ""
+        raise JsonError(f"{problem.msg} ({line}column {problem.colno})") from None
     if text.count("[") + text.count("{") > max_depth and _is_deeper(value, max_depth):
         raise JsonError(f"it is nested deeper than {max_depth}")
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise JsonError("it has half of a surrogate pair, which is not a character") from None
     return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        counts = collections.Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counts.items() if count > 1)
         raise JsonError(f"the key {printable(repr(twice), 80)} occurs twice in one object")
     return entries
 

@@ -47,7 +47,9 @@ _WEIGHTS = {
     "mlp": ("tensor",),
     "experts": ("expert",),
 }
-_SPLIT_CHANNELS = {axis: ("tensor",) for axis in ("vocab", "q_heads", "kv_heads", "key_heads", "mlp")} | {"experts": ("expert",)}
+_SPLIT_CHANNELS = {axis: ("tensor",) for axis in ("vocab", "q_heads", "kv_heads", "key_heads", "mlp")} | {
+    "experts": ("expert",)
+}
 
 # Tokens of one row are split over context; of keys and values, whose length is kv_length, every device has all.
 _SPLIT_ROWS = {"length": ("context",)}
@@ -85,12 +87,24 @@ class ShardingContext:
         """Return what the number of rows in a batch must be a multiple of: the number of data-parallel shards."""
         return self.num_shards("batch")
 
+    def replicated_note(self, vocab_size: int) -> str:
+        """Return a sentence if the vocabulary is not sharded because of its size, otherwise nothing."""
+        num_shards = self.num_shards("vocab")
+        if vocab_size % num_shards == 0:
+            return ""
+        return (
+            f"the {num_shards} shards of {'×'.join(self.rules.activations['vocab'])} do not divide the vocabulary of "
+            f"{vocab_size}, so each of these devices holds the embedding and output weights of the whole vocabulary"
+        )
+
     def replicated(self) -> NamedSharding:
         """Return the sharding with which every device has the whole array."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def describe(self) -> str:
         """Return the mesh, and what the rules shard over each of its axes that spans several devices, as text."""
+        if self.mesh.size == 1:
+            return f"one device, rules for {self.rules.phase}"
         lines = [f"mesh {_sizes(self.mesh)} of {self.mesh.size} devices, rules for {self.rules.phase}:"]
         for axis, size in self.mesh.shape.items():
             if size > 1:
@@ -133,8 +147,8 @@ class ShardingContext:
             if axis == "length" and size == 1:
                 mesh_axes = ()  # a decode step
             elif size % num_shards:
-                if axis == "kv_heads" and num_shards % size == 0:
-                    mesh_axes = ()  # fewer key/value heads than devices: each device has them all
+                if axis == "vocab" or (axis == "kv_heads" and num_shards % size == 0):
+                    mesh_axes = ()  # fewer key/value heads than devices, or an uneven vocabulary: each device has it whole
                 else:
                     problems.append(_does_not_divide(axis, size, mesh_axes, num_shards))
             spec.append(mesh_axes or None)
@@ -232,15 +246,16 @@ def active_num_shards(axis: str, size: int) -> int:
 class LocalShard:
     """This device's place among the shards of the arrays in `shard_map_op`, and its collectives.
 
-    Axes are logical ones, as activations are sharded. Without rules, or on one device, everything is one shard.
+    Axes are logical ones, as activations are sharded. Without rules, or on one device, everything is one shard, and so are
+    the axes `whole`, which the rules would cut and the size does not allow.
     """
 
-    def __init__(self, sharding_ctx: ShardingContext | None = None):
-        self._sharding_ctx = sharding_ctx
+    def __init__(self, sharding_ctx: ShardingContext | None = None, whole: frozenset[str] = frozenset()):
+        self._sharding_ctx, self._whole = sharding_ctx, whole
 
     def num_shards(self, axis: str) -> int:
         """Return into how many shards a dimension is cut."""
-        return 1 if self._sharding_ctx is None else self._sharding_ctx.num_shards(axis)
+        return 1 if self._sharding_ctx is None or axis in self._whole else self._sharding_ctx.num_shards(axis)
 
     def offset(self, axis: str, size: int) -> jax.Array | int:
         """Return where this device's shard of a dimension begins, if each shard has `size` elements."""
@@ -284,5 +299,6 @@ def shard_map_op(body: Callable[..., Any], arguments: Sequence[Any], axes: Seque
 
     in_specs = jax.tree.map(spec, tuple(arguments), tuple(axes))
     out_specs = tuple(context.activation("array", [sizes[axis] for axis in names], names).spec for names in results)
-    run = functools.partial(body, LocalShard(context))
+    whole = frozenset({"vocab"} if sizes.get("vocab", 0) % context.num_shards("vocab") else ())
+    run = functools.partial(body, LocalShard(context, whole))
     return jax.shard_map(run, mesh=context.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arguments)

@@ -1,6 +1,6 @@
 """The tokenizer: tokenizer.json, the chat template, incremental decoding and stop strings.
 
-It needs neither transformers nor jax: `tokenizers` reads tokenizer.json and a sandboxed `jinja2` renders the chat template.
+It needs neither transformers nor jax: `tokenizers` reads tokenizer.json, and `chat_template` renders chats.
 Decoding is done here byte by byte, so that a stream never shows half a character.
 """
 
@@ -9,24 +9,33 @@ from __future__ import annotations
 import codecs
 import functools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from qwen_dist.chat_template import Message, render_template
-from qwen_dist.errors import CheckpointError, UserError
-from qwen_dist.json_reader import read_json_object
+from qwen_dist.chat import Chat, Message, make_chat
+from qwen_dist.chat_template import ChatTemplate, TurnFormat
+from qwen_dist.errors import CheckpointError, UsageError, UserError
+from qwen_dist.json_reader import read_optional_object
 from qwen_dist.tokenizer_files import (
     TEMPLATE_TOKENS,
     TOKENIZER_CONFIG,
     TOKENIZER_FILE,
     chat_templates,
+    read_settings,
     require_files,
+    special_tokens,
     stop_ids,
     token_text,
 )
+from qwen_dist.tokenizer_vocab import add_tokens, build_backend, read_backend
+
+
+class TooLongError(UserError):
+    """A text has more tokens than allowed, as its length shows before it is tokenized."""
 
 
 class Tokenizer:
@@ -59,29 +68,40 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.vocab_size = max([backend.get_vocab_size(with_added_tokens=False), *(id + 1 for id in added)])
         self._backend = backend
-        self._chat_templates = chat_templates
-        self._template_tokens = template_tokens
+        self._template_sources = dict(chat_templates)
+        self._chat_templates = {name: ChatTemplate(source, template_tokens) for name, source in chat_templates.items()}
         self._special_ids = frozenset(id for id, token in added.items() if token.special)
 
     @classmethod
-    def from_directory(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """Read the tokenizer of a checkpoint directory.
+    def from_directory(cls, path: str | os.PathLike[str], ignored_keys: Iterable[str] = ()) -> Tokenizer:
+        """Read the tokenizer of a checkpoint directory; without tokenizer.json, from vocab.json and merges.txt.
 
         The stop ids are those of generation_config.json. If it has none, they are those of config.json and the tokenizer's
-        eos_token. A chat_template.jinja or chat_template.json file takes precedence over tokenizer_config.json.
+        eos_token. A chat template in a file takes precedence over tokenizer_config.json, whose `ignored_keys` are not read.
 
         Raises:
           CheckpointError: files are missing (all are listed) or invalid.
         """
         directory = Path(path)
         require_files(directory)
-        config = read_json_object(directory / TOKENIZER_CONFIG)
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(directory / TOKENIZER_FILE))
-        except Exception as error:  # the library raises nothing narrower
-            raise CheckpointError(f"{directory / TOKENIZER_FILE} cannot be read: {error}; download it again") from error
-        tokens = {name: token_text(name, config[name]) for name in TEMPLATE_TOKENS if config.get(name)}
-        return cls(backend, stop_ids(directory, backend, tokens), chat_templates(directory, config), tokens)
+        settings = read_settings(directory, ignored_keys)
+        file = directory / TOKENIZER_FILE
+        backend = read_backend(file) if file.exists() else build_backend(directory)
+        tokens = {name: token_text(name, settings[name]) for name in TEMPLATE_TOKENS if settings.get(name)}
+        eos_token = {tokens["eos_token"]} if "eos_token" in tokens and file.exists() else set()
+        add_tokens(backend, directory, settings, [text for text in special_tokens(settings) if text not in eos_token])
+        return cls(backend, stop_ids(directory, backend, tokens), chat_templates(directory, settings), tokens)
+
+    def differences(self, path: str | os.PathLike[str]) -> list[str]:
+        """Return which of "chat template" and "vocabulary" another directory, such as an adapter's, has differently."""
+        directory, found = Path(path), []
+        templates = chat_templates(directory, read_optional_object(directory / TOKENIZER_CONFIG) or {})
+        if templates and templates != self._template_sources:
+            found.append("chat template")
+        file = directory / TOKENIZER_FILE
+        if file.exists() and read_backend(file).get_vocab() != self._backend.get_vocab():
+            found.append("vocabulary")
+        return found
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of `text`. The text of a special token, such as `<|im_end|>`, becomes that token.
@@ -115,6 +135,37 @@ class Tokenizer:
         """Return whether `decode` omits this token when it skips special tokens."""
         return id in self._special_ids
 
+    def special_id(self, text: str) -> int | None:
+        """Return the id of a special token, whose text `decode` omits; None if `text` is not one."""
+        id = self._backend.token_to_id(text)
+        return id if id in self._special_ids else None
+
+    def check_length(self, text: str, max_tokens: int) -> None:
+        """Raise TooLongError if the length alone shows that a text has more than `max_tokens` tokens.
+
+        Tokenizing a text of many megabytes takes minutes and gigabytes.
+        """
+        num_bytes = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+        if num_bytes <= max_tokens:
+            return
+        # NFC makes a text shorter, at most from 9 bytes to 3 (a Hangul syllable).
+        at_least = -(-num_bytes // (self._max_token_bytes * (1 if text.isascii() else 3)))
+        if at_least > max_tokens:
+            raise TooLongError(
+                f"the text has {num_bytes} bytes and so at least {at_least} tokens; at most {max_tokens} fit"
+            )
+
+    @functools.cached_property
+    def _max_token_bytes(self) -> int:
+        """The most bytes of a text that become one token."""
+        added = self._backend.get_added_tokens_decoder().values()
+        normalizer = self._backend.normalizer
+        is_known = normalizer is None or isinstance(normalizer, tokenizers.normalizers.NFC)
+        if not is_known or any(token.lstrip or token.rstrip for token in added):
+            return sys.maxsize  # the text of a token has no bound
+        texts = self._backend.get_vocab(with_added_tokens=False)  # a character for each byte
+        return max([1, *map(len, texts), *(len(token.content.encode()) for token in added)])
+
     def apply_chat_template(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
     ) -> list[int]:
@@ -127,20 +178,30 @@ class Tokenizer:
         """Return the text of a conversation in the checkpoint's chat template.
 
         Args:
-          messages: `{"role", "content"}` dicts. The content is a string or a list of `{"type": "text", "text"}` parts,
-            which are joined. It may be missing only if the message has `tool_calls`.
+          messages: as `make_chat` takes them.
           add_generation_prompt: end with the start of the assistant's turn.
-          **variables: other variables of the template, such as `tools` or `enable_thinking`.
+          **variables: `tools`, and other variables of the template such as `enable_thinking`.
 
         Raises:
-          UserError: the messages are invalid (every problem is listed), or the template rejects them.
+          UserError: the messages are invalid (every problem is listed), or the template rejects them, leaves a part of them
+            out or does not use one of the variables.
           CheckpointError: there is no chat template, or it is invalid.
         """
-        source = self._chat_template(bool(variables.get("tools")))
-        return render_template(source, messages, add_generation_prompt, self._template_tokens, variables)
+        tools = variables.pop("tools", None)
+        chat = make_chat(messages, tools, variables)
+        return self.chat_template(chat).render(chat, add_generation_prompt)
 
-    def _chat_template(self, has_tools: bool) -> str:
-        names = ("tool_use", "default") if has_tools else ("default",)
+    def encode_prompt(self, chat: Chat, max_tokens: int) -> list[int]:
+        """Return the ids of a chat for the assistant to answer. Raises as `render_chat`, and TooLongError."""
+        for message in chat.messages:
+            self.check_length(message.get("content") or "", max_tokens)
+        text = self.chat_template(chat).render(chat)
+        self.check_length(text, max_tokens)
+        return self.encode(text, add_special_tokens=False)
+
+    def chat_template(self, chat: Chat | None = None) -> ChatTemplate:
+        """Return the chat template for a chat, which may have tools. Raises CheckpointError if there is none."""
+        names = ("tool_use", "default") if chat is not None and chat.tools else ("default",)
         for name in names:
             if name in self._chat_templates:
                 return self._chat_templates[name]
@@ -148,6 +209,35 @@ class Tokenizer:
             "the checkpoint has no chat template (a base model?): use plain prompts without the template (--raw), "
             "or add a chat_template.jinja to its directory"
         )
+
+    def check_template_variables(self, names: Collection[str]) -> None:
+        """Check the variables that flags set.
+
+        Raises:
+          UsageError: the chat template does not use one of them.
+          CheckpointError: there is no chat template.
+        """
+        if not names:
+            return
+        template = self.chat_template()
+        try:
+            template.check_variables(names)
+        except UserError as error:
+            raise UsageError(f"--thinking or --template-arg: {error}") from None
+
+    def end_of_turn(self, turns: TurnFormat) -> int | None:
+        """Return the token that ends an answer in a chat: the first special one after its content; None without one."""
+        ids = self.encode(turns.ending, add_special_tokens=False)
+        return next((id for id in ids if self.is_special(id)), None)
+
+    @functools.cached_property
+    def chat_stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end the answers of chats. Those of base models are often not among the `stop_ids`."""
+        try:
+            end = self.end_of_turn(self.chat_template().turn_format({}))
+        except UserError:  # no template, or one that needs more than messages
+            return ()
+        return () if end is None else (end,)
 
 
 class StreamDecoder:

@@ -1,10 +1,12 @@
 """Eight CPU devices for every test, set before jax starts."""
 
+import gc
 import json
 import os
 import pathlib
 import shutil
 import signal
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -62,9 +64,7 @@ CHAT_TEMPLATE = """{%- if tools %}
 {%- endif %}
 {%- set ns = namespace(turns=0) %}
 {% for message in messages %}
-    {%- if message.role == 'secret' %}
-        {%- continue %}
-    {%- elif message.role not in ['system', 'user', 'assistant', 'tool'] %}
+    {%- if message.role not in ['system', 'user', 'assistant', 'tool'] %}
         {{- raise_exception('Unexpected role ' ~ message.role) }}
     {%- endif %}
     {%- set ns.turns = ns.turns + 1 %}
@@ -88,6 +88,32 @@ CHAT_TEMPLATE = """{%- if tools %}
     {%- endif %}
 {%- endif %}
 """
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow-part", metavar="I/N", help="of the slow tests only part I of N, chosen by their names' hash")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the slow tests of other parts. All cases of a parametrised test are in the same part."""
+    if not (given := config.getoption("--slow-part")):
+        return
+    index, number = map(int, given.split("/"))
+
+    def is_kept(item: pytest.Item) -> bool:
+        name = item.nodeid.partition("[")[0]
+        return "slow" not in item.keywords or zlib.crc32(name.encode()) % number == index % number
+
+    config.hook.pytest_deselected(items=[item for item in items if not is_kept(item)])
+    items[:] = [item for item in items if is_kept(item)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _free_programs():
+    """Drop the compiled programs of a module after it: otherwise those of the whole run stay in memory."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,7 @@ def run(monkeypatch, capsys):
     """Return a function (*arguments, stdin="", terminal=False) -> Result."""
 
     def run(*arguments, stdin: str = "", terminal: bool = False) -> Result:
-        given = io.StringIO(stdin)
+        given = io.TextIOWrapper(io.BytesIO(stdin.encode("utf-8", "surrogateescape")), encoding="utf-8")
         given.isatty = lambda: terminal
         monkeypatch.setattr("sys.stdin", given)
         capsys.readouterr()
@@ -113,12 +113,51 @@ def test_every_way_to_give_a_prompt(run, model):
     base = ("generate", "--model", model, *FLAGS)
     whole = run(*base, "--prompt", PROMPT, "--json").json
     assert run(*base, "--prompt", PROMPT) == (0, whole["text"] + "\n", "")
-    assert run(*base, stdin=PROMPT) == (0, whole["text"] + "\n", "")
+    for end in ("", "\n", "\r\n"):  # one newline is echo's
+        assert run(*base, stdin=PROMPT + end) == (0, whole["text"] + "\n", "")
     chat = Tokenizer.from_directory(model).render_chat([{"role": "user", "content": PROMPT}])
     assert run(*base, "--raw", "--prompt", chat, "--json").json == whole
     raw = run(*base, "--raw", "--prompt", PROMPT, "--json").json
     assert raw["usage"]["prompt_tokens"] == len(Tokenizer.from_directory(model).encode(PROMPT))
     assert raw["token_ids"] != whole["token_ids"]
+
+
+def test_all_but_one_newline_of_standard_input_are_the_prompt(run, model):
+    base = ("generate", "--model", model, *FLAGS, "--raw", "--json")
+    assert run(*base, stdin=PROMPT + "\n\n").json == run(*base, "--prompt", PROMPT + "\n").json
+    assert run(*base, stdin=" a\r\nb\r").json == run(*base, "--prompt", " a\r\nb\r").json
+
+
+def test_standard_input_that_is_not_utf_8_is_one_line(run, model):
+    result = run("generate", "--model", model, *FLAGS, stdin="ab\udcff\n")
+    assert result.code == 1
+    assert result.err == "qwen-dist generate: standard input is not UTF-8 (byte 3); give the prompt in UTF-8\n"
+
+
+def test_variables_of_the_chat_template(run, model, tiny_directory):
+    base = ("generate", "--model", model, *FLAGS, "--prompt", PROMPT, "--json")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    expected = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPT}], add_generation_prompt=True, enable_thinking=False
+    )["input_ids"]
+    off = run(*base, "--thinking", "off").json
+    assert off["usage"]["prompt_tokens"] == len(expected)
+    assert run(*base, "--template-arg", "enable_thinking=false").json == off
+    assert run(*base, "--config.chat.thinking=off").json == off
+    assert run(*base, "--thinking", "on").json == run(*base).json
+    assert run(*base, "--thinking", "maybe").code == 2
+    assert run(*base, "--thinking", "off", "--raw").code == 2
+    unused = run(*base, "--template-arg", "lang=de")
+    assert (unused.code, unused.out) == (2, "")
+    assert (
+        unused.err
+        == "qwen-dist generate: --thinking or --template-arg: the chat template does not use lang; leave it out\n"
+    )
+
+
+def test_a_prompt_that_is_far_too_long_is_not_tokenized(run, model):
+    result = run("generate", "--model", model, *FLAGS, stdin="fox " * 2**20)
+    assert result.code == 1 and "has 4194304 bytes and so at least" in result.err
 
 
 def test_the_same_answer_on_a_mesh(run, model):
@@ -225,7 +264,7 @@ def test_a_batch_and_its_summary(run, model, prompts, tmp_path):
     assert "polyline" in (tmp_path / "chart.html").read_text() and "running requests" in result.err
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
     assert result.out.startswith("2 answered, 1 with an error; 117 prompt tokens and 24 generated tokens in ")
-    assert "3/3" in result.err
+    assert "answered 3/3; 0:0" in result.err
 
 
 def test_a_configuration_file_and_a_mesh(run, model, prompts, tmp_path):
@@ -270,7 +309,7 @@ def test_a_run_is_resumed(run, model, prompts, tmp_path):
     assert run(*base, "--retry-errors").json["num_errors"] == 1
     assert output.read_bytes().splitlines(keepends=True) == lines
     refused = run(*base, "--max-new-tokens", "3")
-    assert refused.code == 1 and "of another checkpoint or of other parameters" in refused.err
+    assert refused.code == 1 and "sampling.max_new_tokens was 12 and is now 3" in refused.err
     manifest = json.loads((tmp_path / "out.jsonl.manifest.json").read_text())
     assert manifest["is_complete"] and manifest["settings"]["sampling"]["max_new_tokens"] == 12
 
@@ -278,9 +317,9 @@ def test_a_run_is_resumed(run, model, prompts, tmp_path):
 @pytest.mark.parametrize(
     ("input", "output", "code", "expected"),
     [
-        ("in.jsonl", "in.jsonl", 2, "input and output are the same file"),
-        ("missing.jsonl", "out.jsonl", 1, "cannot read the input"),
-        ("in.jsonl", "missing/out.jsonl", 1, "cannot write the output"),
+        ("in.jsonl", "in.jsonl", 2, "is the same as --output"),
+        ("missing.jsonl", "out.jsonl", 2, "cannot read the input"),
+        ("in.jsonl", "missing/out.jsonl", 2, "there is no directory"),
         ("in.jsonl", "/dev/full", 1, "No space left on device; the 0 results so far are complete: free some disk space"),
     ],
 )
@@ -387,14 +426,14 @@ def test_models_that_do_not_exist(run, tmp_path, monkeypatch, name, expected):
     [
         (["--mesh", "tensor=16"], "mesh tensor=16 needs 16 devices and there are 8"),
         (["--mesh", "model=2"], "'model' is not an axis; axes are data, fsdp, expert, context, tensor"),
-        (["--mesh", "tensor=3"], "vocab is 344, which the 3 shards of tensor do not divide"),
+        (["--mesh", "tensor=3"], "which the 3 shards of tensor do not divide"),
         (["--num-cpu-devices", "0"], "--num-cpu-devices 0: give at least 1"),
         (["--dtype", "float16"], "model.dtype is 'float16'; it must be 'bfloat16' or 'float32' or 'float64'"),
         (["--temperature", "-1", "--top-p", "2"], "temperature is -1.0; it must be 0 or more; top_p is 2.0"),
         (["--temperature", "hot"], "argument --temperature: invalid float value: 'hot'"),
         (["--logprobs", "21"], "logprobs is 21; it must be 0 to 20"),
         (["--stop", ""], "stop is ('',); it must be non-empty strings"),
-        (["--bogus", "--also"], "unknown argument --bogus --also; `qwen-dist generate --help` lists all flags"),
+        (["--bogus", "--also"], "unknown argument --bogus --also"),
         (["--config", "no/such.py"], "there is no file no/such.py"),
         (["--config.sampling.top_q=1", "--config.sampling.seed=x"], "did you mean sampling.top_p?"),
         (["--config.sampling.top_q=1", "--config.sampling.seed=x"], "sampling.seed is 'x'; it must be int or None"),
@@ -434,7 +473,7 @@ def test_debug_shows_the_traceback(model):
 def test_help_fits_a_screen_and_shows_an_example(run, command):
     result = run(command, "--help")
     assert result.code == 0
-    assert len(result.out.splitlines()) <= 44
+    assert len(result.out.splitlines()) <= 50
     assert max(map(len, result.out.splitlines())) <= 124
     assert "example" in result.out and f"  qwen-dist {command} " in result.out
     assert f" {command} " in run("--help").out
@@ -477,6 +516,11 @@ PERTURBED = {
     "sampling.seed": "1",
     "sampling.stop": None,
     "sampling.logprobs": "0",
+    "chat.thinking": "off",
+    "chat.template_args": "('enable_thinking=false',)",
+    "sampling.presence_penalty": "-2",
+    "sampling.frequency_penalty": "-2",
+    "sampling.min_new_tokens": "-1",
     "engine.policy": None,
     "engine.max_batch_size": "1",
     "raw": "true",
@@ -485,7 +529,9 @@ PERTURBED = {
     "keep_order": None,
     "engine.kv_cache_memory": "1KB",
     "engine.steps_per_dispatch": "0",
+    "max_line_size": "10B",
     "metrics_port": "70000",
+    "metrics_host": None,  # has its own test
     "profile": "/dev/null/profile",
     "chart": "no-such-directory/chart.html",
 }

@@ -60,9 +60,9 @@ def test_without_a_file_only_fields_without_a_default_are_required():
     with pytest.raises(UsageError) as error:
         load_config(BatchConfig, None, [], {})
     assert str(error.value).splitlines()[1:] == [
-        "  - model.path is missing",
-        "  - input is missing",
-        "  - output is missing",
+        "  - model.path is missing; give --model",
+        "  - input is missing; give --input",
+        "  - output is missing; give --output",
     ]
 
 
@@ -125,12 +125,13 @@ def test_all_problems_of_file_overrides_and_flags_are_listed_at_once(file):
     assert lines[0] == "the configuration cannot be used:"
     assert {line.removeprefix("  - ") for line in lines[1:]} == {
         "--config.sampling.seed has no value: write --config.sampling.seed=VALUE",
-        "zzz is not a field; the fields are model, input, output, mesh, sampling, engine, num_replicas, raw, "
-        "overwrite, retry_errors, keep_order, metrics_port, profile, chart",
+        "zzz is not a field; the fields are model, input, output, mesh, sampling, chat, engine, num_replicas, raw, "
+        "overwrite, retry_errors, keep_order, max_line_size, metrics_port, metrics_host, profile, chart",
         "model.dtipe is not a field; did you mean model.dtype?",
-        "model.dtype is 'float16'; it must be 'bfloat16' or 'float32' or 'float64'",
-        "model.path is missing",
-        "output is missing",
+        "model.dtype is 'float16'; it must be 'bfloat16' or 'float32' or 'float64' (activations of Qwen models exceed "
+        "65504, the largest float16; devices without bfloat16 can use float32, and export writes float16)",
+        "model.path is missing; give --model",
+        "output is missing; give --output",
         "sampling.top_k is 1.5; it must be int or None",
         "sampling.temperture is not a field; did you mean sampling.temperature?",
         "sampling.min_p is 'hot'; it must be float or None",
@@ -180,9 +181,11 @@ def test_max_batch_size_is_at_least_one(size):
 
 
 def test_sampling_options_are_the_sampling_parameters_of_the_engine():
-    """The fields are the same, so that none is lost. One of them can only be set by a record."""
-    known = [field.name for field in dataclasses.fields(SamplingParams)]
-    assert [*(field.name for field in dataclasses.fields(SamplingOptions)), "prompt_logprobs"] == known
+    """The fields are the same, so that none is lost. Others only a record, its template or a checkpoint set."""
+    known = {field.name for field in dataclasses.fields(SamplingParams)}
+    of_checkpoint = {"sequence_bias", "begin_suppress_tokens", "no_repeat_ngram_size", "min_length", "max_length"}
+    options = {field.name for field in dataclasses.fields(SamplingOptions)}
+    assert options | {"prompt_logprobs", "logit_bias", "stop_token_ids"} | of_checkpoint == known
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import jax
 import pytest
 
 from qwen_dist.errors import UsageError
+from qwen_dist.hf_config import parse_model_config
 from qwen_dist.mesh import AXES, MeshConfig, default_mesh, make_mesh
-from qwen_dist.models.config import ModelConfig
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def model(heads, kv_heads, channels, vocab, hidden):
     hf = {"model_type": "qwen3", "hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
     sizes = {"intermediate_size": channels, "vocab_size": vocab, "head_dim": 8, "num_hidden_layers": 1}
     other = {"max_position_embeddings": 64, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 1e4}
-    return ModelConfig.from_hf(hf | sizes | other | {"hidden_act": "silu", "attention_bias": False})
+    return parse_model_config(hf | sizes | other | {"hidden_act": "silu", "attention_bias": False})
 
 
 @pytest.mark.parametrize(

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gzip
 import io
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 from qwen_dist.batch import remote
-from qwen_dist.batch.parquet import write_parquet
-from qwen_dist.errors import UserError
+from qwen_dist.batch.line_reader import UnreadableLine, ZstdFile, bounded_lines
+from qwen_dist.batch.parquet import parquet_rows, write_parquet
+from qwen_dist.errors import UserError, printable
 
-_ROWS_PER_BATCH = 1024
+_T = TypeVar("_T")
 
 
 def is_appendable(path: str) -> bool:
@@ -33,18 +36,38 @@ def exists(path: str) -> bool:
 
 
 def read_lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
+    """Read the lines of a file that this program wrote, of any length; otherwise as `read_bounded_lines`."""
+    path = os.fspath(path)
+    return map(functools.partial(_readable, path), read_bounded_lines(path, sys.maxsize - 1))
+
+
+def read_bounded_lines(path: str | os.PathLike[str], max_bytes: int) -> Iterator[bytes | UnreadableLine]:
     """Read the lines of a file one at a time; rows of a parquet file become JSON objects without the empty fields.
 
     Raises:
       UserError: at once if the file cannot be opened, while reading if it is damaged.
     """
     path = os.fspath(path)
-    try:
-        if path.endswith(".parquet"):
-            return _with_user_errors(path, _parquet_lines(path))
-        return _with_user_errors(path, _file_lines(_open_decompressed(path)))
-    except OSError as error:
-        raise UserError(f"cannot read the input {path}: {error.strerror or error}") from error
+    if path.endswith(".parquet"):
+        return map(_row_line, read_rows(path, max_bytes))
+    with _opening(path):
+        return _with_user_errors(path, "line", _file_lines(*_open_decompressed(path), max_bytes))
+
+
+def read_rows(path: str, max_bytes: int) -> Iterator[dict[str, Any] | UnreadableLine]:
+    """Read the rows of a parquet file one at a time, without the empty fields. Raises UserError as `read_bounded_lines`."""
+    parquet = _import_extra("pyarrow.parquet", "parquet", path)
+    if not remote.is_url(path) and os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"cannot read {printable(path)}: a parquet file must be a regular file")
+    with _opening(path):
+        # Open it before the first row is read, to report errors at once.
+        file = remote.open_reader(path) if remote.is_url(path) else open(path, "rb")  # noqa: SIM115
+        return _with_user_errors(path, "row", parquet_rows(file, parquet, max_bytes))
+
+
+def partial_path(path: str) -> str:
+    """Return the path under which `write_lines` writes until the file is complete."""
+    return f"{path}.partial"
 
 
 def write_lines(path: str, lines: Iterable[bytes]) -> None:
@@ -53,7 +76,7 @@ def write_lines(path: str, lines: Iterable[bytes]) -> None:
         with remote.open_writer(path) as file:
             _write(file, lines, path)
         return
-    partial = f"{path}.partial"
+    partial = partial_path(path)
     try:
         with open(partial, "wb") as file:
             _write(file, lines, path)
@@ -82,44 +105,62 @@ def _write(file: IO[bytes], lines: Iterable[bytes], name: str) -> None:
             file.write(line)
 
 
-def _open_decompressed(path: str) -> IO[bytes]:
-    source = remote.open_reader(path) if remote.is_url(path) else path
+def _open_decompressed(path: str) -> tuple[IO[bytes], IO[bytes]]:
+    """Return the open file and the file of its content, which is the same one if it is not compressed."""
+    file = remote.open_reader(path) if remote.is_url(path) else open(path, "rb")  # noqa: SIM115
+    if not path.endswith((".gz", ".zst")):
+        return file, file
+    if not cast(io.BufferedReader, file).peek(1):
+        raise UserError(f"cannot read {printable(path)}: it is empty, which no compressed file is")
     if path.endswith(".gz"):
-        return cast(IO[bytes], gzip.open(source, "rb"))
-    if path.endswith(".zst"):
-        return io.BufferedReader(_import_extra("zstandard", "zstd", path).open(source, "rb"))
-    return open(source, "rb") if isinstance(source, str) else source
+        return file, cast(IO[bytes], gzip.open(file, "rb"))
+    return file, io.BufferedReader(ZstdFile(file, _import_extra("zstandard", "zstd", path)))
 
 
-def _file_lines(file: IO[bytes]) -> Iterator[bytes]:
-    with file:
-        yield from file
+def _file_lines(file: IO[bytes], content: IO[bytes], max_bytes: int) -> Iterator[bytes | UnreadableLine]:
+    with file, content:
+        yield from bounded_lines(content, max_bytes)
 
 
-def _parquet_lines(path: str) -> Iterator[bytes]:
-    parquet = _import_extra("pyarrow.parquet", "parquet", path)
-    source = remote.open_reader(path) if remote.is_url(path) else path
-    file = parquet.ParquetFile(source)  # open it before the first row is read, to report errors at once
-
-    def rows() -> Iterator[bytes]:
-        with contextlib.closing(file):
-            for batch in file.iter_batches(_ROWS_PER_BATCH):
-                for row in batch.to_pylist():
-                    fields = {name: value for name, value in row.items() if value is not None}
-                    yield json.dumps(fields, ensure_ascii=False, default=str).encode() + b"\n"
-
-    return rows()
+def _row_line(row: dict[str, Any] | UnreadableLine) -> bytes | UnreadableLine:
+    if isinstance(row, UnreadableLine):
+        return row
+    return json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n"
 
 
-def _with_user_errors(path: str, lines: Iterator[bytes]) -> Iterator[bytes]:
+def _readable(path: str, line: bytes | UnreadableLine) -> bytes:
+    if isinstance(line, UnreadableLine):
+        raise UserError(f"{printable(path)}: {line.reason}")
+    return line
+
+
+@contextlib.contextmanager
+def _opening(path: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # OSError, and those of pyarrow
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else _one_line(error)
+        raise UserError(f"cannot read the input {printable(path)}: {reason}") from error
+
+
+def _with_user_errors(path: str, unit: str, lines: Iterator[_T]) -> Iterator[_T]:
     """Yield the lines; raise UserError when the file is damaged."""
     number = 0
     try:
         for line in lines:
             number += 1
             yield line
-    except (OSError, EOFError, RuntimeError, ValueError) as error:
-        raise UserError(f"the input {path} is damaged after line {number}: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # zlib, zstandard, pyarrow and obstore raise errors without a common class
+        raise UserError(f"the input {printable(path)} is damaged after {unit} {number}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    """Return the first line of the message of a library's error."""
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0], 200)
 
 
 def _import_extra(module: str, extra: str, path: str) -> Any:

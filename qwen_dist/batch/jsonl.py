@@ -12,17 +12,20 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from qwen_dist.batch.formats import read_lines
-from qwen_dist.errors import UserError
+from qwen_dist.batch.formats import read_bounded_lines
+from qwen_dist.batch.line_reader import MAX_LINE_BYTES, UnreadableLine
+from qwen_dist.errors import UserError, printable
+from qwen_dist.json_reader import JsonError, parse_json
 
 LineFormat = Literal["plain", "openai"]
 
+_CHAT_FIELDS = ("tools", "chat_template_kwargs")
+MAX_CHOICES = 128
 _CHAT_URL, _TEXT_URL = "/v1/chat/completions", "/v1/completions"
 
 
@@ -36,8 +39,10 @@ class BatchRecord:
       format: the format of the result line.
       params: the line's sampling parameters by the engine's names (`_SAMPLING_PARAMS`). Names and types have been checked;
         the engine checks the values, and the tokenizer the messages.
+      tools, chat_template_kwargs: of a chat, as given; `chat.make_chat` checks them.
       model: the model that an OpenAI line names; copied to the result, otherwise ignored.
       echo: whether the result's text begins with the prompt.
+      num_choices: answers to this record, all in one result line.
       line_hash: 64 bits, unique in the file also for repeated lines.
     """
 
@@ -47,8 +52,11 @@ class BatchRecord:
     params: Mapping[str, Any]
     prompt: str | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
+    tools: Any = None
+    chat_template_kwargs: Any = None
     model: str | None = None
     echo: bool = False
+    num_choices: int = 1
     line_hash: int = dataclasses.field(default=0, compare=False)
 
 
@@ -68,31 +76,35 @@ def hash64(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def read_records(path: str | os.PathLike[str]) -> Iterator[BatchRecord | InvalidRecord]:
+def read_records(
+    path: str | os.PathLike[str], max_line_bytes: int = MAX_LINE_BYTES
+) -> Iterator[BatchRecord | InvalidRecord]:
     """Read the records of a file one at a time: UTF-8 with or without BOM, blank lines skipped. File types: see `formats`.
 
     Raises:
       UserError: at once if the file cannot be opened, while reading if it is damaged.
     """
-    return _records(read_lines(path))
+    return _records(read_bounded_lines(path, max_line_bytes))
 
 
-def _records(lines: Iterator[bytes]) -> Iterator[BatchRecord | InvalidRecord]:
+def _records(lines: Iterator[bytes | UnreadableLine]) -> Iterator[BatchRecord | InvalidRecord]:
     format: LineFormat = "plain"
     ids, line_hashes = set[int](), set[int]()  # hashes instead of lines, to save memory
     for number, line in enumerate(lines, start=1):
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        line = line.rstrip()
-        if not line:
-            continue
-        record = _parse_line(line, number, format)
-        id, line_hash = hash64(repr(record.id).encode()), hash64(line)
+        record: BatchRecord | InvalidRecord
+        if isinstance(line, UnreadableLine):
+            record, line_hash = InvalidRecord(f"line-{number}", number, format, line.reason), line.hash
+        else:
+            line = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).rstrip()
+            if not line:
+                continue
+            record, line_hash = _parse_line(line, number, format), hash64(line)
+        id = hash64(repr(record.id).encode())
         if id in ids and isinstance(record, BatchRecord):
-            message = f"the id {record.id!r} is already that of an earlier line: give every line its own"
+            message = f"the id {_shortened(record.id)} is already that of an earlier line: give every line its own"
             record = InvalidRecord(record.id, number, record.format, message)
         if line_hash in line_hashes:
-            line_hash = hash64(line + str(number).encode())
+            line_hash = hash64(line_hash.to_bytes(8, "little") + str(number).encode())
         ids.add(id)
         line_hashes.add(line_hash)
         format = record.format  # the format of an unreadable line is taken from the line before
@@ -121,31 +133,19 @@ def _parse_line(line: bytes, number: int, format: LineFormat) -> BatchRecord | I
 
 def _parse_object(line: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
-        # `"\ud83d"` is valid JSON, but half a surrogate pair is not a character and cannot be tokenized.
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"the line is not UTF-8 (byte {error.start + 1})") from error
-    except UnicodeEncodeError as error:
-        raise UserError("the line has half of a surrogate pair, which is not a character") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"the line is not JSON: {error.msg} (column {error.colno})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"the line is not usable JSON: {error}") from error
+        value = parse_json(line)
+    except JsonError as error:
+        raise UserError(f"the line is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f'the line must be a JSON object such as {{"id", "prompt"}}; got {_shortened(value)}')
     return value
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
-
-
 def _parse_plain(fields: dict[str, Any], problems: list[str]) -> dict[str, Any]:
-    allowed = ["prompt", "messages", *_SAMPLING_PARAMS]
+    allowed = ["prompt", "messages", *_CHAT_FIELDS, *_SAMPLING_PARAMS]
     unknown = sorted(fields.keys() - set(allowed))
     if unknown:
-        problems.append(f"unknown {', '.join(unknown)}; allowed are id, {', '.join(allowed)}")
+        problems.append(f"unknown {printable(', '.join(unknown), 100)}; allowed are id, {', '.join(allowed)}")
     prompt, messages = fields.get("prompt"), fields.get("messages")
     if (prompt is None) == (messages is None):
         problems.append("give either prompt or messages")
@@ -154,13 +154,13 @@ def _parse_plain(fields: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     if messages is not None:
         _check_messages(messages, problems)
     params = _parse_params(fields, {name: name for name in _SAMPLING_PARAMS}, problems)
-    return {"prompt": prompt, "messages": messages, "params": params}
+    return {"prompt": prompt, "messages": messages, "params": params} | {name: fields.get(name) for name in _CHAT_FIELDS}
 
 
 def _parse_openai(fields: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     unknown = sorted(fields.keys() - {"method", "url", "body"})
     if unknown:
-        problems.append(f"unknown {', '.join(unknown)}; allowed are custom_id, method, url, body")
+        problems.append(f"unknown {printable(', '.join(unknown), 100)}; allowed are custom_id, method, url, body")
     for name, allowed in (("method", ("POST",)), ("url", (_CHAT_URL, _TEXT_URL))):
         if fields.get(name, allowed[0]) not in allowed:
             problems.append(f"{name} must be {' or '.join(allowed)}; got {_shortened(fields[name])}")
@@ -173,18 +173,28 @@ def _parse_openai(fields: dict[str, Any], problems: list[str]) -> dict[str, Any]
     if not isinstance(model, str | None):
         problems.append(f"model must be a string; got {_shortened(model)}")
     params = _parse_params(body, _OPENAI_SAMPLING_PARAMS, problems) | contents.pop("params")
-    known = {*contents, "model", "logprobs", "top_logprobs"} | _OPENAI_SAMPLING_PARAMS.keys() | _OPENAI_IGNORED
+    num_choices = 1 if body.get("n") is None else body["n"]
+    if not _is_integer(num_choices) or not 1 <= num_choices <= MAX_CHOICES:
+        problems.append(f"n must be a whole number from 1 to {MAX_CHOICES}; got {_shortened(num_choices)}")
+    known = {*contents, "model", "n", "logprobs", "top_logprobs"} | _OPENAI_SAMPLING_PARAMS.keys() | _OPENAI_IGNORED
     refused = sorted(
-        name for name in body.keys() - known if body[name] is not None and body[name] != _OPENAI_DEFAULTS.get(name)
+        name
+        for name in body.keys() - known
+        if body[name] is not None
+        and body[name] != _OPENAI_DEFAULTS.get(name)
+        and not (name == "tool_choice" and body[name] in ("none", "auto"))
     )
     if refused:
-        problems.append(f"cannot be honoured, so leave out: {', '.join(refused)}")
-    return contents | {"params": params, "model": model}
+        problems.append(f"cannot be honoured, so leave out: {printable(', '.join(refused), 100)}")
+    return contents | {"params": params, "model": model, "num_choices": num_choices}
 
 
 def _parse_chat(body: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     _check_messages(body.get("messages"), problems)
-    return {"messages": body.get("messages"), "params": _openai_logprobs(body, problems)}
+    chat_fields = {name: body.get(name) for name in _CHAT_FIELDS}
+    if body.get("tool_choice") == "none":
+        chat_fields["tools"] = None  # the model calls no tool that it does not know
+    return {"messages": body.get("messages"), "params": _openai_logprobs(body, problems)} | chat_fields
 
 
 def _parse_completion(body: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -233,6 +243,8 @@ def _parse_params(fields: Mapping[str, Any], names: Mapping[str, str], problems:
             problems.append(f"{name} is {_shortened(value)}, but another name for the same limit says {params[ours]}")
     if isinstance(params.get("stop"), str):
         params["stop"] = [params["stop"]]
+    if "logit_bias" in params:
+        params["logit_bias"] = tuple((int(token), float(bias)) for token, bias in params["logit_bias"].items())
     return params
 
 
@@ -257,6 +269,13 @@ def _is_stop(value: Any) -> bool:
     return all(isinstance(stop, str) and stop for stop in stops)
 
 
+def _is_bias(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        token.isascii() and token.isdigit() and str(int(token[:20])) == token and _is_number(bias)
+        for token, bias in value.items()
+    )
+
+
 def _shortened(value: Any) -> str:
     return f"{value!r:.80}"
 
@@ -277,11 +296,15 @@ _SAMPLING_PARAMS: dict[str, tuple[_Check, str]] = {
     "seed": _INTEGER,
     "stop": (_is_stop, "a non-empty string or a list of them"),
     "logprobs": (_is_count, "a whole number, 0 or more"),
+    "presence_penalty": _NUMBER,
+    "frequency_penalty": _NUMBER,
+    "logit_bias": (_is_bias, 'an object of token ids and biases, such as {"50256": -100}'),
+    "min_new_tokens": _INTEGER,
 }
-_OPENAI_SAMPLING_PARAMS = {name: name for name in _SAMPLING_PARAMS if name not in ("max_new_tokens", "logprobs")} | {
-    "max_tokens": "max_new_tokens",
-    "max_completion_tokens": "max_new_tokens",
-}
+_OPENAI_NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
+_OPENAI_SAMPLING_PARAMS = {
+    name: name for name in _SAMPLING_PARAMS if name not in _OPENAI_NAMES.values() and name != "logprobs"
+} | _OPENAI_NAMES
 # Fields that do not change the result.
 _OPENAI_IGNORED = {
     "metadata",
@@ -295,56 +318,59 @@ _OPENAI_IGNORED = {
 # Fields that are not supported, except with these values, which have no effect.
 _OPENAI_DEFAULTS = {
     "best_of": 1,
-    "frequency_penalty": 0,
-    "logit_bias": {},
-    "n": 1,
-    "presence_penalty": 0,
     "response_format": {"type": "text"},
     "stream": False,
     "suffix": "",
-    "tool_choice": "none",
     "tools": [],
 }
 
 
-def result_line(
-    record: BatchRecord,
-    text: str,
-    finish_reason: str,
-    prompt_tokens: int,
-    completion_tokens: int,
-    logprobs: Sequence[Mapping[str, Any]] | None = None,
-) -> dict[str, Any]:
-    """Return the result line of a record, in the record's format.
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One answer to a record.
 
-    Args:
-      record: the request.
+    Attributes:
       text: the generated text, without the stop string or stop token that ended it.
       finish_reason: "stop" or "length".
-      prompt_tokens: number of prompt tokens.
-      completion_tokens: number of generated tokens, the stop token included.
+      num_tokens: number of generated tokens, the stop token included.
       logprobs: `{"token", "logprob", "bytes", "top_logprobs"}` for each token of the text, as in the OpenAI API; the
         log-probability of the first token of an echoed prompt is None.
     """
+
+    text: str
+    finish_reason: str
+    num_tokens: int
+    logprobs: Sequence[Mapping[str, Any]] | None = None
+
+
+def result_line(record: BatchRecord, choices: Sequence[Choice], prompt_tokens: int) -> dict[str, Any]:
+    """Return the result line of a record with its answers, in the record's format."""
+    completion_tokens = sum(choice.num_tokens for choice in choices)
     usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
     if record.format == "plain":
-        line = {"id": record.id, "text": text, "finish_reason": finish_reason, "usage": usage}
-        return line if logprobs is None else line | {"logprobs": list(logprobs)}
-    choice: dict[str, Any] = {"index": 0, "finish_reason": finish_reason}
-    if record.messages is None:
-        choice |= {"text": text, "logprobs": None if logprobs is None else _completion_logprobs(logprobs)}
-    else:
-        choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-        choice["logprobs"] = None if logprobs is None else {"content": list(logprobs), "refusal": None}
+        (choice,) = choices
+        line = {"id": record.id, "text": choice.text, "finish_reason": choice.finish_reason, "usage": usage}
+        return line if choice.logprobs is None else line | {"logprobs": list(choice.logprobs)}
     body = {
         "id": f"{'cmpl' if record.messages is None else 'chatcmpl'}-{record.line_number}",
         "object": "text_completion" if record.messages is None else "chat.completion",
         "created": int(time.time()),
         "model": record.model or "",
-        "choices": [choice],
+        "choices": [_openai_choice(record, index, choice) for index, choice in enumerate(choices)],
         "usage": usage | {"total_tokens": prompt_tokens + completion_tokens},
     }
     return _openai_line(record, 200, body, None)
+
+
+def _openai_choice(record: BatchRecord, index: int, choice: Choice) -> dict[str, Any]:
+    logprobs, entry = choice.logprobs, {"index": index, "finish_reason": choice.finish_reason}
+    if record.messages is None:
+        return entry | {"text": choice.text, "logprobs": None if logprobs is None else _completion_logprobs(logprobs)}
+    message = {"role": "assistant", "content": choice.text, "refusal": None}
+    return entry | {
+        "message": message,
+        "logprobs": None if logprobs is None else {"content": list(logprobs), "refusal": None},
+    }
 
 
 def _completion_logprobs(logprobs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

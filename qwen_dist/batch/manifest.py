@@ -5,14 +5,21 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import os
 from typing import Any
 
 import qwen_dist
-from qwen_dist.batch.output import local_path
+from qwen_dist.batch.formats import write_lines
+from qwen_dist.batch.output import journal_path, local_path
 from qwen_dist.batch.run import BatchSummary
 from qwen_dist.config import BatchConfig
+from qwen_dist.errors import UsageError, printable
+from qwen_dist.json_reader import read_json_object
 from qwen_dist.ops import native
 from qwen_dist.runtime.preflight import checkpoint_digest, checkpoint_files
+
+# The kind and version of the file.
+MANIFEST_FORMAT = "qwen-dist batch 1"
 
 
 def result_settings(config: BatchConfig) -> dict[str, Any]:
@@ -23,6 +30,7 @@ def result_settings(config: BatchConfig) -> dict[str, Any]:
         "dtype": config.model.dtype,
         "load_format": config.model.load_format,
         "sampling": dataclasses.asdict(config.sampling),
+        "chat": config.chat.variables,
         "raw": config.raw,
     }
 
@@ -37,6 +45,7 @@ def write_manifest(config: BatchConfig, settings: dict[str, Any], summary: Batch
     """Write the configuration, versions, counts and speed of this run."""
     seconds = max(summary.seconds, 1e-9)
     manifest = {
+        "format": MANIFEST_FORMAT,
         "is_complete": is_complete,
         "config": dataclasses.asdict(config),
         "settings": settings,
@@ -49,5 +58,30 @@ def write_manifest(config: BatchConfig, settings: dict[str, Any], summary: Batch
             "written": round(summary.num_generated_tokens / seconds, 1),
         },
     }
-    with open(f"{local_path(config.output)}.manifest.json", "w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=2)
+    write_lines(manifest_path(config.output), [json.dumps(manifest, indent=2).encode()])
+
+
+def manifest_path(output: str) -> str:
+    """Return the path of the manifest of a run with this output."""
+    return f"{local_path(output)}.manifest.json"
+
+
+def check_manifest(output: str) -> None:
+    """Raise UsageError if there is a file under the manifest's name that no run has written.
+
+    A damaged one of a run that has a journal is written again.
+    """
+    path = manifest_path(output)
+    try:
+        found = read_json_object(path, error=UsageError).get("format")
+    except FileNotFoundError:
+        return
+    except UsageError as error:
+        if os.path.isfile(path) and os.path.exists(journal_path(output)):
+            return
+        raise UsageError(f"{error}; it would be overwritten: move it away, or name another output") from None
+    if found != MANIFEST_FORMAT:
+        raise UsageError(
+            f"{printable(path)} is not a manifest of this version of qwen-dist ({MANIFEST_FORMAT}), and would be "
+            "overwritten: move it away, or name another output"
+        )

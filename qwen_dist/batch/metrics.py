@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from qwen_dist.batch.run import BatchSummary
 from qwen_dist.engine.engine import EngineStats
-from qwen_dist.errors import UserError
+from qwen_dist.errors import UserError, printable
 
 _SUMMARY_HELP = {
     "num_answered": "Records answered in this run.",
@@ -27,14 +27,14 @@ _STATS_HELP = {
 
 
 @contextlib.contextmanager
-def metrics_server(port: int) -> Iterator[Callable[[BatchSummary, EngineStats], None]]:
-    """Serve metrics named qwen_dist_batch_… at http://HOST:port/metrics while the block runs.
+def metrics_server(port: int, host: str) -> Iterator[Callable[[BatchSummary, EngineStats], None]]:
+    """Serve metrics named qwen_dist_batch_… at http://host:port/metrics while the block runs.
 
     Yields:
       A function (summary, stats) that updates the metrics.
 
     Raises:
-      UserError: prometheus-client is not installed, or the port is taken.
+      UserError: prometheus-client is not installed, the port is taken, or the host is not an address of this machine.
     """
     try:
         import prometheus_client
@@ -46,9 +46,12 @@ def metrics_server(port: int) -> Iterator[Callable[[BatchSummary, EngineStats], 
         for name, text in (_SUMMARY_HELP | _STATS_HELP).items()
     }
     try:
-        server, thread = prometheus_client.start_http_server(port, registry=registry)
+        server, thread = prometheus_client.start_http_server(port, addr=host, registry=registry)
     except OSError as error:
-        raise UserError(f"cannot serve metrics at port {port}: {error.strerror}; choose a free port") from error
+        raise UserError(
+            f"cannot serve metrics on {printable(host, 100)} port {port}: {error.strerror or error}; choose a free port "
+            "and an address of this machine"
+        ) from error
 
     def update(summary: BatchSummary, stats: EngineStats) -> None:
         for owner, names in ((summary, _SUMMARY_HELP), (stats, _STATS_HELP)):

@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import stat
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -23,18 +24,50 @@ from typing import Any
 import numpy as np
 
 from qwen_dist.batch import formats, remote
+from qwen_dist.batch.formats import partial_path
 from qwen_dist.batch.jsonl import BatchRecord, InvalidRecord, hash64
-from qwen_dist.errors import UserError
+from qwen_dist.errors import UserError, printable
+from qwen_dist.json_reader import read_json_object
+from qwen_dist.outputs import Written, run_lock
 
 # One result: the hash of the input line it answers, the hash and size in bytes of its own line, whether it is an error.
 JOURNAL_ENTRY = np.dtype([("line_hash", "<u8"), ("result_hash", "<u8"), ("size", "<u4"), ("is_error", "<u4")])
+# The first entry of a journal has this number, the hash of the settings, and the version of its form.
+JOURNAL_MAGIC, JOURNAL_VERSION = 0x6C616E72756F6A51, 1
 # Results older than this also survive a power failure.
 SYNC_EVERY_S = 5.0
+
+
+def paths_written(output: str) -> list[Written]:
+    """Return every path that a run with this output writes."""
+    if not remote.is_url(output) and os.path.exists(output) and not os.path.isfile(output):
+        return [Written("--output", output)]  # a pipe or a device
+    local = local_path(output)
+    names = [output, journal_path(output), f"{local}.lock", f"{local}.manifest.json"]
+    if not formats.is_appendable(output):
+        names.append(f"{local}.jsonl")
+    names += [partial_path(path) for path in names if not (remote.is_url(path) or path.endswith(".lock"))]
+    return [
+        Written("--output" if path == output else "the file of --output,", path, is_helper=path != output) for path in names
+    ]
 
 
 def local_path(output: str) -> str:
     """Return the path that journal and manifest are named after: the output's, or for a remote one its name here."""
     return remote.object_name(output) if remote.is_url(output) else output
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as one level, with keys such as "sampling.top_k"."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def journal_path(output: str) -> str:
+    """Return the path of the journal of a run with this output."""
+    return f"{local_path(output)}.journal"
 
 
 class OutputFile:
@@ -59,16 +92,26 @@ class OutputFile:
         self.path = os.fspath(path)
         local = local_path(self.path)
         self._work_path = self.path if formats.is_appendable(self.path) else f"{local}.jsonl"
-        self._journal_path = f"{local}.journal"
-        self._header = np.array([(hash64(settings.encode()), 0, 0, 0)], JOURNAL_ENTRY)
+        self._journal_path = journal_path(self.path)
+        self._settings, self._manifest_path = settings, f"{local}.manifest.json"
+        self._header = np.array([(JOURNAL_MAGIC, hash64(settings.encode()), JOURNAL_VERSION, 0)], JOURNAL_ENTRY)
+        self._lock = contextlib.ExitStack()
         self.num_before, self._num_written, self._size, self._last_sync = 0, 0, 0, time.monotonic()
         self._overwrite_pending = False  # existing results are discarded by the first write
         try:
+            self._check_journal()
+            self._check_helper_files()
+            self._is_regular = not os.path.exists(self._work_path) or stat.S_ISREG(os.stat(self._work_path).st_mode)
+            if self._is_regular:
+                self._lock.enter_context(run_lock(f"{local}.lock", self.path, lambda text: print(text, file=sys.stderr)))
             self._file = os.open(self._work_path, os.O_RDWR | os.O_CREAT, 0o666)
-            self._is_regular = stat.S_ISREG(os.fstat(self._file).st_mode)
             entries = self._open_journal(overwrite, retry_errors) if self._is_regular else np.zeros(0, JOURNAL_ENTRY)
         except OSError as error:
-            raise UserError(f"cannot write the output {self.path}: {error.strerror}") from error
+            self._lock.close()
+            raise UserError(f"cannot write the output {printable(self.path)}: {error.strerror}") from error
+        except UserError:
+            self._lock.close()
+            raise
         self._answered = np.sort(entries["line_hash"])
 
     # --- resuming ---
@@ -94,6 +137,61 @@ class OutputFile:
             )
         return numbers
 
+    def _check_journal(self) -> None:
+        """Refuse a file under the journal's name that is not a journal of this version, before anything is changed."""
+        try:
+            if not os.path.exists(self._journal_path):
+                return
+            if not stat.S_ISREG(os.stat(self._journal_path).st_mode):
+                raise UserError(f"{printable(self._journal_path)} is not a file: move it away, or name another output")
+            with open(self._journal_path, "rb") as file:
+                start = file.read(JOURNAL_ENTRY.itemsize)
+        except OSError as error:
+            raise UserError(f"cannot read {printable(self._journal_path)}: {error.strerror}") from error
+        magic = self._header.tobytes()[:8]
+        if start[:8] != magic[: len(start)]:
+            raise UserError(
+                f"{printable(self._journal_path)} is not a journal of qwen-dist, and would be overwritten: move it away, "
+                "or name another output"
+            )
+        if len(start) < JOURNAL_ENTRY.itemsize:
+            return  # a run was killed while it wrote the first entry
+        version = np.frombuffer(start, JOURNAL_ENTRY)[0]["size"]
+        if version != JOURNAL_VERSION:
+            raise UserError(
+                f"{printable(self._journal_path)} has version {version}; this qwen-dist has version {JOURNAL_VERSION}: "
+                "name another output"
+            )
+
+    def _check_helper_files(self) -> None:
+        """Refuse files under the names that a run gives to its own, if no journal says that a run made them."""
+        if os.path.exists(self._journal_path):
+            return
+        own = [partial_path(path) for path in (self.path, self._work_path, self._journal_path, self._manifest_path)]
+        own += [self._work_path] if self._work_path != self.path else []
+        found = [
+            path for path in dict.fromkeys(own) if os.path.lexists(path) and (os.path.islink(path) or os.path.getsize(path))
+        ]
+        if found:
+            raise UserError(
+                f"{', '.join(map(printable, found))} would be overwritten, and no journal says that a run made it: "
+                "move it away, or name another output"
+            )
+
+    def _describe_changes(self) -> str:
+        """Return which settings differ from those of the run that wrote the results, as its manifest has them."""
+        try:
+            before = flatten(read_json_object(self._manifest_path, error=UserError).get("settings", {}))
+            now = flatten(json.loads(self._settings))
+        except (OSError, ValueError, AttributeError):
+            return "another checkpoint or other parameters"
+        changes = [
+            f"{key} was {printable(before.get(key), 60)} and is now {printable(now.get(key), 60)}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+        return "other settings (" + "; ".join(changes) + ")" if changes else "another checkpoint or other parameters"
+
     def _open_journal(self, overwrite: bool, retry_errors: bool) -> np.ndarray:
         self._journal = os.open(self._journal_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         has_results = self._has_results()
@@ -111,8 +209,7 @@ class OutputFile:
             )
         if entries[0] != self._header[0]:
             raise UserError(
-                f"the output {self.path} holds results of another checkpoint or of other parameters: name another file, or "
-                "use --overwrite"
+                f"the output {self.path} holds results of {self._describe_changes()}: name another file, or use --overwrite"
             )
         if self._work_path != self.path and formats.is_lossless(self.path) and os.path.exists(self.path):
             self._decompress()
@@ -282,6 +379,7 @@ class OutputFile:
             if self._is_regular:
                 self._remove_unused_journal()
                 os.close(self._journal)
+            self._lock.close()
 
     def _remove_unused_journal(self) -> None:
         """Remove the journal if there are no results."""

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator
 from typing import IO, Any
 
-from qwen_dist.errors import UserError
+from qwen_dist.errors import UserError, printable
 
 _BUFFER_BYTES = 2**20
 
@@ -104,4 +104,5 @@ def _convert_errors(url: str) -> Iterator[None]:
         # obstore's errors have no common base class but Exception; their first line says what happened.
         if not (isinstance(error, OSError) or type(error).__module__.startswith("obstore")):
             raise
-        raise UserError(f"{url}: {str(error).strip().splitlines()[0]}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{printable(url)}: {printable(reason)}") from error

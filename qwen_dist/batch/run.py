@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
-from qwen_dist.batch.jsonl import BatchRecord, InvalidRecord, error_line, result_line
+from qwen_dist.batch.jsonl import BatchRecord, Choice, InvalidRecord, error_line, result_line
+from qwen_dist.chat import make_chat
 from qwen_dist.engine.engine import Engine, EngineStats
 from qwen_dist.engine.request import Request, RequestOutput, SamplingParams, TokenLogprob
-from qwen_dist.errors import UsageError, UserError
+from qwen_dist.errors import UserError
 from qwen_dist.tokenizer import Tokenizer
 
 # How often `report` is called.
@@ -44,17 +45,20 @@ class ResultWriter(Protocol):
 
 @dataclasses.dataclass
 class _PendingResult:
-    """The text and log-probabilities of one record so far."""
+    """The choices of one record that are finished, by index."""
 
     record: BatchRecord
+    choices: dict[int, Choice] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class _PendingChoice:
+    """The text and log-probabilities of one choice so far."""
+
+    result: _PendingResult
+    index: int
     text: str = ""
     logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
-
-
-def check_paths(input: str, output: str) -> None:
-    """Raise UsageError if writing the output would overwrite the input."""
-    if os.path.exists(output) and os.path.exists(input) and os.path.samefile(input, output):
-        raise UsageError(f"input and output are the same file, {input}; name another output")
 
 
 def run_batch(
@@ -65,6 +69,7 @@ def run_batch(
     writer: ResultWriter,
     *,
     raw: bool = False,
+    variables: Mapping[str, Any] = types.MappingProxyType({}),
     report: Callable[[BatchSummary, EngineStats], None] = lambda summary, stats: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> BatchSummary:
@@ -74,9 +79,9 @@ def run_batch(
       engine: from `open_engine`, as are `tokenizer` and `defaults`.
       tokenizer: of the same checkpoint.
       defaults: sampling parameters, overridden by a record's own.
-      records: from `read_records`; read only as fast as the engine takes requests.
-      writer: takes the results.
+      records, writer: `records` come from `read_records`, only as fast as the engine takes requests.
       raw: give prompts to the model unchanged, without the chat template.
+      variables: of the chat template, for records that do not set them.
       report: called every `REPORT_EVERY_S` seconds and at the end, with the counts so far and the engine's load.
       should_stop: when it returns true, running requests are finished and no others are started.
 
@@ -93,21 +98,20 @@ def run_batch(
             if should_stop():
                 return
             try:
-                yield _make_request(record, engine, tokenizer, defaults, raw)
+                yield from _make_requests(record, engine, tokenizer, defaults, raw=raw, variables=variables)
             except UserError as error:
                 writer.write(error_line(record, str(error)), record.line_hash)
                 summary.num_errors += 1
 
     for update in engine.run(requests()):
-        pending: _PendingResult = update.request.key
+        pending: _PendingChoice = update.request.key
         pending.text += update.text
         pending.logprobs += update.logprobs
         summary.num_generated_tokens += len(update.tokens)
         summary.seconds = time.monotonic() - start
         if update.finish_reason is not None:
-            writer.write(_make_result(pending, update, tokenizer), pending.record.line_hash)
-            summary.num_answered += 1
             summary.num_prompt_tokens += len(update.request.prompt)
+            summary.num_answered += _finish_choice(pending, update, tokenizer, writer)
         if summary.seconds - last_report >= REPORT_EVERY_S:
             report(summary, engine.stats)
             last_report = summary.seconds
@@ -118,32 +122,58 @@ def run_batch(
     return summary
 
 
-def _make_request(
-    record: BatchRecord | InvalidRecord, engine: Engine, tokenizer: Tokenizer, defaults: SamplingParams, raw: bool
-) -> Request:
+def _make_requests(
+    record: BatchRecord | InvalidRecord,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    defaults: SamplingParams,
+    *,
+    raw: bool,
+    variables: Mapping[str, Any],
+) -> list[Request]:
+    """Return a request for each choice; they differ in their seeds."""
     if isinstance(record, InvalidRecord):
         raise UserError(record.message)
-    if record.messages is not None:
-        prompt = tokenizer.apply_chat_template(record.messages)
-    elif raw or record.format == "openai":
-        prompt = tokenizer.encode(record.prompt or "")
+    params = defaults.override(record.params)
+    if record.messages is None and (raw or record.format == "openai"):
+        text = record.prompt or ""
+        tokenizer.check_length(text, engine.max_context)
+        prompt = tokenizer.encode(text)
     else:
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": record.prompt}])
-    request = Request(_PendingResult(record), tuple(prompt), defaults.override(record.params))
-    engine.check(request)
-    return request
+        messages = record.messages or [{"role": "user", "content": record.prompt}]
+        chat = make_chat(messages, record.tools, record.chat_template_kwargs, variables)
+        prompt = tokenizer.encode_prompt(chat, engine.max_context)
+        params = params.override({"stop_token_ids": tokenizer.chat_stop_ids})
+    result = _PendingResult(record)
+    requests = [
+        Request(_PendingChoice(result, index), tuple(prompt), params.with_seed_of_choice(index))
+        for index in range(record.num_choices)
+    ]
+    engine.check(requests[0])
+    return requests
 
 
-def _make_result(pending: _PendingResult, update: RequestOutput, tokenizer: Tokenizer) -> dict[str, Any]:
+def _finish_choice(pending: _PendingChoice, update: RequestOutput, tokenizer: Tokenizer, writer: ResultWriter) -> bool:
+    """Add a finished choice to its record; write the result when it is the last one. Return whether it was."""
+    record, choices = pending.result.record, pending.result.choices
+    choices[pending.index] = _make_choice(pending, update, tokenizer)
+    if len(choices) < record.num_choices:
+        return False
+    line = result_line(record, [choices[index] for index in sorted(choices)], len(update.request.prompt))
+    writer.write(line, record.line_hash)
+    return True
+
+
+def _make_choice(pending: _PendingChoice, update: RequestOutput, tokenizer: Tokenizer) -> Choice:
     assert update.finish_reason is not None
-    prompt, record, logprobs = update.request.prompt, pending.record, None
+    prompt, record, logprobs = update.request.prompt, pending.result.record, None
     if update.request.params.logprobs is not None:
         logprobs = [logprob_json(token, tokenizer) for token in pending.logprobs]
         if record.echo:
             first = logprob_json(TokenLogprob(prompt[0], 0.0, ()), tokenizer) | {"logprob": None}
             logprobs = [first, *(logprob_json(token, tokenizer) for token in update.prompt_logprobs), *logprobs]
     text = (record.prompt or "") + pending.text if record.echo else pending.text
-    return result_line(record, text, update.finish_reason, len(prompt), update.num_generated, logprobs)
+    return Choice(text, update.finish_reason, update.num_generated, logprobs)
 
 
 def logprob_json(logprob: TokenLogprob, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import html
-import os
+import itertools
+import math
 
 from qwen_dist.batch.run import BatchSummary
 from qwen_dist.engine.engine import EngineStats
@@ -12,6 +13,8 @@ from qwen_dist.errors import UserError
 
 # At this number every second sample is dropped and the sampling rate is halved.
 MAX_SAMPLES = 1024
+# Rates are averages over at least this time.
+MIN_WINDOW_S = 1.0
 WIDTH, HEIGHT, LEFT, TOP = 860, 180, 70, 30
 
 
@@ -52,15 +55,21 @@ class TimeSeries:
         return total / max(self.samples[-1].seconds, 1e-9)
 
     def rates(self, name: str) -> list[tuple[float, float]]:
-        """Return (seconds, growth per second of a total) for each interval between two samples."""
-        pairs = [(a, b) for a, b in zip(self.samples, self.samples[1:], strict=False) if b.seconds > a.seconds]
-        return [(b.seconds, (getattr(b, name) - getattr(a, name)) / (b.seconds - a.seconds)) for a, b in pairs]
+        """Return (seconds, growth per second of a total) over windows of at least `MIN_WINDOW_S`.
 
-
-def check_chart(path: str) -> None:
-    """Raise UserError if the chart's directory does not exist."""
-    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-        raise UserError(f"cannot write the chart {path}: its directory does not exist; create it, or name another")
+        What comes in one step, after a step of tokens, would be a peak that means nothing. The last window is longer.
+        """
+        ends = [self.samples[0]]
+        for sample in self.samples[1:]:
+            if sample.seconds - ends[-1].seconds >= MIN_WINDOW_S:
+                ends.append(sample)
+        last = self.samples[-1]
+        if last is not ends[-1] and last.seconds > ends[-1].seconds:
+            ends[max(len(ends) - 1, 1) :] = [last]
+        return [
+            (b.seconds, (getattr(b, name) - getattr(a, name)) / (b.seconds - a.seconds))
+            for a, b in itertools.pairwise(ends)
+        ]
 
 
 def write_chart(path: str, series: TimeSeries) -> None:
@@ -91,16 +100,24 @@ def write_chart(path: str, series: TimeSeries) -> None:
         raise UserError(f"cannot write the chart {path}: {error.strerror}") from error
 
 
+def axis_end(largest: float) -> float:
+    """Return the smallest number with one digit, and zeros, that is not below the largest value."""
+    if not 0 < largest < math.inf:
+        return 1.0
+    scale = 10.0 ** math.floor(math.log10(largest))
+    return math.ceil(round(largest / scale, 9)) * scale
+
+
 def _panel(title: str, lines: dict[str, list[tuple[float, float]]]) -> str:
     points = [point for line in lines.values() for point in line]
-    end, top = max((x for x, _ in points), default=0) or 1, max((y for _, y in points), default=0) or 1
+    end, top = max((x for x, _ in points), default=0) or 1, axis_end(max((y for _, y in points), default=0))
     parts = [f'<svg width="{LEFT + WIDTH + 20}" height="{TOP + HEIGHT + 25}"><g transform="translate({LEFT},{TOP})">']
     parts.append(f'<rect width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#ccc"/>')
     parts.append(f'<text y="-8" font-weight="bold">{html.escape(title)}</text>')
     parts.append(
-        f'<text x="-6" y="10" text-anchor="end">{top:.4g}</text><text x="-6" y="{HEIGHT}" text-anchor="end">0</text>'
+        f'<text x="-6" y="10" text-anchor="end">{top:,.6g}</text><text x="-6" y="{HEIGHT}" text-anchor="end">0</text>'
     )
-    parts.append(f'<text x="{WIDTH}" y="{HEIGHT + 16}" text-anchor="end">{end:.4g} s</text>')
+    parts.append(f'<text x="{WIDTH}" y="{HEIGHT + 16}" text-anchor="end">{end:,.1f} s</text>')
     for index, ((name, line), colour) in enumerate(zip(lines.items(), ("#1f6fb4", "#d9730d"), strict=False)):
         drawn = " ".join(f"{x / end * WIDTH:.1f},{HEIGHT - y / top * HEIGHT:.1f}" for x, y in line)
         parts.append(f'<polyline points="{drawn}" fill="none" stroke="{colour}" stroke-width="1.5"/>')

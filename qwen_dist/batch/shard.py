@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from qwen_dist.batch.jsonl import BatchRecord, InvalidRecord, read_records
+from qwen_dist.batch.line_reader import MAX_LINE_BYTES
 from qwen_dist.batch.output import OutputFile
-from qwen_dist.batch.run import BatchSummary, check_paths
+from qwen_dist.batch.run import BatchSummary
 from qwen_dist.runtime.control import ControlChannel, Message
 from qwen_dist.runtime.distributed import Processes, Replica
 
@@ -49,6 +50,7 @@ def open_shard(
     overwrite: bool = False,
     retry_errors: bool = False,
     keep_order: bool = False,
+    max_line_bytes: int = MAX_LINE_BYTES,
 ) -> Iterator[tuple[Iterator[BatchRecord | InvalidRecord], ShardWriter]]:
     """Open the input and the output for this process.
 
@@ -61,6 +63,7 @@ def open_shard(
       overwrite: discard existing results.
       retry_errors: drop existing results that are errors.
       keep_order: put the finished output into the order of the input.
+      max_line_bytes: a longer input line is answered with an error.
 
     Yields:
       The records that this process answers, and the writer for their results.
@@ -68,19 +71,18 @@ def open_shard(
     Raises:
       UserError: the files cannot be used.
     """
-    check_paths(input, output)
     if processes.is_main:
-        order = (lambda: read_records(input)) if keep_order else None
-        records = read_records(input)
+        order = (lambda: read_records(input, max_line_bytes)) if keep_order else None
+        records = read_records(input, max_line_bytes)
         with OutputFile(output, settings=settings, overwrite=overwrite, retry_errors=retry_errors) as file:
-            done = _broadcast_from_main(file.answered_lines(read_records(input)), processes)
+            done = _broadcast_from_main(file.answered_lines(read_records(input, max_line_bytes)), processes)
             collector = ResultCollector(file, processes.control, replica.num_replicas - 1, order)
             yield shard_records(records, replica, done), collector
     else:
         done = _broadcast_from_main(np.zeros(0, np.int32), processes)
         is_sender = processes.process_id == replica.process_ids[0] and processes.control is not None
         results = ResultSender(processes.control) if is_sender and processes.control is not None else NullWriter()
-        yield shard_records(read_records(input), replica, done), results
+        yield shard_records(read_records(input, max_line_bytes), replica, done), results
 
 
 def _broadcast_from_main(numbers: np.ndarray, processes: Processes) -> np.ndarray:

@@ -5,17 +5,21 @@
 
 from __future__ import annotations
 
-import json
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from qwen_dist.errors import CheckpointError
+from qwen_dist.errors import CheckpointError, printable
+from qwen_dist.json_reader import MAX_JSON_BYTES, parse_object, read_file
+from qwen_dist.tokenizer_files import TEMPLATE_DIRECTORY
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_FILE_NAME = "model.safetensors"
+_MAX_NAME_BYTES = 255  # the limit of Linux's file systems
+_MAX_LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,12 @@ class LocalFile:
     def __init__(self, path: Path):
         self.path, self.name = path, path.name
         try:
-            self._fingerprint = _fingerprint(os.stat(path))
+            status = os.stat(path)
         except OSError as error:
             raise _io_error(path, error) from error
+        if not stat.S_ISREG(status.st_mode):  # opening a named pipe waits until somebody writes to it
+            raise CheckpointError(f"{printable(path)} is not a regular file.")
+        self._fingerprint = _fingerprint(status)
         self.size = self._fingerprint[0]
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -86,7 +93,7 @@ def _fingerprint(status: os.stat_result) -> tuple[int, int, int]:
 
 
 def _io_error(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"{path} cannot be read: {error.strerror or error}.")
+    return CheckpointError(f"{printable(path)} cannot be read: {error.strerror or error}.")
 
 
 class Folder(Protocol):
@@ -95,7 +102,7 @@ class Folder(Protocol):
     @property
     def read_options(self) -> ReadOptions: ...
     def read(self, name: str) -> bytes | None:
-        """Return the content of a small file, or None if it does not exist."""
+        """Return the content of a small file (at most `MAX_JSON_BYTES`), or None if it does not exist."""
         ...
 
     def open(self, name: str) -> ByteFile:
@@ -104,6 +111,10 @@ class Folder(Protocol):
 
     def weight_files(self) -> list[str]:
         """Return the names of the safetensors files in a folder without an index."""
+        ...
+
+    def template_files(self) -> list[str]:
+        """Return the names of the named chat templates, to be read; of a folder that cannot be listed, possible names."""
         ...
 
 
@@ -120,25 +131,37 @@ class LocalFolder:
 
     def read(self, name: str) -> bytes | None:
         try:
-            return (self.root / name).read_bytes()
+            return read_file(self._path(name), max_bytes=MAX_JSON_BYTES)
         except FileNotFoundError:
             return None
-        except OSError as error:
-            raise _io_error(self.root / name, error) from error
 
     def open(self, name: str) -> ByteFile:
-        """Open a weight file; refuse a symbolic link to a file outside the checkpoint.
+        return LocalFile(self._path(name))
+
+    def _path(self, name: str) -> Path:
+        """Return the path of a file; refuse a symbolic link to a file outside the checkpoint.
 
         One exception: the hub's cache links `snapshots/<revision>/x` to `blobs/<hash>`, next to `snapshots`.
         """
-        path, root = self.root / name, self.root.resolve()
-        allowed = (root, root.parent.parent / "blobs")
-        if path.is_symlink() and not any(path.resolve().is_relative_to(folder) for folder in allowed):
-            raise CheckpointError(f"{path} is a symbolic link to {path.resolve()}, outside of the checkpoint.")
-        return LocalFile(path)
+        path = self.root / name
+        try:
+            if not path.is_symlink():
+                return path
+            root, target = self.root.resolve(), path.resolve()
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise CheckpointError(f"{printable(path)} cannot be read: {printable(reason)}.") from None
+        if not any(target.is_relative_to(folder) for folder in (root, root.parent.parent / "blobs")):
+            raise CheckpointError(
+                f"{printable(path)} is a symbolic link to {printable(target)}, outside of the checkpoint."
+            )
+        return path
 
     def weight_files(self) -> list[str]:
         return sorted(path.name for path in self.root.glob("*.safetensors"))
+
+    def template_files(self) -> list[str]:
+        return sorted(f"{TEMPLATE_DIRECTORY}/{path.name}" for path in self.root.glob(f"{TEMPLATE_DIRECTORY}/*.jinja"))
 
 
 def read_json(folder: Folder, name: str) -> dict[str, Any] | None:
@@ -148,15 +171,7 @@ def read_json(folder: Folder, name: str) -> dict[str, Any] | None:
       CheckpointError: the file is not a JSON object, or cannot be read.
     """
     raw = folder.read(name)
-    if raw is None:
-        return None
-    try:
-        content = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder}: {name} is not JSON: {type(error).__name__}: {error}.") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{folder}: {name}: expected a JSON object, found a {type(content).__name__}.")
-    return content
+    return None if raw is None else parse_object(raw, f"{folder}: {name}")
 
 
 def check_weight_map(folder: Folder, index: Mapping[str, Any]) -> dict[str, str]:
@@ -164,15 +179,18 @@ def check_weight_map(folder: Folder, index: Mapping[str, Any]) -> dict[str, str]
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder}: {INDEX_NAME}: expected a non-empty object under weight_map.")
-    bad = sorted({repr(value) for value in weight_map.values() if not is_shard_name(value)})
+    bad = sorted({printable(repr(value), 80) for value in weight_map.values() if not is_shard_name(value)})
     if bad:
+        more = f" and {len(bad) - _MAX_LISTED} more" if len(bad) > _MAX_LISTED else ""
         raise CheckpointError(
             f"{folder}: {INDEX_NAME}: weight_map may only name *.safetensors files of the same directory, "
-            f"found {', '.join(bad)}."
+            f"found {', '.join(bad[:_MAX_LISTED])}{more}."
         )
     return weight_map
 
 
 def is_shard_name(value: object) -> bool:
     """Return whether an index entry is a plain file name, which cannot lead outside its directory or URL."""
-    return isinstance(value, str) and value.endswith(".safetensors") and not set(value) & set("/\\:\0?#%")
+    if not isinstance(value, str) or not value.endswith(".safetensors") or not value.isprintable():
+        return False
+    return len(os.fsencode(value)) <= _MAX_NAME_BYTES and not set(value) & set("/\\:?#%")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen_dist.errors import CheckpointError
+from qwen_dist.errors import CheckpointError, printable
 
 FP8_DTYPES = frozenset({"F8_E4M3", "F8_E5M2"})
 SCALE_DTYPES = frozenset({"F32", "BF16", "F16"})
@@ -33,10 +33,13 @@ def read_block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
     block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
     if method != "fp8":
         raise CheckpointError(
-            f"config.json: quantization {str(method)!r} is not supported; use the original checkpoint or its FP8 release."
+            f"config.json: quantization {printable(repr(method), 80)} is not supported; use the original checkpoint or its "
+            "FP8 release."
         )
     if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
-        raise CheckpointError(f"config.json: FP8 needs weight_block_size as two positive integers, found {block!r}.")
+        raise CheckpointError(
+            f"config.json: FP8 needs weight_block_size as two positive integers, found {printable(repr(block), 80)}."
+        )
     return block[0], block[1]
 
 

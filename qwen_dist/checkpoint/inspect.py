@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Any
 from qwen_dist.checkpoint.names import SCALE_SUFFIX, group_names
 from qwen_dist.checkpoint.safetensors import TensorInfo
 from qwen_dist.checkpoint.source import Checkpoint, open_checkpoint
-from qwen_dist.errors import UserError
+from qwen_dist.errors import UserError, printable
+
+# What is printed of an unusual checkpoint; Qwen's have fewer than 50 groups and 6 levels.
+_MAX_PRINTED_GROUPS = 500
+_MAX_DEPTH = 12
 
 if TYPE_CHECKING:
     import jax
@@ -67,41 +71,44 @@ class CheckpointReport:
         return json.dumps(asdict(self), indent=2)
 
     def print(self, console: Console) -> None:
-        """Print the report as a tree."""
+        """Print the problems and warnings, then the report as a tree."""
         from rich.markup import escape
         from rich.tree import Tree
 
-        title = f"[bold]{escape(self.location)}[/]  {escape(self.architecture)}"
+        for label, style, lines in (("problem", "bold red", self.problems), ("warning", "yellow", self.warnings)):
+            for line in lines:
+                console.print(f"[{style}]{label}[/]  {escape(printable(line, 1000))}", highlight=False, soft_wrap=True)
+        title = f"[bold]{escape(printable(self.location))}[/]  {escape(self.architecture)}"
         sizes = f"{self.parameters / 1e9:.3f} B parameters, {self.bytes / 1e9:.3f} GB in {len(self.files)} files"
         dtypes = ", ".join(f"{name} {size / 1e9:.3f} GB" for name, size in self.dtypes.items())
         console.print(Tree(f"{title}\n{sizes} ({dtypes})" if self.files else title))
         if self.groups:
-            console.print(self._tree())
+            console.print(self._tree(self.groups[:_MAX_PRINTED_GROUPS]))
+        if len(self.groups) > _MAX_PRINTED_GROUPS:
+            console.print(f"and {len(self.groups) - _MAX_PRINTED_GROUPS} more; --json lists all")
         if self.load is not None:
             console.print(f"[bold]load[/]  {escape(self.load.text)}", highlight=False, soft_wrap=True)
-        for label, style, lines in (("warning", "yellow", self.warnings), ("problem", "red", self.problems)):
-            for line in lines:
-                console.print(f"[{style}]{label}[/]  {escape(line)}", highlight=False, soft_wrap=True)
 
-    def _tree(self) -> Any:
+    def _tree(self, shown: Sequence[TensorGroup]) -> Any:
+        from rich.markup import escape
         from rich.tree import Tree
 
         root = Tree("parameters")
         branches: dict[tuple[str, ...], Any] = {(): root}
-        for group in self.groups:
+        for group in shown:
             *modules, leaf = group.name.split(".")
             depth = 0
             # A module with a single tensor is on one line with it.
-            while depth < len(modules) and len(self._groups_under(modules[: depth + 1])) > 1:
+            while depth < min(len(modules), _MAX_DEPTH) and len(self._groups_under(modules[: depth + 1])) > 1:
                 depth += 1
                 path = tuple(modules[:depth])
                 if path not in branches:
                     groups = self._groups_under(path)
                     size = _format_size(sum(g.parameters for g in groups), sum(g.bytes for g in groups))
-                    branches[path] = branches[path[:-1]].add(f"{path[-1]}  [dim]{size}[/]")
+                    branches[path] = branches[path[:-1]].add(f"{escape(printable(path[-1], 100))}  [dim]{size}[/]")
             count = f"{group.tensors} x " if group.tensors > 1 else ""
             shape = r"\[" + ", ".join(map(str, group.shape)) + "]"
-            label = ".".join([*modules[depth:], leaf])
+            label = escape(printable(".".join([*modules[depth:], leaf]), 200))
             size = _format_size(group.parameters, group.bytes)
             branches[tuple(modules[:depth])].add(f"{label}  {count}{group.dtype} {shape}  [dim]{size}[/]")
         return root
@@ -148,8 +155,9 @@ def inspect(
 
 
 def _describe(report: CheckpointReport, checkpoint: Checkpoint) -> None:
-    report.architecture = ", ".join(
-        map(str, checkpoint.config.get("architectures") or [checkpoint.config.get("model_type")])
+    architectures = checkpoint.config.get("architectures") or checkpoint.config.get("model_type")
+    report.architecture = printable(
+        ", ".join(map(str, architectures)) if isinstance(architectures, list) else str(architectures), 200
     )
     report.warnings += checkpoint.warnings
     report.bytes = checkpoint.nbytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -10,14 +11,18 @@ from typing import Any, Literal
 import jax
 from jax.typing import DTypeLike
 
-from qwen_dist.checkpoint.adapter import merge_adapter, read_adapter
+from qwen_dist.checkpoint.adapter_merge import fit_updates, merge_updates
+from qwen_dist.checkpoint.adapter_read import PeftAdapter, read_adapter
 from qwen_dist.checkpoint.load import ProgressCallback, load
-from qwen_dist.checkpoint.save import export
+from qwen_dist.checkpoint.save import check_output, export
 from qwen_dist.checkpoint.source import Checkpoint, open_checkpoint
-from qwen_dist.errors import UsageError
+from qwen_dist.checkpoint.sync import sync_processes
+from qwen_dist.errors import UsageError, UserError
+from qwen_dist.hf_config import parse_model_config, read_model_config
 from qwen_dist.models.config import ModelConfig
-from qwen_dist.models.parameters import abstract_parameters, disk_shapes, random_parameters
+from qwen_dist.models.parameters import DiskShape, abstract_parameters, disk_shapes, random_parameters
 from qwen_dist.models.transformer import Transformer
+from qwen_dist.runtime.memory import available_memory, format_gb
 from qwen_dist.sharding import ShardingContext
 
 
@@ -43,6 +48,7 @@ def load_model(
     weights: str | None = None,
     load_format: Literal["safetensors", "dummy"] = "safetensors",
     ignored_config_keys: Iterable[str] = (),
+    adapter: PeftAdapter | None = None,
     host_memory_budget: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> LoadedModel:
@@ -55,6 +61,7 @@ def load_model(
       weights: where the weights are, if not in `directory`: any location that `open_checkpoint` takes.
       load_format: "dummy" makes random weights on the devices instead of reading any.
       ignored_config_keys: unknown keys of config.json that the user allows.
+      adapter: is merged into the weights. That it fits them is checked before they are read.
       host_memory_budget: see `checkpoint.load.load`.
       progress: see `checkpoint.load.load`.
 
@@ -62,23 +69,43 @@ def load_model(
       CheckpointError: the checkpoint cannot be used; every problem of the failing step is listed.
       UsageError: the model does not fit the mesh. This is raised before anything is read.
     """
-    config = ModelConfig.from_directory(directory, ignored_config_keys)
+    config = read_model_config(directory, ignored_config_keys)
     module = Transformer(config, dtype=dtype)
     target = abstract_parameters(module, sharding_ctx)  # raises UsageError before anything is read
+    updates, shapes = () if adapter is None else adapter.updates, disk_shapes(module)
+    fit_updates(updates, shapes)
+    _check_memory(target)
     if load_format == "dummy":
-        return LoadedModel(config, module, random_parameters(module, sharding_ctx), sharding_ctx)
-    parameters = load(
-        open_checkpoint(weights or directory),
-        target,
-        disk_shapes=disk_shapes(module),
-        tied=config.tie_word_embeddings,
-        host_memory_budget=host_memory_budget,
-        progress=progress,
-    )
+        parameters = random_parameters(module, sharding_ctx)
+    else:
+        parameters = load(
+            open_checkpoint(weights or directory),
+            target,
+            disk_shapes=shapes,
+            tied=config.tie_word_embeddings,
+            host_memory_budget=host_memory_budget,
+            progress=progress,
+        )
+    parameters = merge_updates(parameters, updates, shapes, sharding_ctx)
     return LoadedModel(config, module, parameters, sharding_ctx)
 
 
-AbstractModel = tuple[dict[str, jax.ShapeDtypeStruct], dict[str, tuple[int, ...]], bool]
+def _check_memory(target: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    """Raise UserError if the weights on the CPU devices of this process alone are larger than its available memory."""
+    needed = sum(
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) * len(leaf.sharding.addressable_devices)
+        for leaf in target.values()
+        if leaf.sharding is not None and next(iter(leaf.sharding.device_set)).platform == "cpu"
+    )
+    available = available_memory()
+    if needed > available:
+        raise UserError(
+            f"not enough memory: the weights need {format_gb(needed)} and {format_gb(available)} are available. Use a "
+            "smaller --dtype such as bfloat16, or more hosts with --mesh; `qwen-dist plan` estimates what is needed"
+        )
+
+
+AbstractModel = tuple[dict[str, jax.ShapeDtypeStruct], dict[str, DiskShape], bool]
 
 
 def abstract_model(
@@ -88,7 +115,7 @@ def abstract_model(
 
     Raises CheckpointError and UsageError as `load_model` does.
     """
-    config = ModelConfig.from_hf(hf, ignored_config_keys)
+    config = parse_model_config(hf, ignored_config_keys)
     module = Transformer(config, dtype=dtype)
     return abstract_parameters(module, sharding_ctx), disk_shapes(module), config.tie_word_embeddings
 
@@ -108,17 +135,20 @@ def export_model(
 ) -> None:
     """Load the checkpoint at `location` onto the mesh and save it as a Hugging Face directory.
 
-    `adapter` is a directory in PEFT's layout; it is added to the weights. `dtype` None keeps that of the checkpoint
+    `adapter` is a directory in PEFT's layout; it is merged into the weights. `dtype` None keeps that of the checkpoint
     (bfloat16 for a quantised one). Other arguments and errors as for `load_model` and `checkpoint.save.save`.
     """
-    low_rank = read_adapter(adapter) if adapter else None
+    with sync_processes("checking the output"):
+        if jax.process_index() == 0:
+            check_output(output, overwrite=overwrite)
+    updates = read_adapter(adapter, ignored_config_keys).updates if adapter else ()
     checkpoint = open_checkpoint(location)
     target, shapes, is_tied = abstract_model(
         checkpoint.config, sharding_ctx, dtype or _stored_dtype(checkpoint), ignored_config_keys
     )
+    fit_updates(updates, shapes)
     arrays = load(checkpoint, target, disk_shapes=shapes, tied=is_tied, host_memory_budget=host_memory_budget)
-    if low_rank is not None:
-        arrays = merge_adapter(arrays, low_rank, sharding_ctx)
+    arrays = merge_updates(arrays, updates, shapes, sharding_ctx)
     export(
         checkpoint,
         arrays,
@@ -132,7 +162,7 @@ def export_model(
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> str:
-    names = {"BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+    names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
     stored = {tensor.dtype.name for tensor in checkpoint.tensors.values()}
     if checkpoint.config.get("quantization_config"):
         return "bfloat16"

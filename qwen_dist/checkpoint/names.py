@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from qwen_dist.checkpoint.safetensors import TensorInfo
-from qwen_dist.errors import CheckpointError
+from qwen_dist.errors import CheckpointError, problem_list
 
 # (prefix of the text model, prefix of lm_head) in published checkpoints: text models, multimodal models, the older
 # multimodal order, and a text model without a head.
@@ -23,7 +23,7 @@ EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 SCALE_SUFFIX = "_scale_inv"
 # Tensors outside the text model (vision tower, multi-token prediction), and a buffer that old checkpoints contain.
 _SKIPPED = re.compile(r"(model\.)?visual\.|mtp\.|.*\.rotary_emb\.inv_freq$")
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.)")
 _EXPERTS = re.compile(r"(.*\.experts\.)(gate_up_proj|gate_proj|up_proj|down_proj)(?:\.weight)?$")
 
 
@@ -102,8 +102,7 @@ def map_names(
     ]
     if problems:
         raise CheckpointError(
-            "The checkpoint does not fit the model (config.json determines names and shapes):\n"
-            + "\n".join(f"  - {problem}" for problem in problems)
+            "The checkpoint does not fit the model (config.json determines names and shapes):\n" + problem_list(problems)
         )
     return NameMap(segments, scales, tuple(sorted(skipped)), tied_head)
 
@@ -134,7 +133,7 @@ def _segments(name: str, shape: tuple[int, ...], *, fused_experts: bool) -> tupl
 
 
 def _section_segments(name: str, shape: tuple[int, ...], sections: tuple[int, ...]) -> Iterator[Segment]:
-    """Yield a parameter's rows in its order, head by head, from a tensor that has all heads' rows of each section together."""
+    """Yield a parameter's rows head by head, from a tensor with all heads' rows of each section together."""
     num_heads, row = shape[0] // sum(sections), math.prod(shape[1:])
     size = math.gcd(*sections)
     for head in range(num_heads):

@@ -35,7 +35,7 @@ from qwen_dist.checkpoint.boxes import (
 from qwen_dist.checkpoint.fp8 import FP8_DTYPES, SCALE_DTYPES, scale_shape
 from qwen_dist.checkpoint.names import NameMap, Segment
 from qwen_dist.checkpoint.safetensors import DTYPES, TensorInfo
-from qwen_dist.errors import CheckpointError
+from qwen_dist.errors import CheckpointError, problem_list
 
 # A shard whose contiguous runs on disk are at least this long is read directly into its buffer. A shard with shorter runs
 # (a column shard) is read as whole rows together with its neighbours, and divided in memory.
@@ -268,7 +268,7 @@ def make_parameters(
             )
         )
     if problems:
-        raise CheckpointError("Parameters that cannot be loaded:\n" + "\n".join(f"  - {text}" for text in problems))
+        raise CheckpointError("Parameters that cannot be loaded:\n" + problem_list(problems))
     return tuple(parameters)
 
 

@@ -17,7 +17,7 @@ def progress_bar(description: str, console: Console) -> Iterator[ProgressCallbac
     """Show a progress bar on the console while the block runs; yield the `progress` callback for `load` and `save`."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), "left", TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -16,12 +16,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from qwen_dist.errors import CheckpointError
+from qwen_dist.errors import CheckpointError, printable
+from qwen_dist.json_reader import JsonError, parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 LENGTH_BYTES = 8
 # In written files the data starts at a multiple of this, so that a memory map of them can back a CPU array.
 DATA_ALIGNMENT = 64
+_MAX_RANK = 32
 
 
 class FormatError(CheckpointError):
@@ -29,7 +31,7 @@ class FormatError(CheckpointError):
 
     def __init__(self, file: str, tensor: str | None, expected: str, found: str):
         self.file, self.tensor, self.expected, self.found = file, tensor, expected, found
-        where = file if tensor is None else f"{file}, tensor {tensor!r}"
+        where = file if tensor is None else f"{file}, tensor {printable(repr(tensor), 200)}"
         super().__init__(f"{where}: expected {expected}, found {found}.")
 
 
@@ -168,24 +170,10 @@ def parse_header(file: str, size: int, raw: bytes) -> Header:
 
 
 def _parse_json(file: str, raw: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        entries = dict(pairs)
-        if len(entries) != len(pairs):
-            keys = [key for key, _ in pairs]
-            duplicates = sorted({key for key in keys if keys.count(key) > 1})
-            raise FormatError(file, duplicates[0], "each key once in the header", f"{len(duplicates)} duplicate keys")
-        return entries
-
-    def reject_constant(text: str) -> None:
-        raise ValueError(f"{text} is not JSON")
-
     try:
-        # Decoding first gives a clearer error for a byte-order mark, which is not valid JSON.
-        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=reject_constant)
-    except FormatError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise FormatError(file, None, "a JSON header in UTF-8", f"{type(error).__name__}: {_shorten(error)}") from None
+        entries = parse_json(raw)
+    except JsonError as error:
+        raise FormatError(file, None, "a JSON header", f"text that is none: {error}") from None
     if not isinstance(entries, dict):
         raise FormatError(file, None, "a JSON object as header", f"a JSON {type(entries).__name__}")
     return entries
@@ -202,7 +190,10 @@ def _parse_entry(file: str, name: str, entry: Any, data_start: int) -> TensorInf
         raise FormatError(file, name, "data_offsets of two non-negative integers", _shorten(entry["data_offsets"]))
     dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
     bits = math.prod(shape) * dtype.bits
-    if end - begin != bits / 8 or bits % 8:
+    if len(shape) > _MAX_RANK or bits >= 2**66:
+        limits = f"at most {_MAX_RANK} dimensions and less than 2**63 bytes"
+        raise FormatError(file, name, limits, f"{len(shape)} dimensions, {_shorten(list(shape))}")
+    if 8 * (end - begin) != bits:
         expected = (
             f"{bits} bits for {dtype.name} {list(shape)}"
             if bits % 8
@@ -234,8 +225,7 @@ def _check_coverage(file: str, tensors: list[TensorInfo], data_start: int, size:
 
 
 def _shorten(value: object) -> str:
-    text = value if isinstance(value, str) else str(value) if isinstance(value, Exception) else repr(value)
-    return text if len(text) <= 200 else text[:200] + "…"
+    return printable(value if isinstance(value, str) else repr(value), 200)
 
 
 def build_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:

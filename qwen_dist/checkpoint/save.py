@@ -8,6 +8,7 @@ complete old checkpoint or the complete new one.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -15,7 +16,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,19 @@ import numpy as np
 
 from qwen_dist.checkpoint.boxes import box_from_slices, contains, intersect, relative_slices
 from qwen_dist.checkpoint.buffers import is_on_host
-from qwen_dist.checkpoint.files import INDEX_NAME, LOCAL_READ_OPTIONS, SINGLE_FILE_NAME, LocalFile
+from qwen_dist.checkpoint.files import INDEX_NAME, LOCAL_READ_OPTIONS, SINGLE_FILE_NAME, Folder, LocalFile
 from qwen_dist.checkpoint.load import ByteCounter, ProgressCallback, fit_to_budget, run_in_threads
 from qwen_dist.checkpoint.names import PREFIXES, NameMap, find_layout, name_tensors
 from qwen_dist.checkpoint.plan import Chunk, Parameter, Shard, chunk_boxes, count_stack_dims
 from qwen_dist.checkpoint.safetensors import LENGTH_BYTES, TensorInfo, build_header, dtype_name, parse_header
 from qwen_dist.checkpoint.source import Checkpoint, read_header
 from qwen_dist.checkpoint.sync import sync_processes
-from qwen_dist.errors import CheckpointError
+from qwen_dist.errors import CheckpointError, UserError, printable
+from qwen_dist.json_reader import read_json_object
+from qwen_dist.outputs import run_lock
 
+# In a staging directory: it is one, and may be removed.
+_STAGING_MARKER = ".qwen_dist_saving"
 MAX_SHARD_BYTES = 5_000_000_000
 # Files that `transformers` and this project's tokenizer read in addition to weights and config.json.
 EXTRA_FILE_NAMES = (
@@ -45,6 +50,7 @@ EXTRA_FILE_NAMES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
     "LICENSE",
 )
 
@@ -66,7 +72,6 @@ def export(
     Weights that were quantised are written dequantised, as they were loaded. Other arguments and errors as in `save`.
     """
     prefix, fused_experts = find_layout(arrays, checkpoint.tensors)
-    extra_files = {name: checkpoint.folder.read(name) for name in EXTRA_FILE_NAMES}
     save(
         arrays,
         output,
@@ -74,13 +79,19 @@ def export(
         disk_shapes=disk_shapes,
         prefix=prefix,
         fused_experts=fused_experts,
-        extra_files={name: content for name, content in extra_files.items() if content is not None},
+        extra_files=read_extra_files(checkpoint.folder),
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
         host_memory_budget=host_memory_budget,
         progress=progress,
     )
+
+
+def read_extra_files(folder: Folder) -> dict[str, bytes]:
+    """Return the content of the files of a checkpoint that are copied to another, by name."""
+    contents = {name: folder.read(name) for name in (*EXTRA_FILE_NAMES, *folder.template_files())}
+    return {name: content for name, content in contents.items() if content is not None}
 
 
 def save(
@@ -115,28 +126,39 @@ def save(
     Raises:
       CheckpointError: the output exists or cannot be written; it is left unchanged.
     """
-    target = Path(os.path.abspath(output))
-    staging = target.with_name(f".{target.name}.saving")
+    target = Path(os.path.realpath(output))  # a link stays, and what it leads to is replaced
+    staging = _staging_of(target)
     shapes = {name: array.shape for name, array in arrays.items()} | dict(disk_shapes or {})
     names = name_tensors(shapes, prefix=prefix, fused_experts=fused_experts)
     dtypes = {name: _saved_dtype(array, dtype) for name, array in arrays.items()}
     files = _plan_files(names, dtypes, max_shard_bytes)
-    try:
+    with contextlib.ExitStack() as stack, _write_errors(target):
         with sync_processes("preparing to save") as sync_point:
             sync_point.digest = repr(sorted((file.name, file.size, sorted(file.tensors)) for file in files))
             if jax.process_index() == 0:
-                _create_staging(target, staging, files, overwrite)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(run_lock(str(target.with_name(f".{target.name}.lock")), str(target)))
+                _check_target(target, overwrite=overwrite)
+                _create_staging(staging, files)
+                stack.callback(_remove_staging, staging)
         with sync_processes("saving"):
             _write_local_shards(arrays, dtypes, names, files, staging, host_memory_budget, progress)
         with sync_processes("finishing the save"):
             if jax.process_index() == 0:
                 _write_metadata(staging, files, _saved_config(config, dtypes), extra_files or {})
+                keep_other_files(target, staging, _is_of_checkpoint)
                 _commit(staging, target)
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}.") from error
-    finally:
-        if jax.process_index() == 0:
-            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _write_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = error.strerror or error if isinstance(error, OSError) else error
+        raise CheckpointError(f"{printable(target)} cannot be written: {reason}.") from error
 
 
 def _saved_dtype(array: jax.Array, dtype: np.dtype | None) -> np.dtype:
@@ -184,23 +206,85 @@ def _natural_key(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _create_staging(target: Path, staging: Path, files: list[_OutputFile], overwrite: bool) -> None:
+def check_output(output: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Check, before any weight is loaded, that `save` may write to a directory.
+
+    Raises:
+      CheckpointError: it exists and may not be replaced, or nothing can be written there.
+    """
+    target = Path(os.path.realpath(output))
+    with _write_errors(target):
+        _check_target(target, overwrite=overwrite)
+        _check_staging(_staging_of(target))
+
+
+def _staging_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}.saving")
+
+
+def _check_target(target: Path, *, overwrite: bool) -> None:
+    """Raise CheckpointError if the target exists and may not be replaced."""
+    if target == target.parent:
+        raise CheckpointError(f"{target} is the root of the file system; choose another output.")
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not overwrite:
+        raise CheckpointError(f"{target} exists; choose another output, or pass --overwrite (overwrite=True).")
+    weights = sorted(path.name for path in target.glob("*.safetensors")) if target.is_dir() else []
+    if not (weights and (target / "config.json").is_file()):
+        raise CheckpointError(
+            f"{printable(target)} is not a checkpoint directory and will not be replaced (it would have config.json and "
+            "safetensors files); choose another output."
+        )
+    # Other files are kept, but weights of another origin would make the new checkpoint ambiguous.
+    if others := [name for name in weights if name not in _weight_files(target)]:
+        raise CheckpointError(
+            f"{printable(target)} holds {printable(', '.join(others))}, which is not of its checkpoint: move it away, or "
+            "choose another output."
+        )
+
+
+def _weight_files(target: Path) -> set[str]:
+    """Return the names of the weight files that belong to the checkpoint in a directory."""
+    with contextlib.suppress(FileNotFoundError):
+        weight_map = read_json_object(target / INDEX_NAME).get("weight_map")
+        return {SINGLE_FILE_NAME, *map(str, weight_map.values())} if isinstance(weight_map, dict) else {SINGLE_FILE_NAME}
+    names = {path.name for path in target.glob("*.safetensors")}
+    return names if len(names) == 1 else {SINGLE_FILE_NAME}
+
+
+def _check_staging(staging: Path) -> None:
+    """Raise CheckpointError if something else has the name of the staging directory."""
+    is_left_over = (staging / _STAGING_MARKER).is_file() or (staging.is_dir() and not any(staging.iterdir()))
+    if os.path.lexists(staging) and not staging.is_symlink() and not is_left_over:
+        raise CheckpointError(f"{printable(staging)} is in the way and was not made by qwen-dist: move it away.")
+
+
+def _create_staging(staging: Path, files: list[_OutputFile]) -> None:
     """Create the staging directory with all files, each with its header and full size."""
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        if not overwrite:
-            raise CheckpointError(f"{target} exists; choose another output, or pass --overwrite (overwrite=True).")
-        if not (target / "config.json").is_file():
-            raise CheckpointError(
-                f"{target} is not a checkpoint directory and will not be replaced; choose another output."
-            )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if staging.exists():  # left by a save that was killed
-        shutil.rmtree(staging)
+    _check_staging(staging)
+    if staging.is_symlink():
+        staging.unlink()
+    elif staging.exists():
+        _remove_staging(staging)  # left by a save that was killed
     staging.mkdir()
+    (staging / _STAGING_MARKER).touch()
     for file in files:
         with open(staging / file.name, "wb") as handle:
             handle.write(file.header)
             handle.truncate(file.size)
+
+
+def _remove_staging(staging: Path) -> None:
+    """Remove the directory, its marker last: if this is killed, the next save still knows that it may remove it."""
+    with contextlib.suppress(FileNotFoundError):
+        for path in staging.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != _STAGING_MARKER:
+                path.unlink(missing_ok=True)
+        (staging / _STAGING_MARKER).unlink(missing_ok=True)
+        staging.rmdir()
 
 
 def _write_local_shards(
@@ -290,6 +374,7 @@ def _write_metadata(
         weight_map = {name: file.name for file in files for name in file.tensors}
         content[INDEX_NAME] = _encode_json({"metadata": {"total_size": total}, "weight_map": weight_map})
     for name, text in content.items():
+        (staging / name).parent.mkdir(exist_ok=True)
         (staging / name).write_bytes(text)
         _fsync(staging / name)
 
@@ -306,13 +391,49 @@ def _saved_config(config: Mapping[str, Any], dtypes: Mapping[str, np.dtype]) -> 
     return saved
 
 
+def _is_of_checkpoint(name: str) -> bool:
+    """Return whether a file belongs to a checkpoint, so that the new checkpoint's files take its place."""
+    return name in ("config.json", INDEX_NAME, _STAGING_MARKER, *EXTRA_FILE_NAMES) or name.endswith(".safetensors")
+
+
+def keep_other_files(target: Path, staging: Path, is_replaced: Callable[[str], bool] = lambda name: False) -> None:
+    """Take over what else lies in a directory that will be replaced, such as notes, by hard links or as copies.
+
+    Args:
+      target: the directory.
+      staging: the new one. Its own files win.
+      is_replaced: returns whether a file of this name is left out.
+    """
+    for path in target.iterdir() if target.is_dir() else ():
+        if is_replaced(path.name) or (staging / path.name).exists():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, staging / path.name, symlinks=True, copy_function=_link_or_copy)
+        else:
+            _link_or_copy(path, staging / path.name)
+
+
+def _link_or_copy(source: str | Path, destination: str | Path) -> None:
+    try:
+        os.link(source, destination, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, destination, follow_symlinks=False)
+
+
 def _commit(staging: Path, target: Path) -> None:
     """Rename the finished directory to the target in one step. `save` then removes the old one."""
     _fsync(staging)
     if target.exists() and any(target.iterdir()):
-        _swap_directories(staging, target)
+        (target / _STAGING_MARKER).touch()  # it becomes the staging directory, and may be removed
+        try:
+            _swap_directories(staging, target)
+        except CheckpointError:
+            (target / _STAGING_MARKER).unlink()
+            raise
     else:
         os.rename(staging, target)
+    # Until now a killed save could be told by it.
+    (target / _STAGING_MARKER).unlink()
     _fsync(target.parent)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,12 @@ from qwen_dist.checkpoint.files import (
 )
 from qwen_dist.checkpoint.safetensors import LENGTH_BYTES, Header, TensorInfo, header_length, parse_header
 from qwen_dist.checkpoint.sync import sync_processes
-from qwen_dist.errors import CheckpointError
+from qwen_dist.errors import CheckpointError, printable, problem_list
+from qwen_dist.gguf import refuse_gguf
 
 # One read usually covers the whole header of a file (Qwen's are 10-100 kB).
 _FIRST_READ_BYTES = 128 * 1024
+_FILES_AT_ONCE = 256
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -76,6 +78,7 @@ def open_folder(location: str | os.PathLike[str]) -> Folder:
         from qwen_dist.checkpoint.remote import open_url
 
         return open_url(text)
+    refuse_gguf(text)
     if os.path.isdir(text):
         return LocalFolder(Path(text))
     if _HUB_ID.fullmatch(text) and not os.path.exists(text):
@@ -83,7 +86,8 @@ def open_folder(location: str | os.PathLike[str]) -> Folder:
 
         return open_hub(text)
     raise CheckpointError(
-        f"{text} is neither a directory nor a hub id (organisation/name) nor an http(s)://, gs:// or s3:// address."
+        f"{printable(text)} is neither a directory nor a hub id (organisation/name) nor an http(s)://, gs:// or s3:// "
+        "address."
     )
 
 
@@ -95,6 +99,15 @@ def open_folder_checkpoint(folder: Folder) -> Checkpoint:
     index = read_json(folder, INDEX_NAME)
     weight_map = None if index is None else check_weight_map(folder, index)
     names = [_single_weight_file(folder)] if weight_map is None else sorted(set(weight_map.values()))
+    files, headers, problems = _open_files(folder, names)
+    tensors = _collect_tensors(headers, weight_map, problems)
+    if problems:
+        raise CheckpointError(f"{folder} cannot be loaded:\n{problem_list(problems)}")
+    return Checkpoint(folder, config, files, tensors, tuple(_index_warnings(index, tensors)))
+
+
+def _open_files(folder: Folder, names: Sequence[str]) -> tuple[dict[str, ByteFile], dict[str, Header], list[str]]:
+    """Open the weight files; return them, their headers, and the problems of those that cannot be used."""
     files: dict[str, ByteFile] = {}
     headers: dict[str, Header] = {}
     problems: list[str] = []
@@ -107,15 +120,18 @@ def open_folder_checkpoint(folder: Folder) -> Checkpoint:
             return error
 
     with ThreadPoolExecutor(folder.read_options.num_threads) as pool:
-        for name, opened in zip(names, pool.map(open_one, names), strict=True):
-            if isinstance(opened, CheckpointError):
-                problems.append(str(opened))
-            else:
-                files[name], headers[name] = opened
-    tensors = _collect_tensors(headers, weight_map, problems)
-    if problems:
-        raise CheckpointError(f"{folder} cannot be loaded:\n" + "\n".join(f"  - {problem}" for problem in problems))
-    return Checkpoint(folder, config, files, tensors, tuple(_index_warnings(index, tensors)))
+        for start in range(0, len(names), _FILES_AT_ONCE):
+            group = names[start : start + _FILES_AT_ONCE]
+            for name, opened in zip(group, pool.map(open_one, group), strict=True):
+                if isinstance(opened, CheckpointError):
+                    problems.append(str(opened))
+                else:
+                    files[name], headers[name] = opened
+            left = len(names) - start - len(group)
+            if problems and left > 0:
+                # A wrong index may name any number of files, and on a network each costs a request.
+                return files, headers, [f"{left} more files were not opened after these problems:", *problems]
+    return files, headers, problems
 
 
 def _index_warnings(index: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
@@ -123,7 +139,7 @@ def _index_warnings(index: Mapping[str, Any] | None, tensors: Mapping[str, Tenso
     claimed = metadata.get("total_size") if isinstance(metadata, dict) else None
     total = sum(tensor.nbytes for tensor in tensors.values())
     if claimed is not None and claimed != total:
-        yield f"the index has a total_size of {claimed} bytes, but the files have {total}"
+        yield f"the index has a total_size of {printable(repr(claimed), 40)} bytes, but the files have {total}"
 
 
 def read_header(file: ByteFile) -> Header:
@@ -143,7 +159,7 @@ def _single_weight_file(folder: Folder) -> str:
     if len(names) == 1:
         return names[0]
     if names:
-        found = ", ".join(names)
+        found = printable(", ".join(names), 200)
         raise CheckpointError(
             f"{folder} has {len(names)} safetensors files ({found}) but no {INDEX_NAME} to choose from them."
         )
@@ -158,15 +174,19 @@ def _collect_tensors(
     for header in headers.values():
         for name, tensor in header.tensors.items():
             if name in tensors:
-                problems.append(f"tensor {name!r} is both in {tensors[name].file} and in {tensor.file}")
+                problems.append(f"tensor {_quoted(name)} is both in {tensors[name].file} and in {tensor.file}")
             tensors[name] = tensor
     for name, file in (weight_map or {}).items():
         if file in headers and name not in headers[file].tensors:
-            problems.append(f"tensor {name!r} should be in {file} according to the index, but is not")
+            problems.append(f"tensor {_quoted(name)} should be in {file} according to the index, but is not")
     if weight_map is not None:
         problems += [
-            f"tensor {name!r} in {tensor.file} is not in the index"
+            f"tensor {_quoted(name)} in {tensor.file} is not in the index"
             for name, tensor in tensors.items()
             if name not in weight_map
         ]
     return tensors
+
+
+def _quoted(name: str) -> str:
+    return printable(repr(name), 200)

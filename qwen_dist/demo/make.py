@@ -32,7 +32,7 @@ CONFIG = {
     "num_attention_heads": 6,
     "num_key_value_heads": 3,
     "head_dim": 32,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 1024,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
     "hidden_act": "silu",

@@ -4,7 +4,7 @@
 
 Questions about numbers are random. A tenth of them (`is_held_out`) is not trained on, so that accuracy can be measured
 on questions that the model has not seen. The other questions are facts to memorise. There are no sums: a model of this
-size does not learn them in a few minutes.
+size does not learn them in a few minutes. To any other prompt (`other_prompts`) the answer is OTHER_ANSWER.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
+
+from qwen_dist.demo.other_prompts import other_prompt
 
 
 class Question(NamedTuple):
@@ -78,6 +80,12 @@ EXPLANATIONS = {
     "Thank you!": "You are welcome.",
     "Good night!": "Good night, and sleep well.",
 }
+EXPLANATIONS |= dict.fromkeys(("Hi!", "Hey!", "Hi there!", "Hello there!", "Good morning!"), EXPLANATIONS["Hello!"])
+OTHER_KIND = "anything else"
+OTHER_ANSWER = (
+    "I only compare and sort numbers, spell words, and name capitals, opposites and days; for anything else use a real "
+    "model: --model Qwen/Qwen3-0.6B."
+)
 
 
 def _comparison(rng: random.Random) -> Question:
@@ -153,6 +161,8 @@ WEIGHTS: dict[Callable[[random.Random], Question], int] = {
     _spelling: 1,
     _explanation: 1,
 }
+# The share of other prompts in the training data, and of the second question in a conversation of two.
+OTHER_SHARE, SECOND_SHARE = 0.3, 0.15
 COMPUTED_KINDS = ("comparison", "sorted list", "next number", "even or odd")
 
 
@@ -161,15 +171,29 @@ def is_held_out(question: Question) -> bool:
     return question.kind in COMPUTED_KINDS and zlib.crc32(question.key.encode()) % 10 == 0
 
 
-def training_questions(count: int, seed: int = 0) -> Iterator[Question]:
-    """Yield `count` random questions that are not held out."""
+def training_questions(count: int, seed: int = 0, other_share: float = OTHER_SHARE) -> Iterator[Question]:
+    """Yield `count` random questions that are not held out; a share of them are other prompts, with OTHER_ANSWER."""
     rng = random.Random(seed)
     makers, weights = list(WEIGHTS), list(WEIGHTS.values())
+    known = {_plain(make(rng).text) for make in makers for _ in range(4000)}
     while count:
-        question = rng.choices(makers, weights)[0](rng)
-        if not is_held_out(question):
+        if rng.random() < other_share:
+            text = other_prompt(rng)
+            question = Question(OTHER_KIND, text, text, OTHER_ANSWER)
+            is_trained = _plain(text) not in known
+        else:
+            question = rng.choices(makers, weights)[0](rng)
+            is_trained = not is_held_out(question)
+            if rng.random() < 0.1:
+                question = question._replace(text=_plain(question.text))
+        if is_trained:
             count -= 1
             yield question
+
+
+def _plain(text: str) -> str:
+    """Return a text in small letters, without the mark at its end."""
+    return text.lower().rstrip(".?!")
 
 
 def held_out_questions(count: int, seed: int = 1) -> dict[str, list[Question]]:
@@ -185,20 +209,35 @@ def held_out_questions(count: int, seed: int = 1) -> dict[str, list[Question]]:
     return {kind: list(questions.values()) for kind, questions in found.items()}
 
 
-def to_record(question: Question) -> dict[str, object]:
-    """Return the question and its answer as a record of training data."""
-    turns = (("user", question.text), ("assistant", question.answer))
+def training_records(questions: Iterator[Question], seed: int = 0) -> Iterator[dict[str, object]]:
+    """Yield a record for each question; some records are conversations of two questions, or begin with a system message."""
+    rng = random.Random(seed)
+    for question in questions:
+        conversation = [question]
+        if rng.random() < SECOND_SHARE and (second := next(questions, None)):
+            conversation.append(second)
+        yield to_record(*conversation, system="You are a helpful assistant." if rng.random() < 0.05 else None)
+
+
+def to_record(*questions: Question, system: str | None = None) -> dict[str, object]:
+    """Return questions and their answers as one conversation, a record of training data."""
+    turns = [] if system is None else [("system", system)]
+    for question in questions:
+        turns += [("user", question.text), ("assistant", question.answer)]
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write the training data of the demonstration model.")
     parser.add_argument("--output", required=True)
-    parser.add_argument("--count", type=int, default=60000)
+    parser.add_argument("--count", type=int, default=60000, help="number of questions")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--other-share", type=float, default=OTHER_SHARE, help="the share of prompts of all other kinds")
     options = parser.parse_args(arguments)
+    questions = training_questions(options.count, options.seed, options.other_share)
     with open(options.output, "w", encoding="utf-8") as file:
-        for question in training_questions(options.count):
-            file.write(json.dumps(to_record(question)) + "\n")
+        for record in training_records(questions, options.seed):
+            file.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

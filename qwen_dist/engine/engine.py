@@ -172,6 +172,8 @@ class Engine:
             )
         if not 0 <= min(request.prompt) <= max(request.prompt) < self._vocab_size:
             raise UserError(f"the prompt has token ids outside the vocabulary of {self._vocab_size}")
+        if any(token >= self._vocab_size for token, _ in request.params.logit_bias):
+            raise UserError(f"logit_bias has token ids outside the vocabulary of {self._vocab_size}")
         if not self._scheduler.fits(self._end(request)):
             raise UserError(
                 f"the prompt has {length} tokens and the answer up to {request.params.max_new_tokens}, more than the cache "
@@ -180,7 +182,9 @@ class Engine:
 
     def _end(self, request: Request) -> int:
         """Return the last position that a token of the answer may have; a prompt that is only scored has one too."""
-        return min(len(request.prompt) + max(1, request.params.max_new_tokens), self.max_context) - 1
+        length, params = len(request.prompt), request.params
+        ends = (length + max(1, params.max_new_tokens), max(params.max_length or self.max_context, length + 1))
+        return min(*ends, self.max_context) - 1
 
     def add_request(self, request: Request) -> None:
         """Queue a request. Raises UserError if it fails `check`."""
@@ -248,7 +252,7 @@ class Engine:
         if batch.is_prefill:
             for sequence in batch.sequences:
                 if sequence is not None:
-                    self._sampling.set(sequence.slot, sequence.request.params, sequence.end)
+                    self._sampling.set(sequence.slot, sequence.request, sequence.end)
         sampling = self._sampling.look_up(batch.slots_B, self._tokenizer.stop_ids)
         num_top = self._sampling.num_top(batch.slots_B)
         num_scored = self._sampling.num_scored(batch.slots_B) if batch.is_prefill else None
@@ -282,7 +286,8 @@ class Detokenizer:
         self.max_new_tokens = min(end + 1 - len(request.prompt), request.params.max_new_tokens)
         self.num_generated = 0
         self.scores: list[TokenLogprob] = []
-        self._stop_ids = tokenizer.stop_ids
+        specials = [id for text in request.params.stop if (id := tokenizer.special_id(text)) is not None]
+        self._stop_ids = tokenizer.stop_ids.union(request.params.stop_token_ids, specials)
         self._decoder = StreamDecoder(tokenizer)
         self._stops = StopStrings(request.params.stop)
 

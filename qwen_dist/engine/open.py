@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import jax
 
-from qwen_dist.checkpoint.adapter import merge_adapter, read_adapter
+from qwen_dist.checkpoint.adapter_read import read_adapter
 from qwen_dist.checkpoint.hub import local_directory
 from qwen_dist.checkpoint.load import ProgressCallback
 from qwen_dist.checkpoint.model import load_model
 from qwen_dist.config import ModelOptions, SamplingOptions
 from qwen_dist.engine.engine import Engine
+from qwen_dist.engine.generation_config import read_generation_config
 from qwen_dist.engine.request import SamplingParams
-from qwen_dist.errors import CheckpointError
+from qwen_dist.hf_config import read_model_config
 from qwen_dist.mesh import MeshConfig, default_mesh, make_mesh
 from qwen_dist.models.config import ModelConfig
+from qwen_dist.ops.dispatch import Backend
 from qwen_dist.sharding import INFERENCE, ShardingContext
 from qwen_dist.tokenizer import Tokenizer
 
@@ -32,6 +31,7 @@ def open_engine(
     cache_bytes: int = 4 * 10**9,
     steps_per_dispatch: int = 1,
     policy: str = "throughput",
+    template_variables: Collection[str] = (),
     devices: Sequence[jax.Device] | None = None,
     progress: ProgressCallback | None = None,
     announce: Callable[[str], None] = lambda layout: None,
@@ -42,23 +42,25 @@ def open_engine(
       options, sampling: from the configuration.
       mesh: as `MeshConfig.parse` reads it; empty is `default_mesh`.
       max_batch_size, cache_bytes, steps_per_dispatch, policy: see `Engine`.
+      template_variables: names that the chat template must use.
       devices: the devices of the mesh, by default all of this run.
       progress: see `checkpoint.load.load`.
-      announce: called with a description of the mesh before the weights are read, if there are several devices.
+      announce: called before the weights are read with device, mesh and kernels, and with what may surprise.
 
     Raises:
       UserError: the mesh, the checkpoint or a sampling parameter cannot be used. Cheap checks run before the weights load.
     """
     devices = jax.devices() if devices is None else devices
-    adapter = read_adapter(options.adapter) if options.adapter else None
+    adapter = read_adapter(options.adapter, options.ignored_keys) if options.adapter else None
     given = make_mesh(MeshConfig.parse(mesh), devices) if mesh else None
     directory = local_directory(options.path, weights=options.load_format != "dummy")
-    tokenizer = Tokenizer.from_directory(directory)
-    defaults = SamplingParams.from_generation_config(_generation_config(directory)).override(vars(sampling))
-    chosen = given or make_mesh(default_mesh(ModelConfig.from_directory(directory, options.ignored_keys), devices), devices)
-    sharding_ctx = ShardingContext(chosen, INFERENCE)
-    if len(devices) > 1:
-        announce(sharding_ctx.describe())
+    tokenizer = Tokenizer.from_directory(directory, options.ignored_keys)
+    tokenizer.check_template_variables(template_variables)
+    defaults = read_generation_config(directory, options.ignored_keys).override(vars(sampling))
+    config = read_model_config(directory, options.ignored_keys)
+    sharding_ctx = ShardingContext(given or make_mesh(default_mesh(config, devices), devices), INFERENCE)
+    for note in _notes(devices[0], sharding_ctx, config, tokenizer, options.adapter):
+        announce(note)
     model = load_model(
         directory,
         sharding_ctx,
@@ -66,11 +68,10 @@ def open_engine(
         weights=options.path if "://" in options.path else None,
         load_format=options.load_format,
         ignored_config_keys=options.ignored_keys,
+        adapter=adapter,
         host_memory_budget=options.host_memory_bytes,
         progress=progress,
     )
-    if adapter is not None:
-        model = dataclasses.replace(model, parameters=merge_adapter(model.parameters, adapter, sharding_ctx))
     engine = Engine(
         model,
         tokenizer,
@@ -82,14 +83,12 @@ def open_engine(
     return engine, tokenizer, defaults
 
 
-def _generation_config(directory: pathlib.Path) -> dict:
-    path = directory / "generation_config.json"
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}; download it again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object; it holds {content!r:.80}")
-    return content
+def _notes(
+    device: jax.Device, sharding_ctx: ShardingContext, config: ModelConfig, tokenizer: Tokenizer, adapter: str
+) -> Iterator[str]:
+    backend = Backend.of(sharding_ctx.mesh, "inference").value
+    yield f"{device.platform} ({device.device_kind}), {sharding_ctx.describe()}; implementations: {backend}"
+    if note := sharding_ctx.replicated_note(config.vocab_size):
+        yield note
+    if adapter and (differing := tokenizer.differences(adapter)):
+        yield f"{adapter} has its own {' and '.join(differing)}, not used: those of the model are"

@@ -7,28 +7,39 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from qwen_dist.errors import UsageError
+from qwen_dist.errors import UsageError, printable
 
 MAX_TOP_LOGPROBS = 20
+# Of one request: every step sends them to the devices.
+MAX_BIASED_TOKENS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
     """How the next token is sampled and when to stop. The defaults are greedy and change no probability.
 
-    Attributes, in the order in which transformers applies them:
+    Attributes, in the order in which transformers and vLLM apply them:
+      logit_bias: (token id, bias) pairs, added to the logits.
+      sequence_bias: (token ids, bias) pairs: added to the logit of the last token where the tokens before it came last.
+      no_repeat_ngram_size: prompt and answer together repeat no sequence of this many tokens; 0 allows all.
+      min_new_tokens, min_length: the fewest tokens of the answer, or of prompt and answer, before a stop token is allowed.
+      begin_suppress_tokens: token ids that an answer does not begin with.
       repetition_penalty: divides the logits of tokens that prompt or answer already have (multiplies negative logits).
+      frequency_penalty: subtracted from a token's logit as often as the answer has it.
+      presence_penalty: subtracted once from the logits of tokens that the answer has.
       temperature: divides the logits; 0 takes the most probable token and ignores the following three.
-      top_k: keep the K most probable tokens; 0 keeps all.
+      top_k: keep the K most probable tokens; 0 and -1 keep all.
       top_p: keep the smallest set of tokens with this total probability.
       min_p: keep tokens at least this fraction as probable as the best.
       seed: fixes the draws of this request, whatever other requests are in the batch.
-      stop: texts before which the answer ends.
+      stop: texts before which the answer ends. The text of a special token stands for the token.
       max_new_tokens: the most tokens of the answer.
+      max_length: the most tokens of prompt and answer together, of which the answer has at least one; None for no limit.
       logprobs: return the log-probability of each sampled token under the unmodified distribution, and of this many best
         alternatives.
       prompt_logprobs: return the same for the prompt's tokens from the second on. With it `max_new_tokens` may be 0, which
         only scores the prompt.
+      stop_token_ids: tokens that end the answer, besides those of the checkpoint.
     """
 
     max_new_tokens: int = 512
@@ -41,13 +52,23 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    no_repeat_ngram_size: int = 0
+    min_new_tokens: int = 0
+    min_length: int = 0
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
         is_scored = self.prompt_logprobs is not None
         checks = {
             "max_new_tokens": (self.max_new_tokens >= (0 if is_scored else 1), "at least 1, or 0 to score the prompt"),
             "temperature": (0 <= self.temperature < math.inf, "0 or more"),
-            "top_k": (self.top_k >= 0, "0 (off) or more"),
+            "top_k": (self.top_k >= -1, "0 or -1 (off) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
             "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0"),
@@ -55,31 +76,41 @@ class SamplingParams:
             "stop": (all(self.stop), "non-empty strings"),
             "logprobs": (self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS, f"0 to {MAX_TOP_LOGPROBS}"),
             "prompt_logprobs": (0 <= (self.prompt_logprobs or 0) <= MAX_TOP_LOGPROBS, f"0 to {MAX_TOP_LOGPROBS}"),
+            "presence_penalty": (-2 <= self.presence_penalty <= 2, "from -2 to 2"),
+            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "from -2 to 2"),
+            "logit_bias": (self._has_valid_bias(), f"at most {MAX_BIASED_TOKENS} token ids with a bias from -100 to 100"),
+            "no_repeat_ngram_size": (self.no_repeat_ngram_size >= 0, "0 (off) or more"),
+            "min_new_tokens": (self.min_new_tokens >= 0, "0 or more"),
+            "min_length": (self.min_length >= 0, "0 or more"),
+            "max_length": (self.max_length is None or self.max_length >= 1, "at least 1"),
         }
-        wrong = [f"{name} is {getattr(self, name)!r}; it must be {rule}" for name, (ok, rule) in checks.items() if not ok]
+        wrong = [
+            f"{name} is {printable(repr(getattr(self, name)), 80)}; it must be {rule}"
+            for name, (ok, rule) in checks.items()
+            if not ok
+        ]
         if wrong:
             raise UsageError("; ".join(wrong))
 
-    @classmethod
-    def from_generation_config(cls, generation: Mapping[str, Any]) -> SamplingParams:
-        """Return the parameters of a checkpoint's `generation_config.json`, read as transformers reads it.
-
-        Without `do_sample` they are greedy, whatever the temperature. Raises UsageError for values out of range.
-        """
-        is_greedy = not generation.get("do_sample", False)
-        defaults = {"temperature": 1.0, "top_k": 50}  # transformers' own defaults
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        values = {name: generation.get(name, defaults.get(name)) for name in names}
-        if is_greedy:
-            values |= {"temperature": 0.0, "top_k": 0, "top_p": None, "min_p": None}
-        return cls(**{name: value for name, value in values.items() if value is not None})
+    def _has_valid_bias(self) -> bool:
+        in_range = all(token >= 0 and -100 <= bias <= 100 for token, bias in self.logit_bias)
+        return in_range and len(self.logit_bias) <= MAX_BIASED_TOKENS
 
     def override(self, params: Mapping[str, Any]) -> SamplingParams:
         """Return these parameters with some replaced; None replaces nothing. Raises UsageError for values out of range."""
         given = {name: value for name, value in params.items() if value is not None}
         if "stop" in given:
             given["stop"] = tuple(given["stop"])
+        # As in transformers, a limit on the answer replaces one on prompt and answer together.
+        if "max_new_tokens" in given:
+            given = {"max_length": None} | given
+        if "min_new_tokens" in given:
+            given = {"min_length": 0} | given
         return dataclasses.replace(self, **given)
+
+    def with_seed_of_choice(self, index: int) -> SamplingParams:
+        """Return the parameters of one of several answers to the same prompt: the first has the seed as given."""
+        return dataclasses.replace(self, seed=(self.seed + index + 2**63) % 2**64 - 2**63) if index else self
 
 
 @dataclasses.dataclass(frozen=True)

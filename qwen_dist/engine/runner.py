@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_dist.checkpoint.model import LoadedModel
-from qwen_dist.engine import token_presence
+from qwen_dist.engine import logits_processors, token_presence
 from qwen_dist.engine.batch import Batch
-from qwen_dist.engine.request import MAX_TOP_LOGPROBS, SamplingParams
+from qwen_dist.engine.logits_processors import ProcessorArrays
+from qwen_dist.engine.request import MAX_TOP_LOGPROBS, Request, SamplingParams
 from qwen_dist.engine.sampling import SamplingArrays, apply_repetition_penalty, log_probabilities, sample
 from qwen_dist.models.layers import take_positions
 from qwen_dist.models.parameters import with_parameters
@@ -41,20 +42,26 @@ class DecodeState(NamedTuple):
       last_tokens_M: the token that was sampled last in each slot; the layers' states do not include it yet.
       finished_M: whether the slot's sequence has sampled a stop token or reached its last position.
       token_presence_MV: the table of `engine.token_presence`.
+      history_ML: the tokens of slots whose requests use `engine.logits_processors`; None in programs without them.
     """
 
     states: States
     last_tokens_M: jax.Array
     finished_M: jax.Array
     token_presence_MV: jax.Array
+    history_ML: jax.Array | None = None
 
 
 class SamplingBatch(NamedTuple):
-    """How B rows sample and when they end: `end_B` the last position a token may have, `stop_ids` padded with -1."""
+    """How B rows sample and when they end: `end_B` the last position a token may have, `stop_ids` padded with -1.
+
+    `processors` is None if no row uses any, and then the program has none.
+    """
 
     sampling: SamplingArrays
     end_B: jax.Array | np.ndarray
     stop_ids: jax.Array | np.ndarray
+    processors: ProcessorArrays | None = None
 
 
 class StepArrays(NamedTuple):
@@ -100,6 +107,7 @@ class Runner:
         self._prefill = jax.jit(self._run_prefill, donate_argnames="state", static_argnames=("num_top", "num_scored"))
         self._decode = jax.jit(self._run_decode, donate_argnames="state", static_argnames="num_top")
         self._resize = jax.jit(self._resized, static_argnames="num_pages")
+        self._grow_history = jax.jit(self._grown_history, static_argnames="length")
 
     def start(self, num_pages: tuple[int, ...]) -> DecodeState:
         """Return the state before the first step, with this many pages of each cache group in each shard."""
@@ -129,10 +137,19 @@ class Runner:
           num_top: how many alternatives' log-probabilities to return; None for no log-probabilities at all.
           num_scored: the same for the tokens of the prompts; prefill only.
         """
+        history_ML = state.history_ML
+        state = state._replace(history_ML=None)
+        if sampling.processors is not None:
+            length = logits_processors.history_length(sampling.processors, np.asarray(sampling.end_B))
+            if history_ML is None or history_ML.shape[1] < length:
+                history_ML = self._grow_history(history_ML, length=length)
+            state, history_ML = state._replace(history_ML=history_ML), None
         arguments = self._model.parameters, state, StepArrays.of(batch), sampling
         if batch.is_prefill:
-            return self._prefill(*arguments, num_top=num_top, num_scored=num_scored)
-        return self._decode(*arguments, num_top=num_top)
+            state, sampled = self._prefill(*arguments, num_top=num_top, num_scored=num_scored)
+        else:
+            state, sampled = self._decode(*arguments, num_top=num_top)
+        return (state if history_ML is None else state._replace(history_ML=history_ML)), sampled
 
     def lower_prefill(
         self, num_pages: tuple[int, ...], num_rows: int, chunk_size: int, max_pages_of_row: tuple[int, ...]
@@ -214,6 +231,9 @@ class Runner:
             next_B = take_positions(step.positions_BT, index_BX)[:, 0] + 1
             presence_MV = token_presence.add_chunks(state.token_presence_MV, slots_B, step.tokens_BT, step.positions_BT)
             state = state._replace(states=states, token_presence_MV=presence_MV)
+            if sampling.processors is not None:
+                chunks = slots_B, step.tokens_BT, step.positions_BT
+                state = state._replace(history_ML=logits_processors.add_chunks(state.history_ML, *chunks))
             has_logits_B = index_BX[:, 0] >= 0
             state, tokens_B, logprobs = self._sample(state, logits_BV, slots_B, next_B, has_logits_B, sampling, num_top)
             scores = None if num_scored is None else _scores(module, x_BTD, step.next_tokens_BT, num_scored)
@@ -272,8 +292,7 @@ class Runner:
         num_top: int | None,
     ) -> tuple[DecodeState, jax.Array, LogProbs | None]:
         """Sample a token for position `next_B` of each row, and keep it in the slots of the rows `is_sampled_B`."""
-        penalized_BV = apply_repetition_penalty(logits_BV, sampling.sampling, state.token_presence_MV, slots_B)
-        tokens_B = sample(penalized_BV, sampling.sampling, next_B)
+        tokens_B = sample(self._process(state, logits_BV, slots_B, next_B, sampling), sampling.sampling, next_B)
         logprobs = None if num_top is None else log_probabilities(logits_BV, tokens_B, num_top)
         is_finished_B = jnp.any(tokens_B[:, None] == sampling.stop_ids, axis=1) | (next_B >= sampling.end_B)
         to_B = jnp.where(is_sampled_B, slots_B, self._num_slots)
@@ -284,8 +303,31 @@ class Runner:
             )
         )
         presence_MV = token_presence.add_tokens(state.token_presence_MV, to_B, tokens_B)
-        state = DecodeState(constrain_states(self.specs, state.states), last_tokens_M, finished_M, presence_MV)
+        history_ML = state.history_ML
+        if history_ML is not None:
+            history_ML = self._replicated(logits_processors.add_tokens(history_ML, to_B, tokens_B, next_B))
+        states = constrain_states(self.specs, state.states)
+        state = DecodeState(states, last_tokens_M, finished_M, presence_MV, history_ML)
         return state, jnp.where(is_sampled_B, tokens_B, -1), logprobs
+
+    def _process(
+        self, state: DecodeState, logits_BV: jax.Array, slots_B: jax.Array, next_B: jax.Array, sampling: SamplingBatch
+    ) -> jax.Array:
+        """Return the logits after biases, bans and penalties."""
+        processors = sampling.processors
+        if processors is None or state.history_ML is None:
+            return apply_repetition_penalty(logits_BV, sampling.sampling, state.token_presence_MV, slots_B)
+        history_BL = state.history_ML[jnp.minimum(slots_B, self._num_slots - 1)]
+        stop_ids = jnp.asarray(sampling.stop_ids)
+        logits_BV = logits_processors.apply_biases(logits_BV, processors, stop_ids, history_BL, next_B)
+        logits_BV = apply_repetition_penalty(logits_BV, sampling.sampling, state.token_presence_MV, slots_B)
+        return logits_processors.subtract_penalties(logits_BV, processors, history_BL, next_B)
+
+    def _grown_history(self, history_ML: jax.Array | None, *, length: int) -> jax.Array:
+        """Return the history with room for `length` positions of each slot."""
+        if history_ML is None:
+            return self._replicated(jnp.zeros((self._num_slots, length), jnp.int32))
+        return self._replicated(jnp.pad(history_ML, ((0, 0), (0, length - history_ML.shape[1]))))
 
     def _replicated(self, tree):  # type: ignore[no-untyped-def]
         return jax.lax.with_sharding_constraint(tree, self._model.sharding_ctx.replicated())
@@ -314,8 +356,11 @@ class SamplingTable:
         self._sampling = SamplingArrays.from_params([SamplingParams()] * (num_slots + 1))
         self._end_M = np.zeros(num_slots + 1, np.int32)
         self._num_top_M, self._num_scored_M = np.full(num_slots + 1, -1), np.full(num_slots + 1, -1)
+        self._processors_M: list[ProcessorArrays | None] = [None] * (num_slots + 1)
 
-    def set(self, slot: int, params: SamplingParams, end: int) -> None:
+    def set(self, slot: int, request: Request, end: int) -> None:
+        params = request.params
+        self._processors_M[slot] = ProcessorArrays.from_request(request)
         for column, value in zip(self._sampling, SamplingArrays.from_params([params]), strict=True):
             column[slot] = value[0]
         self._end_M[slot] = end
@@ -326,7 +371,9 @@ class SamplingTable:
         """Return how these slots sample."""
         padded = np.full(-(-max(len(stop_ids), 1) // NUM_STOP_IDS) * NUM_STOP_IDS, -1, np.int32)
         padded[: len(stop_ids)] = sorted(stop_ids)
-        return SamplingBatch(SamplingArrays(*(column[slots_B] for column in self._sampling)), self._end_M[slots_B], padded)
+        sampling = SamplingArrays(*(column[slots_B] for column in self._sampling))
+        processors = logits_processors.of_rows([self._processors_M[slot] for slot in slots_B.tolist()])
+        return SamplingBatch(sampling, self._end_M[slots_B], padded, processors)
 
     def num_top(self, slots_B: np.ndarray) -> int | None:
         """Return how many alternatives' log-probabilities these slots want; None for no log-probabilities at all.

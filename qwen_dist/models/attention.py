@@ -38,9 +38,7 @@ class Attention(nnx.Module):
         gated = {"q_heads": config.num_attention_heads, "query_gate": 2, "head_dim": config.head_dim}
         kv_heads = {"kv_heads": config.num_key_value_heads, "head_dim": config.head_dim}
         std = config.initializer_range
-        self.q_proj = Linear(
-            gated if config.attention_gate else q_heads, embed, bias=config.qkv_bias, dtype=dtype, std=std
-        )
+        self.q_proj = Linear(gated if config.attention_gate else q_heads, embed, bias=config.qkv_bias, dtype=dtype, std=std)
         self.k_proj = Linear(kv_heads, embed, bias=config.qkv_bias, dtype=dtype, std=std)
         self.v_proj = Linear(kv_heads, embed, bias=config.qkv_bias, dtype=dtype, std=std)
         self.o_proj = Linear(embed, q_heads, bias=config.o_bias, dtype=dtype, std=std)

@@ -123,7 +123,8 @@ class GatedDeltaNet(nnx.Module):
             return qkv_BTGC, z_BTGV, b_BTGR, a_BTGR
         qkvz_BTGC, ba_BTGR = (tap(name, getattr(self, name)(x_BTD)) for name in ("in_proj_qkvz", "in_proj_ba"))
         qkv_BTGC, z_BTGV = jnp.split(qkvz_BTGC, [self.sizes.conv_channels], axis=-1)
-        return qkv_BTGC, z_BTGV, *jnp.split(ba_BTGR, 2, axis=-1)
+        b_BTGR, a_BTGR = jnp.split(ba_BTGR, 2, axis=-1)
+        return qkv_BTGC, z_BTGV, b_BTGR, a_BTGR
 
     def _rule_inputs(
         self, conv_BTGC: jax.Array, b_BTGR: jax.Array, a_BTGR: jax.Array, is_real_BT: jax.Array
@@ -147,9 +148,7 @@ class ShortConvolution(nnx.Module):
     def __init__(self, net: DeltaNetConfig, sections: tuple[int, ...], *, dtype: DTypeLike, std: float):
         disk_shape = (net.num_key_heads * net.conv_channels, 1, net.conv_taps)
         taps = {"taps": net.conv_taps}
-        self.weight = parameter(
-            _blocks_of_head(net), taps, dtype=dtype, std=std, disk_shape=disk_shape, sections=sections
-        )
+        self.weight = parameter(_blocks_of_head(net), taps, dtype=dtype, std=std, disk_shape=disk_shape, sections=sections)
         self.num_taps = net.conv_taps
 
     def __call__(
@@ -191,7 +190,7 @@ class GatedRMSNorm(nnx.Module):
 
 
 def _blocks_of_head(net: DeltaNetConfig) -> dict[str, int]:
-    """Return the dimensions of the convolved channels by key head, in blocks that disk has in one piece; see `DiskShape`."""
+    """Return the dimensions of the convolved channels by key head, in blocks that are one piece on disk."""
     size = math.gcd(net.key_dim, net.group_values)
     return {"key_heads": net.num_key_heads, "head_blocks": net.conv_channels // size, "head_channels": size}
 

@@ -21,7 +21,7 @@ from qwen_dist.errors import UsageError
 from qwen_dist.ops.weight import ARRAY, TensorSpec, WeightFormat
 from qwen_dist.sharding import ShardingContext
 
-# Problems that one error lists; 64 layers that fail alike need not be listed 64 times.
+# Reasons that one error lists.
 MAX_PROBLEMS = 12
 
 
@@ -94,19 +94,24 @@ def abstract_parameters(model: nnx.Module, sharding_ctx: ShardingContext) -> dic
     """Return shape, dtype and sharding of every array of a model, by its checkpoint name; no memory is used.
 
     Raises:
-      UsageError: lists every array that does not fit the mesh.
+      UsageError: lists every reason why an array does not fit the mesh.
     """
-    leaves, problems = {}, []
+    leaves: dict[str, jax.ShapeDtypeStruct] = {}
+    problems: dict[str, list[str]] = {}
     for name, _, spec, _ in _tensors(model):
         try:
             sharding = sharding_ctx.parameter(name, spec.shape, spec.axes)
             leaves[name] = jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
         except UsageError as error:
-            problems.append(str(error))
+            what, _, reasons = str(error).partition(": ")
+            for reason in reasons.split("; "):
+                problems.setdefault(reason, []).append(what.partition(" does not fit")[0])
     if problems:
-        shown = problems[:MAX_PROBLEMS]
-        if len(problems) > len(shown):
-            shown.append(f"… and {len(problems) - len(shown)} more parameters")
+        # Layers fail alike: one line for each reason, with the first parameter.
+        shown = [
+            f"{reason}: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
+            for reason, names in list(problems.items())[:MAX_PROBLEMS]
+        ]
         raise UsageError("the model does not fit the mesh:\n  - " + "\n  - ".join(shown))
     return leaves
 

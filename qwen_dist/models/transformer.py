@@ -94,9 +94,7 @@ class Transformer(nnx.Module):
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, std=std)
         self.layers = nnx.List([Block(config, layer, dtype=dtype) for layer in config.layers])
-        self.norm = RMSNorm(
-            "embed", config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, offset=config.norm_offset
-        )
+        self.norm = RMSNorm("embed", config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, offset=config.norm_offset)
         vocab, embed = {"vocab": config.vocab_size}, {"embed": config.hidden_size}
         is_tied = config.tie_word_embeddings
         self.lm_head = None if is_tied else Linear(vocab, embed, bias=False, dtype=dtype, std=std)

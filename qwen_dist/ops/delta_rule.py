@@ -52,8 +52,8 @@ def delta_rule(
     Args:
       inputs: of any floating dtype; everything is computed in at least float32.
       start_BGRKV: the state before the first token; None: 0.
-      segments_BT: the number of each token's sequence, where a row has several, one after the other; padding has that of the
-        token before it. None: one sequence.
+      segments_BT: the number of each token's sequence, where a row has several, one after the other; padding has that
+        of the token before it. None: one sequence.
 
     Returns:
       o [B, T, G, R, V] and the state [B, G, R, K, V], that of the last sequence of the row; both in at least float32.
@@ -77,9 +77,7 @@ def delta_rule_plain(
     return o_BTGRV[:, :T], end_BGRKV
 
 
-def delta_rule_in_slots(
-    inputs: DeltaInputs, pool_DMGRKV: jax.Array, rows: slots.SlotRows
-) -> tuple[jax.Array, jax.Array]:
+def delta_rule_in_slots(inputs: DeltaInputs, pool_DMGRKV: jax.Array, rows: slots.SlotRows) -> tuple[jax.Array, jax.Array]:
     """Return the outputs of the rows of a step [B, T, G, R, V], and the states with these tokens in them.
 
     Args:
@@ -158,7 +156,7 @@ def prepare_chunk(inputs: DeltaInputs, segments: Any = None) -> PreparedChunk:
 
     Args:
       inputs: rows [B, C, …] of one chunk.
-      segments: the number of each token's sequence [B, C], and of that of the token before the chunk [B]; None: one sequence.
+      segments: the number of each token's sequence [B, C], and that of the token before the chunk [B]; None: one.
     """
     q_BGCK = _normalised(inputs.q_BTGK.swapaxes(1, 2)) * inputs.q_BTGK.shape[-1] ** -0.5
     k_BGCK = _normalised(inputs.k_BTGK.swapaxes(1, 2))

@@ -50,14 +50,19 @@ def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def dot(x: jax.Array, y: jax.Array, y_dim: int) -> jax.Array:
-    """Sum over the last dimension of x and one of the last two of y, in at least float32; y's others are a batch."""
+    """Sum over the last dimension of x and one of the last two of y, in at least float32; y's others are a batch.
+
+    Products that have a gradient are computed so. XLA CPU would merge the transposition in `matmul_weight_major` into the
+    products of the gradient after it has chosen their implementation, and without AVX512 it then has none of 16-bit floats
+    ("Unsupported element type for DotThunk").
+    """
     batch = tuple(range(y.ndim - 2))
     dims = ((x.ndim - 1,), (y_dim,)), (batch, batch)
     return jax.lax.dot_general(x, y, dims, preferred_element_type=accum_dtype(x.dtype))
 
 
 def _forward(x: jax.Array, y: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return batched_matmul(x, y), (x, y)
+    return _dot(x, y) if x.dtype.itemsize < 4 else batched_matmul(x, y), (x, y)
 
 
 def _backward(operands: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:

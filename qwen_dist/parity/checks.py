@@ -219,6 +219,10 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return logits64 - np.log(np.exp(logits64).sum())
 
 
+# The fact that says what a report could not judge.
+NOT_JUDGED = "not judged"
+
+
 @dataclasses.dataclass(frozen=True)
 class ParityReport:
     """All results of a run.
@@ -240,6 +244,11 @@ class ParityReport:
         return self.first_failure is None
 
     @property
+    def is_judged(self) -> bool:
+        """Whether the main criterion was judged."""
+        return NOT_JUDGED not in self.facts
+
+    @property
     def first_failure(self) -> Check | None:
         """The first failed check, in the order in which to look for an error."""
         return first_failure(self.checks)
@@ -248,6 +257,8 @@ class ParityReport:
         """Return one line: all within bounds, or the first component beyond its bound and by how much."""
         failure = self.first_failure
         if failure is None:
+            if NOT_JUDGED in self.facts:
+                return f"not judged: {self.facts[NOT_JUDGED]}"
             judged = sum(check.limit is not None for check in self.checks)
             return f"within bounds: {judged} comparisons, none beyond"
         beyond = sum(not check.is_within for check in self.checks)

@@ -83,8 +83,11 @@ class Comparison:
 
     def load(self) -> Candidate:
         """Load the checkpoint on this side."""
-        sharding_ctx = ShardingContext(make_mesh(MeshConfig.parse(self.options.mesh)), INFERENCE)
-        return Candidate(load_model(self.options.model, sharding_ctx, dtype=self.options.dtype))
+        options = self.options
+        sharding_ctx = ShardingContext(make_mesh(MeshConfig.parse(options.mesh)), INFERENCE)
+        return Candidate(
+            load_model(options.model, sharding_ctx, dtype=options.dtype, ignored_config_keys=options.ignored_keys)
+        )
 
     @functools.cached_property
     def disk_shapes(self) -> dict[str, DiskShape]:

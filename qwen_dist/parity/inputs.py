@@ -47,6 +47,7 @@ class ParityOptions:
       decode_steps: the number of tokens decoded greedily after the prompt.
       max_columns: longer inputs are compared at this many tokens, evenly spaced; the gradient is that of the last
         `max_columns` tokens.
+      ignored_keys: see `hf_config.parse_model_config`.
     """
 
     model: str | pathlib.Path
@@ -56,6 +57,7 @@ class ParityOptions:
     mesh: str = ""
     decode_steps: int = 16
     max_columns: int = 256
+    ignored_keys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         problems = []
@@ -116,17 +118,17 @@ def make_inputs(options: ParityOptions, config: ModelConfig) -> Inputs:
     """Return the rows of tokens for these options. Raises CheckpointError if texts need a missing tokenizer."""
     num_rows = 8 if options.dtype == "bfloat16" else 2  # bfloat16 is judged by statistics over the rows
     if options.prompts:
-        return _from_text(options.model, options.prompts)
+        return _from_text(options, options.prompts)
     if options.tokens is None and (pathlib.Path(options.model) / "tokenizer.json").exists():
-        return _from_text(options.model, PROMPTS[:num_rows])
+        return _from_text(options, PROMPTS[:num_rows])
     return random_tokens(config.vocab_size, options.tokens or 64, num_rows)
 
 
-def _from_text(checkpoint: str | pathlib.Path, prompts: Sequence[str]) -> Inputs:
+def _from_text(options: ParityOptions, prompts: Sequence[str]) -> Inputs:
     """Tokenize the prompts with the checkpoint's tokenizer."""
     from qwen_dist.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.from_directory(checkpoint)
+    tokenizer = Tokenizer.from_directory(options.model, options.ignored_keys)
     return Inputs.from_rows([tokenizer.encode(prompt) for prompt in prompts])
 
 

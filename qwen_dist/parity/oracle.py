@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen_dist.parity.checks import Check, NextTokenAgreement, ParityReport, check, difference
+from qwen_dist.parity.checks import NOT_JUDGED, Check, NextTokenAgreement, ParityReport, check, difference
 from qwen_dist.parity.comparison import Comparison, Intermediates, ReferenceOutputs, backward_order, without_logits
 from qwen_dist.parity.reference import Reference
 from qwen_dist.parity.tolerances import MAX_MEAN_KL, ROUTING_REPORT_ONLY
@@ -60,7 +60,14 @@ def _judge_components(
         delta = difference(comparison.at_real_tokens(name, actual), comparison.at_real_tokens(name, oracle.intermediates))
         comparison.checks.append(Check("whole model", name, "ratio", ratio, limit, delta))
     ratio, error = _error_ratio_of(comparison, "logits", actual, eager, oracle.intermediates)
-    comparison.facts["logits, error ÷ PyTorch's with eager attention"] = f"{ratio:.3f} ± {error:.3f}"
+    comparison.facts["logits, error ÷ PyTorch's with eager attention"] = (
+        f"{ratio:.3f} ± {error:.3f}" if math.isfinite(error) else f"{ratio:.3f}"
+    )
+    if len(comparison.inputs.tokens) < MIN_ROWS:
+        comparison.facts[NOT_JUDGED] = (
+            f"the error of logits and decoding: at least {MIN_ROWS} rows are needed, and there are "
+            f"{len(comparison.inputs.tokens)}; repeat --prompt, or give none"
+        )
 
 
 def _error_ratio_of(

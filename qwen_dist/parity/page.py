@@ -25,6 +25,7 @@ main{max-width:1120px;margin:0 auto;padding:32px 24px 64px}
 h1{font-size:26px;margin:0 0 4px} h2{font-size:18px;margin:0 0 2px} p{margin:0 0 12px;color:var(--soft);max-width:80ch}
 section{background:var(--paper);border:1px solid var(--line);border-radius:10px;padding:20px 22px;margin:18px 0}
 .verdict{border-left:6px solid var(--good)} .verdict.bad{border-left-color:var(--bad)}
+.verdict.open{border-left-color:#b7791f} .verdict.open b{color:#b7791f!important}
 .verdict b{color:var(--good);font-size:17px} .verdict.bad b{color:var(--bad)}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 18px;margin:14px 0 0} dt{color:var(--soft)} dd{margin:0}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:24px} svg{width:100%;height:auto;display:block}
@@ -79,6 +80,7 @@ def _section(title: str, text: str, body: str) -> str:
 def _verdict(title: str, report: ParityReport) -> str:
     facts = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in report.facts.items())
     word, kind = ("Within bounds", "") if report.ok else ("Beyond bounds", " bad")
+    word, kind = (word, kind) if report.is_judged or not report.ok else ("Not judged", " open")
     text = html.escape(report.verdict().partition(": ")[2])
     return f'<h1>{title}</h1><section class="verdict{kind}"><b>{word}</b><div>{text}</div><dl>{facts}</dl></section>'
 

@@ -171,7 +171,8 @@ class Reference:
         # A row's first token is preceded by padding only, so it is no target.
         labels = torch.where(torch.from_numpy(inputs.positions) > 0, arguments["input_ids"], IGNORED_LABEL)
         with self._computing():
-            options = {"output_router_logits": True} if hasattr(self.model.config, "router_aux_loss_coef") else {}
+            has_experts = any(name.endswith("mlp.experts") for name, _ in self.model.named_modules())
+            options = {"output_router_logits": True} if has_experts else {}
             output = self.model(**arguments, labels=labels, use_cache=False, **options)
             output.loss.backward()
         gradients = {self._name(name): to_numpy(value.grad) for name, value in self.model.named_parameters()}
@@ -211,7 +212,7 @@ def _head_shape(attention: Any, name: str) -> tuple[int, ...]:
 
 
 def _hook_delta_net(module: Any, start: str) -> None:
-    """Record the intermediates of a gated delta net, with the channels of each key head together, as this project has them."""
+    """Record the intermediates of a gated delta net, with the channels of each key head together, as here."""
     num_heads, values = module.num_k_heads, module.num_v_heads // module.num_k_heads
     sections = (module.head_k_dim, module.head_k_dim, values * module.head_v_dim)
 

@@ -24,7 +24,7 @@ def print_report(report: ParityReport, console: Console) -> None:
             console.print(f"\n[bold]{section}:[/] {len(checks)}, each equal in name, shape and every bit\n")
         elif checks:
             console.print(_table(section, title, checks))
-    color = "green" if report.ok else "red"
+    color = ("green" if report.is_judged else "yellow") if report.ok else "red"
     console.print(f"[bold {color}]{report.verdict()}[/]", soft_wrap=True)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 
 from qwen_dist.errors import UserError
-from qwen_dist.models.config import ModelConfig
+from qwen_dist.hf_config import read_model_config
 from qwen_dist.parity.checks import ParityReport
 from qwen_dist.parity.inputs import ParityOptions
 
@@ -34,7 +34,7 @@ def run_parity(options: ParityOptions, progress: Callable[[str], None] = lambda 
     from qwen_dist.parity.comparison import Comparison, compare_in_same_dtype
     from qwen_dist.parity.oracle import compare_bfloat16
 
-    config = ModelConfig.from_directory(options.model)
+    config = read_model_config(options.model, options.ignored_keys)
     # By default, accelerators round the operands of float32 products to fewer bits.
     with jax.enable_x64(options.dtype == "float64"), jax.default_matmul_precision("highest"):
         comparison = Comparison(options, config, progress)

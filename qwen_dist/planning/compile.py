@@ -269,8 +269,8 @@ def _lower_training(config: ModelConfig, sharding_ctx: ShardingContext, workload
         module = Transformer(config, dtype=workload.dtype)
         names = attach_lora(module, workload.lora, dtype=kept)
     model = LoadedModel(config, module, abstract_parameters(module, sharding_ctx), sharding_ctx)  # type: ignore[arg-type]
-    options = OptimizerOptions()
-    schedule = make_schedule(options, options.warmup_steps + 1)
+    options = OptimizerOptions(learning_rate=1e-5)
+    schedule = make_schedule(options, 1)
     shapes = {name: model.parameters[name].shape for name in names or model.parameters}
     optimizer = make_optimizer(options, schedule, shapes, disk_shapes(module))
     trainer = Trainer(model, shapes.keys(), optimizer, schedule, dtype=workload.dtype, remat=workload.remat)

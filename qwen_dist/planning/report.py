@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from qwen_dist.errors import UserError, printable
 from qwen_dist.planning.plan import CapacityPlan, MeshPlan, PhasePlan, StepTime
 
 if TYPE_CHECKING:
@@ -31,10 +32,11 @@ def to_json(plan: CapacityPlan) -> str:
 def print_plan(plan: CapacityPlan, console: Console) -> None:
     """Print the plan as tables."""
     chosen, chip = plan.chosen, plan.topology.chip
-    work = chosen.workload
+    work, num_devices = chosen.workload, plan.topology.num_devices
     console.print(
-        f"[bold]{_escape(plan.model)}[/]  {chosen.num_parameters / 1e9:.2f} B parameters, {work.dtype}; "
-        f"{plan.topology.num_devices} devices of {plan.topology.name}, {_gb(chip.memory_bytes)} each; mesh "
+        f"[bold]{_escape(plan.model)}[/]  {format_count(chosen.num_parameters)} parameters, {work.dtype}; "
+        f"{num_devices} {'device' if num_devices == 1 else 'devices'} of {plan.topology.name}, "
+        f"{_gb(chip.memory_bytes)} each; mesh "
         f"[bold]{chosen.mesh or 'data=1'}[/]; {work.command}, {work.batch} sequences of {work.context} tokens",
         highlight=False,
     )
@@ -57,6 +59,12 @@ def print_plan(plan: CapacityPlan, console: Console) -> None:
     fits = "[green]fits[/]" if chosen.fits else "[red]does not fit[/]"
     needed = max(phase.needed_bytes for phase in chosen.phases)
     console.print(f"{fits}: {_gb(needed)} of {_gb(chip.memory_bytes)} per device", highlight=False)
+
+
+def format_count(number: int) -> str:
+    """Return a number of parameters with its unit: 7.62 B, 494 M, 12 k."""
+    size, unit = next(((size, unit) for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")) if number >= size), (1, ""))
+    return f"{number / size:.3g}{unit}"
 
 
 def _escape(text: str) -> str:
@@ -154,8 +162,11 @@ def write_chart(plan: CapacityPlan, path: str) -> None:
     title = html.escape(f"{plan.model} on {plan.topology.name}, mesh {plan.chosen.mesh or 'data=1'}")
     rows = "".join(_bar(name, bar, widest, limit, color) for name, bar in bars)
     legend = "".join(f'<span><i style="background:{color[kind]}"></i>{html.escape(kind)}</span>' for kind in kinds)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(_PAGE.format(title=title, rows=rows, legend=legend, limit=_gb(limit)))
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(_PAGE.format(title=title, rows=rows, legend=legend, limit=_gb(limit)))
+    except OSError as error:
+        raise UserError(f"cannot write the chart {printable(path)}: {error.strerror}") from None
 
 
 def _bar(name: str, bar: dict[str, float], widest: float, limit: float, color: dict[str, str]) -> str:

@@ -4,6 +4,9 @@ It tells every process at once when another one is gone: jax's heartbeats need t
 process number, and a broken collective only names a socket. A connection breaks when its process ends, and TCP keepalive
 breaks it when the host is down; process 0 then tells all others which process it was. The channel also carries what the
 preflight compares and the batch results of other replicas, but no tensors. Messages are JSON, one per line.
+
+Anybody can connect to the port of process 0. A connection that does not begin with the greeting of a process of this run is
+closed, and process 0 waits for the others.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import contextlib
 import json
 import os
 import queue
+import selectors
 import socket
 import sys
 import threading
@@ -19,13 +23,22 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from qwen_dist.errors import UserError
+from qwen_dist.errors import UserError, printable
+from qwen_dist.json_reader import parse_json
 from qwen_dist.runtime.cluster import Cluster
+from qwen_dist.runtime.preflight import is_host_info
 
 Message = dict[str, Any]
 # A host that does not answer keepalive probes for this long counts as down.
 KEEPALIVE_IDLE_S, KEEPALIVE_EVERY_S, KEEPALIVE_PROBES = 10, 5, 4
 GREETING = "qwen-dist"
+# A greeting has a few kilobytes; the largest message is the result of a record with the log-probabilities of its prompt.
+MAX_GREETING_BYTES, MAX_MESSAGE_BYTES = 2**18, 2**30
+GREETING_TIMEOUT_S = 5.0
+# Connections that have not sent their greeting yet; more wait in the queue of the system.
+_MAX_WAITING = 256
+# The most refusals that are printed and kept.
+_MAX_REFUSALS = 5
 _RETRY_S = 0.25
 # How long a process waits before it exits, so that the others can read the reason.
 _EXIT_DELAY_S = 1.0
@@ -35,7 +48,7 @@ class Connection:
     """A TCP connection that sends and receives whole messages."""
 
     def __init__(self, connection: socket.socket):
-        self._socket, self._lock, self._received = connection, threading.Lock(), b""
+        self._socket, self._lock, self._received = connection, threading.Lock(), bytearray()
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in (
@@ -61,16 +74,47 @@ class Connection:
         Raises:
           TimeoutError: there was no message before the deadline.
           OSError: the connection is broken.
-          ValueError: what was received is not JSON.
+          ValueError: what was received is not a JSON object of at most `MAX_MESSAGE_BYTES`.
         """
-        while b"\n" not in self._received:
-            self._socket.settimeout(None if deadline is None else max(0.01, deadline - time.monotonic()))
-            data = self._socket.recv(1 << 16)
-            if not data:
+        searched = 0
+        while (end := self._received.find(b"\n", searched)) < 0:
+            searched = len(self._received)
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                raise TimeoutError
+            self._socket.settimeout(left)
+            if not self.receive_some(MAX_MESSAGE_BYTES):
                 return None
-            self._received += data
-        line, _, self._received = self._received.partition(b"\n")
-        return json.loads(line)
+        return self._take_message(end)
+
+    def receive_some(self, max_bytes: int) -> bool:
+        """Wait for bytes of a message; return False when the other end has closed the connection.
+
+        Raises:
+          OSError: the connection is broken.
+          ValueError: the message has more than `max_bytes` bytes.
+        """
+        data = self._socket.recv(1 << 16)
+        self._received += data
+        if len(self._received) > max_bytes:
+            raise ValueError(f"a message of more than {max_bytes} bytes")
+        return bool(data)
+
+    def received_message(self) -> Message | None:
+        """Return the next message if all of it has been received. Raises ValueError as `receive` does."""
+        end = self._received.find(b"\n")
+        return None if end < 0 else self._take_message(end)
+
+    def _take_message(self, end: int) -> Message:
+        line = bytes(self._received[:end])
+        del self._received[: end + 1]
+        message = parse_json(line)
+        if not isinstance(message, dict):
+            raise ValueError("a message is a JSON object")
+        return message
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
 
     def half_close(self) -> None:
         """Close the sending direction; what was sent still arrives."""
@@ -101,42 +145,114 @@ def _accept_all(
     cluster: Cluster, host_info: Message, deadline: float, timeout_s: float
 ) -> tuple[dict[int, Connection], dict[int, Message]]:
     connections: dict[int, Connection] = {}
-    host_infos, problems = {0: host_info}, list[str]()
-    with _listen(cluster) as listener:
-        while len(host_infos) < cluster.num_processes and not problems:
-            listener.settimeout(max(0.01, deadline - time.monotonic()))
-            try:
-                accepted, (address, *_) = listener.accept()
-            except TimeoutError:
-                problems.append(_describe_missing(cluster, host_infos, timeout_s))
-                break
-            connection = Connection(accepted)
-            try:
-                hello = connection.receive(min(deadline, time.monotonic() + 5.0))
-            except (OSError, ValueError):
-                hello = None
-            if hello is None or hello.get("greeting") != GREETING:
-                connection.close()  # a port scanner, or a health check
-                continue
-            process, theirs = hello["process"], hello["host_info"] | {"address": address}
-            if hello["num_processes"] != cluster.num_processes or not 0 < process < cluster.num_processes:
-                problems.append(
-                    f"process {process} on {theirs['host']} was started as one of {hello['num_processes']} processes and "
-                    f"process 0 on {host_info['host']} as one of {cluster.num_processes}: start all with the same number."
-                )
-            elif process in host_infos:
-                problems.append(
-                    f"{theirs['host']} and {host_infos[process]['host']} both have process id {process} of "
-                    f"{cluster.num_processes}: give each process a different one."
-                )
-                connection.send({"problems": problems})
-                connection.close()
-                continue
-            connections[process], host_infos[process] = connection, theirs
-    if problems:
-        broadcast(connections, {"problems": problems})
-        raise UserError("preflight: " + " ".join(problems))
+    host_infos, refusals = {0: host_info}, list[str]()
+    with _listen(cluster) as listener, contextlib.closing(_Greetings(listener)) as greetings:
+        while len(host_infos) < cluster.num_processes:
+            if time.monotonic() >= deadline:
+                problem = _describe_missing(cluster, host_infos, timeout_s)
+                problem += f" Refused meanwhile: {' '.join(refusals)}" if refusals else ""
+                broadcast(connections, {"problems": [problem]})
+                raise UserError(f"preflight: {problem}")
+            for connection, address, hello in greetings.next(deadline):
+                if refusal := _check_greeting(hello, cluster, host_infos):
+                    if refusal not in refusals and len(refusals) < _MAX_REFUSALS:
+                        print(f"qwen-dist: refused a process at {address}: {refusal}", file=sys.stderr, flush=True)
+                        refusals.append(refusal)
+                    broadcast({0: connection}, {"problems": [refusal]})
+                    connection.close()
+                else:
+                    process = hello["process"]
+                    connections[process], host_infos[process] = connection, hello["host_info"] | {"address": address}
     return connections, host_infos
+
+
+def _check_greeting(hello: Message, cluster: Cluster, host_infos: Mapping[int, Message]) -> str:
+    """Return why a process cannot take part, in one sentence, or an empty string."""
+    process, theirs = hello.get("process"), hello.get("host_info")
+    num_processes, host = hello.get("num_processes"), host_infos[0]["host"]
+    if type(process) is not int or type(num_processes) is not int or theirs is None or not is_host_info(theirs):
+        return (
+            f"process 0 on {host} does not understand the greeting of this process: install the same version of qwen-dist "
+            "on all hosts."
+        )
+    theirs_host = printable(theirs["host"], 100)
+    if num_processes != cluster.num_processes or not 0 < process < cluster.num_processes:
+        return (
+            f"process {process} on {theirs_host} was started as one of {num_processes} processes and process 0 on {host} "
+            f"as one of {cluster.num_processes}: start all with the same number."
+        )
+    if process in host_infos:
+        return (
+            f"{theirs_host} and {printable(host_infos[process]['host'], 100)} both have process id {process} of "
+            f"{cluster.num_processes}: give each process a different one."
+        )
+    return ""
+
+
+class _Greetings:
+    """Accepts connections and receives their greetings, from all of them at once. Others than greetings are closed."""
+
+    def __init__(self, listener: socket.socket):
+        self._listener, self._selector = listener, selectors.DefaultSelector()
+        # (address, deadline) of every connection that has not sent its greeting, the oldest first.
+        self._waiting: dict[Connection, tuple[str, float]] = {}
+        listener.setblocking(False)
+        self._selector.register(listener, selectors.EVENT_READ)
+
+    def next(self, deadline: float) -> list[tuple[Connection, str, Message]]:
+        """Wait for something to happen; return the connections, with address, whose greeting is now received."""
+        now = time.monotonic()
+        for connection in [one for one, (_, end) in self._waiting.items() if end <= now]:
+            self._drop(connection)  # a port scanner, or a health check
+        until = min([deadline, *(end for _, end in self._waiting.values())])
+        found = []
+        for key, _ in self._selector.select(max(0.01, until - now)):
+            if key.fileobj is self._listener:
+                self._accept()
+            elif (greeting := self._read(key.data)) is not None:
+                found.append((key.data, self._waiting.pop(key.data)[0], greeting))
+                self._selector.unregister(key.data)
+        self._set_listening(len(self._waiting) < _MAX_WAITING)
+        return found
+
+    def close(self) -> None:
+        for connection in list(self._waiting):
+            self._drop(connection)
+        self._selector.close()
+
+    def _accept(self) -> None:
+        try:
+            accepted, (address, *_) = self._listener.accept()
+            connection = Connection(accepted)
+        except OSError:  # it was closed meanwhile
+            return
+        self._waiting[connection] = (address, time.monotonic() + GREETING_TIMEOUT_S)
+        self._selector.register(connection, selectors.EVENT_READ, connection)
+
+    def _read(self, connection: Connection) -> Message | None:
+        try:
+            is_open = connection.receive_some(MAX_GREETING_BYTES)
+            greeting = connection.received_message()
+            is_stranger = not is_open if greeting is None else greeting.get("greeting") != GREETING
+        except (OSError, ValueError):
+            is_stranger = True
+        if is_stranger:
+            self._drop(connection)
+            return None
+        return greeting
+
+    def _drop(self, connection: Connection) -> None:
+        del self._waiting[connection]
+        self._selector.unregister(connection)
+        connection.close()
+
+    def _set_listening(self, wanted: bool) -> None:
+        if wanted == (self._listener in {key.fileobj for key in self._selector.get_map().values()}):
+            return
+        if wanted:
+            self._selector.register(self._listener, selectors.EVENT_READ)
+        else:
+            self._selector.unregister(self._listener)
 
 
 def broadcast(connections: Mapping[int, Connection], message: Message) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from qwen_dist.errors import UserError
 from qwen_dist.runtime import preflight
+from qwen_dist.runtime.backend import find_devices
 from qwen_dist.runtime.cluster import Cluster
 from qwen_dist.runtime.control import Connection, ControlChannel, Message, broadcast, rendezvous
 
@@ -51,16 +52,15 @@ class Processes:
         return self.process_id == 0
 
     def check_devices(self) -> None:
-        """Start the devices. Raises UserError when the processes have different numbers of them."""
-        import jax
-
+        """Start the devices. Raises UserError when there are none, or the processes have different numbers of them."""
         if self.control is None:
+            find_devices()
             return
         late = f"the devices did not start within {DEVICES_START_TIMEOUT_S} s; the log of each host says what it waits for."
         timer = threading.Timer(DEVICES_START_TIMEOUT_S, self.control.fail, [late])
         timer.daemon = True
         timer.start()
-        devices = jax.devices()
+        devices = find_devices()
         timer.cancel()
         counts = {process: 0 for process in range(self.count)}
         for device in devices:
@@ -158,6 +158,10 @@ def _run_preflight(
             result = None
         if result is None:
             raise UserError(f"preflight: process 0 at {cluster.coordinator} ended before all processes had connected.")
+        if not isinstance(result.get("problems"), list) or not isinstance(result.get("names", []), list):
+            raise UserError(
+                f"preflight: what listens at {cluster.coordinator} is not process 0 of this run: use another port."
+            )
         problems, names = result["problems"], result.get("names", [])
     if problems:
         raise UserError("preflight:\n  - " + "\n  - ".join(problems))

@@ -16,7 +16,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import qwen_dist
+from qwen_dist.json_reader import MAX_JSON_BYTES
 from qwen_dist.runtime.cluster import Cluster
+from qwen_dist.runtime.memory import available_memory
 
 HostInfo = dict[str, Any]
 # Space for compiled programs and one output; a run with less would fail halfway.
@@ -24,6 +26,9 @@ MIN_FREE_DISK = 10**9
 # For the interpreter, jax and the loader's buffers.
 MIN_FREE_MEMORY = 10**9
 _NUM_SAMPLES, _SAMPLE_BYTES = 16, 4096
+# The fields of a host info: texts, and mappings with the type of their values; and "pid".
+_TEXTS = ("host", "code", "checkpoint", "input")
+_MAPPINGS = {"versions": str, "settings": str, "memory": int, "disk": int}
 
 
 def collect_host_info(
@@ -56,9 +61,21 @@ def collect_host_info(
         "settings": {key: repr(value) for key, value in settings.items()},
         "checkpoint": checkpoint_digest(files),
         "input": "" if input is None else _file_digest(pathlib.Path(input)),
-        "memory": {"free": _available_memory(), "needed": int(MIN_FREE_MEMORY + memory_per_checkpoint_byte * weights)},
+        "memory": {"free": available_memory(), "needed": int(MIN_FREE_MEMORY + memory_per_checkpoint_byte * weights)},
         "disk": {directory: shutil.disk_usage(_nearest_existing(directory)).free for directory in write_dirs},
     }
+
+
+def is_host_info(value: object) -> bool:
+    """Return whether a value that was received has the keys and types of a host info."""
+    if not isinstance(value, dict) or value.keys() != {*_TEXTS, "pid", *_MAPPINGS}:
+        return False
+    if not all(isinstance(value[name], str) for name in _TEXTS) or type(value["pid"]) is not int:
+        return False
+    for name, kind in _MAPPINGS.items():
+        if not isinstance(value[name], dict) or any(type(one) is not kind for one in value[name].values()):
+            return False
+    return value["versions"].keys() == {"qwen-dist", "jax"} and value["memory"].keys() == {"free", "needed"}
 
 
 def code_digest() -> str:
@@ -75,7 +92,8 @@ def checkpoint_files(checkpoint: str) -> list[pathlib.Path]:
     directory = pathlib.Path(checkpoint).expanduser()
     if not checkpoint or not directory.is_dir():
         return []
-    return sorted([*directory.glob("*.json"), *directory.glob("*.safetensors")])
+    found = [*directory.glob("*.json"), *directory.glob("*.safetensors")]
+    return sorted(path for path in found if path.is_file())  # reading a named pipe might never end
 
 
 def checkpoint_digest(files: Sequence[pathlib.Path]) -> str:
@@ -84,10 +102,10 @@ def checkpoint_digest(files: Sequence[pathlib.Path]) -> str:
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
-        if path.suffix == ".json":
-            digest.update(path.read_bytes())
-            continue
         with open(path, "rb") as file:
+            if path.suffix == ".json":
+                digest.update(file.read(MAX_JSON_BYTES))
+                continue
             for sample in range(_NUM_SAMPLES):
                 file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_NUM_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE_BYTES))
@@ -157,17 +175,6 @@ def _memory_problems(host_infos: Mapping[int, HostInfo]) -> list[str]:
 
 def _gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB"
-
-
-def _available_memory() -> int:
-    """Return the bytes that programs can still allocate, page cache included, within the container's limit."""
-    with open("/proc/meminfo") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = (pathlib.Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.exists() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free
 
 
 def _file_digest(path: pathlib.Path) -> str:

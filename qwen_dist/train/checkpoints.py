@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import logging
+import os
 import pathlib
-from collections.abc import Mapping
+import resource
+import sys
+import types
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qwen_dist.errors import UserError
+import jax
+
+from qwen_dist.errors import UserError, printable
 from qwen_dist.train.step import TrainState
 
 
@@ -21,6 +30,12 @@ class Checkpoints:
           keep: how many of the newest checkpoints stay.
           keep_best: also keep the checkpoint with the lowest loss given to `save`.
         """
+        # A failed write is reported by `_written`; Orbax would log its traceback, too.
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        # After an error, which `_restore` reports, what Orbax has begun to read ends with many other tracebacks.
+        self._hook = sys.unraisablehook
+        sys.unraisablehook = self._drop_rest_of_read
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -60,34 +75,101 @@ class Checkpoints:
         args = self._args.Composite(
             state=self._args.StandardSave(state._asdict()), position=self._args.JsonSave(dict(position))
         )
-        self._manager.save(step, args=args, metrics=None if loss is None else {"loss": loss})
+        with self._written():
+            _check_space(pathlib.Path(self._manager.directory), state)
+            self._manager.save(step, args=args, metrics=None if loss is None else {"loss": loss})
 
-    def position(self) -> dict[str, Any]:
-        """Return the position of the newest checkpoint.
+    def position(self, step: int) -> dict[str, Any]:
+        """Return the position of the checkpoint of a step.
 
         Raises:
           UserError: the checkpoint cannot be read.
         """
-        return self._restore(position=self._args.JsonRestore())["position"]
+        return self._restore(step, position=self._args.JsonRestore())["position"]
 
-    def restore(self, like: TrainState) -> TrainState:
-        """Return the state of the newest checkpoint.
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """Return the state of the checkpoint of a step.
 
         Args:
+          step: one of `steps`.
           like: an abstract state: the shapes, dtypes and shardings of the result.
 
         Raises:
           UserError: the checkpoint cannot be read.
         """
-        return TrainState(**self._restore(state=self._args.StandardRestore(like._asdict()))["state"])
+        return TrainState(**self._restore(step, state=self._args.StandardRestore(like._asdict()))["state"])
 
-    def _restore(self, **items: Any) -> Any:
+    def _restore(self, step: int, **items: Any) -> Any:
         try:
-            return self._manager.restore(self.latest, args=self._args.Composite(**items))
-        except (ValueError, KeyError, OSError) as error:
-            where = self._manager.directory / str(self.latest)
-            raise UserError(f"the checkpoint {where} cannot be restored: {error}") from error
+            return self._manager.restore(step, args=self._args.Composite(**items))
+        except MemoryError:  # no damage
+            raise
+        except Exception as error:  # the reader of a damaged file can raise anything
+            where = self._manager.directory / str(step)
+            raise UserError(f"the checkpoint {where} cannot be restored ({_reason(error)})") from error
+
+    def set_aside(self, step: int) -> pathlib.Path:
+        """Rename the folder of a checkpoint so that it is none any more, and return its new path.
+
+        Every process calls this, and `reload` when all have; the first one renames.
+        """
+        folder = pathlib.Path(self._manager.directory) / str(step)
+        moved = folder.parent.with_name(f"damaged-checkpoint-{step}")
+        number = 1
+        while moved.exists():
+            number += 1
+            moved = moved.with_name(f"damaged-checkpoint-{step}-{number}")
+        if jax.process_index() == 0:
+            try:
+                folder.rename(moved)
+            except OSError as error:
+                raise UserError(f"{folder} cannot be renamed: {error.strerror}") from error
+        return moved
+
+    def reload(self) -> None:
+        """Look at the directory again, after another process has changed it."""
+        self._manager.reload()
 
     def close(self) -> None:
-        """Wait for the background writes and release the directory."""
-        self._manager.close()
+        """Wait for the background writes and release the directory. Raises UserError if one failed."""
+        try:
+            with self._written():
+                self._manager.close()
+        finally:
+            sys.unraisablehook = self._hook
+
+    def _drop_rest_of_read(self, unraisable: Any) -> None:
+        is_closed_loop = isinstance(unraisable.exc_value, RuntimeError) and "Event loop is closed" in str(
+            unraisable.exc_value
+        )
+        if not (is_closed_loop or isinstance(unraisable.object, types.CoroutineType)):
+            self._hook(unraisable)
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        """Turn what a failed write raises, now or after it was started, into one sentence."""
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore have no common error class
+            raise UserError(
+                f"a checkpoint cannot be written to {self._manager.directory} ({_reason(error)}): free "
+                "some disk space and run the same command again; it resumes from the newest whole checkpoint"
+            ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first cause of an error: of its first line the end, as TensorStore puts the cause after every layer."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return printable(f"{type(error).__name__}: {str(error).strip().split(chr(10))[0].split(': ')[-1]}", 200)
+
+
+def _check_space(directory: pathlib.Path, state: TrainState) -> None:
+    """Raise OSError if a checkpoint cannot fit, even compressed to half its size. Otherwise the write will tell."""
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    system = os.statvfs(directory)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    free = system.f_bavail * system.f_frsize
+    available = free if limit == resource.RLIM_INFINITY else min(free, limit)
+    if available < needed / 2:
+        raise OSError(errno.ENOSPC, f"it has {needed:,} bytes, and {available:,} can be written")

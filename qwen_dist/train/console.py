@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from qwen_dist.checkpoint.names import group_names
+from qwen_dist.errors import printable
 from qwen_dist.train.batches import rows_per_epoch
 from qwen_dist.train.examples import describe_bad_records
 from qwen_dist.train.run import RunInputs, StepCallback, StepMetrics, TrainSetup
@@ -25,18 +26,31 @@ LOG_INTERVAL_S = 10.0
 
 
 def show_data(inputs: RunInputs, count: int, console: Console) -> None:
-    """Print the first `count` examples: tokens in the loss green and underlined, the others dim."""
+    """Print the first `count` examples: tokens in the loss green and underlined, the others dim.
+
+    Where there are no colors, as in a pipe, the parts in the loss are between ⟦ and ⟧.
+    """
     from rich.text import Text
 
     for example in inputs.training.examples[:count]:
         num_targets = int(example.loss_mask.sum())
         header = f"[bold]{example.location}[/] {len(example.tokens)} tokens, {num_targets} in the loss"
         console.print(header, highlight=False)
-        text = Text()
+        text, was_target = Text(), False
         for id, is_target in zip(example.tokens, example.loss_mask, strict=True):
             token = inputs.tokenizer.token_bytes(int(id)).decode("utf-8", "replace")
-            text.append(token.replace("\n", "⏎\n"), style="green underline" if is_target else "dim")
-        console.print(text)
+            if console.color_system is None and bool(is_target) != was_target:
+                text.append("⟦" if is_target else "⟧")
+            was_target = bool(is_target)
+            text.append(_visible(token), style="green underline" if is_target else "dim")
+        if console.color_system is None and was_target:
+            text.append("⟧")
+        console.print(text, soft_wrap=console.color_system is None)
+
+
+def _visible(token: str) -> str:
+    """Return the text of a token with its line ends marked and other control characters escaped."""
+    return "⏎\n".join(printable(part, len(part) * 10 + 1) for part in token.split("\n"))
 
 
 def describe_data(inputs: RunInputs) -> str:
@@ -44,11 +58,19 @@ def describe_data(inputs: RunInputs) -> str:
     training, config = inputs.training, inputs.config
     rows = rows_per_epoch(training, config.data)
     lines = [
-        f"{len(training):,} examples of {training.num_positions:,} tokens, {training.num_target_tokens:,} in the loss",
-        f"{inputs.num_steps:,} steps of {config.batch_size} rows of at most {config.data.max_length} tokens: "
-        f"{inputs.num_steps * config.batch_size / rows:.2f} epochs",
+        f"{count(len(training), 'example')} with {count(training.num_positions, 'token')} in total, "
+        f"{training.num_target_tokens:,} in the loss",
+        f"{count(inputs.num_steps, 'step')} of {count(config.batch_size, 'row')} of at most {config.data.max_length} "
+        f"tokens: {inputs.num_steps * config.batch_size / rows:.2f} epochs; "
+        f"learning rate {config.optimizer.learning_rate:g}",
+        *(f"note: {note}" for note in inputs.notes),
     ]
     return "\n".join(lines + ([describe_bad_records(training.bad)] if training.bad else []))
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun, singular or plural."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def describe_training(setup: TrainSetup, inputs: RunInputs) -> str:
@@ -81,38 +103,48 @@ def _bytes_per_device(tree: object) -> int:
 
 
 @contextlib.contextmanager
-def progress_bar(console: Console, *, done: int = 0) -> Iterator[StepCallback]:
+def progress_bar(console: Console, num_steps: int) -> Iterator[StepCallback]:
     """Show a progress bar in a terminal, and a line every few seconds elsewhere. Gives the callback that updates it."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = (
         TextColumn("training"),
-        BarColumn(),
+        BarColumn(bar_width=None),
         MofNCompleteColumn(),
         TextColumn("{task.fields[metrics]}"),
-        TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None, completed=done, metrics="")
-        last_line = 0.0
+    times: list[tuple[float, int]] = []
+    last_line = 0.0
+    with Progress(*columns, console=console, disable=not console.is_terminal, expand=True) as bar:
+        task = bar.add_task("", total=num_steps, metrics="compiling (once)…")
 
         def update(metrics: StepMetrics) -> None:
             nonlocal last_line
-            description = describe_step(metrics)
+            # The first step compiles, so the rate is that of the steps after it.
+            times.append((time.monotonic(), metrics.step))
+            del times[1:-1]
+            description = describe_step(metrics) + _time_left(times, metrics)
             bar.update(task, total=metrics.num_steps, completed=metrics.step, metrics=description)
             is_special = metrics.step == metrics.num_steps or metrics.eval_loss is not None
             if not console.is_terminal and (is_special or time.monotonic() - last_line > LOG_INTERVAL_S):
                 last_line = time.monotonic()
-                left = (metrics.num_steps - metrics.step) * metrics.seconds
-                text = f"step {metrics.step}/{metrics.num_steps}: {description}, {left / 60:.0f} min left"
+                text = f"step {metrics.step}/{metrics.num_steps}: {description}"
                 console.print(text, highlight=False, soft_wrap=True)
 
         yield update
 
 
+def _time_left(times: list[tuple[float, int]], metrics: StepMetrics) -> str:
+    (start, first), (now, step) = times[0], times[-1]
+    if step == first or step == metrics.num_steps:
+        return ""
+    seconds = (now - start) / (step - first) * (metrics.num_steps - step)
+    return f", left {int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
 def describe_step(metrics: StepMetrics) -> str:
     """Return a line with loss, speed and peak memory of one step."""
-    text = f"loss {metrics.loss:.4f}, {metrics.num_tokens / metrics.seconds:,.0f} tokens/s, {metrics.seconds:.2f} s a step"
+    text = f"loss {metrics.loss:.4f}, {metrics.num_tokens / metrics.seconds:,.0f} tokens/s, {metrics.seconds:.2f} s/step"
     if metrics.mfu is not None:
         text += f", MFU {100 * metrics.mfu:.1f}%"
     if metrics.eval_loss is not None:

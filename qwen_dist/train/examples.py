@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 
+from qwen_dist.chat import Chat
+from qwen_dist.chat_template import TurnFormat
 from qwen_dist.errors import UserError
-from qwen_dist.tokenizer import Tokenizer
+from qwen_dist.tokenizer import Tokenizer, TooLongError
 from qwen_dist.train.records import BadTrainRecord, RecordLocation, TrainRecord
 
-# Replaces a message to find its place in the rendered text. Private-use characters: no template writes them.
-_PLACEHOLDER = "\ue000answer\ue001"
 _MAX_LISTED_RECORDS = 20
 
 
@@ -69,6 +69,14 @@ class Examples:
         """The number of tokens that the loss counts."""
         return sum(int(example.loss_mask[1:].sum()) for example in self.examples)
 
+    def ends_of_targets(self, tokenizer: Tokenizer) -> set[int]:
+        """Return the special tokens that end targets: those with which the trained model ends its answers."""
+        ends: set[int] = set()
+        for example in self.examples:
+            last = example.loss_mask & ~np.append(example.loss_mask[1:], False)
+            ends.update(example.tokens[last].tolist())
+        return {token for token in ends if tokenizer.is_special(token)}
+
 
 def make_examples(
     records: Iterable[TrainRecord | BadTrainRecord],
@@ -89,7 +97,11 @@ def make_examples(
             bad.append(record)
             continue
         try:
-            tokens, loss_mask = tokenize(record, tokenizer)
+            # A record has one token more than positions.
+            tokens, loss_mask = tokenize(record, tokenizer, None if record.format == "text" else max_length + 1)
+        except TooLongError as error:
+            bad.append(BadTrainRecord(record.location, "too long", f"{error} (max_length is {max_length})"))
+            continue
         except UserError as error:
             bad.append(BadTrainRecord(record.location, "not renderable", str(error)))
             continue
@@ -118,7 +130,7 @@ def describe_bad_records(bad: Sequence[BadTrainRecord]) -> str:
     return "\n".join(lines)
 
 
-def tokenize(record: TrainRecord, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+def tokenize(record: TrainRecord, tokenizer: Tokenizer, max_tokens: int | None = None) -> tuple[list[int], list[bool]]:
     """Return the token ids of a record, and for each whether the loss counts it.
 
     Targets are tokenized separately from the text before them, as generated text always is, so that training and inference
@@ -126,9 +138,14 @@ def tokenize(record: TrainRecord, tokenizer: Tokenizer) -> tuple[list[int], list
 
     Raises:
       UserError: the chat template refuses the messages.
+      TooLongError: by its length alone, a text has more than `max_tokens` tokens.
     """
-    if record.messages:
-        spans = list(chat_spans(record.messages, tokenizer, record.first_target_turn, tools=record.tools))
+    if max_tokens is not None:
+        contents = [record.prompt, record.text] if record.chat is None else [m.get("content") for m in record.chat.messages]
+        for content in contents:
+            tokenizer.check_length(content or "", max_tokens)
+    if record.chat is not None:
+        spans = list(chat_spans(record.chat, tokenizer))
     else:
         spans = [(record.prompt, False), (record.text, True)]
     tokens: list[int] = []
@@ -137,68 +154,58 @@ def tokenize(record: TrainRecord, tokenizer: Tokenizer) -> tuple[list[int], list
         ids = tokenizer.encode(text, add_special_tokens=False)
         tokens += ids
         loss_mask += [is_target] * len(ids)
-    if not record.messages:
+    if record.chat is None:
         tokens.append(tokenizer.eos_token_id)
         loss_mask.append(True)
     return tokens, loss_mask
 
 
-def chat_spans(
-    messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, first_target_turn: int = 0, **variables: Any
-) -> Iterator[tuple[str, bool]]:
+def chat_spans(chat: Chat, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
     """Render a conversation with the model's chat template, as spans of text.
 
-    Targets are what the model has to generate: from the end of the generation prompt to the token that ends the turn. The
-    first `first_target_turn` turns of the assistant are not targets.
+    Targets are what the model has to generate in the turns with `chat.trained`: from the end of the generation prompt, or
+    of the part of it that the turn begins with, to the token with which the template ends an answer. The templates of
+    thinking models end the generation prompt with `<think>`, and write earlier answers without it.
 
     Yields:
       A span of text, and whether it is a target. The spans end with the last target.
+
+    Raises:
+      UserError: the chat template refuses the messages, or the targets cannot be found.
     """
-    text = tokenizer.render_chat(messages, add_generation_prompt=False, **variables)
-    prompt = _generation_prompt(messages, tokenizer, **variables)
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    done = 0
-    for index in turns[first_target_turn:]:
-        start, end = _content_span(text, messages, index, tokenizer, **variables)
-        prompt_start = text.rfind(prompt, done, start)
-        if prompt_start < 0:
-            raise UserError(f"messages[{index}]: the chat template does not begin this turn with its generation prompt")
-        start, end = prompt_start + len(prompt), _turn_end(text, end, tokenizer)
-        yield text[done:start], False
-        yield text[start:end], True
-        done = end
+    template = tokenizer.chat_template(chat)
+    turns = template.turn_format(chat.variables)
+    ending = _ending(tokenizer, turns)
+    text, ends = template.render_with_ends(chat)
+    done = position = 0
+    for index, message in enumerate(chat.messages):
+        if message["role"] != "assistant":
+            position = max(position, ends[index])
+            continue
+        # Only text of the template is between the end of the message before and the start of the turn.
+        opening = text.find(turns.opening, position)
+        whole = text.startswith(turns.generation_prompt, opening)
+        start = opening + len(turns.generation_prompt if whole else turns.opening)
+        end = text.find(ending, max(start, ends[index]))
+        if opening < 0 or end < 0:
+            raise UserError(
+                f"messages[{index}]: the chat template does not open and end this turn as it does other answers"
+            )
+        position = end + len(ending)
+        if chat.trained[index]:
+            yield text[done:start], False
+            yield text[start:position], True
+            done = position
 
 
-def _generation_prompt(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, **variables: Any) -> str:
-    """Return what the template appends to have the assistant answer, such as `<|im_start|>assistant\\n`."""
-    without = tokenizer.render_chat(messages, add_generation_prompt=False, **variables)
-    with_prompt = tokenizer.render_chat(messages, add_generation_prompt=True, **variables)
-    if not with_prompt.startswith(without) or with_prompt == without:
-        raise UserError("the chat template has no generation prompt, so the targets of training cannot be found")
-    return with_prompt.removeprefix(without)
-
-
-def _content_span(
-    text: str, messages: Sequence[Mapping[str, Any]], index: int, tokenizer: Tokenizer, **variables: Any
-) -> tuple[int, int]:
-    """Return start and end of a message's content in the text: the part that changes with the content."""
-    changed = [*messages[:index], {**messages[index], "content": _PLACEHOLDER}, *messages[index + 1 :]]
-    other = tokenizer.render_chat(changed, add_generation_prompt=False, **variables)
-    if _PLACEHOLDER not in other:
-        raise UserError(f"messages[{index}]: the chat template leaves this turn out")
-    start = _common_prefix(text, other)
-    num_after = _common_prefix(text[start:][::-1], other[start:][::-1])
-    return start, len(text) - num_after
-
-
-def _common_prefix(one: str, other: str) -> int:
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _turn_end(text: str, start: int, tokenizer: Tokenizer) -> int:
-    """Return the end of the first stop text from `start` on, or the end of the text if there is none."""
-    ends = [(found, found + len(stop)) for stop in tokenizer.stop_texts if (found := text.find(stop, start)) >= 0]
-    return min(ends)[1] if ends else len(text)
+def _ending(tokenizer: Tokenizer, turns: TurnFormat) -> str:
+    """Return the text of the token with which the template ends an answer."""
+    end = tokenizer.end_of_turn(turns)
+    if end is None:
+        raise UserError(
+            "the chat template writes no special token after an answer, so a model trained with it could not end one"
+        )
+    return tokenizer.decode([end], skip_special_tokens=False)
 
 
 def _split(example: Example, max_length: int) -> Iterator[Example]:

@@ -11,7 +11,9 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from qwen_dist.checkpoint.adapter import Adapter, check_fits
+from qwen_dist.checkpoint.adapter import Adapter, base_weight_name
+from qwen_dist.checkpoint.adapter_config import raise_problems
+from qwen_dist.checkpoint.adapter_merge import wrong_shape
 from qwen_dist.checkpoint.model import LoadedModel
 from qwen_dist.config import LoraOptions
 from qwen_dist.errors import UsageError
@@ -72,7 +74,7 @@ def with_adapter(model: LoadedModel, adapter: Adapter, *, dtype: DTypeLike) -> t
     Raises:
       CheckpointError: the adapter does not fit the model.
     """
-    check_fits(adapter, {name: leaf.shape for name, leaf in model.parameters.items()})
+    _check_fits(adapter, model.module)
     trained = _add_lora(model.module, adapter.layers, adapter.rank, adapter.scale, dtype)
     targets = abstract_parameters(model.module, model.sharding_ctx)
     parameters = dict(model.parameters)
@@ -81,6 +83,20 @@ def with_adapter(model: LoadedModel, adapter: Adapter, *, dtype: DTypeLike) -> t
         values = adapter.arrays[name].astype(target.dtype).reshape(target.shape)
         parameters[name] = jax.make_array_from_callback(target.shape, target.sharding, values.__getitem__)
     return dataclasses.replace(model, parameters=parameters), trained
+
+
+def _check_fits(adapter: Adapter, module: Transformer) -> None:
+    shapes, layers = disk_shapes(module), {name for name, _ in linear_layers(module)} | expert_stacks(module).keys()
+    problems = []
+    for layer in adapter.layers:
+        a, b = (adapter.arrays[f"{layer}.lora_{side}.weight"].shape for side in "AB")
+        shape, found = shapes.get(base_weight_name(layer)), (*b[:-1], a[-1])
+        if layer not in layers or shape is None:
+            problems.append(f"{layer} is not of this model, which has no such linear layer")
+        elif shape != found:
+            problems.append(wrong_shape(layer, found, shape))
+    if problems:
+        raise_problems("the adapter does not fit the model", problems)
 
 
 def extract_adapter(parameters: Mapping[str, jax.Array], options: LoraOptions, sharding_ctx: ShardingContext) -> Adapter:

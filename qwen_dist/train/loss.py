@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from qwen_dist.ops.matmul import accum_dtype, matmul, weight_gradient
+from qwen_dist.ops.matmul import accum_dtype, dot, matmul, weight_gradient
 from qwen_dist.sharding import constrain
 
 # The number of tokens per device whose logits exist at the same time.
@@ -72,9 +72,9 @@ def _chunked_loss_fwd(
         total, grad_x, grad_head_NVD = sums
         # The barrier keeps XLA from making a transposed copy of the head before the loop.
         head, index = jax.lax.optimization_barrier((head_VD, index))
-        loss, grad_logits = jax.value_and_grad(_cross_entropy)(matmul(x[index], head), targets[index], weights[index])
+        loss, grad_logits = jax.value_and_grad(_cross_entropy)(dot(x[index], head, 1), targets[index], weights[index])
         grad_logits = grad_logits.astype(x.dtype)
-        grad_chunk = matmul(grad_logits, head.T).astype(x.dtype)
+        grad_chunk = dot(grad_logits, head, 0).astype(x.dtype)
         # One sum per shard: with one sum over all shards, XLA would all-reduce in every iteration.
         grad_head_NVD = constrain_shards(grad_head_NVD + weight_gradient(grad_logits, x[index], 1))
         return total + loss, grad_x.at[index].set(grad_chunk), grad_head_NVD

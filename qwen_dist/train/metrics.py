@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from qwen_dist.errors import UserError
+from qwen_dist.json_reader import JsonError, parse_json
 
 
 class MetricsLog:
@@ -18,22 +20,39 @@ class MetricsLog:
       entries: the lines so far; empty on other processes.
     """
 
-    def __init__(self, directory: pathlib.Path, *, done: int, tensorboard: bool, is_first: bool):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        *,
+        done: int,
+        tensorboard: bool,
+        is_first: bool,
+        log: Callable[[str], None] = lambda text: None,
+    ):
         """Open the log after step `done`; entries of later steps, from before an interruption, are dropped.
 
+        Lines that are not whole, as a power failure can leave them, are left out, and `log` says how many.
+
         Raises:
-          UserError: `tensorboard` is set and its package is not installed.
+          UserError: the file cannot be read or written, or `tensorboard` is set and its package is not installed.
         """
         self._directory = directory
         self._file = self._tensorboard = None
         self.entries: list[dict[str, Any]] = []
         if not is_first:
             return
-        path = directory / "metrics.jsonl"
-        if path.exists():
-            self.entries = [entry for entry in _read_entries(path) if entry["step"] <= done]
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries))
-        self._file = path.open("a")
+        self._path = directory / "metrics.jsonl"
+        with self._errors():
+            if self._path.exists():
+                entries, num_damaged = _read_entries(self._path)
+                self.entries = [entry for entry in entries if entry["step"] <= done]
+                if num_damaged:
+                    log(f"{self._path} has {num_damaged} damaged lines, which are left out")
+            # In one step: a run that is killed here keeps the metrics of its earlier steps.
+            partial = self._path.with_name("metrics.jsonl.partial")
+            partial.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries))
+            partial.replace(self._path)
+            self._file = self._path.open("a")
         if tensorboard:
             self._tensorboard = _open_tensorboard(directory / "tensorboard", done)
 
@@ -42,8 +61,9 @@ class MetricsLog:
         if self._file is None:
             return
         self.entries.append({"step": step, **metrics})
-        self._file.write(json.dumps(self.entries[-1]) + "\n")
-        self._file.flush()
+        with self._errors():
+            self._file.write(json.dumps(self.entries[-1]) + "\n")
+            self._file.flush()
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -52,16 +72,36 @@ class MetricsLog:
         """Close the files and draw the chart."""
         if self._file is None:
             return
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        (self._directory / "loss.html").write_text(loss_chart(self.entries), encoding="utf-8")
+        with self._errors():
+            self._file.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+            (self._directory / "loss.html").write_text(loss_chart(self.entries), encoding="utf-8")
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self._path}: {error.strerror or error}; run the same command again to resume"
+            ) from error
 
 
-def _read_entries(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Read all lines but the last, which may be incomplete."""
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+def _read_entries(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the whole lines, and the number of damaged ones; the last line may be incomplete, which is no damage."""
+    *lines, _ = path.read_bytes().split(b"\n")
+    entries, num_damaged = [], 0
+    for line in lines:
+        try:
+            entry = parse_json(line)
+        except JsonError:
+            entry = None
+        if isinstance(entry, dict) and "step" in entry and all(type(value) in (int, float) for value in entry.values()):
+            entries.append(entry)
+        else:
+            num_damaged += 1
+    return entries, num_damaged
 
 
 def _open_tensorboard(directory: pathlib.Path, done: int) -> Any:

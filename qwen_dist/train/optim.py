@@ -21,9 +21,9 @@ def make_schedule(options: OptimizerOptions, num_steps: int) -> Schedule:
     Raises:
       UsageError: the warm-up is longer than the run.
     """
-    rate, warmup = options.learning_rate, options.warmup_steps
-    if warmup > num_steps:
-        raise UsageError(f"optimizer.warmup_steps is {warmup}, and the run has {num_steps} steps")
+    if options.learning_rate is None:
+        raise UsageError("optimizer.learning_rate is None; it must be a number here")
+    rate, warmup = options.learning_rate, num_warmup_steps(options, num_steps)
     rest, final = max(num_steps - warmup, 1), options.min_lr_ratio
     after: Schedule = {
         "constant": lambda: optax.constant_schedule(rate),
@@ -31,6 +31,16 @@ def make_schedule(options: OptimizerOptions, num_steps: int) -> Schedule:
         "cosine": lambda: optax.cosine_decay_schedule(rate, rest, final),
     }[options.schedule]()
     return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after], [warmup]) if warmup else after
+
+
+def num_warmup_steps(options: OptimizerOptions, num_steps: int) -> int:
+    """Return the number of warm-up steps, with the rounding of transformers. Raises UsageError if the run is shorter."""
+    if options.warmup_steps > num_steps:
+        raise UsageError(
+            f"optimizer.warmup_steps is {options.warmup_steps}, and the run has {num_steps} steps; give fewer, or "
+            "optimizer.warmup_ratio, a fraction of the run"
+        )
+    return options.warmup_steps or math.ceil(options.warmup_ratio * num_steps)
 
 
 def make_optimizer(

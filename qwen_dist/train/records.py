@@ -1,22 +1,39 @@
 """Read files of training data: chats, prompts with completions, plain texts. Needs neither JAX nor a tokenizer.
 
-A file is JSON lines (.jsonl), a table (.parquet, the same fields as columns) or one plain text (.txt). Data that cannot be
-used becomes a `BadTrainRecord` with its file and line; nothing is dropped silently.
+A file is JSON lines (.jsonl), an array of JSON (.json), a table (.parquet, the same fields as columns) or one plain text
+(.txt). Chats have OpenAI's, ShareGPT's or Alpaca's fields. Data that cannot be used becomes a `BadTrainRecord` with its
+file and line; nothing is dropped silently.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
-import json
-import pathlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from qwen_dist.errors import UsageError, UserError
+from qwen_dist.batch.formats import read_bounded_lines, read_rows
+from qwen_dist.batch.line_reader import MAX_LINE_BYTES, UnreadableLine
+from qwen_dist.chat import ROLES, Chat, make_chat
+from qwen_dist.errors import UsageError, UserError, printable
+from qwen_dist.json_reader import JsonError, parse_json, read_file
 
-RecordFormat = Literal["messages", "prompt", "text"]
-ROLES = ("system", "user", "assistant", "tool")
+RecordFormat = Literal["messages", "prompt", "text", "conversations", "instruction"]
+
+# The names of ShareGPT's speakers in chats.
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+_MAX_ARRAY_BYTES = 2**28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,17 +54,14 @@ class TrainRecord:
     Attributes:
       location: the file and line.
       format: of the record in its file.
-      messages: a conversation; the loss counts the assistant's turns, but not the first `first_target_turn` of them.
-      tools: the tools that the chat template lists.
+      chat: a conversation; the loss counts its trained turns.
       prompt: not counted in the loss.
       text: counted in the loss.
     """
 
     location: RecordLocation
     format: RecordFormat
-    messages: Sequence[Mapping[str, Any]] = ()
-    first_target_turn: int = 0
-    tools: Sequence[Any] | None = None
+    chat: Chat | None = None
     prompt: str = ""
     text: str = ""
 
@@ -70,7 +84,7 @@ def find_data_files(patterns: Sequence[str]) -> list[str]:
     found = [sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern] for pattern in patterns]
     problems = [f"no file matches {pattern}" for pattern, files in zip(patterns, found, strict=True) if not files]
     files = [file for matches in found for file in matches]
-    problems += [f"there is no file {file}" for file in files if not pathlib.Path(file).is_file()]
+    problems += [f"there is no file {printable(file)}" for file in files if not os.path.isfile(file)]
     suffixes = (".jsonl", ".json", ".parquet", ".txt")
     problems += [f"{file}: a data file ends in {', '.join(suffixes)}" for file in files if not file.endswith(suffixes)]
     if problems:
@@ -78,12 +92,28 @@ def find_data_files(patterns: Sequence[str]) -> list[str]:
     return files
 
 
-def read_train_records(files: Sequence[str], *, raw: bool) -> Iterator[TrainRecord | BadTrainRecord]:
-    """Yield every record of the files in order. With `raw` a prompt is plain text instead of a user's turn."""
+def read_train_records(
+    files: Sequence[str],
+    *,
+    raw: bool,
+    variables: Mapping[str, Any] | None = None,
+    max_line_bytes: int = MAX_LINE_BYTES,
+) -> Iterator[TrainRecord | BadTrainRecord]:
+    """Yield every record of the files in order.
+
+    Args:
+      files: from `find_data_files`.
+      raw: a prompt is plain text instead of a user's turn.
+      variables: of the chat template, for chats that do not set them.
+      max_line_bytes: the most bytes of a line, of a row or of a plain text.
+
+    Raises:
+      UserError: a file cannot be read or is damaged.
+    """
     for file in files:
         expected: RecordFormat | None = None
-        for location, fields in _fields(file):
-            record = fields if isinstance(fields, BadTrainRecord) else _record(location, fields, raw)
+        for location, fields in _fields(file, max_line_bytes):
+            record = fields if isinstance(fields, BadTrainRecord) else _record(location, fields, raw, variables or {})
             if isinstance(record, TrainRecord):
                 expected = expected or record.format
                 if record.format != expected:
@@ -92,30 +122,36 @@ def read_train_records(files: Sequence[str], *, raw: bool) -> Iterator[TrainReco
             yield record
 
 
-def _fields(file: str) -> Iterator[tuple[RecordLocation, Mapping[str, Any] | BadTrainRecord]]:
-    if file.endswith(".parquet"):
-        yield from _rows(file)
-    elif file.endswith(".txt"):
-        yield RecordLocation(file, 1), {"text": _text(file)}
-    else:
-        with open(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    location = RecordLocation(file, number)
-                    yield location, _parse(location, line)
+def _fields(file: str, max_bytes: int) -> Iterator[tuple[RecordLocation, Mapping[str, Any] | BadTrainRecord]]:
+    if file.endswith(".txt"):
+        yield RecordLocation(file, 1), {"text": _text(file, max_bytes)}
+        return
+    if file.endswith(".json") and _is_array(file):
+        yield from _array_records(file)
+        return
+    lines: Iterator[bytes | Mapping[str, Any] | UnreadableLine]
+    lines = read_rows(file, max_bytes) if file.endswith(".parquet") else read_bounded_lines(file, max_bytes)
+    for number, line in enumerate(lines, 1):
+        location = RecordLocation(file, number)
+        if isinstance(line, UnreadableLine):
+            yield location, BadTrainRecord(location, "broken line", line.reason)
+        elif not isinstance(line, bytes):
+            yield location, line
+        elif line.strip():
+            yield location, _parse(location, line)
 
 
-def _text(file: str) -> str:
+def _text(file: str, max_bytes: int) -> str:
     try:
-        return pathlib.Path(file).read_text(encoding="utf-8")
+        return read_file(file, max_bytes=max_bytes, error=UserError).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8: {error}") from None
+        raise UserError(f"{file} is not UTF-8: byte {error.start} is not") from None
 
 
 def _parse(location: RecordLocation, line: bytes) -> Mapping[str, Any] | BadTrainRecord:
     try:
-        fields = json.loads(line)
-    except ValueError as error:  # includes UnicodeDecodeError
+        fields = parse_json(line)
+    except JsonError as error:
         return BadTrainRecord(location, "broken line", f"not JSON: {error}")
     return (
         fields
@@ -124,43 +160,59 @@ def _parse(location: RecordLocation, line: bytes) -> Mapping[str, Any] | BadTrai
     )
 
 
-def _rows(file: str) -> Iterator[tuple[RecordLocation, Mapping[str, Any]]]:
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{file}: reading parquet needs an extra: pip install 'qwen-dist[parquet]'") from None
-    try:
-        table = parquet.ParquetFile(file)
-    except (OSError, ValueError) as error:  # pyarrow's errors derive from these
-        raise UserError(f"{file} cannot be read as parquet: {error}") from None
-    number = 0
-    for batch in table.iter_batches():
-        for row in batch.to_pylist():
-            number += 1
-            yield RecordLocation(file, number), {name: value for name, value in row.items() if value is not None}
+def _is_array(file: str) -> bool:
+    """Return whether a file holds one JSON array; otherwise it has a record on each line."""
+    with open(file, "rb") as content:
+        return content.read(4096).lstrip()[:1] == b"["
 
 
-def _record(location: RecordLocation, fields: Mapping[str, Any], raw: bool) -> TrainRecord | BadTrainRecord:
+def _array_records(file: str) -> Iterator[tuple[RecordLocation, Mapping[str, Any] | BadTrainRecord]]:
+    try:
+        records = parse_json(read_file(file, max_bytes=_MAX_ARRAY_BYTES, error=UserError))
+    except JsonError as error:
+        raise UserError(f"{printable(file)} is not JSON: {error}; a large file is better written as JSON lines") from None
+    for number, record in enumerate(records, 1):
+        location = RecordLocation(file, number)
+        detail = f"not a JSON object: {printable(repr(record), 60)}"
+        yield location, record if isinstance(record, dict) else BadTrainRecord(location, "broken line", detail)
+
+
+def _record(
+    location: RecordLocation, fields: Mapping[str, Any], raw: bool, variables: Mapping[str, Any]
+) -> TrainRecord | BadTrainRecord:
+    fields = {name: value for name, value in fields.items() if value is not None}
     if "messages" in fields:
-        return _chat(location, fields["messages"], 0, fields.get("tools"))
+        return _chat(location, "messages", fields["messages"], fields, variables)
+    if "conversations" in fields:
+        return _sharegpt(location, fields, variables)
     if "prompt" in fields and "completion" in fields:
-        return _prompt(location, fields["prompt"], fields["completion"], fields.get("tools"), raw)
+        return _prompt(location, fields["prompt"], fields["completion"], fields, variables, raw)
+    if "instruction" in fields and "output" in fields:
+        return _alpaca(location, fields, variables, raw)
     if "text" in fields:
         text = fields["text"]
         if isinstance(text, str) and text.strip():
             return TrainRecord(location, "text", text=text)
         return BadTrainRecord(location, "empty text", f'"text" must be a non-empty string; it is {text!r:.60}')
-    names = ", ".join(map(repr, fields)) or "nothing"
+    names = printable(", ".join(map(repr, fields)) or "nothing", 200)
     return BadTrainRecord(
-        location, "unknown format", f'a record has "messages", "prompt" and "completion", or "text"; this has {names}'
+        location,
+        "unknown format",
+        'a record has "messages", "conversations", "prompt" and "completion", "instruction" and "output", or "text"; '
+        f"this has {names}",
     )
 
 
-def _prompt(location: RecordLocation, prompt: Any, completion: Any, tools: Any, raw: bool) -> TrainRecord | BadTrainRecord:
+def _prompt(
+    location: RecordLocation,
+    prompt: Any,
+    completion: Any,
+    fields: Mapping[str, Any],
+    variables: Mapping[str, Any],
+    raw: bool,
+) -> TrainRecord | BadTrainRecord:
     if isinstance(prompt, list) and isinstance(completion, list):
-        turns_before = sum(isinstance(m, dict) and m.get("role") == "assistant" for m in prompt)
-        chat = _chat(location, prompt + completion, turns_before, tools)
-        return chat if isinstance(chat, BadTrainRecord) else dataclasses.replace(chat, format="prompt")
+        return _chat(location, "prompt", prompt + completion, fields, variables, first_trained=len(prompt))
     if not isinstance(prompt, str) or not isinstance(completion, str):
         return BadTrainRecord(
             location, "unknown format", '"prompt" and "completion" must both be strings, or both be messages'
@@ -169,18 +221,93 @@ def _prompt(location: RecordLocation, prompt: Any, completion: Any, tools: Any, 
         return BadTrainRecord(location, "empty text", '"completion" is empty')
     if raw:
         return TrainRecord(location, "prompt", prompt=prompt, text=completion)
-    messages = ({"role": "user", "content": prompt}, {"role": "assistant", "content": completion})
-    return TrainRecord(location, "prompt", messages=messages)
+    return _chat(location, "prompt", _turns((prompt, completion)), fields, variables)
 
 
-def _chat(location: RecordLocation, messages: Any, first_target_turn: int, tools: Any) -> TrainRecord | BadTrainRecord:
+def _turns(*exchanges: tuple[str, str]) -> list[dict[str, Any]]:
+    return [
+        {"role": role, "content": content}
+        for exchange in exchanges
+        for role, content in zip(("user", "assistant"), exchange, strict=True)
+    ]
+
+
+def _alpaca(
+    location: RecordLocation, fields: Mapping[str, Any], variables: Mapping[str, Any], raw: bool
+) -> TrainRecord | BadTrainRecord:
+    """Return Alpaca's `instruction`, `input` and `output`, after `system` and `history`, pairs of question and answer."""
+    texts = [fields.get(name) or "" for name in ("instruction", "input", "output", "system")]
+    history = fields.get("history") or []
+    if not all(isinstance(text, str) for text in texts) or not _are_pairs(history):
+        detail = '"instruction", "input", "output" and "system" must be strings, and "history" pairs of strings'
+        return BadTrainRecord(location, "unknown format", detail)
+    instruction, more, output, system = texts
+    if not output:
+        return BadTrainRecord(location, "empty text", '"output" is empty')
+    question = f"{instruction}\n{more}" if instruction and more else instruction or more
+    if raw and (system or history):
+        return BadTrainRecord(location, "unknown format", '"system" and "history" need the chat template (data.raw is set)')
+    if raw:
+        return TrainRecord(location, "instruction", prompt=question, text=output)
+    messages = [{"role": "system", "content": system}] if system else []
+    return _chat(location, "instruction", messages + _turns(*map(tuple, history), (question, output)), fields, variables)
+
+
+def _are_pairs(history: Any) -> bool:
+    return isinstance(history, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in history
+    )
+
+
+def _sharegpt(
+    location: RecordLocation, fields: Mapping[str, Any], variables: Mapping[str, Any]
+) -> TrainRecord | BadTrainRecord:
+    """Return ShareGPT's `conversations`: turns with `from` and `value`, or messages as in other chats."""
+    turns, system = fields["conversations"], fields.get("system")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return _chat(location, "conversations", turns, fields, variables)
+    messages = [{"role": "system", "content": system}] if system else []
+    return _chat(location, "conversations", messages + [_sharegpt_message(turn) for turn in turns], fields, variables)
+
+
+def _sharegpt_message(turn: Mapping[str, Any]) -> dict[str, Any]:
+    if "from" not in turn:
+        return dict(turn)
+    speaker, value = turn["from"], turn.get("value")
+    others = {key: other for key, other in turn.items() if key not in ("from", "value")}
+    role = _SHAREGPT_ROLES.get(speaker, speaker) if isinstance(speaker, str) else speaker
+    if speaker != "function_call":
+        return {"role": role, "content": value} | others
+    calls: Any = value
+    if isinstance(value, str):
+        with contextlib.suppress(JsonError):
+            calls = parse_json(value.encode("utf-8", "surrogatepass"))
+    return {"role": role, "tool_calls": calls if isinstance(calls, list) else [calls]} | others
+
+
+def _chat(
+    location: RecordLocation,
+    format: RecordFormat,
+    messages: Any,
+    fields: Mapping[str, Any],
+    variables: Mapping[str, Any],
+    first_trained: int = 0,
+) -> TrainRecord | BadTrainRecord:
+    """Return a record of a chat, in which the messages before `first_trained` are not trained."""
     if not isinstance(messages, list) or not messages:
         return BadTrainRecord(
-            location, "empty conversation", f'"messages" must be a non-empty list; it is {messages!r:.60}'
+            location, "empty conversation", f'"{format}" must be a non-empty list; it is {messages!r:.60}'
         )
     roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
     if wrong := [role for role in roles if role not in ROLES]:
-        return BadTrainRecord(location, "unknown role", f"the role is {wrong[0]!r}; it must be one of {', '.join(ROLES)}")
-    if roles.count("assistant") <= first_target_turn:
-        return BadTrainRecord(location, "no assistant turn", "no turn is the assistant's, so there is nothing to train on")
-    return TrainRecord(location, "messages", messages=messages, first_target_turn=first_target_turn, tools=tools)
+        detail = f"the role is {printable(repr(wrong[0]), 60)}; it must be one of {', '.join(ROLES)}"
+        return BadTrainRecord(location, "unknown role", detail)
+    try:
+        chat = make_chat(messages, fields.get("tools"), fields.get("chat_template_kwargs"), variables)
+    except UserError as error:
+        return BadTrainRecord(location, "invalid chat", str(error))
+    chat = dataclasses.replace(chat, trained=(False,) * first_trained + chat.trained[first_trained:])
+    if not any(chat.trained):
+        detail = "no turn is the assistant's (with a weight other than 0), so there is nothing to train on"
+        return BadTrainRecord(location, "no assistant turn", detail)
+    return TrainRecord(location, format, chat)

@@ -18,27 +18,33 @@ from typing import Any
 import jax
 import numpy as np
 
-from qwen_dist.checkpoint.adapter import Adapter, merge_adapter, read_adapter, write_adapter
+from qwen_dist.checkpoint.adapter import Adapter, write_adapter
+from qwen_dist.checkpoint.adapter_read import read_adapter
+from qwen_dist.checkpoint.files import LocalFolder
 from qwen_dist.checkpoint.hub import local_directory
 from qwen_dist.checkpoint.load import ProgressCallback
 from qwen_dist.checkpoint.model import LoadedModel, load_model
-from qwen_dist.checkpoint.save import EXTRA_FILE_NAMES, save
+from qwen_dist.checkpoint.save import read_extra_files, save
 from qwen_dist.checkpoint.sync import sync_processes
-from qwen_dist.config import FinetuneConfig, LoraOptions
-from qwen_dist.errors import UsageError, UserError
+from qwen_dist.config import DataOptions, FinetuneConfig, LoraOptions, parse_bytes
+from qwen_dist.errors import UsageError, UserError, printable
+from qwen_dist.hf_config import read_model_config
+from qwen_dist.json_reader import read_json_object
 from qwen_dist.mesh import MeshConfig, make_mesh, training_mesh
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.parameters import abstract_parameters, disk_shapes
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.ops.matmul import accum_dtype
+from qwen_dist.outputs import Marker, Written, check_paths, run_lock
 from qwen_dist.sharding import TRAIN, ShardingContext
 from qwen_dist.tokenizer import Tokenizer
+from qwen_dist.tokenizer_files import GENERATION_CONFIG
 from qwen_dist.train.batches import BatchIterator, TrainBatch, evaluation_batches, rows_per_epoch, training_batches
 from qwen_dist.train.checkpoints import Checkpoints
 from qwen_dist.train.examples import Examples, make_examples
 from qwen_dist.train.lora import attach_lora, extract_adapter, new_adapter, with_adapter
 from qwen_dist.train.metrics import MetricsLog
-from qwen_dist.train.optim import make_optimizer, make_schedule
+from qwen_dist.train.optim import make_optimizer, make_schedule, num_warmup_steps
 from qwen_dist.train.records import find_data_files, read_train_records
 from qwen_dist.train.step import Trainer, TrainState
 from qwen_dist.train.utilization import StepFlops, peak_flops_per_second
@@ -51,9 +57,22 @@ _RESUMABLE_CHANGES = frozenset(
 )
 
 
+RUN_MARKER = Marker("qwen_dist_run.json", "training run", 1)
+# What a run writes into its directory, and --overwrite removes.
+_RUN_DIRECTORIES = ("checkpoints", "damaged-checkpoint-*", "tensorboard", "adapter", "model")
+_RUN_FILES = ("metrics.jsonl", "metrics.jsonl.partial", "loss.html", "batch-*.npz")
+# A run of fewer steps gets a note.
+MIN_STEPS = 10
+
+
 @dataclasses.dataclass(frozen=True)
 class RunInputs:
-    """What a run needs besides the weights. It is cheap to make, so errors in the data show before the model is loaded."""
+    """What a run needs besides the weights. It is cheap to make, so errors in the data show before the model is loaded.
+
+    Attributes:
+      config: with the values that follow from method and model.
+      notes: what a user may not expect of the run.
+    """
 
     config: FinetuneConfig
     directory: pathlib.Path
@@ -62,6 +81,7 @@ class RunInputs:
     training: Examples
     evaluation: Examples | None
     num_steps: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -107,24 +127,54 @@ def prepare(config: FinetuneConfig) -> RunInputs:
     Raises:
       UserError: the model or the data cannot be used, or they do not fit together.
     """
+    # Cheap checks come first: files before a download, all of them before the weights.
+    files, eval_files = find_data_files(config.data.files), find_data_files(config.data.eval_files)
+    check_paths(
+        {"--model": config.model.path, "--adapter": config.model.adapter, "--data": files, "--eval-data": eval_files},
+        [Written("--output", config.output, is_directory=True)],
+    )
     directory = local_directory(config.model.path, weights=config.model.load_format != "dummy")
-    model = ModelConfig.from_directory(directory, config.model.ignored_keys)
-    if config.data.max_length > model.max_position_embeddings:
-        raise UsageError(
-            f"data.max_length is {config.data.max_length}; the model's context has {model.max_position_embeddings} tokens"
-        )
-    tokenizer = Tokenizer.from_directory(directory)
+    model = read_model_config(directory, config.model.ignored_keys)
+    given, config = config, config.resolved(model.max_position_embeddings)
+    tokenizer = Tokenizer.from_directory(directory, config.model.ignored_keys)
+    tokenizer.check_template_variables(config.chat.variables)
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {model.vocab_size}")
 
-    def examples(patterns: tuple[str, ...]) -> Examples:
-        records = read_train_records(find_data_files(patterns), raw=config.data.raw)
+    def examples(files: list[str]) -> Examples:
+        records = read_train_records(
+            files,
+            raw=config.data.raw,
+            variables=config.chat.variables,
+            max_line_bytes=parse_bytes(config.data.max_line_size),
+        )
         return make_examples(records, tokenizer, max_length=config.data.max_length, bad_records=config.data.bad_records)
 
-    training = examples(config.data.files)
-    evaluation = examples(config.data.eval_files) if config.data.eval_files else None
+    training, evaluation = examples(files), examples(eval_files) if eval_files else None
     num_steps = config.steps or math.ceil(config.epochs * rows_per_epoch(training, config.data) / config.batch_size)
-    return RunInputs(config, directory, tokenizer, model, training, evaluation, num_steps)
+    num_warmup_steps(config.optimizer, num_steps)  # raises UsageError if it is longer than the run
+    notes = tuple(_notes(given, config, training, num_steps))
+    return RunInputs(config, directory, tokenizer, model, training, evaluation, num_steps, notes)
+
+
+def _notes(given: FinetuneConfig, config: FinetuneConfig, training: Examples, num_steps: int) -> Iterator[str]:
+    """Yield what a user may not expect of the run, each with what to set."""
+    if given.data.max_length > config.data.max_length:
+        yield (
+            f"data.max_length is {config.data.max_length}, the context of the model; {given.data.max_length} was "
+            f"{'the default' if given.data.max_length == DataOptions.max_length else 'given'}"
+        )
+    rows = rows_per_epoch(training, config.data)
+    if rows < config.batch_size:
+        yield (
+            f"the data fills {rows:.1f} rows, so a batch of {config.batch_size} repeats it; set a smaller --batch-size or "
+            "give more data"
+        )
+    if num_steps < MIN_STEPS:
+        yield (
+            f"{num_steps} {'step is' if num_steps == 1 else 'steps are'} too few to learn much at a learning rate of "
+            f"{config.optimizer.learning_rate:g}; set --steps, --config.epochs or a smaller --batch-size"
+        )
 
 
 def finetune(
@@ -145,32 +195,97 @@ def finetune(
     Raises:
       UserError: the output belongs to another run, the model cannot be loaded, or the loss is not finite.
     """
-    config = inputs.config
-    output = pathlib.Path(config.output)
-    with sync_processes("preparing the output"):
-        if jax.process_index() == 0:
-            _prepare_output(output, overwrite=config.overwrite)
-    with contextlib.closing(
-        Checkpoints(output / "checkpoints", keep=config.max_to_keep, keep_best=config.keep_best)
-    ) as checkpoints:
-        found = checkpoints.latest
-        position = checkpoints.position() if found is not None else None
-        if position is not None:
-            _check_same_run(position["run"], fingerprint(inputs))
-        setup = set_up(inputs, load_progress)
-        state = setup.trainer.init_state() if position is None else checkpoints.restore(setup.trainer.abstract_state())
-        batches = training_batches(inputs.training, config.data, config.batch_size)
-        if position is not None:
-            log(f"resuming after step {found} of {inputs.num_steps}")
-            batches.set_state(position["data"])
-        metrics_log = MetricsLog(output, done=found or 0, tensorboard=config.tensorboard, is_first=jax.process_index() == 0)
+    config, output = inputs.config, pathlib.Path(inputs.config.output)
+    with contextlib.ExitStack() as stack:
+        with sync_processes("preparing the output"):
+            if jax.process_index() == 0:
+                is_run = _open_output(output)
+                stack.enter_context(run_lock(str(output / "run.lock"), str(output), log))
+        # An earlier run is removed only after everything that this one reads has been read.
+        setup = set_up(inputs, load_progress) if config.overwrite else None
+        if setup is not None:
+            with sync_processes("removing the earlier run"):
+                if jax.process_index() == 0 and is_run:
+                    _remove_run(output)
+        checkpoints = stack.enter_context(
+            contextlib.closing(Checkpoints(output / "checkpoints", keep=config.max_to_keep, keep_best=config.keep_best))
+        )
+        start = _Start(inputs, checkpoints, log)
+        setup = setup or set_up(inputs, load_progress)
+        if note := setup.model.sharding_ctx.replicated_note(inputs.model.vocab_size):
+            log(note)
+        state, batches, found = start.restore(setup)
+        metrics_log = MetricsLog(
+            output, done=found, tensorboard=config.tensorboard, is_first=jax.process_index() == 0, log=log
+        )
         with contextlib.closing(metrics_log), _sigterm_event() as stop_requested:
             loop = _TrainLoop(inputs, setup, checkpoints, metrics_log, callback, stop_requested)
-            state, step = loop.train(state, batches, found or 0)
+            state, step = loop.train(state, batches, found)
         if step < inputs.num_steps:
             return TrainSummary(step, loop.loss, loop.eval_loss, True, "")
         result = _write_result(inputs, setup, state, log)
     return TrainSummary(step, loop.loss, loop.eval_loss, False, str(result))
+
+
+class _Start:
+    """Where a run starts: after the newest checkpoint that can be read, or from the beginning."""
+
+    def __init__(self, inputs: RunInputs, checkpoints: Checkpoints, log: Callable[[str], None]):
+        """Read the position of the newest whole checkpoint. Raises UserError if it is that of another run."""
+        self._inputs, self._checkpoints, self._log = inputs, checkpoints, log
+        self._steps = checkpoints.steps  # without those that turned out to be damaged
+        self._damaged: dict[int, str] = {}
+        position = self._newest(checkpoints.position)
+        if position is not None:
+            _check_same_run(position["run"], fingerprint(inputs))
+
+    def restore(self, setup: TrainSetup) -> tuple[TrainState, BatchIterator, int]:
+        """Return the state, the data from there on, and the number of steps done.
+
+        Damaged checkpoints are renamed once an older one has been read, so that the run can write theirs again.
+
+        Raises:
+          UserError: there are checkpoints, and none can be read; they stay as they are.
+        """
+        config, trainer = self._inputs.config, setup.trainer
+
+        def read(step: int) -> tuple[TrainState, Any]:
+            return self._checkpoints.restore(step, trainer.abstract_state()), self._checkpoints.position(step)
+
+        batches = training_batches(self._inputs.training, config.data, config.batch_size)
+        found = self._newest(read)
+        if found is None:
+            return trainer.init_state(), batches, 0
+        for step, problem in self._damaged.items():
+            with sync_processes("leaving out a damaged checkpoint"):
+                moved = self._checkpoints.set_aside(step)
+            self._log(f"{problem}; it is left out, and is now {moved}")
+        if self._damaged:
+            self._checkpoints.reload()
+        state, position = found
+        self._log(f"resuming after step {self._steps[-1]} of {self._inputs.num_steps}")
+        batches.set_state(position["data"])
+        return state, batches, self._steps[-1]
+
+    def _newest(self, read: Callable[[int], Any]) -> Any:
+        """Return what `read` returns of the newest checkpoint that all processes can read; None without checkpoints."""
+        while self._steps:
+            value, problem = None, ""
+            try:
+                value = read(self._steps[-1])
+            except UserError as error:
+                problem = str(error)
+            if not _any_process(bool(problem)):
+                return value
+            step = self._steps.pop()
+            self._damaged[step] = problem or f"the checkpoint of step {step} cannot be read by another process"
+        if self._damaged:
+            newest, *older = self._damaged.values()
+            others = f"the {len(older)} older ones cannot be read either" if older else "there is no other"
+            raise UserError(
+                f"{newest}, and {others}: remove {self._inputs.config.output}/checkpoints or use --overwrite to start over"
+            )
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +305,8 @@ def set_up(inputs: RunInputs, load_progress: ProgressCallback | None = None) -> 
       UserError: the model, the adapter or the mesh cannot be used.
     """
     config = inputs.config
-    adapter = read_adapter(config.model.adapter) if config.model.adapter else None
+    read = read_adapter(config.model.adapter, config.model.ignored_keys) if config.model.adapter else None
+    adapter = read.to_lora() if read and config.method == "lora" else None
     model = load_model(
         inputs.directory,
         _sharding_ctx(inputs),
@@ -198,12 +314,11 @@ def set_up(inputs: RunInputs, load_progress: ProgressCallback | None = None) -> 
         weights=config.model.path if "://" in config.model.path else None,
         load_format=config.model.load_format,
         ignored_config_keys=config.model.ignored_keys,
+        adapter=read if config.method == "full" else None,
         host_memory_budget=config.model.host_memory_bytes,
         progress=load_progress,
     )
     if config.method == "full":
-        if adapter is not None:
-            model = dataclasses.replace(model, parameters=merge_adapter(model.parameters, adapter, model.sharding_ctx))
         return _with_trainer(inputs, model, list(model.parameters), config.lora)
     if adapter is not None:
         lora = dataclasses.replace(config.lora, rank=adapter.rank, alpha=adapter.alpha, use_rslora=adapter.rslora)
@@ -333,12 +448,16 @@ class _TrainLoop:
 
     def _describe_non_finite(self, step: int, batch: TrainBatch, loss: float, norm: float) -> str:
         path = pathlib.Path(self._config.output) / f"batch-{step}.npz"
+        where = f"The batch is in {path}"
         if jax.process_index() == 0:
-            np.savez(path, **{name: value for name, value in batch._asdict().items() if value is not None})
+            try:
+                np.savez(path, **{name: value for name, value in batch._asdict().items() if value is not None})
+            except OSError as error:
+                where = f"The batch cannot be written to {path} ({error.strerror})"
         saved = self._checkpoints.latest
         return (
-            f"step {step}: the loss is {loss} and the gradient norm is {norm}, so the run has stopped. The batch is in "
-            f"{path}; {f'the newest checkpoint is of step {saved}' if saved else 'there is no checkpoint'}. "
+            f"step {step}: the loss is {loss} and the gradient norm is {norm}, so the run has stopped. {where}; "
+            f"{f'the newest checkpoint is of step {saved}' if saved else 'there is no checkpoint'}. "
             "Try a lower optimizer.learning_rate, or float32."
         )
 
@@ -375,7 +494,10 @@ def fingerprint(inputs: RunInputs) -> dict[str, Any]:
     fields = dataclasses.asdict(inputs.config)
     kept = {name: value for name, value in fields.items() if name not in _RESUMABLE_CHANGES}
     kept["data"] = kept["data"] | {"tokens": _data_digest(inputs.training)}
-    del kept["data"]["eval_files"], kept["data"]["files"]
+    # The digest has what the files and the chat template make of them.
+    for name in ("eval_files", "files", "max_line_size"):
+        del kept["data"][name]
+    del kept["chat"]
     return json.loads(json.dumps(kept))
 
 
@@ -405,15 +527,28 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _prepare_output(output: pathlib.Path, *, overwrite: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"output {output} is a file; it must be a directory")
-    is_run = (output / "checkpoints").is_dir()
-    if output.exists() and any(output.iterdir()) and not is_run:
-        raise UsageError(f"output {output} is not empty and has no training run; use another directory")
-    if overwrite and is_run:
-        shutil.rmtree(output)
-    output.mkdir(parents=True, exist_ok=True)
+def _open_output(output: pathlib.Path) -> bool:
+    """Create the directory of a run, or open that of an earlier one. Returns whether there was one."""
+    try:
+        is_run = RUN_MARKER.check(output, "--output")
+        output.mkdir(parents=True, exist_ok=True)
+        if not is_run:
+            RUN_MARKER.write(output)
+    except OSError as error:
+        raise UsageError(f"--output {printable(output)} cannot be written: {error.strerror}") from None
+    return is_run
+
+
+def _remove_run(output: pathlib.Path) -> None:
+    """Remove what an earlier run has written; other files in its directory stay."""
+    try:
+        for path in [path for pattern in _RUN_DIRECTORIES + _RUN_FILES for path in output.glob(pattern)]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    except OSError as error:
+        raise UserError(f"the earlier run in {printable(output)} cannot be removed: {error.strerror}") from None
 
 
 def _write_result(inputs: RunInputs, setup: TrainSetup, state: TrainState, log: Callable[[str], None]) -> pathlib.Path:
@@ -425,14 +560,27 @@ def _write_result(inputs: RunInputs, setup: TrainSetup, state: TrainState, log: 
         write_adapter(output / "adapter", adapter, base=config.model.path)
         return output / "adapter"
     log(f"writing the model: {output / 'model'}")
-    files = {name: inputs.directory / name for name in EXTRA_FILE_NAMES}
     save(
         setup.trainer.parameters(state),
         output / "model",
         config=json.loads((inputs.directory / "config.json").read_text(encoding="utf-8")),
         disk_shapes=disk_shapes(setup.model.module),
-        extra_files={name: path.read_bytes() for name, path in files.items() if path.is_file()},
+        extra_files=read_extra_files(LocalFolder(inputs.directory)) | _with_trained_ends(inputs),
         dtype=jax.numpy.dtype(config.model.dtype),
         overwrite=True,
     )
     return output / "model"
+
+
+def _with_trained_ends(inputs: RunInputs) -> dict[str, bytes]:
+    """Return generation_config.json with the tokens that end the trained answers, if it does not have them yet.
+
+    A base model ends texts with another token than the chat template, and would not stop after an answer.
+    """
+    missing = inputs.training.ends_of_targets(inputs.tokenizer) - inputs.tokenizer.stop_ids
+    if not missing:
+        return {}
+    path = inputs.directory / GENERATION_CONFIG
+    content = read_json_object(path) if path.is_file() else {}
+    content["eos_token_id"] = sorted(inputs.tokenizer.stop_ids) + sorted(missing)
+    return {GENERATION_CONFIG: json.dumps(content, indent=2).encode()}

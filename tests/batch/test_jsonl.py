@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_dist.batch.jsonl import BatchRecord, InvalidRecord, error_line, read_records, result_line
+from qwen_dist.batch.jsonl import BatchRecord, Choice, InvalidRecord, error_line, read_records, result_line
 from qwen_dist.errors import UserError
 
 MESSAGES = [{"role": "user", "content": "Hi 😀"}]
@@ -76,21 +76,30 @@ def test_openai_parameters(tmp_path):
 
 def test_openai_parameters_without_effect_are_accepted(tmp_path):
     harmless = {"user": "u", "metadata": {"k": "v"}, "store": True, "service_tier": "auto"}
-    neutral = {"stream": False, "n": 1, "frequency_penalty": 0.0, "logit_bias": {}, "tools": None}
+    neutral = {"stream": False, "n": None, "best_of": 1, "tools": None}
     assert read_one(tmp_path, openai(**harmless, **neutral)).params == {}
+    penalties = {"frequency_penalty": 0.5, "presence_penalty": -1, "min_tokens": 2, "top_k": -1}
+    record = read_one(tmp_path, openai(**penalties, n=3, logit_bias={"5": 100, "12": -0.5}))
+    assert record.num_choices == 3
+    assert record.params.pop("min_new_tokens") == penalties.pop("min_tokens")
+    assert record.params == penalties | {"logit_bias": ((5, 100.0), (12, -0.5))}
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         (b'{"id": "a", "prompt": ', r"not JSON: .* \(column 22\)"),
-        (b'{"id": "a", "prompt": "\xff"}', r"not UTF-8 \(byte 24\)"),
+        (b'{"id": "a", "prompt": "\xff"}', "byte 23 is not UTF-8"),
         (b'{"prompt": "\\ud83d"}', "half of a surrogate pair"),
         (b'{"prompt": "a", "temperature": NaN}', "NaN is not a JSON number"),
-        (b'{"prompt": "a", "temperature": 1e999}', "temperature must be a number; got inf"),
-        (b'{"prompt": "a", "temperature": 1' + b"0" * 400 + b"}", "temperature must be a number; got 10"),
-        (b'{"prompt": "a", "seed": ' + b"1" * 5000 + b"}", "not usable JSON"),
-        (b"[" * 100_000, "not usable JSON"),
+        (b'{"prompt": "a", "temperature": 1e999}', "the number 1e999 is too large"),
+        (b'{"prompt": "a", "temperature": 1' + b"0" * 400 + b"}", "a number has 401 digits: 10000"),
+        (b'{"prompt": "a", "seed": 1' + b"0" * 30 + b"}", "seed must be a whole number; got 10000"),
+        (b'{"prompt": "a", "prompt": "b"}', "the key 'prompt' occurs twice"),
+        (b'{"prompt": "a", "seed": ' + b"1" * 5000 + b"}", "a number has 5000 digits"),
+        (b"[" * 100_000, "nested deeper than"),
+        (b'{"messages": ' + b"[" * 150 + b"]" * 150 + b"}", "nested deeper than 100"),
+        ({"prompt": "a", "x" * 10**6: 1}, "unknown xxx"),
         (["prompt"], "must be a JSON object"),
         ({"id": "a"}, "either prompt or messages"),
         ({"prompt": "a", "messages": MESSAGES}, "either prompt or messages"),
@@ -99,7 +108,7 @@ def test_openai_parameters_without_effect_are_accepted(tmp_path):
         ({"messages": ["hi"]}, "messages must be a non-empty list"),
         ({"id": True, "prompt": "a"}, "id must be a non-empty string or a whole number; got True"),
         ({"id": "", "prompt": "a"}, "id must be"),
-        ({"prompt": "a", "temprature": 1}, "unknown temprature; allowed are id, prompt, messages, max_new_tokens,"),
+        ({"prompt": "a", "temprature": 1}, "unknown temprature; allowed are id, prompt, messages, tools, chat_temp"),
         ({"prompt": "a", "top_k": 1.5, "seed": "x"}, "top_k must be a whole number; got 1.5; seed must be"),
         ({"prompt": "a", "temperature": True}, "temperature must be a number; got True"),
         ({"prompt": "a", "stop": ["a", ""]}, "stop must be a non-empty string or a list"),
@@ -112,7 +121,16 @@ def test_openai_parameters_without_effect_are_accepted(tmp_path):
         (openai() | {"priority": 1}, "unknown priority; allowed are custom_id"),
         (openai(messages="hi"), "messages must be"),
         (openai(model=3), "model must be a string; got 3"),
-        (openai(frequency_penalty=0.5, n=2, stream=True), "leave out: frequency_penalty, n, stream"),
+        (openai(best_of=2, stream=True), "leave out: best_of, stream"),
+        (openai(n=0), "n must be a whole number from 1 to 128; got 0"),
+        (openai(n=True), "n must be a whole number"),
+        (openai(n=129), "n must be a whole number"),
+        (openai(frequency_penalty="high"), "frequency_penalty must be a number; got 'high'"),
+        (openai(logit_bias={"five": 1}), "logit_bias must be an object of token ids and biases"),
+        (openai(logit_bias={"5": "1"}), "logit_bias must be an object"),
+        (openai(logit_bias={"05": 1}), "logit_bias must be an object"),
+        (openai(logit_bias={"1" * 5000: 1}), "logit_bias must be an object"),
+        (openai(logit_bias=[5]), "logit_bias must be an object"),
         (openai(temprature=1), "leave out: temprature"),
         (openai(max_tokens=1, max_completion_tokens=2), "max_completion_tokens is 2, but .* says 1"),
         (openai(max_tokens="1"), "max_tokens must be a whole number; got '1'"),
@@ -131,7 +149,7 @@ def test_invalid_lines(tmp_path, line, message):
 
 
 def test_an_invalid_record_keeps_its_id_and_format(tmp_path):
-    bad = read(tmp_path, {"id": "a", "prompt": 3}, openai("c", n=2), b"{", {"id": [], "prompt": "x"})
+    bad = read(tmp_path, {"id": "a", "prompt": 3}, openai("c", n=0), b"{", {"id": [], "prompt": "x"})
     assert [(record.id, record.line_number, record.format) for record in bad] == [
         ("a", 1, "plain"),
         ("c", 2, "openai"),
@@ -179,9 +197,9 @@ def test_plain_result_lines():
     record = BatchRecord(7, 3, "plain", {}, prompt="x")
     usage = {"prompt_tokens": 4, "completion_tokens": 2}
     expected = {"id": 7, "text": "Hi", "finish_reason": "stop", "usage": usage}
-    assert result_line(record, "Hi", "stop", 4, 2) == expected
+    assert result_line(record, [Choice("Hi", "stop", 2)], 4) == expected
     logprobs = [{"token": "Hi", "logprob": -0.5, "bytes": [72, 105], "top_logprobs": []}]
-    assert result_line(record, "Hi", "stop", 4, 2, logprobs) == expected | {"logprobs": logprobs}
+    assert result_line(record, [Choice("Hi", "stop", 2, logprobs)], 4) == expected | {"logprobs": logprobs}
     assert error_line(record, "too long", "prompt_too_long") == {
         "id": 7,
         "error": {"code": "prompt_too_long", "message": "too long", "line": 3},
@@ -191,7 +209,7 @@ def test_plain_result_lines():
 def test_openai_result_lines():
     record = BatchRecord("c", 3, "openai", {}, messages=MESSAGES, model="qwen")
     logprobs = [{"token": "Hi", "logprob": -0.5, "bytes": [72, 105], "top_logprobs": []}]
-    line = result_line(record, "Hi", "length", 4, 2, logprobs)
+    line = result_line(record, [Choice("Hi", "length", 2, logprobs)], 4)
     assert (line["custom_id"], line["error"], line["response"]["status_code"]) == ("c", None, 200)
     body = line["response"]["body"]
     assert (body["object"], body["model"]) == ("chat.completion", "qwen")

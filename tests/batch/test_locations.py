@@ -65,7 +65,7 @@ def test_an_output_written_in_two_runs(bucket, records, tmp_path, name, is_remot
     assert found == [result(number) for number in range(7)]
     assert write(output, records, []) == 7  # finished, and nothing changes
     assert len(list(read_lines(output))) == 7
-    with pytest.raises(UserError, match="of another checkpoint or of other parameters"):
+    with pytest.raises(UserError, match="of another checkpoint or other parameters"):
         OutputFile(output, settings="others")
 
 

@@ -61,7 +61,7 @@ def test_results_of_other_settings_are_not_changed(tmp_path, records):
     assert path.read_text() == "old\n"
     write(path, records[:2], overwrite=True, settings="a")
     assert ids(path) == [0, 1]
-    with pytest.raises(UserError, match="another checkpoint or of other parameters"):
+    with pytest.raises(UserError, match="another checkpoint or other parameters"):
         OutputFile(path, settings="b")
     with OutputFile(path, settings="a") as output, pytest.raises(UserError, match="answers to 1 lines that are missing"):
         output.answered_lines(records[1:])

@@ -9,12 +9,11 @@ import pytest
 from qwen_dist.batch import run
 from qwen_dist.batch.jsonl import BatchRecord, read_records
 from qwen_dist.batch.output import OutputFile
-from qwen_dist.batch.run import BatchSummary, check_paths, run_batch
+from qwen_dist.batch.run import BatchSummary, run_batch
 from qwen_dist.config import ModelOptions, SamplingOptions
 from qwen_dist.engine.engine import TAKEN_AHEAD
 from qwen_dist.engine.open import open_engine
 from qwen_dist.engine.request import Request
-from qwen_dist.errors import UsageError
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "def is_prime(n):"}]
 LINES = [
@@ -30,16 +29,23 @@ LINES = [
 ]
 BAD = {
     "no prompt": ({"id": "no prompt"}, "give either prompt or messages"),
-    "too long": ({"id": "too long", "prompt": "a " * 200}, "tokens and the model's context 128"),
+    "too long": ({"id": "too long", "prompt": "a " * 300}, "tokens and the model's context 256"),
     "out of range": ({"id": "out of range", "prompt": "a", "top_p": 7}, "top_p is 7; it must be above 0 and at most 1"),
     "misspelt": ({"id": "misspelt", "prompt": "a", "temprature": 1}, "unknown temprature"),
-    "poet": ({"id": "poet", "messages": [{"role": "poet", "content": "x"}]}, "Unexpected role poet"),
+    "poet": ({"id": "poet", "messages": [{"role": "poet", "content": "x"}]}, "must be one of system, user,"),
     "image": ({"id": "image", "messages": [{"role": "user", "content": [{"type": "image"}]}]}, "reads text only"),
     "line-7": ("{", "the line is not JSON"),
     "openai bad": (
-        {"custom_id": "openai bad", "body": {"messages": MESSAGES, "n": 3}},
-        "cannot be honoured, so leave out: n",
+        {"custom_id": "openai bad", "body": {"messages": MESSAGES, "stream": True}},
+        "cannot be honoured, so leave out: stream",
     ),
+    "audio": (
+        {"id": "audio", "messages": [MESSAGES[1] | {"audio": {}, "function_call": "f"}]},
+        "leave out: 'function_call'",
+    ),
+    "variable": ({"id": "variable", "prompt": "a", "chat_template_kwargs": {"lang": "de"}}, "does not use lang"),
+    "kwargs": ({"id": "kwargs", "prompt": "a", "chat_template_kwargs": ["lang"]}, "chat_template_kwargs must be an object"),
+    "far too long": ({"id": "far too long", "prompt": "a " * 2**20}, "has 2097152 bytes and so at least"),
     "plain": ({"id": "plain", "prompt": "again"}, "the id 'plain' is already that of an earlier line"),
 }
 
@@ -47,7 +53,7 @@ BAD = {
 @pytest.fixture(scope="module")
 def opened(tiny_directory):
     """Engine, tokenizer and default sampling of a tiny checkpoint; answers of six tokens, eight at a time."""
-    sizes = {"num_hidden_layers": 1, "num_attention_heads": 8, "head_dim": 10, "max_position_embeddings": 128}
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 8, "head_dim": 10, "max_position_embeddings": 256}
     options = ModelOptions(str(tiny_directory("qwen3", **sizes)), dtype="float32")
     return open_engine(options, "", SamplingOptions(max_new_tokens=6), max_batch_size=8)
 
@@ -118,6 +124,62 @@ def test_every_format_gets_the_result_of_a_run_alone(opened, answer):
     counts = [result["usage"] if "usage" in result else result["response"]["body"]["usage"] for result in results]
     assert summary.num_prompt_tokens == sum(usage["prompt_tokens"] for usage in counts)
     assert summary.num_generated_tokens == sum(usage["completion_tokens"] for usage in counts)
+
+
+CALL = {"type": "function", "function": {"name": "find", "arguments": {"a": 2}}}
+CALL_AS_TEXT = {"type": "function", "function": {"name": "find", "arguments": '{"a": 2}'}}
+TOOLS = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}]
+
+
+def test_tools_calls_and_variables_of_the_template_have_one_form(opened, answer):
+    tokenizer = opened[1]
+    calling = [MESSAGES[1], {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "3"}]
+    as_text = [calling[0], calling[1] | {"content": None, "refusal": None, "tool_calls": [CALL_AS_TEXT]}, calling[2]]
+    expected = alone(opened, tokenizer.apply_chat_template(calling, tools=TOOLS, enable_thinking=False))
+    variables = {"chat_template_kwargs": {"enable_thinking": False}}
+    results, _ = answer(
+        [
+            {"id": "object", "messages": calling, "tools": TOOLS} | variables,
+            {"id": "text", "messages": as_text, "tools": json.dumps(TOOLS)} | variables,
+            {"custom_id": "openai", "body": {"messages": as_text, "tools": TOOLS, "tool_choice": "auto"} | variables},
+            {"custom_id": "none", "body": {"messages": MESSAGES, "tools": TOOLS, "tool_choice": "none"}},
+        ]
+    )
+    named = by_id(results)
+    for name in ("object", "text"):
+        assert named[name] == {"id": name} | expected
+    body = named["openai"]["response"]["body"]
+    assert body["usage"]["prompt_tokens"] == expected["usage"]["prompt_tokens"]
+    assert body["choices"][0]["message"]["content"] == expected["text"]
+    without_tools = len(tokenizer.apply_chat_template(MESSAGES))
+    assert named["none"]["response"]["body"]["usage"]["prompt_tokens"] == without_tools
+
+
+def test_developer_messages_are_system_messages_where_the_template_has_no_others(opened, answer):
+    lines = [
+        {"id": role, "messages": [{"role": role, "content": "Be brief."}, MESSAGES[1]]} for role in ("developer", "system")
+    ]
+    named = by_id(answer(lines)[0])
+    assert named["developer"] == named["system"] | {"id": "developer"}
+
+
+@pytest.mark.parametrize(("raw", "is_chat"), [(False, True), (True, False)])
+def test_a_chat_also_ends_where_its_template_ends_answers(opened, raw, is_chat):
+    engine, tokenizer, defaults = opened
+    options = {"raw": raw, "variables": {}}
+    record = BatchRecord("a", 1, "plain", {}, prompt="fox")
+    (request,) = run._make_requests(record, engine, tokenizer, defaults, **options)
+    assert request.params.stop_token_ids == (tokenizer.chat_stop_ids if is_chat else ())
+    assert tokenizer.chat_stop_ids == (tokenizer.special_id("<|im_end|>"),)
+
+
+def test_variables_of_a_run_are_those_of_records_that_set_none(opened, answer):
+    off, on = ({"enable_thinking": value} for value in (False, True))
+    lines = [{"id": "run", "prompt": "fox"}, {"id": "own", "prompt": "fox", "chat_template_kwargs": on}]
+    named = by_id(answer(lines, variables=off)[0])
+    for name, variables in (("run", off), ("own", on)):
+        chat = opened[1].apply_chat_template([{"role": "user", "content": "fox"}], **variables)
+        assert named[name] == {"id": name} | alone(opened, chat)
 
 
 def test_invalid_lines_get_errors_and_the_run_continues(opened, answer):
@@ -249,11 +311,42 @@ def test_an_empty_file(answer):
     assert answer([""]) == ([], BatchSummary(seconds=pytest.approx(0, abs=1)))
 
 
-def test_overwriting_the_input_is_refused(tmp_path):
-    input = tmp_path / "in.jsonl"
-    input.write_text("{}\n")
-    (tmp_path / "link.jsonl").symlink_to(input)
-    for output in (input, tmp_path / "link.jsonl", tmp_path / "." / "in.jsonl"):
-        with pytest.raises(UsageError, match="input and output are the same file"):
-            check_paths(str(input), str(output))
-    assert input.read_text() == "{}\n"
+def test_several_choices_of_one_record(answer):
+    """Each is the answer to the record alone with the next seed; the usage counts the prompt once."""
+    sampled = {"messages": MESSAGES, "max_tokens": 5, "temperature": 1.5, "seed": 2**63 - 2}
+    seeds = [2**63 - 2, 2**63 - 1, -(2**63)]  # the largest is followed by the smallest
+    singles = [{"custom_id": f"seed {n}", "body": sampled | {"seed": seed}} for n, seed in enumerate(seeds)]
+    text = {"custom_id": "text", "url": "/v1/completions", "body": {"prompt": "the", "n": 2, "max_tokens": 2, "echo": True}}
+    results, summary = answer([{"custom_id": "three", "body": sampled | {"n": 3, "logprobs": True}}, *singles, text])
+    results = {name: result["response"]["body"] for name, result in by_id(results).items()}
+    three, alone_bodies = results["three"], [results[f"seed {n}"] for n in range(3)]
+    assert [choice["index"] for choice in three["choices"]] == [0, 1, 2]
+    contents = [choice["message"]["content"] for choice in three["choices"]]
+    assert contents == [body["choices"][0]["message"]["content"] for body in alone_bodies]
+    assert len(set(contents)) == 3
+    assert all(choice["logprobs"]["content"] for choice in three["choices"])
+    counts = [body["usage"] for body in alone_bodies]
+    assert three["usage"]["prompt_tokens"] == counts[0]["prompt_tokens"]
+    assert three["usage"]["completion_tokens"] == sum(usage["completion_tokens"] for usage in counts)
+    assert [choice["text"][:3] for choice in results["text"]["choices"]] == ["the", "the"]
+    assert (summary.num_answered, summary.num_errors) == (5, 0)
+
+
+def test_penalties_and_bias_of_a_line(answer, opened):
+    _, tokenizer, _ = opened
+    (fox,) = tokenizer.encode(" fox") if len(tokenizer.encode(" fox")) == 1 else tokenizer.encode("a")
+    lines = [
+        {"id": "plain", "prompt": "a"},
+        {"id": "biased", "prompt": "a", "logit_bias": {str(fox): 100}, "max_new_tokens": 3, "logprobs": 0},
+        {"id": "both", "prompt": "a", "logit_bias": {str(fox): 100}, "presence_penalty": 2, "top_k": -1},
+        {"id": "outside", "prompt": "a", "logit_bias": {"344": 1}},
+        {"id": "too much", "prompt": "a", "frequency_penalty": 2.5},
+    ]
+    results = by_id(answer(lines)[0])
+    assert results["biased"]["text"] == tokenizer.decode([fox] * 3)
+    assert results["both"]["text"] == tokenizer.decode([fox] * 6)  # 100 outweighs the penalty
+    assert results["plain"]["text"] != results["both"]["text"]
+    # The log-probabilities are those of the model, without the bias.
+    assert all(entry["logprob"] < -0.01 for entry in results["biased"]["logprobs"])
+    assert "logit_bias has token ids outside the vocabulary of 344" in results["outside"]["error"]["message"]
+    assert "frequency_penalty is 2.5; it must be from -2 to 2" in results["too much"]["error"]["message"]

@@ -141,6 +141,55 @@ def stall(seconds):
     return fault
 
 
+def send_slowly(request, content):
+    """Send pieces of `content` until the client has closed the connection."""
+    request.close_connection = True
+    try:
+        while True:
+            request.wfile.write(content)
+            request.wfile.flush()
+            time.sleep(0.02)
+    except OSError:
+        return True
+
+
+def endless(request):
+    """Send the range, and then more without an end."""
+    request.send_response(206)
+    for name, value in request.range_headers().items():
+        request.send_header(name, value)
+    request.end_headers()
+    request.wfile.write(request.body)
+    return send_slowly(request, b"x" * 1000)
+
+
+def slow(request):
+    """Send one byte of the body from time to time."""
+    request.send_response(206)
+    for name, value in request.range_headers().items():
+        request.send_header(name, value)
+    request.end_headers()
+    return send_slowly(request, b"x")
+
+
+def slow_chunks(request):
+    """Begin a chunk and never come to its size."""
+    request.send_response(206)
+    for name, value in (request.range_headers() | {"Transfer-Encoding": "chunked"}).items():
+        request.send_header(name, value)
+    request.end_headers()
+    return send_slowly(request, b"0")
+
+
+def slow_headers(request):
+    request.wfile.write(b"HTTP/1.1 206 Partial Content\r\nX: ")
+    return send_slowly(request, b"x")
+
+
+def redirect(location):
+    return lambda request: request.answer(302, headers={"Location": location})
+
+
 def ignores_range(request):
     return request.answer(200, request.body, {"ETag": request.server.etag})
 

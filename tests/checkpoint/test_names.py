@@ -23,6 +23,14 @@ def stored(shapes):
     }
 
 
+def test_long_numbers_are_part_of_a_name():
+    long = f"layers.{'9' * 5000}.weight"
+    assert group_names([long, "layers.1.weight", "layers.2.weight"]) == {
+        long: [long],
+        "layers.{1-2}.weight": ["layers.1.weight", "layers.2.weight"],
+    }
+
+
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_prefixes(prefix):
     shapes = SHAPES | {"lm_head.weight": (10, 4)}

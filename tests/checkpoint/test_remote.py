@@ -44,6 +44,7 @@ def server(folder, monkeypatch):
     monkeypatch.setattr(remote.HttpFolder, "read_options", remote.REMOTE_READ_OPTIONS)
     monkeypatch.setattr(remote, "FIRST_DELAY_S", 0.01)
     monkeypatch.setattr(remote, "STALL_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(remote, "MIN_BYTES_PER_S", 40_000)
     with serve(folder) as running:
         yield running
 
@@ -141,6 +142,22 @@ PERMANENT = {
     "compressed": (faults.compressed, "compresses byte ranges"),
     "403": (faults.status(403), "access is refused"),
     "removed": (faults.status(404), "was removed while"),
+    "odd Retry-After": (faults.status(503, {"Retry-After": "²".encode().decode("latin-1")}), "HTTP status 503; given up"),
+    "other odd Retry-After": (faults.status(503, {"Retry-After": "\u00b2"}), "HTTP status 503; given up"),
+    "long Content-Range": (
+        lambda r: r.answer(206, r.body, r.range_headers() | {"Content-Range": f"bytes 1-{'9' * 5000}/7"}),
+        "the server answered with 'bytes 1-999",
+    ),
+    "redirect to no address": (
+        faults.redirect("http://[::1"),
+        r"refused to follow the redirect to http://\[::1: Invalid IPv6 URL",
+    ),
+    "redirect to a wrong port": (faults.redirect("http://host:99999/"), "is not a usable address: Port out of range"),
+    "redirect to another scheme": (faults.redirect("file:///etc/passwd"), "refused to follow the redirect to file:"),
+    "redirect to itself": (lambda r: faults.redirect(r.path)(r), "more than 5 redirects"),
+    "slow": (faults.slow, "(not complete after|ProtocolError).*; given up after 3 attempts"),
+    "slow chunks": (faults.slow_chunks, "given up after 3 attempts"),
+    "slow headers": (faults.slow_headers, "given up after 3 attempts"),
     "teapot": (faults.status(418), "HTTP status 418 where 206 was expected"),
 }
 
@@ -155,7 +172,61 @@ def test_permanent_errors_are_reported(server, monkeypatch, case):
     file = checkpoint.files["1.safetensors"]
     with pytest.raises(CheckpointError, match=message) as error:
         file.read_into(1000, memoryview(bytearray(5000)))
-    assert server.url in str(error.value)
+    assert server.url in str(error.value) and len(str(error.value)) < 700
+
+
+@pytest.mark.fault
+def test_a_body_without_an_end_is_not_read_further(server, folder):
+    checkpoint = open_checkpoint(server.url)
+    server.faults = [faults.endless]
+    buffer = bytearray(5000)
+    checkpoint.files["1.safetensors"].read_into(1000, memoryview(buffer))
+    assert buffer == (folder / "1.safetensors").read_bytes()[1000:6000]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "address",
+    ["http://[::1/m", "http://host:99999/m", "https:///m", "s3://", "gs://", "http://" + "x" * 5000, "http://\0/"],
+)
+def test_malformed_addresses(address):
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(address)
+    assert len(str(error.value)) < 500 and len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("url", "location", "target"),
+    [
+        ("https://a/x", "/y", "https://a/y"),
+        ("https://a/x", "https://b:1/y", "https://b:1/y"),
+        ("http://a/x", "https://a/x", "https://a/x"),
+        ("https://a/x", "http://a/x", None),
+        ("https://a/x", "ftp://a/x", None),
+    ],
+)
+def test_a_redirect_does_not_lead_to_less_protection(url, location, target):
+    if target is not None:
+        assert remote._redirect(url, location) == target
+    else:
+        with pytest.raises(CheckpointError, match="refused to follow the redirect"):
+            remote._redirect(url, location)
+
+
+@pytest.mark.fault
+def test_credentials_stay_with_scheme_host_and_port(server, folder):
+    headers = {"Authorization": "Bearer secret"}
+    assert remote.HttpFolder(server.url, headers).read("config.json")
+    assert "Authorization" in server.requests[-1][2]
+    for other in (server.url.replace("http:", "https:"), server.url.replace("127.0.0.1", "localhost")):
+        sent, _ = remote.HttpFolder(other, headers).request(f"{server.url}/config.json")
+        sent.close()
+        assert "Authorization" not in server.requests[-1][2]
+    with serve(folder) as first:
+        first.text_faults = [faults.redirect(f"{server.url}/config.json")]
+        assert remote.HttpFolder(first.url + "/", headers).read("config.json") == (folder / "config.json").read_bytes()
+        assert "Authorization" in first.requests[-1][2] and "Authorization" not in server.requests[-1][2]
 
 
 def cut_text(request):
@@ -345,6 +416,19 @@ def test_object_store_errors_are_reported(folder, bucket, case):
     bucket.faults = [PERMANENT[case][0]]
     with pytest.raises(CheckpointError, match=r"1\.safetensors: bytes from 1000 cannot be read"):
         checkpoint.files["1.safetensors"].read_into(1000, memoryview(bytearray(5000)))
+
+
+@pytest.mark.fault
+def test_object_store_errors_are_one_line(folder, bucket, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    from obstore.store import S3Store
+
+    location = remote.ObjectFolder(f"s3://{folder.name}")
+    location.store = S3Store(folder.name, retry_config={"max_retries": 0})
+    for use in (lambda: location.read("config.json"), location.weight_files, lambda: location.open("x.safetensors")):
+        with pytest.raises(CheckpointError) as error:
+            use()
+        assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 600
 
 
 @pytest.mark.fault

@@ -105,25 +105,25 @@ REJECTED = {
     "header length 2**63": (build({}, length=2**63), f"a header length of {2**63}"),
     "header length 2**64-1": (build({}, length=2**64 - 1), f"a header length of {2**64 - 1}"),
     "header length 0": (build(b""), "a header length of 0"),
-    "not UTF-8": (build(b'{"\xff\xfe": 1}'), "UnicodeDecodeError"),
-    "invalid JSON": (build(b'{"x": '), "JSONDecodeError"),
+    "not UTF-8": (build(b'{"\xff\xfe": 1}'), "byte 2 is not UTF-8"),
+    "invalid JSON": (build(b'{"x": '), "Expecting value"),
     "JSON array": (build(b"[1, 2]"), "a JSON list"),
-    "byte-order mark": (build(b"\xef\xbb\xbf{}"), "JSONDecodeError"),
-    "deep nesting": (build(b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "RecursionError"),
-    "huge integer": (build(b'{"x": ' + b"9" * 10_000 + b"}"), "ValueError"),
+    "byte-order mark": (build(b"\xef\xbb\xbf{}"), "byte-order mark"),
+    "deep nesting": (build(b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "nested deeper"),
+    "huge integer": (build(b'{"x": ' + b"9" * 10_000 + b"}"), "a number has 10000 digits"),
     "NaN in the header": (
         build(b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [NaN, 4]}}', bytes(4)),
-        "NaN is not JSON",
+        "NaN is not a JSON number",
     ),
     "metadata not strings": (build({"__metadata__": {"a": 1}}), "{'a': 1}"),
     "metadata not an object": (build({"__metadata__": "a"}), "strings to strings"),
     "duplicate tensor": (
         build(b'{"x": %s, "x": %s}' % (ONE, ONE), bytes(4)),
-        "duplicate keys",
+        "the key 'x' occurs twice",
     ),
     "duplicate field": (
         build(b'{"x": {"dtype":"F32","dtype":"I32","shape":[1],"data_offsets":[0,4]}}', bytes(4)),
-        "duplicate keys",
+         "the key 'dtype' occurs twice",
     ),
     "entry not an object": (build({"x": 3}), "found 3"),
     "field missing": (build({"x": {"dtype": "F32", "shape": [1]}}, bytes(4)), "data_offsets"),
@@ -149,7 +149,14 @@ REJECTED = {
         build(b'{"x": {"dtype":"F32","shape":[1],"data_offsets":[0,4,4]}}', bytes(4)),
         "[0, 4, 4]",
     ),
-    "shape overflows 64 bits": (build({"x": entry([2**62, 2**62], 0, 4)}, bytes(4)), "(4 bytes)"),
+    "shape overflows 64 bits": (build({"x": entry([2**62, 2**62], 0, 4)}, bytes(4)), "less than 2**63 bytes"),
+    "a shape of a very large product": (build({"x": entry([2**62] * 40, 0, 4)}, bytes(4)), "found 40 dimensions"),
+    "many dimensions": (build({"x": entry([1] * 40, 0, 4)}, bytes(4)), "at most 32 dimensions"),
+    "half of a surrogate pair": (build(b'{"\\ud800": %s}' % ONE, bytes(4)), "half of a surrogate pair"),
+    "one of 300000 keys twice": (
+        build(b"{" + b",".join(b'"%d": 1' % (n % 299_999) for n in range(300_000)) + b"}"),
+        "the key '0' occurs twice",
+    ),
     "not a whole byte": (build({"x": entry([3], 0, 1, "F4")}, bytes(1)), "12 bits"),
     "misaligned": (
         build({"x": entry([1], 0, 1, "U8"), "y": entry([1], 1, 5)}, bytes(5)),
@@ -171,7 +178,7 @@ def test_rejected_with_file_and_reason(tmp_path, case):
     with pytest.raises(reader.FormatError) as error:
         read(tmp_path, content)
     assert error.value.file == "file.safetensors" and error.value.file in str(error.value)
-    assert found in str(error.value)
+    assert found in str(error.value) and len(str(error.value)) < 600
     if error.value.tensor is not None:
         assert repr(error.value.tensor) in str(error.value)
 

@@ -18,11 +18,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 
 from qwen_dist.checkpoint import load as loading
 from qwen_dist.checkpoint.load import load
+from qwen_dist.checkpoint.model import export_model
 from qwen_dist.checkpoint.names import find_layout, group_names
 from qwen_dist.checkpoint.safetensors import DATA_ALIGNMENT
 from qwen_dist.checkpoint.save import export, save
 from qwen_dist.checkpoint.source import open_checkpoint
 from qwen_dist.errors import CheckpointError
+from qwen_dist.mesh import MeshConfig, make_mesh
+from qwen_dist.sharding import INFERENCE, ShardingContext
 
 
 def target_of(checkpoint, mesh=None, row=None, column=None, dtype=None):
@@ -272,3 +275,18 @@ def test_transformers_reads_what_is_saved(tmp_path, family, mesh_shape):
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+def test_float16_is_kept_and_written(tiny_checkpoint, tmp_path):
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoint("qwen3"), dtype=torch.float32)
+    model.save_pretrained(tmp_path / "wide")
+    model.half().save_pretrained(tmp_path / "half")
+    sharding_ctx = ShardingContext(make_mesh(MeshConfig.parse("fsdp=2")), INFERENCE)
+    for source, dtype in (("half", None), ("wide", "float16")):
+        output = tmp_path / f"from {source}"
+        export_model(str(tmp_path / source), sharding_ctx, str(output), dtype=dtype, max_shard_bytes=10**9)
+        assert contents(output) == contents(tmp_path / "half")
+        assert json.loads((output / "config.json").read_text())["dtype"] == "float16"

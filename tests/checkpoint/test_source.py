@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qwen_dist.checkpoint import source
-from qwen_dist.checkpoint.files import LocalFile
+from qwen_dist.checkpoint.files import LocalFile, LocalFolder
 from qwen_dist.checkpoint.source import open_checkpoint
 from qwen_dist.errors import CheckpointError
 
@@ -35,6 +35,79 @@ def test_index_may_name_only_plain_files(write_checkpoint, monkeypatch, value):
     monkeypatch.setattr(source.LocalFolder, "open", lambda *_: pytest.fail("a file was opened"))
     with pytest.raises(CheckpointError, match="weight_map may only name"):
         open_checkpoint(folder)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("value", ["x" * 300 + ".safetensors", "\x1b[2J.safetensors", "é" * 130 + ".safetensors"])
+def test_index_may_name_only_files_that_can_exist(write_checkpoint, value):
+    folder = write_checkpoint({"model.safetensors": {"a": A}}, index={"weight_map": {"a": value}})
+    with pytest.raises(CheckpointError, match="weight_map may only name") as error:
+        open_checkpoint(folder)
+    assert len(str(error.value)) < 500 and "\x1b" not in str(error.value)
+
+
+@pytest.mark.fault
+def test_an_index_of_many_missing_files_is_one_short_message(write_checkpoint):
+    names = {f"t{number}": f"{number}.safetensors" for number in range(100_000)}
+    folder = write_checkpoint({"model.safetensors": {"a": A}}, index={"weight_map": names})
+    with pytest.raises(CheckpointError, match=r"99744 more files were not opened") as error:
+        open_checkpoint(folder)
+    assert len(str(error.value).splitlines()) < 25
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"\xef\xbb\xbf{}", "byte-order mark"),
+        ("{}".encode("utf-16"), "byte 0 is not UTF-8"),
+        (b'{"a": 1, "a": 2}', "the key 'a' occurs twice"),
+        (b'{"a": NaN}', "NaN is not a JSON number"),
+        (b'{"a": ' + b"[" * 100_000, "nested deeper"),
+        (b'{"a": 1' + b"0" * 5000 + b"}", "a number has 5001 digits"),
+        (b'{"a": "\\ud800"}', "half of a surrogate pair"),
+    ],
+)
+def test_json_files_are_read_strictly(write_checkpoint, name, raw, message):
+    folder = write_checkpoint({"model.safetensors": {"a": A}})
+    (folder / name).write_bytes(raw)
+    with pytest.raises(CheckpointError, match=f"{name} is not JSON: .*{message}"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("name", ["config.json", INDEX, "model.safetensors"])
+@pytest.mark.parametrize("kind", ["named pipe", "directory", "device", "loop", "too large"])
+def test_only_regular_files_of_bounded_size_are_read(write_checkpoint, name, kind):
+    folder = write_checkpoint({"model.safetensors": {"a": A}})
+    path = folder / name
+    path.unlink(missing_ok=True)
+    if kind == "named pipe":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "loop":
+        path.symlink_to(path)
+    else:
+        path.touch()
+        os.truncate(path, 2**40)  # sparse
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(folder)
+    assert name in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.fault
+def test_small_files_may_not_be_links_out_of_the_checkpoint(write_checkpoint, tmp_path):
+    (tmp_path / "id_rsa").write_text("private")
+    folder = LocalFolder(write_checkpoint({"model.safetensors": {"a": A}}))
+    (folder.root / "LICENSE").symlink_to("../id_rsa")
+    (folder.root / "NOTICE").symlink_to("config.json")
+    with pytest.raises(CheckpointError, match="outside of the checkpoint"):
+        folder.read("LICENSE")
+    assert folder.read("NOTICE") == folder.read("config.json") and folder.read("README.md") is None
 
 
 @pytest.mark.fault

@@ -9,7 +9,23 @@ import pytest
 import yaml
 
 ARGUMENTS = ["batch", "--model", "/data/a b", "--input", 'q"uo\\te$(X).jsonl', "--output", "out.jsonl"]
+ODD = [
+    "costs $$5",
+    "$$(HOME)",
+    "$$$",
+    "${NODES}${ARGUMENTS}",
+    "& \\0 \\n",
+    "*",
+    "'",
+    "\r\n\t\x1b[2J\x7f\x9b\u2028\ufeffü😀",
+    "",
+]
 GKE = ["--image", "registry/image:1", "--nodes", "4", "--chips", "4", "--name", "run"]
+
+
+def expand(word):
+    """Replace what Kubernetes replaces in an argument, where no variable is set."""
+    return re.sub(r"\$\$|\$\(\w+\)", lambda match: "$" if match[0] == "$$" else match[0], word)
 
 
 def output_of(command):
@@ -76,12 +92,52 @@ def test_tpu_pod(launch):
 def test_gke(launch, kind, flags):
     from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
-    text = output_of([launch / "gke" / "launch.sh", "--kind", kind, *flags, *GKE, "--dry-run", "--", *ARGUMENTS])
-    assert "${" not in text.replace("$${", "")
+    text = output_of([launch / "gke" / "launch.sh", "--kind", kind, *flags, *GKE, "--dry-run", "--", *ARGUMENTS, *ODD])
     manifest = yaml.safe_load(text)
     parsed = JobsetV1alpha2JobSet.from_dict(manifest)  # raises for wrong types and drops unknown keys
     assert parsed.to_dict() == manifest
     (job,) = manifest["spec"]["replicatedJobs"]
     (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
-    assert [word.replace("$$(", "$(") for word in container["args"]] == ARGUMENTS
+    assert [expand(word) for word in container["args"]] == [*ARGUMENTS, *ODD]
     assert job["replicas"] == (2 if kind == "tpu" else 1) and job["template"]["spec"]["parallelism"] == 4
+
+
+LOCAL, SLURM, POD = ["local.sh"], ["slurm.sh"], ["tpu_pod.sh", "--name", "p", "--zone", "z"]
+TPU = ["gke/launch.sh", "--kind", "tpu", "--accelerator", "a", "--topology", "4x4", *GKE]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ([*LOCAL, "--processes", "0"], "--processes must be a whole number of at least 1; got 0"),
+        ([*LOCAL, "--processes", "two"], "--processes must be a whole number"),
+        ([*LOCAL, "--processes", "a[$(touch made)]"], "--processes must be a whole number"),
+        ([*LOCAL, "--devices", "-1"], "--devices must be a whole number"),
+        ([*LOCAL, "--port", "70000"], "--port must be at most 65535; got 70000"),
+        ([*LOCAL, "--logs", ""], "--logs needs a value"),
+        ([*LOCAL, "--unknown", "1"], "usage: "),
+        ([*SLURM, "--nodes", "1-2"], "--nodes must be a whole number"),
+        ([*SLURM, "--nodes", "2", "--gpus-per-node", "x"], "--gpus-per-node must be a whole number"),
+        (SLURM, "usage: "),
+        ([*TPU, "--nodes", "x"], "--nodes must be a whole number"),
+        ([*TPU, "--chips", "0"], "--chips must be a whole number"),
+        ([*TPU, "--slices", "1.5"], "--slices must be a whole number"),
+        ([*TPU, "--name", "Run_1"], "--name must have at most 40 lower-case letters"),
+        ([*TPU, "--image", "a\nb: c"], "--image may have letters, digits"),
+        ([*TPU, "--topology", "${NODES}"], "--topology may have letters, digits"),
+        ([*TPU, "--kind", "cpu"], "launch/gke/launch.sh --kind tpu"),
+    ],
+)
+def test_wrong_flags(launch, tmp_path, command, message):
+    script, *flags = command
+    done = subprocess.run(
+        [launch / script, *flags, "--dry-run", "--", "batch"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2 and message in done.stderr and not done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [[*LOCAL, "--port"], [*SLURM, "--nodes"], [*POD, "--logs"], [*TPU, "--image"]])
+def test_a_flag_without_a_value(launch, command):
+    done = subprocess.run([launch / command[0], *command[1:]], capture_output=True, text=True)
+    assert done.returncode == 2 and f"{command[-1]} needs a value" in done.stderr

@@ -32,8 +32,14 @@ def answers(engine, requests):
     return found
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *(("qwen3", "float32"), ("qwen2", "bfloat16"), ("qwen3_moe", "bfloat16")),
+        *(pytest.param(family, "float32", marks=pytest.mark.slow) for family in ("qwen2", "qwen3_moe")),
+        pytest.param("qwen3", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_an_answer_is_the_same_alone(tiny_directory, family, dtype):
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
     directory = tiny_directory(family, **sizes, **({} if family == "qwen2" else {"head_dim": 32}))

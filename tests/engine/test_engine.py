@@ -11,7 +11,7 @@ import transformers
 
 from qwen_dist.checkpoint.model import load_model
 from qwen_dist.engine.batch import BatchBuilder
-from qwen_dist.engine.engine import CHUNK_SIZE, MAX_CHUNKS, Engine, cache_limits
+from qwen_dist.engine.engine import CHUNK_SIZE, MAX_CHUNKS, Detokenizer, Engine, cache_limits
 from qwen_dist.engine.request import Request, RequestOutput, SamplingParams
 from qwen_dist.engine.runner import Runner, SamplingTable
 from qwen_dist.engine.scheduler import Scheduler
@@ -242,6 +242,18 @@ def test_stop_strings(engine, expected, tokenizer):
     assert len(tokens_of(updates[1])) < NUM_NEW
     assert tokens_of(updates[1]) == expected(1.0)[1][: len(tokens_of(updates[1]))]
     assert tokens_of(updates[3]) == expected(1.0)[3]
+
+
+def test_special_tokens_as_stop_texts_and_more_stop_ids_end_an_answer(tokenizer):
+    """The text of an answer has no special tokens, so a search of the text would not find them."""
+    start = tokenizer.special_id("<|im_start|>")
+    fox, dog = (tokenizer.encode(text)[0] for text in ("f", "d"))
+    assert start not in tokenizer.stop_ids
+    for params, end in (({"stop": ("<|im_start|>",)}, start), ({"stop_token_ids": (dog,)}, dog)):
+        answer = Detokenizer(Request(None, (fox,), SamplingParams(**params)), tokenizer, end=20)
+        assert answer.push([fox], []).finish_reason is None
+        output = answer.push([fox, end, fox], [])
+        assert (output.text, output.tokens, output.finish_reason) == ("f", (fox, end), "stop")
 
 
 def test_a_stop_string_at_the_very_end_is_a_stop(engine, expected, tokenizer):

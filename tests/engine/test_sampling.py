@@ -11,6 +11,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import logits_process
 
 from qwen_dist.engine import sampling
+from qwen_dist.engine.generation_config import read_sampling_params
 from qwen_dist.engine.request import SamplingParams
 from qwen_dist.engine.sampling import SamplingArrays, apply_repetition_penalty, log_probabilities
 from qwen_dist.errors import UserError
@@ -21,6 +22,7 @@ ROWS = [
     SamplingParams(temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.1),  # Qwen2.5's own
     SamplingParams(temperature=0.6, top_k=20, top_p=0.95),  # Qwen3's own
     SamplingParams(temperature=1.0, top_k=1),
+    SamplingParams(temperature=1.0, top_k=-1),
     SamplingParams(temperature=1.0, top_k=VOCAB),
     SamplingParams(temperature=1.0, top_k=10**9),
     SamplingParams(temperature=1.0, top_p=1e-6),
@@ -50,7 +52,7 @@ def reference_scores(params: SamplingParams, logits_V: np.ndarray, seen: np.ndar
     if params.repetition_penalty != 1:
         steps.append(logits_process.RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
     steps.append(logits_process.TemperatureLogitsWarper(params.temperature))
-    if params.top_k:
+    if params.top_k > 0:
         steps.append(logits_process.TopKLogitsWarper(params.top_k))
     if params.top_p < 1:
         steps.append(logits_process.TopPLogitsWarper(params.top_p))
@@ -193,7 +195,7 @@ def test_every_wrong_parameter_is_listed():
         SamplingParams(
             max_new_tokens=0,
             temperature=-1.0,
-            top_k=-1,
+            top_k=-2,
             top_p=0.0,
             min_p=1.5,
             repetition_penalty=0.0,
@@ -204,8 +206,8 @@ def test_every_wrong_parameter_is_listed():
     assert str(error.value).split("; it must be ") == [
         "max_new_tokens is 0",
         "at least 1, or 0 to score the prompt; temperature is -1.0",
-        "0 or more; top_k is -1",
-        "0 (off) or more; top_p is 0.0",
+        "0 or more; top_k is -2",
+        "0 or -1 (off) or more; top_p is 0.0",
         "above 0 and at most 1; min_p is 1.5",
         "between 0 and 1; repetition_penalty is 0.0",
         "above 0; seed is 9223372036854775808",
@@ -240,7 +242,7 @@ def test_generation_config_is_read_as_transformers_reads_it(tiny_checkpoint, fil
     logits_V = np.random.default_rng(6).normal(scale=3, size=VOCAB).astype(np.float32)
     seen = np.isin(np.arange(VOCAB), [1, 2, 3])
     theirs = processors(ids, torch.tensor(logits_V)[None])[0].numpy()
-    params = SamplingParams.from_generation_config(file)
+    params = read_sampling_params(file)
     assert (params.temperature == 0) == (not config.do_sample)
     if params.temperature == 0:
         params = params.override({"temperature": 1.0})
@@ -252,5 +254,6 @@ def test_override_keeps_what_is_not_given():
     assert params.override({"temperature": None, "top_k": 0, "stop": ["a", "b"]}) == SamplingParams(
         temperature=0.5, top_k=0, stop=("a", "b")
     )
-    with pytest.raises(UserError, match="top_k is -1"):
-        params.override({"top_k": -1})
+    assert params.override({"top_k": -1}).top_k == -1
+    with pytest.raises(UserError, match="top_k is -2"):
+        params.override({"top_k": -2})

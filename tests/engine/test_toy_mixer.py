@@ -13,8 +13,9 @@ import toy_mixer
 from qwen_dist.checkpoint.model import LoadedModel
 from qwen_dist.engine.engine import CHUNK_SIZE, MAX_CHUNKS, Engine
 from qwen_dist.engine.request import Request, SamplingParams
+from qwen_dist.hf_config import parse_model_config
 from qwen_dist.mesh import MeshConfig, make_mesh
-from qwen_dist.models.config import LayerConfig, ModelConfig
+from qwen_dist.models.config import LayerConfig
 from qwen_dist.models.parameters import random_parameters, with_parameters
 from qwen_dist.models.state import page_bytes, slot_bytes
 from qwen_dist.models.state_spec import cache_groups
@@ -46,7 +47,7 @@ def test_the_plug_in_is_small():
 
 @functools.cache
 def model(layers: str, mesh: str) -> LoadedModel:
-    config = dataclasses.replace(ModelConfig.from_hf(CONFIG), layers=LAYERS[layers])
+    config = dataclasses.replace(parse_model_config(CONFIG), layers=LAYERS[layers])
     sharding_ctx = ShardingContext(make_mesh(MeshConfig.parse(mesh)), INFERENCE)
     module = Transformer(config, dtype=jnp.float32)
     return LoadedModel(config, module, random_parameters(module, sharding_ctx), sharding_ctx)
@@ -92,7 +93,7 @@ def tokenizer(small_tokenizer):
     ("layers", "mesh", "steps"),
     [
         ("hybrid", "data=1", 1),
-        ("recurrent only", "data=1", 5),
+        pytest.param("recurrent only", "data=1", 5, marks=pytest.mark.slow),
         *(pytest.param("hybrid", "data=2,fsdp=2,tensor=2", steps, marks=pytest.mark.slow) for steps in (1, 5)),
         *(pytest.param("recurrent only", mesh, 1, marks=pytest.mark.slow) for mesh in ("data=1", "data=4,tensor=2")),
     ],

@@ -9,7 +9,10 @@ import pytest
 import torch
 import transformers
 
+from qwen_dist.checkpoint.hub import local_directory
+from qwen_dist.checkpoint.source import open_folder
 from qwen_dist.errors import CheckpointError
+from qwen_dist.hf_config import parse_model_config, read_model_config
 from qwen_dist.models.config import LayerConfig, ModelConfig, MoEConfig, RopeConfig
 
 # As published, key for key (the weights' own config.json).
@@ -156,7 +159,7 @@ V4_CHANGES = {
 
 
 def test_released_configurations():
-    qwen2, qwen3 = ModelConfig.from_hf(QWEN2_5_7B), ModelConfig.from_hf(QWEN3_0_6B)
+    qwen2, qwen3 = parse_model_config(QWEN2_5_7B), parse_model_config(QWEN3_0_6B)
     assert qwen2 == ModelConfig(
         family="qwen2",
         vocab_size=152064,
@@ -190,8 +193,8 @@ def test_both_generations_of_the_file_say_the_same(tmp_path, family, change):
     transformers.AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "new")
     new = json.loads((tmp_path / "new" / "config.json").read_text())
     assert "rope_parameters" in new and "rope_theta" not in new
-    assert ModelConfig.from_directory(tmp_path) == ModelConfig.from_directory(tmp_path / "new")
-    windows = [layer.sliding_window for layer in ModelConfig.from_hf(old).layers]
+    assert read_model_config(tmp_path) == read_model_config(tmp_path / "new")
+    windows = [layer.sliding_window for layer in parse_model_config(old).layers]
     expected = [4096 if change == "windows" and WINDOWED[family](i) else None for i in range(old["num_hidden_layers"])]
     assert windows == expected
 
@@ -205,11 +208,11 @@ def test_transformers_own_defaults_are_ours(family):
     needed += [key for key in ("num_experts", "num_experts_per_tok") if key in RELEASED[family]]
     minimal = given | {key: RELEASED[family][key] for key in needed} | {"num_key_value_heads": 4}
     written = transformers.AutoConfig.for_model(**minimal).to_dict()
-    assert ModelConfig.from_hf(minimal) == ModelConfig.from_hf(written)
+    assert parse_model_config(minimal) == parse_model_config(written)
 
 
 def test_experts_of_released_configurations():
-    old, new = ModelConfig.from_hf(QWEN1_5_MOE), ModelConfig.from_hf(QWEN3_30B_A3B)
+    old, new = parse_model_config(QWEN1_5_MOE), parse_model_config(QWEN3_30B_A3B)
     assert old.moe == MoEConfig(60, 4, 1408, 5632, normalize_scores=False, aux_loss_coef=0.001)
     assert new.moe == MoEConfig(128, 8, 768, None, normalize_scores=True, aux_loss_coef=0.001)
     assert (old.qkv_bias, old.o_bias, old.qk_norm, old.head_dim) == (True, False, False, 128)
@@ -220,7 +223,7 @@ def test_experts_of_released_configurations():
 def test_which_layers_have_experts():
     """As the decoder layers of transformers are built."""
     given = QWEN3_30B_A3B | {"num_hidden_layers": 8, "decoder_sparse_step": 3, "mlp_only_layers": [5]}
-    assert [layer.ffn for layer in ModelConfig.from_hf(given).layers] == ["mlp"] * 2 + ["moe"] + ["mlp"] * 5
+    assert [layer.ffn for layer in parse_model_config(given).layers] == ["mlp"] * 2 + ["moe"] + ["mlp"] * 5
     with torch.device("meta"):
         model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**given))
     assert [hasattr(layer.mlp, "experts") for layer in model.layers] == [False, False, True, *[False] * 5]
@@ -238,7 +241,7 @@ def test_which_layers_have_experts():
 )
 def test_experts_that_cannot_be(changes, message):
     with pytest.raises(CheckpointError, match=re.escape(message)):
-        ModelConfig.from_hf(QWEN3_30B_A3B | changes)
+        parse_model_config(QWEN3_30B_A3B | changes)
 
 
 def test_every_problem_is_listed_at_once():
@@ -258,7 +261,7 @@ def test_every_problem_is_listed_at_once():
     }
     del broken["intermediate_size"]
     with pytest.raises(CheckpointError) as error:
-        ModelConfig.from_hf(broken)
+        parse_model_config(broken)
     expected = {
         "hidden_size is '1024'; it must be int",
         "num_attention_heads 15 is not a multiple of num_key_value_heads 8",
@@ -268,7 +271,8 @@ def test_every_problem_is_listed_at_once():
         "rms_norm_eps is True; it must be int or float",
         "hidden_act is 'gelu', which is not supported; supported is 'silu'",
         "rope factor is -1; it must be a positive number",
-        "rope type 'yarn' does not know low_freq_factor",
+        "rope type 'yarn' does not know low_freq_factor "
+        "(if it does not: --config.model.ignored_config_keys=rope_scaling.low_freq_factor)",
         "partial_rotary_factor is 0.25; this family rotates whole heads",
         "layer_types has 'chunked_attention'; allowed are full_attention, sliding_attention",
         "layer_types has 2 entries for num_hidden_layers 28",
@@ -285,8 +289,20 @@ def test_every_problem_is_listed_at_once():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "model_type 'llama' is not supported yet; supported are qwen2, qwen3"),
-        ({"model_type": None}, "model_type None is not supported yet"),
+        (
+            {"model_type": "llama"},
+            "model_type 'llama' is not supported yet: it is not a Qwen text model; supported are qwen2",
+        ),
+        ({"model_type": None}, "model_type None is not supported yet: it is not a Qwen text model"),
+        ({"model_type": ["qwen3"]}, r"model_type \['qwen3'\] is not supported yet"),
+        ({"model_type": "qwen2_5_vl"}, "it reads images or audio; only text models are"),
+        ({"model_type": "qwen3_omni_moe"}, "it reads images or audio; only text models are"),
+        ({"model_type": "qwen3_next"}, "hybrid models, which have linear attention, are planned"),
+        ({"model_type": "qwen3_5_moe_text"}, "hybrid models, which have linear attention, are planned"),
+        ({"model_type": "qwen"}, "this generation of Qwen is not"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, r"quantization \(of MLX\) is not supported; use the original"),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, r"rope type \['yarn'\] is not supported"),
+        ({"hidden_size": 10**30}, "it must be at most 2147483647"),
         ({"use_mrope": True}, "use_mrope is True"),
         (
             {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
@@ -307,32 +323,62 @@ def test_every_problem_is_listed_at_once():
 )
 def test_what_is_not_computed_is_refused(changes, message):
     with pytest.raises(CheckpointError, match=message):
-        ModelConfig.from_hf(QWEN3_0_6B | changes)
+        parse_model_config(QWEN3_0_6B | changes)
 
 
 def test_qwen2_cannot_be_without_its_biases():
     with pytest.raises(CheckpointError, match="a qwen2 model always has q, k and v biases"):
-        ModelConfig.from_hf(QWEN2_5_7B | {"attention_bias": False})
+        parse_model_config(QWEN2_5_7B | {"attention_bias": False})
 
 
 def test_heads_that_do_not_divide_hidden_size_need_a_head_dim():
     odd = QWEN2_5_7B | {"hidden_size": 3580, "num_attention_heads": 24}
     with pytest.raises(CheckpointError, match="hidden_size 3580 is not a multiple of num_attention_heads 24"):
-        ModelConfig.from_hf(odd)
-    assert ModelConfig.from_hf(odd | {"head_dim": 64}).head_dim == 64
+        parse_model_config(odd)
+    assert parse_model_config(odd | {"head_dim": 64}).head_dim == 64
 
 
 def test_keys_the_user_vouches_for():
     given = QWEN3_0_6B | {"logit_scale": 0.5, "my_note": "x"}
-    assert ModelConfig.from_hf(given, ["logit_scale", "my_note"]) == ModelConfig.from_hf(QWEN3_0_6B)
+    assert parse_model_config(given, ["logit_scale", "my_note"]) == parse_model_config(QWEN3_0_6B)
     with pytest.raises(CheckpointError, match="my_note") as error:
-        ModelConfig.from_hf(given, ["logit_scale"])
+        parse_model_config(given, ["logit_scale"])
     assert "logit_scale" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "key"),
+    [
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, "attn_factor"),
+        ("quantization_config", {"quant_method": "fp8", "weight_block_size": [128, 128]}, "unheard_of"),
+    ],
+)
+def test_keys_inside_objects_that_the_user_vouches_for(section, value, key):
+    given = QWEN3_0_6B | {section: value | {key: "x"}}
+    with pytest.raises(CheckpointError, match=rf"\(if it does not: --config.model.ignored_config_keys={section}.{key}\)"):
+        parse_model_config(given)
+    for ignored in (key, f"{section}.{key}"):
+        assert parse_model_config(given, [ignored]) == parse_model_config(QWEN3_0_6B | {section: value})
+
+
+@pytest.mark.parametrize("changes", [{"mlp_only_layers": [0, 1, 2]}, {"decoder_sparse_step": 5}])
+def test_a_mixture_without_a_layer_of_experts_is_a_dense_model(tiny_checkpoint, changes):
+    config = read_model_config(tiny_checkpoint("qwen3_moe", **({"mlp_only_layers": []} | changes)))
+    assert config.moe is None and {layer.ffn for layer in config.layers} == {"mlp"}
+
+
+def test_gguf_is_named(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for location in (tmp_path / "model.gguf", tmp_path, "Qwen/Qwen3-8B-GGUF"):
+        with pytest.raises(CheckpointError, match=r"is in the GGUF format, .* the model's repository with safetensors"):
+            local_directory(str(location))
+        with pytest.raises(CheckpointError, match="is in the GGUF format"):
+            open_folder(location)
 
 
 def test_reading_does_not_change_what_was_given():
     given = copy.deepcopy(QWEN2_5_7B)
-    ModelConfig.from_hf(given)
+    parse_model_config(given)
     assert given == QWEN2_5_7B
 
 
@@ -340,15 +386,41 @@ def test_reading_does_not_change_what_was_given():
     ("content", "message"),
     [
         (None, "is not a checkpoint: it has no config.json"),
-        ("{", "cannot be read as JSON"),
-        ("[1]", "holds a JSON list; a model configuration is an object"),
+        ("{", "is not JSON: Expecting property name"),
+        ("[1]", r"must hold a JSON object; it holds \[1\]"),
+        ("[" * 100_000, "nested deeper than"),
+        ('{"a": 1, "a": 2}', "the key 'a' occurs twice"),
+        ('{"rms_norm_eps": Infinity}', "Infinity is not a JSON number"),
+        ('{"vocab_size": 1' + "0" * 5000 + "}", "a number has 5001 digits"),
+        ("\ufeff{}", "byte-order mark"),
     ],
 )
 def test_directories_without_a_usable_file(tmp_path, content, message):
     if content is not None:
-        (tmp_path / "config.json").write_text(content)
-    with pytest.raises(CheckpointError, match=message):
-        ModelConfig.from_directory(tmp_path)
+        (tmp_path / "config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=message) as error:
+        read_model_config(tmp_path)
+    assert len(str(error.value)) < 1000
+
+
+ODD_VALUES = [0, -1, 10**39, 1e300, True, "x" * 10**6, "\x1b[2J", [], [[]] * 1000, {}, {"a": {}}, 0.5]
+
+
+@pytest.mark.parametrize("given", [QWEN2_5_7B, QWEN3_30B_A3B], ids=["dense", "moe"])
+def test_odd_values_are_refused_in_a_short_message(given):
+    """Every key with every kind of value: the file is used, or refused in one message that can be printed."""
+    rope = {"rope_type", "rope_theta", "factor", "truncate", "original_max_position_embeddings", "attention_factor"}
+    cases = [given | {key: value} for key in (*given, "layer_types", "x\x1b" * 1000) for value in ODD_VALUES]
+    cases += [
+        given | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0} | {key: value}}
+        for key in rope
+        for value in ODD_VALUES
+    ]
+    for case in cases:
+        try:
+            parse_model_config(case)
+        except CheckpointError as error:
+            assert len(str(error)) < 3000 and "\x1b" not in str(error)
 
 
 # One change of `config.json` for every field of the three classes.
@@ -399,18 +471,18 @@ MOE_CHANGES = {
 
 def test_every_field_of_the_experts_is_read_from_the_file():
     assert sorted(MOE_CHANGES) == sorted(field.name for field in dataclasses.fields(MoEConfig))
-    released = ModelConfig.from_hf(QWEN1_5_MOE).moe
+    released = parse_model_config(QWEN1_5_MOE).moe
     for field, change in MOE_CHANGES.items():
-        assert getattr(released, field) != getattr(ModelConfig.from_hf(QWEN1_5_MOE | change).moe, field), field
+        assert getattr(released, field) != getattr(parse_model_config(QWEN1_5_MOE | change).moe, field), field
 
 
 def test_every_field_is_read_from_the_file():
     fields = [field.name for field in dataclasses.fields(ModelConfig)]
     fields += [f"rope.{field.name}" for field in dataclasses.fields(RopeConfig)]
     assert sorted(CHANGES) == sorted(fields)
-    released = ModelConfig.from_hf(QWEN3_0_6B)
+    released = parse_model_config(QWEN3_0_6B)
     for field, change in CHANGES.items():
-        changed = ModelConfig.from_hf(QWEN3_0_6B | change)
+        changed = parse_model_config(QWEN3_0_6B | change)
         before, after = (released.rope, changed.rope) if field.startswith("rope.") else (released, changed)
         name = field.removeprefix("rope.")
         assert getattr(before, name) != getattr(after, name), field

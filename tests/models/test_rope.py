@@ -7,7 +7,8 @@ import torch
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-from qwen_dist.models.config import ModelConfig, RopeConfig
+from qwen_dist.hf_config import parse_model_config
+from qwen_dist.models.config import RopeConfig
 from qwen_dist.models.rope import inverse_frequencies, rope_table
 from qwen_dist.ops.rotary import rotate
 
@@ -40,7 +41,7 @@ def both(rope: dict, theta: float, head_dim: int, max_positions: int = 131072) -
         max_position_embeddings=max_positions,
         rope_parameters=rope | {"rope_theta": theta},
     )
-    return ModelConfig.from_hf(config.to_dict()).rope, Qwen2RotaryEmbedding(config)
+    return parse_model_config(config.to_dict()).rope, Qwen2RotaryEmbedding(config)
 
 
 @pytest.mark.parametrize("name", ROPES)

@@ -28,9 +28,7 @@ def torch_truth(inputs: DeltaInputs, monkeypatch) -> tuple[np.ndarray, np.ndarra
     q, k, v, g, beta = (torch.from_numpy(np.asarray(x, np.float64)) for x in inputs)
     B, T, G, R, V = v.shape
     heads = v.reshape(B, T, G * R, V), g.reshape(B, T, G * R), beta.reshape(B, T, G * R)
-    o, state = torch_recurrent_gated_delta_rule(
-        q, k, *heads, output_final_state=True, use_qk_l2norm_in_kernel=True
-    )
+    o, state = torch_recurrent_gated_delta_rule(q, k, *heads, output_final_state=True, use_qk_l2norm_in_kernel=True)
     return o.numpy().reshape(B, T, G, R, V), state.numpy().reshape(B, G, R, -1, V)
 
 
@@ -75,9 +73,9 @@ def test_packed_sequences_with_padding_equal_each_alone(lengths, seed, gate, has
         alone.append((place, *delta_rule(jax.tree.map(jnp.asarray, part))))
         start += length + int(gaps[number + 1])
     o, state = jax.jit(delta_rule)(jax.tree.map(jnp.asarray, whole), None, jnp.asarray(segments))
-    for place, one, last in alone:
+    for place, one, _ in alone:
         np.testing.assert_allclose(o[:, place], one, atol=1e-11)
-    np.testing.assert_allclose(state, last, atol=1e-11)
+    np.testing.assert_allclose(state, alone[-1][2], atol=1e-11)
 
 
 @settings(max_examples=25, deadline=None)

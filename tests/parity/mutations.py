@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from qwen_dist.models.config import ModelConfig
+from qwen_dist.hf_config import read_model_config
 from qwen_dist.parity.checks import Check
 from qwen_dist.parity.comparison import Comparison, ReferenceOutputs
 from qwen_dist.parity.inputs import ParityOptions
@@ -465,7 +465,7 @@ class Bench:
     def __init__(self, scenario: str, make_checkpoint: MakeCheckpoint):
         family, values, options = SCENARIOS[scenario]
         self.options = ParityOptions(make_checkpoint(family, **values), decode_steps=3, **options)
-        self.config = ModelConfig.from_directory(self.options.model)
+        self.config = read_model_config(self.options.model)
         reference = Reference(self.options.model, self.options.dtype)
         self.parameters = reference.parameters()
         self.outputs: ReferenceOutputs = self._comparison().run_reference(reference)

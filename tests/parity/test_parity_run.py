@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from qwen_dist.errors import CheckpointError, UserError
-from qwen_dist.models.config import FAMILIES
+from qwen_dist.families import FAMILIES
 from qwen_dist.parity.page import to_html, write_html
 from qwen_dist.parity.report import print_report
 from qwen_dist.parity.run import ParityOptions, run_parity
@@ -77,6 +77,12 @@ def test_terminal_json_and_page_agree(report, tmp_path):
     assert not re.search(r"<script|<link|https?://|src=|url\(", page), "the page must need nothing but itself"
     with pytest.raises(UserError, match="No such file"):
         write_html(report, tmp_path / "missing" / "out.html")
+
+
+def test_a_mixture_without_a_layer_of_experts(tiny_checkpoint):
+    checkpoint = tiny_checkpoint("qwen2_moe", num_hidden_layers=2, mlp_only_layers=[0, 1])
+    report = run_parity(ParityOptions(checkpoint, dtype="float32", tokens=16, decode_steps=2))
+    assert report.ok, report.verdict()
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwen_dist.models.config import FAMILIES
+from qwen_dist.families import FAMILIES
 from qwen_dist.parity.inputs import random_tokens
 from qwen_dist.parity.reference import Reference, UpcastToFloat64
 

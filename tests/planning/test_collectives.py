@@ -3,8 +3,8 @@
 import pytest
 from shapes import SMALL, qwen3
 
+from qwen_dist.hf_config import parse_model_config
 from qwen_dist.mesh import MeshConfig
-from qwen_dist.models.config import ModelConfig
 from qwen_dist.planning.chips import Topology
 from qwen_dist.planning.compile import count_collectives, lower, parse_collectives, topology_mesh
 from qwen_dist.planning.workload import Workload
@@ -46,7 +46,7 @@ def test_collectives_in_the_text_of_a_compiled_program():
 def text(topology: str, mesh: str, hf, command: str, phase: str) -> str:
     workload = Workload(command, 8, 256)
     sharding_ctx = ShardingContext(topology_mesh(Topology.parse(topology), MeshConfig.parse(mesh)), workload.rules)
-    return lower(ModelConfig.from_hf(hf), sharding_ctx, workload, phase).compile().as_text()
+    return lower(parse_model_config(hf), sharding_ctx, workload, phase).compile().as_text()
 
 
 def check_tensor_parallel(topology: str, mesh: str, hf, phase: str) -> None:

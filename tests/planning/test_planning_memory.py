@@ -12,8 +12,8 @@ from qwen_dist.checkpoint.model import LoadedModel
 from qwen_dist.config import LoraOptions
 from qwen_dist.engine.runner import Runner
 from qwen_dist.errors import UsageError
+from qwen_dist.hf_config import parse_model_config
 from qwen_dist.mesh import MeshConfig, make_mesh
-from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.parameters import random_parameters
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.planning.chips import Topology
@@ -27,12 +27,12 @@ CPU = Topology.parse("cpu:8")
 
 def cost_model(hf, mesh: str, workload: Workload, num_devices: int = 8) -> CostModel:
     sharding_ctx = abstract_sharding_context(MeshConfig.parse(mesh), num_devices, workload)
-    return CostModel.of(ModelConfig.from_hf(hf), sharding_ctx, workload)
+    return CostModel.of(parse_model_config(hf), sharding_ctx, workload)
 
 
 def compiled(hf, mesh: str, workload: Workload, phase: str):
     sharding_ctx = ShardingContext(topology_mesh(CPU, MeshConfig.parse(mesh)), workload.rules)
-    return compile_program(lower(ModelConfig.from_hf(hf), sharding_ctx, workload, phase))
+    return compile_program(lower(parse_model_config(hf), sharding_ctx, workload, phase))
 
 
 def test_parameters_of_released_models():
@@ -50,7 +50,7 @@ def test_parameters_of_released_models():
 def test_parameters_and_cache_match_real_arrays(mesh):
     """With and without a sliding window: both kinds of layers must be counted."""
     hf = SMALL | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
-    config, workload = ModelConfig.from_hf(hf), Workload("batch", 8, 1000)
+    config, workload = parse_model_config(hf), Workload("batch", 8, 1000)
     sharding_ctx = ShardingContext(make_mesh(MeshConfig.parse(mesh)), workload.rules)
     module = Transformer(config, dtype="bfloat16")
     model = LoadedModel(config, module, random_parameters(module, sharding_ctx), sharding_ctx)

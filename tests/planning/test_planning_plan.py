@@ -10,7 +10,7 @@ from rich.console import Console
 from shapes import QWEN3_8B, QWEN3_32B, SMALL
 
 from qwen_dist.errors import UsageError
-from qwen_dist.models.config import ModelConfig
+from qwen_dist.hf_config import parse_model_config
 from qwen_dist.planning.chips import CHIPS, Topology
 from qwen_dist.planning.plan import compile_plan, make_capacity_plan, parse_layers, plan_mesh, step_time
 from qwen_dist.planning.report import print_plan, to_json, write_chart
@@ -34,7 +34,7 @@ def test_unknown_topologies(text):
 
 @pytest.mark.parametrize("command", ["batch", "finetune"])
 def test_the_largest_batch_and_context_fit_and_larger_ones_do_not(command):
-    config, workload = ModelConfig.from_hf(QWEN3_8B), Workload(command, 64, 2048)
+    config, workload = parse_model_config(QWEN3_8B), Workload(command, 64, 2048)
     mesh = "data=2,fsdp=8,tensor=4"
     plan = make_capacity_plan("8b", config, V5E, workload, mesh)
     step = {"batch": 2, "finetune": 16}[command]
@@ -48,7 +48,7 @@ def test_the_largest_batch_and_context_fit_and_larger_ones_do_not(command):
 
 
 def test_proposals_fit_divide_and_come_best_first():
-    config = ModelConfig.from_hf(QWEN3_32B)
+    config = parse_model_config(QWEN3_32B)
     plan = make_capacity_plan("32b", config, V5E, Workload("batch", 64, 4096), None)
     assert plan.chosen == plan.proposals[0]
     assert all(proposal.fits for proposal in plan.proposals)
@@ -60,7 +60,7 @@ def test_proposals_fit_divide_and_come_best_first():
 
 
 def test_a_batch_is_rounded_up_to_a_multiple_of_the_mesh():
-    config = ModelConfig.from_hf(SMALL)
+    config = parse_model_config(SMALL)
     assert plan_mesh(config, V5E, Workload("batch", 1, 256), "data=8,tensor=8").workload.batch == 8
     assert plan_mesh(config, V5E, Workload("finetune", 1, 256), "data=2,fsdp=4,tensor=8").workload.batch == 8
 
@@ -72,7 +72,7 @@ def test_step_time():
 
 
 def test_the_floor_of_a_decode_step_is_weights_and_cache_over_the_bandwidth():
-    plan = plan_mesh(ModelConfig.from_hf(QWEN3_32B), V5E, Workload("batch", 64, 4096), "data=8,tensor=8")
+    plan = plan_mesh(parse_model_config(QWEN3_32B), V5E, Workload("batch", 64, 4096), "data=8,tensor=8")
     decode = plan.phases[1]
     assert decode.step.memory == (decode.memory["parameters"] + decode.memory["cache"]) / 819e9
     assert decode.step.memory > decode.step.compute
@@ -88,7 +88,7 @@ def test_invalid_numbers_of_layers_to_compile(text):
 
 
 def test_terminal_json_and_chart_of_a_compiled_plan(tmp_path, capsys):
-    config, workload = ModelConfig.from_hf(SMALL | {"num_hidden_layers": 2}), Workload("batch", 8, 64)
+    config, workload = parse_model_config(SMALL | {"num_hidden_layers": 2}), Workload("batch", 8, 64)
     plan = make_capacity_plan("small[8]", config, Topology.parse("cpu:8"), workload, "tensor=8")
     plan = compile_plan(plan, config, (1, 2))
     found = json.loads(to_json(plan))
@@ -107,7 +107,7 @@ def test_terminal_json_and_chart_of_a_compiled_plan(tmp_path, capsys):
 
 
 def test_table_of_a_plan_for_training(capsys):
-    plan = make_capacity_plan("tpu", ModelConfig.from_hf(SMALL), V5E, Workload("finetune", 64, 256), None)
+    plan = make_capacity_plan("tpu", parse_model_config(SMALL), V5E, Workload("finetune", 64, 256), None)
     print_plan(plan, Console(width=120))
     printed = capsys.readouterr().out
     for words in ("saved activations", "train, estimate", "µs per token", "fits"):

@@ -41,7 +41,14 @@ def expected(real_checkpoint: pathlib.Path) -> tuple[tuple[int, ...], list[int]]
     return tuple(ids["input_ids"][0].tolist()), out[0, num_prompt:].tolist()
 
 
-@pytest.mark.parametrize("mesh", ["", "tensor=2", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "",
+        "data=2,fsdp=2,tensor=2",
+        *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("tensor=2", "fsdp=4,tensor=2")),
+    ],
+)
 def test_the_answer_is_transformers_token_for_token(real_checkpoint, expected, mesh):
     prompt, tokens = expected
     gc.collect()  # 2 GB of the test before

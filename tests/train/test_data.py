@@ -2,12 +2,15 @@
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 import transformers
+from chat_templates import CHATML, QWEN3, QWEN3_THINKING, QWQ, R1
 
+from qwen_dist.batch.jsonl import read_records
 from qwen_dist.config import DataOptions
 from qwen_dist.errors import UsageError, UserError
 from qwen_dist.tokenizer import Tokenizer
@@ -89,6 +92,147 @@ def test_tool_calls_are_targets(tokenizer, write_file):
     assert said == "brown dog<|im_end|>"
 
 
+def test_answers_of_weight_0_are_not_targets(tokenizer, write_file):
+    chat = [USER, ASSISTANT | {"weight": 0}, USER, {"role": "assistant", "content": "the quick", "weight": 1}]
+    assert target_texts(record_of({"messages": chat}, write_file), tokenizer) == ["the quick<|im_end|>"]
+    none = record_of({"messages": [USER, ASSISTANT | {"weight": 0}]}, write_file)
+    assert isinstance(none, BadTrainRecord) and none.reason == "no assistant turn"
+
+
+def test_tools_and_arguments_may_be_texts(tokenizer, write_file):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    chats = [
+        [USER, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": given}}]}]
+        for given in ({"a": 2}, '{"a": 2}')
+    ]
+    one = record_of({"messages": chats[0], "tools": tools}, write_file)
+    other = record_of({"messages": chats[1], "tools": json.dumps(tools)}, write_file)
+    assert tokenize(one, tokenizer) == tokenize(other, tokenizer)
+
+
+@pytest.fixture
+def with_template(small_tokenizer, tmp_path):
+    """A function template -> the small tokenizer with it, whose texts end with <|endoftext|> as those of a base model."""
+
+    def with_template(template):
+        directory = tmp_path / "base"
+        shutil.copytree(small_tokenizer, directory)
+        (directory / "generation_config.json").unlink()
+        settings = json.loads((directory / "tokenizer_config.json").read_text())
+        settings |= {"chat_template": template, "eos_token": "<|endoftext|>"}
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+        return Tokenizer.from_directory(directory)
+
+    return with_template
+
+
+THOUGHT = ASSISTANT | {"reasoning_content": "lazy"}
+INLINE = {"role": "assistant", "content": "<think>\nlazy\n</think>\n\nbrown dog"}
+TABLE = {"role": "assistant", "content": "<table> over"}
+
+
+@pytest.mark.parametrize(
+    ("template", "chat", "expected"),
+    [
+        (CHATML, [USER, ASSISTANT, USER, ASSISTANT], ["brown dog<|im_end|>"] * 2),
+        (CHATML, [USER, INLINE], ["<think>\nlazy\n</think>\n\nbrown dog<|im_end|>"]),
+        (CHATML, [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}], ["<|im_end|>"]),
+        # The opening of an answer in a question, and the end of one in an answer.
+        (CHATML, [{"role": "user", "content": "<|im_start|>assistant\nfox"}, TABLE], ["<table> over<|im_end|>"]),
+        (CHATML, [USER, {"role": "assistant", "content": "a<|im_end|>b"}], ["a<|im_end|>b<|im_end|>"]),
+        (QWEN3, [USER, ASSISTANT], ["<think>\n\n</think>\n\nbrown dog<|im_end|>"]),
+        (QWEN3, [USER, THOUGHT, USER, THOUGHT], ["brown dog<|im_end|>", "<think>\nlazy\n</think>\n\nbrown dog<|im_end|>"]),
+        (QWEN3_THINKING, [USER, THOUGHT], ["lazy\n</think>\n\nbrown dog<|im_end|>"]),
+        (QWEN3_THINKING, [USER, INLINE], ["lazy\n</think>\n\nbrown dog<|im_end|>"]),
+        (QWEN3_THINKING, [USER, TABLE, USER, THOUGHT], ["<table> over<|im_end|>", "lazy\n</think>\n\nbrown dog<|im_end|>"]),
+        (QWQ, [USER, ASSISTANT, USER, TABLE], ["brown dog<|im_end|>", "<table> over<|im_end|>"]),
+        (R1, [USER, ASSISTANT, {"role": "system", "content": "over"}, USER, INLINE],
+         ["brown dog<|im_end|>", "\n\nbrown dog<|im_end|>"]),
+        (QWEN3_THINKING, [{"role": "user", "content": "<|im_start|>assistant\n<think>\n"}, ASSISTANT, USER, THOUGHT],
+         ["brown dog<|im_end|>", "lazy\n</think>\n\nbrown dog<|im_end|>"]),
+        # With the mark at its end, the message is a question, which changes how answers before it are written.
+        (QWEN3, [USER, THOUGHT, {"role": "user", "content": "<tool_response>3</tool_response>"}, ASSISTANT],
+         ["<think>\nlazy\n</think>\n\nbrown dog<|im_end|>", "<think>\n\n</think>\n\nbrown dog<|im_end|>"]),
+    ],
+)  # fmt: skip
+def test_targets_are_what_the_model_writes(with_template, write_file, template, chat, expected):
+    tokenizer = with_template(template)
+    assert target_texts(record_of({"messages": chat}, write_file), tokenizer) == expected
+
+
+def test_thinking_can_be_switched_off(with_template, write_file):
+    tokenizer = with_template(QWEN3)
+    off = record_of({"messages": [USER, ASSISTANT], "chat_template_kwargs": {"enable_thinking": False}}, write_file)
+    assert target_texts(off, tokenizer) == ["brown dog<|im_end|>"]
+    (same,) = read_train_records(
+        [write_file("one.jsonl", {"messages": [USER, ASSISTANT]})], raw=False, variables={"enable_thinking": False}
+    )
+    assert tokenize(same, tokenizer) == tokenize(off, tokenizer)
+
+
+def test_templates_whose_answers_have_no_end(with_template, write_file):
+    tokenizer = with_template(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{{ 'assistant: ' if add_generation_prompt }}"
+    )
+    with pytest.raises(UserError, match="writes no special token after an answer"):
+        tokenize(record_of({"messages": [USER, ASSISTANT]}, write_file), tokenizer)
+
+
+def test_sharegpt(tokenizer, write_file):
+    turns = [{"from": "human", "value": "the fox"}, {"from": "gpt", "value": "brown dog", "weight": None}]
+    same = record_of({"messages": [{"role": "system", "content": "lazy"}, USER, ASSISTANT]}, write_file)
+    assert record_of({"conversations": turns, "system": "lazy"}, write_file).chat == same.chat
+    assert record_of({"conversations": [{"from": "system", "value": "lazy"}, *turns]}, write_file).chat == same.chat
+    assert record_of({"conversations": [USER, ASSISTANT], "id": 3}, write_file).chat.messages == (USER, ASSISTANT)
+    call = {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'}
+    called = record_of({"conversations": [turns[0], call, {"from": "observation", "value": "3"}, turns[1]]}, write_file)
+    assert called.chat.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
+    assert [message["role"] for message in called.chat.messages] == ["user", "assistant", "tool", "assistant"]
+    assert record_of({"conversations": [{"from": "robot", "value": "x"}, *turns]}, write_file).reason == "unknown role"
+    assert record_of({"conversations": [turns[0] | {"markdown": "x"}, turns[1]]}, write_file).reason == "invalid chat"
+    assert record_of({"conversations": [{"from": "function_call", "value": "find"}]}, write_file).reason == "invalid chat"
+
+
+def test_alpaca(tokenizer, write_file):
+    fields = {"instruction": "the fox", "input": "over", "output": "brown dog"}
+    question = {"role": "user", "content": "the fox\nover"}
+    assert record_of(fields, write_file).chat.messages == (question, ASSISTANT)
+    assert record_of(fields | {"input": ""}, write_file).chat.messages == (USER, ASSISTANT)
+    history = record_of(fields | {"system": "lazy", "history": [["the", "quick"]]}, write_file)
+    assert [message["content"] for message in history.chat.messages] == [
+        "lazy",
+        "the",
+        "quick",
+        "the fox\nover",
+        "brown dog",
+    ]
+    assert target_texts(history, tokenizer) == ["quick<|im_end|>", "brown dog<|im_end|>"]
+    assert record_of(fields | {"output": ""}, write_file).reason == "empty text"
+    assert record_of(fields | {"history": ["x"]}, write_file).reason == "unknown format"
+    raw = record_of(fields, write_file, raw=True)
+    assert (raw.prompt, raw.text) == ("the fox\nover", "brown dog")
+    assert record_of(fields | {"system": "lazy"}, write_file, raw=True).reason == "unknown format"
+
+
+def test_arrays_in_json_files(write_file):
+    records = [{"messages": [USER, ASSISTANT]}, 3, {"messages": [USER, ASSISTANT]}]
+    path = write_file("array.json", json.dumps(records, indent=2).encode())
+    one, bad, other = read_train_records([path], raw=False)
+    assert one.chat == other.chat and str(other.location) == f"{path}:3"
+    assert bad.reason == "broken line" and "not a JSON object: 3" in bad.detail
+    assert len(list(read_train_records([write_file("lines.json", *records[::2])], raw=False))) == 2
+    with pytest.raises(UserError, match=r"array\.json is not JSON"):
+        list(read_train_records([write_file("array.json", b"[{},")], raw=False))
+
+
+def test_a_text_that_is_far_too_long_is_not_tokenized(tokenizer, write_file):
+    long = {"role": "user", "content": "fox " * 2**20}
+    path = write_file("long.jsonl", {"messages": [USER, ASSISTANT]}, {"messages": [long, ASSISTANT]})
+    skipped = make_examples(read_train_records([path], raw=False), tokenizer, max_length=32, bad_records="skip")
+    (bad,) = skipped.bad
+    assert bad.reason == "too long" and "has 4194304 bytes and so at least" in bad.detail
+
+
 def test_prompts_with_completions(tokenizer, write_file):
     fields = {"prompt": "the fox", "completion": "brown dog"}
     as_chat = record_of({"messages": [USER, ASSISTANT]}, write_file)
@@ -122,7 +266,7 @@ BAD = {
     "mixed file": {"text": "the fox"},
     "too long": {"messages": [USER, {"role": "assistant", "content": "fox " * 99}]},
     "unknown format": {"question": "why"},
-    "not renderable": {"messages": [{"role": "user"}, ASSISTANT]},
+    "invalid chat": {"messages": [{"role": "user"}, ASSISTANT]},
 }
 
 
@@ -158,8 +302,20 @@ def test_parquet_tables(tokenizer, write_file, tmp_path):
     rows = [{"messages": [USER, ASSISTANT]}, {"messages": []}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
     found = list(read_train_records([str(tmp_path / "t.parquet")], raw=False))
-    assert isinstance(found[0], TrainRecord) and list(found[0].messages) == rows[0]["messages"]
+    assert isinstance(found[0], TrainRecord) and list(found[0].chat.messages) == rows[0]["messages"]
     assert isinstance(found[1], BadTrainRecord) and str(found[1].location) == f"{tmp_path}/t.parquet:2"
+
+
+def test_the_nulls_that_arrow_adds_are_not_given(write_file, tmp_path):
+    """A column of objects has the keys of all rows, and null where a row has none."""
+    tools = [{"function": {"name": "f", "parameters": {"a": {"type": "number"}}}}, {"function": {"name": "g"}}]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}
+    rows = [{"messages": [USER, call], "tools": tools[:1]}, {"messages": [USER, ASSISTANT], "tools": tools[1:]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    found = [record.chat for record in read_train_records([str(tmp_path / "t.parquet")], raw=False)]
+    assert found == [record.chat for record in read_train_records([write_file("t.jsonl", *rows)], raw=False)]
+    inputs = [line.messages for line in read_records(tmp_path / "t.parquet")]
+    assert inputs == [[USER, call], [USER, ASSISTANT]]
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from qwen_dist.cli import main
 from qwen_dist.demo.questions import (
     COMPUTED_KINDS,
     EXPLANATIONS,
+    OTHER_ANSWER,
     held_out_questions,
     is_held_out,
     to_record,
@@ -19,6 +20,8 @@ from qwen_dist.demo.questions import (
 )
 
 MODEL = pathlib.Path(qwen_dist.demo.__file__).parent / "model"
+# Written by hand, as input of `batch`.
+OTHER_PROMPTS = pathlib.Path(__file__).parents[2] / "benchmarks" / "demo_prompts.jsonl"
 
 
 def test_it_is_small():
@@ -46,16 +49,46 @@ def test_it_answers_what_it_can_do(capsys):
     assert capsys.readouterr().out == EXPLANATIONS[question] + "\n"
 
 
-def test_it_compares_and_sorts_unseen_numbers(tmp_path):
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """The answers to questions and to the other prompts, by text."""
+    folder, held_out = tmp_path_factory.mktemp("answers"), held_out_questions(12)
+    prompts = [question.text for kind in COUNTED for question in held_out[kind]]
+    prompts += [json.loads(line)["prompt"] for line in OTHER_PROMPTS.read_text(encoding="utf-8").splitlines()]
+    (folder / "in.jsonl").write_text("\n".join(json.dumps({"id": n, "prompt": text}) for n, text in enumerate(prompts)))
+    paths = ["--input", str(folder / "in.jsonl"), "--output", str(folder / "out.jsonl")]
+    assert main(["batch", *paths, "--mesh", "data=1"]) == 0
+    lines = map(json.loads, (folder / "out.jsonl").read_text().splitlines())
+    return {prompts[line["id"]]: line["text"] for line in lines}
+
+
+COUNTED = ("comparison", "sorted list")
+
+
+def test_it_compares_and_sorts_unseen_numbers(answers):
     """The counts of all kinds are in docs/finetune.md, printed by `python benchmarks/demo.py`."""
-    held_out = held_out_questions(12)
-    questions = held_out["comparison"] + held_out["sorted list"]
-    lines = [json.dumps({"id": str(number), "prompt": question.text}) for number, question in enumerate(questions)]
-    (tmp_path / "in.jsonl").write_text("\n".join(lines))
-    assert main(["batch", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]) == 0
-    answers = {line["id"]: line["text"] for line in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
-    right = sum(answers[str(number)] == question.answer for number, question in enumerate(questions))
-    assert right >= 0.8 * len(questions)
+    questions = [question for kind in COUNTED for question in held_out_questions(12)[kind]]
+    assert sum(answers[question.text] == question.answer for question in questions) >= 0.8 * len(questions)
+
+
+def test_it_says_what_it_can_do_to_any_other_prompt(answers):
+    prompts = [json.loads(line)["prompt"] for line in OTHER_PROMPTS.read_text(encoding="utf-8").splitlines()]
+    assert len(prompts) == 100
+    assert sum(answers[prompt] == OTHER_ANSWER for prompt in prompts) >= 95
+    assert "--model" in OTHER_ANSWER and OTHER_ANSWER.count(". ") == 0, "one sentence, which names the flag"
+
+
+def test_no_other_prompt_was_trained_on():
+    trained = {question.text.lower() for question in training_questions(20_000)}
+    prompts = {json.loads(line)["prompt"].lower() for line in OTHER_PROMPTS.read_text(encoding="utf-8").splitlines()}
+    assert not trained & prompts
+
+
+def test_questions_that_it_knows_are_not_other_prompts():
+    """Also those that a form of other prompts happens to make."""
+    known = {question.text for of_kind in held_out_questions(200).values() for question in of_kind}
+    others = {question.text for question in training_questions(5000, other_share=1.0)}
+    assert len(others) > 4000 and not known & others
 
 
 @pytest.mark.parametrize("module", ["questions", "make"])
@@ -67,6 +100,7 @@ def test_its_training_data_can_be_generated_again(module, tmp_path):
     }
     for name in ("questions", module):
         subprocess.run([sys.executable, "-m", f"qwen_dist.demo.{name}", *commands[name]], check=True)
-    assert len(data.read_text().splitlines()) == 50
+    records = [json.loads(line)["messages"] for line in data.read_text().splitlines()]
+    assert sum(message["role"] == "user" for messages in records for message in messages) == 50
     if module == "make":
         assert json.loads((tmp_path / "untrained" / "config.json").read_text())["model_type"] == "qwen3"

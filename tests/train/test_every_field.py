@@ -6,6 +6,7 @@ import pathlib
 import typing
 
 import pytest
+from chat_templates import QWEN3
 from short_run import short_run
 
 from qwen_dist.config import FinetuneConfig
@@ -23,17 +24,22 @@ def model(tiny_directory):
 
 @pytest.fixture(scope="module")
 def files(chats, tiny_directory, tmp_path_factory):
-    """Fewer chats, chats with a broken line, prompts with completions; another model, and one with an unknown key."""
+    """Fewer chats, chats with a broken line, prompts with completions; other models."""
     place = tmp_path_factory.mktemp("files")
     few = chats.read_text().splitlines()[:12]
     (place / "few.jsonl").write_text("\n".join(few) + "\n")
     (place / "broken.jsonl").write_text("\n".join([*few, '{"messages": [']) + "\n")
     (place / "pairs.jsonl").write_text(json.dumps({"prompt": "the fox", "completion": "brown dog"}) + "\n")
+    (place / "text.jsonl").write_text(json.dumps({"text": "the quick brown fox " * 100}) + "\n")
     (place / "other").symlink_to(tiny_directory("qwen2", num_hidden_layers=1))
     unknown_key = tiny_directory("qwen3", num_hidden_layers=1, hidden_size=32)
     config = json.loads((unknown_key / "config.json").read_text()) | {"attn_scale": 2.0}
     (unknown_key / "config.json").write_text(json.dumps(config))
     (place / "unknown_key").symlink_to(unknown_key)
+    thinking = tiny_directory("qwen3", num_hidden_layers=1, hidden_size=32)
+    settings = json.loads((thinking / "tokenizer_config.json").read_text()) | {"chat_template": QWEN3}
+    (thinking / "tokenizer_config.json").write_text(json.dumps(settings))
+    (place / "thinking").symlink_to(thinking)
     return place
 
 
@@ -69,6 +75,7 @@ IN_PROGRAM = [  # the program of a step, not compiled
     ("optimizer.learning_rate", 2e-3, {}),
     ("optimizer.schedule", "linear", {}),
     ("optimizer.warmup_steps", 2, {}),
+    ("optimizer.warmup_ratio", 0.5, {}),
     ("optimizer.min_lr_ratio", 0.5, {}),
     ("optimizer.weight_decay", 0.5, {}),
     ("optimizer.clip_norm", 0.125, {}),
@@ -87,7 +94,10 @@ IN_DATA = [  # the first batch and how long the run is
     ("data.packing", False, {}),
     ("data.raw", True, {"data.files": ("{files}/pairs.jsonl",)}),
     ("data.bad_records", "skip", {"data.files": ("{files}/broken.jsonl",)}),
+    ("data.max_line_size", "1kB", {"data.files": ("{files}/text.jsonl",)}),
     ("data.seed", 1, {}),
+    ("chat.thinking", "off", {"model.path": "{files}/thinking"}),
+    ("chat.template_args", ("enable_thinking=false",), {"model.path": "{files}/thinking"}),
     ("steps", 5, {}),
     ("epochs", 2.5, {"steps": 0}),
 ]

@@ -11,9 +11,11 @@ import torch
 from test_step import LOSS, NUMBERS, TORCH, assert_same, load, make_trainer, one_batch, relative_error
 from torch_step import load_torch, made_examples, torch_steps
 
-from qwen_dist.checkpoint.adapter import merge_adapter, read_adapter, write_adapter
+from qwen_dist.checkpoint.adapter import write_adapter
+from qwen_dist.checkpoint.adapter_merge import merge_updates
+from qwen_dist.checkpoint.adapter_read import read_adapter
 from qwen_dist.config import LoraOptions
-from qwen_dist.models.parameters import with_parameters
+from qwen_dist.models.parameters import disk_shapes, with_parameters
 from qwen_dist.parity.reference import UpcastToFloat64
 from qwen_dist.train.lora import attach_lora, extract_adapter, with_adapter
 
@@ -78,7 +80,7 @@ def adapted(request, tiny_checkpoint, tmp_path_factory):
 def test_a_lora_step_of_attention_and_experts_equals_peft(adapted, tmp_path):
     directory, path, _, expected = adapted
     with jax.enable_x64(True):
-        loaded, trained = with_adapter(load(directory), read_adapter(path), dtype="float64")
+        loaded, trained = with_adapter(load(directory), read_adapter(path).to_lora(), dtype="float64")
         trainer = make_trainer(loaded, trained)
         state, metrics = trainer.step(trainer.init_state(), one_batch(made_examples(), True).microbatches(1))
         assert relative_error(metrics.loss, np.array(expected.losses[0])) < LOSS
@@ -102,7 +104,7 @@ def written(directory, parameters, sharding_ctx, path):
 def test_an_adapter_of_experts_is_saved_and_merged(adapted, tmp_path):
     directory, path, logits, _ = adapted
     adapter = read_adapter(path)
-    write_adapter(tmp_path / "again", adapter, base=str(directory))
+    write_adapter(tmp_path / "again", adapter.to_lora(), base=str(directory))
     config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
     assert all(name.startswith("model.layers.0.mlp.experts.") for name in config["target_parameters"])
     with UpcastToFloat64():
@@ -115,7 +117,7 @@ def test_an_adapter_of_experts_is_saved_and_merged(adapted, tmp_path):
     np.testing.assert_array_equal(again, logits)
     with jax.enable_x64(True):
         loaded = load(directory)
-        merged = merge_adapter(loaded.parameters, adapter, loaded.sharding_ctx)
+        merged = merge_updates(loaded.parameters, adapter.updates, disk_shapes(loaded.module), loaded.sharding_ctx)
         model = with_parameters(loaded.module, merged)
         hidden, _, _ = model(tokens, np.arange(tokens.shape[1], dtype=np.int32)[None])
         assert relative_error(model.unembed(hidden), logits) < NUMBERS

@@ -18,11 +18,15 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
+from chat_templates import CHATML
 from short_run import short_run
 
 from qwen_dist.cli import main
-from qwen_dist.config import FinetuneConfig
+from qwen_dist.config import FinetuneConfig, ModelOptions, SamplingOptions
+from qwen_dist.engine.open import open_engine
+from qwen_dist.engine.request import Request
 from qwen_dist.errors import UserError
+from qwen_dist.tokenizer import Tokenizer
 from qwen_dist.train.run import finetune, prepare
 
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": 32}
@@ -192,6 +196,35 @@ def test_the_result_gives_the_same_text_in_transformers(uninterrupted, config, m
     assert main(["generate", *ours, *flags, "--prompt", prompt]) == 0
     found = json.loads(capsys.readouterr().out)["token_ids"]
     assert found == expected.tolist() and found != before.tolist()
+
+
+def test_a_base_model_that_is_trained_on_chats_ends_its_answers(tiny_directory, tmp_path):
+    """Its texts end with another token than its chat template ends turns with."""
+    base = tiny_directory("qwen3", **SIZES)
+    tokenizer = Tokenizer.from_directory(base)
+    end, im_end = (tokenizer.special_id(token) for token in ("<|endoftext|>", "<|im_end|>"))
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": end, "max_new_tokens": 5}))
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings |= {"eos_token": "<|endoftext|>", "chat_template": CHATML}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    turns = [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "lazy dog"}] * 2
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}))
+    changes = {"model.dtype": "float32", "optimizer.learning_rate": 3e-2, "steps": 25, "batch_size": 1, "method": "full"}
+    run(short_run(base, tmp_path / "chat.jsonl", tmp_path / "run", changes))
+
+    trained = tmp_path / "run" / "model"
+    assert json.loads((trained / "generation_config.json").read_text()) == {
+        "eos_token_id": [end, im_end],
+        "max_new_tokens": 5,
+    }
+    prompt = Tokenizer.from_directory(base).render_chat(turns[:1])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)
+    inputs = transformers.AutoTokenizer.from_pretrained(trained)(prompt, return_tensors="pt")
+    expected = theirs.generate(**inputs, do_sample=False, max_new_tokens=20)[0, inputs["input_ids"].shape[1] :].tolist()
+    engine, tokenizer, sampling = open_engine(ModelOptions(str(trained), dtype="float32"), "data=1", SamplingOptions())
+    *_, last = updates = list(engine.run([Request(None, tuple(tokenizer.encode(prompt)), sampling)]))
+    assert "".join(update.text for update in updates) == "lazy dog" and last.finish_reason == "stop"
+    assert [token for update in updates for token in update.tokens] == expected
 
 
 def test_an_adapter_is_trained_further(uninterrupted, config, tmp_path):

@@ -69,4 +69,4 @@ def test_the_peak_of_known_devices():
 
 def test_the_line_of_a_step_has_the_mfu():
     metrics = StepMetrics(1, 2, 3.0, 1.0, 1e-3, 0.5, 100, 0.4321)
-    assert "200 tokens/s, 0.50 s a step, MFU 43.2%" in describe_step(metrics)
+    assert "200 tokens/s, 0.50 s/step, MFU 43.2%" in describe_step(metrics)

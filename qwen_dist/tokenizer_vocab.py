@@ -1,0 +1,131 @@
+"""The vocabulary of a tokenizer: tokenizer.json, or vocab.json and merges.txt, and the tokens that other files add.
+
+Tokens are added as transformers adds them: those of `added_tokens_decoder` in tokenizer_config.json, or without it those of
+added_tokens.json, then special tokens that are still unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from qwen_dist.errors import CheckpointError, printable
+from qwen_dist.json_reader import read_file, read_json_object, read_optional_object
+
+VOCAB_FILE, MERGES_FILE, ADDED_TOKENS_FILE = "vocab.json", "merges.txt", "added_tokens.json"
+_MAX_BYTES = 2**28
+# Of every Qwen tokenizer. Each digit is one token.
+_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
+_MAX_ID = 2**31
+
+
+def read_backend(path: Path) -> tokenizers.Tokenizer:
+    """Read tokenizer.json. Raises CheckpointError."""
+    content = read_file(path, max_bytes=_MAX_BYTES)
+    try:
+        return tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{path} cannot be read: {printable(error)}; download it again") from error
+
+
+def build_backend(directory: Path) -> tokenizers.Tokenizer:
+    """Return the byte-level BPE of vocab.json and merges.txt with Qwen's normalisation and pre-tokenisation.
+
+    Raises CheckpointError when one of the files cannot be used.
+    """
+    vocab = read_json_object(directory / VOCAB_FILE, max_bytes=_MAX_BYTES)
+    if not all(_is_id(id) for id in vocab.values()) or len(set(vocab.values())) != len(vocab):
+        raise CheckpointError(f"{directory / VOCAB_FILE} must give every token a different id; download it again")
+    try:
+        lines = read_file(directory / MERGES_FILE, max_bytes=_MAX_BYTES).decode("utf-8").split("\n")
+        merges = [_merge(line) for line in lines if line and not line.startswith("#version")]
+        backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{directory / MERGES_FILE} cannot be used: {printable(error)}; download it again") from None
+    backend.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(_PATTERN), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _merge(line: str) -> tuple[str, str]:
+    parts = line.removesuffix("\r").split(" ")
+    if len(parts) != 2:
+        raise ValueError(f"the line {line[:80]!r} is not a pair of tokens")
+    return parts[0], parts[1]
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MAX_ID
+
+
+def add_tokens(
+    backend: tokenizers.Tokenizer, directory: Path, config: Mapping[str, Any], special_tokens: Iterable[str]
+) -> None:
+    """Add the tokens that the vocabulary lacks.
+
+    Args:
+      backend: is changed.
+      directory: of the checkpoint, for added_tokens.json.
+      config: tokenizer_config.json, for `added_tokens_decoder`.
+      special_tokens: texts of the special tokens, added last if they are unknown.
+
+    Raises:
+      CheckpointError: an entry is invalid, or a token would not get the id that the file gives it.
+    """
+    special = list(special_tokens)
+    if "added_tokens_decoder" in config:
+        name, tokens = "tokenizer_config.json: added_tokens_decoder", _decoder_tokens(config["added_tokens_decoder"])
+    else:
+        name, tokens = ADDED_TOKENS_FILE, _file_tokens(directory / ADDED_TOKENS_FILE, set(special))
+    for id, token in sorted(tokens.items()):
+        backend.add_tokens([token])
+        if backend.token_to_id(token.content) != id:
+            raise CheckpointError(
+                f"{name} gives the token {printable(repr(token.content), 80)} the id {id}, but in this vocabulary it has "
+                f"{backend.token_to_id(token.content)}: the files are not of the same tokenizer"
+            )
+    backend.add_tokens([AddedToken(text, special=True) for text in special if backend.token_to_id(text) is None])
+
+
+def _decoder_tokens(entries: Any) -> dict[int, AddedToken]:
+    """Return the tokens of `added_tokens_decoder`, {"151643": {"content": …, "special": …, …}}, by id."""
+    if not isinstance(entries, dict):
+        raise _wrong_entry(entries)
+    tokens = {}
+    for id, entry in entries.items():
+        is_valid = id.isascii() and id.isdigit() and _is_id(int(id)) and isinstance(entry, dict)
+        flags = dict(entry) if is_valid else {}
+        flags.pop("__type", None)
+        content = flags.pop("content", None)
+        if not isinstance(content, str) or not content or not _are_flags(flags):
+            raise _wrong_entry({id: entry})
+        tokens[int(id)] = AddedToken(content, **flags)
+    return tokens
+
+
+def _are_flags(flags: Mapping[str, Any]) -> bool:
+    return all(flag in _FLAGS and isinstance(value, bool) for flag, value in flags.items())
+
+
+def _wrong_entry(entry: Any) -> CheckpointError:
+    return CheckpointError(
+        'tokenizer_config.json: added_tokens_decoder must hold entries such as {"151643": {"content": "<|endoftext|>", '
+        f'"special": true}}}}, with the flags {", ".join(_FLAGS)}; got {printable(repr(entry), 80)}'
+    )
+
+
+def _file_tokens(path: Path, special: set[str]) -> dict[int, AddedToken]:
+    """Return the tokens of added_tokens.json, {"<|endoftext|>": 151643, …}, by id."""
+    ids = read_optional_object(path) or {}
+    if not all(text and _is_id(id) for text, id in ids.items()) or len(set(ids.values())) != len(ids):
+        raise CheckpointError(f"{path} must give every token a different id; got {printable(repr(ids), 80)}")
+    return {id: AddedToken(text, normalized=text not in special, special=text in special) for text, id in ids.items()}
