@@ -16,10 +16,11 @@ import numpy as np
 
 from qwen_dist.checkpoint.adapter_config import raise_problems
 from qwen_dist.checkpoint.names import EMBEDDING, HEAD
+from qwen_dist.models.parameters import DiskShape, from_disk, on_disk
 from qwen_dist.ops.matmul import accum_dtype
 from qwen_dist.sharding import ShardingContext
 
-Shapes = Mapping[str, tuple[int, ...]]
+Shapes = Mapping[str, DiskShape]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,21 +126,27 @@ def merge_updates(
     for update in fit_updates(updates, disk_shapes):
         name, old = update.parameter, merged[update.parameter]
         if update.kind == "weight":
-            new = update.tensors["value"].astype(old.dtype).reshape(old.shape)
+            new = from_disk(update.tensors["value"].astype(old.dtype), disk_shapes[name], old.shape)
             merged[name] = jax.make_array_from_callback(old.shape, old.sharding, new.__getitem__)
             continue
         narrow = {key: value.astype(jax.dtypes.canonicalize_dtype(value.dtype)) for key, value in update.tensors.items()}
         tensors = sharding_ctx.replicate(narrow)
-        merged[name] = _merge_fn(update.kind, update.rank, disk_shapes[name], old.sharding)(old, tensors)
+        shape = disk_shapes[name]
+        merged[name] = _merge_fn(update.kind, update.rank, tuple(shape), shape.sections, old.sharding)(old, tensors)
     return merged
 
 
 @functools.lru_cache
-def _merge_fn(kind: str, rank: int, disk_shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> Any:
+def _merge_fn(
+    kind: str, rank: int, shape: tuple[int, ...], sections: tuple[int, ...], sharding: jax.sharding.Sharding
+) -> Any:
+    disk_shape = DiskShape(shape, sections)
+
     def merge(weight: jax.Array, tensors: Mapping[str, jax.Array]) -> jax.Array:
         function = KINDS[kind]
         assert function is not None
-        return function(weight.reshape(disk_shape), tensors, rank).astype(weight.dtype).reshape(weight.shape)
+        new = function(on_disk(weight, disk_shape), tensors, rank).astype(weight.dtype)
+        return from_disk(new, disk_shape, weight.shape)
 
     return jax.jit(merge, donate_argnums=0, out_shardings=sharding)
 

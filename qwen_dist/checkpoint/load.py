@@ -19,7 +19,7 @@ from qwen_dist.checkpoint.boxes import Box, intersect, relative_slices
 from qwen_dist.checkpoint.buffers import BlockScales, ShardBuffer, aligned_empty, is_on_host, make_array_builder
 from qwen_dist.checkpoint.files import ReadOptions
 from qwen_dist.checkpoint.fp8 import read_block_size
-from qwen_dist.checkpoint.names import map_names
+from qwen_dist.checkpoint.names import NameMap, map_names
 from qwen_dist.checkpoint.plan import (
     COPIES_PER_CHUNK,
     Chunk,
@@ -51,6 +51,7 @@ def load(
     *,
     disk_shapes: Mapping[str, tuple[int, ...]] | None = None,
     tied: bool = False,
+    names: NameMap | None = None,
     host_memory_budget: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> dict[str, jax.Array]:
@@ -65,6 +66,7 @@ def load(
       disk_shapes: shapes on disk of the parameters whose target shape is a reshape of it, such as [N*H, D] for
         `q_proj.weight` [N, H, D]. Other parameters have their target shape on disk.
       tied: the model's output head is its embedding.
+      names: where each parameter is on disk; by default found by `names.map_names`, which wants the whole model.
       host_memory_budget: bytes of host memory for buffers, not counting arrays that are in host memory themselves; by
         default a sixteenth of the machine's memory.
       progress: called with (bytes done, total bytes), from any thread, one call at a time.
@@ -77,7 +79,14 @@ def load(
     """
     processes = {device.process_index for leaf in target.values() for device in leaf.sharding.device_set}
     with sync_processes("planning the load", processes) as sync_point:
-        plan = make_load_plan(checkpoint, target, disk_shapes=disk_shapes, tied=tied, host_memory_budget=host_memory_budget)
+        plan = make_load_plan(
+            checkpoint,
+            target,
+            disk_shapes=disk_shapes,
+            tied=tied,
+            names=names,
+            host_memory_budget=host_memory_budget,
+        )
         sync_point.digest = plan.digest
     with sync_processes("loading", processes):
         return execute_plan(plan, checkpoint, progress)
@@ -89,13 +98,14 @@ def make_load_plan(
     *,
     disk_shapes: Mapping[str, tuple[int, ...]] | None = None,
     tied: bool = False,
+    names: NameMap | None = None,
     host_memory_budget: int | None = None,
 ) -> LoadPlan:
     """Return the plan that `load` executes on this process, without reading any data. Arguments and errors as in `load`."""
     tensors = checkpoint.tensors
     shapes = {name: tuple(struct.shape) for name, struct in target.items()} | dict(disk_shapes or {})
     block = read_block_size(checkpoint.config)
-    names = map_names(shapes, tensors, tied=tied)
+    names = names or map_names(shapes, tensors, tied=tied)
     parameters = make_parameters(target, names, tensors, block)
     num_threads, chunk_bytes = fit_to_budget(checkpoint.read_options, parameters, host_memory_budget)
     requests = make_read_requests(

@@ -9,11 +9,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from qwen_dist.checkpoint.adapter_merge import fit_updates, merge_updates
 from qwen_dist.checkpoint.adapter_read import PeftAdapter, read_adapter
+from qwen_dist.checkpoint.carried import load_carried
+from qwen_dist.checkpoint.fp8 import FP8_DTYPES
 from qwen_dist.checkpoint.load import ProgressCallback, load
+from qwen_dist.checkpoint.names import map_names
+from qwen_dist.checkpoint.plan import FLOAT_DTYPES
+from qwen_dist.checkpoint.safetensors import TensorInfo
 from qwen_dist.checkpoint.save import check_output, export
 from qwen_dist.checkpoint.source import Checkpoint, open_checkpoint
 from qwen_dist.checkpoint.sync import sync_processes
@@ -135,25 +142,27 @@ def export_model(
 ) -> None:
     """Load the checkpoint at `location` onto the mesh and save it as a Hugging Face directory.
 
-    `adapter` is a directory in PEFT's layout; it is merged into the weights. `dtype` None keeps that of the checkpoint
-    (bfloat16 for a quantised one). Other arguments and errors as for `load_model` and `checkpoint.save.save`.
+    `adapter` is a directory in PEFT's layout; it is merged into the weights. `dtype` None keeps that of each tensor
+    (bfloat16 for a quantised one). Tensors that the text model does not use are copied. Other arguments and errors as for
+    `load_model` and `checkpoint.save.save`.
     """
     with sync_processes("checking the output"):
         if jax.process_index() == 0:
             check_output(output, overwrite=overwrite)
     updates = read_adapter(adapter, ignored_config_keys).updates if adapter else ()
     checkpoint = open_checkpoint(location)
-    target, shapes, is_tied = abstract_model(
-        checkpoint.config, sharding_ctx, dtype or _stored_dtype(checkpoint), ignored_config_keys
-    )
+    target, shapes, is_tied = abstract_model(checkpoint.config, sharding_ctx, dtype or "float32", ignored_config_keys)
     fit_updates(updates, shapes)
+    target = _with_stored_dtypes(target, shapes, checkpoint, is_tied=is_tied, dtype=dtype)
     arrays = load(checkpoint, target, disk_shapes=shapes, tied=is_tied, host_memory_budget=host_memory_budget)
     arrays = merge_updates(arrays, updates, shapes, sharding_ctx)
+    carried = load_carried(checkpoint, shapes, sharding_ctx, tied=is_tied, host_memory_budget=host_memory_budget)
     export(
         checkpoint,
         arrays,
         output,
         disk_shapes=shapes,
+        carried=carried,
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
         host_memory_budget=host_memory_budget,
@@ -161,11 +170,32 @@ def export_model(
     )
 
 
-def _stored_dtype(checkpoint: Checkpoint) -> str:
-    names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-    stored = {tensor.dtype.name for tensor in checkpoint.tensors.values()}
-    if checkpoint.config.get("quantization_config"):
-        return "bfloat16"
-    if len(stored) != 1 or not stored <= names.keys():
-        raise UsageError(f"the checkpoint has {', '.join(sorted(stored))} tensors; choose the dtype to save with --dtype")
-    return names[stored.pop()]
+def _with_stored_dtypes(
+    target: Mapping[str, jax.ShapeDtypeStruct],
+    shapes: Mapping[str, DiskShape],
+    checkpoint: Checkpoint,
+    *,
+    is_tied: bool,
+    dtype: DTypeLike | None,
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the target with the dtype of each parameter on disk; `dtype` replaces it, but for parameters kept wider.
+
+    What the model keeps wider than `dtype`, such as a delta net's `A_log`, is not widened beyond what is stored.
+    """
+    names = map_names(shapes, checkpoint.tensors, tied=is_tied)
+    result = {}
+    for name, leaf in target.items():
+        stored = _stored_dtype(checkpoint.tensors[names.segments[name][0].tensor])
+        is_wide = dtype is not None and leaf.dtype != jnp.dtype(dtype)
+        kept = min(leaf.dtype, stored, key=lambda one: one.itemsize) if is_wide else leaf.dtype
+        result[name] = jax.ShapeDtypeStruct(leaf.shape, stored if dtype is None else kept, sharding=leaf.sharding)
+    return result
+
+
+def _stored_dtype(tensor: TensorInfo) -> np.dtype:
+    """Return the dtype in which a tensor is saved by default. Raises UsageError if it is not a floating one."""
+    if tensor.dtype.name in FP8_DTYPES:
+        return np.dtype(jnp.bfloat16)
+    if tensor.dtype.name not in FLOAT_DTYPES:
+        raise UsageError(f"{tensor.name} is {tensor.dtype.name}; choose the dtype to save with --dtype")
+    return np.dtype(tensor.dtype.numpy)

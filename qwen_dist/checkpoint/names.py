@@ -2,7 +2,8 @@
 
 A parameter, flattened in row-major order, is a sequence of segments of equal length; each is a contiguous part of one
 tensor on disk. One segment is a **view**: the same bytes in another shape (`q_proj.weight` [N*H, D] as [N, H, D]). Several
-are a **stack**: the experts' tensors [F, D], one after the other, are [E, F, D]. Nothing is transposed.
+are a **stack**: the experts' tensors [F, D], one after the other, are [E, F, D]; or **sections**: a tensor with the rows of
+all heads' queries, then keys, then values, is read head by head. Nothing is transposed.
 """
 
 from __future__ import annotations
@@ -38,6 +39,20 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How a checkpoint names its tensors.
+
+    Attributes:
+      prefix: one of `PREFIXES`.
+      fused_experts: the groups of experts, such as `layers.0.mlp.experts.`, that have one tensor for all experts of a
+        projection. Others have one for each expert.
+    """
+
+    prefix: tuple[str, str] = PREFIXES[0]
+    fused_experts: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
 class NameMap:
     """Which tensors every parameter is loaded from and saved to.
 
@@ -53,23 +68,27 @@ class NameMap:
     skipped: tuple[str, ...] = ()
     tied_head: tuple[str, str] | None = None
 
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """The skipped tensors that a saved checkpoint should also have, such as the layers of multi-token prediction."""
+        return tuple(name for name in self.skipped if not name.endswith((SCALE_SUFFIX, ".inv_freq")))
 
-def name_tensors(
-    disk_shapes: Mapping[str, tuple[int, ...]], *, prefix: tuple[str, str] = PREFIXES[0], fused_experts: bool = False
-) -> NameMap:
+
+def name_tensors(disk_shapes: Mapping[str, tuple[int, ...]], *, layout: Layout | None = None) -> NameMap:
     """Return the names of a model's tensors on disk by convention, without looking at a checkpoint.
 
     Args:
       disk_shapes: by parameter name, the shape on disk (for experts: with the leading E).
-      prefix: one of `PREFIXES`.
-      fused_experts: all experts of a projection are in one tensor instead of one per expert.
+      layout: of the checkpoint; by default that of a text model with one tensor for each expert.
     """
-    return NameMap(
-        {
-            name: _segments(prefix[name == HEAD] + name, shape, fused_experts=fused_experts)
-            for name, shape in disk_shapes.items()
-        }
-    )
+    layout = layout or Layout()
+    return NameMap({name: _segments(name, shape, layout) for name, shape in disk_shapes.items()})
+
+
+def name_alone(tensors: Iterable[TensorInfo], stored: Mapping[str, TensorInfo]) -> NameMap:
+    """Return the names of tensors that are loaded as they are on disk, each with its scales if these are stored."""
+    segments = {one.name: (Segment(one.name, one.shape, 0, math.prod(one.shape)),) for one in tensors}
+    return NameMap(segments, {name: name + SCALE_SUFFIX for name in segments if name + SCALE_SUFFIX in stored})
 
 
 def map_names(
@@ -85,8 +104,8 @@ def map_names(
     Raises:
       CheckpointError: tensors are missing, unexpected, or of another shape; one message lists them all.
     """
-    prefix, fused_experts = find_layout(disk_shapes, tensors)
-    segments = name_tensors(disk_shapes, prefix=prefix, fused_experts=fused_experts).segments
+    layout = find_layout(disk_shapes, tensors)
+    prefix, segments = layout.prefix, name_tensors(disk_shapes, layout=layout).segments
     used = {segment.tensor: segment.shape for of_parameter in segments.values() for segment in of_parameter}
     scales = {name: name + SCALE_SUFFIX for name in used if name + SCALE_SUFFIX in tensors}
     skipped = {name for name in tensors if _SKIPPED.match(name)}
@@ -107,21 +126,24 @@ def map_names(
     return NameMap(segments, scales, tuple(sorted(skipped)), tied_head)
 
 
-def find_layout(parameters: Iterable[str], tensors: Iterable[str]) -> tuple[tuple[str, str], bool]:
-    """Return the prefix with which most parameters are found in a checkpoint, and whether its experts are fused."""
+def find_layout(parameters: Iterable[str], tensors: Iterable[str]) -> Layout:
+    """Return the prefix with which most parameters are found in a checkpoint, and which groups of experts are fused."""
     stored, parameter_names = set(tensors), list(parameters)
     prefix = max(PREFIXES, key=lambda prefix: sum((prefix[name == HEAD] + name) in stored for name in parameter_names))
-    return prefix, any(name.endswith((".experts.gate_up_proj", ".experts.down_proj")) for name in stored)
+    groups = {match[1] for match in map(_EXPERTS.match, parameter_names) if match}
+    fused = {group for group in groups if {f"{prefix[0]}{group}{one}" for one in ("gate_up_proj", "down_proj")} & stored}
+    return Layout(prefix, frozenset(fused))
 
 
-def _segments(name: str, shape: tuple[int, ...], *, fused_experts: bool) -> tuple[Segment, ...]:
+def _segments(parameter_name: str, shape: tuple[int, ...], layout: Layout) -> tuple[Segment, ...]:
+    name = layout.prefix[parameter_name == HEAD] + parameter_name
     experts = _EXPERTS.match(name)
     if experts is None:
         sections = getattr(shape, "sections", ())
         return tuple(_section_segments(name, shape, sections)) if sections else (Segment(name, shape, 0, math.prod(shape)),)
     prefix, parameter = experts.groups()
     num_experts, rows, columns = shape
-    if fused_experts:
+    if prefix.removeprefix(layout.prefix[0]) in layout.fused_experts:
         return tuple(_fused_expert_segments(prefix, parameter, num_experts, rows, columns))
     projections = ("gate_proj", "up_proj") if parameter == "gate_up_proj" else (parameter,)
     disk_shape = (rows // len(projections), columns)

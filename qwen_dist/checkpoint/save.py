@@ -28,7 +28,7 @@ from qwen_dist.checkpoint.boxes import box_from_slices, contains, intersect, rel
 from qwen_dist.checkpoint.buffers import is_on_host
 from qwen_dist.checkpoint.files import INDEX_NAME, LOCAL_READ_OPTIONS, SINGLE_FILE_NAME, Folder, LocalFile
 from qwen_dist.checkpoint.load import ByteCounter, ProgressCallback, fit_to_budget, run_in_threads
-from qwen_dist.checkpoint.names import PREFIXES, NameMap, find_layout, name_tensors
+from qwen_dist.checkpoint.names import Layout, NameMap, Segment, find_layout, name_tensors
 from qwen_dist.checkpoint.plan import Chunk, Parameter, Shard, chunk_boxes, count_stack_dims
 from qwen_dist.checkpoint.safetensors import LENGTH_BYTES, TensorInfo, build_header, dtype_name, parse_header
 from qwen_dist.checkpoint.source import Checkpoint, read_header
@@ -61,7 +61,9 @@ def export(
     output: str | os.PathLike[str],
     *,
     disk_shapes: Mapping[str, tuple[int, ...]] | None = None,
-    dtype: np.dtype | None = None,
+    carried: Mapping[str, jax.Array] | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
+    dtypes: Mapping[str, np.dtype] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     host_memory_budget: int | None = None,
@@ -71,16 +73,15 @@ def export(
 
     Weights that were quantised are written dequantised, as they were loaded. Other arguments and errors as in `save`.
     """
-    prefix, fused_experts = find_layout(arrays, checkpoint.tensors)
     save(
         arrays,
         output,
         config=checkpoint.config,
         disk_shapes=disk_shapes,
-        prefix=prefix,
-        fused_experts=fused_experts,
-        extra_files=read_extra_files(checkpoint.folder),
-        dtype=dtype,
+        layout=find_layout(arrays, checkpoint.tensors),
+        carried=carried,
+        extra_files=read_extra_files(checkpoint.folder) if extra_files is None else extra_files,
+        dtypes=dtypes,
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
         host_memory_budget=host_memory_budget,
@@ -100,10 +101,10 @@ def save(
     *,
     config: Mapping[str, Any],
     disk_shapes: Mapping[str, tuple[int, ...]] | None = None,
-    prefix: tuple[str, str] = PREFIXES[0],
-    fused_experts: bool = False,
+    layout: Layout | None = None,
+    carried: Mapping[str, jax.Array] | None = None,
     extra_files: Mapping[str, bytes] | None = None,
-    dtype: np.dtype | None = None,
+    dtypes: Mapping[str, np.dtype] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     host_memory_budget: int | None = None,
@@ -116,9 +117,10 @@ def save(
       output: the directory; it is created or replaced atomically.
       config: the content of `config.json`; its dtype and quantisation are updated.
       disk_shapes: shapes on disk of parameters whose shape is a reshape of it, as in `load`.
-      prefix, fused_experts: naming of the tensors, as in `names.name_tensors`.
+      layout: naming of the tensors, as in `names.name_tensors`.
+      carried: further arrays by their names on disk; they keep their dtypes.
       extra_files: contents of further files by name.
-      dtype: floating-point parameters are rounded to it; by default all parameters keep their dtype.
+      dtypes: by parameter name, the dtype on disk; others keep theirs. Values are rounded to it.
       max_shard_bytes: maximum tensor data of a file, unless a single tensor is larger.
       overwrite: replace an existing checkpoint. A directory that is not a checkpoint is never replaced.
       host_memory_budget, progress: as in `load`.
@@ -129,8 +131,13 @@ def save(
     target = Path(os.path.realpath(output))  # a link stays, and what it leads to is replaced
     staging = _staging_of(target)
     shapes = {name: array.shape for name, array in arrays.items()} | dict(disk_shapes or {})
-    names = name_tensors(shapes, prefix=prefix, fused_experts=fused_experts)
-    dtypes = {name: _saved_dtype(array, dtype) for name, array in arrays.items()}
+    dtypes = {name: np.dtype((dtypes or {}).get(name, array.dtype)) for name, array in arrays.items()}
+    saved_config = _saved_config(config, dtypes)
+    names = name_tensors(shapes, layout=layout)
+    if carried:
+        alone = {name: (Segment(name, array.shape, 0, array.size),) for name, array in carried.items()}
+        names, arrays = NameMap({**names.segments, **alone}), {**arrays, **carried}
+        dtypes |= {name: np.dtype(array.dtype) for name, array in carried.items()}
     files = _plan_files(names, dtypes, max_shard_bytes)
     with contextlib.ExitStack() as stack, _write_errors(target):
         with sync_processes("preparing to save") as sync_point:
@@ -145,7 +152,7 @@ def save(
             _write_local_shards(arrays, dtypes, names, files, staging, host_memory_budget, progress)
         with sync_processes("finishing the save"):
             if jax.process_index() == 0:
-                _write_metadata(staging, files, _saved_config(config, dtypes), extra_files or {})
+                _write_metadata(staging, files, saved_config, extra_files or {})
                 keep_other_files(target, staging, _is_of_checkpoint)
                 _commit(staging, target)
 
@@ -159,11 +166,6 @@ def _write_errors(target: Path) -> Iterator[None]:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = error.strerror or error if isinstance(error, OSError) else error
         raise CheckpointError(f"{printable(target)} cannot be written: {reason}.") from error
-
-
-def _saved_dtype(array: jax.Array, dtype: np.dtype | None) -> np.dtype:
-    is_float = jax.numpy.issubdtype(array.dtype, np.floating)
-    return np.dtype(dtype if dtype is not None and is_float else array.dtype)
 
 
 @dataclass(frozen=True)
@@ -384,11 +386,12 @@ def _encode_json(value: Mapping[str, Any]) -> bytes:
 
 
 def _saved_config(config: Mapping[str, Any], dtypes: Mapping[str, np.dtype]) -> dict[str, Any]:
-    """Return the configuration with the dtype of most weights and without quantisation."""
+    """Return the configuration with the dtype of most weights and without quantisation; that of the text model, too."""
     saved = {key: value for key, value in config.items() if key not in ("quantization_config", "torch_dtype")}
     names = [dtype.name for dtype in dtypes.values()]
     saved["dtype" if "dtype" in config else "torch_dtype"] = max(sorted(set(names)), key=names.count)
-    return saved
+    text = config.get("text_config")
+    return saved | ({"text_config": _saved_config(text, dtypes)} if isinstance(text, dict) else {})
 
 
 def _is_of_checkpoint(name: str) -> bool:

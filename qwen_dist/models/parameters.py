@@ -42,14 +42,25 @@ class DiskShape(tuple[int, ...]):
         return self
 
 
-def on_disk(array: np.ndarray, disk_shape: DiskShape) -> np.ndarray:
-    """Return a whole parameter in the shape and order in which a checkpoint stores it."""
+def on_disk(array: Any, disk_shape: DiskShape) -> Any:
+    """Return a whole parameter, of NumPy or of jax, in the shape and order in which a checkpoint stores it."""
     if not disk_shape.sections:
         return array.reshape(disk_shape)
+    xp = jnp if isinstance(array, jax.Array) else np
     by_head = array.reshape(len(array), -1, *array.shape[3:])
     ends = np.cumsum(disk_shape.sections)[:-1]
-    sections = [part.reshape(-1, *array.shape[3:]) for part in np.split(by_head, ends, axis=1)]
-    return np.concatenate(sections).reshape(disk_shape)
+    sections = [part.reshape(-1, *array.shape[3:]) for part in xp.split(by_head, ends, axis=1)]
+    return xp.concatenate(sections).reshape(disk_shape)
+
+
+def from_disk(array: Any, disk_shape: DiskShape, shape: tuple[int, ...]) -> Any:
+    """Return a parameter of this shape from the array that a checkpoint stores: the inverse of `on_disk`."""
+    if not disk_shape.sections:
+        return array.reshape(shape)
+    xp = jnp if isinstance(array, jax.Array) else np
+    ends = shape[0] * np.cumsum(disk_shape.sections)[:-1]
+    sections = [part.reshape(shape[0], -1, *shape[3:]) for part in xp.split(array, ends)]
+    return xp.concatenate(sections, axis=1).reshape(shape)
 
 
 def declare_param(

@@ -19,9 +19,8 @@ from qwen_dist.config import LoraOptions
 from qwen_dist.errors import UsageError
 from qwen_dist.models.layers import Linear
 from qwen_dist.models.moe import EXPERT_MATRICES, Experts
-from qwen_dist.models.parameters import abstract_parameters, disk_shapes, random_parameters
+from qwen_dist.models.parameters import abstract_parameters, disk_shapes, from_disk, on_disk, random_parameters
 from qwen_dist.models.transformer import Transformer
-from qwen_dist.sharding import ShardingContext
 
 
 def new_adapter(model: LoadedModel, options: LoraOptions, *, dtype: DTypeLike) -> tuple[LoadedModel, list[str]]:
@@ -76,11 +75,11 @@ def with_adapter(model: LoadedModel, adapter: Adapter, *, dtype: DTypeLike) -> t
     """
     _check_fits(adapter, model.module)
     trained = _add_lora(model.module, adapter.layers, adapter.rank, adapter.scale, dtype)
-    targets = abstract_parameters(model.module, model.sharding_ctx)
+    targets, shapes = abstract_parameters(model.module, model.sharding_ctx), disk_shapes(model.module)
     parameters = dict(model.parameters)
     for name in trained:
         target = targets[name]
-        values = adapter.arrays[name].astype(target.dtype).reshape(target.shape)
+        values = from_disk(adapter.arrays[name].astype(target.dtype), shapes[name], target.shape)
         parameters[name] = jax.make_array_from_callback(target.shape, target.sharding, values.__getitem__)
     return dataclasses.replace(model, parameters=parameters), trained
 
@@ -99,16 +98,15 @@ def _check_fits(adapter: Adapter, module: Transformer) -> None:
         raise_problems("the adapter does not fit the model", problems)
 
 
-def extract_adapter(parameters: Mapping[str, jax.Array], options: LoraOptions, sharding_ctx: ShardingContext) -> Adapter:
-    """Return the trained adapter as NumPy matrices, on every process."""
-    replicate = jax.jit(lambda x: x, out_shardings=sharding_ctx.replicated())
-    arrays: dict[str, np.ndarray] = {}
-    for name, value in parameters.items():
-        whole = np.asarray(replicate(value))
-        if ".experts.lora." in name:
-            arrays[name] = whole.reshape(len(whole), -1, whole.shape[-1])
-        else:
-            arrays[name] = whole.reshape(len(whole), -1) if ".lora_A." in name else whole.reshape(-1, whole.shape[-1])
+def extract_adapter(
+    parameters: Mapping[str, jax.Array],
+    options: LoraOptions,
+    model: LoadedModel,
+) -> Adapter:
+    """Return the trained adapter of a model as NumPy matrices, on every process."""
+    replicate = jax.jit(lambda x: x, out_shardings=model.sharding_ctx.replicated())
+    shapes = disk_shapes(model.module)
+    arrays = {name: on_disk(np.asarray(replicate(value)), shapes[name]) for name, value in parameters.items()}
     return Adapter(options.rank, options.alpha, options.use_rslora, arrays)
 
 

@@ -20,11 +20,14 @@ import numpy as np
 
 from qwen_dist.checkpoint.adapter import Adapter, write_adapter
 from qwen_dist.checkpoint.adapter_read import read_adapter
+from qwen_dist.checkpoint.carried import load_carried
 from qwen_dist.checkpoint.files import LocalFolder
 from qwen_dist.checkpoint.hub import local_directory
 from qwen_dist.checkpoint.load import ProgressCallback
 from qwen_dist.checkpoint.model import LoadedModel, load_model
+from qwen_dist.checkpoint.names import find_layout
 from qwen_dist.checkpoint.save import read_extra_files, save
+from qwen_dist.checkpoint.source import open_checkpoint
 from qwen_dist.checkpoint.sync import sync_processes
 from qwen_dist.config import DataOptions, FinetuneConfig, LoraOptions, parse_bytes
 from qwen_dist.errors import UsageError, UserError, printable
@@ -311,7 +314,7 @@ def set_up(inputs: RunInputs, load_progress: ProgressCallback | None = None) -> 
         inputs.directory,
         _sharding_ctx(inputs),
         dtype=_base_dtype(config),
-        weights=config.model.path if "://" in config.model.path else None,
+        weights=_weights(inputs),
         load_format=config.model.load_format,
         ignored_config_keys=config.model.ignored_keys,
         adapter=read if config.method == "full" else None,
@@ -551,22 +554,37 @@ def _remove_run(output: pathlib.Path) -> None:
         raise UserError(f"the earlier run in {printable(output)} cannot be removed: {error.strerror}") from None
 
 
+def _weights(inputs: RunInputs) -> str | None:
+    """Return where the weights are, if not in `inputs.directory`."""
+    path = inputs.config.model.path
+    return path if "://" in path else None
+
+
 def _write_result(inputs: RunInputs, setup: TrainSetup, state: TrainState, log: Callable[[str], None]) -> pathlib.Path:
     """Write the adapter in PEFT's layout, or the model as a Hugging Face directory, in the dtype of the computation."""
     config, output = inputs.config, pathlib.Path(inputs.config.output)
     if config.method == "lora":
         log(f"writing the adapter: {output / 'adapter'}")
-        adapter: Adapter = extract_adapter(state.parameters, setup.lora, setup.model.sharding_ctx)
+        adapter: Adapter = extract_adapter(state.parameters, setup.lora, setup.model)
         write_adapter(output / "adapter", adapter, base=config.model.path)
         return output / "adapter"
     log(f"writing the model: {output / 'model'}")
+    model, parameters, carried, layout = setup.model, setup.trainer.parameters(state), None, None
+    declared = abstract_parameters(Transformer(model.config, dtype=config.model.dtype), model.sharding_ctx)
+    shapes = disk_shapes(model.module)
+    if config.model.load_format != "dummy":
+        checkpoint = open_checkpoint(_weights(inputs) or inputs.directory)
+        layout = find_layout(parameters, checkpoint.tensors)
+        carried = load_carried(checkpoint, shapes, model.sharding_ctx, tied=model.config.tie_word_embeddings)
     save(
-        setup.trainer.parameters(state),
+        parameters,
         output / "model",
-        config=json.loads((inputs.directory / "config.json").read_text(encoding="utf-8")),
-        disk_shapes=disk_shapes(setup.model.module),
+        config=read_json_object(inputs.directory / "config.json"),
+        disk_shapes=shapes,
+        layout=layout,
+        carried=carried,
         extra_files=read_extra_files(LocalFolder(inputs.directory)) | _with_trained_ends(inputs),
-        dtype=jax.numpy.dtype(config.model.dtype),
+        dtypes={name: leaf.dtype for name, leaf in declared.items()},
         overwrite=True,
     )
     return output / "model"

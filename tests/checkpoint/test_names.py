@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from qwen_dist.checkpoint.names import PREFIXES, group_names, map_names, name_tensors, summarize_names
+from qwen_dist.checkpoint.names import PREFIXES, Layout, group_names, map_names, name_tensors, summarize_names
 from qwen_dist.checkpoint.safetensors import DTYPES, TensorInfo
 from qwen_dist.errors import CheckpointError
 
@@ -109,7 +109,8 @@ def test_experts_one_by_one(kind, suffix):
 @pytest.mark.parametrize("kind", EXPERTS)
 def test_fused_experts(kind):
     name = f"layers.0.mlp.experts.{kind}"
-    segments = name_tensors({name: EXPERTS[kind]}, fused_experts=True).segments[name]
+    layout = Layout(fused_experts=frozenset({"layers.0.mlp.experts."}))
+    segments = name_tensors({name: EXPERTS[kind]}, layout=layout).segments[name]
     tensor = "down_proj" if kind == "down_proj" else "gate_up_proj"
     assert {segment.tensor for segment in segments} == {f"model.layers.0.mlp.experts.{tensor}"}
     expected = {"gate_up_proj": [(0, 48), (48, 48), (96, 48)], "down_proj": [(0, 24), (24, 24), (48, 24)],

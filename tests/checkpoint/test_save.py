@@ -30,7 +30,7 @@ from qwen_dist.sharding import INFERENCE, ShardingContext
 
 def target_of(checkpoint, mesh=None, row=None, column=None, dtype=None):
     """Return a target for a whole checkpoint, with stacked experts and sharded matrices, as its model would."""
-    prefix, _ = find_layout(["embed_tokens.weight"], checkpoint.tensors)
+    prefix = find_layout(["embed_tokens.weight"], checkpoint.tensors).prefix
     target = {}
     for names in group_names(checkpoint.tensors).values():
         for name in names:
@@ -118,7 +118,7 @@ def test_saved_through_transfers(checkpoint_dir, tmp_path, monkeypatch):
 def test_saved_in_another_dtype(checkpoint_dir, tmp_path):
     checkpoint = open_checkpoint(checkpoint_dir)
     arrays = load(checkpoint, target_of(checkpoint))
-    export(checkpoint, arrays, tmp_path / "saved", dtype=np.dtype("float16"))
+    export(checkpoint, arrays, tmp_path / "saved", dtypes=dict.fromkeys(arrays, np.dtype("float16")))
     again = open_checkpoint(tmp_path / "saved")
     assert {info.dtype.name for info in again.tensors.values()} == {"F16"}
     loaded = load(again, target_of(again))

@@ -85,7 +85,7 @@ def test_a_lora_step_of_attention_and_experts_equals_peft(adapted, tmp_path):
         state, metrics = trainer.step(trainer.init_state(), one_batch(made_examples(), True).microbatches(1))
         assert relative_error(metrics.loss, np.array(expected.losses[0])) < LOSS
         found = [
-            written(directory, tree, loaded.sharding_ctx, tmp_path / str(i))
+            written(directory, tree, loaded, tmp_path / str(i))
             for i, tree in enumerate((state.optimizer[0], state.parameters))
         ]
     for ours, theirs in zip(found, (expected.gradients, expected.parameters), strict=True):
@@ -94,9 +94,9 @@ def test_a_lora_step_of_attention_and_experts_equals_peft(adapted, tmp_path):
         assert max(relative_error(ours[name], theirs[name]) for name in ours) < NUMBERS
 
 
-def written(directory, parameters, sharding_ctx, path):
+def written(directory, parameters, model, path):
     """The arrays under PEFT's names and in its order."""
-    adapter = extract_adapter(parameters, LoraOptions(rank=4, alpha=6), sharding_ctx)
+    adapter = extract_adapter(parameters, LoraOptions(rank=4, alpha=6), model)
     write_adapter(path, adapter, base=str(directory))
     return safetensors.numpy.load_file(path / "adapter_model.safetensors")
 
