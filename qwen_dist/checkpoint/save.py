@@ -387,11 +387,13 @@ def _encode_json(value: Mapping[str, Any]) -> bytes:
 
 def _saved_config(config: Mapping[str, Any], dtypes: Mapping[str, np.dtype]) -> dict[str, Any]:
     """Return the configuration with the dtype of most weights and without quantisation; that of the text model, too."""
-    saved = {key: value for key, value in config.items() if key not in ("quantization_config", "torch_dtype")}
     names = [dtype.name for dtype in dtypes.values()]
-    saved["dtype" if "dtype" in config else "torch_dtype"] = max(sorted(set(names)), key=names.count)
-    text = config.get("text_config")
-    return saved | ({"text_config": _saved_config(text, dtypes)} if isinstance(text, dict) else {})
+    most = max(sorted(set(names)), key=names.count)
+    saved = {key: value for key, value in config.items() if key not in ("quantization_config", "torch_dtype")}
+    saved["dtype" if "dtype" in config else "torch_dtype"] = most
+    if isinstance(text := config.get("text_config"), dict):
+        saved["text_config"] = text | {key: most for key in ("dtype", "torch_dtype") if text.get(key)}
+    return saved
 
 
 def _is_of_checkpoint(name: str) -> bool:

@@ -15,7 +15,7 @@ from qwen_dist.checkpoint.adapter_read import read_adapter
 from qwen_dist.checkpoint.model import export_model, load_model
 from qwen_dist.errors import CheckpointError
 from qwen_dist.mesh import MeshConfig, make_mesh
-from qwen_dist.models.parameters import disk_shapes, with_parameters
+from qwen_dist.models.parameters import disk_shapes, on_disk, with_parameters
 from qwen_dist.sharding import INFERENCE, ShardingContext
 from qwen_dist.train.lora import with_adapter
 
@@ -70,7 +70,7 @@ def check_weights(loaded, theirs, bound=WEIGHTS):
     for name, value in loaded.parameters.items():
         prefix = "" if name == "lm_head.weight" else "model."
         expected = state[prefix + name].float().numpy().reshape(shapes[name])
-        assert relative_error(np.asarray(value, np.float32).reshape(shapes[name]), expected) <= bound, name
+        assert relative_error(on_disk(np.asarray(value, np.float32), shapes[name]), expected) <= bound, name
 
 
 def check_logits(loaded, logits):
@@ -479,3 +479,12 @@ def test_an_adapter_of_another_base_is_not_trained_further(tiny_checkpoint, plai
     other = tiny_checkpoint("qwen2", num_hidden_layers=2, hidden_size=64)
     with pytest.raises(CheckpointError, match="q_proj is not of this model"):
         with_adapter(load_ours(other, None), read_adapter(plain[1]).to_lora(), dtype="float32")
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5"])
+def test_adapters_of_the_delta_net_equal_peft(tiny_checkpoint, tmp_path, family):
+    projections = ["in_proj_qkvz", "in_proj_ba"] if family == "qwen3_next" else ["in_proj_qkv", "in_proj_z", "in_proj_a"]
+    base = tiny_checkpoint(family, num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+    path = write(base, tmp_path / "adapter", target_modules=[*projections, "out_proj", "q_proj"])
+    changed = check(base, path, "tensor=2")
+    assert {name.rpartition("layers.0.linear_attn.")[2] for name in changed} >= {f"{name}.weight" for name in projections}
