@@ -53,6 +53,7 @@ _HYBRID = Family(
         "mtp_use_dedicated_embeddings": False,
         "use_sliding_window": False,
         "sliding_window": None,
+        "mlp_only_layers": [],
     },
 )
 FAMILIES: dict[str, Family] = {

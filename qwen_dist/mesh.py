@@ -155,7 +155,8 @@ def default_mesh(model: ModelConfig, devices: Sequence[jax.Device]) -> MeshConfi
     granules = len({_slice(device) for device in devices})
     per_granule = len(devices) // granules
     local = sum(device.process_index == devices[0].process_index for device in devices)
-    split = math.gcd(local, model.num_attention_heads, model.vocab_size, *model.channels)
+    key_heads = () if model.delta_net is None else (model.delta_net.num_key_heads,)
+    split = math.gcd(local, model.num_attention_heads, model.vocab_size, *model.channels, *key_heads)
     kv_heads = model.num_key_value_heads
     tensor = max(n for n in range(1, MAX_DEFAULT_TENSOR + 1) if split % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0))
     expert = math.gcd(per_granule // tensor, model.moe.num_experts) if model.moe else 1

@@ -25,7 +25,7 @@ Axes = tuple[str, ...]
 
 LOGICAL_AXES = frozenset(
     "batch length pages slots kv_length embed vocab q_heads kv_heads head_dim mlp experts lora_rank router top_k "
-    "gate_up key_heads value_heads head_blocks head_channels taps query_gate".split()
+    "gate_up key_heads value_heads head_blocks head_channels taps query_gate scan_length scan_heads".split()
 )
 
 
@@ -51,8 +51,9 @@ _SPLIT_CHANNELS = {axis: ("tensor",) for axis in ("vocab", "q_heads", "kv_heads"
     "experts": ("expert",)
 }
 
-# Tokens of one row are split over context; of keys and values, whose length is kv_length, every device has all.
-_SPLIT_ROWS = {"length": ("context",)}
+# Tokens of one row are split over context; of keys and values, whose length is kv_length, every device has all. A
+# recurrence over the tokens (scan_length) has all of them on each device, and is split by its heads instead.
+_SPLIT_ROWS = {"length": ("context",), "scan_heads": ("tensor", "context")}
 
 # The batch goes over expert in both: outside the experts that axis is one more of data, and to them tokens travel.
 # Training: the batch goes over data and fsdp, and each layer's weights are gathered over fsdp when it is their turn.
@@ -147,7 +148,9 @@ class ShardingContext:
             if axis == "length" and size == 1:
                 mesh_axes = ()  # a decode step
             elif size % num_shards:
-                if axis == "vocab" or (axis == "kv_heads" and num_shards % size == 0):
+                if axis == "scan_heads" and size % self.mesh.shape["tensor"] == 0:
+                    mesh_axes = tuple(name for name in mesh_axes if name == "tensor")
+                elif axis == "vocab" or (axis == "kv_heads" and num_shards % size == 0):
                     mesh_axes = ()  # fewer key/value heads than devices, or an uneven vocabulary: each device has it whole
                 else:
                     problems.append(_does_not_divide(axis, size, mesh_axes, num_shards))

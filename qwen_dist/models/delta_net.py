@@ -27,6 +27,8 @@ from qwen_dist.sharding import all_gather_weight, constrain
 
 _SEPARATE = ("in_proj_z", "in_proj_b", "in_proj_a")
 _HEAD_AXES = ("batch", "length", "key_heads", "head_channels")
+# Where the tokens of a row are spread over devices, these exchange tokens for heads before the recurrence.
+_SCAN_AXES = ("batch", "scan_length", "scan_heads", "head_channels")
 
 
 class GatedDeltaNet(nnx.Module):
@@ -85,6 +87,7 @@ class GatedDeltaNet(nnx.Module):
         """Return mixed tokens [B, T, D], or with logit indices [B, X, D], and the state with these tokens in it."""
         net, is_real_BT = self.sizes, inputs.positions_BT >= 0
         qkv_BTGC, z_BTGV, b_BTGR, a_BTGR = self._project(x_BTD)
+        qkv_BTGC = constrain(qkv_BTGC, *_SCAN_AXES)
         # Padding must be 0 to the convolution of the tokens after it.
         qkv_BTGC = jnp.where(is_real_BT[..., None, None], qkv_BTGC, 0)
         segments_BT = None if inputs.segments_BT is None else _extended(inputs.segments_BT, is_real_BT)
@@ -97,7 +100,7 @@ class GatedDeltaNet(nnx.Module):
                 previous_BWGC = jnp.roll(qkv_BTGC[:, 1 - net.conv_taps :], 1, axis=0)
                 before_BWGC = jnp.where(rows.continues_B[:, None, None, None], previous_BWGC, before_BWGC)
             conv_BTGC, with_before_BTGC = self.conv1d(qkv_BTGC, before_BWGC, None)
-        conv_BTGC = constrain(tap("conv", conv_BTGC), *_HEAD_AXES)
+        conv_BTGC = constrain(tap("conv", conv_BTGC), *_SCAN_AXES)
         rule = self._rule_inputs(conv_BTGC, b_BTGR, a_BTGR, is_real_BT)
         if state is None:
             o_BTGRV, _ = delta_rule(rule, None, segments_BT)
@@ -107,7 +110,8 @@ class GatedDeltaNet(nnx.Module):
             index_BW = count_B[:, None] + jnp.arange(net.conv_taps - 1)
             columns = slots.scatter(state[1], rows, take_positions(with_before_BTGC, index_BW))
             state = (matrices, columns)
-        o_BTGRV = tap("core", o_BTGRV.astype(x_BTD.dtype))
+        o_BTGRV = constrain(o_BTGRV.astype(x_BTD.dtype), *_HEAD_AXES[:3], "value_heads", "head_channels")
+        o_BTGRV = tap("core", o_BTGRV)
         if inputs.logit_indices_BX is not None:
             o_BTGRV, z_BTGV = (take_positions(x, inputs.logit_indices_BX) for x in (o_BTGRV, z_BTGV))
         gated_BTGRV = tap("norm", self.norm(o_BTGRV, z_BTGV.reshape(o_BTGRV.shape)))
@@ -138,6 +142,7 @@ class GatedDeltaNet(nnx.Module):
             all_gather_weight(x[...], "key_heads", "value_heads").astype(wide) for x in (self.A_log, self.dt_bias)
         )
         g_BTGR = tap("g", -jnp.exp(A_log_GR) * jax.nn.softplus(a_BTGR.astype(wide) + dt_bias_GR))
+        g_BTGR, beta_BTGR = (constrain(x, *_SCAN_AXES[:3], "value_heads") for x in (g_BTGR, beta_BTGR))
         inputs = DeltaInputs(q_BTGK, k_BTGK, v_BTGRV, g_BTGR, beta_BTGR)
         return DeltaInputs(*(jnp.where(is_real_BT.reshape(*is_real_BT.shape, *(1,) * (x.ndim - 2)), x, 0) for x in inputs))
 

@@ -54,7 +54,9 @@ def published(tmp_path_factory):
         torch.manual_seed(0)
         kind = "Qwen3_5Moe" if is_mixture else "Qwen3_5"
         text = getattr(transformers, f"{kind}TextConfig")(**TEXT | (EXPERTS if is_mixture else {}))
-        config = getattr(transformers, f"{kind}Config")(text_config=text.to_dict() | {"dtype": "bfloat16"}, vision_config=VISION)
+        config = getattr(transformers, f"{kind}Config")(
+            text_config=text.to_dict() | {"dtype": "bfloat16"}, vision_config=VISION
+        )
         model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).to(torch.bfloat16)
         directory = tmp_path_factory.mktemp("published")
         model.save_pretrained(directory)

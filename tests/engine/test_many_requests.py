@@ -7,7 +7,7 @@ from qwen_dist.checkpoint.model import load_model
 from qwen_dist.engine.engine import Engine
 from qwen_dist.engine.request import Request, SamplingParams
 from qwen_dist.mesh import MeshConfig, make_mesh
-from qwen_dist.models.state import page_bytes
+from qwen_dist.models.state import page_bytes, slot_bytes
 from qwen_dist.models.transformer import state_specs
 from qwen_dist.ops.paged_cache import PAGE
 from qwen_dist.sharding import INFERENCE, ShardingContext
@@ -15,18 +15,23 @@ from qwen_dist.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize(
-    ("count", "rows", "num_pages", "num_steps"),
+    ("family", "count", "rows", "num_pages", "num_steps"),
     [
-        pytest.param(300, 16, 20, 1, marks=pytest.mark.slow),
-        pytest.param(10_000, 48, 90, 1, marks=pytest.mark.slow),
-        pytest.param(2000, 7, 12, 8, marks=pytest.mark.slow),
+        pytest.param("qwen3", 300, 16, 20, 1, marks=pytest.mark.slow),
+        pytest.param("qwen3", 10_000, 48, 90, 1, marks=pytest.mark.slow),
+        pytest.param("qwen3", 2000, 7, 12, 8, marks=pytest.mark.slow),
+        ("qwen3_5", 60, 5, 9, 1),
+        pytest.param("qwen3_5", 2000, 16, 20, 1, marks=pytest.mark.slow),
+        pytest.param("qwen3_5", 500, 7, 12, 8, marks=pytest.mark.slow),
     ],
 )
-def test_every_request_ends_as_it_should(tiny_directory, count, rows, num_pages, num_steps):
-    directory = tiny_directory("qwen3", num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+def test_every_request_ends_as_it_should(tiny_directory, family, count, rows, num_pages, num_steps):
+    sizes = {"num_hidden_layers": 2 if family == "qwen3_5" else 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    directory = tiny_directory(family, head_dim=16, **sizes)
     sharding_ctx = ShardingContext(make_mesh(MeshConfig.parse("data=1")), INFERENCE)
     model, tokenizer = load_model(directory, sharding_ctx, dtype="float32"), Tokenizer.from_directory(directory)
-    cache_bytes = num_pages * sum(page_bytes(state_specs(model.config, model.dtype), sharding_ctx))
+    specs = state_specs(model.config, model.dtype)
+    cache_bytes = num_pages * sum(page_bytes(specs, sharding_ctx)) + rows * slot_bytes(specs, sharding_ctx)
     engine = Engine(model, tokenizer, max_batch_size=rows, cache_bytes=cache_bytes, steps_per_dispatch=num_steps)
     rng, coming = np.random.default_rng(count), iter(range(count))
     running: dict[int, Request] = {}

@@ -178,6 +178,7 @@ def test_released_configurations():
         rope=RopeConfig("default", 1e6, 131072),
         moe=None,
         layers=(LayerConfig(),) * 28,
+        rotary_dim=128,
     )
     assert (qwen3.qkv_bias, qwen3.o_bias, qwen3.qk_norm, qwen3.head_dim) == (False, False, True, 128)
     assert (qwen3.tie_word_embeddings, qwen3.hidden_size, len(qwen3.layers)) == (True, 1024, 28)
@@ -297,8 +298,7 @@ def test_every_problem_is_listed_at_once():
         ({"model_type": ["qwen3"]}, r"model_type \['qwen3'\] is not supported yet"),
         ({"model_type": "qwen2_5_vl"}, "it reads images or audio; only text models are"),
         ({"model_type": "qwen3_omni_moe"}, "it reads images or audio; only text models are"),
-        ({"model_type": "qwen3_next"}, "hybrid models, which have linear attention, are planned"),
-        ({"model_type": "qwen3_5_moe_text"}, "hybrid models, which have linear attention, are planned"),
+        ({"model_type": "qwen4_exp"}, "this generation of Qwen is not"),
         ({"model_type": "qwen"}, "this generation of Qwen is not"),
         ({"quantization": {"group_size": 64, "bits": 4}}, r"quantization \(of MLX\) is not supported; use the original"),
         ({"rope_scaling": {"rope_type": ["yarn"]}}, r"rope type \['yarn'\] is not supported"),
@@ -423,6 +423,7 @@ def test_odd_values_are_refused_in_a_short_message(given):
             assert len(str(error)) < 3000 and "\x1b" not in str(error)
 
 
+HYBRID = {"model_type": "qwen3_5", "max_window_layers": None}
 # One change of `config.json` for every field of the three classes.
 CHANGES = {
     "family": {"model_type": "qwen2", "attention_bias": True},
@@ -442,6 +443,10 @@ CHANGES = {
     "rope": {"rope_theta": 10000.0},
     "moe": QWEN3_30B_A3B,
     "layers": {"num_hidden_layers": 3},
+    "rotary_dim": HYBRID,
+    "norm_offset": HYBRID,
+    "attention_gate": HYBRID,
+    "delta_net": HYBRID,
     "rope.type": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     "rope.theta": {"rope_theta": 10000.0},
     "rope.original_max_positions": {"max_position_embeddings": 100},

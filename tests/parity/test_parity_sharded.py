@@ -27,6 +27,10 @@ MOE_SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 
 MOE_MESHES = ["expert=8", "data=2,expert=4", "expert=4,tensor=2", "fsdp=4,expert=2", "data=2,fsdp=2,tensor=2"]
 MOE_MESHES += ["expert=2,context=2,tensor=2"]
 QUICK_MOE = "fsdp=2,expert=2,tensor=2"
+# A gated delta net and gated attention, each before experts.
+HYBRID_SIZES = MOE_SIZES | {"head_dim": 16, "linear_num_key_heads": 8, "linear_num_value_heads": 16, "mlp_only_layers": []}
+HYBRID_MESHES = [*MESHES, *MOE_MESHES]
+QUICK_HYBRID = "context=2,expert=2,tensor=2"
 INPUTS = random_tokens(320, 20, 8)
 
 
@@ -35,6 +39,8 @@ def run(tiny_checkpoint):
     checkpoints = {
         "qwen3": tiny_checkpoint("qwen3", num_hidden_layers=1, **SIZES),
         "qwen2_moe": tiny_checkpoint("qwen2_moe", num_hidden_layers=2, **MOE_SIZES),
+        "qwen3_next": tiny_checkpoint("qwen3_next", num_hidden_layers=2, **HYBRID_SIZES),
+        "qwen3_5": tiny_checkpoint("qwen3_5", num_hidden_layers=2, **HYBRID_SIZES),
     }
 
     @functools.lru_cache
@@ -103,6 +109,12 @@ def test_float64_equals_one_device(run, mesh, rules):
 @pytest.mark.parametrize("mesh", [QUICK_MOE, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MOE_MESHES)])
 def test_moe_in_float64_equals_one_device(run, mesh, rules):
     check(run, mesh, rules, "float64", 1e-12, "qwen2_moe")
+
+
+@pytest.mark.parametrize("rules", RULE_SETS)
+@pytest.mark.parametrize("mesh", [QUICK_HYBRID, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in HYBRID_MESHES)])
+def test_hybrids_in_float64_equal_one_device(run, mesh, rules):
+    check(run, mesh, rules, "float64", 1e-12, "qwen3_next" if "expert" in mesh else "qwen3_5")
 
 
 @pytest.mark.slow
