@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from qwen_dist.capture import tap
+from qwen_dist.capture import is_capturing, tap
 from qwen_dist.models.config import DeltaNetConfig, LayerConfig, ModelConfig
 from qwen_dist.models.layers import Linear, parameter, take_positions
 from qwen_dist.models.state import LayerState, MixerInputs, slot_rows
@@ -102,6 +102,9 @@ class GatedDeltaNet(nnx.Module):
             conv_BTGC, with_before_BTGC = self.conv1d(qkv_BTGC, before_BWGC, None)
         conv_BTGC = constrain(tap("conv", conv_BTGC), *_SCAN_AXES)
         rule = self._rule_inputs(conv_BTGC, b_BTGR, a_BTGR, is_real_BT)
+        if state is None and is_capturing():
+            for end in state_ends(x_BTD.shape[1]):
+                tap(f"state_{end}", delta_rule(jax.tree.map(lambda x: x[:, :end], rule))[1])  # noqa: B023
         if state is None:
             o_BTGRV, _ = delta_rule(rule, None, segments_BT)
         else:
@@ -192,6 +195,11 @@ class GatedRMSNorm(nnx.Module):
         normed = (x.astype(wide) * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype).astype(wide)
         weighted = (all_gather_weight(self.weight[...], "head_dim").astype(wide) * normed).astype(x.dtype)
         return (weighted.astype(wide) * jax.nn.silu(z.astype(wide))).astype(x.dtype)
+
+
+def state_ends(num_tokens: int) -> list[int]:
+    """Return after how many tokens the state is compared with another implementation's: 64, 128, 256, …, and all."""
+    return [*(64 << n for n in range(num_tokens.bit_length()) if 64 << n < num_tokens), num_tokens]
 
 
 def _blocks_of_head(net: DeltaNetConfig) -> dict[str, int]:

@@ -18,6 +18,7 @@ from qwen_dist.models.state_spec import cache_groups
 from qwen_dist.models.transformer import state_specs
 from qwen_dist.ops.paged_cache import pages_for
 from qwen_dist.parity.inputs import Inputs
+from qwen_dist.parity.tolerances import is_state
 from qwen_dist.sharding import TRAIN, ShardingContext, use_sharding
 
 _BLOCK_WEIGHTS = re.compile(r"(.*)\.queries_(\d+)\.weights$")
@@ -165,7 +166,7 @@ def _chunk_of(inputs: Inputs, start: int, chunk: int) -> tuple[np.ndarray, np.nd
 
 
 def _at_columns(name: str, value: jax.Array, columns: np.ndarray) -> jax.Array:
-    if name == "logits":
+    if name == "logits" or is_state(name):
         return value
     block = _BLOCK_WEIGHTS.match(name)
     if block is None:

@@ -21,7 +21,7 @@ from qwen_dist.parity.candidate import Candidate
 from qwen_dist.parity.checks import Check, NextTokenAgreement, ParityReport, check, first_failure, missing_check
 from qwen_dist.parity.inputs import Inputs, ParityOptions, make_inputs
 from qwen_dist.parity.reference import Reference, versions
-from qwen_dist.parity.tolerances import EXACT, Section, tolerance_for
+from qwen_dist.parity.tolerances import EXACT, Section, is_state, tolerance_for
 from qwen_dist.sharding import INFERENCE, ShardingContext
 
 # A gradient needs the memory of logits [B, T, V] several times. Two rows are as telling as eight.
@@ -149,12 +149,12 @@ class Comparison:
 
     def compare_intermediates(self, section: Section, actual: Intermediates, expected: Intermediates) -> None:
         """Check every intermediate, in the reference's order, at the tokens that are not padding."""
-        tokens = self._token_names()
+        tokens, rows = self._token_names(), [f"row {index}" for index in range(len(self.inputs.tokens))]
         for name in [*expected, *(name for name in actual if name not in expected)]:
             tolerance = tolerance_for(self.options.dtype, section, name)
             if name in actual and name in expected:
                 ours, reference = self.at_real_tokens(name, actual), self.at_real_tokens(name, expected)
-                self.checks.append(check(section, name, ours, reference, tolerance, tokens))
+                self.checks.append(check(section, name, ours, reference, tolerance, rows if is_state(name) else tokens))
             else:
                 self.checks.append(missing_check(section, name, tolerance, _side_missing(name in expected)))
 
@@ -196,8 +196,11 @@ class Comparison:
         return array.swapaxes(1, 2) if name.endswith(".weights") else array
 
     def at_real_tokens(self, name: str, values: Intermediates) -> np.ndarray:
-        """Return an intermediate at the compared tokens without padding, [tokens, ...]. Values at padding are arbitrary."""
-        return self.by_token(name, values)[self.is_compared]
+        """Return an intermediate at the compared tokens without padding, [tokens, ...]. Values at padding are arbitrary.
+
+        A state is of a row: it is returned whole.
+        """
+        return np.asarray(values[name]) if is_state(name) else self.by_token(name, values)[self.is_compared]
 
     @property
     def is_compared(self) -> np.ndarray:

@@ -10,7 +10,7 @@ import contextvars
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -22,6 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
+from qwen_dist.models.delta_net import state_ends
 from qwen_dist.parity.inputs import Inputs
 
 # Modules of a layer whose output is compared under the module's own name.
@@ -198,6 +199,13 @@ def _record(name: str, value: torch.Tensor, length_dim: int = 1) -> None:
         recording.values[name] = value.detach().index_select(length_dim, recording.columns)
 
 
+def _record_whole(name: str, value: torch.Tensor) -> None:
+    """Record a value that is not of tokens."""
+    recording = _recording.get()
+    if recording is not None:
+        recording.values[name] = value.detach()
+
+
 def _record_flat(name: str, value: torch.Tensor) -> None:
     """Record a value that has the tokens of all rows in one dimension."""
     recording = _recording.get()
@@ -239,10 +247,12 @@ def _hook_delta_net(module: Any, start: str) -> None:
     def record_convolution(x: torch.Tensor) -> None:
         _record(start + "conv", by_key_head(x.transpose(1, 2)))
 
-    def record_rule(g: torch.Tensor, beta: torch.Tensor, core: torch.Tensor) -> None:
+    def record_rule(g: torch.Tensor, beta: torch.Tensor, core: torch.Tensor, states: Mapping[int, torch.Tensor]) -> None:
         _record(start + "g", g.unflatten(-1, (num_heads, -1)))
         _record(start + "beta", beta.unflatten(-1, (num_heads, -1)))
         _record(start + "core", core.unflatten(2, (num_heads, -1)))
+        for end, state in states.items():
+            _record_whole(f"{start}state_{end}", state.unflatten(1, (num_heads, -1)))
 
     recorders = _DeltaNetRecorders(record_convolution, record_rule)
     module.register_forward_pre_hook(lambda _module, _inputs: _running_delta_net.set(recorders) and None)
@@ -253,7 +263,7 @@ class _DeltaNetRecorders:
     """What records the results of the functions that a gated delta net calls."""
 
     convolution: Callable[[torch.Tensor], None]
-    rule: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+    rule: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Mapping[int, torch.Tensor]], None]
 
 
 _running_delta_net: contextvars.ContextVar[_DeltaNetRecorders | None] = contextvars.ContextVar("delta_net", default=None)
@@ -273,8 +283,12 @@ def _observe_functions(modeling: Any) -> None:
 
     def observed_rule(*args: Any, g: torch.Tensor, beta: torch.Tensor, **kwargs: Any) -> Any:
         output, recorders = rule(*args, g=g, beta=beta, **kwargs), _running_delta_net.get()
-        if recorders is not None:
-            recorders.rule(g, beta, output[0])
+        if recorders is not None and _recording.get() is not None:
+            states, with_state = {}, kwargs | {"output_final_state": True}
+            for end in state_ends(g.shape[1]):
+                first = [x[:, :end] for x in (*args, g, beta)]
+                states[end] = rule(*first[:-2], g=first[-2], beta=first[-1], **with_state)[1]
+            recorders.rule(g, beta, output[0], states)
         return output
 
     modeling.causal_conv1d_fn, modeling.torch_chunk_gated_delta_rule = observed_convolution, observed_rule

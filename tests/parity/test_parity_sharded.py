@@ -28,7 +28,7 @@ MOE_MESHES = ["expert=8", "data=2,expert=4", "expert=4,tensor=2", "fsdp=4,expert
 MOE_MESHES += ["expert=2,context=2,tensor=2"]
 QUICK_MOE = "fsdp=2,expert=2,tensor=2"
 # A gated delta net and gated attention, each before experts.
-HYBRID_SIZES = MOE_SIZES | {"head_dim": 16, "linear_num_key_heads": 8, "linear_num_value_heads": 16, "mlp_only_layers": []}
+HYBRID_SIZES = SIZES | {"head_dim": 16, "linear_num_key_heads": 8, "linear_num_value_heads": 16}
 HYBRID_MESHES = [*MESHES, *MOE_MESHES]
 QUICK_HYBRID = "context=2,expert=2,tensor=2"
 INPUTS = random_tokens(320, 20, 8)
@@ -39,7 +39,7 @@ def run(tiny_checkpoint):
     checkpoints = {
         "qwen3": tiny_checkpoint("qwen3", num_hidden_layers=1, **SIZES),
         "qwen2_moe": tiny_checkpoint("qwen2_moe", num_hidden_layers=2, **MOE_SIZES),
-        "qwen3_next": tiny_checkpoint("qwen3_next", num_hidden_layers=2, **HYBRID_SIZES),
+        "qwen3_next": tiny_checkpoint("qwen3_next", num_hidden_layers=2, num_experts=8, mlp_only_layers=[], **HYBRID_SIZES),
         "qwen3_5": tiny_checkpoint("qwen3_5", num_hidden_layers=2, **HYBRID_SIZES),
     }
 
