@@ -125,10 +125,8 @@ class RMSNorm(nnx.Module):
         wide = x.astype(accum_dtype(x.dtype))
         variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         normed = wide * jax.lax.rsqrt(variance + self.eps)
-        if self.offset:
-            weight = jnp.broadcast_to(all_gather_weight(self.weight[...], self.axis).astype(wide.dtype), x.shape)
-            return (normed * (1 + weight)).astype(x.dtype)
-        normed = normed.astype(x.dtype)
         # Broadcast in float32: then its gradient, the sum over all tokens, is also in float32 and rounded once.
         weight = jnp.broadcast_to(all_gather_weight(self.weight[...], self.axis).astype(wide.dtype), x.shape)
-        return weight.astype(x.dtype) * normed
+        if self.offset:
+            return (normed * (1 + weight)).astype(x.dtype)
+        return weight.astype(x.dtype) * normed.astype(x.dtype)

@@ -167,9 +167,7 @@ MUTATIONS = [
     _mutation(
         "norm weight before the cast back",
         LAYERS + "RMSNorm.__call__",
-        "normed = (wide * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)",
-        "normed = wide * jax.lax.rsqrt(variance + self.eps)",
-        "return weight.astype(x.dtype) * normed",
+        "return weight.astype(x.dtype) * normed.astype(x.dtype)",
         "return (weight * normed).astype(x.dtype)",
         named="layers.0.input_layernorm",
         scenario="bfloat16",
@@ -286,8 +284,8 @@ MUTATIONS = [
     _mutation(
         "decoding: position off by one",
         MODEL + "Transformer.__call__",
-        "self.config.head_dim, positions_BT,",
-        "self.config.head_dim, positions_BT + (positions_BT.shape[1] == 1),",
+        "self.config.rotary_dim, positions_BT,",
+        "self.config.rotary_dim, positions_BT + (positions_BT.shape[1] == 1),",
         named="decode.step_1",
     ),
     _mutation(
