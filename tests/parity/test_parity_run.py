@@ -21,12 +21,18 @@ pytestmark = pytest.mark.parity
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 1024}
 LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 WINDOWS = {"use_sliding_window": True, "max_window_layers": 1, "num_hidden_layers": 2}
-ATTENTION = """input_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.q_rope self_attn.k_rope
-    self_attn.weights self_attn.mixed self_attn.o_proj residual post_attention_layernorm
-    output""".split()
+BLOCK = "input_layernorm residual post_attention_layernorm output".split()
+ATTENTION = [f"self_attn.{name}" for name in "q_proj k_proj v_proj q_rope k_rope weights mixed o_proj".split()]
+GATED_ATTENTION = [*ATTENTION, "self_attn.gated"]
+DELTA_NET = [f"linear_attn.{name}" for name in "conv beta g core state_40 norm out_proj".split()]
+FUSED, SEPARATE = ("in_proj_qkvz", "in_proj_ba"), ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 EXPERTS = ("gate", "scores", "chosen", "expert_outputs", "experts")
-MOE = ("qwen2_moe", "qwen3_moe")
+MOE = ("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe")
+HYBRID = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
+SHARED_EXPERT = ("qwen2_moe", "qwen3_next", "qwen3_5_moe")
+# Layers without experts among the first two: mlp_only_layers, decoder_sparse_step.
+DENSE = {"qwen2_moe": {1}, "qwen3_moe": {0}, "qwen3_next": {1}, "qwen3_5_moe": set()}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -46,15 +52,19 @@ def test_every_component_is_compared(report):
         section: {check.name for check in report.checks if check.section == section}
         for section in ("same inputs", "whole model")
     }
-    expected = {f"layers.{layer}.{name}" for layer in range(2) for name in ATTENTION} | {"embed_tokens", "norm", "logits"}
-    is_moe, has_shared = (report.facts["family"].startswith(family) for family in (MOE, "qwen2_moe"))
-    with_experts = ({0} if has_shared else {1}) if is_moe else set()  # mlp_only_layers, decoder_sparse_step
+    family = report.facts["family"].partition(",")[0]
+    is_moe, has_shared, is_hybrid = (family in families for families in (MOE, SHARED_EXPERT, HYBRID))
+    projections = [f"linear_attn.{name}" for name in (FUSED if family == "qwen3_next" else SEPARATE)]
+    mixers = [[*DELTA_NET, *projections], GATED_ATTENTION] if is_hybrid else [ATTENTION, ATTENTION]
+    expected = {f"layers.{layer}.{name}" for layer in range(2) for name in BLOCK + mixers[layer]}
+    expected |= {"embed_tokens", "norm", "logits"}
+    with_experts = {0, 1} - DENSE[family] if is_moe else set()
     expected |= {f"layers.{layer}.mlp.{name}" for layer in {0, 1} - with_experts for name in PROJECTIONS}
     expected |= {f"layers.{layer}.mlp.{name}" for layer in with_experts for name in EXPERTS}
-    shared = [f"layers.0.mlp.shared_expert.{name}" for name in PROJECTIONS] + ["layers.0.mlp.shared_expert_gate"]
-    expected |= set(shared) if has_shared else set()
-    qk_norms = {f"layers.{layer}.self_attn.{name}_norm" for layer in range(2) for name in "qk"}
-    expected |= qk_norms if "qwen3" in report.facts["family"] else set()
+    shared = [*(f"shared_expert.{name}" for name in PROJECTIONS), "shared_expert_gate"] if has_shared else []
+    expected |= {f"layers.{layer}.mlp.{name}" for layer in with_experts for name in shared}
+    with_attention = range(1 if is_hybrid else 0, 2) if family.startswith("qwen3") else ()
+    expected |= {f"layers.{layer}.self_attn.{name}_norm" for layer in with_attention for name in "qk"}
     assert names["same inputs"] == names["whole model"] == expected
     parameters = {check.name for check in report.checks if check.section == "parameters"}
     losses = {"loss", "aux_loss"} if is_moe else {"loss"}
