@@ -1,11 +1,13 @@
 """Eight CPU devices for every test, set before jax starts."""
 
+import ctypes
 import gc
 import json
 import os
 import pathlib
 import shutil
 import signal
+import sys
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +15,8 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Few arenas of malloc: memory that one thread frees serves the others.
+os.environ.setdefault("MALLOC_ARENA_MAX", "2")
 
 import jax
 import pytest
@@ -114,6 +118,8 @@ def _free_programs():
     yield
     jax.clear_caches()
     gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="session")
