@@ -537,6 +537,7 @@ PERTURBED = {
 }
 
 
+@pytest.mark.slow
 def test_every_field_of_the_configuration_changes_something(run, model, tiny_directory, tmp_path):
     assert sorted(PERTURBED) == sorted(_fields(BatchConfig))
     input, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"

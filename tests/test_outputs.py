@@ -341,7 +341,7 @@ def cut_largest(checkpoint: pathlib.Path) -> None:
     os.truncate(largest, largest.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("limit", [5000, 100_000])
+@pytest.mark.parametrize("limit", [5000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_a_full_disk_ends_a_run_with_one_sentence(tmp_path, chats, capsys, limit):
     """A limit of the size of files, as for a full disk: the run can be resumed afterwards."""
     arguments = finetune(tmp_path / "run", chats)

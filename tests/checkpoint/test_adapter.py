@@ -481,7 +481,7 @@ def test_an_adapter_of_another_base_is_not_trained_further(tiny_checkpoint, plai
         with_adapter(load_ours(other, None), read_adapter(plain[1]).to_lora(), dtype="float32")
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5"])
+@pytest.mark.parametrize("family", [pytest.param("qwen3_next", marks=pytest.mark.slow), "qwen3_5"])
 def test_adapters_of_the_delta_net_equal_peft(tiny_checkpoint, tmp_path, family):
     projections = ["in_proj_qkvz", "in_proj_ba"] if family == "qwen3_next" else ["in_proj_qkv", "in_proj_z", "in_proj_a"]
     base = tiny_checkpoint(family, num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])

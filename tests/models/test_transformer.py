@@ -242,7 +242,9 @@ def test_a_row_may_be_any_part_of_a_sequence_on_pages_in_any_order(case):
     assert not np.any(np.asarray(cache[0].k)[0, [1, 3]])
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen3 windows", "yarn"])
+@pytest.mark.parametrize(
+    "name", ["qwen3 windows", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "yarn"))]
+)
 def test_the_last_block_computes_only_tokens_with_logit_indices(case, name):
     """One or several a row: the same hidden states and layer states as with all; where none is wanted, something finite."""
     model, _, tokens_BT, positions_BT, _, _ = case(name)

@@ -43,7 +43,7 @@ def loop(rows, weights, sizes, dtype):
     return jnp.concatenate(parts).astype(dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("float64", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", GROUPS)
 def test_it_is_the_loop(name, dtype):
     tolerance = {"float64": 1e-14, "float32": 1e-6, "bfloat16": 1e-2}[dtype]
@@ -91,7 +91,7 @@ def test_the_form_for_accelerators_computes_the_same(name):
         np.testing.assert_allclose(found, expected, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["some empty", "more than a block each"])
+@pytest.mark.parametrize("name", ["some empty", pytest.param("more than a block each", marks=pytest.mark.slow)])
 def test_the_kernel_for_tpus_computes_the_same(name):
     """Interpreted, with more in and out than a tile has."""
     sizes, behind = GROUPS[name]

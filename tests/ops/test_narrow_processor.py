@@ -19,7 +19,8 @@ LONG = [
 ]
 
 
-@pytest.mark.parametrize("cases", [QUICK, pytest.param(LONG, marks=pytest.mark.slow)], ids=["quick", "long"])
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", [QUICK, LONG], ids=["quick", "long"])
 def test_bfloat16_trains_and_answers_at_every_size(cases, tmp_path):
     environ = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
     environ |= {"XLA_FLAGS": "--xla_cpu_max_isa=AVX2", "QWEN_DIST_CPU_FEATURES": "", "JAX_PLATFORMS": "cpu"}

@@ -35,7 +35,13 @@ SHARED_EXPERT = ("qwen2_moe", "qwen3_next", "qwen3_5_moe")
 DENSE = {"qwen2_moe": {1}, "qwen3_moe": {0}, "qwen3_next": {1}, "qwen3_5_moe": set()}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+# Without and with experts, and with both kinds of mixer.
+QUICK = ("qwen2", "qwen3_moe", "qwen3_next")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+)
 def report(request, tiny_checkpoint):
     checkpoint = tiny_checkpoint(request.param, num_hidden_layers=2)
     return run_parity(ParityOptions(checkpoint, dtype="float64", tokens=40, decode_steps=4))

@@ -87,6 +87,7 @@ def test_invalid_numbers_of_layers_to_compile(text):
 # --- what is printed ---
 
 
+@pytest.mark.slow
 def test_terminal_json_and_chart_of_a_compiled_plan(tmp_path, capsys):
     config, workload = parse_model_config(SMALL | {"num_hidden_layers": 2}), Workload("batch", 8, 64)
     plan = make_capacity_plan("small[8]", config, Topology.parse("cpu:8"), workload, "tensor=8")
