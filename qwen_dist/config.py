@@ -221,7 +221,8 @@ class DataOptions:
 
 @dataclasses.dataclass(frozen=True)
 class LoraOptions:
-    """Low-rank adapters, on the linear layers that match one of `target_modules` (a name or a regular expression).
+    """Low-rank adapters, on the linear layers that match one of `target_modules`: a name, a regular expression, or
+    `all-linear` for all of them.
 
     The output of an adapter is scaled by alpha / rank, or with `use_rslora` by alpha / √rank.
     """

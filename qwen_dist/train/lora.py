@@ -22,6 +22,9 @@ from qwen_dist.models.moe import EXPERT_MATRICES, Experts
 from qwen_dist.models.parameters import abstract_parameters, disk_shapes, from_disk, on_disk, random_parameters
 from qwen_dist.models.transformer import Transformer
 
+# As a target, all linear layers of the blocks but routers and experts, as in PEFT.
+ALL_LINEAR = "all-linear"
+
 
 def new_adapter(model: LoadedModel, options: LoraOptions, *, dtype: DTypeLike) -> tuple[LoadedModel, list[str]]:
     """Add new adapters to the linear layers of a model; the outputs of the model do not change.
@@ -138,6 +141,8 @@ def expert_stacks(module: Transformer) -> dict[str, Experts]:
 
 def _matches(target: str, name: str) -> bool:
     """Return whether a target names a layer. The experts' gate and up are one matrix, which matches either name."""
+    if target == ALL_LINEAR:
+        return ".experts." not in name and not name.endswith(".mlp.gate")
     if ".experts.lora." in name and target in ("gate_proj", "up_proj"):
         return name.endswith(".gate_up_proj")
     return name == target or name.endswith(f".{target}") or re.fullmatch(target, name) is not None

@@ -39,8 +39,9 @@ def test_a_step_without_load_balancing_equals_transformers(tiny_checkpoint, fami
     expected = torch_steps(load_torch(directory, "float64"), made_examples().examples, **TORCH)
     loss, plain, gradients, parameters, _ = one_step(directory)
     assert [loss, plain] == pytest.approx([expected.losses[0]] * 2, rel=LOSS)
-    assert_same(gradients, expected.gradients, NUMBERS)
-    assert_same(parameters, expected.parameters, NUMBERS)
+    loaded = load(directory, dtype="float32")
+    assert_same(loaded, gradients, expected.gradients, NUMBERS)
+    assert_same(loaded, parameters, expected.parameters, NUMBERS)
 
 
 def test_the_load_balancing_loss_equals_transformers(tiny_checkpoint):
@@ -121,6 +122,17 @@ def test_an_adapter_of_experts_is_saved_and_merged(adapted, tmp_path):
         model = with_parameters(loaded.module, merged)
         hidden, _, _ = model(tokens, np.arange(tokens.shape[1], dtype=np.int32)[None])
         assert relative_error(model.unembed(hidden), logits) < NUMBERS
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next"])
+def test_all_linear_targets_are_those_of_peft(tiny_checkpoint, family):
+    directory = tiny_checkpoint(family, num_hidden_layers=2)
+    config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(load_torch(directory, "float32"), config)
+    expected = {name.split(".lora_A")[0].split(".layers.")[1] for name, _ in model.named_parameters() if "lora_A" in name}
+    module = load(directory, dtype="float32").module
+    names = attach_lora(module, LoraOptions(target_modules=("all-linear",)), dtype="float32")
+    assert {name.split(".lora_")[0].removeprefix("layers.") for name in names} == expected
 
 
 def test_default_targets_are_attention_and_experts(tiny_checkpoint):
