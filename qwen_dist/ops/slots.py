@@ -63,10 +63,9 @@ def recur(pools: Tree, rows: SlotRows, initial: Tree, inputs_B: Tree, body: Body
         return jax.tree.map(lambda pool, x_B: scatter(pool, rows, x_B), pools, states), outputs_B
     pool = jax.tree.leaves(pools)[0]
     read_DB, written_DB = _local_slots(pool, rows)
-    by_shard = (is_start_DB, continues_DB, inputs_DB) = jax.tree.map(
+    is_start_DB, continues_DB, inputs_DB = jax.tree.map(
         lambda x: x.reshape(len(pool), -1, *x.shape[1:]), (rows.is_start_B, rows.continues_B, inputs_B)
     )
-    del by_shard
 
     def shard(pools_M: Tree, rows_B: Tree) -> tuple[Tree, Tree]:
         def row(carry: Tree, one: Tree) -> tuple[Tree, Tree]:

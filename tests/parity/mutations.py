@@ -669,6 +669,45 @@ MUTATIONS = [
     ),
 ]
 
+# Faults that one forward pass cannot show: states of several sequences meet.
+STATE_MUTATIONS = [
+    _mutation(
+        "a sequence starts from what its slot held",
+        STATE + "slot_rows",
+        "inputs.positions_BT[:, 0] == 0",
+        "inputs.positions_BT[:, 0] < 0",
+        named="engine",
+    ),
+    _mutation(
+        "a chunk does not continue the one before it",
+        STATE + "slot_rows",
+        "== 0, inputs.continues_B)",
+        "== 0, None)",
+        named="engine",
+    ),
+    _mutation(
+        "the convolution reads the sequence before it",
+        NET + "ShortConvolution.__call__",
+        "jnp.roll(segments_BT, distance, axis=1) == segments_BT",
+        "segments_BT == segments_BT",
+        named="packed",
+    ),
+    _mutation(
+        "the state of the sequence before it is visible",
+        RULE + "_visibility",
+        "segment_B11C == before_B[:, None, None, None]",
+        "segment_B11C == segment_B11C",
+        named="packed",
+    ),
+    _mutation(
+        "tokens of the sequence before it are visible",
+        RULE + "_visibility",
+        "causal_CC & same_BCC",
+        "causal_CC | (same_BCC & False)",
+        named="packed",
+    ),
+]
+
 # What the mutations run on: every feature that a family can have, with inputs short enough for about a second each.
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 _TINY = {"num_hidden_layers": 2, "max_position_embeddings": 64}

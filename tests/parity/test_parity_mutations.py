@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import functools
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from mutations import MUTATIONS, SCENARIOS, Bench
+from mutations import MUTATIONS, SCENARIOS, STATE_MUTATIONS, Bench
 from native_kernels import needs_kernels
+
+from qwen_dist.checkpoint.model import load_model
+from qwen_dist.config import ModelOptions, SamplingOptions
+from qwen_dist.engine.open import open_engine
+from qwen_dist.engine.request import Request
+from qwen_dist.mesh import MeshConfig, make_mesh
+from qwen_dist.models.parameters import with_parameters
+from qwen_dist.ops.paged_cache import PAGE
+from qwen_dist.sharding import TRAIN, ShardingContext
 
 every_mutation = pytest.mark.parametrize(
     "mutation",
@@ -51,3 +63,51 @@ def test_mutation_is_caught_and_named(bench, table, mutation):
     )
     assert failure is not None, f"{mutation.what} was not caught"
     assert failure.name == mutation.named, str(failure)
+
+
+@pytest.fixture(scope="module")
+def packed_error(tiny_checkpoint):
+    """A function → the largest difference of the hidden states of three packed sequences from those of each alone."""
+    directory = tiny_checkpoint("qwen3_5", num_hidden_layers=2)
+    lengths, rng = (70, 1, 33), np.random.default_rng(0)
+    rows = [rng.integers(0, 311, (1, length), np.int32) for length in lengths]
+
+    def error():
+        with jax.enable_x64(True):
+            loaded = load_model(directory, ShardingContext(make_mesh(MeshConfig.parse("")), TRAIN), dtype="float64")
+            model = with_parameters(loaded.module, loaded.parameters)
+            alone = [model(row, np.arange(row.shape[1], dtype=np.int32)[None])[0] for row in rows]
+            positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])[None]
+            segments = jnp.asarray(np.repeat(np.arange(3, dtype=np.int32), lengths)[None])
+            together, *_ = model(np.concatenate(rows, axis=1), positions, segments_BT=segments)
+            return float(jnp.abs(together - jnp.concatenate(alone, axis=1)).max())
+
+    return error
+
+
+@pytest.fixture(scope="module")
+def engine_answers(tiny_directory):
+    """A function → the answers of a new engine with a single slot to prompts of several chunks, one after the other."""
+    options = ModelOptions(str(tiny_directory("qwen3_5", num_hidden_layers=2)), dtype="float32")
+
+    def answers():
+        engine, _, params = open_engine(options, "", SamplingOptions(temperature=0.0, max_new_tokens=5), max_batch_size=1)
+        requests = [Request(n, tuple((n + 7 * i) % 300 for i in range(3 * PAGE + n)), params) for n in range(3)]
+        return [(update.request.key, update.tokens) for request in requests for update in engine.run([request])]
+
+    return answers
+
+
+def test_packed_sequences_of_a_hybrid_equal_each_alone(packed_error):
+    assert packed_error() < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", STATE_MUTATIONS, ids=lambda mutation: mutation.what.replace(" ", "_"))
+def test_states_that_meet_are_caught(packed_error, engine_answers, mutation):
+    expected = None if mutation.named == "packed" else engine_answers()
+    with mutation.applied():
+        if mutation.named == "packed":
+            assert packed_error() > 1e-6
+        else:
+            assert engine_answers() != expected
