@@ -10,7 +10,7 @@ import numpy as np
 from qwen_dist.parity.checks import NOT_JUDGED, Check, NextTokenAgreement, ParityReport, check, difference
 from qwen_dist.parity.comparison import Comparison, Intermediates, ReferenceOutputs, backward_order, without_logits
 from qwen_dist.parity.reference import Reference
-from qwen_dist.parity.tolerances import MAX_MEAN_KL, ROUTING_REPORT_ONLY
+from qwen_dist.parity.tolerances import MAX_MEAN_KL, ROUTING_REPORT_ONLY, is_state
 
 # With fewer rows the standard error is not reliable, so the ratios are reported and not judged.
 MIN_ROWS = 8
@@ -74,7 +74,7 @@ def _error_ratio_of(
     comparison: Comparison, name: str, actual: Intermediates, baseline: Intermediates, oracle: Intermediates
 ) -> tuple[float, float]:
     ours, other, exact = (comparison.by_token(name, values) for values in (actual, baseline, oracle))
-    return error_ratio(ours, other, exact, comparison.is_compared)
+    return error_ratio(ours, other, exact, np.ones(exact.shape[:2], bool) if is_state(name) else comparison.is_compared)
 
 
 def _judge_next_token(
