@@ -170,14 +170,16 @@ class ShortConvolution(nnx.Module):
         weight = all_gather_weight(self.weight[...], "key_heads", "head_blocks", "head_channels", "taps")
         weight_GCW = weight.reshape(*x_BTGC.shape[2:], self.num_taps)
         wide = accum_dtype(x_BTGC.dtype)
+        # Widened before it is shifted: then the gradient sums over the taps in float32.
+        wide_BTGC = all_BTGC.astype(wide)
         total_BTGC: Any = 0
         for tap_index in range(self.num_taps):
-            shifted_BTGC = all_BTGC[:, tap_index : tap_index + T]
+            shifted_BTGC = wide_BTGC[:, tap_index : tap_index + T]
             if segments_BT is not None:
                 distance = before - tap_index
                 same_BT = jnp.roll(segments_BT, distance, axis=1) == segments_BT
                 shifted_BTGC = jnp.where(same_BT[..., None, None], shifted_BTGC, 0)
-            total_BTGC += shifted_BTGC.astype(wide) * weight_GCW[..., tap_index].astype(wide)
+            total_BTGC += shifted_BTGC * weight_GCW[..., tap_index].astype(wide)
         rounded_BTGC = total_BTGC.astype(x_BTGC.dtype).astype(wide)
         return jax.nn.silu(rounded_BTGC).astype(x_BTGC.dtype), all_BTGC
 
