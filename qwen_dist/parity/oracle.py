@@ -82,10 +82,13 @@ def _judge_next_token(
 ) -> None:
     assert comparison.next_token is not None
     kl = comparison.next_token.kl
-    comparison.checks.append(Check("whole model", "next token", "kl", float(kl.mean()), MAX_MEAN_KL))
     positions = comparison.next_token.position
     baseline, exact = (comparison.at_real_tokens("logits", values) for values in (sdpa.intermediates, oracle.intermediates))
     baseline_kl = NextTokenAgreement.from_logits(baseline, exact, positions).kl
+    # Where rounding is amplified, as by a recurrence with random weights, PyTorch's own distance is the bound.
+    noise = 2 * float(np.std(kl - baseline_kl)) / math.sqrt(kl.size)
+    limit = max(MAX_MEAN_KL, float(baseline_kl.mean()) + noise)
+    comparison.checks.append(Check("whole model", "next token", "kl", float(kl.mean()), limit))
     comparison.facts["mean KL of the next token, PyTorch's"] = f"{baseline_kl.mean():.3g} nats"
     same_routing = [_same_routing(comparison, values, oracle.intermediates) for values in (actual, sdpa.intermediates)]
     if not all(map(np.all, same_routing)):
