@@ -213,7 +213,8 @@ def delta_rule_in_slots(inputs: DeltaInputs, pool_DMGRKV: jax.Array, rows: SlotR
     q_BTGK, k_BTGK, v_BTGRV, g_BTGR, beta_BTGR = inputs
     # What the value heads of a key head share.
     prepared = *k_BTGK.shape[:3], 2 * k_BTGK.shape[3] + 2
-    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (v_BTGRV.shape, pool_DMGRKV.shape, prepared)]
+    o, scratch = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (v_BTGRV.shape, prepared))
+    results = o, jax.ShapeDtypeStruct(pool_DMGRKV.shape, pool_DMGRKV.dtype), scratch
     continues_B = jnp.zeros(len(v_BTGRV), bool) if rows.continues_B is None else rows.continues_B
     gates = g_BTGR.astype(jnp.float32), beta_BTGR.astype(jnp.float32)
     where = jnp.asarray(rows.slots_B, jnp.int32), jnp.asarray(rows.is_start_B), jnp.asarray(continues_B)
