@@ -2,8 +2,9 @@
 //
 // Column j of a head's state depends on column j of the values only. A job therefore takes some columns of one head, which
 // stay in the L1 cache while all tokens of a sequence pass. The state is read and written once a token: the pass that adds
-// token t to it also multiplies it with the key and the query of token t + 1. Each token is computed in the same order
-// wherever it stands in a row, so a sequence gets the same bits however it is cut into rows and steps.
+// token t to it also multiplies it with the key and the query of token t + 1. A single token takes more columns at a time,
+// and reads the state in the order of its memory. Each token is computed in the same order wherever it stands, so a sequence
+// gets the same bits however it is cut into rows and steps.
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
@@ -14,7 +15,8 @@
 
 namespace {
 
-constexpr int kTileVectors = 2, kTileColumns = kTileVectors * kFloatLanes;
+// Registers of a tile's columns: of many tokens, and of one.
+constexpr int kTileVectors = 2, kStepVectors = 8;
 constexpr int64_t kPreparedPerJob = 16;
 constexpr float kNormEps = 1e-6f;
 
@@ -48,6 +50,12 @@ std::vector<Chain> Chains(const int32_t* slots, const bool* is_start, const bool
     if (has_slot(end - 1)) chains.push_back({first, end, is_zero ? -1 : slots[first], slots[end - 1]});
   }
   return chains;
+}
+
+int64_t CountRows(const std::vector<Chain>& chains) {
+  int64_t count = 0;
+  for (const Chain& chain : chains) count += chain.end - chain.first;
+  return count;
 }
 
 // The sum of the products of two vectors.
@@ -90,23 +98,25 @@ AVX512 void Prepare(const Element* query, const Element* key, int64_t size, floa
   to[2 * size + 1] = squares;
 }
 
-// Columns of a state in this thread's memory, without gaps: in the pool, rows compete for the same lines of the L1 cache.
+// Some columns of a state in this thread's memory, without gaps: in the pool, rows compete for the same lines of the L1 cache.
 struct LocalTile {
-  float* data;
+  struct alignas(64) Row {
+    float columns[kTileVectors * kFloatLanes];
+  };
+  Row* rows;
 
-  AVX512 INLINE __m512 Load(int64_t row, int v) const {
-    return _mm512_load_ps(data + row * kTileColumns + v * kFloatLanes);
-  }
+  AVX512 INLINE __m512 Load(int64_t row, int v) const { return _mm512_load_ps(rows[row].columns + v * kFloatLanes); }
   AVX512 INLINE void Store(__m512 x, int64_t row, int v) const {
-    _mm512_store_ps(data + row * kTileColumns + v * kFloatLanes, x);
+    _mm512_store_ps(rows[row].columns + v * kFloatLanes, x);
   }
 };
 
-// The same columns in the pool.
+// Some columns of a state in the pool.
+template <int vectors>
 struct PoolTile {
   float* data;
   int64_t stride;
-  __mmask16 mask[kTileVectors];
+  __mmask16 mask[vectors];
 
   AVX512 INLINE __m512 Load(int64_t row, int v) const {
     return LoadFloats(data + row * stride + v * kFloatLanes, mask[v]);
@@ -116,31 +126,35 @@ struct PoolTile {
   }
 };
 
-// The state before a sequence starts.
-struct ZeroTile {
+// The state before a sequence starts, and nowhere.
+struct NoTile {
   AVX512 INLINE __m512 Load(int64_t row, int v) const { return _mm512_setzero_ps(); }
+  AVX512 INLINE void Store(__m512 x, int64_t row, int v) const {}
 };
 
 // A token that is to be added to the state: S <- decay S + key changeᵀ.
+template <int vectors>
 struct Token {
   float decay;
   const float* key;
-  __m512 change[kTileVectors];
+  __m512 change[vectors];
 };
 
 // The products of the state with a key and a query.
+template <int vectors>
 struct Products {
-  __m512 key[kTileVectors], query[kTileVectors];
+  __m512 key[vectors], query[vectors];
 };
 
 // Write the state with the token in it, if there is one, and return its products with the next token's key and query.
-template <bool has_token, bool has_next, class From, class To>
-AVX512 INLINE Products Pass(const From& from, const To& to, int64_t key_dim, const Token& token, const Prepared& next) {
+template <bool has_token, bool has_next, int vectors, class From, class To>
+AVX512 INLINE Products<vectors> Pass(const From& from, const To& to, int64_t key_dim, const Token<vectors>& token,
+                                     const Prepared& next) {
   const __m512 decay = _mm512_set1_ps(token.decay);
-  Products sums;
-  UNROLL for (int v = 0; v < kTileVectors; ++v) sums.key[v] = sums.query[v] = _mm512_setzero_ps();
+  Products<vectors> sums;
+  UNROLL for (int v = 0; v < vectors; ++v) sums.key[v] = sums.query[v] = _mm512_setzero_ps();
   for (int64_t i = 0; i < key_dim; ++i) {
-    UNROLL for (int v = 0; v < kTileVectors; ++v) {
+    UNROLL for (int v = 0; v < vectors; ++v) {
       __m512 state = from.Load(i, v);
       if (has_token) {
         state = _mm512_fmadd_ps(_mm512_set1_ps(token.key[i]), token.change[v], _mm512_mul_ps(decay, state));
@@ -155,6 +169,11 @@ AVX512 INLINE Products Pass(const From& from, const To& to, int64_t key_dim, con
   return sums;
 }
 
+// Some columns of the state of a value head.
+struct Columns {
+  int64_t head, first;
+};
+
 template <class Element>
 struct DeltaRule {
   Shape shape;
@@ -162,40 +181,56 @@ struct DeltaRule {
   const float *gates, *betas, *prepared;
   float *outputs, *pool;
 
-  // Pass a sequence's tokens through some columns of the state of a value head.
-  AVX512 void operator()(const Chain& chain, int64_t head, int64_t column) const {
-    struct alignas(64) Row {
-      float columns[kTileColumns];
-    };
-    thread_local std::vector<Row> memory;
-    if (static_cast<int64_t>(memory.size()) < shape.key_dim) memory.resize(shape.key_dim);
-    const LocalTile local{memory[0].columns};
-    const PoolTile to = InPool(chain.to, head, column);
-    const int64_t end = chain.end * shape.num_tokens;
-    int64_t token = NextReal(chain.first * shape.num_tokens, end, head, column, to.mask);
-    const Prepared start = Of(std::min(token, end - 1), head);
-    Products sums = chain.from < 0 ? Pass<false, true>(ZeroTile(), local, shape.key_dim, Token(), start)
-                                   : Pass<false, true>(InPool(chain.from, head, column), local, shape.key_dim, Token(), start);
-    if (token == end) Pass<false, false>(local, to, shape.key_dim, Token(), start);
-    for (int64_t next; token < end; token = next) {
-      const Token added = Answer(token, head, column, to.mask, sums);
-      next = NextReal(token + 1, end, head, column, to.mask);
-      if (next < end) {
-        sums = Pass<true, true>(local, local, shape.key_dim, added, Of(next, head));
-      } else {
-        Pass<true, false>(local, to, shape.key_dim, added, start);
-      }
+  // Pass the tokens of a sequence through some columns.
+  template <int vectors>
+  AVX512 void Run(const Chain& chain, const Columns& columns) const {
+    const FlushDenormals flush;
+    const auto to = InPool<vectors>(chain.to, columns);
+    if (chain.from < 0) {
+      Run<vectors>(chain, columns, NoTile(), to);
+    } else {
+      Run<vectors>(chain, columns, InPool<vectors>(chain.from, columns), to);
     }
   }
 
  private:
-  int64_t num_heads() const { return shape.key_heads * shape.group_size; }
+  template <int vectors, class From>
+  AVX512 INLINE void Run(const Chain& chain, const Columns& columns, const From& from, const PoolTile<vectors>& to) const {
+    const int64_t key_dim = shape.key_dim, end = chain.end * shape.num_tokens;
+    const int64_t first = NextReal(chain.first * shape.num_tokens, end, columns, to);
+    const Token<vectors> none{};
+    if (first == end) {
+      Pass<false, false>(from, to, key_dim, none, {});
+    } else if constexpr (vectors == kStepVectors) {
+      const auto sums = Pass<false, true>(from, NoTile(), key_dim, none, Of(first, columns.head));
+      Pass<true, false>(from, to, key_dim, Answer(first, columns, to, sums), {});
+    } else {
+      thread_local std::vector<LocalTile::Row> memory;
+      if (static_cast<int64_t>(memory.size()) < key_dim) memory.resize(key_dim);
+      const LocalTile local{memory.data()};
+      auto sums = Pass<false, true>(from, local, key_dim, none, Of(first, columns.head));
+      for (int64_t token = first, next; token < end; token = next) {
+        const Token<vectors> added = Answer(token, columns, to, sums);
+        next = NextReal(token + 1, end, columns, to);
+        if (next < end) {
+          sums = Pass<true, true>(local, local, key_dim, added, Of(next, columns.head));
+        } else {
+          Pass<true, false>(local, to, key_dim, added, {});
+        }
+      }
+    }
+  }
 
-  AVX512 PoolTile InPool(int64_t slot, int64_t head, int64_t column) const {
-    const int64_t columns = shape.value_dim - column;
-    return {pool + (slot * num_heads() + head) * shape.key_dim * shape.value_dim + column,
-            shape.value_dim,
-            {LaneMask(columns), LaneMask(std::max<int64_t>(0, columns - kFloatLanes))}};
+  int64_t NumHeads() const { return shape.key_heads * shape.group_size; }
+
+  template <int vectors>
+  AVX512 PoolTile<vectors> InPool(int64_t slot, const Columns& columns) const {
+    const int64_t offset = (slot * NumHeads() + columns.head) * shape.key_dim * shape.value_dim + columns.first;
+    PoolTile<vectors> tile{pool + offset, shape.value_dim, {}};
+    for (int v = 0; v < vectors; ++v) {
+      tile.mask[v] = LaneMask(std::max<int64_t>(0, shape.value_dim - columns.first - v * kFloatLanes));
+    }
+    return tile;
   }
 
   Prepared Of(int64_t token, int64_t head) const {
@@ -204,30 +239,32 @@ struct DeltaRule {
   }
 
   // The first of the tokens [token, end) that is not padding. Padding does not change the state, and its outputs are 0.
-  AVX512 int64_t NextReal(int64_t token, int64_t end, int64_t head, int64_t column, const __mmask16* mask) const {
+  template <int vectors>
+  AVX512 int64_t NextReal(int64_t token, int64_t end, const Columns& columns, const PoolTile<vectors>& tile) const {
     for (; token < end; ++token) {
-      const int64_t index = token * num_heads() + head;
-      if (gates[index] != 0 || betas[index] != 0 || Of(token, head).QuerySquares() != 0) break;
-      for (int v = 0; v < kTileVectors; ++v) {
-        StoreFloats(_mm512_setzero_ps(), outputs + index * shape.value_dim + column + v * kFloatLanes, mask[v]);
+      const int64_t index = token * NumHeads() + columns.head, offset = index * shape.value_dim + columns.first;
+      if (gates[index] != 0 || betas[index] != 0 || Of(token, columns.head).QuerySquares() != 0) break;
+      for (int v = 0; v < vectors; ++v) {
+        StoreFloats(_mm512_setzero_ps(), outputs + offset + v * kFloatLanes, tile.mask[v]);
       }
     }
     return token;
   }
 
   // Write a token's output, and return how it changes the state, from the products of the state before it.
-  AVX512 INLINE Token Answer(int64_t token, int64_t head, int64_t column, const __mmask16* mask, const Products& sums) const {
-    const int64_t index = token * num_heads() + head;
-    const Prepared keys = Of(token, head);
+  template <int vectors>
+  AVX512 INLINE Token<vectors> Answer(int64_t token, const Columns& columns, const PoolTile<vectors>& tile,
+                                      const Products<vectors>& sums) const {
+    const int64_t index = token * NumHeads() + columns.head, offset = index * shape.value_dim + columns.first;
+    const Prepared keys = Of(token, columns.head);
     const __m512 decay = Exp(_mm512_set1_ps(gates[index])), beta = _mm512_set1_ps(betas[index]);
     const __m512 overlap = _mm512_set1_ps(keys.Overlap());
-    Token added{_mm512_cvtss_f32(decay), keys.key, {}};
-    UNROLL for (int v = 0; v < kTileVectors; ++v) {
-      const int64_t offset = index * shape.value_dim + column + v * kFloatLanes;
-      const __m512 error = _mm512_fnmadd_ps(decay, sums.key[v], LoadFloats(values + offset, mask[v]));
-      added.change[v] = _mm512_mul_ps(beta, error);
+    Token<vectors> added{_mm512_cvtss_f32(decay), keys.key, {}};
+    UNROLL for (int v = 0; v < vectors; ++v) {
+      const __m512 value = LoadFloats(values + offset + v * kFloatLanes, tile.mask[v]);
+      added.change[v] = _mm512_mul_ps(beta, _mm512_fnmadd_ps(decay, sums.key[v], value));
       const __m512 output = _mm512_fmadd_ps(overlap, added.change[v], _mm512_mul_ps(decay, sums.query[v]));
-      StoreFloats(output, outputs + offset, mask[v]);
+      StoreFloats(output, outputs + offset + v * kFloatLanes, tile.mask[v]);
     }
     return added;
   }
@@ -288,11 +325,13 @@ ffi::Error DeltaRuleImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer 
                                   prepared->typed_data(),
                                   outputs->typed_data(),
                                   new_states->typed_data()};
-    const int64_t num_heads = shape.key_heads * shape.group_size;
-    const int64_t num_tiles = (shape.value_dim + kTileColumns - 1) / kTileColumns;
+    const bool is_step = shape.num_tokens == 1 && static_cast<int64_t>(chains.size()) == CountRows(chains);
+    const int64_t size = (is_step ? kStepVectors : kTileVectors) * kFloatLanes;
+    const int64_t num_heads = shape.key_heads * shape.group_size, num_tiles = (shape.value_dim + size - 1) / size;
     ParallelFor(pool, static_cast<int64_t>(chains.size()) * num_heads * num_tiles, [&](int64_t job) {
-      const FlushDenormals flush;
-      rule(chains[job / num_tiles / num_heads], job / num_tiles % num_heads, job % num_tiles * kTileColumns);
+      const Chain& chain = chains[job / num_tiles / num_heads];
+      const Columns columns{job / num_tiles % num_heads, job % num_tiles * size};
+      is_step ? rule.template Run<kStepVectors>(chain, columns) : rule.template Run<kTileVectors>(chain, columns);
     });
     return ffi::Error::Success();
   };
