@@ -30,6 +30,8 @@ SYSTEMS = {
     "eager": {"experts_implementation": "eager"},
 }
 VOCAB = 4096
+# The results of each round, by dtype and system.
+Measured = dict[str, dict[str, list[dict[str, float]]]]
 
 
 def main() -> None:
@@ -43,13 +45,13 @@ def main() -> None:
     parser.add_argument("--worker", nargs=2, metavar=("SYSTEM", "DTYPE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        print(json.dumps(work(options)))
+        print(json.dumps(work(options, SYSTEMS)))
         return
     with tempfile.TemporaryDirectory() as scratch:
         options.folder = options.folder or scratch
         if not (Path(options.folder) / "config.json").exists():
             make_checkpoint(Path(options.folder))
-        measure(options)
+        print_table(measure(options, __file__, SYSTEMS))
 
 
 def make_checkpoint(folder: Path) -> None:
@@ -69,26 +71,27 @@ def make_checkpoint(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
-def measure(options: argparse.Namespace) -> None:
-    measured = {dtype: {system: [] for system in SYSTEMS} for dtype in options.dtypes.split(",")}
-    for dtype, systems in measured.items():
+def measure(options: argparse.Namespace, script: str, systems: dict[str, dict[str, str]]) -> Measured:
+    """Run the workers of `script`, the systems in turn, and discard the first round."""
+    measured: Measured = {dtype: {system: [] for system in systems} for dtype in options.dtypes.split(",")}
+    for dtype, by_system in measured.items():
         for number in range(options.rounds + 1):
-            for system, rounds in systems.items():
-                command = [sys.executable, __file__, "--folder", options.folder, "--worker", system, dtype]
+            for system, rounds in by_system.items():
+                command = [sys.executable, script, "--folder", options.folder, "--worker", system, dtype]
                 command += ["--prefill", options.prefill, "--decode", options.decode, "--steps", str(options.steps)]
                 done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, check=True)
                 rounds += [json.loads(done.stdout.splitlines()[-1])] if number > 0 else []
                 print(f"{dtype} round {number} {system}: {done.stdout.splitlines()[-1].decode()}", file=sys.stderr)
-    print_table(measured)
+    return measured
 
 
-def work(options: argparse.Namespace) -> dict[str, float]:
+def work(options: argparse.Namespace, systems: dict[str, dict[str, str]]) -> dict[str, float]:
     """Return the measurements of one system in this process, in tokens per second."""
     system, dtype = options.worker
     if system == "qwen_dist":
         generate, _ = inference.open_qwen_dist(options.folder, dtype)
     else:
-        generate, _ = inference.open_transformers(options.folder, dtype, **SYSTEMS[system])
+        generate, _ = inference.open_transformers(options.folder, dtype, **systems[system])
     result = {}
     for length in map(int, options.prefill.split(",")):
         generate([prompt(0, length)], 1)
@@ -108,14 +111,14 @@ def prompt(number: int, length: int) -> list[int]:
     return [(number * 7919 + position * 613) % VOCAB for position in range(length)]
 
 
-def print_table(measured: dict[str, dict[str, list[dict[str, float]]]]) -> None:
+def print_table(measured: Measured) -> None:
     packages = ("jax", "torch", "transformers")
     print(f"{platform.machine()}, {os.cpu_count()} cores; {', '.join(f'{name} {version(name)}' for name in packages)}")
-    print(f"{'tokens/s':24}" + "".join(f"{system:>12}" for system in SYSTEMS) + f"{'ratio':>8}")
+    print(f"{'tokens/s':24}" + "".join(f"{system:>14}" for system in next(iter(measured.values()))) + f"{'ratio':>8}")
     for dtype, systems in measured.items():
         for name in systems["qwen_dist"][0]:
-            ours, *theirs = (statistics.median(one[name] for one in systems[system]) for system in SYSTEMS)
-            columns = "".join(f"{value:12.2f}" for value in (ours, *theirs))
+            ours, *theirs = (statistics.median(one[name] for one in rounds) for rounds in systems.values())
+            columns = "".join(f"{value:14.2f}" for value in (ours, *theirs))
             print(f"{dtype:10}{name:14}{columns}{ours / max(theirs):7.2f}×")
 
 

@@ -95,7 +95,7 @@ class GatedDeltaNet(nnx.Module):
             conv_BTGC, _ = self.conv1d(qkv_BTGC, None, segments_BT)
         else:
             rows = slot_rows(inputs)
-            before_BWGC = slots.gather(state[1], rows)
+            before_BWGC = slots.gather(state[1], rows, dtype=qkv_BTGC.dtype)
             if rows.continues_B is not None:
                 previous_BWGC = jnp.roll(qkv_BTGC[:, 1 - net.conv_taps :], 1, axis=0)
                 before_BWGC = jnp.where(rows.continues_B[:, None, None, None], previous_BWGC, before_BWGC)

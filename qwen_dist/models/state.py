@@ -72,11 +72,15 @@ def empty_states(specs: Sequence[LayerStateSpec], num_shards: int, num_pages: Se
 
     def layer(spec: LayerStateSpec, pages: int) -> LayerState:
         if isinstance(spec, RecurrentSpec):
-            return tuple(jnp.full((num_shards, num_slots, *x.shape), x.initial, x.dtype) for x in spec.slot_arrays)
+            return tuple(jnp.full((num_shards, num_slots, *x.shape), _stored_initial(x)) for x in spec.slot_arrays)
         arrays = spec.page_arrays(PAGE)
         return PagedState(*(jnp.zeros((num_shards, pages, *x.shape), stored_dtype(x.dtype)) for x in arrays))
 
     return tuple(map(layer, specs, _pages_by_layer(specs, num_pages)))
+
+
+def _stored_initial(array: StateArray) -> np.ndarray:
+    return np.array(array.initial, jnp.dtype(array.dtype)).view(stored_dtype(array.dtype))
 
 
 def resized_states(specs: Sequence[LayerStateSpec], states: States, num_pages: Sequence[int]) -> States:
@@ -168,6 +172,7 @@ def update_slots(
     spec: RecurrentSpec, state: LayerState, inputs: MixerInputs, rows: Any, body: slots.Body
 ) -> tuple[Any, LayerState]:
     """Run a recurrence over the rows of a step; see `slots.recur`. Returns the outputs [B, …] and the new state."""
+    assert all(x.dtype == stored_dtype(x.dtype) for x in spec.slot_arrays), "a recurrence needs more than 16-bit floats"
     initial = tuple(x.initial for x in spec.slot_arrays)
     state, outputs = slots.recur(state, slot_rows(inputs), initial, rows, body)
     return outputs, state

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_dist.ops import slots
-from qwen_dist.ops.dispatch import Op
+from qwen_dist.ops import native, slots
+from qwen_dist.ops.dispatch import Backend, Implementation, Op
 from qwen_dist.ops.matmul import accum_dtype
 
 CHUNK = 64
@@ -107,7 +107,8 @@ def delta_rule_in_slots_plain(
 
 
 DELTA_RULE = Op("delta rule", delta_rule_plain)
-DELTA_RULE_IN_SLOTS = Op("delta rule in slots", delta_rule_in_slots_plain)
+_KERNEL = Implementation("kernel", native.delta_rule_in_slots, native.can_delta_rule_in_slots)
+DELTA_RULE_IN_SLOTS = Op("delta rule in slots", delta_rule_in_slots_plain, {Backend.CPU_KERNELS: (_KERNEL,)})
 
 
 def one_token(inputs: DeltaInputs, state_BGRKV: jax.Array) -> tuple[jax.Array, jax.Array]:

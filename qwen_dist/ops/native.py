@@ -9,7 +9,8 @@ The installation compiles them. Without a compiler, or on another processor, XLA
 kernel `NAME` takes the same arguments; the C++ checks them again. No kernel has a gradient.
 
 Letters: B batch, T length, D embed, N query heads, H head_dim, C in-features, O out-features, R rows, E groups (experts),
-K experts of a token, F mlp, A half of head_dim.
+K experts of a token, F mlp, A half of head_dim. In the delta rule: D shards, M slots, G key heads, R value heads of a key
+head, K key channels, V value channels.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import functools
 import importlib.machinery
 import os
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,11 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from qwen_dist.ops.paged_cache import PAGE, PagedState, PageIndices
+from qwen_dist.ops.slots import SlotRows
 from qwen_dist.ops.weight import Weight
+
+if TYPE_CHECKING:
+    from qwen_dist.ops.delta_rule import DeltaInputs
 
 # jax's names for the functions of the library.
 TARGETS = {
@@ -36,8 +41,9 @@ TARGETS = {
     "qwen_dist_swiglu": "SwiGlu",
     "qwen_dist_rotate": "Rotate",
     "qwen_dist_paged_attention": "PagedAttention",
+    "qwen_dist_delta_rule_in_slots": "DeltaRuleInSlots",
 }
-GROUPED_MATMUL, EXPERTS, SWIGLU, ROTATE, PAGED_ATTENTION = TARGETS
+GROUPED_MATMUL, EXPERTS, SWIGLU, ROTATE, PAGED_ATTENTION, DELTA_RULE_IN_SLOTS = TARGETS
 # The processor features that the kernels need, in the order of the bits that the library reports.
 FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
 # The least out-features of a matrix product, and the rows of one of its tiles.
@@ -80,10 +86,10 @@ def is_available() -> bool:
     return processor_features() == frozenset(FEATURES)
 
 
-def _kernel(target: str, results: Any) -> Any:
+def _kernel(target: str, results: Any, **options: Any) -> Any:
     """Return the kernel as a jax function."""
     assert is_available(), "the kernels cannot run here; see `Backend.of`"
-    return jax.ffi.ffi_call(target, results)
+    return jax.ffi.ffi_call(target, results, **options)
 
 
 def can_grouped_matmul(rows_RC: jax.Array, weights_EOC: Weight, sizes_E: jax.Array, dtype: DTypeLike) -> bool:
@@ -194,3 +200,24 @@ def paged_attention(
     scale = np.float32(q_BTNH.shape[-1] ** -0.5)
     # The pools go in as they are: XLA would copy them to reshape them.
     return call(q_BTNH, *state, *numbers, scale=scale, window=np.int64(sliding_window or 0))
+
+
+def can_delta_rule_in_slots(inputs: DeltaInputs, pool_DMGRKV: jax.Array, rows: SlotRows) -> bool:
+    dtypes = {inputs.q_BTGK.dtype, inputs.k_BTGK.dtype, inputs.v_BTGRV.dtype}
+    is_form = dtypes in ({jnp.dtype(jnp.float32)}, {jnp.dtype(jnp.bfloat16)}) and pool_DMGRKV.dtype == jnp.float32
+    return is_form and len(pool_DMGRKV) == 1 and inputs.k_BTGK.size > 0 and inputs.v_BTGRV.size > 0
+
+
+def delta_rule_in_slots(inputs: DeltaInputs, pool_DMGRKV: jax.Array, rows: SlotRows) -> tuple[jax.Array, jax.Array]:
+    """Compute what `ops.delta_rule.delta_rule_in_slots` does, token by token; the outputs of rows without a slot are 0."""
+    q_BTGK, k_BTGK, v_BTGRV, g_BTGR, beta_BTGR = inputs
+    # What the value heads of a key head share.
+    prepared = *k_BTGK.shape[:3], 2 * k_BTGK.shape[3] + 2
+    o, scratch = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (v_BTGRV.shape, prepared))
+    results = o, jax.ShapeDtypeStruct(pool_DMGRKV.shape, pool_DMGRKV.dtype), scratch
+    continues_B = jnp.zeros(len(v_BTGRV), bool) if rows.continues_B is None else rows.continues_B
+    gates = g_BTGR.astype(jnp.float32), beta_BTGR.astype(jnp.float32)
+    where = jnp.asarray(rows.slots_B, jnp.int32), jnp.asarray(rows.is_start_B), jnp.asarray(continues_B)
+    call = _kernel(DELTA_RULE_IN_SLOTS, results, input_output_aliases={8: 1})
+    o_BTGRV, pool_DMGRKV, _ = call(q_BTGK, k_BTGK, v_BTGRV, *gates, *where, pool_DMGRKV)
+    return o_BTGRV, pool_DMGRKV

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 Tree = Any
 Body = Callable[[Tree, Tree], tuple[Tree, Tree]]
@@ -29,18 +30,24 @@ class SlotRows(NamedTuple):
     continues_B: jax.Array | None = None
 
 
-def gather(pool_DM: jax.Array, rows: SlotRows, initial: float = 0.0) -> jax.Array:
-    """Return each row's state [B, …] before the step: of its slot, or the initial value."""
+def gather(pool_DM: jax.Array, rows: SlotRows, initial: float = 0.0, dtype: DTypeLike | None = None) -> jax.Array:
+    """Return each row's state [B, …] before the step: of its slot, or the initial value.
+
+    `dtype` is that of the states, where the pool has the bits of 16-bit floats; see `paged_cache.PagedState`.
+    """
     local_DB, _ = _local_slots(pool_DM, rows)
     found_DB = jax.vmap(lambda pool_M, slot_B: pool_M.at[slot_B].get(mode="clip"))(pool_DM, local_DB)
-    found_B = found_DB.reshape(-1, *found_DB.shape[2:])
+    found_B = found_DB.reshape(-1, *found_DB.shape[2:]).view(dtype or pool_DM.dtype)
     return jnp.where(_expand(rows.is_start_B, found_B.ndim), jnp.asarray(initial, found_B.dtype), found_B)
 
 
 def scatter(pool_DM: jax.Array, rows: SlotRows, new_B: jax.Array) -> jax.Array:
-    """Put the states after the step into the slots; of several rows of a sequence, that of the last one."""
+    """Put the states after the step into the slots; of several rows of a sequence, that of the last one.
+
+    They have the pool's dtype, or the pool has their bits.
+    """
     _, written_DB = _local_slots(pool_DM, rows)
-    new_DB = new_B.astype(pool_DM.dtype).reshape(len(pool_DM), -1, *new_B.shape[1:])
+    new_DB = new_B.view(pool_DM.dtype).reshape(len(pool_DM), -1, *new_B.shape[1:])
     return jax.vmap(lambda pool_M, slot_B, x_B: pool_M.at[slot_B].set(x_B, mode="drop"))(pool_DM, written_DB, new_DB)
 
 
@@ -61,30 +68,26 @@ def recur(pools: Tree, rows: SlotRows, initial: Tree, inputs_B: Tree, body: Body
         states = jax.tree.map(lambda pool, value: gather(pool, rows, value), pools, initial)
         states, outputs_B = jax.vmap(body)(states, inputs_B)
         return jax.tree.map(lambda pool, x_B: scatter(pool, rows, x_B), pools, states), outputs_B
-    pool = jax.tree.leaves(pools)[0]
-    read_DB, written_DB = _local_slots(pool, rows)
-    is_start_DB, continues_DB, inputs_DB = jax.tree.map(
-        lambda x: x.reshape(len(pool), -1, *x.shape[1:]), (rows.is_start_B, rows.continues_B, inputs_B)
-    )
+    _, written_DB = _local_slots(jax.tree.leaves(pools)[0], rows)
+    # All rows read before the first one writes: XLA copies a pool that a loop both reads and writes.
+    start_B = jax.tree.map(lambda pool, value: gather(pool, rows, value), pools, initial)
+    of_rows = jax.tree.map(lambda x: x.reshape(*written_DB.shape, *x.shape[1:]), (rows.continues_B, start_B, inputs_B))
 
-    def shard(pools_M: Tree, rows_B: Tree) -> tuple[Tree, Tree]:
+    def shard(pools_M: Tree, written_B: jax.Array, of_rows_B: Tree) -> tuple[Tree, Tree]:
         def row(carry: Tree, one: Tree) -> tuple[Tree, Tree]:
             before, pools_M = carry
-            read, written, is_start, continues, inputs = one
-            found = jax.tree.map(lambda pool_M: pool_M.at[read].get(mode="clip"), pools_M)
-            fresh = jax.tree.map(lambda x, value: jnp.where(is_start, jnp.asarray(value, x.dtype), x), found, initial)
-            start = jax.tree.map(lambda x, y: jnp.where(continues, x, y), before, fresh)
+            written, (continues, start, inputs) = one
+            start = jax.tree.map(lambda x, y: jnp.where(continues, x, y), before, start)
             after, output = body(start, inputs)
             after = jax.tree.map(lambda x, pool_M: x.astype(pool_M.dtype), after, pools_M)
             pools_M = jax.tree.map(lambda pool_M, x: pool_M.at[written].set(x, mode="drop"), pools_M, after)
             return (after, pools_M), output
 
-        # The state of the row before is carried next to the pool: then XLA updates the pool in place.
         nothing = jax.tree.map(lambda pool_M: jnp.zeros(pool_M.shape[1:], pool_M.dtype), pools_M)
-        (_, pools_M), outputs_B = jax.lax.scan(row, (nothing, pools_M), rows_B)
+        (_, pools_M), outputs_B = jax.lax.scan(row, (nothing, pools_M), (written_B, of_rows_B))
         return pools_M, outputs_B
 
-    pools, outputs_DB = jax.vmap(shard)(pools, (read_DB, written_DB, is_start_DB, continues_DB, inputs_DB))
+    pools, outputs_DB = jax.vmap(shard)(pools, written_DB, of_rows)
     return pools, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs_DB)
 
 

@@ -5,21 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from delta_rule_steps import random_inputs, steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_delta_rule
 
 from qwen_dist.ops.delta_rule import DeltaInputs, delta_rule, unit_lower_inverse
 
-
-def random_inputs(rng: np.random.Generator, B: int, T: int, G: int, R: int, K: int, V: int, gates=(0.01, 1, 40)):
-    return DeltaInputs(
-        rng.standard_normal((B, T, G, K)),
-        rng.standard_normal((B, T, G, K)),
-        rng.standard_normal((B, T, G, R, V)),
-        -rng.exponential(1, (B, T, G, R)) * rng.choice(gates, (B, T, G, R)),
-        rng.uniform(0, 1, (B, T, G, R)),
-    )
+# Compiled once for each of a few sizes.
+rule = jax.jit(delta_rule)
 
 
 def torch_truth(inputs: DeltaInputs, monkeypatch) -> tuple[np.ndarray, np.ndarray]:
@@ -38,14 +32,16 @@ def float64():
         yield
 
 
-@pytest.mark.parametrize("T", [1, 2, 31, 64, 65, 200])
-@pytest.mark.parametrize(("G", "R", "K", "V"), [(2, 3, 16, 8), (1, 1, 8, 24)])
+@pytest.mark.parametrize(
+    ("T", "G", "R", "K", "V"),
+    [(T, 2, 3, 16, 8) for T in (1, 31, 64, 200)] + [(T, 1, 1, 8, 24) for T in (2, 65)],
+)
 def test_it_equals_transformers(T, G, R, K, V, monkeypatch):
     inputs = random_inputs(np.random.default_rng(T), 2, T, G, R, K, V)
     o, state = torch_truth(inputs, monkeypatch)
-    got_o, got_state = jax.jit(delta_rule)(jax.tree.map(jnp.asarray, inputs))
-    np.testing.assert_allclose(got_o, o, atol=1e-12)
-    np.testing.assert_allclose(got_state, state, atol=1e-12)
+    for got_o, got_state in (rule(inputs), steps(inputs, np.zeros((2, G, R, K, V)))):
+        np.testing.assert_allclose(got_o, o, atol=1e-12)
+        np.testing.assert_allclose(got_state, state, atol=1e-12)
 
 
 @settings(max_examples=25, deadline=None)
@@ -59,7 +55,7 @@ def test_packed_sequences_with_padding_equal_each_alone(lengths, seed, gate, has
     rng = np.random.default_rng(seed)
     gaps = rng.integers(0, 9, len(lengths) + 1)
     total = sum(lengths) + int(gaps.sum())
-    total += -total % 64  # few lengths, so few programs
+    total = next(size for size in (128, 448) if size >= total)  # two programs
     whole = jax.tree.map(np.zeros_like, random_inputs(rng, 1, total, 1, 2, 8, 8))
     segments, start, alone = np.zeros((1, total), np.int32), int(gaps[0]), []
     for number, length in enumerate(lengths):
@@ -70,45 +66,53 @@ def test_packed_sequences_with_padding_equal_each_alone(lengths, seed, gate, has
         for x, one in zip(whole, part, strict=True):
             x[:, place] = one
         segments[:, start:] = number
-        alone.append((place, *delta_rule(jax.tree.map(jnp.asarray, part))))
+        alone.append((place, *steps(part, np.zeros((1, 1, 2, 8, 8)))))
         start += length + int(gaps[number + 1])
-    o, state = jax.jit(delta_rule)(jax.tree.map(jnp.asarray, whole), None, jnp.asarray(segments))
+    o, state = rule(whole, None, segments)
     for place, one, _ in alone:
         np.testing.assert_allclose(o[:, place], one, atol=1e-11)
     np.testing.assert_allclose(state, alone[-1][2], atol=1e-11)
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(1, 70), min_size=1, max_size=5), st.integers(0, 2**32 - 1))
+@given(st.lists(st.sampled_from([1, 2, 31, 64, 70]), min_size=1, max_size=5), st.integers(0, 2**32 - 1))
 def test_any_split_gives_the_same(lengths, seed):
     rng = np.random.default_rng(seed)
-    inputs = jax.tree.map(jnp.asarray, random_inputs(rng, 1, sum(lengths), 2, 1, 8, 4))
-    start = jnp.asarray(rng.standard_normal((1, 2, 1, 8, 4)))
-    o, end = delta_rule(inputs, start)
-    outputs, state, position = [], start, 0
+    inputs = random_inputs(rng, 1, sum(lengths), 2, 1, 8, 4)
+    state = rng.standard_normal((1, 2, 1, 8, 4))
+    o, end = steps(inputs, state)
+    position = 0
     for length in lengths:
-        part = jax.tree.map(lambda x: x[:, position : position + length], inputs)  # noqa: B023
-        some, state = delta_rule(part, state)
-        outputs.append(some)
+        part = slice(position, position + length)
+        some, state = rule(jax.tree.map(lambda x: x[:, part], inputs), state)  # noqa: B023
+        np.testing.assert_allclose(some, o[:, part], atol=1e-11)
         position += length
-    np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), o, atol=1e-11)
     np.testing.assert_allclose(state, end, atol=1e-11)
+
+
+@jax.jit
+@jax.grad
+def gradient_of_chunks(inputs):
+    return jnp.sum(delta_rule(inputs)[0] ** 2)
+
+
+@jax.jit
+@jax.grad
+def gradient_of_steps(inputs):
+    def step(state, token):
+        o, state = delta_rule(jax.tree.map(lambda x: x[:, None], token), state)
+        return state, o
+
+    by_token = jax.tree.map(lambda x: x.swapaxes(0, 1), inputs)
+    return jnp.sum(jax.lax.scan(step, jnp.zeros((1, 1, 2, 8, 8)), by_token)[1] ** 2)
 
 
 @pytest.mark.parametrize("gate", [0.0, 1000.0])
 def test_gradients_are_finite_and_those_of_the_steps(gate):
-    inputs = jax.tree.map(jnp.asarray, random_inputs(np.random.default_rng(0), 1, 70, 1, 2, 8, 8, gates=(gate,)))
-    inputs = jax.tree.map(lambda x: x.at[:, 5].set(0), inputs)  # padding: zero keys, too
-
-    def in_steps(inputs):
-        state, outputs = jnp.zeros((1, 1, 2, 8, 8)), []
-        for t in range(70):
-            o, state = delta_rule(jax.tree.map(lambda x: x[:, t : t + 1], inputs), state)  # noqa: B023
-            outputs.append(o)
-        return jnp.sum(jnp.concatenate(outputs, axis=1) ** 2)
-
-    got = jax.grad(lambda inputs: jnp.sum(delta_rule(inputs)[0] ** 2))(inputs)
-    for x, expected in zip(got, jax.grad(in_steps)(inputs), strict=True):
+    inputs = random_inputs(np.random.default_rng(0), 1, 70, 1, 2, 8, 8, gates=(gate,))
+    for x in inputs:
+        x[:, 5] = 0  # padding: zero keys, too
+    for x, expected in zip(gradient_of_chunks(inputs), gradient_of_steps(inputs), strict=True):
         assert jnp.isfinite(x).all()
         np.testing.assert_allclose(x, expected, atol=1e-9)
 
@@ -121,5 +125,5 @@ def test_the_inverse_is_accurate_where_keys_repeat(period):
     keys = np.resize(keys / np.linalg.norm(keys, axis=1, keepdims=True), (64, 16))
     lower = np.tril(keys @ keys.T, -1)
     exact = np.linalg.inv(np.eye(64) + lower)
-    got = np.asarray(unit_lower_inverse(jnp.asarray(lower, jnp.float32)))
+    got = np.asarray(jax.jit(unit_lower_inverse)(jnp.asarray(lower, jnp.float32)))
     assert np.abs(got - exact).max() <= 1e-6 * np.abs(exact).max()

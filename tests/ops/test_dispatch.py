@@ -10,9 +10,11 @@ from native_kernels import needs_kernels
 
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.ops import native
+from qwen_dist.ops.delta_rule import DeltaInputs
 from qwen_dist.ops.dispatch import Backend, active_backend
 from qwen_dist.ops.matmul import MATMUL
 from qwen_dist.ops.paged_cache import MAX_ENTRIES, PAGE, PagedState, PageIndices
+from qwen_dist.ops.slots import SlotRows
 from qwen_dist.ops.table import OPS, dispatch_table
 from qwen_dist.sharding import INFERENCE, TRAIN, ShardingContext, use_sharding
 
@@ -94,6 +96,13 @@ def rotate_arguments(x, angles):
     return random((1, 2, 3, 8), x), random((1, 2, 4), angles), random((1, 2, 4), angles)
 
 
+def delta_rule_arguments(dtype, value_dtype, pool_dtype, num_shards):
+    keys, gates = random((2, 3, 2, 8), dtype), random((2, 3, 2, 1), "float32")
+    inputs = DeltaInputs(keys, keys, random((2, 3, 2, 1, 4), value_dtype), -jnp.abs(gates), jnp.abs(gates))
+    rows = SlotRows(jnp.array([1, 0]), jnp.array([False, True]))
+    return inputs, random((num_shards, 2, 2, 1, 8, 4), pool_dtype), rows
+
+
 # Of each kernel the predicate, the function, and arguments at the edge of what it takes.
 CASES = [
     (native.can_matmul, native.matmul, matmul_arguments, FLOATS, FLOATS, FLOATS, (3, 4)),
@@ -101,6 +110,7 @@ CASES = [
     (native.can_swiglu, native.swiglu, swiglu_arguments, FLOATS, FLOATS),
     (native.can_rotate, native.rotate, rotate_arguments, FLOATS, FLOATS),
     (native.can_paged_attention, native.paged_attention, attention_arguments, FLOATS[:2], (8, 16, 24, 32), (1, 2)),
+    (native.can_delta_rule_in_slots, native.delta_rule_in_slots, delta_rule_arguments, FLOATS, FLOATS, FLOATS[:2], (1, 2)),
 ]
 
 

@@ -10,11 +10,13 @@ from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models import moe
 from qwen_dist.models.parameters import with_parameters
 from qwen_dist.ops import native
+from qwen_dist.ops.delta_rule import DeltaInputs, delta_rule_in_slots
 from qwen_dist.ops.experts import ExpertWeights, can_experts_kernel, experts_kernel, experts_plain
 from qwen_dist.ops.matmul import matmul
 from qwen_dist.ops.paged_attention import paged_attention_in_groups
 from qwen_dist.ops.paged_cache import MAX_ENTRIES, PAGE, PagedState, PageIndices
 from qwen_dist.ops.rotary import rotate, rotate_plain
+from qwen_dist.ops.slots import SlotRows
 from qwen_dist.ops.swiglu import SWIGLU, swiglu
 from qwen_dist.sharding import INFERENCE, TRAIN, LocalShard, ShardingContext, use_sharding
 
@@ -182,6 +184,11 @@ def program_with(kernel):
         weights = {"gate_up_proj": jnp.ones((4, 2, 32, 64)), "down_proj": jnp.ones((4, 64, 32))}
         choices = jnp.ones((2, 2, 1), jnp.int32), jnp.ones((2, 2, 1))
         return lambda weights, *arrays: with_parameters(module, weights)(*arrays), (weights, jnp.ones((2, 2, 64)), *choices)
+    if kernel == native.DELTA_RULE_IN_SLOTS:
+        keys, ones = jnp.ones((2, 3, 1, 8)), jnp.ones((2, 3, 1, 1))
+        rows = SlotRows(jnp.array([0, 1]), jnp.array([True, False]))
+        arrays = (DeltaInputs(keys, keys, jnp.ones((2, 3, 1, 1, 8)), -ones, ones), jnp.ones((1, 2, 1, 1, 8, 8)), rows)
+        return lambda *arrays: delta_rule_in_slots(*arrays), arrays
     return {
         native.GROUPED_MATMUL: (lambda x, weight: matmul(x, weight), (jnp.ones((3, 64)), jnp.ones((8, 64)))),
         native.SWIGLU: (lambda gate, up: swiglu(gate, up), (jnp.ones((3, 64)),) * 2),
@@ -189,7 +196,7 @@ def program_with(kernel):
     }[kernel]
 
 
-@pytest.mark.parametrize("kernel", [native.GROUPED_MATMUL, native.EXPERTS, native.SWIGLU, native.ROTATE])
+@pytest.mark.parametrize("kernel", [name for name in native.TARGETS if name != native.PAGED_ATTENTION])
 def test_where_they_are_used(kernel, monkeypatch):
     program, arrays = program_with(kernel)
 

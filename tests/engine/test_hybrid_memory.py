@@ -1,0 +1,40 @@
+"""The compiled steps of a model with recurrent states write into the states' memory, and never copy it."""
+
+import jax
+import pytest
+from native_kernels import needs_kernels
+
+from qwen_dist.checkpoint.model import load_model
+from qwen_dist.engine.runner import Runner
+from qwen_dist.mesh import MeshConfig, make_mesh
+from qwen_dist.ops import native
+from qwen_dist.sharding import INFERENCE, ShardingContext
+
+SLOTS, PAGES = 1024, 8
+
+
+@pytest.fixture(scope="module")
+def runner(tiny_checkpoint):
+    path = tiny_checkpoint("qwen3_5", linear_key_head_dim=32, linear_value_head_dim=32)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    return Runner(load_model(path, ShardingContext(mesh, INFERENCE), dtype="float32"), num_slots=SLOTS)
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("form", [pytest.param("kernel", marks=needs_kernels), "plain"])
+def test_a_step_does_not_copy_the_states(phase, form, runner, monkeypatch):
+    if form == "plain":
+        monkeypatch.setattr(native, "is_available", lambda: False)
+    runner = Runner(runner._model, num_slots=SLOTS)  # with no program compiled
+    num_rows, num_tokens = (2, 1) if phase == "decode" else (2, 32)
+    state = runner._abstract_state((PAGES,))
+    step = runner._abstract_step(num_rows, num_tokens, 1 + (phase == "decode"), [PAGES], is_prefill=phase == "prefill")
+    arguments = runner._model.parameters, state, step, runner._abstract_sampling(num_rows)
+    if phase == "decode":
+        lowered = runner._decode.lower(*arguments, num_top=None)
+    else:
+        lowered = runner._prefill.lower(*arguments, num_top=None, num_scored=None)
+    assert (native.DELTA_RULE_IN_SLOTS in lowered.as_text()) == (form == "kernel")
+    pool_bytes = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.states))
+    assert pool_bytes > 16e6
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < pool_bytes / 4
