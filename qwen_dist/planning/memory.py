@@ -24,6 +24,7 @@ from qwen_dist.ops import splash_attention
 from qwen_dist.ops.attention import query_block
 from qwen_dist.ops.delta_rule import chunk_size
 from qwen_dist.ops.expert_parallel import expert_capacity
+from qwen_dist.ops.grouped_matmul import num_tiled_rows
 from qwen_dist.ops.paged_cache import PAGE, entries_at_a_time
 from qwen_dist.planning.chips import CPU_COMPILER, CompilerProfile
 from qwen_dist.planning.flops import MixingFlops, mixing_flops
@@ -143,19 +144,21 @@ class CostModel:
         return Cost(step._forward_flops(tokens), nbytes, _nonzero(step._inference_collectives(tokens)))
 
     def loop_remainder(self, phase: Phase) -> Cost:
-        """Return the part of `cost` that the compiler's report leaves out.
+        """Return what the compiler's report must get to be comparable with `cost`.
 
         The report counts the body of a loop once; this is the cost of the other iterations. The loops are attention's over
         groups of pages and the delta rule's over rows in inference, and the loss's over blocks of tokens and the delta
-        rule's over chunks in training. The report also leaves out the work inside a custom kernel, so this includes it.
+        rule's over chunks in training. The report also leaves out the work inside a custom kernel, so this includes it. Of
+        the experts' kernel the report counts all rows of static shapes: those that no token fills are subtracted.
         """
         step, tokens = self._for_step(phase), self._tokens_of(phase)[1]
         if phase == "train":
             return self._training_loop_remainder()
+        flops_in_loops = -step._empty_row_flops(tokens)
         rows = step.workload.batch // self.sharding_ctx.batch_multiple()
         # The compiler counts the first of the iterations of each cache group.
         uncounted = [1 - 1 / max(rows * pages / entries_at_a_time(rows, tokens), 1) for pages in self._pages]
-        flops_in_loops = sum(share * step._group_attention_flops(g, tokens) for g, share in enumerate(uncounted))
+        flops_in_loops += sum(share * step._group_attention_flops(g, tokens) for g, share in enumerate(uncounted))
         bytes_in_loops = sum(share * step._group_page_bytes(g) for g, share in enumerate(uncounted))
         if tokens > 1:
             flops_in_loops += (1 - 1 / rows) * step._delta_rule_flops(tokens).in_scan
@@ -173,6 +176,7 @@ class CostModel:
         if self._uses_splash_attention:
             flops += times * self._attention_flops(tokens)
         flops += (1 - chunk_size(tokens) / tokens) * times * self._delta_rule_flops(tokens).in_scan
+        flops -= (self._num_passes + self._num_remats) * self._empty_row_flops(tokens)
         return Cost(flops, nbytes, {})
 
     @property
@@ -392,6 +396,25 @@ class CostModel:
         bytes_per_row = embed * (self._itemsize + returned) + mlp * (2 * summed + self._itemsize)
         return self._expert_rows(length) * bytes_per_row
 
+    def _empty_row_flops(self, tokens: int) -> float:
+        """Return the flops of a forward pass that the experts' kernel on a TPU would take for rows that no token fills."""
+        if self.config.moe is None or self.compiler.platform != "tpu":
+            return 0.0
+        moe, parts = self.config.moe, self.sharding_ctx.num_shards("experts")
+        num_logits, flops = self._num_logits(tokens), 0.0
+        for kind, count in self.sizes.counts.items():
+            matrices = [one.used for one in self._kinds[kind].parameters if one.is_of_experts]
+            has_last = kind == self.config.layers[-1]
+            rows = (count - has_last) * self._empty_rows(tokens) + has_last * self._empty_rows(num_logits)
+            flops += 2 * rows * sum(matrices) * parts / moe.num_experts
+        return flops
+
+    def _empty_rows(self, length: int) -> int:
+        """Return the rows of the experts' kernel that no token fills."""
+        assert self.config.moe is not None
+        filled = self._size("batch", "length", length=length) * self.config.moe.experts_per_token
+        return num_tiled_rows(self._expert_rows(length)) - filled
+
     def _unused_expert_bytes(self, tokens: int) -> int:
         """Return the expected bytes of expert weights that no token is routed to, for uniform random routing."""
         if self.config.moe is None:
@@ -410,7 +433,7 @@ class CostModel:
         """
         num_logits = self._num_logits(tokens)
         skipped = sum(one.active for one in self._last_block.parameters if not one.is_of_every_token)
-        saved = 2 * self.workload.batch * (tokens - num_logits) * skipped / self._num_devices
+        saved = 2 * self._size("batch") * (tokens - num_logits) * skipped
         products = self._block_flops(tokens) - saved + self._head_flops(num_logits)
         return products + self._attention_flops(tokens) + self._delta_rule_flops(tokens).forward
 
@@ -427,10 +450,6 @@ class CostModel:
     def _last_block(self) -> BlockSizes:
         return self._kinds[self.config.layers[-1]]
 
-    @property
-    def _num_devices(self) -> int:
-        return math.prod(self.sharding_ctx.mesh.shape.values())
-
     def _block_flops(self, tokens: int, *, trained_only: bool = False) -> float:
         """Return the flops of the products with the weights of all blocks: 2 per weight and token."""
         active = sum(
@@ -439,11 +458,10 @@ class CostModel:
             for one in block.parameters
             if one.is_trained or not trained_only
         )
-        return 2 * self.workload.batch * tokens * active / self._num_devices
+        return 2 * self._size("batch", "length", length=tokens) * active
 
     def _head_flops(self, tokens: int) -> float:
-        weights = self.config.vocab_size * self.config.hidden_size
-        return self.workload.batch * 2 * tokens * weights / self._num_devices
+        return 2 * self._size("batch", "length", length=tokens) * self.sizes.head.used
 
     def _num_logits(self, tokens: int) -> int:
         """Return how many of a row's tokens need a final hidden state: all in training, one in inference."""
@@ -488,13 +506,15 @@ class CostModel:
     def _inference_collectives(self, tokens: int) -> Iterator[tuple[str, float]]:
         """Yield the bytes received in inference, by collective.
 
-        Tensor parallelism all-reduces the residual stream twice per layer and once for the embedding. With weights sharded
-        over fsdp the products with the stream are all-reduced: the projections of the mixer, gate and up, and the logits.
+        Tensor parallelism all-reduces the residual stream after each product that ends in it, and once for the embedding.
+        With weights sharded over fsdp the products with the stream are all-reduced: the projections of the mixer, gate and
+        up, and the logits.
         """
-        layers = self._equivalent_blocks(len(self.config.layers), tokens)
         stream = self._size("batch", "length", "embed", length=tokens) * self._itemsize
         inputs: float = self._size("batch", "vocab") * F32_BYTES
+        num_sums = 1.0
         for kind, count in self._blocks_by_kind(tokens):
+            num_sums += count * self._num_sums(kind)
             linears = self._kinds[kind].linears
             of_stream = [name for name, linear in linears.items() if dict(linear.in_sizes).keys() == {"embed"}]
             inputs += count * sum(self._output_size(kind, name, tokens) for name in of_stream) * self._itemsize
@@ -504,8 +524,13 @@ class CostModel:
         yield "all-to-all", self._all_to_all_bytes(tokens)
         yield (
             "all-reduce",
-            2 * (self._remote_fraction("tensor") * (2 * layers + 1) * stream + self._remote_fraction("fsdp") * inputs),
+            2 * (self._remote_fraction("tensor") * num_sums * stream + self._remote_fraction("fsdp") * inputs),
         )
+
+    def _num_sums(self, kind: LayerConfig) -> int:
+        """Return how often a block sums the stream over tensor: the mixer, and the MLP or the experts and a shared one."""
+        linears = self._kinds[kind].linears.values()
+        return sum(dict(linear.out_sizes).keys() == {"embed"} for linear in linears) + (kind.ffn == "moe")
 
     def _training_collectives(self) -> Iterator[tuple[str, float]]:
         """Yield the bytes received in training, by collective.
@@ -525,7 +550,8 @@ class CostModel:
             "reduce-scatter",
             self._remote_fraction("fsdp") * (cut if self.workload.lora else self._used_weight_bytes()),
         )
-        sums = self._remote_fraction("tensor") * passes * (2 * len(self.config.layers) + 1) * stream
+        num_sums = 1 + sum(count * self._num_sums(kind) for kind, count in self.sizes.counts.items())
+        sums = self._remote_fraction("tensor") * passes * num_sums * stream
         yield "all-reduce", 2 * (sums + self._remote_fraction("data") * gradients)
 
     def _all_to_all_bytes(self, length: int) -> float:

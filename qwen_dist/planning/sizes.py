@@ -26,7 +26,8 @@ class ParameterSizes:
     Attributes:
       name: within the block.
       size: elements of the whole.
-      active: weights that multiply one token, see `active_weights`.
+      active: weights on one device that multiply one of its tokens, see `active_weights`. Where experts are sharded, tokens
+        come from the other devices, too.
       local, local_bytes: on one device.
       used: elements on one device while it is used: sharded as activations are.
       is_trained: whether it changes in training.
@@ -46,12 +47,13 @@ class ParameterSizes:
 
     @property
     def is_of_experts(self) -> bool:
-        return ".experts." in self.name
+        """Whether it is a matrix of every expert, not of their adapters."""
+        return ".experts." in self.name and ".lora." not in self.name
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """A block of one kind: its parameters, and its linear layers by name."""
+    """A block of one kind: its parameters, and its linear layers by name, without those of adapters."""
 
     parameters: tuple[ParameterSizes, ...]
     linears: Mapping[str, Linear]
@@ -77,19 +79,21 @@ class ModelSizes:
         active = active_weights(config, disk_shapes(module))
 
         def parameter(name: str, prefix: str) -> ParameterSizes:
-            leaf, in_use = kept[name], used[name]
-            local = math.prod(leaf.sharding.shard_shape(leaf.shape))
+            leaf = kept[name]
+            size, local = math.prod(leaf.shape), math.prod(leaf.sharding.shard_shape(leaf.shape))
+            in_use = math.prod(used[name].sharding.shard_shape(leaf.shape))
+            parts = sharding_ctx.num_shards("experts") if ".experts." in name else 1
             return ParameterSizes(
                 name=name.removeprefix(prefix),
-                size=math.prod(leaf.shape),
-                active=active.get(name, 0.0),
+                size=size,
+                active=active.get(name, 0.0) * in_use * parts / size,
                 local=local,
                 local_bytes=local * leaf.dtype.itemsize,
-                used=math.prod(in_use.sharding.shard_shape(in_use.shape)),
+                used=in_use,
                 is_trained=name in adapters or workload.lora is None,
             )
 
-        linears = dict(linear_layers(module))
+        linears = {name: linear for name, linear in linear_layers(module) if ".lora_" not in name}
         blocks = {}
         for index, kind in enumerate(kinds):
             prefix = f"layers.{index}."
