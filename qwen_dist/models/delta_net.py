@@ -91,6 +91,9 @@ class GatedDeltaNet(nnx.Module):
         if state is None:
             conv_BTGC, _ = self.conv1d(qkv_BTGC, None, segments_BT)
         else:
+            # Not read before this layer's input is there, nor written after the next layer begins: XLA would gather the
+            # states of all layers first and scatter them last, and keep them all meanwhile.
+            state, qkv_BTGC = jax.lax.optimization_barrier((state, qkv_BTGC))
             rows = slot_rows(inputs)
             before_BWGC = slots.gather(state[1], rows)
             if rows.continues_B is not None:
@@ -106,7 +109,7 @@ class GatedDeltaNet(nnx.Module):
             count_B = is_real_BT.sum(1)
             index_BW = count_B[:, None] + jnp.arange(net.conv_taps - 1)
             columns = slots.scatter(state[1], rows, take_positions(with_before_BTGC, index_BW))
-            state = (matrices, columns)
+            o_BTGRV, state = jax.lax.optimization_barrier((o_BTGRV, (matrices, columns)))
         o_BTGRV = tap("core", o_BTGRV.astype(x_BTD.dtype))
         if inputs.logit_indices_BX is not None:
             o_BTGRV, z_BTGV = (take_positions(x, inputs.logit_indices_BX) for x in (o_BTGRV, z_BTGV))

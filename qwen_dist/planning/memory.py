@@ -520,7 +520,7 @@ class CostModel:
             inputs += count * sum(self._output_size(kind, name, tokens) for name in of_stream) * self._itemsize
             if kind.ffn == "moe" and self.config.moe is not None:
                 mlp = self._size("mlp", mlp=self.config.moe.expert_size)
-                inputs += count * self._expert_rows(tokens) * 2 * mlp * F32_BYTES
+                inputs += count * self._expert_rows(tokens) * 2 * mlp * self._itemsize
         yield "all-to-all", self._all_to_all_bytes(tokens)
         yield (
             "all-reduce",

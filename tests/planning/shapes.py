@@ -60,10 +60,11 @@ QWEN3_NEXT_80B = hybrid(
 )
 QWEN3_8_27B = hybrid("qwen3_5_text", 64, 5120, (24, 4), 48, intermediate_size=17408)
 QWEN3_5_397B = hybrid("qwen3_5_moe_text", 60, 4096, (32, 2), 64, **experts(512, 10, 1024))
-# A delta net with attention after it; shapes that mix up nothing: two value heads a key head, keys narrower than values.
+# A delta net with attention after it; sizes that mix up nothing: two value heads a key head, keys narrower than values.
 SMALL_HYBRID = hybrid("qwen3_5_text", 2, 1024, (16, 4), 16, intermediate_size=2048, vocab_size=8192) | {
     "head_dim": 64,
     "linear_num_key_heads": 8,
     "linear_key_head_dim": 64,
     "full_attention_interval": 2,
 }
+SMALL_HYBRID_MOE = SMALL_HYBRID | {"model_type": "qwen3_5_moe_text"} | experts(16, 2, 1024)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from rich.console import Console
-from shapes import QWEN3_8B, QWEN3_32B, QWEN3_NEXT_80B, SMALL, SMALL_HYBRID
+from shapes import QWEN3_8B, QWEN3_32B, QWEN3_NEXT_80B, SMALL
 
 from qwen_dist.errors import UsageError
 from qwen_dist.hf_config import parse_model_config
