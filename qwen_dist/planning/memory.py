@@ -358,10 +358,17 @@ class CostModel:
         trained = self.workload.lora is None
         width = self._itemsize + trained * (self._itemsize + F32_BYTES)
         weights = max(sum(one.used for one in block.parameters) for block in self._kinds.values())
-        block = 2 * max(map(self._block_activation_bytes, self._kinds)) + weights * width
+        block = max(self._backward_bytes(kind) for kind in self._kinds) + weights * width
         # The logits, their softmax, and their gradient.
         logits = self._size("vocab") * min(self._num_local_tokens(), LOSS_CHUNK_TOKENS) * (2 * F32_BYTES + self._itemsize)
         return max(block, logits + self.sizes.head.used * (self._itemsize + trained * F32_BYTES))
+
+    def _backward_bytes(self, kind: LayerConfig) -> int:
+        """Return the bytes of a block's activations and of their gradients."""
+        if kind.mixer != "delta_net":
+            return 2 * self._block_activation_bytes(kind)
+        rule = self._delta_residual_bytes()
+        return 2 * (self._block_activation_bytes(kind) - rule) + self.compiler.delta_rule_copies * rule
 
     def _used_weight_bytes(self) -> int:
         """Return the bytes on one device of all weights of blocks, and of the head, as activations are sharded."""
