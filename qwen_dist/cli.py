@@ -304,7 +304,11 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("--method", choices=("lora", "full"), default="lora", help="for finetune (lora)")
     plan.add_argument("--remat", choices=("none", "selective", "full"), default="full", help="for finetune (full)")
     plan.add_argument(
-        "--compile", nargs="?", const="all", metavar="A,B", help="run the compiler; A,B: extrapolate from A and B layers"
+        "--compile",
+        nargs="?",
+        const="all",
+        metavar="A,B",
+        help="run the compiler; A,B: extrapolate from A and B layers; auto",
     )
     plan.add_argument("--chart", metavar="FILE", help="also write an HTML page with the memory of each device")
     _add_flags(plan, _MODEL_FLAGS[:3])
@@ -929,7 +933,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     workload = Workload(options.workload, options.batch_size, options.context, config.model.dtype, options.remat, lora)
     plan = make_capacity_plan(config.model.path, model, topology, workload, config.mesh or None)
     if options.compile is not None:
-        plan = compile_plan(plan, model, parse_layers(options.compile, len(model.layers)))
+        plan = compile_plan(plan, model, parse_layers(options.compile, model.layers))
     if options.json:
         print(to_json(plan))
     else:

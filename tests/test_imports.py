@@ -51,6 +51,7 @@ LEVELS = {
     "hf_config": 2,
     "models.state_spec": 1,
     "planning.chips": 1,
+    "planning.flops": 5,
     "demo": 1,
     "command_parser": 1,
     "config_files": 2,

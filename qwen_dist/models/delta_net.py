@@ -94,6 +94,7 @@ class GatedDeltaNet(nnx.Module):
         if state is None:
             conv_BTGC, _ = self.conv1d(qkv_BTGC, None, segments_BT)
         else:
+            qkv_BTGC, state = slots.in_turn(qkv_BTGC, state)
             rows = slot_rows(inputs)
             before_BWGC = slots.gather(state[1], rows, dtype=qkv_BTGC.dtype)
             if rows.continues_B is not None:
@@ -112,7 +113,7 @@ class GatedDeltaNet(nnx.Module):
             count_B = is_real_BT.sum(1)
             index_BW = count_B[:, None] + jnp.arange(net.conv_taps - 1)
             columns = slots.scatter(state[1], rows, take_positions(with_before_BTGC, index_BW))
-            state = (matrices, columns)
+            o_BTGRV, state = slots.in_turn(o_BTGRV, (matrices, columns))
         o_BTGRV = constrain(o_BTGRV.astype(x_BTD.dtype), *_HEAD_AXES[:3], "value_heads", "head_channels")
         o_BTGRV = tap("core", o_BTGRV)
         if inputs.logit_indices_BX is not None:

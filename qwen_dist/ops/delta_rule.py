@@ -126,9 +126,14 @@ def one_token(inputs: DeltaInputs, state_BGRKV: jax.Array) -> tuple[jax.Array, j
     return o_BGRV[:, None], new_BGRKV
 
 
+def chunk_size(num_tokens: int) -> int:
+    """Return the tokens of a chunk of rows with this many tokens: a power of 2."""
+    return min(CHUNK, 1 << (num_tokens - 1).bit_length())
+
+
 def _prepare(inputs: DeltaInputs, segments_BT: jax.Array | None) -> PreparedChunk:
     """Return the rows' chunks, prepared: arrays [N, B, …]."""
-    size = min(CHUNK, 1 << (inputs.v_BTGRV.shape[1] - 1).bit_length())
+    size = chunk_size(inputs.v_BTGRV.shape[1])
     chunks = jax.tree.map(lambda x: _in_chunks(x, size), inputs)
     segments = None
     if segments_BT is not None:

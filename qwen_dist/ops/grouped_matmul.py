@@ -115,8 +115,17 @@ def can_tile_rows(left_RO: jax.Array, right_RC: jax.Array, sizes_E: jax.Array) -
 
 def _in_tiles(x: jax.Array) -> tuple[jax.Array, int]:
     """Pad rows to whole tiles; also return the rows of a tile, which is multiplied once for each group with a row in it."""
-    tile = min(TILE_ROWS, -(-len(x) // 16) * 16)
-    return jnp.pad(x, ((0, -len(x) % tile), (0, 0))), tile
+    return jnp.pad(x, ((0, num_tiled_rows(len(x)) - len(x)), (0, 0))), _tile_rows(len(x))
+
+
+def num_tiled_rows(num_rows: int) -> int:
+    """Return how many rows the TPU kernel multiplies for `num_rows`: whole tiles."""
+    tile = _tile_rows(num_rows)
+    return -(-num_rows // tile) * tile
+
+
+def _tile_rows(num_rows: int) -> int:
+    return min(TILE_ROWS, -(-num_rows // 16) * 16)
 
 
 # --- the plain form ---

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from qwen_dist.sharding import constrain
+
 # Positions of a page. Half a page a sequence is wasted on average; smaller pages make smaller, slower products.
 PAGE = 64
 # Pages that attention reads at a time, at most, for rows of one query and of many: their scores fit into a CPU's cache.
@@ -84,4 +86,7 @@ def write(
         new_DXKH = new_BTKH.reshape(num_shards, -1, *new_BTKH.shape[2:]).view(pool.dtype)
         return jax.vmap(put)(pool, new_DXKH, page_DX, offset_DX)
 
-    return PagedState(put_all(state.k, k_BTKH), put_all(state.v, v_BTKH))
+    # As attention would have them sharded, XLA would all-gather them after the step.
+    axes = ("batch", "pages", "kv_heads", "kv_length", "head_dim")
+    k, v = (constrain(put_all(pool, new), *axes) for pool, new in ((state.k, k_BTKH), (state.v, v_BTKH)))
+    return PagedState(k, v)

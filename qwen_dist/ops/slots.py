@@ -51,6 +51,14 @@ def scatter(pool_DM: jax.Array, rows: SlotRows, new_B: jax.Array) -> jax.Array:
     return jax.vmap(lambda pool_M, slot_B, x_B: pool_M.at[slot_B].set(x_B, mode="drop"))(pool_DM, written_DB, new_DB)
 
 
+def in_turn(x: jax.Array, pools: Tree) -> tuple[jax.Array, Tree]:
+    """Return the same values, which exist together: before a layer reads its pools, and after it has written them.
+
+    Otherwise XLA may gather the states of all layers first and scatter them last, and keep them all meanwhile.
+    """
+    return jax.lax.optimization_barrier((x, pools))
+
+
 def recur(pools: Tree, rows: SlotRows, initial: Tree, inputs_B: Tree, body: Body) -> tuple[Tree, Tree]:
     """Run a recurrence over the rows, each from its state, the rows of one sequence one after the other.
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from qwen_dist.errors import UsageError
 from qwen_dist.mesh import MeshConfig
-from qwen_dist.models.config import ModelConfig
+from qwen_dist.models.config import LayerConfig, ModelConfig
 from qwen_dist.planning.chips import Chip, Topology
 from qwen_dist.planning.memory import Cost, CostModel, abstract_sharding_context
 from qwen_dist.planning.workload import Phase, Workload
@@ -169,14 +169,40 @@ def compile_plan(plan: CapacityPlan, config: ModelConfig, layers: tuple[int, ...
     return dataclasses.replace(plan, chosen=chosen, compiled_layers=layers or (len(config.layers),))
 
 
-def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
-    """Parse `all`, or two numbers of layers such as `3,5` to extrapolate from. Raises UsageError."""
+def parse_layers(text: str, layers: Sequence[LayerConfig]) -> tuple[int, ...]:
+    """Return the two numbers of layers to extrapolate from; none for the whole model.
+
+    What is added between them must be what is added after them: whole periods of the pattern of kinds of layers.
+
+    Args:
+      text: `all`, `auto`, or two numbers such as `3,5`.
+      layers: of the model.
+
+    Raises:
+      UsageError: the numbers are not increasing or too large, or leave a part of a period.
+    """
     if text == "all":
         return ()
-    layers = tuple(int(part) if part.isdecimal() else 0 for part in text.split(","))
-    if len(layers) != 2 or not 0 < layers[0] < layers[1] <= num_layers:
-        raise UsageError(f"--compile {text}: give two increasing numbers up to {num_layers}, such as 3,5, or none")
-    return layers
+    period, num_layers = _period(layers), len(layers)
+    fewest = next((n for n in range(3, num_layers) if n % period == num_layers % period), num_layers)
+    few = fewest, fewest + period * -(-2 // period)
+    if text == "auto":
+        return few if few[1] < num_layers else ()
+    example = f"such as {few[0]},{few[1]}, or none" if few[1] <= num_layers else "or none"
+    given = tuple(int(part) if part.isdecimal() else 0 for part in text.split(","))
+    if len(given) != 2 or not 0 < given[0] < given[1] <= num_layers:
+        raise UsageError(f"--compile {text}: give two increasing numbers up to {num_layers}, {example}")
+    if wrong := [number for number in given if number % period != num_layers % period]:
+        raise UsageError(
+            f"--compile {text}: the kinds of the {num_layers} layers repeat every {period}, so {wrong[0]} of them are not "
+            f"like the model; give numbers that differ from {num_layers} by a multiple of {period}, {example}"
+        )
+    return given
+
+
+def _period(layers: Sequence[LayerConfig]) -> int:
+    """Return after how many layers their kinds repeat."""
+    return next(size for size in range(1, len(layers) + 1) if layers[size:] == layers[:-size])
 
 
 def plan_mesh(config: ModelConfig, topology: Topology, workload: Workload, mesh: str) -> MeshPlan:

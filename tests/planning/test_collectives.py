@@ -1,7 +1,7 @@
 """Communication between devices, counted in the text of compiled programs."""
 
 import pytest
-from shapes import SMALL, qwen3
+from shapes import SMALL, SMALL_HYBRID, qwen3
 
 from qwen_dist.hf_config import parse_model_config
 from qwen_dist.mesh import MeshConfig
@@ -50,20 +50,34 @@ def text(topology: str, mesh: str, hf, command: str, phase: str) -> str:
 
 
 def check_tensor_parallel(topology: str, mesh: str, hf, phase: str) -> None:
-    """Each layer has two all-reduces, after attention and after the MLP. No all-gather is as large as a weight."""
-    one, three = (text(topology, mesh, hf | {"num_hidden_layers": depth}, "batch", phase) for depth in (1, 3))
-    sums = [sum(len(op.arrays) for op in parse_collectives(it) if op.kind == "all-reduce") for it in (one, three)]
+    """Each layer all-reduces its tokens twice, after the mixer and after the MLP. No all-gather is as large as a weight.
+
+    The layers that are added are one more period of a hybrid's pattern.
+    """
+    depths = (2, 4) if "full_attention_interval" in hf else (1, 3)
+    shallow, deep = (text(topology, mesh, hf | {"num_hidden_layers": depth}, "batch", phase) for depth in depths)
+    tokens = hf["hidden_size"] * 8
+    sums = [
+        sum(elements >= tokens for op in parse_collectives(it) if op.kind == "all-reduce" for elements, _ in op.arrays)
+        for it in (shallow, deep)
+    ]
     assert sums[1] - sums[0] == 2 * 2
     smallest = hf["hidden_size"] * hf["num_key_value_heads"] * hf["head_dim"]
-    gathered = [result for result in parse_collectives(three) if result.kind == "all-gather"]
+    gathered = [result for result in parse_collectives(deep) if result.kind == "all-gather"]
     assert all(elements < smallest for result in gathered for elements, _ in result.arrays), gathered
 
 
 @pytest.mark.parametrize(
-    ("mesh", "phase"), [("tensor=8", "decode"), pytest.param("data=2,tensor=4", "prefill", marks=pytest.mark.slow)]
+    ("mesh", "hf", "phase"),
+    [
+        ("tensor=8", SMALL, "decode"),
+        pytest.param("data=2,tensor=4", SMALL, "prefill", marks=pytest.mark.slow),
+        ("tensor=4", SMALL_HYBRID, "decode"),
+        pytest.param("tensor=4", SMALL_HYBRID, "prefill", marks=pytest.mark.slow),
+    ],
 )
-def test_tensor_parallel_layers_sum_twice_and_gather_no_weight(mesh, phase):
-    check_tensor_parallel("cpu:8", mesh, SMALL, phase)
+def test_tensor_parallel_layers_sum_twice_and_gather_no_weight(mesh, hf, phase):
+    check_tensor_parallel("cpu:8", mesh, hf, phase)
 
 
 def test_inference_over_fsdp_gathers_no_weights():
@@ -116,3 +130,11 @@ def test_tensor_parallel_on_tpus(topology, phase):
     pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: pip install libtpu")
     hf = qwen3(1, 2048, 16, 6144, vocab_size=8192)
     check_tensor_parallel(topology, "tensor=8", hf, phase)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_hybrid_on_more_tpus_than_key_value_heads(phase):
+    """Each key/value head is on two devices: the cache is not gathered either."""
+    pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: pip install libtpu")
+    check_tensor_parallel("v5e:2x4", "tensor=8", SMALL_HYBRID, phase)

@@ -7,10 +7,11 @@ import sys
 
 import pytest
 from rich.console import Console
-from shapes import QWEN3_8B, QWEN3_32B, SMALL
+from shapes import QWEN3_8B, QWEN3_32B, QWEN3_NEXT_80B, SMALL
 
 from qwen_dist.errors import UsageError
 from qwen_dist.hf_config import parse_model_config
+from qwen_dist.models.config import LayerConfig
 from qwen_dist.planning.chips import CHIPS, Topology
 from qwen_dist.planning.plan import compile_plan, make_capacity_plan, parse_layers, plan_mesh, step_time
 from qwen_dist.planning.report import print_plan, to_json, write_chart
@@ -81,7 +82,19 @@ def test_the_floor_of_a_decode_step_is_weights_and_cache_over_the_bandwidth():
 @pytest.mark.parametrize("text", ["3,1", "0,2", "1", "1,2,3", "a,b", "1,5", "2,2"])
 def test_invalid_numbers_of_layers_to_compile(text):
     with pytest.raises(UsageError, match="two increasing numbers up to 4"):
-        parse_layers(text, 4)
+        parse_layers(text, 4 * (LayerConfig(),))
+
+
+def test_layers_to_compile_are_whole_periods_of_the_pattern():
+    plain, hybrid = 36 * (LayerConfig(),), parse_model_config(QWEN3_NEXT_80B).layers
+    assert [parse_layers("auto", layers) for layers in (plain, hybrid, hybrid[:8], plain[:2])] == [(3, 5), (4, 8), (), ()]
+    assert parse_layers("8,16", hybrid) == (8, 16) and parse_layers("all", hybrid) == ()
+    with pytest.raises(UsageError, match=r"the kinds of the 48 layers repeat every 4, so 5 .* such as 4,8, or none"):
+        parse_layers("4,5", hybrid)
+    # An odd end: three linear layers after the last attention.
+    assert parse_layers("auto", hybrid[:-1]) == (3, 7)
+    with pytest.raises(UsageError, match=r"repeat every 3, .* or none"):
+        parse_layers("1,2", (*plain[:2], LayerConfig("delta_net")))
 
 
 # --- what is printed ---

@@ -1,10 +1,10 @@
 """A step needs three times the flops of a traced forward pass; peaks are known for listed devices only."""
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from traced_flops import product_flops
 
 from qwen_dist.checkpoint.model import load_model
 from qwen_dist.config import LoraOptions
@@ -24,18 +24,6 @@ def loaded(tiny_checkpoint):
     return load_model(directory, ShardingContext(make_mesh(MeshConfig()), TRAIN), dtype="float32")
 
 
-def dots(jaxpr) -> float:
-    """The flops of all products in a traced program."""
-    total = 0.0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            total += 2 * equation.outvars[0].aval.size * np.prod([shape[dim] for dim in contracted])
-        total += sum(dots(inner) for inner in jax.extend.core.jaxprs_in_params(equation.params))
-    return total
-
-
 def test_a_step_needs_three_times_the_products_of_a_forward_pass(loaded):
     # One block of queries, so the program computes the full square of scores. CPUs have other products for fewer rows.
     T = 128
@@ -45,12 +33,32 @@ def test_a_step_needs_three_times_the_products_of_a_forward_pass(loaded):
         module = with_parameters(loaded.module, parameters)
         return module.unembed(module(jnp.zeros((1, T), jnp.int32), jnp.asarray(positions))[0])
 
-    traced = dots(jax.make_jaxpr(forward)(loaded.parameters).jaxpr)
+    traced = product_flops(jax.make_jaxpr(forward)(loaded.parameters).jaxpr)
     config = loaded.config
     square = 4 * T * T * config.num_attention_heads * config.head_dim
     seen = square * (T + 1) / (2 * T)
     found = StepFlops(loaded, loaded.parameters)(positions)
     assert found == pytest.approx(3 * (traced - square + seen), rel=1e-12)
+
+
+def test_a_step_of_a_hybrid(tiny_checkpoint):
+    """As above. Besides the products a delta net has a convolution; the gradient of its inverse has two products."""
+    directory = tiny_checkpoint("qwen3_5", num_hidden_layers=2)
+    loaded = load_model(directory, ShardingContext(make_mesh(MeshConfig()), TRAIN), dtype="float32")
+    T, C, value_heads = 128, 64, 4
+    positions = np.arange(T, dtype=np.int32)[None]
+
+    def forward(parameters):
+        module = with_parameters(loaded.module, parameters)
+        return module.unembed(module(jnp.zeros((1, T), jnp.int32), jnp.asarray(positions))[0])
+
+    traced = product_flops(jax.make_jaxpr(forward)(loaded.parameters).jaxpr)
+    square = 4 * T * T * 6 * 16
+    convolution = T * 2 * 4 * (2 * 2 * 8 + 4 * 12)
+    products_of_inverse = T / C * value_heads * 2 * C**3
+    seen = square * (T + 1) / (2 * T)
+    three_times = traced - square + seen + convolution - 12 * products_of_inverse
+    assert StepFlops(loaded, loaded.parameters)(positions) == 3 * three_times + (12 + 2) * products_of_inverse
 
 
 def test_frozen_weights_need_no_gradient_and_padding_needs_nothing(loaded):
