@@ -22,7 +22,7 @@ from qwen_dist.models.moe import EXPERT_MATRICES, Experts
 from qwen_dist.models.parameters import abstract_parameters, disk_shapes, from_disk, on_disk, random_parameters
 from qwen_dist.models.transformer import Transformer
 
-# As a target, all linear layers of the blocks but routers and experts, as in PEFT.
+# As a target, all linear layers of the blocks but routers and experts; in a dense model those of PEFT's target.
 ALL_LINEAR = "all-linear"
 
 

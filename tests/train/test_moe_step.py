@@ -124,15 +124,25 @@ def test_an_adapter_of_experts_is_saved_and_merged(adapted, tmp_path):
         assert relative_error(model.unembed(hidden), logits) < NUMBERS
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next"])
-def test_all_linear_targets_are_those_of_peft(tiny_checkpoint, family):
-    directory = tiny_checkpoint(family, num_hidden_layers=2)
+def test_all_linear_targets(tiny_checkpoint):
+    """Those of PEFT in a dense model; in a mixture also the shared expert and dense layers, but no router and no expert."""
+    directory = tiny_checkpoint("qwen3_5", num_hidden_layers=2)
     config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(load_torch(directory, "float32"), config)
     expected = {name.split(".lora_A")[0].split(".layers.")[1] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert all_linear(directory) == expected
+    mixture = all_linear(tiny_checkpoint("qwen3_next", num_hidden_layers=2))
+    dense, shared = ({f"{start}.{each}_proj" for each in ("gate", "up", "down")} for start in ("mlp", "mlp.shared_expert"))
+    found = {name.removeprefix("0.") for name in mixture if name.startswith("0.mlp")}
+    assert found == shared | {"mlp.shared_expert_gate"}
+    assert {name.removeprefix("1.") for name in mixture if name.startswith("1.mlp")} == dense
+
+
+def all_linear(directory):
+    """The layers that the target chooses."""
     module = load(directory, dtype="float32").module
     names = attach_lora(module, LoraOptions(target_modules=("all-linear",)), dtype="float32")
-    assert {name.split(".lora_")[0].removeprefix("layers.") for name in names} == expected
+    return {name.split(".lora_")[0].removeprefix("layers.") for name in names}
 
 
 def test_default_targets_are_attention_and_experts(tiny_checkpoint):
