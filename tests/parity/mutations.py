@@ -504,7 +504,7 @@ MUTATIONS = [
         "total_BGRC[..., :, None] - total_BGRC[..., None, :]",
         "jnp.exp(difference_BGRCC)",
         "jnp.where(sees_BCC, jnp.exp(difference_BGRCC), 0)",
-        named="layers.0.linear_attn.A_log",
+        named=LINEAR + "dt_bias",
         scenario="steep",
     ),
     _mutation(
@@ -638,8 +638,8 @@ MUTATIONS = [
     _mutation(
         "tokens before a chunk are not convolved",
         NET + "GatedDeltaNet.__call__",
-        "before_BWGC = slots.gather(state[1], rows)",
-        "before_BWGC = 0 * slots.gather(state[1], rows)",
+        "before_BWGC = slots.gather(",
+        "before_BWGC = 0 * slots.gather(",
         named="decode.prefill",
         scenario="hybrid",
     ),

@@ -87,12 +87,14 @@ def packed_error(tiny_checkpoint):
 
 @pytest.fixture(scope="module")
 def engine_answers(tiny_directory):
-    """A function → the answers of a new engine with a single slot to prompts of several chunks, one after the other."""
+    """A function → the answers of a new engine with a single slot to prompts one after the other: of several chunks, and
+    so short that what the slot held is not forgotten."""
     options = ModelOptions(str(tiny_directory("qwen3_5", num_hidden_layers=2)), dtype="float32")
 
     def answers():
         engine, _, params = open_engine(options, "", SamplingOptions(temperature=0.0, max_new_tokens=5), max_batch_size=1)
-        requests = [Request(n, tuple((n + 7 * i) % 300 for i in range(3 * PAGE + n)), params) for n in range(3)]
+        lengths = (3 * PAGE + 1, 2, 3, 3 * PAGE, 1)
+        requests = [Request(n, tuple((n + 7 * i) % 300 for i in range(lengths[n])), params) for n in range(len(lengths))]
         return [(update.request.key, update.tokens) for request in requests for update in engine.run([request])]
 
     return answers
