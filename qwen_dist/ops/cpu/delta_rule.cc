@@ -3,8 +3,8 @@
 // Column j of a head's state depends on column j of the values only. A job therefore takes some columns of one head, which
 // stay in the L1 cache while all tokens of a sequence pass. The state is read and written once a token: the pass that adds
 // token t to it also multiplies it with the key and the query of token t + 1. A single token takes more columns at a time,
-// and reads the state in the order of its memory. Each token is computed in the same order wherever it stands, so a sequence
-// gets the same bits however it is cut into rows and steps.
+// and reads the state in the order of its memory. Each token is computed in the same order wherever it stands, so a
+// sequence gets the same bits however it is cut into rows and steps.
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
@@ -58,6 +58,16 @@ int64_t CountRows(const std::vector<Chain>& chains) {
   return count;
 }
 
+// Set the outputs of the rows that are in no chain to 0.
+void ClearOutsideOf(const std::vector<Chain>& chains, int64_t num_rows, int64_t row_size, float* outputs) {
+  int64_t row = 0;
+  for (const Chain& chain : chains) {
+    std::fill(outputs + row * row_size, outputs + chain.first * row_size, 0.0f);
+    row = chain.end;
+  }
+  std::fill(outputs + row * row_size, outputs + num_rows * row_size, 0.0f);
+}
+
 // The sum of the products of two vectors.
 template <class Element>
 AVX512 INLINE float Dot(const Element* x, const Element* y, int64_t size) {
@@ -77,8 +87,8 @@ AVX512 INLINE void Scale(const Element* x, float factor, int64_t size, float* to
   }
 }
 
-// What the tiles of all value heads need of a token and key head: the normalised key, the normalised and scaled query, their
-// product, and the query's squared length before.
+// What the tiles of all value heads need of a token and key head: the normalised key, the normalised and scaled query,
+// their product, and the query's squared length before.
 struct Prepared {
   const float* key;
   int64_t size;
@@ -98,7 +108,8 @@ AVX512 void Prepare(const Element* query, const Element* key, int64_t size, floa
   to[2 * size + 1] = squares;
 }
 
-// Some columns of a state in this thread's memory, without gaps: in the pool, rows compete for the same lines of the L1 cache.
+// Some columns of a state in this thread's memory, without gaps: in the pool, rows compete for the same lines of the L1
+// cache.
 struct LocalTile {
   struct alignas(64) Row {
     float columns[kTileVectors * kFloatLanes];
@@ -294,27 +305,26 @@ ffi::Error DeltaRuleImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer 
   if (ffi::Error error = CheckForm(q, k, v, states); error.failure()) return error;
   const auto key = k.dimensions(), value = v.dimensions();
   const Shape shape{value[0], value[1], value[2], value[3], key[3], value[4]};
+  const auto num_gates = v.element_count() / shape.value_dim, num_prepared = k.element_count() / shape.key_dim;
+  const auto num_rows = static_cast<size_t>(shape.num_rows);
+  if (gates.element_count() != num_gates || betas.element_count() != num_gates || slots.element_count() != num_rows ||
+      is_start.element_count() != num_rows || continues.element_count() != num_rows ||
+      outputs->element_count() != v.element_count() || new_states->untyped_data() != states.untyped_data() ||
+      prepared->element_count() != num_prepared * Prepared::Stride(shape.key_dim)) {
+    return ffi::Error::InvalidArgument("delta_rule takes gates and step sizes [B, T, G, R] and rows [B], in place");
+  }
   const auto chains = Chains(slots.typed_data(), is_start.typed_data(), continues.typed_data(), shape.num_rows,
                              states.dimensions()[1]);
-  int64_t row = 0;  // of the rows without a slot, clear the outputs
-  const int64_t row_size = outputs->element_count() / shape.num_rows;
-  const auto clear_until = [&](int64_t end) {
-    std::fill(outputs->typed_data() + row * row_size, outputs->typed_data() + end * row_size, 0.0f);
-  };
-  for (const Chain& chain : chains) {
-    clear_until(chain.first);
-    row = chain.end;
-  }
-  clear_until(shape.num_rows);
+  ClearOutsideOf(chains, shape.num_rows, outputs->element_count() / shape.num_rows, outputs->typed_data());
 
   const auto run = [&](auto float_type) {
     using Element = typename decltype(float_type)::Element;
-    const auto *queries = static_cast<const Element*>(q.untyped_data()), *keys = static_cast<const Element*>(k.untyped_data());
-    const int64_t num_prepared = shape.num_rows * shape.num_tokens * shape.key_heads;
-    const int64_t stride = Prepared::Stride(shape.key_dim);
-    ParallelFor(pool, (num_prepared + kPreparedPerJob - 1) / kPreparedPerJob, [&](int64_t job) {
+    const auto* queries = static_cast<const Element*>(q.untyped_data());
+    const auto* keys = static_cast<const Element*>(k.untyped_data());
+    const int64_t stride = Prepared::Stride(shape.key_dim), count = num_prepared;
+    ParallelFor(pool, (count + kPreparedPerJob - 1) / kPreparedPerJob, [&](int64_t job) {
       const FlushDenormals flush;
-      for (int64_t i = job * kPreparedPerJob; i < std::min(num_prepared, (job + 1) * kPreparedPerJob); ++i) {
+      for (int64_t i = job * kPreparedPerJob; i < std::min(count, (job + 1) * kPreparedPerJob); ++i) {
         Prepare(queries + i * shape.key_dim, keys + i * shape.key_dim, shape.key_dim, prepared->typed_data() + i * stride);
       }
     });
