@@ -18,8 +18,9 @@ from qwen_dist.json_reader import read_file, read_json_object, read_optional_obj
 
 VOCAB_FILE, MERGES_FILE, ADDED_TOKENS_FILE = "vocab.json", "merges.txt", "added_tokens.json"
 _MAX_BYTES = 2**28
-# Of every Qwen tokenizer. Each digit is one token.
-_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# How Qwen's tokenizers split a text. Each digit is one token. From Qwen3.5 on, combining marks belong to words.
+_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?%s+|\p{N}| ?[^\s%s\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LETTERS, _LETTERS_AND_MARKS = (r"\p{L}", r"\p{L}"), (r"[\p{L}\p{M}]", r"\p{L}\p{M}")
 _FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 _MAX_ID = 2**31
 
@@ -48,12 +49,20 @@ def build_backend(directory: Path) -> tokenizers.Tokenizer:
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(f"{directory / MERGES_FILE} cannot be used: {printable(error)}; download it again") from None
     backend.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(_PATTERN), "isolated")
+    split = pre_tokenizers.Split(Regex(_PATTERN % _word_characters(directory)), "isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def _word_characters(directory: Path) -> tuple[str, str]:
+    """Return what words consist of, for both places of `_PATTERN`: as transformers does, by the model's type."""
+    config = read_optional_object(directory / "config.json") or {}
+    text = config.get("text_config")
+    model_type = (text if isinstance(text, dict) else config).get("model_type")
+    return _LETTERS_AND_MARKS if str(model_type).startswith("qwen3_5") else _LETTERS
 
 
 def _merge(line: str) -> tuple[str, str]:
