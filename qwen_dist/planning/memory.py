@@ -110,7 +110,7 @@ class CostModel:
             "q_heads": config.num_attention_heads,
             "kv_heads": config.num_key_value_heads,
             "head_dim": config.head_dim,
-            "key_heads": net.num_key_heads if net else 0,
+            "scan_heads": net.num_key_heads if net else 0,
             "embed": config.hidden_size,
             "mlp": config.intermediate_size,
             "vocab": config.vocab_size,
@@ -263,7 +263,7 @@ class CostModel:
     def _delta_workspace_bytes(self, length: int) -> int:
         """Return the bytes of the delta rule's operands, prepared chunks and outputs, in float32."""
         net = self._delta_net
-        heads = self._size("batch", "length", "key_heads", length=length)
+        heads = self._scanned_size(length)
         projected = heads * (2 * net.conv_channels + net.group_values) * self._itemsize
         if length == 1:
             # Of each row the state before and after.
@@ -271,6 +271,10 @@ class CostModel:
         chunk = chunk_size(length)
         prepared = net.values_per_key * (2 * net.value_dim + 3 * net.key_dim + 2 * chunk)
         return projected + heads * (net.conv_channels + prepared) * F32_BYTES
+
+    def _scanned_size(self, length: int) -> int:
+        """Return the number of tokens times key heads of which one device computes the delta rule."""
+        return self._size("batch", "scan_length", "scan_heads", scan_length=length)
 
     @property
     def _delta_net(self) -> DeltaNetConfig:
@@ -328,7 +332,7 @@ class CostModel:
         # triangular system with its decay and its inverse, the corrections, the outputs and the state before each chunk.
         of_head = 4 * net.key_dim + 4 * net.value_dim + 4 * chunk + net.key_dim * net.value_dim // chunk
         wide = 2 * net.conv_channels + net.values_per_key * of_head
-        return self._size("batch", "length", "key_heads") * (projected * self._itemsize + wide * F32_BYTES)
+        return self._scanned_size(self.workload.context) * (projected * self._itemsize + wide * F32_BYTES)
 
     @property
     def _uses_splash_attention(self) -> bool:
@@ -483,10 +487,6 @@ class CostModel:
         for kind, count in self.sizes.counts.items():
             yield kind, self._equivalent_blocks(count, tokens, has_last=kind == self.config.layers[-1])
 
-    def _tokens_by(self, heads: str, tokens: int) -> float:
-        """Return the tokens of a step, as far as one device has their heads."""
-        return self._size("batch", "length", heads, length=tokens) / self._dim_sizes[heads]
-
     def _attention_flops(self, tokens: int) -> float:
         return sum(self._group_attention_flops(group, tokens) for group in range(len(self._groups)))
 
@@ -498,14 +498,15 @@ class CostModel:
         has_last = len(self.config.layers) - 1 in layers_of_group
         layers = self._equivalent_blocks(len(layers_of_group), tokens, has_last=has_last)
         per_key = mixing_flops(self.config, self.config.layers[layers_of_group[0]], tokens).per_key
-        return self._tokens_by("q_heads", tokens) * keys * per_key * layers
+        share = self._size("batch", "length", "q_heads", length=tokens) / self.config.num_attention_heads
+        return share * keys * per_key * layers
 
     def _delta_rule_flops(self, tokens: int) -> MixingFlops:
         """Return the flops of the delta rule in all layers."""
         counts = [(kind, count) for kind, count in self.sizes.counts.items() if kind.mixer == "delta_net"]
         if not counts:
             return MixingFlops()
-        times = sum(count for _, count in counts) * self._tokens_by("key_heads", tokens)
+        times = sum(count for _, count in counts) * self._scanned_size(tokens) / self._delta_net.num_key_heads
         return MixingFlops(*(times * flops for flops in mixing_flops(self.config, counts[0][0], tokens)))
 
     # --- collectives ---
