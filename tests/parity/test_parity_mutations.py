@@ -100,6 +100,7 @@ def engine_answers(tiny_directory):
     return answers
 
 
+@pytest.mark.slow
 def test_packed_sequences_of_a_hybrid_equal_each_alone(packed_error):
     assert packed_error() < 1e-12
 

@@ -195,11 +195,11 @@ def test_reports_of_failures_name_the_component(report):
 
     checks = [
         dataclasses.replace(check, measured=np.inf, where="row 0, position 3")
-        if check.name.endswith("0.self_attn.q_rope")
+        if check.name.endswith("1.self_attn.q_rope")
         else check
         for check in report.checks
     ]
     broken = dataclasses.replace(report, checks=checks)
     assert not broken.ok
-    assert broken.verdict().startswith("beyond bounds: layers.0.self_attn.q_rope (same inputs): max |Δ| is inf")
+    assert broken.verdict().startswith("beyond bounds: layers.1.self_attn.q_rope (same inputs): max |Δ| is inf")
     assert "Beyond bounds" in to_html(broken) and "row 0, position 3" in to_html(broken)
