@@ -308,7 +308,7 @@ def _add_plan(commands: Any) -> None:
         nargs="?",
         const="all",
         metavar="A,B",
-        help="run the compiler; A,B: extrapolate from A and B layers; auto",
+        help="run the compiler; A,B: extrapolate from A and B layers; auto: choose both",
     )
     plan.add_argument("--chart", metavar="FILE", help="also write an HTML page with the memory of each device")
     _add_flags(plan, _MODEL_FLAGS[:3])

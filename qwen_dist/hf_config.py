@@ -98,7 +98,7 @@ _ROPE_REQUIRED: dict[str, tuple[str, ...]] = {
 _ROPE_ALWAYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 # Keys of a hybrid's rope_parameters that concern images: with text, all three position axes are equal.
 _ROPE_OF_IMAGES = frozenset({"mrope_section", "mrope_interleaved"})
-# Keys beside `text_config` in the configuration of a multimodal model.
+# Keys outside `text_config` in the configuration of a multimodal model.
 _OUTER_HARMLESS = frozenset(
     "vision_config image_token_id video_token_id vision_start_token_id vision_end_token_id language_model_only".split()
 )
@@ -119,7 +119,7 @@ class _Reader(KeyReader):
     """Takes keys out of the parsed file one by one; a key that is left at the end was not understood."""
 
     def outer_problems(self, text: Mapping[str, Any]) -> list[str]:
-        """Return what is wrong with the keys of a multimodal model's configuration beside `text_config`."""
+        """Return what is wrong with the keys of a multimodal model's configuration outside `text_config`."""
         tied = self.left.pop("tie_word_embeddings", None)
         inner = text.get("tie_word_embeddings")
         if tied is not None and inner is not None and tied != inner:

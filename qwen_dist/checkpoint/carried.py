@@ -5,8 +5,7 @@ They are loaded like parameters, under their names on disk: sharded over the dev
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +23,13 @@ from qwen_dist.sharding import ShardingContext
 
 def load_carried(
     checkpoint: Checkpoint,
-    disk_shapes: dict[str, DiskShape],
+    disk_shapes: Mapping[str, DiskShape],
     sharding_ctx: ShardingContext,
     *,
     tied: bool,
     host_memory_budget: int | None = None,
 ) -> dict[str, jax.Array]:
-    """Return the tensors of a checkpoint that are of no parameter, by their names on disk.
+    """Return the tensors of a checkpoint that belong to no parameter, by their names on disk.
 
     Args:
       checkpoint: an opened checkpoint.
@@ -42,24 +41,19 @@ def load_carried(
     Raises:
       CheckpointError: as `load`.
     """
-    carried = map_names(disk_shapes, checkpoint.tensors, tied=tied).carried
-    return _load_alone(checkpoint, [checkpoint.tensors[name] for name in carried], sharding_ctx, host_memory_budget)
-
-
-def _load_alone(
-    checkpoint: Checkpoint, tensors: Iterable[TensorInfo], sharding_ctx: ShardingContext, budget: int | None
-) -> dict[str, jax.Array]:
-    tensors = list(tensors)
-    if not tensors:
+    tensors = checkpoint.tensors
+    carried = [tensors[name] for name in map_names(disk_shapes, tensors, tied=tied).carried]
+    if not carried:
         return {}
-    target = {one.name: _target(one, sharding_ctx) for one in tensors}
-    return load(checkpoint, target, names=name_alone(tensors, checkpoint.tensors), host_memory_budget=budget)
+    target = {one.name: _target(one, sharding_ctx) for one in carried}
+    names = name_alone({one.name: one.shape for one in carried}, tensors)
+    return load(checkpoint, target, names=names, host_memory_budget=host_memory_budget)
 
 
 def _target(tensor: TensorInfo, sharding_ctx: ShardingContext) -> jax.ShapeDtypeStruct:
     """Return a target whose first dimension is sharded over all devices, where their number divides it."""
     mesh = sharding_ctx.mesh
-    is_divisible = math.prod(tensor.shape[:1]) % mesh.size == 0 and len(tensor.shape) > 0
+    is_divisible = len(tensor.shape) > 0 and tensor.shape[0] % mesh.size == 0
     spec = PartitionSpec(mesh.axis_names) if is_divisible else PartitionSpec()
     dtype = jnp.bfloat16 if tensor.dtype.name in FP8_DTYPES else np.dtype(tensor.dtype.numpy)
     return jax.ShapeDtypeStruct(tensor.shape, dtype, sharding=NamedSharding(mesh, spec))

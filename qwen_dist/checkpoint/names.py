@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from qwen_dist.checkpoint.safetensors import TensorInfo
@@ -85,9 +85,9 @@ def name_tensors(disk_shapes: Mapping[str, tuple[int, ...]], *, layout: Layout |
     return NameMap({name: _segments(name, shape, layout) for name, shape in disk_shapes.items()})
 
 
-def name_alone(tensors: Iterable[TensorInfo], stored: Mapping[str, TensorInfo]) -> NameMap:
-    """Return the names of tensors that are loaded as they are on disk, each with its scales if these are stored."""
-    segments = {one.name: (Segment(one.name, one.shape, 0, math.prod(one.shape)),) for one in tensors}
+def name_alone(shapes: Mapping[str, tuple[int, ...]], stored: Container[str] = ()) -> NameMap:
+    """Return the names of tensors that are in memory as they are on disk, each with its scales if these are stored."""
+    segments = {name: (Segment(name, shape, 0, math.prod(shape)),) for name, shape in shapes.items()}
     return NameMap(segments, {name: name + SCALE_SUFFIX for name in segments if name + SCALE_SUFFIX in stored})
 
 

@@ -28,7 +28,7 @@ from qwen_dist.checkpoint.boxes import box_from_slices, contains, intersect, rel
 from qwen_dist.checkpoint.buffers import is_on_host
 from qwen_dist.checkpoint.files import INDEX_NAME, LOCAL_READ_OPTIONS, SINGLE_FILE_NAME, Folder, LocalFile
 from qwen_dist.checkpoint.load import ByteCounter, ProgressCallback, fit_to_budget, run_in_threads
-from qwen_dist.checkpoint.names import Layout, NameMap, Segment, find_layout, name_tensors
+from qwen_dist.checkpoint.names import Layout, NameMap, find_layout, name_alone, name_tensors
 from qwen_dist.checkpoint.plan import Chunk, Parameter, Shard, chunk_boxes, count_stack_dims
 from qwen_dist.checkpoint.safetensors import LENGTH_BYTES, TensorInfo, build_header, dtype_name, parse_header
 from qwen_dist.checkpoint.source import Checkpoint, read_header
@@ -135,8 +135,8 @@ def save(
     saved_config = _saved_config(config, dtypes)
     names = name_tensors(shapes, layout=layout)
     if carried:
-        alone = {name: (Segment(name, array.shape, 0, array.size),) for name, array in carried.items()}
-        names, arrays = NameMap({**names.segments, **alone}), {**arrays, **carried}
+        alone = name_alone({name: array.shape for name, array in carried.items()})
+        names, arrays = NameMap({**names.segments, **alone.segments}), {**arrays, **carried}
         dtypes |= {name: np.dtype(array.dtype) for name, array in carried.items()}
     files = _plan_files(names, dtypes, max_shard_bytes)
     with contextlib.ExitStack() as stack, _write_errors(target):

@@ -86,7 +86,7 @@ def write(
         new_DXKH = new_BTKH.reshape(num_shards, -1, *new_BTKH.shape[2:]).view(pool.dtype)
         return jax.vmap(put)(pool, new_DXKH, page_DX, offset_DX)
 
-    # As attention would have them sharded, XLA would all-gather them after the step.
+    # Otherwise XLA shards them as attention reads them, and all-gathers them after the step.
     axes = ("batch", "pages", "kv_heads", "kv_length", "head_dim")
     k, v = (constrain(put_all(pool, new), *axes) for pool, new in ((state.k, k_BTKH), (state.v, v_BTKH)))
     return PagedState(k, v)
