@@ -256,6 +256,8 @@ def _hook_delta_net(module: Any, start: str) -> None:
 
     recorders = _DeltaNetRecorders(record_convolution, record_rule)
     module.register_forward_pre_hook(lambda _module, _inputs: _running_delta_net.set(recorders) and None)
+    # The functions also serve models that are not observed.
+    module.register_forward_hook(lambda _module, _inputs, _output: _running_delta_net.set(None) and None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +279,7 @@ def _observe_functions(modeling: Any) -> None:
 
     def observed_convolution(*args: Any, **kwargs: Any) -> Any:
         output, recorders = convolution(*args, **kwargs), _running_delta_net.get()
-        if recorders is not None:
+        if recorders is not None and _recording.get() is not None:
             recorders.convolution(output)
         return output
 

@@ -36,7 +36,7 @@ def answers(engine, requests):
     ("family", "dtype"),
     [
         *(("qwen3", "float32"), ("qwen3_moe", "bfloat16"), ("qwen3_5", "bfloat16")),
-        *(pytest.param(family, "float32", marks=pytest.mark.slow) for family in ("qwen2", "qwen3_moe", "qwen3_next")),
+        *(pytest.param(family, "float32", marks=pytest.mark.slow) for family in ("qwen2", "qwen3_moe")),
         pytest.param("qwen2", "bfloat16", marks=pytest.mark.slow),
         pytest.param("qwen3", "bfloat16", marks=pytest.mark.slow),
     ],
