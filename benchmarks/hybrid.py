@@ -68,7 +68,7 @@ def checkpoint(folder: Path, **values: Any) -> Path:
     sizes = {"hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 24, "vocab_size": 248320}
     sizes |= {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 256, "max_position_embeddings": 131072}
     sizes |= {"linear_num_key_heads": 16, "linear_num_value_heads": 16}
-    text = {"eos_token_id": 0, "pad_token_id": 0, "tie_word_embeddings": True}
+    text = {"eos_token_id": [0], "pad_token_id": 0, "tie_word_embeddings": True}
     config = transformers.AutoConfig.for_model("qwen3_5_text", **sizes | text | values)
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
