@@ -8,7 +8,6 @@ K key channels, V value channels, C channels of a key head in the convolution (2
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ from qwen_dist.models.state_spec import RecurrentSpec, StateArray
 from qwen_dist.ops import slots
 from qwen_dist.ops.delta_rule import DeltaInputs, delta_rule, delta_rule_in_slots
 from qwen_dist.ops.matmul import accum_dtype
+from qwen_dist.ops.short_convolution import short_convolution
 from qwen_dist.sharding import all_gather_weight, constrain
 
 _SEPARATE = ("in_proj_z", "in_proj_b", "in_proj_a")
@@ -164,25 +164,13 @@ class ShortConvolution(nnx.Module):
         self, x_BTGC: jax.Array, before_BWGC: jax.Array | None, segments_BT: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
         """Return y, and x with the W - 1 tokens before it [B, W - 1 + T, G, C]; `before_BWGC` has them, or they are 0."""
-        T, before = x_BTGC.shape[1], self.num_taps - 1
         if before_BWGC is None:
-            before_BWGC = jnp.zeros((len(x_BTGC), before, *x_BTGC.shape[2:]), x_BTGC.dtype)
-        all_BTGC = jnp.concatenate([before_BWGC.astype(x_BTGC.dtype), x_BTGC], axis=1)
+            before_BWGC = jnp.zeros((len(x_BTGC), self.num_taps - 1, *x_BTGC.shape[2:]), x_BTGC.dtype)
+        before_BWGC = before_BWGC.astype(x_BTGC.dtype)
         weight = all_gather_weight(self.weight[...], "key_heads", "head_blocks", "head_channels", "taps")
         weight_GCW = weight.reshape(*x_BTGC.shape[2:], self.num_taps)
-        wide = accum_dtype(x_BTGC.dtype)
-        # Widened before it is shifted: then the gradient sums over the taps in float32.
-        wide_BTGC = all_BTGC.astype(wide)
-        total_BTGC: Any = 0
-        for tap_index in range(self.num_taps):
-            shifted_BTGC = wide_BTGC[:, tap_index : tap_index + T]
-            if segments_BT is not None:
-                distance = before - tap_index
-                same_BT = jnp.roll(segments_BT, distance, axis=1) == segments_BT
-                shifted_BTGC = jnp.where(same_BT[..., None, None], shifted_BTGC, 0)
-            total_BTGC += shifted_BTGC * weight_GCW[..., tap_index].astype(wide)
-        rounded_BTGC = total_BTGC.astype(x_BTGC.dtype).astype(wide)
-        return jax.nn.silu(rounded_BTGC).astype(x_BTGC.dtype), all_BTGC
+        y_BTGC = short_convolution(x_BTGC, before_BWGC, weight_GCW, segments_BT)
+        return y_BTGC, jnp.concatenate([before_BWGC, x_BTGC], axis=1)
 
 
 class GatedRMSNorm(nnx.Module):

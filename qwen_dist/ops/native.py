@@ -9,8 +9,8 @@ The installation compiles them. Without a compiler, or on another processor, XLA
 kernel `NAME` takes the same arguments; the C++ checks them again. No kernel has a gradient.
 
 Letters: B batch, T length, D embed, N query heads, H head_dim, C in-features, O out-features, R rows, E groups (experts),
-K experts of a token, F mlp, A half of head_dim. In the delta rule: D shards, M slots, G key heads, R value heads of a key
-head, K key channels, V value channels.
+K experts of a token, F mlp, A half of head_dim. In a gated delta net: D shards, M slots, G key heads, R value heads of a
+key head, K key channels, V value channels, C channels of the convolution, W its taps.
 """
 
 from __future__ import annotations
@@ -41,15 +41,18 @@ TARGETS = {
     "qwen_dist_swiglu": "SwiGlu",
     "qwen_dist_rotate": "Rotate",
     "qwen_dist_paged_attention": "PagedAttention",
+    "qwen_dist_short_convolution": "ShortConvolution",
     "qwen_dist_delta_rule_in_slots": "DeltaRuleInSlots",
 }
-GROUPED_MATMUL, EXPERTS, SWIGLU, ROTATE, PAGED_ATTENTION, DELTA_RULE_IN_SLOTS = TARGETS
+GROUPED_MATMUL, EXPERTS, SWIGLU, ROTATE, PAGED_ATTENTION, SHORT_CONVOLUTION, DELTA_RULE_IN_SLOTS = TARGETS
 # The processor features that the kernels need, in the order of the bits that the library reports.
 FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
 # The least out-features of a matrix product, and the rows of one of its tiles.
 MIN_FEATURES, MAX_ROWS = 4, 6
 # Attention: head_dim is a multiple of LANES, and pages have KERNEL_PAGE positions.
 LANES, KERNEL_PAGE = 16, 64
+# The most taps of the short convolution.
+MAX_TAPS = 8
 # Bytes of a cache line, and how far apart addresses are that compete for the same lines of the first cache.
 CACHE_LINE, CACHE_WAY = 64, 4096
 
@@ -200,6 +203,20 @@ def paged_attention(
     scale = np.float32(q_BTNH.shape[-1] ** -0.5)
     # The pools go in as they are: XLA would copy them to reshape them.
     return call(q_BTNH, *state, *numbers, scale=scale, window=np.int64(sliding_window or 0))
+
+
+def can_short_convolution(
+    x_BTGC: jax.Array, before_BWGC: jax.Array, weight_GCW: jax.Array, segments_BT: jax.Array | None
+) -> bool:
+    dtypes = {x_BTGC.dtype, before_BWGC.dtype, weight_GCW.dtype}
+    is_form = dtypes in ({jnp.dtype(jnp.float32)}, {jnp.dtype(jnp.bfloat16)}) and weight_GCW.shape[-1] <= MAX_TAPS
+    return is_form and segments_BT is None and x_BTGC.size > 0
+
+
+def short_convolution(x_BTGC: jax.Array, before_BWGC: jax.Array, weight_GCW: jax.Array, segments_BT: None) -> jax.Array:
+    """Compute what `ops.short_convolution.short_convolution` does, without segments."""
+    call = _kernel(SHORT_CONVOLUTION, jax.ShapeDtypeStruct(x_BTGC.shape, x_BTGC.dtype))
+    return call(x_BTGC, before_BWGC, jnp.moveaxis(weight_GCW, -1, 0))
 
 
 def can_delta_rule_in_slots(inputs: DeltaInputs, pool_DMGRKV: jax.Array, rows: SlotRows) -> bool:

@@ -11,6 +11,7 @@ from qwen_dist.ops.grouped_matmul import GROUPED_MATMUL, ROWS_BY_ROWS, ROWS_BY_W
 from qwen_dist.ops.matmul import BATCHED_MATMUL, MATMUL
 from qwen_dist.ops.paged_attention import PAGED_ATTENTION
 from qwen_dist.ops.rotary import ROTATE
+from qwen_dist.ops.short_convolution import SHORT_CONVOLUTION
 from qwen_dist.ops.swiglu import SWIGLU
 
 OPS: tuple[Op, ...] = (
@@ -24,6 +25,7 @@ OPS: tuple[Op, ...] = (
     ROTATE,
     SWIGLU,
     EXPERTS,
+    SHORT_CONVOLUTION,
     DELTA_RULE,
     DELTA_RULE_IN_SLOTS,
     ARGMAX,

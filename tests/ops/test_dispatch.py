@@ -103,6 +103,10 @@ def delta_rule_arguments(dtype, value_dtype, pool_dtype, num_shards):
     return inputs, random((num_shards, 2, 2, 1, 8, 4), pool_dtype), rows
 
 
+def convolution_arguments(dtype, weight_dtype, num_taps):
+    return random((2, 3, 2, 5), dtype), random((2, num_taps - 1, 2, 5), dtype), random((2, 5, num_taps), weight_dtype), None
+
+
 # Of each kernel the predicate, the function, and arguments at the edge of what it takes.
 CASES = [
     (native.can_matmul, native.matmul, matmul_arguments, FLOATS, FLOATS, FLOATS, (3, 4)),
@@ -110,6 +114,7 @@ CASES = [
     (native.can_swiglu, native.swiglu, swiglu_arguments, FLOATS, FLOATS),
     (native.can_rotate, native.rotate, rotate_arguments, FLOATS, FLOATS),
     (native.can_paged_attention, native.paged_attention, attention_arguments, FLOATS[:2], (8, 16, 24, 32), (1, 2)),
+    (native.can_short_convolution, native.short_convolution, convolution_arguments, FLOATS, FLOATS, (1, 4, 8, 9)),
     (native.can_delta_rule_in_slots, native.delta_rule_in_slots, delta_rule_arguments, FLOATS, FLOATS, FLOATS[:2], (1, 2)),
 ]
 

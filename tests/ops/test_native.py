@@ -16,6 +16,7 @@ from qwen_dist.ops.matmul import matmul
 from qwen_dist.ops.paged_attention import paged_attention_in_groups
 from qwen_dist.ops.paged_cache import MAX_ENTRIES, PAGE, PagedState, PageIndices
 from qwen_dist.ops.rotary import rotate, rotate_plain
+from qwen_dist.ops.short_convolution import SHORT_CONVOLUTION, short_convolution
 from qwen_dist.ops.slots import SlotRows
 from qwen_dist.ops.swiglu import SWIGLU, swiglu
 from qwen_dist.sharding import INFERENCE, TRAIN, LocalShard, ShardingContext, use_sharding
@@ -128,6 +129,24 @@ def test_rotation(width, dtype):
     np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (out, plain)), **CLOSE[dtype])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("shape", "taps"), [((3, 1, 2, 33), 4), ((2, 32, 3, 40), 4), ((1, 2, 1, 16), 8), ((2, 5, 2, 7), 1)]
+)
+def test_short_convolution(shape, taps, dtype):
+    x, weight = normal(shape, dtype), normal((*shape[2:], taps), dtype, 1)
+    before = normal((shape[0], taps - 1, *shape[2:]), dtype, 2)
+    arguments = x, before, weight, None
+    assert native.can_short_convolution(*arguments)
+    out, plain = native.short_convolution(*arguments), SHORT_CONVOLUTION.plain.run(*arguments)
+    assert out.dtype == dtype
+    np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (out, plain)), **CLOSE[dtype])
+    tokens = jnp.concatenate([before, x], axis=1)
+    for t in range(shape[1]):  # a token alone, with those before it
+        alone = native.short_convolution(x[:, t : t + 1], tokens[:, t : t + taps - 1], weight, None)
+        np.testing.assert_array_equal(alone[:, 0], out[:, t])
+
+
 def pages_of(lengths, num_queries, window, seed=0):
     """Pages in any order in a pool, as rows of these lengths look at them, and the positions of their last queries."""
     rng = np.random.default_rng(seed)
@@ -184,6 +203,9 @@ def program_with(kernel):
         weights = {"gate_up_proj": jnp.ones((4, 2, 32, 64)), "down_proj": jnp.ones((4, 64, 32))}
         choices = jnp.ones((2, 2, 1), jnp.int32), jnp.ones((2, 2, 1))
         return lambda weights, *arrays: with_parameters(module, weights)(*arrays), (weights, jnp.ones((2, 2, 64)), *choices)
+    if kernel == native.SHORT_CONVOLUTION:
+        arrays = jnp.ones((1, 2, 3, 8)), jnp.ones((1, 3, 3, 8)), jnp.ones((3, 8, 4))
+        return lambda *arrays: short_convolution(*arrays, None), arrays
     if kernel == native.DELTA_RULE_IN_SLOTS:
         keys, ones = jnp.ones((2, 3, 1, 8)), jnp.ones((2, 3, 1, 1))
         rows = SlotRows(jnp.array([0, 1]), jnp.array([True, False]))

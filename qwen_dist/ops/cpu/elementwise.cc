@@ -1,5 +1,5 @@
-// Elementwise operations that are slow in XLA: SwiGLU and rotary embedding, whose angles XLA would compute again for each
-// head of each layer. See ../native.py.
+// Elementwise operations that are slow in XLA: SwiGLU, rotary embedding, whose angles XLA would compute again for each
+// head of each layer, and the short convolution of a gated delta net. See ../native.py.
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
@@ -21,7 +21,7 @@ ffi::Error ParallelForSlices(ffi::ThreadPool& pool, ffi::DataType dtype, int64_t
   };
   if (dtype == ffi::F32) return run(Float32());
   if (dtype == ffi::BF16) return run(BFloat16());
-  return ffi::Error::InvalidArgument("swiglu and rotate take float32 or bfloat16");
+  return ffi::Error::InvalidArgument("swiglu, rotate and short_convolution take float32 or bfloat16");
 }
 
 template <class Element, class Buffer>
@@ -75,7 +75,68 @@ ffi::Error RotateImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::F
   });
 }
 
+constexpr int kMaxTaps = 8;
+
+AVX512 INLINE __m512 Rounded(__m512 x, const float*) { return x; }
+AVX512 INLINE __m512 Rounded(__m512 x, const uint16_t*) {
+  const __m256i bits = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+// silu of the weighted sum of a token and those before it, of which `tokens[0]` is the first. The sum is rounded, as in
+// PyTorch.
+template <class Element>
+AVX512 void ConvolveToken(const Element* const (&tokens)[kMaxTaps], const Element* weight, int64_t num_taps,
+                          int64_t num_channels, Element* y) {
+  for (int64_t i = 0; i < num_channels; i += kFloatLanes) {
+    const __mmask16 mask = LaneMask(num_channels - i);
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t tap = 0; tap < num_taps; ++tap) {
+      sum = _mm512_fmadd_ps(LoadFloats(tokens[tap] + i, mask), LoadFloats(weight + tap * num_channels + i, mask), sum);
+    }
+    const __m512 x = Rounded(sum, y), one = _mm512_set1_ps(1.0f);
+    StoreFloats(_mm512_div_ps(x, _mm512_add_ps(one, Exp(_mm512_sub_ps(_mm512_setzero_ps(), x)))), y + i, mask);
+  }
+}
+
+ffi::Error ShortConvolutionImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer before, ffi::AnyBuffer weight,
+                                ffi::Result<ffi::AnyBuffer> y) {
+  const auto shape = x.dimensions(), taps = weight.dimensions();  // [B, T, G, C], [W, G, C]
+  const bool is_form = shape.size() == 4 && taps.size() == 3 && taps[0] >= 1 && taps[0] <= kMaxTaps &&
+                       taps[1] == shape[2] && taps[2] == shape[3] && x.element_type() == before.element_type() &&
+                       x.element_type() == weight.element_type() &&
+                       static_cast<int64_t>(before.element_count()) == shape[0] * (taps[0] - 1) * shape[2] * shape[3];
+  if (!is_form) {
+    return ffi::Error::InvalidArgument(
+        "short_convolution takes tokens [B, T, G, C], those before them [B, W - 1, G, C] and a weight [W, G, C] of at "
+        "most 8 taps, of one type");
+  }
+  const int64_t num_tokens = shape[1], num_taps = taps[0], size = shape[2] * shape[3];
+  const auto convolve = [&](auto float_type, int64_t begin, int64_t end) {
+    using Element = typename decltype(float_type)::Element;
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t row = index / num_tokens, first = index % num_tokens - (num_taps - 1);
+      const Element* tokens[kMaxTaps] = {};
+      for (int64_t tap = 0; tap < num_taps; ++tap) {
+        const int64_t token = first + tap;
+        tokens[tap] = token < 0 ? Data<const Element>(before) + ((row + 1) * (num_taps - 1) + token) * size
+                                : Data<const Element>(x) + (row * num_tokens + token) * size;
+      }
+      ConvolveToken(tokens, Data<const Element>(weight), num_taps, size, Data<Element>(*y) + index * size);
+    }
+  };
+  return ParallelForSlices(pool, x.element_type(), shape[0] * num_tokens, size, convolve);
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ShortConvolution, ShortConvolutionImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(SwiGlu, SwiGluImpl,
                               ffi::Ffi::Bind()
