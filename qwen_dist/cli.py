@@ -837,14 +837,14 @@ def _parity(options: argparse.Namespace, overrides: list[str]) -> int:
     check_paths(_paths_read(config.model), [Written("--report", options.report or "", is_page=True)])
     start_jax(options.num_cpu_devices, config.model.dtype)
     find_devices()
-    from qwen_dist.checkpoint.hub import local_directory
     from qwen_dist.parity.page import write_html
     from qwen_dist.parity.report import print_report
     from qwen_dist.parity.run import ParityOptions, run_parity
     from qwen_dist.runtime.stderr_filter import dropped_lines
+    from qwen_dist.storage.model_files import ModelFiles
 
     parity_options = ParityOptions(
-        model=str(local_directory(config.model.path)),
+        model=str(ModelFiles.open(config.model.path).directory()),
         dtype=config.model.dtype,
         prompts=tuple(options.prompt or ()),
         tokens=options.tokens,
@@ -915,7 +915,6 @@ class _PlanConfig(_ModelConfig):
 
 def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     config = load_config(_PlanConfig, None, overrides, _config_values(options))
-    from qwen_dist.checkpoint.hub import local_directory
     from qwen_dist.hf_config import read_model_config
     from qwen_dist.planning.chips import Topology
 
@@ -927,8 +926,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     from qwen_dist.planning.report import print_plan, to_json, write_chart
     from qwen_dist.planning.workload import Workload
 
-    directory = local_directory(config.model.path, files=("config.json",))
-    model = read_model_config(directory, config.model.ignored_keys)
+    model = read_model_config(config.model.path, config.model.ignored_keys)
     lora = config.lora if options.workload == "finetune" and options.method == "lora" else None
     workload = Workload(options.workload, options.batch_size, options.context, config.model.dtype, options.remat, lora)
     plan = make_capacity_plan(config.model.path, model, topology, workload, config.mesh or None)

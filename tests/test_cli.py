@@ -115,10 +115,10 @@ def test_every_way_to_give_a_prompt(run, model):
     assert run(*base, "--prompt", PROMPT) == (0, whole["text"] + "\n", "")
     for end in ("", "\n", "\r\n"):  # one newline is echo's
         assert run(*base, stdin=PROMPT + end) == (0, whole["text"] + "\n", "")
-    chat = Tokenizer.from_directory(model).render_chat([{"role": "user", "content": PROMPT}])
+    chat = Tokenizer.open(model).render_chat([{"role": "user", "content": PROMPT}])
     assert run(*base, "--raw", "--prompt", chat, "--json").json == whole
     raw = run(*base, "--raw", "--prompt", PROMPT, "--json").json
-    assert raw["usage"]["prompt_tokens"] == len(Tokenizer.from_directory(model).encode(PROMPT))
+    assert raw["usage"]["prompt_tokens"] == len(Tokenizer.open(model).encode(PROMPT))
     assert raw["token_ids"] != whole["token_ids"]
 
 
@@ -168,7 +168,7 @@ def test_the_same_answer_on_a_mesh(run, model):
 
 def test_log_probabilities_have_the_format_of_the_openai_api(run, model):
     answer = run("generate", "--model", model, *FLAGS, "--prompt", PROMPT, "--json", "--logprobs", "2").json
-    tokenizer = Tokenizer.from_directory(model)
+    tokenizer = Tokenizer.open(model)
     assert len(answer["logprobs"]) == 12
     for token, entry in zip(answer["token_ids"], answer["logprobs"], strict=True):
         assert bytes(entry["bytes"]) == tokenizer.token_bytes(token)
@@ -207,7 +207,7 @@ def test_a_chat_keeps_its_history(run, model):
     assert "Chat. An empty line or Ctrl-D ends it" in chat.err
     first, second = (answer.removeprefix("\n> ") for answer in chat.out.split("\n\n> ")[:2])
     first, second = first.removesuffix("\n"), second.removesuffix("\n")
-    tokenizer = Tokenizer.from_directory(model)
+    tokenizer = Tokenizer.open(model)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "fox"}]
     raw = ("generate", "--model", model, *FLAGS, "--raw", "--json", "--prompt")
     assert run(*raw, tokenizer.render_chat(messages)).json["text"] == first

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -31,6 +30,7 @@ from qwen_dist.models.parameters import DiskShape, abstract_parameters, disk_sha
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.runtime.memory import available_memory, format_gb
 from qwen_dist.sharding import ShardingContext
+from qwen_dist.storage.model_files import ModelFiles, ModelName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +48,10 @@ class LoadedModel:
 
 
 def load_model(
-    directory: str | pathlib.Path,
+    model: ModelName,
     sharding_ctx: ShardingContext,
     *,
     dtype: DTypeLike,
-    weights: str | None = None,
     load_format: Literal["safetensors", "dummy"] = "safetensors",
     ignored_config_keys: Iterable[str] = (),
     adapter: PeftAdapter | None = None,
@@ -62,10 +61,10 @@ def load_model(
     """Load a checkpoint onto the mesh of `sharding_ctx`.
 
     Args:
-      directory: a checkpoint directory. For load_format "dummy" a `config.json`, or a directory with one, is enough.
+      model: as `ModelFiles.open` takes it; for load_format "dummy" a `config.json` is enough. One process downloads a hub
+        id to the hub's cache; several read from the hub what each of them needs.
       sharding_ctx: the mesh and the sharding rules.
       dtype: the dtype of the parameters and of the computation.
-      weights: where the weights are, if not in `directory`: any location that `open_checkpoint` takes.
       load_format: "dummy" makes random weights on the devices instead of reading any.
       ignored_config_keys: unknown keys of config.json that the user allows.
       adapter: is merged into the weights. That it fits them is checked before they are read.
@@ -76,7 +75,8 @@ def load_model(
       CheckpointError: the checkpoint cannot be used; every problem of the failing step is listed.
       UsageError: the model does not fit the mesh. This is raised before anything is read.
     """
-    config = read_model_config(directory, ignored_config_keys)
+    files = ModelFiles.open(model)
+    config = read_model_config(files, ignored_config_keys)
     module = Transformer(config, dtype=dtype)
     target = abstract_parameters(module, sharding_ctx)  # raises UsageError before anything is read
     updates, shapes = () if adapter is None else adapter.updates, disk_shapes(module)
@@ -85,8 +85,10 @@ def load_model(
     if load_format == "dummy":
         parameters = random_parameters(module, sharding_ctx)
     else:
+        if jax.process_count() == 1:
+            files.download()
         parameters = load(
-            open_checkpoint(weights or directory),
+            open_checkpoint(files),
             target,
             disk_shapes=shapes,
             tied=config.tie_word_embeddings,
@@ -128,7 +130,7 @@ def abstract_model(
 
 
 def export_model(
-    location: str,
+    model: ModelName,
     sharding_ctx: ShardingContext,
     output: str,
     *,
@@ -140,7 +142,7 @@ def export_model(
     host_memory_budget: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> None:
-    """Load the checkpoint at `location` onto the mesh and save it as a Hugging Face directory.
+    """Load a checkpoint onto the mesh and save it as a Hugging Face directory.
 
     `adapter` is a directory in PEFT's layout; it is merged into the weights. `dtype` None keeps that of each tensor
     (bfloat16 for a quantised one). Tensors that the text model does not use are copied. Other arguments and errors as for
@@ -150,7 +152,7 @@ def export_model(
         if jax.process_index() == 0:
             check_output(output, overwrite=overwrite)
     updates = read_adapter(adapter, ignored_config_keys).updates if adapter else ()
-    checkpoint = open_checkpoint(location)
+    checkpoint = open_checkpoint(model)
     target, shapes, is_tied = abstract_model(checkpoint.config, sharding_ctx, dtype or "float32", ignored_config_keys)
     fit_updates(updates, shapes)
     target = _with_stored_dtypes(target, shapes, checkpoint, is_tied=is_tied, dtype=dtype)

@@ -201,7 +201,7 @@ def test_the_result_gives_the_same_text_in_transformers(uninterrupted, config, m
 def test_a_base_model_that_is_trained_on_chats_ends_its_answers(tiny_directory, tmp_path):
     """Its texts end with another token than its chat template ends turns with."""
     base = tiny_directory("qwen3", **SIZES)
-    tokenizer = Tokenizer.from_directory(base)
+    tokenizer = Tokenizer.open(base)
     end, im_end = (tokenizer.special_id(token) for token in ("<|endoftext|>", "<|im_end|>"))
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": end, "max_new_tokens": 5}))
     settings = json.loads((base / "tokenizer_config.json").read_text())
@@ -217,7 +217,7 @@ def test_a_base_model_that_is_trained_on_chats_ends_its_answers(tiny_directory, 
         "eos_token_id": [end, im_end],
         "max_new_tokens": 5,
     }
-    prompt = Tokenizer.from_directory(base).render_chat(turns[:1])
+    prompt = Tokenizer.open(base).render_chat(turns[:1])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)
     inputs = transformers.AutoTokenizer.from_pretrained(trained)(prompt, return_tensors="pt")
     expected = theirs.generate(**inputs, do_sample=False, max_new_tokens=20)[0, inputs["input_ids"].shape[1] :].tolist()
