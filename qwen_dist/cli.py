@@ -699,7 +699,7 @@ def _finetune(options: argparse.Namespace, overrides: list[str]) -> int:
         dispatch_synchronously()
         processes.check_devices()
         from qwen_dist.train.console import count, describe_data, describe_training, progress_bar, show_data
-        from qwen_dist.train.run import finetune, prepare, set_up_abstract
+        from qwen_dist.train.run import prepare, set_up_abstract, train
 
         prepared = prepare(config)
         if options.show_data is not None:
@@ -717,7 +717,7 @@ def _finetune(options: argparse.Namespace, overrides: list[str]) -> int:
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 
         with progress_bar(console, prepared.num_steps) as callback:
-            summary = finetune(prepared, callback=callback, log=log)
+            summary = train(prepared, callback=callback, log=log)
         if options.json:
             print(json.dumps(vars(summary)))
         elif summary.is_stopped:

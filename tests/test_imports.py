@@ -75,6 +75,8 @@ LEVELS = {
     "planning": 7,
     "parity": 7,
     "chat_session": 7,
+    "llm": 7,
+    "causal_lm": 7,
     "cli": 8,
     "__main__": 9,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -17,10 +18,10 @@ from qwen_dist.checkpoint.adapter_read import PeftAdapter, read_adapter
 from qwen_dist.checkpoint.carried import load_carried
 from qwen_dist.checkpoint.fp8 import FP8_DTYPES
 from qwen_dist.checkpoint.load import ProgressCallback, load
-from qwen_dist.checkpoint.names import map_names
+from qwen_dist.checkpoint.names import find_layout, map_names
 from qwen_dist.checkpoint.plan import FLOAT_DTYPES
 from qwen_dist.checkpoint.safetensors import TensorInfo
-from qwen_dist.checkpoint.save import check_output, export
+from qwen_dist.checkpoint.save import check_output, export, read_extra_files, save
 from qwen_dist.checkpoint.source import Checkpoint, open_checkpoint
 from qwen_dist.checkpoint.sync import sync_processes
 from qwen_dist.errors import UsageError, UserError
@@ -35,12 +36,19 @@ from qwen_dist.storage.model_files import ModelFiles, ModelName
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model and its parameters by checkpoint name; `module` is abstract until `with_parameters` is applied."""
+    """A model and its parameters by checkpoint name; `module` is abstract until `with_parameters` is applied.
+
+    Attributes:
+      files: those it was loaded from; None for a model that was only declared.
+      checkpoint: the opened weights; None where they are random.
+    """
 
     config: ModelConfig
     module: Transformer
     parameters: dict[str, jax.Array]
     sharding_ctx: ShardingContext
+    files: ModelFiles | None = None
+    checkpoint: Checkpoint | None = None
 
     @property
     def dtype(self) -> jax.numpy.dtype:
@@ -82,13 +90,15 @@ def load_model(
     updates, shapes = () if adapter is None else adapter.updates, disk_shapes(module)
     fit_updates(updates, shapes)
     _check_memory(target)
+    checkpoint = None
     if load_format == "dummy":
         parameters = random_parameters(module, sharding_ctx)
     else:
         if jax.process_count() == 1:
             files.download()
+        checkpoint = open_checkpoint(files)
         parameters = load(
-            open_checkpoint(files),
+            checkpoint,
             target,
             disk_shapes=shapes,
             tied=config.tie_word_embeddings,
@@ -96,7 +106,7 @@ def load_model(
             progress=progress,
         )
     parameters = merge_updates(parameters, updates, shapes, sharding_ctx)
-    return LoadedModel(config, module, parameters, sharding_ctx)
+    return LoadedModel(config, module, parameters, sharding_ctx, files, checkpoint)
 
 
 def _check_memory(target: Mapping[str, jax.ShapeDtypeStruct]) -> None:
@@ -112,6 +122,47 @@ def _check_memory(target: Mapping[str, jax.ShapeDtypeStruct]) -> None:
             f"not enough memory: the weights need {format_gb(needed)} and {format_gb(available)} are available. Use a "
             "smaller --dtype such as bfloat16, or more hosts with --mesh; `qwen-dist plan` estimates what is needed"
         )
+
+
+def save_model(
+    model: LoadedModel,
+    parameters: Mapping[str, jax.Array],
+    output: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike,
+    extra_files: Mapping[str, bytes] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Save a loaded model with other values of its parameters, and all else that its checkpoint has.
+
+    Args:
+      model: from `load_model`.
+      parameters: all of the model's, by name.
+      output: see `checkpoint.save.save`.
+      dtype: on disk, but for parameters that the model keeps wider.
+      extra_files: contents of files that replace those of the checkpoint, by name.
+      overwrite: see `checkpoint.save.save`.
+
+    Raises:
+      CheckpointError: the output exists or cannot be written; it is left unchanged.
+    """
+    assert model.files is not None
+    declared = abstract_parameters(Transformer(model.config, dtype=dtype), model.sharding_ctx)
+    shapes, carried, layout = disk_shapes(model.module), None, None
+    if model.checkpoint is not None:
+        layout = find_layout(parameters, model.checkpoint.tensors)
+        carried = load_carried(model.checkpoint, shapes, model.sharding_ctx, tied=model.config.tie_word_embeddings)
+    save(
+        parameters,
+        output,
+        config=model.files.config,
+        disk_shapes=shapes,
+        layout=layout,
+        carried=carried,
+        extra_files=read_extra_files(model.files.folder) | dict(extra_files or {}),
+        dtypes={name: leaf.dtype for name, leaf in declared.items()},
+        overwrite=overwrite,
+    )
 
 
 AbstractModel = tuple[dict[str, jax.ShapeDtypeStruct], dict[str, DiskShape], bool]

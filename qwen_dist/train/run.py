@@ -20,12 +20,8 @@ import numpy as np
 
 from qwen_dist.checkpoint.adapter import Adapter, write_adapter
 from qwen_dist.checkpoint.adapter_read import read_adapter
-from qwen_dist.checkpoint.carried import load_carried
 from qwen_dist.checkpoint.load import ProgressCallback
-from qwen_dist.checkpoint.model import LoadedModel, load_model
-from qwen_dist.checkpoint.names import find_layout
-from qwen_dist.checkpoint.save import read_extra_files, save
-from qwen_dist.checkpoint.source import open_checkpoint
+from qwen_dist.checkpoint.model import LoadedModel, load_model, save_model
 from qwen_dist.checkpoint.sync import sync_processes
 from qwen_dist.config import DataOptions, FinetuneConfig, LoraOptions, parse_bytes
 from qwen_dist.errors import UsageError, UserError, printable
@@ -179,6 +175,16 @@ def _notes(given: FinetuneConfig, config: FinetuneConfig, training: Examples, nu
 
 
 def finetune(
+    config: FinetuneConfig,
+    *,
+    callback: StepCallback = lambda metrics: None,
+    log: Callable[[str], None] = lambda text: None,
+) -> TrainSummary:
+    """Train a model or an adapter as `qwen-dist finetune` does. Arguments and errors as in `prepare` and `train`."""
+    return train(prepare(config), callback=callback, log=log)
+
+
+def train(
     inputs: RunInputs,
     *,
     callback: StepCallback = lambda metrics: None,
@@ -560,22 +566,12 @@ def _write_result(inputs: RunInputs, setup: TrainSetup, state: TrainState, log: 
         write_adapter(output / "adapter", adapter, base=config.model.path)
         return output / "adapter"
     log(f"writing the model: {output / 'model'}")
-    model, parameters, carried, layout = setup.model, setup.trainer.parameters(state), None, None
-    declared = abstract_parameters(Transformer(model.config, dtype=config.model.dtype), model.sharding_ctx)
-    shapes = disk_shapes(model.module)
-    if config.model.load_format != "dummy":
-        checkpoint = open_checkpoint(inputs.files)
-        layout = find_layout(parameters, checkpoint.tensors)
-        carried = load_carried(checkpoint, shapes, model.sharding_ctx, tied=model.config.tie_word_embeddings)
-    save(
-        parameters,
+    save_model(
+        setup.model,
+        setup.trainer.parameters(state),
         output / "model",
-        config=inputs.files.config,
-        disk_shapes=shapes,
-        layout=layout,
-        carried=carried,
-        extra_files=read_extra_files(inputs.files.folder) | _with_trained_ends(inputs),
-        dtypes={name: leaf.dtype for name, leaf in declared.items()},
+        dtype=config.model.dtype,
+        extra_files=_with_trained_ends(inputs),
         overwrite=True,
     )
     return output / "model"

@@ -27,7 +27,7 @@ from qwen_dist.engine.open import open_engine
 from qwen_dist.engine.request import Request
 from qwen_dist.errors import UserError
 from qwen_dist.tokenizer import Tokenizer
-from qwen_dist.train.run import finetune, prepare
+from qwen_dist.train.run import prepare, train
 
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": 32}
 STEPS = 8
@@ -57,7 +57,7 @@ def run(config: FinetuneConfig, stop_after: int | None = None):
         if metrics.step == stop_after:
             signal.raise_signal(signal.SIGTERM)
 
-    return finetune(prepare(config), callback=callback)
+    return train(prepare(config), callback=callback)
 
 
 def metrics_of(output) -> list[dict]:
@@ -120,9 +120,9 @@ def killed_at_random(config, times: int, rng) -> list[tuple[int, int]]:
     program = f"""
 import json
 from qwen_dist.config import FinetuneConfig, bind_config
-from qwen_dist.train.run import finetune, prepare
+from qwen_dist.train.run import prepare, train
 config = bind_config(FinetuneConfig, json.loads({json.dumps(dataclasses.asdict(config))!r}))
-finetune(prepare(config), callback=lambda metrics: print(metrics.step, flush=True))
+train(prepare(config), callback=lambda metrics: print(metrics.step, flush=True))
 """
     killed = []
     for number in range(times):
