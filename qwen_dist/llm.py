@@ -26,11 +26,11 @@ class Completion:
 
     Attributes:
       text: without the token or text that ended it.
-      token_ids: of the answer.
+      token_ids: of the answer, with the token that ended it.
       finish_reason: "stop" after an end-of-text token or a stop string, "length" at `max_new_tokens` or the end of the
         context.
       prompt_token_ids: of the prompt, with the chat template applied.
-      logprobs: of each token of the answer, if `SamplingParams.logprobs` asks for them.
+      logprobs: of each token of the text, not of the one that ended it, if `SamplingParams.logprobs` asks for them.
       prompt_logprobs: of the prompt's tokens from the second on, if `SamplingParams.prompt_logprobs` asks for them.
     """
 
