@@ -477,7 +477,7 @@ def test_help_fits_a_screen_and_shows_an_example(run, command):
     assert len(result.out.splitlines()) <= 65
     assert max(map(len, result.out.splitlines())) <= 124
     assert "example" in result.out and f"  qwen-dist {command} " in result.out
-    assert f" {command} " in run("--help").out
+    assert f"\n    {command}" in run("--help").out
 
 
 def test_version(run):

@@ -31,7 +31,8 @@ ARGUMENTS = {
         {"raw": True, "engine.policy": "latency", "engine.max_batch_size": 96, "metrics_port": 80, "sampling.top_k": None},
     ),
     "finetune": (
-        f"--data a --data b --output o --config {CONFIGS}/finetune_full.py:m --steps 3 \"--config.lora.target_modules=('x',)\"",
+        f"--data a --data b --output o --config {CONFIGS}/finetune_full.py:m --steps 3 "
+        "\"--config.lora.target_modules=('x',)\"",
         {"data.files": ["a", "b"], "optimizer.b2": 0.95, "optimizer.eps": 1e-8, "lora.target_modules": ["x"], "steps": 3},
     ),
     "inspect": ("some/dir --dtype float32 --mesh fsdp=2", {"model.path": "some/dir", "mesh": "fsdp=2", "kernels": False}),
