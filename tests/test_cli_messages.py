@@ -15,8 +15,8 @@ from qwen_dist import failures
 from qwen_dist.batch.progress import TimeLeft, clock, describe_summary
 from qwen_dist.batch.run import BatchSummary
 from qwen_dist.batch.series import axis_end
-from qwen_dist.chat_session import ChatSession
 from qwen_dist.cli import main
+from qwen_dist.cli.chat_session import ChatSession
 from qwen_dist.config import (
     FinetuneConfig,
     GenerateConfig,
@@ -249,8 +249,8 @@ def test_summaries_of_a_batch():
 def test_the_second_ctrl_c_of_a_batch_ends_at_once():
     program = """
 import os, signal, time
-from qwen_dist.cli import _catch_interrupt
-with _catch_interrupt() as stopped:
+from qwen_dist.cli.session import catch_interrupt
+with catch_interrupt() as stopped:
     os.kill(os.getpid(), signal.SIGINT)
     assert stopped()
     os.kill(os.getpid(), signal.SIGINT)
