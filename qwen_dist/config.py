@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 from qwen_dist.chat import variable_problems
 from qwen_dist.config_files import load_config_file
-from qwen_dist.errors import UsageError, printable
+from qwen_dist.errors import UsageError, printable, problem_list
 from qwen_dist.json_reader import JsonError, parse_json
 
 T = TypeVar("T")
@@ -320,7 +320,7 @@ class FinetuneConfig:
         if self.keep_best and not self.data.eval_files:
             problems.append("keep_best needs data.eval_files")
         if problems:
-            raise UsageError("the configuration cannot be used:\n  - " + "\n  - ".join(problems))
+            raise UsageError(f"the configuration cannot be used:\n{problem_list(problems)}")
 
     def resolved(self, max_context: int) -> FinetuneConfig:
         """Return the configuration with the values that follow from the method and the context of the model."""
@@ -423,7 +423,7 @@ def bind_config(cls: type[T], given: Mapping[str, Any], problems: Iterable[str] 
     problems = list(problems)
     bound = _bind(cls, given, "", problems)
     if problems:
-        raise UsageError("the configuration cannot be used:\n  - " + "\n  - ".join(problems))
+        raise UsageError(f"the configuration cannot be used:\n{problem_list(problems)}")
     return bound
 
 
