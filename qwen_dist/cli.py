@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import signal
@@ -372,6 +373,8 @@ def _joined(
     """
     from qwen_dist.runtime.cluster import detect_cluster
 
+    if not 0 < options.start_timeout < math.inf:
+        raise UsageError(f"--start-timeout is {options.start_timeout}; it must be a number of seconds above 0")
     cluster = detect_cluster(options.coordinator, options.num_processes, options.process_id, os.environ)
     from qwen_dist.runtime.distributed import Processes, initialize_distributed
     from qwen_dist.runtime.preflight import collect_host_info
@@ -386,7 +389,7 @@ def _joined(
         {"command": options.command, **vars(config), **more},
         checkpoint=model.path,
         input=input,
-        write_dirs=[os.environ.get("JAXCOMPILATION_CACHE_DIR") or COMPILATION_CACHE],
+        write_dirs=[os.environ.get("JAX_COMPILATION_CACHE_DIR") or COMPILATION_CACHE],
         memory_per_checkpoint_byte=copies if on_host and model.load_format != "dummy" else 0.0,
     )
     with (

@@ -127,6 +127,10 @@ class GenerateConfig:
     chat: ChatOptions = ChatOptions()
 
 
+# Every request has rows in tables on the host and on the devices, whether there is room in the cache or not.
+MAX_BATCH_SIZE = 2**16
+
+
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
     """How many requests the engine answers at a time, and in which order.
@@ -144,8 +148,8 @@ class EngineOptions:
     steps_per_dispatch: int = 1
 
     def __post_init__(self) -> None:
-        if self.max_batch_size < 1:
-            raise UsageError(f"engine.max_batch_size is {self.max_batch_size}; it must be at least 1")
+        if not 1 <= self.max_batch_size <= MAX_BATCH_SIZE:
+            raise UsageError(f"engine.max_batch_size is {self.max_batch_size}; it must be from 1 to {MAX_BATCH_SIZE}")
 
 
 @dataclasses.dataclass(frozen=True)

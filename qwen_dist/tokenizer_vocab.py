@@ -6,7 +6,8 @@ added_tokens.json, then special tokens that are still unknown.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,23 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
     """Read tokenizer.json. Raises CheckpointError."""
     content = read_file(path, max_bytes=_MAX_BYTES)
     try:
-        return tokenizers.Tokenizer.from_buffer(content)
+        with panics_as_errors(path):
+            return tokenizers.Tokenizer.from_buffer(content)
+    except CheckpointError:
+        raise
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(f"{path} cannot be read: {printable(error)}; download it again") from error
+
+
+@contextlib.contextmanager
+def panics_as_errors(file: str | Path) -> Iterator[None]:
+    """Raise CheckpointError where the library stops in the middle, as at a pattern of the file that takes too long."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # pyo3 exports no name; it is no Exception
+            raise
+        raise CheckpointError(f"{file} cannot be used with this text: {printable(error)}") from None
 
 
 def build_backend(directory: Path) -> tokenizers.Tokenizer:
