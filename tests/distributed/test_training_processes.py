@@ -13,15 +13,16 @@ DEVICES = 4
 
 
 def train(start, launch, directory, chats, output, processes, steps):
-    """Train, or resume, on four devices in `processes` processes; return output, messages and the metrics of every step."""
+    """Train, or resume, on four devices in `processes` processes; return output, log and the metrics of every step."""
     command = [launch / "local.sh", "--processes", processes, "--devices", DEVICES // processes, "--logs", output / "logs"]
     command += ["--", "finetune", "--model", directory, "--data", chats, "--output", output / "run", "--steps", steps]
     (output / "run").parent.mkdir(exist_ok=True)
     process = start([*command, *ARGUMENTS])
     out, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors[-3000:]
+    said = (output / "logs" / "0.log").read_text()
     lines = (output / "run" / "metrics.jsonl").read_text().splitlines()
-    return out, errors, [json.loads(line) for line in lines]
+    return out, said, [json.loads(line) for line in lines]
 
 
 @pytest.mark.slow
