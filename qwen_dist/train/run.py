@@ -257,7 +257,12 @@ class _Start:
         config, trainer = self._inputs.config, setup.trainer
 
         def read(step: int) -> tuple[TrainState, Any]:
-            return self._checkpoints.restore(step, trainer.abstract_state()), self._checkpoints.position(step)
+            state, position = self._checkpoints.restore(step, trainer.abstract_state()), self._checkpoints.position(step)
+            if int(state.step) != step:  # a folder was copied or renamed
+                raise UserError(
+                    f"the checkpoint {config.output}/checkpoints/{step} has the state of step {int(state.step)}"
+                )
+            return state, position
 
         batches = training_batches(self._inputs.training, config.data, config.batch_size)
         found = self._newest(read)
