@@ -26,7 +26,12 @@ def train(start, launch, directory, chats, output, processes, steps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("numbers", [(2, 1), (1, 2, 4, 2, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("family", "numbers"),
+    [("qwen3", (2, 1)), ("qwen3", (1, 2, 4, 2, 1)), ("qwen3_next", (2, 1))],
+    ids=str,
+    indirect=["family"],
+)
 def test_resume_on_any_number_of_processes(start, launch, directory, chats, tmp_path, numbers):
     last = 2 * len(numbers)
     _, _, alone = train(start, launch, directory, chats, tmp_path / "one", 1, last)
