@@ -184,7 +184,7 @@ def test_a_pattern_that_takes_too_long_is_one_line(small_tokenizer, tmp_path):
     split = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
     (directory / "tokenizer.json").write_text(json.dumps(content | {"pre_tokenizer": split}))
     with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be used with this text: .*retry-limit"):
-        Tokenizer.from_directory(directory).encode("x" * 60)
+        Tokenizer.open(directory).encode("x" * 60)
 
 
 # --- settings ---
