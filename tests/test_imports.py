@@ -228,8 +228,8 @@ def test_only_ops_describe_a_backend():
 def test_packages_import_nothing():
     """An `__init__` that imports its modules would make every import of one import all."""
     for path in PACKAGES:
-        # The entry point is qwen_dist.cli:main; its modules import what a command needs inside functions. The library's names
-        # are imported when they are first used.
+        # The entry point is qwen_dist.cli:main; its modules import what a command needs inside functions. The names of the
+        # library are imported when they are first used.
         allowed = {
             "cli": {"qwen_dist.cli.main", "qwen_dist.cli.main.main"},
             "qwen_dist": {"importlib", "os", "typing", "typing.TYPE_CHECKING"},
