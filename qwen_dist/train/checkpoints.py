@@ -100,12 +100,15 @@ class Checkpoints:
         return TrainState(**self._restore(step, state=self._args.StandardRestore(like._asdict()))["state"])
 
     def _restore(self, step: int, **items: Any) -> Any:
+        where = pathlib.Path(self._manager.directory) / str(step)
+        for path in where.rglob("*"):
+            if not (path.is_dir() or path.is_file()):  # such as a pipe, whose reading does not end
+                raise UserError(f"the checkpoint {where} cannot be restored ({printable(path)} is not a regular file)")
         try:
             return self._manager.restore(step, args=self._args.Composite(**items))
         except MemoryError:  # no damage
             raise
         except Exception as error:  # the reader of a damaged file can raise anything
-            where = self._manager.directory / str(step)
             raise UserError(f"the checkpoint {where} cannot be restored ({_reason(error)})") from error
 
     def set_aside(self, step: int) -> pathlib.Path:

@@ -157,7 +157,7 @@ def test_journals_lose_no_result(tmp_path):
             error = problem
         files = files_of(directory)
         before = contents[0].split(b"\n")
-        whole, now = before[:-1], b"".join(files.values()).split(b"\n")
+        whole, now = before[:-1], b"\n".join(files.values()).split(b"\n")
         # The last one, complete or torn, may be that of a killed run.
         lost = [line for line in whole[: -1 if before[-1] == b"" else None] if line not in now]
         assert not lost, f"lost: {lost[:3]}"
@@ -172,7 +172,7 @@ def test_journals_lose_no_result(tmp_path):
     known = [(results, entries[:24]), (results, entries[:24] + bytes(24 * 6)), (bytes(len(results)), entries)]
     known += [(results, entries[:at] + bytes([entries[at] ^ 255]) + entries[at + 1 :]) for at in range(0, len(entries), 5)]
     known += [(results + results, entries), (results, entries + entries[24:]), (results, entries[:24] + entries[48:])]
-    check_cases("journals", run, cases, known=known, max_examples=300)
+    check_cases("journals", run, cases, known=known, max_examples=200)
 
 
 # --- what a training run writes ---
@@ -246,11 +246,9 @@ def test_training_checkpoints(trained, tmp_path):
             assert not lost, f"lost or changed: {lost[:3]}"
 
     one = st.tuples(st.sampled_from(CHECKPOINT_DAMAGE), st.sampled_from(names), st.floats(0, 1))
-    known = [[(kind, name, 0.5)] for name in names for kind in CHECKPOINT_DAMAGE]
-    known += [
-        [(kind, name.replace("2/", f"{step}/", 1), 0.5) for step in (2, 1)] for name in names for kind in ("cut", "missing")
-    ]
-    check_cases("training checkpoints", run, st.lists(one, min_size=1, max_size=3), known=known, max_examples=60)
+    known = [[(kind, name, 0.5)] for name in names for kind in ("missing", "cut", "json")]
+    known += [[("cut", f"{step}{name[1:]}", 0.5) for step in (2, 1)] for name in names]
+    check_cases("training checkpoints", run, st.lists(one, min_size=1, max_size=3), known=known, max_examples=40)
 
 
 def test_exchanged_checkpoints(trained):
