@@ -251,6 +251,23 @@ def test_training_checkpoints(trained, tmp_path):
     check_cases("training checkpoints", run, st.lists(one, min_size=1, max_size=3), known=known, max_examples=40)
 
 
+def test_positions_in_the_data(trained):
+    inputs, setup, files = trained
+    output = pathlib.Path(inputs.config.output)
+    valid = json.loads(files["2/position/metadata"])
+
+    def run(content):
+        shutil.rmtree(output, ignore_errors=True)
+        replaced(output / "checkpoints", files | {"2/position/metadata": content})
+        with contextlib.closing(Checkpoints(output / "checkpoints", keep=2, keep_best=False)) as opened:
+            _, batches, _ = _Start(inputs, opened, lambda text: None).restore(setup)
+        next(batches)
+
+    known = [spoil(dumps(valid)) for spoil in SPOILED.values()]
+    known += [dumps(valid | {"data": value}) for value in ({}, {"x": 1}, [], None)]
+    check_cases("positions in the data", run, damaged_json(valid), known=known, max_examples=60)
+
+
 def test_exchanged_checkpoints(trained):
     """A folder with the name of another step, as after a wrong copy."""
     inputs, setup, files = trained
@@ -346,10 +363,19 @@ def test_preflight_results():
     valid = {"problems": [], "names": ["process 0 on a (pid 1)", "process 1 on b (pid 2)"]}
 
     def run(content):
+        def send(far: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                far.sendall(content)
+                far.shutdown(socket.SHUT_WR)
+
         with pair() as (far, near):
-            far.sendall(content)
-            far.shutdown(socket.SHUT_WR)
-            names = _run_preflight(Cluster("127.0.0.1:1", 2, 1, "flags"), {0: near}, {}, 0.5)
+            sender = threading.Thread(target=send, args=(far,))
+            sender.start()
+            try:
+                names = _run_preflight(Cluster("127.0.0.1:1", 2, 1, "flags"), {0: near}, {}, 0.5)
+            finally:
+                near.close()
+                sender.join()
         assert len(names) == 2 and all(isinstance(name, str) for name in names)
 
     known = [spoil(dumps(valid)) + b"\n" for spoil in SPOILED.values()]
