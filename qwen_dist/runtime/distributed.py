@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from qwen_dist.errors import UserError
+from qwen_dist.errors import UserError, problem_list
 from qwen_dist.runtime import preflight
 from qwen_dist.runtime.backend import find_devices
 from qwen_dist.runtime.cluster import Cluster
@@ -164,7 +164,7 @@ def _run_preflight(
             )
         problems, names = result["problems"], result.get("names", [])
     if problems:
-        raise UserError("preflight:\n  - " + "\n  - ".join(problems))
+        raise UserError(f"preflight:\n{problem_list(problems)}")
     return names
 
 

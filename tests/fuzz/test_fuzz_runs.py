@@ -157,7 +157,7 @@ def test_journals_lose_no_result(tmp_path):
             error = problem
         files = files_of(directory)
         before = contents[0].split(b"\n")
-        whole, now = before[:-1], b"".join(files.values()).split(b"\n")
+        whole, now = before[:-1], b"\n".join(files.values()).split(b"\n")
         # The last one, complete or torn, may be that of a killed run.
         lost = [line for line in whole[: -1 if before[-1] == b"" else None] if line not in now]
         assert not lost, f"lost: {lost[:3]}"
@@ -172,7 +172,7 @@ def test_journals_lose_no_result(tmp_path):
     known = [(results, entries[:24]), (results, entries[:24] + bytes(24 * 6)), (bytes(len(results)), entries)]
     known += [(results, entries[:at] + bytes([entries[at] ^ 255]) + entries[at + 1 :]) for at in range(0, len(entries), 5)]
     known += [(results + results, entries), (results, entries + entries[24:]), (results, entries[:24] + entries[48:])]
-    check_cases("journals", run, cases, known=known, max_examples=300)
+    check_cases("journals", run, cases, known=known, max_examples=200)
 
 
 # --- what a training run writes ---
@@ -246,11 +246,26 @@ def test_training_checkpoints(trained, tmp_path):
             assert not lost, f"lost or changed: {lost[:3]}"
 
     one = st.tuples(st.sampled_from(CHECKPOINT_DAMAGE), st.sampled_from(names), st.floats(0, 1))
-    known = [[(kind, name, 0.5)] for name in names for kind in CHECKPOINT_DAMAGE]
-    known += [
-        [(kind, name.replace("2/", f"{step}/", 1), 0.5) for step in (2, 1)] for name in names for kind in ("cut", "missing")
-    ]
-    check_cases("training checkpoints", run, st.lists(one, min_size=1, max_size=3), known=known, max_examples=60)
+    known = [[(kind, name, 0.5)] for name in names for kind in ("missing", "cut", "json")]
+    known += [[("cut", f"{step}{name[1:]}", 0.5) for step in (2, 1)] for name in names]
+    check_cases("training checkpoints", run, st.lists(one, min_size=1, max_size=3), known=known, max_examples=40)
+
+
+def test_positions_in_the_data(trained):
+    inputs, setup, files = trained
+    output = pathlib.Path(inputs.config.output)
+    valid = json.loads(files["2/position/metadata"])
+
+    def run(content):
+        shutil.rmtree(output, ignore_errors=True)
+        replaced(output / "checkpoints", files | {"2/position/metadata": content})
+        with contextlib.closing(Checkpoints(output / "checkpoints", keep=2, keep_best=False)) as opened:
+            _, batches, _ = _Start(inputs, opened, lambda text: None).restore(setup)
+        next(batches)
+
+    known = [spoil(dumps(valid)) for spoil in SPOILED.values()]
+    known += [dumps(valid | {"data": value}) for value in ({}, {"x": 1}, [], None)]
+    check_cases("positions in the data", run, damaged_json(valid), known=known, max_examples=60)
 
 
 def test_exchanged_checkpoints(trained):
@@ -348,10 +363,19 @@ def test_preflight_results():
     valid = {"problems": [], "names": ["process 0 on a (pid 1)", "process 1 on b (pid 2)"]}
 
     def run(content):
+        def send(far: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                far.sendall(content)
+                far.shutdown(socket.SHUT_WR)
+
         with pair() as (far, near):
-            far.sendall(content)
-            far.shutdown(socket.SHUT_WR)
-            names = _run_preflight(Cluster("127.0.0.1:1", 2, 1, "flags"), {0: near}, {}, 0.5)
+            sender = threading.Thread(target=send, args=(far,))
+            sender.start()
+            try:
+                names = _run_preflight(Cluster("127.0.0.1:1", 2, 1, "flags"), {0: near}, {}, 0.5)
+            finally:
+                near.close()
+                sender.join()
         assert len(names) == 2 and all(isinstance(name, str) for name in names)
 
     known = [spoil(dumps(valid)) + b"\n" for spoil in SPOILED.values()]
