@@ -166,7 +166,6 @@ def test_preflight_passes(qwen_dist, port):
     assert outputs[1][0] == ""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_next"], indirect=True)
 def test_preflight_of_a_hybrid_by_the_launcher(start, launch, directory, tmp_path):
     command = [launch / "local.sh", "--processes", "2", "--devices", "2", "--logs", tmp_path / "logs", "--"]
