@@ -36,6 +36,7 @@ from qwen_dist.errors import UsageError, UserError, printable, printable_lines
 from qwen_dist.failures import describe_failure
 from qwen_dist.outputs import Written, check_paths
 from qwen_dist.runtime.backend import COMPILATION_CACHE, find_devices, start_jax
+from qwen_dist.version import VersionAction
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -186,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, CommandParser]]:
     parser = CommandParser(prog="qwen-dist", description="Run and fine-tune Qwen text models in JAX.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"qwen-dist {qwen_dist.__version__}")
+    parser.add_argument("--version", action=VersionAction)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     _add_generate(commands)
