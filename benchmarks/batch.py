@@ -85,10 +85,10 @@ def questions(number: int) -> list[str]:
 def answer_with_qwen_dist(options: argparse.Namespace) -> dict[str, float]:
     import jax
 
-    from qwen_dist.cli import start_jax
     from qwen_dist.config import ModelOptions, SamplingOptions
     from qwen_dist.engine.open import open_engine
     from qwen_dist.engine.request import Request, SamplingParams
+    from qwen_dist.runtime.backend import start_jax
 
     start_jax(None, options.dtype)
     sampling = SamplingOptions(

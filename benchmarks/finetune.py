@@ -95,11 +95,11 @@ def open_qwen_dist(options: argparse.Namespace, method: str, dtype: str, tokens:
     import jax
 
     from qwen_dist.checkpoint.model import load_model
-    from qwen_dist.cli import start_jax
     from qwen_dist.config import LoraOptions, OptimizerOptions
     from qwen_dist.mesh import MeshConfig, make_mesh
     from qwen_dist.models.parameters import disk_shapes
     from qwen_dist.ops.malloc import dispatch_synchronously, keep_freed_memory
+    from qwen_dist.runtime.backend import start_jax
     from qwen_dist.sharding import TRAIN, ShardingContext
     from qwen_dist.train.batches import TrainBatch
     from qwen_dist.train.lora import new_adapter

@@ -27,10 +27,10 @@ import qwen_dist
 from qwen_dist.batch.jsonl import read_records
 from qwen_dist.batch.output import OutputFile
 from qwen_dist.batch.run import run_batch
-from qwen_dist.cli import start_jax
 from qwen_dist.config import ModelOptions, SamplingOptions
 from qwen_dist.engine.engine import Engine, EngineStats
 from qwen_dist.engine.open import open_engine
+from qwen_dist.runtime.backend import start_jax
 
 DEMONSTRATION = pathlib.Path(qwen_dist.__file__).parent / "demo" / "model"
 Run = Callable[[int], tuple[float, int]]

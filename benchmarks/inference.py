@@ -92,10 +92,10 @@ Generate = Callable[[list[list[int]] | None, int], list[tuple[float, int]]]
 
 
 def open_qwen_dist(path: str, dtype: str) -> tuple[Generate, float]:
-    from qwen_dist.cli import start_jax
     from qwen_dist.config import ModelOptions, SamplingOptions
     from qwen_dist.engine.open import open_engine
     from qwen_dist.engine.request import Request, SamplingParams
+    from qwen_dist.runtime.backend import start_jax
 
     start_jax(None, dtype)
     begin = time.perf_counter()

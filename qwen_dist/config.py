@@ -1,6 +1,6 @@
-"""The configuration of a run: frozen dataclasses, bound once and strictly from an `ml_collections` ConfigDict.
+"""The configuration of each command: frozen dataclasses, bound once and strictly from files and flags.
 
-A configuration file (`configs/*.py`) may set any subset of the fields. The defaults of the other fields are here only.
+Type, default, flag and help of a key are written in its field, and nowhere else. A configuration file may set any subset.
 Misspelt, missing and mistyped keys raise one `UsageError` that lists all of them.
 """
 
@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from qwen_dist.chat import variable_problems
+from qwen_dist.config_fields import DEVICES, Option, alternatives, describe_type, option
 from qwen_dist.config_files import load_config_file
 from qwen_dist.errors import UsageError, printable
 from qwen_dist.json_reader import JsonError, parse_json
@@ -25,31 +26,35 @@ from qwen_dist.json_reader import JsonError, parse_json
 T = TypeVar("T")
 
 
+def _mesh() -> Any:
+    return option(
+        "",
+        flag="--mesh",
+        metavar="AXES",
+        group=DEVICES,
+        help="devices per mesh axis, such as fsdp=2,tensor=4",
+    )
+
+
+def _adapter() -> Any:
+    return option("", flag="--adapter", metavar="DIR", help="a LoRA adapter in PEFT's format, merged into the weights")
+
+
 @dataclasses.dataclass(frozen=True)
-class ModelOptions:
-    """The model to load.
+class CheckpointOptions:
+    """A checkpoint whose configuration is read, and the dtype to compute in."""
 
-    Attributes:
-      path: a checkpoint directory or a hub id.
-      dtype: of parameters and activations.
-      load_format: "dummy" makes random weights on the devices, so the directory needs no weight files.
-      ignored_config_keys: unknown keys of the checkpoint's and the adapter's JSON files, separated by commas, that do not
-        change the computation. `attn_factor` names a key of any object, `rope_scaling.attn_factor` that of one:
-        rope_scaling, quantization_config, generation_config or tokenizer_config.
-      host_memory_budget: bound on the loader's buffers, such as 256MB; empty for the loader's default.
-      adapter: a directory in PEFT's format; the adapter is merged into the weights.
-    """
-
-    path: str
-    dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
-    load_format: Literal["safetensors", "dummy"] = "safetensors"
-    ignored_config_keys: str = ""
-    host_memory_budget: str = ""
-    adapter: str = ""
-
-    @property
-    def host_memory_bytes(self) -> int | None:
-        return parse_bytes(self.host_memory_budget) if self.host_memory_budget else None
+    path: str = option(flag="--model", metavar="DIR_OR_HUB_ID", help="checkpoint in the Hugging Face format")
+    dtype: Literal["bfloat16", "float32", "float64"] = option(
+        "bfloat16", flag="--dtype", metavar="DTYPE", help="of parameters and activations"
+    )
+    ignored_config_keys: str = option(
+        "",
+        metavar="KEYS",
+        help="unknown keys of the checkpoint's and the adapter's JSON files that do not change the computation, separated "
+        "by commas: attn_factor in any object, or rope_scaling.attn_factor in one (rope_scaling, quantization_config, "
+        "generation_config, tokenizer_config)",
+    )
 
     @property
     def ignored_keys(self) -> list[str]:
@@ -57,41 +62,85 @@ class ModelOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class ExportModelOptions(ModelOptions):
-    """The model to export. Nothing is computed, so float16 is possible, too."""
+class LoadOptions(CheckpointOptions):
+    """A checkpoint whose weights are read."""
 
-    dtype: Literal["bfloat16", "float16", "float32", "float64"] = "bfloat16"  # type: ignore[assignment]
+    host_memory_budget: str = option(
+        "", flag="--host-memory-budget", metavar="SIZE", help="bound on the loader's buffers, such as 256MB"
+    )
+
+    @property
+    def host_memory_bytes(self) -> int | None:
+        return parse_bytes(self.host_memory_budget) if self.host_memory_budget else None
+
+    @property
+    def needs_weights(self) -> bool:
+        return True
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions(LoadOptions):
+    """A model that is run or trained."""
+
+    load_format: Literal["safetensors", "dummy"] = option(
+        "safetensors", flag="--load-format", metavar="FORMAT", help="weight files, or random weights"
+    )
+    adapter: str = _adapter()
+
+    @property
+    def needs_weights(self) -> bool:
+        return self.load_format != "dummy"
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
     """See `engine.request.SamplingParams`. None takes the value of the checkpoint's generation_config.json."""
 
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] | None = None
-    logprobs: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    min_new_tokens: int | None = None
+    max_new_tokens: int | None = option(
+        None, flag="--max-new-tokens", metavar="N", help="the most tokens to generate (512)"
+    )
+    temperature: float | None = option(
+        None, flag="--temperature", metavar="T", help="0 always takes the most probable token"
+    )
+    top_k: int | None = option(None, flag="--top-k", metavar="K", help="sample from the K most probable tokens; 0 from all")
+    top_p: float | None = option(
+        None, flag="--top-p", metavar="P", help="sample from the fewest tokens with total probability P"
+    )
+    min_p: float | None = option(
+        None, flag="--min-p", metavar="P", help="drop tokens below P times the highest probability"
+    )
+    repetition_penalty: float | None = option(
+        None, flag="--repetition-penalty", metavar="R", help="above 1 makes earlier tokens less likely"
+    )
+    seed: int | None = option(None, flag="--seed", metavar="N", help="random seed; the same seed gives the same tokens")
+    stop: tuple[str, ...] | None = option(
+        None, flag="--stop", metavar="TEXT", help="stop before this text; may be repeated"
+    )
+    logprobs: int | None = option(
+        None, flag="--logprobs", metavar="N", help="log-probabilities, with the N best alternatives"
+    )
+    presence_penalty: float | None = option(
+        None, flag="--presence-penalty", metavar="P", help="subtracted once from tokens that the answer has"
+    )
+    frequency_penalty: float | None = option(
+        None, flag="--frequency-penalty", metavar="P", help="subtracted for each time the answer has the token"
+    )
+    min_new_tokens: int | None = option(None, metavar="N", help="the fewest tokens to generate")
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatOptions:
-    """Variables of the chat template, which must use them.
+    """Variables of the chat template, which must use them."""
 
-    Attributes:
-      thinking: on or off sets `enable_thinking`, which Qwen3's templates have.
-      template_args: others, each `name=value`, where the value is JSON or a text.
-    """
-
-    thinking: Literal["on", "off"] | None = None
-    template_args: tuple[str, ...] = ()
+    thinking: Literal["on", "off"] | None = option(
+        None, flag="--thinking", help="sets enable_thinking of the chat template, as Qwen3's has"
+    )
+    template_args: tuple[str, ...] = option(
+        (),
+        flag="--template-arg",
+        metavar="NAME=VALUE",
+        help="sets a variable of the chat template, to JSON or a text; may be repeated",
+    )
 
     def __post_init__(self) -> None:
         wrong = [text for text in self.template_args if not text.partition("=")[0].isidentifier() or "=" not in text]
@@ -119,29 +168,33 @@ def _parse_json_or_text(text: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """`qwen-dist generate`. `mesh` is written like `fsdp=2,tensor=4`; empty takes `mesh.default_mesh`."""
+    """`qwen-dist generate`."""
 
     model: ModelOptions
-    mesh: str = ""
+    mesh: str = _mesh()
     sampling: SamplingOptions = SamplingOptions()
     chat: ChatOptions = ChatOptions()
+    prompt: str | None = option(
+        None, flag="--prompt", metavar="TEXT", help="default: standard input, or a chat in a terminal"
+    )
+    system: str | None = option(None, flag="--system", metavar="TEXT", help="the system message")
+    raw: bool = option(False, flag="--raw", help="do not apply the chat template")
+
+    def __post_init__(self) -> None:
+        if self.raw and self.chat.variables:
+            raise UsageError("--thinking and --template-arg set variables of the chat template, which --raw leaves out")
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
-    """How many requests the engine answers at a time, and in which order.
+    """How many requests the engine answers at a time, and in which order."""
 
-    Attributes:
-      policy: which waiting request is admitted next: "throughput" takes the longest prompt, "latency" the first to come.
-      max_batch_size: the most requests that are generated at the same time.
-      kv_cache_memory: bound on the KV cache of each device.
-      steps_per_dispatch: decode steps on the device before the host reads the tokens.
-    """
-
-    policy: Literal["throughput", "latency"] = "throughput"
-    max_batch_size: int = 96
-    kv_cache_memory: str = "4GB"
-    steps_per_dispatch: int = 1
+    policy: Literal["throughput", "latency"] = option(
+        "throughput", help="which request is admitted next: that with the longest prompt, or the first to come"
+    )
+    max_batch_size: int = option(96, flag="--max-batch-size", metavar="N", help="the most requests at the same time")
+    kv_cache_memory: str = option("4GB", metavar="SIZE", help="bound on the KV cache of each device")
+    steps_per_dispatch: int = option(1, metavar="N", help="decode steps on the device before the host reads the tokens")
 
     def __post_init__(self) -> None:
         if self.max_batch_size < 1:
@@ -152,39 +205,40 @@ class EngineOptions:
 class BatchConfig:
     """`qwen-dist batch`. An interrupted run is resumable: the same command continues it.
 
-    Attributes:
-      input, output: files of records and of results.
-      mesh: as in `GenerateConfig`, over the devices of one replica.
-      num_replicas: divides the processes into this many replicas. Each has the whole model on its own mesh and generates
-        its share of the records.
-      raw: leave out the chat template.
-      overwrite: start over where results exist.
-      retry_errors: try the records again that ended in an error.
-      keep_order: sort the finished output into the order of the input.
-      max_line_size: a longer input line, or row of a parquet file, is answered with an error.
-      metrics_port: serve metrics for Prometheus at this port during the run.
-      metrics_host: the address that the metrics are served on; the default is for this machine only.
-      profile: a directory for a trace of the first seconds.
-      chart: an HTML file with throughput, requests and cache use over time.
+    With replicas, each has the whole model on its own `mesh` and generates its share of the records.
     """
 
     model: ModelOptions
-    input: str
-    output: str
-    mesh: str = ""
+    input: str = option(
+        flag="--input",
+        metavar="FILE",
+        help='lines {"id","prompt"}, {"id","messages"} or of OpenAI\'s API; .gz, .zst, .parquet',
+    )
+    output: str = option(flag="--output", metavar="FILE", help="in the same formats; an interrupted run is resumed")
+    mesh: str = _mesh()
     sampling: SamplingOptions = SamplingOptions()
     chat: ChatOptions = ChatOptions()
     engine: EngineOptions = EngineOptions()
-    num_replicas: int = 1
-    raw: bool = False
-    overwrite: bool = False
-    retry_errors: bool = False
-    keep_order: bool = False
-    max_line_size: str = "64MB"
-    metrics_port: int | None = None
-    metrics_host: str = "127.0.0.1"
-    profile: str = ""
-    chart: str = ""
+    num_replicas: int = option(
+        1, flag="--num-replicas", metavar="N", group=DEVICES, help="divide the processes into N replicas of the whole model"
+    )
+    raw: bool = option(False, flag="--raw", help="do not apply the chat template")
+    overwrite: bool = option(False, flag="--overwrite", help="start over if results exist")
+    retry_errors: bool = option(False, flag="--retry-errors", help="retry records that ended in an error")
+    keep_order: bool = option(False, flag="--keep-order", help="write results in the order of the input")
+    max_line_size: str = option(
+        "64MB", flag="--max-line-size", metavar="SIZE", help="longer input lines are answered with an error"
+    )
+    metrics_port: int | None = option(
+        None, flag="--metrics-port", metavar="PORT", help="serve Prometheus metrics during the run"
+    )
+    metrics_host: str = option("127.0.0.1", flag="--metrics-host", metavar="ADDRESS", help="serve them on this address")
+    profile: str = option(
+        "", flag="--profile", metavar="DIR", help="write a trace of the first seconds, for TensorBoard or XProf"
+    )
+    chart: str = option(
+        "", flag="--chart", metavar="FILE", help="write an HTML page: throughput, requests and cache over time"
+    )
 
     def __post_init__(self) -> None:
         if self.metrics_port is not None and not 0 < self.metrics_port < 2**16:
@@ -194,26 +248,20 @@ class BatchConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
-    """The training data. See docs/finetune.md for the formats of files and records.
+    """The training data. See docs/finetune.md for the formats of files and records."""
 
-    Attributes:
-      files, eval_files: paths, which may contain `*`.
-      max_length: the most tokens of a sequence; at most the model's context.
-      packing: put several sequences into one row.
-      raw: leave the chat template out of prompts and completions.
-      bad_records: stop at records that cannot be used, or skip them.
-      max_line_size: the most bytes of a line, of a row of a parquet file or of a plain text.
-      seed: of the shuffle.
-    """
-
-    files: tuple[str, ...]
-    eval_files: tuple[str, ...] = ()
-    max_length: int = 1024
-    packing: bool = True
-    raw: bool = False
-    bad_records: Literal["refuse", "skip"] = "refuse"
-    max_line_size: str = "64MB"
-    seed: int = 0
+    files: tuple[str, ...] = option(
+        flag="--data", metavar="FILE", help="JSON lines, parquet or text; may be repeated and contain *"
+    )
+    eval_files: tuple[str, ...] = option((), flag="--eval-data", metavar="FILE", help="evaluation data in the same formats")
+    max_length: int = option(1024, metavar="N", help="the most tokens of a sequence; at most the model's context")
+    packing: bool = option(True, help="put several sequences into one row")
+    raw: bool = option(False, help="leave the chat template out of prompts and completions")
+    bad_records: Literal["refuse", "skip"] = option("refuse", help="what to do with records that cannot be used")
+    max_line_size: str = option(
+        "64MB", metavar="SIZE", help="the most bytes of a line, of a row of a parquet file or of a plain text"
+    )
+    seed: int = option(0, metavar="N", help="random seed of the shuffle")
 
     def __post_init__(self) -> None:
         _check_line_size("data.max_line_size", self.max_line_size)
@@ -221,85 +269,74 @@ class DataOptions:
 
 @dataclasses.dataclass(frozen=True)
 class LoraOptions:
-    """Low-rank adapters, on the linear layers that match one of `target_modules`: a name, a regular expression, or
-    `all-linear` for all of them.
+    """Low-rank adapters."""
 
-    The output of an adapter is scaled by alpha / rank, or with `use_rslora` by alpha / √rank.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    use_rslora: bool = False
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    rank: int = option(16, metavar="N", help="rank of the adapters")
+    alpha: float = option(32.0, metavar="A", help="an adapter's output is scaled by alpha / rank")
+    use_rslora: bool = option(False, help="scale by alpha / √rank instead")
+    target_modules: tuple[str, ...] = option(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        help="linear layers that get an adapter: names, regular expressions, or all-linear for all of them",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerOptions:
-    """The optimiser and its schedule. The learning rate rises linearly in the warm-up, then follows `schedule`.
+    """The optimiser and its schedule. The learning rate rises linearly in the warm-up, then follows `schedule`."""
 
-    Attributes:
-      learning_rate: the highest of the run; None for 2e-4 with adapters and 1e-5 without.
-      warmup_steps: the length of the warm-up.
-      warmup_ratio: its length as a fraction of the run, rounded up, as in transformers; only without warmup_steps.
-      min_lr_ratio: the linear and cosine schedules end at this fraction of the learning rate.
-      weight_decay: decoupled, on matrices only.
-      clip_norm: bound on the global gradient norm; 0 for none.
-      b1: also Muon's momentum.
-    """
-
-    name: Literal["adamw", "adafactor", "muon"] = "adamw"
-    learning_rate: float | None = None
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: int = 0
-    warmup_ratio: float = 0.0
-    min_lr_ratio: float = 0.0
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
+    name: Literal["adamw", "adafactor", "muon"] = option("adamw", help="the optimiser")
+    learning_rate: float | None = option(
+        None, flag="--learning-rate", metavar="R", help="peak learning rate (lora 2e-4, full 1e-5)"
+    )
+    schedule: Literal["constant", "linear", "cosine"] = option("cosine", help="of the learning rate after the warm-up")
+    warmup_steps: int = option(0, metavar="N", help="steps of the warm-up")
+    warmup_ratio: float = option(
+        0.0, metavar="R", help="warm-up as a fraction of the run, rounded up, as in transformers; only without warmup_steps"
+    )
+    min_lr_ratio: float = option(
+        0.0, metavar="R", help="the linear and cosine schedules end at this fraction of the learning rate"
+    )
+    weight_decay: float = option(0.0, metavar="W", help="decoupled weight decay, on matrices only")
+    clip_norm: float = option(1.0, metavar="N", help="bound on the global gradient norm; 0 for none")
+    b1: float = option(0.9, metavar="B", help="decay of the first moment; also Muon's momentum")
+    b2: float = option(0.999, metavar="B", help="decay of the second moment")
+    eps: float = option(1e-8, metavar="E", help="added to the denominator of the update")
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
-    """`qwen-dist finetune`.
-
-    Attributes:
-      method: train all parameters (`full`) or low-rank adapters (`lora`).
-      output: a directory for checkpoints, metrics and, at the end, the model or the adapter.
-      batch_size: rows per step, on all devices together.
-      num_microbatches: the micro-batches that a batch is divided into; their gradients are accumulated.
-      steps, epochs: the length of the run; 0 steps takes `epochs`, otherwise `steps` decides.
-      remat: what the backward pass recomputes: nothing (`none`), everything but the outputs of matmuls with weights
-        (`selective`), or whole blocks (`full`).
-      master_weights: keep the trained parameters in at least float32 and compute in model.dtype; otherwise train in
-        model.dtype.
-      save_every: steps between checkpoints; 0 for one at the end.
-      max_to_keep: the newest checkpoints that are kept.
-      keep_best: also keep the checkpoint with the lowest evaluation loss.
-      eval_every: steps between evaluations; 0 for one at the end.
-    """
+    """`qwen-dist finetune`."""
 
     model: ModelOptions
     data: DataOptions
-    output: str
-    method: Literal["full", "lora"] = "lora"
+    output: str = option(
+        flag="--output", metavar="DIR", help="for checkpoints, metrics and the result; an existing run is resumed"
+    )
+    method: Literal["full", "lora"] = option("lora", flag="--method", help="train all parameters or low-rank adapters")
     chat: ChatOptions = ChatOptions()
     lora: LoraOptions = LoraOptions()
     optimizer: OptimizerOptions = OptimizerOptions()
-    mesh: str = ""
-    batch_size: int = 8
-    num_microbatches: int = 1
-    steps: int = 0
-    epochs: float = 1.0
-    remat: Literal["none", "selective", "full"] = "none"
-    master_weights: bool = True
-    save_every: int = 0
-    max_to_keep: int = 2
-    keep_best: bool = False
-    eval_every: int = 0
-    tensorboard: bool = False
-    overwrite: bool = False
+    mesh: str = _mesh()
+    batch_size: int = option(8, flag="--batch-size", metavar="N", help="rows per step, on all devices together")
+    num_microbatches: int = option(
+        1, metavar="N", help="micro-batches that a batch is divided into; their gradients are accumulated"
+    )
+    steps: int = option(0, flag="--steps", metavar="N", help="number of steps, instead of config.epochs (1)")
+    epochs: float = option(1.0, metavar="N", help="passes over the data, if steps is 0")
+    remat: Literal["none", "selective", "full"] = option(
+        "none",
+        help="what the backward pass recomputes: nothing, all but the outputs of matmuls with weights, or whole blocks",
+    )
+    master_weights: bool = option(
+        True,
+        help="keep the trained parameters in at least float32 and compute in model.dtype; otherwise train in model.dtype",
+    )
+    save_every: int = option(0, metavar="N", help="steps between checkpoints; 0 for one at the end")
+    max_to_keep: int = option(2, metavar="N", help="the newest checkpoints that are kept")
+    keep_best: bool = option(False, help="also keep the checkpoint with the lowest evaluation loss")
+    eval_every: int = option(0, metavar="N", help="steps between evaluations; 0 for one at the end")
+    tensorboard: bool = option(False, help="also write the metrics for TensorBoard")
+    overwrite: bool = option(False, flag="--overwrite", help="start over if the run exists")
 
     def __post_init__(self) -> None:
         counts = {"data.max_length": (self.data.max_length, 2), "lora.rank": (self.lora.rank, 1)}
@@ -347,6 +384,107 @@ class FinetuneConfig:
             except (re.error, RecursionError, OverflowError) as error:
                 problems.append(f"lora.target_modules: {printable(repr(pattern), 80)} is not a regular expression: {error}")
         return problems
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectModelOptions(LoadOptions):
+    """The checkpoint to inspect; none with `kernels`."""
+
+    path: str = option("", flag="DIR_OR_HUB_ID", help="checkpoint in the Hugging Face format")
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectConfig:
+    """`qwen-dist inspect`."""
+
+    model: InspectModelOptions = InspectModelOptions()
+    mesh: str = _mesh()
+    kernels: bool = option(False, flag="--kernels", help="show which implementation of each operation runs where")
+
+    def __post_init__(self) -> None:
+        if not self.model.path and not self.kernels:
+            raise UsageError("model.path is missing; give DIR_OR_HUB_ID, or --kernels")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportModelOptions(LoadOptions):
+    """The model to export. Nothing is computed, so float16 is possible, too."""
+
+    dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = option(  # type: ignore[assignment]
+        None, flag="--dtype", metavar="DTYPE", help="of the saved weights, by default as stored"
+    )
+    adapter: str = _adapter()
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """`qwen-dist export`."""
+
+    model: ExportModelOptions
+    output: str = option(flag="--output", metavar="DIR", help="the new checkpoint; written whole or not at all")
+    mesh: str = _mesh()
+    max_shard_size: str = option("5GB", flag="--max-shard-size", metavar="SIZE", help="the most bytes of a weight file")
+    overwrite: bool = option(False, flag="--overwrite", help="replace an existing checkpoint")
+
+
+@dataclasses.dataclass(frozen=True)
+class PreflightModelOptions(LoadOptions):
+    """The checkpoint that all hosts must have; empty for none."""
+
+    path: str = option("", flag="--model", metavar="DIR_OR_HUB_ID", help="a checkpoint that must be the same on all hosts")
+
+
+@dataclasses.dataclass(frozen=True)
+class PreflightConfig:
+    """`qwen-dist preflight`."""
+
+    model: PreflightModelOptions = PreflightModelOptions()
+    mesh: str = _mesh()
+
+
+@dataclasses.dataclass(frozen=True)
+class ParityModelOptions(CheckpointOptions):
+    """The checkpoint to compare."""
+
+    dtype: Literal["bfloat16", "float32", "float64"] = option(
+        "float32", flag="--dtype", metavar="DTYPE", help="of parameters and computation on both sides"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ParityConfig:
+    """`qwen-dist parity`. Without `prompts` and `tokens`, built-in texts are compared."""
+
+    model: ParityModelOptions
+    mesh: str = _mesh()
+    prompts: tuple[str, ...] = option((), flag="--prompt", metavar="TEXT", help="a text to compare on; may be repeated")
+    tokens: int | None = option(None, flag="--tokens", metavar="N", help="use N random tokens instead of prompts")
+    report: str = option("", flag="--report", metavar="FILE", help="also write an HTML page")
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """`qwen-dist plan`."""
+
+    model: CheckpointOptions
+    topology: str = option(flag="--topology", metavar="KIND:SIZES", help="such as v5e:8x8, v5p:4x4x4 or cpu:8")
+    command: Literal["batch", "finetune"] = option("batch", flag="--command", help="what to run")
+    mesh: str = _mesh()
+    batch_size: int = option(32, flag="--batch-size", metavar="N", help="sequences on all devices together")
+    context: int = option(4096, flag="--context", metavar="N", help="tokens per sequence, answer included")
+    method: Literal["lora", "full"] = option("lora", flag="--method", help="what finetune trains")
+    remat: Literal["none", "selective", "full"] = option(
+        "full", flag="--remat", metavar="REMAT", help="what finetune recomputes"
+    )
+    lora: LoraOptions = LoraOptions()
+    compile: str | None = option(
+        None,
+        flag="--compile",
+        metavar="A,B",
+        const="all",
+        help="run the compiler; A,B: extrapolate from A and B layers; auto: choose both",
+    )
+    chart: str = option("", flag="--chart", metavar="FILE", help="also write an HTML page with the memory of each device")
 
 
 # Peak learning rates for --method, as peft's and transformers' examples have them.
@@ -427,12 +565,9 @@ def bind_config(cls: type[T], given: Mapping[str, Any], problems: Iterable[str] 
     return bound
 
 
-# The flags that set the keys without which a command cannot run.
-_REQUIRED_FLAGS = {"model.path": "--model", "input": "--input", "output": "--output", "data.files": "--data"}
-
-
-def _give(key: str) -> str:
-    return f"; give {_REQUIRED_FLAGS[key]}" if key in _REQUIRED_FLAGS else ""
+def _give(field: dataclasses.Field[Any]) -> str:
+    about: Option = field.metadata.get("option", Option())
+    return f"; give {about.flag}" if about.flag else ""
 
 
 class _RawText(str):
@@ -456,7 +591,7 @@ def _bind(cls: Any, given: Any, prefix: str, problems: list[str]) -> Any:
             values[name] = _bind(kind, {} if value is dataclasses.MISSING else value, f"{prefix}{name}.", problems)
         elif value is dataclasses.MISSING or (value is None and field.default is dataclasses.MISSING):
             if field.default is dataclasses.MISSING:
-                problems.append(f"{prefix}{name} is missing{_give(prefix + name)}")
+                problems.append(f"{prefix}{name} is missing{_give(field)}")
             values[name] = field.default
         else:
             values[name] = _convert(kind, value, prefix + name, problems)
@@ -470,8 +605,7 @@ _NO_FLOAT16 = (
 
 
 def _convert(kind: Any, value: Any, name: str, problems: list[str]) -> Any:
-    # The union of a Literal and None is one of typing's.
-    kinds = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+    kinds = alternatives(kind)
     if isinstance(value, _RawText):
         value = _parse_text(kinds, value)
     for one in kinds:
@@ -489,7 +623,7 @@ def _convert(kind: Any, value: Any, name: str, problems: list[str]) -> Any:
         elif isinstance(value, one) and not (one is int and abs(value) >= 2**63):
             return value
     reason = _NO_FLOAT16 if value in ("float16", "fp16", "half") else ""
-    problems.append(f"{name} is {printable(repr(value), 120)}; it must be {' or '.join(map(_describe, kinds))}{reason}")
+    problems.append(f"{name} is {printable(repr(value), 120)}; it must be {' or '.join(map(describe_type, kinds))}{reason}")
     return None
 
 
@@ -506,14 +640,6 @@ def _parse_text(kinds: Iterable[Any], text: str) -> Any:
             if typing.get_origin(kind) is tuple:
                 return ast.literal_eval(text)
     return str(text)
-
-
-def _describe(kind: Any) -> str:
-    if typing.get_origin(kind) is Literal:
-        return " or ".join(map(repr, typing.get_args(kind)))
-    if typing.get_origin(kind) is tuple:
-        return "a tuple of strings, such as ('a', 'b')"
-    return "None" if kind is types.NoneType else kind.__name__
 
 
 def _is_set(given: Any, key: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import pathlib
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen_dist.errors import UsageError, printable
-from qwen_dist.json_reader import read_file, read_json_object
+from qwen_dist.json_reader import JsonError, parse_json, read_file, read_json_object
 
 _MAX_BYTES = 2**20
 _MAX_DEPTH = 20
@@ -83,11 +84,15 @@ def _is_file(path: str) -> bool:
 
 
 def _read_yaml(path: str) -> Mapping[Any, Any]:
+    text = read_file(path, max_bytes=_MAX_BYTES, error=UsageError)
+    # JSON, such as --print-config prints, is YAML too; but YAML reads 1e-08 as a text.
+    with contextlib.suppress(JsonError):
+        if isinstance(content := parse_json(text), dict):
+            return content
     try:
         import yaml
     except ImportError:
         raise UsageError(f"--config {printable(path)} needs pyyaml: pip install 'qwen-dist[yaml]'") from None
-    text = read_file(path, max_bytes=_MAX_BYTES, error=UsageError)
     try:
         events = list(yaml.parse(text, Loader=yaml.SafeLoader))
         # An alias makes a small file a large value.

@@ -8,15 +8,15 @@ that ignores a key gives answers that look right and are wrong.
 from __future__ import annotations
 
 import math
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qwen_dist.errors import CheckpointError, printable, problem_list
 from qwen_dist.families import ALIASES, FAMILIES, Family
-from qwen_dist.json_reader import keys_within, read_json_object
+from qwen_dist.json_reader import keys_within
 from qwen_dist.key_reader import KeyReader, how_to_ignore, shown
 from qwen_dist.models.config import DeltaNetConfig, LayerConfig, ModelConfig, MoEConfig, RopeConfig, RopeType
+from qwen_dist.storage.model_files import ModelFiles, ModelName
 
 
 def parse_model_config(hf: Mapping[str, Any], ignored_keys: Iterable[str] = ()) -> ModelConfig:
@@ -44,18 +44,9 @@ def parse_model_config(hf: Mapping[str, Any], ignored_keys: Iterable[str] = ()) 
     return inner.model()
 
 
-def read_model_config(directory: str | pathlib.Path, ignored_keys: Iterable[str] = ()) -> ModelConfig:
-    """Read `config.json` in `directory` (or that file itself). Raises CheckpointError as `parse_model_config` does."""
-    path = pathlib.Path(directory)
-    path = path if path.suffix == ".json" else path / "config.json"
-    try:
-        hf = read_json_object(path)
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path.parent} is not a checkpoint: it has no config.json. "
-            "Pass the directory of a Qwen checkpoint in the Hugging Face format."
-        ) from None
-    return parse_model_config(hf, ignored_keys)
+def read_model_config(model: ModelName, ignored_keys: Iterable[str] = ()) -> ModelConfig:
+    """Read the `config.json` of a model. Raises CheckpointError as `ModelFiles.open` and `parse_model_config` do."""
+    return parse_model_config(ModelFiles.open(model).config, ignored_keys)
 
 
 # Keys that do not change what inference or fine-tuning computes. (quantization_config says how the weights are stored,

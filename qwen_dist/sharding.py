@@ -148,7 +148,7 @@ class ShardingContext:
             if axis == "length" and size == 1:
                 mesh_axes = ()  # a decode step
             elif size % num_shards:
-                if axis == "scan_heads" and size % self.mesh.shape["tensor"] == 0:
+                if axis == "scan_heads" and size % self.mesh.shape.get("tensor", 1) == 0:
                     mesh_axes = tuple(name for name in mesh_axes if name == "tensor")
                 elif axis == "vocab" or (axis == "kv_heads" and num_shards % size == 0):
                     mesh_axes = ()  # fewer key/value heads than devices, or an uneven vocabulary: each device has it whole
@@ -229,7 +229,7 @@ def prefetch_barrier(x: jax.Array, weights: Tree) -> Tree:
     Otherwise XLA may gather the weights of many layers at once, ahead of all of them. Gradients are not delayed.
     """
     context = active_context()
-    if context is None or context.mesh.shape["fsdp"] == 1:
+    if context is None or context.mesh.shape.get("fsdp", 1) == 1:
         return weights
 
     @jax.custom_vjp

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import codecs
 import functools
-import os
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -19,11 +17,10 @@ import tokenizers
 from qwen_dist.chat import Chat, Message, make_chat
 from qwen_dist.chat_template import ChatTemplate, TurnFormat
 from qwen_dist.errors import CheckpointError, UsageError, UserError
-from qwen_dist.json_reader import read_optional_object
+from qwen_dist.storage.model_files import ModelFiles, ModelName
 from qwen_dist.tokenizer_files import (
     TEMPLATE_TOKENS,
     TOKENIZER_CONFIG,
-    TOKENIZER_FILE,
     chat_templates,
     read_settings,
     require_files,
@@ -31,7 +28,7 @@ from qwen_dist.tokenizer_files import (
     stop_ids,
     token_text,
 )
-from qwen_dist.tokenizer_vocab import add_tokens, build_backend, read_backend
+from qwen_dist.tokenizer_vocab import TOKENIZER_FILE, add_tokens, build_backend, read_backend
 
 
 class TooLongError(UserError):
@@ -73,8 +70,8 @@ class Tokenizer:
         self._special_ids = frozenset(id for id, token in added.items() if token.special)
 
     @classmethod
-    def from_directory(cls, path: str | os.PathLike[str], ignored_keys: Iterable[str] = ()) -> Tokenizer:
-        """Read the tokenizer of a checkpoint directory; without tokenizer.json, from vocab.json and merges.txt.
+    def open(cls, model: ModelName, ignored_keys: Iterable[str] = ()) -> Tokenizer:
+        """Read the tokenizer of a model; without tokenizer.json, from vocab.json and merges.txt.
 
         The stop ids are those of generation_config.json. If it has none, they are those of config.json and the tokenizer's
         eos_token. A chat template in a file takes precedence over tokenizer_config.json, whose `ignored_keys` are not read.
@@ -82,24 +79,24 @@ class Tokenizer:
         Raises:
           CheckpointError: files are missing (all are listed) or invalid.
         """
-        directory = Path(path)
-        require_files(directory)
-        settings = read_settings(directory, ignored_keys)
-        file = directory / TOKENIZER_FILE
-        backend = read_backend(file) if file.exists() else build_backend(directory)
+        files = ModelFiles.open(model)
+        require_files(files)
+        settings = read_settings(files, ignored_keys)
+        stored = read_backend(files)
+        backend = stored or build_backend(files)
         tokens = {name: token_text(name, settings[name]) for name in TEMPLATE_TOKENS if settings.get(name)}
-        eos_token = {tokens["eos_token"]} if "eos_token" in tokens and file.exists() else set()
-        add_tokens(backend, directory, settings, [text for text in special_tokens(settings) if text not in eos_token])
-        return cls(backend, stop_ids(directory, backend, tokens), chat_templates(directory, settings), tokens)
+        eos_token = {tokens["eos_token"]} if "eos_token" in tokens and stored else set()
+        add_tokens(backend, files, settings, [text for text in special_tokens(settings) if text not in eos_token])
+        return cls(backend, stop_ids(files, backend, tokens), chat_templates(files, settings), tokens)
 
-    def differences(self, path: str | os.PathLike[str]) -> list[str]:
-        """Return which of "chat template" and "vocabulary" another directory, such as an adapter's, has differently."""
-        directory, found = Path(path), []
-        templates = chat_templates(directory, read_optional_object(directory / TOKENIZER_CONFIG) or {})
+    def differences(self, model: ModelName) -> list[str]:
+        """Return which of "chat template" and "vocabulary" another model, or an adapter, has differently."""
+        files, found = ModelFiles.open(model), []
+        templates = chat_templates(files, files.read_object(TOKENIZER_CONFIG) or {})
         if templates and templates != self._template_sources:
             found.append("chat template")
-        file = directory / TOKENIZER_FILE
-        if file.exists() and read_backend(file).get_vocab() != self._backend.get_vocab():
+        other = read_backend(files)
+        if other is not None and other.get_vocab() != self._backend.get_vocab():
             found.append("vocabulary")
         return found
 

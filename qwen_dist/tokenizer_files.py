@@ -6,24 +6,19 @@ Each is read strictly: a key is used, known not to change ids and texts, or an e
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 import tokenizers
 
 from qwen_dist.errors import CheckpointError, printable
-from qwen_dist.json_reader import keys_within, read_file, read_json_object, read_optional_object, unusable_keys
-from qwen_dist.tokenizer_vocab import MERGES_FILE, VOCAB_FILE
+from qwen_dist.json_reader import keys_within, unusable_keys
+from qwen_dist.storage.model_files import ModelFiles
+from qwen_dist.tokenizer_vocab import MERGES_FILE, TOKENIZER_FILE, VOCAB_FILE
 
-TOKENIZER_FILE, TOKENIZER_CONFIG, MODEL_CONFIG, GENERATION_CONFIG, SPECIAL_TOKENS_MAP = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "config.json",
-    "generation_config.json",
-    "special_tokens_map.json",
-)
-TEMPLATE_DIRECTORY = "additional_chat_templates"
+TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
+MODEL_CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 TEMPLATE_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 _SPECIAL_TOKENS = (*TEMPLATE_TOKENS, "sep_token", "cls_token", "mask_token")
 # What transformers takes for a checkpoint that has vocab.json and merges.txt only.
@@ -46,25 +41,27 @@ _KNOWN_SETTINGS = frozenset(
 _FALSE_SETTINGS = frozenset({"add_prefix_space", "clean_up_tokenization_spaces", "split_special_tokens"})
 
 
-def require_files(directory: Path) -> None:
-    has_vocab = all((directory / name).exists() for name in (VOCAB_FILE, MERGES_FILE))
+def require_files(files: ModelFiles) -> None:
+    has_vocab = all(files.read(name) is not None for name in (VOCAB_FILE, MERGES_FILE))
     needed = (MODEL_CONFIG,) if has_vocab else (TOKENIZER_FILE, TOKENIZER_CONFIG, MODEL_CONFIG)
-    missing = [name for name in needed if not (directory / name).exists()]
+    missing = [name for name in needed if files.read(name) is None]
     if not missing:
         return
-    raise CheckpointError(f"{directory} has no {', '.join(missing)}: give the directory of a whole checkpoint")
+    raise CheckpointError(
+        f"{printable(files.folder)} has no {', '.join(missing)}: give the directory of a whole checkpoint"
+    )
 
 
-def read_settings(directory: Path, ignored_keys: Iterable[str] = ()) -> dict[str, Any]:
+def read_settings(files: ModelFiles, ignored_keys: Iterable[str] = ()) -> dict[str, Any]:
     """Return tokenizer_config.json; without `added_tokens_decoder`, special_tokens_map.json replaces its tokens.
 
     Raises:
       CheckpointError: listing every key that is not understood.
     """
-    has_vocabulary = (directory / TOKENIZER_FILE).exists()
-    settings = ({} if has_vocabulary else _DEFAULT_TOKENS) | (read_optional_object(directory / TOKENIZER_CONFIG) or {})
+    has_vocabulary = files.read(TOKENIZER_FILE) is not None
+    settings = ({} if has_vocabulary else _DEFAULT_TOKENS) | dict(files.read_object(TOKENIZER_CONFIG) or {})
     if "added_tokens_decoder" not in settings:
-        settings |= read_optional_object(directory / SPECIAL_TOKENS_MAP) or {}
+        settings |= files.read_object(SPECIAL_TOKENS_MAP) or {}
     ignored = keys_within("tokenizer_config", ignored_keys)
     settings = {key: value for key, value in settings.items() if value is not None and key not in ignored}
     problems = []
@@ -77,7 +74,7 @@ def read_settings(directory: Path, ignored_keys: Iterable[str] = ()) -> dict[str
         elif key not in _KNOWN_SETTINGS:
             problems.append(f"{shown} is not understood")
     if problems:
-        raise unusable_keys(directory / TOKENIZER_CONFIG, problems)
+        raise unusable_keys(files.path(TOKENIZER_CONFIG), problems)
     return settings
 
 
@@ -93,11 +90,13 @@ def special_tokens(settings: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-def _read_text(path: Path) -> str:
+def _template_text(files: ModelFiles, name: str, content: bytes) -> str:
+    if len(content) > _MAX_TEMPLATE_BYTES:
+        raise CheckpointError(f"{files.path(name)} has {len(content)} bytes; at most {_MAX_TEMPLATE_BYTES} are read")
     try:
-        return read_file(path, max_bytes=_MAX_TEMPLATE_BYTES).decode("utf-8")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; download it again") from None
+        raise CheckpointError(f"{files.path(name)} cannot be read: {error}; download it again") from None
 
 
 def token_text(name: str, token: Any) -> str:
@@ -108,14 +107,12 @@ def token_text(name: str, token: Any) -> str:
     return text
 
 
-def stop_ids(directory: Path, backend: tokenizers.Tokenizer, tokens: Mapping[str, str]) -> frozenset[int]:
-    generation = directory / GENERATION_CONFIG
-    ids = _eos_ids(read_optional_object(generation) or {}, generation)
+def stop_ids(files: ModelFiles, backend: tokenizers.Tokenizer, tokens: Mapping[str, str]) -> frozenset[int]:
+    ids = _eos_ids(files.read_object(GENERATION_CONFIG) or {}, files.path(GENERATION_CONFIG))
     if ids:
         return ids
-    config = read_json_object(directory / MODEL_CONFIG)
-    text_config = config.get("text_config", config)
-    ids = _eos_ids(text_config if isinstance(text_config, dict) else config, directory / MODEL_CONFIG)
+    text_config = files.config.get("text_config", files.config)
+    ids = _eos_ids(text_config if isinstance(text_config, dict) else files.config, files.path(MODEL_CONFIG))
     if "eos_token" in tokens:
         eos_id = backend.token_to_id(tokens["eos_token"])
         if eos_id is None:
@@ -125,12 +122,13 @@ def stop_ids(directory: Path, backend: tokenizers.Tokenizer, tokens: Mapping[str
         ids |= {eos_id}
     if not ids:
         raise CheckpointError(
-            f"no end-of-text id: {GENERATION_CONFIG} or {MODEL_CONFIG} in {directory} must have an eos_token_id"
+            f"no end-of-text id: {GENERATION_CONFIG} or {MODEL_CONFIG} in {printable(files.folder)} must have an "
+            "eos_token_id"
         )
     return ids
 
 
-def _eos_ids(config: Mapping[str, Any], path: Path) -> frozenset[int]:
+def _eos_ids(config: Mapping[str, Any], path: str) -> frozenset[int]:
     value = config.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(id, int) and not isinstance(id, bool) and 0 <= id < _MAX_ID for id in ids):
@@ -140,28 +138,26 @@ def _eos_ids(config: Mapping[str, Any], path: Path) -> frozenset[int]:
     return frozenset(ids)
 
 
-def chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+def chat_templates(files: ModelFiles, config: Mapping[str, Any]) -> dict[str, str]:
     """Return the sources of the chat templates by name. A single template has the name "default".
 
     A file chat_template.jinja or chat_template.json takes precedence over tokenizer_config.json, and the files in
     additional_chat_templates, each a named template, over both.
     """
-    file, old_file = directory / "chat_template.jinja", directory / "chat_template.json"
-    if file.exists():
-        templates = {"default": _read_text(file)}
-    elif old_file.exists():
-        templates = _named_templates(read_json_object(old_file).get("chat_template"), old_file)
+    file, old_file = "chat_template.jinja", "chat_template.json"
+    if (content := files.read(file)) is not None:
+        templates = {"default": _template_text(files, file, content)}
+    elif (old := files.read_object(old_file)) is not None:
+        templates = _named_templates(old.get("chat_template"), files.path(old_file))
     else:
-        templates = _named_templates(config.get("chat_template"), directory / TOKENIZER_CONFIG)
-    return templates | {path.stem: _read_text(path) for path in _template_files(directory)}
+        templates = _named_templates(config.get("chat_template"), files.path(TOKENIZER_CONFIG))
+    for name in files.folder.template_files():
+        if (content := files.read(name)) is not None:
+            templates[PurePosixPath(name).stem] = _template_text(files, name, content)
+    return templates
 
 
-def _template_files(directory: Path) -> Iterator[Path]:
-    folder = directory / TEMPLATE_DIRECTORY
-    yield from sorted(folder.glob("*.jinja")) if folder.is_dir() else ()
-
-
-def _named_templates(template: Any, path: Path) -> dict[str, str]:
+def _named_templates(template: Any, path: str) -> dict[str, str]:
     if template is None:
         return {}
     if isinstance(template, str):
@@ -169,7 +165,7 @@ def _named_templates(template: Any, path: Path) -> dict[str, str]:
     if isinstance(template, list) and all(_is_named_template(entry) for entry in template):
         return {entry["name"]: entry["template"] for entry in template}
     raise CheckpointError(
-        f'{printable(path)}: chat_template must be a string or a list of {{"name", "template"}} with strings; '
+        f'{path}: chat_template must be a string or a list of {{"name", "template"}} with strings; '
         f"got {printable(repr(template), 80)}"
     )
 

@@ -7,17 +7,16 @@ added_tokens.json, then special tokens that are still unknown.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from qwen_dist.errors import CheckpointError, printable
-from qwen_dist.json_reader import read_file, read_json_object, read_optional_object
+from qwen_dist.storage.model_files import ModelFiles
 
-VOCAB_FILE, MERGES_FILE, ADDED_TOKENS_FILE = "vocab.json", "merges.txt", "added_tokens.json"
-_MAX_BYTES = 2**28
+TOKENIZER_FILE, VOCAB_FILE, MERGES_FILE = "tokenizer.json", "vocab.json", "merges.txt"
+ADDED_TOKENS_FILE = "added_tokens.json"
 # How Qwen's tokenizers split a text. Each digit is one token. From Qwen3.5 on, combining marks belong to words.
 _PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?%s+|\p{N}| ?[^\s%s\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LETTERS, _LETTERS_AND_MARKS = (r"\p{L}", r"\p{L}"), (r"[\p{L}\p{M}]", r"\p{L}\p{M}")
@@ -25,31 +24,35 @@ _FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 _MAX_ID = 2**31
 
 
-def read_backend(path: Path) -> tokenizers.Tokenizer:
-    """Read tokenizer.json. Raises CheckpointError."""
-    content = read_file(path, max_bytes=_MAX_BYTES)
+def read_backend(files: ModelFiles) -> tokenizers.Tokenizer | None:
+    """Read tokenizer.json, if it exists. Raises CheckpointError."""
+    content = files.read(TOKENIZER_FILE)
+    if content is None:
+        return None
     try:
         return tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises nothing narrower
-        raise CheckpointError(f"{path} cannot be read: {printable(error)}; download it again") from error
+        raise CheckpointError(
+            f"{files.path(TOKENIZER_FILE)} cannot be read: {printable(error)}; download it again"
+        ) from error
 
 
-def build_backend(directory: Path) -> tokenizers.Tokenizer:
+def build_backend(files: ModelFiles) -> tokenizers.Tokenizer:
     """Return the byte-level BPE of vocab.json and merges.txt with Qwen's normalisation and pre-tokenisation.
 
     Raises CheckpointError when one of the files cannot be used.
     """
-    vocab = read_json_object(directory / VOCAB_FILE, max_bytes=_MAX_BYTES)
+    vocab = dict(files.read_object(VOCAB_FILE) or {})
     if not all(_is_id(id) for id in vocab.values()) or len(set(vocab.values())) != len(vocab):
-        raise CheckpointError(f"{directory / VOCAB_FILE} must give every token a different id; download it again")
+        raise CheckpointError(f"{files.path(VOCAB_FILE)} must give every token a different id; download it again")
     try:
-        lines = read_file(directory / MERGES_FILE, max_bytes=_MAX_BYTES).decode("utf-8").split("\n")
+        lines = (files.read(MERGES_FILE) or b"").decode("utf-8").split("\n")
         merges = [_merge(line) for line in lines if line and not line.startswith("#version")]
         backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
     except Exception as error:  # the library raises nothing narrower
-        raise CheckpointError(f"{directory / MERGES_FILE} cannot be used: {printable(error)}; download it again") from None
+        raise CheckpointError(f"{files.path(MERGES_FILE)} cannot be used: {printable(error)}; download it again") from None
     backend.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(_PATTERN % _word_characters(directory)), "isolated")
+    split = pre_tokenizers.Split(Regex(_PATTERN % _word_characters(files)), "isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
@@ -57,9 +60,9 @@ def build_backend(directory: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def _word_characters(directory: Path) -> tuple[str, str]:
+def _word_characters(files: ModelFiles) -> tuple[str, str]:
     """Return what words consist of, for both places of `_PATTERN`: as transformers does, by the model's type."""
-    config = read_optional_object(directory / "config.json") or {}
+    config = files.read_object("config.json") or {}
     text = config.get("text_config")
     model_type = (text if isinstance(text, dict) else config).get("model_type")
     return _LETTERS_AND_MARKS if str(model_type).startswith("qwen3_5") else _LETTERS
@@ -77,13 +80,13 @@ def _is_id(value: Any) -> bool:
 
 
 def add_tokens(
-    backend: tokenizers.Tokenizer, directory: Path, config: Mapping[str, Any], special_tokens: Iterable[str]
+    backend: tokenizers.Tokenizer, files: ModelFiles, config: Mapping[str, Any], special_tokens: Iterable[str]
 ) -> None:
     """Add the tokens that the vocabulary lacks.
 
     Args:
       backend: is changed.
-      directory: of the checkpoint, for added_tokens.json.
+      files: for added_tokens.json.
       config: tokenizer_config.json, for `added_tokens_decoder`.
       special_tokens: texts of the special tokens, added last if they are unknown.
 
@@ -94,7 +97,7 @@ def add_tokens(
     if "added_tokens_decoder" in config:
         name, tokens = "tokenizer_config.json: added_tokens_decoder", _decoder_tokens(config["added_tokens_decoder"])
     else:
-        name, tokens = ADDED_TOKENS_FILE, _file_tokens(directory / ADDED_TOKENS_FILE, set(special))
+        name, tokens = ADDED_TOKENS_FILE, _file_tokens(files, set(special))
     for id, token in sorted(tokens.items()):
         backend.add_tokens([token])
         if backend.token_to_id(token.content) != id:
@@ -132,9 +135,11 @@ def _wrong_entry(entry: Any) -> CheckpointError:
     )
 
 
-def _file_tokens(path: Path, special: set[str]) -> dict[int, AddedToken]:
+def _file_tokens(files: ModelFiles, special: set[str]) -> dict[int, AddedToken]:
     """Return the tokens of added_tokens.json, {"<|endoftext|>": 151643, …}, by id."""
-    ids = read_optional_object(path) or {}
+    ids = files.read_object(ADDED_TOKENS_FILE) or {}
     if not all(text and _is_id(id) for text, id in ids.items()) or len(set(ids.values())) != len(ids):
-        raise CheckpointError(f"{path} must give every token a different id; got {printable(repr(ids), 80)}")
+        raise CheckpointError(
+            f"{files.path(ADDED_TOKENS_FILE)} must give every token a different id; got {printable(repr(ids), 80)}"
+        )
     return {id: AddedToken(text, normalized=text not in special, special=text in special) for text, id in ids.items()}

@@ -274,19 +274,19 @@ def test_the_process_ends_with_its_parent_and_is_not_shared_after_a_fork():
 
 
 def test_a_base_model_ends_answers_with_the_token_of_its_template(tmp_path, small_tokenizer, base_files):
-    base = Tokenizer.from_directory(base_files(tmp_path / "base", CHATML))
+    base = Tokenizer.open(base_files(tmp_path / "base", CHATML))
     end, im_end = (base.special_id(token) for token in ("<|endoftext|>", "<|im_end|>"))
     assert base.stop_ids == {end} and base.chat_stop_ids == (im_end,)
-    assert Tokenizer.from_directory(base_files(tmp_path / "r1", R1)).chat_stop_ids == (im_end,)
+    assert Tokenizer.open(base_files(tmp_path / "r1", R1)).chat_stop_ids == (im_end,)
     plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{{ 'assistant: ' if add_generation_prompt }}"
-    assert Tokenizer.from_directory(base_files(tmp_path / "plain", plain)).chat_stop_ids == ()
-    assert Tokenizer.from_directory(base_files(tmp_path / "none", None)).chat_stop_ids == ()
+    assert Tokenizer.open(base_files(tmp_path / "plain", plain)).chat_stop_ids == ()
+    assert Tokenizer.open(base_files(tmp_path / "none", None)).chat_stop_ids == ()
 
 
 @pytest.mark.parametrize("template", [5, [5], [{"name": "default", "template": 5}], [{"name": 5, "template": "x"}], {}])
 def test_templates_that_are_no_texts(tmp_path, base_files, template):
     with pytest.raises(CheckpointError, match=r"chat_template must be a string or a list"):
-        Tokenizer.from_directory(base_files(tmp_path / "base", template))
+        Tokenizer.open(base_files(tmp_path / "base", template))
 
 
 @pytest.fixture

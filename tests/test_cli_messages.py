@@ -15,9 +15,8 @@ from qwen_dist import failures
 from qwen_dist.batch.progress import TimeLeft, clock, describe_summary
 from qwen_dist.batch.run import BatchSummary
 from qwen_dist.batch.series import axis_end
-from qwen_dist.chat_session import ChatSession
-from qwen_dist.checkpoint.hub import local_directory
 from qwen_dist.cli import main
+from qwen_dist.cli.chat_session import ChatSession
 from qwen_dist.config import (
     FinetuneConfig,
     GenerateConfig,
@@ -31,6 +30,7 @@ from qwen_dist.errors import CheckpointError, UsageError, UserError
 from qwen_dist.parity.checks import NOT_JUDGED, NextTokenAgreement, ParityReport
 from qwen_dist.runtime import memory
 from qwen_dist.runtime.stderr_filter import dropped_lines
+from qwen_dist.storage.model_files import ModelFiles
 from qwen_dist.train.optim import num_warmup_steps
 
 
@@ -79,15 +79,15 @@ def test_usage_errors_say_what_to_do_and_exit_with_2(capsys, arguments, expected
 @pytest.mark.parametrize("name", ["m" * 5000, "a\0b", "~nobody-at-all/x/y"])
 def test_impossible_model_names(name):
     with pytest.raises(CheckpointError, match="is neither a directory nor a hub id") as error:
-        local_directory(name)
+        ModelFiles.open(name)
     assert len(str(error.value)) < 600 and "\0" not in str(error.value)
 
 
 def test_a_revision_may_follow_a_hub_id(monkeypatch, tmp_path):
     """As in inspect and export. The hub is offline here, so the message is that of the download."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CheckpointError, match="cannot be downloaded from the hub"):
-        local_directory("Qwen/Qwen3-0.6B@main")
+    with pytest.raises(CheckpointError, match="cannot be opened on the hub"):
+        ModelFiles.open("Qwen/Qwen3-0.6B@main")
 
 
 @pytest.mark.parametrize(
@@ -249,8 +249,8 @@ def test_summaries_of_a_batch():
 def test_the_second_ctrl_c_of_a_batch_ends_at_once():
     program = """
 import os, signal, time
-from qwen_dist.cli import _catch_interrupt
-with _catch_interrupt() as stopped:
+from qwen_dist.cli.session import catch_interrupt
+with catch_interrupt() as stopped:
     os.kill(os.getpid(), signal.SIGINT)
     assert stopped()
     os.kill(os.getpid(), signal.SIGINT)

@@ -29,13 +29,14 @@ LEVELS = {
     "template_process": 1,
     "chat_template": 2,
     "outputs": 2,
-    "gguf": 1,
-    "tokenizer_vocab": 2,
-    "tokenizer_files": 3,
+    "storage": 2,
+    "tokenizer_vocab": 3,
+    "tokenizer_files": 4,
     "capture": 1,
     "config": 3,
+    "config_fields": 1,
     "engine.request": 1,
-    "engine.generation_config": 2,
+    "engine.generation_config": 3,
     "engine.sequence": 2,
     "engine.page_allocator": 1,
     "engine.scheduler": 3,
@@ -48,15 +49,13 @@ LEVELS = {
     "batch.output": 3,
     "models.config": 1,
     "families": 1,
-    "hf_config": 2,
+    "hf_config": 3,
     "models.state_spec": 1,
     "planning.chips": 1,
     "planning.flops": 5,
     "demo": 1,
-    "command_parser": 1,
     "config_files": 2,
     "failures": 2,
-    "version": 2,
     "ops.native_library": 1,
     "runtime.cluster": 1,
     "runtime.memory": 1,
@@ -67,7 +66,7 @@ LEVELS = {
     "runtime.distributed": 3,
     "mesh": 2,
     "sharding": 2,
-    "tokenizer": 4,
+    "tokenizer": 5,
     "ops": 3,
     "models": 4,
     "checkpoint": 5,
@@ -76,17 +75,21 @@ LEVELS = {
     "batch": 7,
     "planning": 7,
     "parity": 7,
-    "chat_session": 7,
+    "llm": 7,
+    "causal_lm": 7,
     "cli": 8,
+    "cli.command_parser": 8,
+    "cli.flags": 8,
     "__main__": 9,
 }
 WITHOUT_JAX = {
     "errors",
-    "command_parser",
+    "cli.command_parser",
+    "cli.flags",
     "config",
+    "config_fields",
     "config_files",
     "failures",
-    "version",
     "ops.native_library",
     "runtime.memory",
     "runtime.stderr_filter",
@@ -96,7 +99,7 @@ WITHOUT_JAX = {
     "chat_template",
     "template_process",
     "template_worker",
-    "gguf",
+    "storage",
     "tokenizer_files",
     "outputs",
     "tokenizer_vocab",
@@ -223,7 +226,9 @@ def test_only_ops_describe_a_backend():
 def test_packages_import_nothing():
     """An `__init__` that imports its modules would make every import of one import all."""
     for path in PACKAGES:
-        assert not imports(path, types_too=True), path
+        # The entry point is qwen_dist.cli:main; its modules import what a command needs inside functions.
+        allowed = {"qwen_dist.cli.main", "qwen_dist.cli.main.main"} if path.parent.name == "cli" else set()
+        assert imports(path, types_too=True) <= allowed, path
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if level_of(module) in WITHOUT_JAX])

@@ -41,7 +41,7 @@ CHATS = [
 
 @pytest.fixture(scope="module")
 def tokenizer(small_tokenizer: Path) -> Tokenizer:
-    return Tokenizer.from_directory(small_tokenizer)
+    return Tokenizer.open(small_tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_small_tokenizer_is_transformers(tokenizer, reference):
 
 @pytest.mark.real
 def test_real_tokenizer_is_transformers(real_checkpoint: Path):
-    tokenizer = Tokenizer.from_directory(real_checkpoint)
+    tokenizer = Tokenizer.open(real_checkpoint)
     assert_same_as(AutoTokenizer.from_pretrained(real_checkpoint), tokenizer)
     assert tokenizer.stop_ids == {151643, 151645}
     assert tokenizer.vocab_size == 151665
@@ -105,7 +105,7 @@ def test_real_tokenizer_is_transformers(real_checkpoint: Path):
 
 @pytest.mark.real
 def test_real_tokens_have_the_bytes_that_decode_gives(real_checkpoint: Path):
-    tokenizer = Tokenizer.from_directory(real_checkpoint)
+    tokenizer = Tokenizer.open(real_checkpoint)
     ids = range(tokenizer.vocab_size + 5)
     assert [tokenizer.token_bytes(id).decode(errors="replace") for id in ids] == [
         tokenizer.decode([id], False) for id in ids
@@ -183,12 +183,12 @@ def test_stop_ids(small_tokenizer, tmp_path, tokenizer):
     end, im_end = (tokenizer.encode(token)[0] for token in ("<|endoftext|>", "<|im_end|>"))
     assert tokenizer.stop_ids == {end, im_end}
     one = copy_of(small_tokenizer, tmp_path / "one", generation_config__json={"eos_token_id": end})
-    assert Tokenizer.from_directory(one).stop_ids == {end}
+    assert Tokenizer.open(one).stop_ids == {end}
     none = copy_of(small_tokenizer, tmp_path / "none", generation_config__json=None)
-    assert Tokenizer.from_directory(none).stop_ids == {end, im_end}
+    assert Tokenizer.open(none).stop_ids == {end, im_end}
     nested = {"text_config": {"eos_token_id": 7}}
     nested_dir = copy_of(small_tokenizer, tmp_path / "nested", generation_config__json={"top_k": 1}, config__json=nested)
-    assert Tokenizer.from_directory(nested_dir).stop_ids == {7, im_end}
+    assert Tokenizer.open(nested_dir).stop_ids == {7, im_end}
 
 
 @pytest.mark.parametrize(
@@ -214,20 +214,20 @@ def test_stop_ids(small_tokenizer, tmp_path, tokenizer):
 )
 def test_invalid_directories_are_reported_by_file(small_tokenizer, tmp_path, changes, message):
     with pytest.raises(CheckpointError, match=message):
-        Tokenizer.from_directory(copy_of(small_tokenizer, tmp_path, **changes))
+        Tokenizer.open(copy_of(small_tokenizer, tmp_path, **changes))
 
 
 def test_decoder_that_is_not_byte_level_is_refused(small_tokenizer, tmp_path):
     backend = json.loads((small_tokenizer / "tokenizer.json").read_text()) | {"decoder": {"type": "Fuse"}}
     with pytest.raises(CheckpointError, match="byte-level"):
-        Tokenizer.from_directory(copy_of(small_tokenizer, tmp_path, tokenizer__json=backend))
+        Tokenizer.open(copy_of(small_tokenizer, tmp_path, tokenizer__json=backend))
 
 
 def test_truncation_in_tokenizer_json_does_not_cut_prompts(small_tokenizer, tmp_path, tokenizer):
     backend = Backend.from_file(str(small_tokenizer / "tokenizer.json"))
     backend.enable_truncation(2)
     directory = copy_of(small_tokenizer, tmp_path, tokenizer__json=backend.to_str())
-    assert Tokenizer.from_directory(directory).encode(TEXTS[1]) == tokenizer.encode(TEXTS[1])
+    assert Tokenizer.open(directory).encode(TEXTS[1]) == tokenizer.encode(TEXTS[1])
 
 
 def test_half_a_surrogate_pair_is_refused(tokenizer):
@@ -242,12 +242,12 @@ def test_files_of_the_chat_template(small_tokenizer, tmp_path):
         small_tokenizer, tmp_path, tokenizer_config__json=tokenizer_config(small_tokenizer, chat_template=named)
     )
     chat = CHATS[0]
-    assert Tokenizer.from_directory(directory).render_chat(chat) == "DHi 😀"
-    assert Tokenizer.from_directory(directory).render_chat(chat, tools=TOOLS).startswith("THi 😀[{'type': 'function'")
+    assert Tokenizer.open(directory).render_chat(chat) == "DHi 😀"
+    assert Tokenizer.open(directory).render_chat(chat, tools=TOOLS).startswith("THi 😀[{'type': 'function'")
     (directory / "chat_template.json").write_text(json.dumps({"chat_template": "J{{ messages[0].content }}"}))
-    assert Tokenizer.from_directory(directory).render_chat(chat) == "JHi 😀"
+    assert Tokenizer.open(directory).render_chat(chat) == "JHi 😀"
     (directory / "chat_template.jinja").write_text("{{ messages[0].content }}!")
-    assert Tokenizer.from_directory(directory).render_chat(chat) == "Hi 😀!"
+    assert Tokenizer.open(directory).render_chat(chat) == "Hi 😀!"
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_bad_chat_templates(small_tokenizer, tmp_path, template, message):
         small_tokenizer, tmp_path, tokenizer_config__json=tokenizer_config(small_tokenizer, chat_template=template)
     )
     with pytest.raises(UserError, match=message):
-        Tokenizer.from_directory(directory).render_chat(CHATS[0])
+        Tokenizer.open(directory).render_chat(CHATS[0])
 
 
 def test_text_parts_are_joined(tokenizer):

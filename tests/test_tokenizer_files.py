@@ -6,9 +6,9 @@ import shutil
 import pytest
 from transformers import AutoTokenizer, Qwen2Tokenizer
 
-from qwen_dist.checkpoint.files import LocalFolder
 from qwen_dist.checkpoint.save import read_extra_files
 from qwen_dist.errors import CheckpointError
+from qwen_dist.storage.files import LocalFolder
 from qwen_dist.tokenizer import Tokenizer
 
 TEXTS = [
@@ -46,7 +46,7 @@ def change(directory, name, **values):
 
 def assert_same_ids(directory, reference=None):
     reference = reference or AutoTokenizer.from_pretrained(directory)
-    tokenizer = Tokenizer.from_directory(directory)
+    tokenizer = Tokenizer.open(directory)
     for text in TEXTS:
         ids = tokenizer.encode(text)
         assert ids == reference.encode(text), text
@@ -60,7 +60,7 @@ def assert_same_ids(directory, reference=None):
 
 @pytest.mark.parametrize("special", [False, True])
 def test_added_tokens_decoder_adds_tokens(directory, special):
-    size = Tokenizer.from_directory(directory).vocab_size
+    size = Tokenizer.open(directory).vocab_size
     added = json.loads((directory / "tokenizer.json").read_text())["added_tokens"]
     tokens = {str(token.pop("id")): token for token in added}
     tokens |= {str(size + 1): TOOL | {"content": "<tool_y>"}, str(size): TOOL | {"special": special}}
@@ -93,7 +93,7 @@ def test_special_tokens_that_are_unknown_are_added(directory):
 def test_added_tokens_that_do_not_fit_are_refused(directory, tokens, message):
     change(directory, "tokenizer_config.json", added_tokens_decoder=tokens)
     with pytest.raises(CheckpointError) as error:
-        Tokenizer.from_directory(directory)
+        Tokenizer.open(directory)
     assert message in str(error.value) and len(str(error.value)) < 400 + len(str(directory))
 
 
@@ -124,7 +124,7 @@ def slow(directory):
 
 def test_vocab_and_merges_are_a_tokenizer(slow, small_tokenizer):
     tokenizer = assert_same_ids(slow, Qwen2Tokenizer.from_pretrained(slow))
-    whole = Tokenizer.from_directory(small_tokenizer)
+    whole = Tokenizer.open(small_tokenizer)
     assert [tokenizer.encode(text) for text in TEXTS] == [whole.encode(text) for text in TEXTS]
 
 
@@ -151,7 +151,7 @@ def test_real_vocab_and_merges(real_checkpoint, tmp_path):
         shutil.copy(real_checkpoint / name, tmp_path)
     tokens = {str(token.pop("id")): token for token in content["added_tokens"]}
     change(tmp_path, "tokenizer_config.json", added_tokens_decoder=tokens)
-    whole, built = Tokenizer.from_directory(real_checkpoint), Tokenizer.from_directory(tmp_path)
+    whole, built = Tokenizer.open(real_checkpoint), Tokenizer.open(tmp_path)
     assert [built.encode(text) for text in TEXTS] == [whole.encode(text) for text in TEXTS]
 
 
@@ -174,7 +174,7 @@ def test_damaged_vocabularies_are_one_line(slow, name, content, message):
         (slow / "tokenizer_config.json").write_text(json.dumps(config))
     (slow / name).write_text(content)
     with pytest.raises(CheckpointError) as error:
-        Tokenizer.from_directory(slow)
+        Tokenizer.open(slow)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -188,9 +188,9 @@ def test_damaged_vocabularies_are_one_line(slow, name, content, message):
 def test_settings_that_are_not_understood_are_refused(directory, key, value):
     change(directory, "tokenizer_config.json", **{key: value})
     with pytest.raises(CheckpointError, match=rf"{key} = .*ignored_config_keys"):
-        Tokenizer.from_directory(directory)
+        Tokenizer.open(directory)
     for ignored in (key, f"tokenizer_config.{key}"):
-        Tokenizer.from_directory(directory, [ignored])
+        Tokenizer.open(directory, [ignored])
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "special_tokens_map.json"])
@@ -198,18 +198,18 @@ def test_files_that_cannot_be_read_are_one_line(directory, name):
     (directory / name).unlink(missing_ok=True)
     (directory / name).mkdir()
     with pytest.raises(CheckpointError, match=rf"{name} is not a regular file$"):
-        Tokenizer.from_directory(directory)
+        Tokenizer.open(directory)
     (directory / name).rmdir()
     (directory / name).write_text('{"a": ' * 100_000)
     with pytest.raises(CheckpointError, match=rf"{name} is not JSON: .{{0,200}}$"):
-        Tokenizer.from_directory(directory)
+        Tokenizer.open(directory)
 
 
 @pytest.mark.parametrize("eos", [10**30, -1, "5", 2.5, True, [1, None], {}])
 def test_stop_ids_of_another_type_are_one_line(directory, eos):
     change(directory, "generation_config.json", eos_token_id=eos)
     with pytest.raises(CheckpointError, match=r"eos_token_id must be a token id or a list of them; got .{1,80}$"):
-        Tokenizer.from_directory(directory)
+        Tokenizer.open(directory)
 
 
 # --- chat templates as files ---
@@ -221,7 +221,7 @@ def test_named_templates_in_files(directory, tmp_path):
     (folder / "tool_use.jinja").write_text("tools {{ tools[0] | tojson }} {{ messages[0].content }}")
     (folder / "rag.jinja").write_text("rag")
     (directory / "chat_template.jinja").write_text("default {{ messages[0].content }}")
-    tokenizer, reference = Tokenizer.from_directory(directory), AutoTokenizer.from_pretrained(directory)
+    tokenizer, reference = Tokenizer.open(directory), AutoTokenizer.from_pretrained(directory)
     for variables in ({}, {"tools": TOOLS}):
         expected = reference.apply_chat_template(MESSAGES, tokenize=False, **variables)
         assert tokenizer.render_chat(MESSAGES, **variables) == expected
@@ -239,13 +239,14 @@ def test_a_copy_renders_as_the_original(directory, tmp_path):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_bytes(content)
     for variables in ({}, {"tools": TOOLS}):
-        assert Tokenizer.from_directory(copy).render_chat(MESSAGES, **variables) == Tokenizer.from_directory(
-            directory
-        ).render_chat(MESSAGES, **variables)
+        assert Tokenizer.open(copy).render_chat(MESSAGES, **variables) == Tokenizer.open(directory).render_chat(
+            MESSAGES, **variables
+        )
 
 
 def test_an_adapters_own_tokenizer_is_noticed(directory, tmp_path):
-    tokenizer = Tokenizer.from_directory(directory)
+    tokenizer = Tokenizer.open(directory)
+    (tmp_path / "nothing").mkdir()
     assert tokenizer.differences(tmp_path / "nothing") == tokenizer.differences(directory) == []
     adapter = shutil.copytree(directory, tmp_path / "adapter")
     (adapter / "chat_template.jinja").write_text("another")

@@ -28,10 +28,12 @@ from qwen_dist.checkpoint.adapter_config import (
     scale,
 )
 from qwen_dist.checkpoint.adapter_merge import Update
-from qwen_dist.checkpoint.files import LocalFile
 from qwen_dist.checkpoint.names import PREFIXES
 from qwen_dist.checkpoint.source import read_header
 from qwen_dist.errors import printable
+from qwen_dist.storage.files import LocalFile
+from qwen_dist.storage.hub import HUB_ID
+from qwen_dist.storage.model_files import ModelFiles
 
 _PICKLE_NAME = "adapter_model.bin"
 _DTYPES = ("F16", "BF16", "F32", "F64")
@@ -91,14 +93,14 @@ def read_adapter(directory: str | os.PathLike[str], ignored_keys: Iterable[str] 
     """Read an adapter from a directory in PEFT's layout.
 
     Args:
-      directory: a local directory.
+      directory: a local directory, or a hub id, which is downloaded to the hub's cache.
       ignored_keys: keys of its configuration that the user vouches for.
 
     Raises:
       CheckpointError: files are missing or damaged, or it is not a change of the weights that is known; one message lists
         every problem.
     """
-    path = Path(directory)
+    path = _local_directory(directory)
     _check_files(path)
     config = read_adapter_config(path, ignored_keys)
     reader = _Reader(config, _read_arrays(path / WEIGHTS_NAME))
@@ -109,6 +111,12 @@ def read_adapter(directory: str | os.PathLike[str], ignored_keys: Iterable[str] 
     if problems:
         raise_problems(f"the adapter {printable(path)} cannot be used", problems)
     return PeftAdapter(config, tuple(updates))
+
+
+def _local_directory(adapter: str | os.PathLike[str]) -> Path:
+    path = Path(adapter)
+    is_on_hub = HUB_ID.fullmatch(os.fspath(adapter)) and not os.path.lexists(path)
+    return ModelFiles.open(adapter).directory() if is_on_hub else path
 
 
 def _check_files(path: Path) -> None:

@@ -12,6 +12,7 @@ from qwen_dist.checkpoint.names import SCALE_SUFFIX, group_names
 from qwen_dist.checkpoint.safetensors import TensorInfo
 from qwen_dist.checkpoint.source import Checkpoint, open_checkpoint
 from qwen_dist.errors import UserError, printable
+from qwen_dist.storage.model_files import ModelName
 
 # What is printed of an unusual checkpoint; Qwen's have fewer than 50 groups and 6 levels.
 _MAX_PRINTED_GROUPS = 500
@@ -130,21 +131,21 @@ def _format_number(number: float) -> str:
 
 
 def inspect(
-    location: str, make_target: MakeTarget | None = None, *, host_memory_budget: int | None = None
+    model: ModelName, make_target: MakeTarget | None = None, *, host_memory_budget: int | None = None
 ) -> CheckpointReport:
     """Describe a checkpoint; read only its headers and configuration.
 
     Args:
-      location: a directory, hub id or address, as in `open_checkpoint`.
+      model: as `ModelFiles.open` takes it.
       make_target: if given, the load onto its shardings is planned and summarised too.
       host_memory_budget: as in `load`.
 
     Returns:
       The report. Errors that a user can cause are listed in its `problems` and never raised.
     """
-    report = CheckpointReport(location)
+    report = CheckpointReport(str(model))
     try:
-        checkpoint = open_checkpoint(location)
+        checkpoint = open_checkpoint(model)
         _describe(report, checkpoint)
         if make_target is not None:
             report.load = _summarize_load(checkpoint, make_target, host_memory_budget)

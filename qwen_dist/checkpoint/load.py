@@ -17,7 +17,6 @@ import numpy as np
 
 from qwen_dist.checkpoint.boxes import Box, intersect, relative_slices
 from qwen_dist.checkpoint.buffers import BlockScales, ShardBuffer, aligned_empty, is_on_host, make_array_builder
-from qwen_dist.checkpoint.files import ReadOptions
 from qwen_dist.checkpoint.fp8 import read_block_size
 from qwen_dist.checkpoint.names import NameMap, map_names
 from qwen_dist.checkpoint.plan import (
@@ -33,6 +32,7 @@ from qwen_dist.checkpoint.plan import (
 from qwen_dist.checkpoint.source import Checkpoint
 from qwen_dist.checkpoint.sync import sync_processes
 from qwen_dist.errors import CheckpointError
+from qwen_dist.storage.files import ReadOptions
 
 T = TypeVar("T")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pathlib
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -18,10 +18,10 @@ from qwen_dist.checkpoint.adapter_read import PeftAdapter, read_adapter
 from qwen_dist.checkpoint.carried import load_carried
 from qwen_dist.checkpoint.fp8 import FP8_DTYPES
 from qwen_dist.checkpoint.load import ProgressCallback, load
-from qwen_dist.checkpoint.names import map_names
+from qwen_dist.checkpoint.names import find_layout, map_names
 from qwen_dist.checkpoint.plan import FLOAT_DTYPES
 from qwen_dist.checkpoint.safetensors import TensorInfo
-from qwen_dist.checkpoint.save import check_output, export
+from qwen_dist.checkpoint.save import check_output, export, read_extra_files, save
 from qwen_dist.checkpoint.source import Checkpoint, open_checkpoint
 from qwen_dist.checkpoint.sync import sync_processes
 from qwen_dist.errors import UsageError, UserError
@@ -31,16 +31,24 @@ from qwen_dist.models.parameters import DiskShape, abstract_parameters, disk_sha
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.runtime.memory import available_memory, format_gb
 from qwen_dist.sharding import ShardingContext
+from qwen_dist.storage.model_files import ModelFiles, ModelName
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model and its parameters by checkpoint name; `module` is abstract until `with_parameters` is applied."""
+    """A model and its parameters by checkpoint name; `module` is abstract until `with_parameters` is applied.
+
+    Attributes:
+      files: those it was loaded from; None for a model that was only declared.
+      checkpoint: the opened weights; None where they are random.
+    """
 
     config: ModelConfig
     module: Transformer
     parameters: dict[str, jax.Array]
     sharding_ctx: ShardingContext
+    files: ModelFiles | None = None
+    checkpoint: Checkpoint | None = None
 
     @property
     def dtype(self) -> jax.numpy.dtype:
@@ -48,11 +56,10 @@ class LoadedModel:
 
 
 def load_model(
-    directory: str | pathlib.Path,
+    model: ModelName,
     sharding_ctx: ShardingContext,
     *,
     dtype: DTypeLike,
-    weights: str | None = None,
     load_format: Literal["safetensors", "dummy"] = "safetensors",
     ignored_config_keys: Iterable[str] = (),
     adapter: PeftAdapter | None = None,
@@ -62,10 +69,10 @@ def load_model(
     """Load a checkpoint onto the mesh of `sharding_ctx`.
 
     Args:
-      directory: a checkpoint directory. For load_format "dummy" a `config.json`, or a directory with one, is enough.
+      model: as `ModelFiles.open` takes it; for load_format "dummy" a `config.json` is enough. One process downloads a hub
+        id to the hub's cache; several read from the hub what each of them needs.
       sharding_ctx: the mesh and the sharding rules.
       dtype: the dtype of the parameters and of the computation.
-      weights: where the weights are, if not in `directory`: any location that `open_checkpoint` takes.
       load_format: "dummy" makes random weights on the devices instead of reading any.
       ignored_config_keys: unknown keys of config.json that the user allows.
       adapter: is merged into the weights. That it fits them is checked before they are read.
@@ -76,17 +83,22 @@ def load_model(
       CheckpointError: the checkpoint cannot be used; every problem of the failing step is listed.
       UsageError: the model does not fit the mesh. This is raised before anything is read.
     """
-    config = read_model_config(directory, ignored_config_keys)
+    files = ModelFiles.open(model)
+    config = read_model_config(files, ignored_config_keys)
     module = Transformer(config, dtype=dtype)
     target = abstract_parameters(module, sharding_ctx)  # raises UsageError before anything is read
     updates, shapes = () if adapter is None else adapter.updates, disk_shapes(module)
     fit_updates(updates, shapes)
     _check_memory(target)
+    checkpoint = None
     if load_format == "dummy":
         parameters = random_parameters(module, sharding_ctx)
     else:
+        if jax.process_count() == 1:
+            files.download()
+        checkpoint = open_checkpoint(files)
         parameters = load(
-            open_checkpoint(weights or directory),
+            checkpoint,
             target,
             disk_shapes=shapes,
             tied=config.tie_word_embeddings,
@@ -94,7 +106,7 @@ def load_model(
             progress=progress,
         )
     parameters = merge_updates(parameters, updates, shapes, sharding_ctx)
-    return LoadedModel(config, module, parameters, sharding_ctx)
+    return LoadedModel(config, module, parameters, sharding_ctx, files, checkpoint)
 
 
 def _check_memory(target: Mapping[str, jax.ShapeDtypeStruct]) -> None:
@@ -110,6 +122,47 @@ def _check_memory(target: Mapping[str, jax.ShapeDtypeStruct]) -> None:
             f"not enough memory: the weights need {format_gb(needed)} and {format_gb(available)} are available. Use a "
             "smaller --dtype such as bfloat16, or more hosts with --mesh; `qwen-dist plan` estimates what is needed"
         )
+
+
+def save_model(
+    model: LoadedModel,
+    parameters: Mapping[str, jax.Array],
+    output: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike,
+    extra_files: Mapping[str, bytes] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Save a loaded model with other values of its parameters, and all else that its checkpoint has.
+
+    Args:
+      model: from `load_model`.
+      parameters: all of the model's, by name.
+      output: see `checkpoint.save.save`.
+      dtype: on disk, but for parameters that the model keeps wider.
+      extra_files: contents of files that replace those of the checkpoint, by name.
+      overwrite: see `checkpoint.save.save`.
+
+    Raises:
+      CheckpointError: the output exists or cannot be written; it is left unchanged.
+    """
+    assert model.files is not None
+    declared = abstract_parameters(Transformer(model.config, dtype=dtype), model.sharding_ctx)
+    shapes, carried, layout = disk_shapes(model.module), None, None
+    if model.checkpoint is not None:
+        layout = find_layout(parameters, model.checkpoint.tensors)
+        carried = load_carried(model.checkpoint, shapes, model.sharding_ctx, tied=model.config.tie_word_embeddings)
+    save(
+        parameters,
+        output,
+        config=model.files.config,
+        disk_shapes=shapes,
+        layout=layout,
+        carried=carried,
+        extra_files=read_extra_files(model.files.folder) | dict(extra_files or {}),
+        dtypes={name: leaf.dtype for name, leaf in declared.items()},
+        overwrite=overwrite,
+    )
 
 
 AbstractModel = tuple[dict[str, jax.ShapeDtypeStruct], dict[str, DiskShape], bool]
@@ -128,7 +181,7 @@ def abstract_model(
 
 
 def export_model(
-    location: str,
+    model: ModelName,
     sharding_ctx: ShardingContext,
     output: str,
     *,
@@ -140,7 +193,7 @@ def export_model(
     host_memory_budget: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> None:
-    """Load the checkpoint at `location` onto the mesh and save it as a Hugging Face directory.
+    """Load a checkpoint onto the mesh and save it as a Hugging Face directory.
 
     `adapter` is a directory in PEFT's layout; it is merged into the weights. `dtype` None keeps that of each tensor
     (bfloat16 for a quantised one). Tensors that the text model does not use are copied. Other arguments and errors as for
@@ -150,7 +203,7 @@ def export_model(
         if jax.process_index() == 0:
             check_output(output, overwrite=overwrite)
     updates = read_adapter(adapter, ignored_config_keys).updates if adapter else ()
-    checkpoint = open_checkpoint(location)
+    checkpoint = open_checkpoint(model)
     target, shapes, is_tied = abstract_model(checkpoint.config, sharding_ctx, dtype or "float32", ignored_config_keys)
     fit_updates(updates, shapes)
     target = _with_stored_dtypes(target, shapes, checkpoint, is_tied=is_tied, dtype=dtype)

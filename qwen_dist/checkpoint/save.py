@@ -26,7 +26,6 @@ import numpy as np
 
 from qwen_dist.checkpoint.boxes import box_from_slices, contains, intersect, relative_slices
 from qwen_dist.checkpoint.buffers import is_on_host
-from qwen_dist.checkpoint.files import INDEX_NAME, LOCAL_READ_OPTIONS, SINGLE_FILE_NAME, Folder, LocalFile
 from qwen_dist.checkpoint.load import ByteCounter, ProgressCallback, fit_to_budget, run_in_threads
 from qwen_dist.checkpoint.names import Layout, NameMap, find_layout, name_alone, name_tensors
 from qwen_dist.checkpoint.plan import Chunk, Parameter, Shard, chunk_boxes, count_stack_dims
@@ -36,6 +35,7 @@ from qwen_dist.checkpoint.sync import sync_processes
 from qwen_dist.errors import CheckpointError, UserError, printable
 from qwen_dist.json_reader import read_json_object
 from qwen_dist.outputs import run_lock
+from qwen_dist.storage.files import INDEX_NAME, LOCAL_READ_OPTIONS, SINGLE_FILE_NAME, Folder, LocalFile
 
 # In a staging directory: it is one, and may be removed.
 _STAGING_MARKER = ".qwen_dist_saving"

@@ -1,33 +1,21 @@
-"""Open and validate a checkpoint: a folder of files that are then read by byte range."""
+"""Open and validate a checkpoint: its headers are read, and its tensors are then read by byte range."""
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from qwen_dist.checkpoint.files import (
-    INDEX_NAME,
-    ByteFile,
-    Folder,
-    LocalFolder,
-    ReadOptions,
-    check_weight_map,
-    read_json,
-)
 from qwen_dist.checkpoint.safetensors import LENGTH_BYTES, Header, TensorInfo, header_length, parse_header
 from qwen_dist.checkpoint.sync import sync_processes
 from qwen_dist.errors import CheckpointError, printable, problem_list
-from qwen_dist.gguf import refuse_gguf
+from qwen_dist.storage.files import INDEX_NAME, ByteFile, Folder, ReadOptions, check_weight_map
+from qwen_dist.storage.model_files import ModelFiles, ModelName
 
 # One read usually covers the whole header of a file (Qwen's are 10-100 kB).
 _FIRST_READ_BYTES = 128 * 1024
 _FILES_AT_ONCE = 256
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
@@ -35,18 +23,25 @@ class Checkpoint:
     """An opened checkpoint: every header parsed and validated, no tensor data read.
 
     Attributes:
-      folder: its location.
-      config: the parsed `config.json`.
+      model_files: its small files, and where the others are.
       files: the safetensors files by name.
       tensors: every tensor by its name on disk.
       warnings: inconsistencies that do not affect the weights.
     """
 
-    folder: Folder
-    config: Mapping[str, Any]
+    model_files: ModelFiles
     files: Mapping[str, ByteFile]
     tensors: Mapping[str, TensorInfo]
     warnings: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Folder:
+        return self.model_files.folder
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The parsed `config.json`."""
+        return self.model_files.config
 
     @property
     def read_options(self) -> ReadOptions:
@@ -57,53 +52,29 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def open_checkpoint(location: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(model: ModelName) -> Checkpoint:
     """Open a Hugging Face checkpoint and validate all its headers. With several processes it fails on all or on none.
 
     Args:
-      location: a directory, a hub id (`Qwen/Qwen3-8B`, `Qwen/Qwen3-8B@revision`), or the `http(s)://`, `gs://` or
-        `s3://` address of a directory.
+      model: as `ModelFiles.open` takes it.
 
     Raises:
       CheckpointError: there is no checkpoint, or its index or headers are invalid; one message lists every problem.
     """
-    with sync_processes(f"opening {location}"):
-        return open_folder_checkpoint(open_folder(location))
+    with sync_processes(f"opening {model}"):
+        return _open(ModelFiles.open(model))
 
 
-def open_folder(location: str | os.PathLike[str]) -> Folder:
-    """Open the folder at a location, as in `open_checkpoint`."""
-    text = os.fspath(location)
-    if "://" in text:
-        from qwen_dist.checkpoint.remote import open_url
-
-        return open_url(text)
-    refuse_gguf(text)
-    if os.path.isdir(text):
-        return LocalFolder(Path(text))
-    if _HUB_ID.fullmatch(text) and not os.path.exists(text):
-        from qwen_dist.checkpoint.remote import open_hub
-
-        return open_hub(text)
-    raise CheckpointError(
-        f"{printable(text)} is neither a directory nor a hub id (organisation/name) nor an http(s)://, gs:// or s3:// "
-        "address."
-    )
-
-
-def open_folder_checkpoint(folder: Folder) -> Checkpoint:
-    """Read and validate index, headers and configuration of a folder."""
-    config = read_json(folder, "config.json")
-    if config is None:
-        raise CheckpointError(f"{folder} has no config.json; it is not a checkpoint.")
-    index = read_json(folder, INDEX_NAME)
+def _open(model_files: ModelFiles) -> Checkpoint:
+    folder, _ = model_files.folder, model_files.config  # raises CheckpointError without one
+    index = model_files.read_object(INDEX_NAME)
     weight_map = None if index is None else check_weight_map(folder, index)
     names = [_single_weight_file(folder)] if weight_map is None else sorted(set(weight_map.values()))
     files, headers, problems = _open_files(folder, names)
     tensors = _collect_tensors(headers, weight_map, problems)
     if problems:
         raise CheckpointError(f"{folder} cannot be loaded:\n{problem_list(problems)}")
-    return Checkpoint(folder, config, files, tensors, tuple(_index_warnings(index, tensors)))
+    return Checkpoint(model_files, files, tensors, tuple(_index_warnings(index, tensors)))
 
 
 def _open_files(folder: Folder, names: Sequence[str]) -> tuple[dict[str, ByteFile], dict[str, Header], list[str]]:

@@ -6,13 +6,13 @@ A key sets a parameter, is known not to change what is generated, or is an error
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from qwen_dist.engine.request import SamplingParams
 from qwen_dist.errors import UsageError, printable
-from qwen_dist.json_reader import keys_within, read_optional_object, unusable_keys
+from qwen_dist.json_reader import keys_within, unusable_keys
+from qwen_dist.storage.model_files import ModelFiles, ModelName
 
 FILE_NAME = "generation_config.json"
 # What transformers applies if `do_sample` is true and the file does not say.
@@ -47,9 +47,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def read_generation_config(directory: str | os.PathLike[str], ignored_keys: Iterable[str] = ()) -> SamplingParams:
-    """Return the parameters of a checkpoint's directory; see `read_sampling_params`."""
-    return read_sampling_params(read_optional_object(os.path.join(directory, FILE_NAME)) or {}, ignored_keys)
+def read_generation_config(model: ModelName, ignored_keys: Iterable[str] = ()) -> SamplingParams:
+    """Return the parameters of a model; see `read_sampling_params`."""
+    return read_sampling_params(ModelFiles.open(model).read_object(FILE_NAME) or {}, ignored_keys)
 
 
 def read_sampling_params(generation: Mapping[str, Any], ignored_keys: Iterable[str] = ()) -> SamplingParams:

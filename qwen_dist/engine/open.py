@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import jax
 
 from qwen_dist.checkpoint.adapter_read import read_adapter
-from qwen_dist.checkpoint.hub import local_directory
 from qwen_dist.checkpoint.load import ProgressCallback
 from qwen_dist.checkpoint.model import load_model
 from qwen_dist.config import ModelOptions, SamplingOptions
@@ -19,6 +18,7 @@ from qwen_dist.mesh import MeshConfig, default_mesh, make_mesh
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.ops.dispatch import Backend
 from qwen_dist.sharding import INFERENCE, ShardingContext
+from qwen_dist.storage.model_files import ModelFiles
 from qwen_dist.tokenizer import Tokenizer
 
 
@@ -53,19 +53,18 @@ def open_engine(
     devices = jax.devices() if devices is None else devices
     adapter = read_adapter(options.adapter, options.ignored_keys) if options.adapter else None
     given = make_mesh(MeshConfig.parse(mesh), devices) if mesh else None
-    directory = local_directory(options.path, weights=options.load_format != "dummy")
-    tokenizer = Tokenizer.from_directory(directory, options.ignored_keys)
+    files = ModelFiles.open(options.path)
+    tokenizer = Tokenizer.open(files, options.ignored_keys)
     tokenizer.check_template_variables(template_variables)
-    defaults = read_generation_config(directory, options.ignored_keys).override(vars(sampling))
-    config = read_model_config(directory, options.ignored_keys)
+    defaults = read_generation_config(files, options.ignored_keys).override(vars(sampling))
+    config = read_model_config(files, options.ignored_keys)
     sharding_ctx = ShardingContext(given or make_mesh(default_mesh(config, devices), devices), INFERENCE)
     for note in _notes(devices[0], sharding_ctx, config, tokenizer, options.adapter):
         announce(note)
     model = load_model(
-        directory,
+        files,
         sharding_ctx,
         dtype=options.dtype,
-        weights=options.path if "://" in options.path else None,
         load_format=options.load_format,
         ignored_config_keys=options.ignored_keys,
         adapter=adapter,

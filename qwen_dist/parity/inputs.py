@@ -128,7 +128,7 @@ def _from_text(options: ParityOptions, prompts: Sequence[str]) -> Inputs:
     """Tokenize the prompts with the checkpoint's tokenizer."""
     from qwen_dist.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.from_directory(options.model, options.ignored_keys)
+    tokenizer = Tokenizer.open(options.model, options.ignored_keys)
     return Inputs.from_rows([tokenizer.encode(prompt) for prompt in prompts])
 
 

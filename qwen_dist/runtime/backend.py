@@ -49,6 +49,14 @@ def start_jax(num_cpu_devices: int | None, dtype: str, *, use_compilation_cache:
         jax.config.update("jax_enable_compilation_cache", False)
 
 
+def check_dtype(dtype: str) -> None:
+    """Raise UsageError for float64 where jax computes in 32 bits: it would round without a word."""
+    import jax
+
+    if dtype == "float64" and not jax.config.values["jax_enable_x64"]:
+        raise UsageError('float64 needs jax.config.update("jax_enable_x64", True) before any array is made')
+
+
 def find_devices() -> list[jax.Device]:
     """Start the devices and return them.
 

@@ -6,7 +6,7 @@ processes. The position of the iteration is a small JSON value.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -36,6 +36,30 @@ class TrainBatch(NamedTuple):
     loss_mask: Any
     positions: Any
     segments: Any = None
+
+    @classmethod
+    def from_sequences(
+        cls,
+        sequences: Sequence[Sequence[int]],
+        loss_masks: Sequence[Sequence[int]] | None = None,
+        length: int | None = None,
+    ) -> TrainBatch:
+        """Return a batch with one sequence in each row.
+
+        Args:
+          sequences: token ids.
+          loss_masks: for each token whether it counts in the loss; default: all but the first, which nothing predicts.
+          length: of a row; default: that of the longest sequence. Longer sequences are cut.
+        """
+        length = length or max(map(len, sequences))
+        masks = [[1] * len(sequence) for sequence in sequences] if loss_masks is None else loss_masks
+        rows = []
+        for sequence, mask in zip(sequences, masks, strict=True):
+            ids, counts = np.asarray(sequence[:length], np.int32), np.asarray(mask[:length], np.int32)
+            positions = np.arange(len(ids), dtype=np.int32)
+            padded = [(ids, 0), (ids[1:], 0), (counts[1:], 0), (positions, -1)]
+            rows.append([np.pad(x, (0, length - len(x)), constant_values=value) for x, value in padded])
+        return cls(*(np.stack(column) for column in zip(*rows, strict=True)))
 
     def microbatches(self, count: int) -> tuple[TrainBatch, ...]:
         """Split the rows into `count` equal batches."""

@@ -20,19 +20,12 @@ import numpy as np
 
 from qwen_dist.checkpoint.adapter import Adapter, write_adapter
 from qwen_dist.checkpoint.adapter_read import read_adapter
-from qwen_dist.checkpoint.carried import load_carried
-from qwen_dist.checkpoint.files import LocalFolder
-from qwen_dist.checkpoint.hub import local_directory
 from qwen_dist.checkpoint.load import ProgressCallback
-from qwen_dist.checkpoint.model import LoadedModel, load_model
-from qwen_dist.checkpoint.names import find_layout
-from qwen_dist.checkpoint.save import read_extra_files, save
-from qwen_dist.checkpoint.source import open_checkpoint
+from qwen_dist.checkpoint.model import LoadedModel, load_model, save_model
 from qwen_dist.checkpoint.sync import sync_processes
 from qwen_dist.config import DataOptions, FinetuneConfig, LoraOptions, parse_bytes
 from qwen_dist.errors import UsageError, UserError, printable
 from qwen_dist.hf_config import read_model_config
-from qwen_dist.json_reader import read_json_object
 from qwen_dist.mesh import MeshConfig, make_mesh, training_mesh
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.parameters import abstract_parameters, disk_shapes
@@ -40,6 +33,7 @@ from qwen_dist.models.transformer import Transformer
 from qwen_dist.ops.matmul import accum_dtype
 from qwen_dist.outputs import Marker, Written, check_paths, run_lock
 from qwen_dist.sharding import TRAIN, ShardingContext
+from qwen_dist.storage.model_files import ModelFiles
 from qwen_dist.tokenizer import Tokenizer
 from qwen_dist.tokenizer_files import GENERATION_CONFIG
 from qwen_dist.train.batches import BatchIterator, TrainBatch, evaluation_batches, rows_per_epoch, training_batches
@@ -78,7 +72,7 @@ class RunInputs:
     """
 
     config: FinetuneConfig
-    directory: pathlib.Path
+    files: ModelFiles
     tokenizer: Tokenizer
     model: ModelConfig
     training: Examples
@@ -136,10 +130,10 @@ def prepare(config: FinetuneConfig) -> RunInputs:
         {"--model": config.model.path, "--adapter": config.model.adapter, "--data": files, "--eval-data": eval_files},
         [Written("--output", config.output, is_directory=True)],
     )
-    directory = local_directory(config.model.path, weights=config.model.load_format != "dummy")
-    model = read_model_config(directory, config.model.ignored_keys)
+    model_files = ModelFiles.open(config.model.path)
+    model = read_model_config(model_files, config.model.ignored_keys)
     given, config = config, config.resolved(model.max_position_embeddings)
-    tokenizer = Tokenizer.from_directory(directory, config.model.ignored_keys)
+    tokenizer = Tokenizer.open(model_files, config.model.ignored_keys)
     tokenizer.check_template_variables(config.chat.variables)
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {model.vocab_size}")
@@ -157,7 +151,7 @@ def prepare(config: FinetuneConfig) -> RunInputs:
     num_steps = config.steps or math.ceil(config.epochs * rows_per_epoch(training, config.data) / config.batch_size)
     num_warmup_steps(config.optimizer, num_steps)  # raises UsageError if it is longer than the run
     notes = tuple(_notes(given, config, training, num_steps))
-    return RunInputs(config, directory, tokenizer, model, training, evaluation, num_steps, notes)
+    return RunInputs(config, model_files, tokenizer, model, training, evaluation, num_steps, notes)
 
 
 def _notes(given: FinetuneConfig, config: FinetuneConfig, training: Examples, num_steps: int) -> Iterator[str]:
@@ -181,6 +175,16 @@ def _notes(given: FinetuneConfig, config: FinetuneConfig, training: Examples, nu
 
 
 def finetune(
+    config: FinetuneConfig,
+    *,
+    callback: StepCallback = lambda metrics: None,
+    log: Callable[[str], None] = lambda text: None,
+) -> TrainSummary:
+    """Train a model or an adapter as `qwen-dist finetune` does. Arguments and errors as in `prepare` and `train`."""
+    return train(prepare(config), callback=callback, log=log)
+
+
+def train(
     inputs: RunInputs,
     *,
     callback: StepCallback = lambda metrics: None,
@@ -311,10 +315,9 @@ def set_up(inputs: RunInputs, load_progress: ProgressCallback | None = None) -> 
     read = read_adapter(config.model.adapter, config.model.ignored_keys) if config.model.adapter else None
     adapter = read.to_lora() if read and config.method == "lora" else None
     model = load_model(
-        inputs.directory,
+        inputs.files,
         _sharding_ctx(inputs),
         dtype=_base_dtype(config),
-        weights=_weights(inputs),
         load_format=config.model.load_format,
         ignored_config_keys=config.model.ignored_keys,
         adapter=read if config.method == "full" else None,
@@ -554,12 +557,6 @@ def _remove_run(output: pathlib.Path) -> None:
         raise UserError(f"the earlier run in {printable(output)} cannot be removed: {error.strerror}") from None
 
 
-def _weights(inputs: RunInputs) -> str | None:
-    """Return where the weights are, if not in `inputs.directory`."""
-    path = inputs.config.model.path
-    return path if "://" in path else None
-
-
 def _write_result(inputs: RunInputs, setup: TrainSetup, state: TrainState, log: Callable[[str], None]) -> pathlib.Path:
     """Write the adapter in PEFT's layout, or the model as a Hugging Face directory, in the dtype of the computation."""
     config, output = inputs.config, pathlib.Path(inputs.config.output)
@@ -569,22 +566,12 @@ def _write_result(inputs: RunInputs, setup: TrainSetup, state: TrainState, log: 
         write_adapter(output / "adapter", adapter, base=config.model.path)
         return output / "adapter"
     log(f"writing the model: {output / 'model'}")
-    model, parameters, carried, layout = setup.model, setup.trainer.parameters(state), None, None
-    declared = abstract_parameters(Transformer(model.config, dtype=config.model.dtype), model.sharding_ctx)
-    shapes = disk_shapes(model.module)
-    if config.model.load_format != "dummy":
-        checkpoint = open_checkpoint(_weights(inputs) or inputs.directory)
-        layout = find_layout(parameters, checkpoint.tensors)
-        carried = load_carried(checkpoint, shapes, model.sharding_ctx, tied=model.config.tie_word_embeddings)
-    save(
-        parameters,
+    save_model(
+        setup.model,
+        setup.trainer.parameters(state),
         output / "model",
-        config=read_json_object(inputs.directory / "config.json"),
-        disk_shapes=shapes,
-        layout=layout,
-        carried=carried,
-        extra_files=read_extra_files(LocalFolder(inputs.directory)) | _with_trained_ends(inputs),
-        dtypes={name: leaf.dtype for name, leaf in declared.items()},
+        dtype=config.model.dtype,
+        extra_files=_with_trained_ends(inputs),
         overwrite=True,
     )
     return output / "model"
@@ -598,7 +585,6 @@ def _with_trained_ends(inputs: RunInputs) -> dict[str, bytes]:
     missing = inputs.training.ends_of_targets(inputs.tokenizer) - inputs.tokenizer.stop_ids
     if not missing:
         return {}
-    path = inputs.directory / GENERATION_CONFIG
-    content = read_json_object(path) if path.is_file() else {}
+    content = dict(inputs.files.read_object(GENERATION_CONFIG) or {})
     content["eos_token_id"] = sorted(inputs.tokenizer.stop_ids) + sorted(missing)
     return {GENERATION_CONFIG: json.dumps(content, indent=2).encode()}

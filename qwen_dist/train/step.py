@@ -15,9 +15,10 @@ from jax.typing import DTypeLike
 from qwen_dist.checkpoint.model import LoadedModel
 from qwen_dist.models.moe import load_balancing_loss
 from qwen_dist.models.parameters import with_parameters
+from qwen_dist.models.transformer import Remat, Transformer
 from qwen_dist.ops.malloc import drain_tcache
 from qwen_dist.ops.matmul import accum_dtype
-from qwen_dist.sharding import use_sharding
+from qwen_dist.sharding import ShardingContext, use_sharding
 from qwen_dist.train.batches import TrainBatch
 from qwen_dist.train.loss import next_token_loss
 from qwen_dist.train.optim import Schedule, clip_grad_norm
@@ -195,14 +196,20 @@ class Trainer:
         with use_sharding(self._sharding_ctx):
             rounded = {name: value.astype(self.dtype) for name, value in trained.items()}
             module = with_parameters(self._module, frozen | rounded)
-            x_BTD, _, router_logits = module(batch.tokens, batch.positions, segments_BT=batch.segments, remat=self._remat)
-            num_shards = self._sharding_ctx.batch_multiple()
-            loss = next_token_loss(x_BTD, module.head(), batch.targets, batch.loss_mask, num_shards)
-            aux_loss = jnp.zeros((), loss.dtype)
-            if (moe := self._module.config.moe) is not None:
-                is_real_BT = batch.positions >= 0
-                aux_loss = moe.aux_loss_coef * load_balancing_loss(router_logits, moe.experts_per_token, is_real_BT)
-        return loss, batch.loss_mask.sum(), aux_loss
+            return batch_loss(module, batch, self._sharding_ctx, self._remat)
+
+
+def batch_loss(
+    module: Transformer, batch: TrainBatch, sharding_ctx: ShardingContext, remat: Remat | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the sum of the target tokens' losses, their number, and the experts' auxiliary loss per token."""
+    x_BTD, _, router_logits = module(batch.tokens, batch.positions, segments_BT=batch.segments, remat=remat)
+    loss = next_token_loss(x_BTD, module.head(), batch.targets, batch.loss_mask, sharding_ctx.batch_multiple())
+    aux_loss = jnp.zeros((), loss.dtype)
+    if (moe := module.config.moe) is not None:
+        is_real_BT = batch.positions >= 0
+        aux_loss = moe.aux_loss_coef * load_balancing_loss(router_logits, moe.experts_per_token, is_real_BT)
+    return loss, batch.loss_mask.sum(), aux_loss
 
 
 def _jax_owned(value: jax.Array) -> jax.Array:

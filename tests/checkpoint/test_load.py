@@ -18,11 +18,11 @@ from rich.console import Console
 
 from qwen_dist.checkpoint import load as loading
 from qwen_dist.checkpoint.buffers import BUFFER_ALIGNMENT
-from qwen_dist.checkpoint.files import LocalFile
 from qwen_dist.checkpoint.load import load
 from qwen_dist.checkpoint.progress import progress_bar
 from qwen_dist.checkpoint.source import open_checkpoint
 from qwen_dist.errors import CheckpointError
+from qwen_dist.storage.files import LocalFile
 
 EMBED, HEADS, HEAD_DIM, MLP, EXPERTS, VOCAB = 64, 8, 16, 96, 4, 250
 

@@ -16,11 +16,13 @@ import server as faults
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from server import serve, sometimes
 
-from qwen_dist.checkpoint import remote
-from qwen_dist.checkpoint.files import ReadOptions
 from qwen_dist.checkpoint.load import load, make_load_plan
 from qwen_dist.checkpoint.source import open_checkpoint
 from qwen_dist.errors import CheckpointError
+from qwen_dist.storage import http
+from qwen_dist.storage.files import ReadOptions
+from qwen_dist.storage.model_files import ModelFiles
+from qwen_dist.storage.object_store import ObjectFolder
 
 
 @pytest.fixture
@@ -40,11 +42,10 @@ def folder(write_checkpoint):
 @pytest.fixture
 def server(folder, monkeypatch):
     """A server for `folder`. Chunks are small, for many requests; delays are short."""
-    monkeypatch.setattr(remote, "REMOTE_READ_OPTIONS", ReadOptions(num_threads=4, max_gap=1000, chunk_bytes=8000))
-    monkeypatch.setattr(remote.HttpFolder, "read_options", remote.REMOTE_READ_OPTIONS)
-    monkeypatch.setattr(remote, "FIRST_DELAY_S", 0.01)
-    monkeypatch.setattr(remote, "STALL_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(remote, "MIN_BYTES_PER_S", 40_000)
+    monkeypatch.setattr(http.HttpFolder, "read_options", ReadOptions(num_threads=4, max_gap=1000, chunk_bytes=8000))
+    monkeypatch.setattr(http, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(http, "STALL_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(http, "MIN_BYTES_PER_S", 40_000)
     with serve(folder) as running:
         yield running
 
@@ -114,7 +115,7 @@ def test_all_faults_together(folder, server):
     def transient(request):
         """Inject one fault, but fewer per range than the client's attempts (the rest of a range has the same end)."""
         range_ = request.path, request.stop
-        if failed[range_] == remote.MAX_ATTEMPTS - 1:
+        if failed[range_] == http.MAX_ATTEMPTS - 1:
             return False
         failed[range_] += 1  # before the call: a fault can raise when the client has disconnected
         has_failed = any(fault(request) for fault in occasional)
@@ -165,7 +166,7 @@ PERMANENT = {
 @pytest.mark.fault
 @pytest.mark.parametrize("case", PERMANENT)
 def test_permanent_errors_are_reported(server, monkeypatch, case):
-    monkeypatch.setattr(remote, "MAX_ATTEMPTS", 3)
+    monkeypatch.setattr(http, "MAX_ATTEMPTS", 3)
     fault, message = PERMANENT[case]
     checkpoint = open_checkpoint(server.url)
     server.faults = [fault]
@@ -208,24 +209,24 @@ def test_malformed_addresses(address):
 )
 def test_a_redirect_does_not_lead_to_less_protection(url, location, target):
     if target is not None:
-        assert remote._redirect(url, location) == target
+        assert http._redirect(url, location) == target
     else:
         with pytest.raises(CheckpointError, match="refused to follow the redirect"):
-            remote._redirect(url, location)
+            http._redirect(url, location)
 
 
 @pytest.mark.fault
 def test_credentials_stay_with_scheme_host_and_port(server, folder):
     headers = {"Authorization": "Bearer secret"}
-    assert remote.HttpFolder(server.url, headers).read("config.json")
+    assert http.HttpFolder(server.url, headers).read("config.json")
     assert "Authorization" in server.requests[-1][2]
     for other in (server.url.replace("http:", "https:"), server.url.replace("127.0.0.1", "localhost")):
-        sent, _ = remote.HttpFolder(other, headers).request(f"{server.url}/config.json")
+        sent, _ = http.HttpFolder(other, headers).request(f"{server.url}/config.json")
         sent.close()
         assert "Authorization" not in server.requests[-1][2]
     with serve(folder) as first:
         first.text_faults = [faults.redirect(f"{server.url}/config.json")]
-        assert remote.HttpFolder(first.url + "/", headers).read("config.json") == (folder / "config.json").read_bytes()
+        assert http.HttpFolder(first.url + "/", headers).read("config.json") == (folder / "config.json").read_bytes()
         assert "Authorization" in first.requests[-1][2] and "Authorization" not in server.requests[-1][2]
 
 
@@ -252,7 +253,7 @@ def test_small_files_that_cannot_be_read(server, status, message):
 
 @pytest.mark.fault
 def test_stalls_time_out(server, monkeypatch):
-    monkeypatch.setattr(remote, "MAX_ATTEMPTS", 2)
+    monkeypatch.setattr(http, "MAX_ATTEMPTS", 2)
     checkpoint = open_checkpoint(server.url)
     server.faults = [faults.stall(5.0)]
     start = time.monotonic()
@@ -273,7 +274,7 @@ def test_missing_files(server, folder):
 
 @pytest.mark.fault
 def test_no_server(monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(http, "FIRST_DELAY_S", 0.01)
     with pytest.raises(CheckpointError, match="given up after 6 attempts"):
         open_checkpoint("http://127.0.0.1:9/model")
 
@@ -305,11 +306,11 @@ def test_expired_address_is_renewed_once_and_credentials_stay_on_their_host(fold
 
     with serve(folder) as hub:
         hub.RequestHandlerClass = Redirect
-        from qwen_dist.checkpoint.source import open_folder_checkpoint
 
         # Another name for this machine stands for another host.
         url = hub.url.replace("127.0.0.1", "localhost")
-        checkpoint = open_folder_checkpoint(remote.HttpFolder(f"{url}/org/name/", {"Authorization": "Bearer secret"}))
+        repository = http.HttpFolder(f"{url}/org/name/", {"Authorization": "Bearer secret"})
+        checkpoint = open_checkpoint(ModelFiles("org/name", repository))
         expires = next(i for i, name in enumerate(issued, 1) if name == "1.safetensors")
         server.faults = [expired]
         before = len(issued)
@@ -378,7 +379,7 @@ def test_hub_id(folder, tmp_path):
     assert found["bytes"] == value and found["folder"].endswith(commit)
     (repository / "snapshots" / commit / "2.safetensors").unlink()
     done = open_in_a_process("org/name", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(cache), HF_HUB_OFFLINE="1")
-    assert "cannot be opened on the hub" in done.stderr
+    assert "2.safetensors cannot be read: No such file or directory" in done.stderr
 
 
 @pytest.fixture
@@ -423,7 +424,7 @@ def test_object_store_errors_are_one_line(folder, bucket, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     from obstore.store import S3Store
 
-    location = remote.ObjectFolder(f"s3://{folder.name}")
+    location = ObjectFolder(f"s3://{folder.name}")
     location.store = S3Store(folder.name, retry_config={"max_retries": 0})
     for use in (lambda: location.read("config.json"), location.weight_files, lambda: location.open("x.safetensors")):
         with pytest.raises(CheckpointError) as error:

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_dist.checkpoint import safetensors as reader
-from qwen_dist.checkpoint.files import LocalFile
 from qwen_dist.checkpoint.source import read_header
 from qwen_dist.errors import CheckpointError
+from qwen_dist.storage.files import LocalFile
 
 
 def build(header, data=b"", *, length=None):

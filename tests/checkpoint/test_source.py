@@ -6,10 +6,9 @@ import threading
 import numpy as np
 import pytest
 
-from qwen_dist.checkpoint import source
-from qwen_dist.checkpoint.files import LocalFile, LocalFolder
 from qwen_dist.checkpoint.source import open_checkpoint
 from qwen_dist.errors import CheckpointError
+from qwen_dist.storage.files import LocalFile, LocalFolder
 
 A, B = np.ones((2, 2), "float32"), np.zeros(3, "float32")
 INDEX = "model.safetensors.index.json"
@@ -32,7 +31,7 @@ def test_one_file_and_many(write_checkpoint, tmp_path):
 )  # fmt: skip
 def test_index_may_name_only_plain_files(write_checkpoint, monkeypatch, value):
     folder = write_checkpoint({"model.safetensors": {"a": A}}, index={"weight_map": {"a": value}})
-    monkeypatch.setattr(source.LocalFolder, "open", lambda *_: pytest.fail("a file was opened"))
+    monkeypatch.setattr(LocalFolder, "open", lambda *_: pytest.fail("a file was opened"))
     with pytest.raises(CheckpointError, match="weight_map may only name"):
         open_checkpoint(folder)
 

@@ -44,7 +44,7 @@ def compute(directory, mesh):
     placed = make_mesh(MeshConfig.parse(mesh), devices)
     logits, gradients = forward_and_gradients(load_model(directory, ShardingContext(placed, TRAIN), dtype="float64"))
     model = load_model(directory, ShardingContext(placed, INFERENCE), dtype="float64")
-    tokenizer = Tokenizer.from_directory(directory)
+    tokenizer = Tokenizer.open(directory)
     tokenizer.stop_ids = frozenset()
     rng = np.random.default_rng(3)
     requests = [

@@ -41,7 +41,7 @@ def directory(tiny_directory):
 @pytest.fixture(scope="module")
 def tokenizer(directory):
     """Without an end: answers go on to `max_new_tokens` where a test does not say otherwise."""
-    tokenizer = Tokenizer.from_directory(directory)
+    tokenizer = Tokenizer.open(directory)
     tokenizer.stop_ids = frozenset()
     return tokenizer
 
@@ -293,7 +293,7 @@ def test_requests_that_cannot_be_run(engine, prompt, message):
 
 
 def test_a_tokenizer_of_another_checkpoint(model, directory):
-    tokenizer = Tokenizer.from_directory(directory)
+    tokenizer = Tokenizer.open(directory)
     tokenizer.vocab_size = 345
     with pytest.raises(UserError, match=r"knows ids up to 344 and the model only 344; .* not of the same checkpoint"):
         Engine(model(""), tokenizer)

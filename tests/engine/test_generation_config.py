@@ -50,7 +50,7 @@ def theirs(reference, prompt, generation, **more):
 
 
 def make_engine(directory, mesh, stop_ids=frozenset(), **options):
-    tokenizer = Tokenizer.from_directory(directory)
+    tokenizer = Tokenizer.open(directory)
     tokenizer.stop_ids = frozenset(stop_ids)
     devices = jax.devices()[: MeshConfig.parse(mesh).num_devices]
     sharding_ctx = ShardingContext(make_mesh(MeshConfig.parse(mesh), devices), INFERENCE)

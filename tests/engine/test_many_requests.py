@@ -29,7 +29,7 @@ def test_every_request_ends_as_it_should(tiny_directory, family, count, rows, nu
     sizes = {"num_hidden_layers": 2 if family == "qwen3_5" else 1, "num_attention_heads": 4, "num_key_value_heads": 2}
     directory = tiny_directory(family, head_dim=16, **sizes)
     sharding_ctx = ShardingContext(make_mesh(MeshConfig.parse("data=1")), INFERENCE)
-    model, tokenizer = load_model(directory, sharding_ctx, dtype="float32"), Tokenizer.from_directory(directory)
+    model, tokenizer = load_model(directory, sharding_ctx, dtype="float32"), Tokenizer.open(directory)
     specs = state_specs(model.config, model.dtype)
     cache_bytes = num_pages * sum(page_bytes(specs, sharding_ctx)) + rows * slot_bytes(specs, sharding_ctx)
     engine = Engine(model, tokenizer, max_batch_size=rows, cache_bytes=cache_bytes, steps_per_dispatch=num_steps)

@@ -84,7 +84,7 @@ def answers(engine: Engine) -> list[list[int]]:
 
 @pytest.fixture
 def tokenizer(small_tokenizer):
-    tokenizer = Tokenizer.from_directory(small_tokenizer)
+    tokenizer = Tokenizer.open(small_tokenizer)
     tokenizer.stop_ids = frozenset()
     return tokenizer
 

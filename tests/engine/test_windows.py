@@ -39,7 +39,7 @@ def checkpoint(request, tiny_directory):
 def test_answers_beyond_the_window_are_transformers_and_memory_is_the_windows(checkpoint, mesh):
     directory, windows = checkpoint
     sharding_ctx = ShardingContext(make_mesh(MeshConfig.parse(mesh)), INFERENCE)
-    model, tokenizer = load_model(directory, sharding_ctx, dtype="float32"), Tokenizer.from_directory(directory)
+    model, tokenizer = load_model(directory, sharding_ctx, dtype="float32"), Tokenizer.open(directory)
     groups = cache_groups(state_specs(model.config, model.dtype))
     assert {group.window: len(group.layers) for group in groups} == windows
     tokenizer.stop_ids = frozenset()

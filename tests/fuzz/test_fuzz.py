@@ -155,7 +155,7 @@ def test_config(copied):
 def test_generation_config(copied):
     def use(directory):
         read_generation_config(directory)
-        Tokenizer.from_directory(directory)
+        Tokenizer.open(directory)
 
     known = [spoil(dumps(GENERATION)) for spoil in SPOILED.values()]
     known += [dumps(GENERATION | {key: value}) for key in GENERATION for value in ("hot", "5", {}, 10**400, 2.5, True, -1)]
@@ -168,7 +168,7 @@ def test_tokenizer_config(copied):
     (copied / "generation_config.json").unlink()
 
     def use(directory):
-        Tokenizer.from_directory(directory).apply_chat_template(CHAT)
+        Tokenizer.open(directory).apply_chat_template(CHAT)
 
     known = [spoil(dumps(settings)) for spoil in SPOILED.values()] + [dumps(settings | {"chat_template": 5})]
     run = with_file(copied, "tokenizer_config.json", use)
@@ -179,7 +179,7 @@ def test_tokenizer_file(copied):
     content = (copied / "tokenizer.json").read_bytes()
 
     def use(directory):
-        tokenizer = Tokenizer.from_directory(directory)
+        tokenizer = Tokenizer.open(directory)
         tokenizer.decode(tokenizer.encode("Hi <|im_end|>"))
 
     known = [spoil(content) for spoil in SPOILED.values()]
@@ -191,7 +191,7 @@ def test_tokenizer_file(copied):
 
 def test_chat_templates(copied):
     def use(directory):
-        Tokenizer.from_directory(directory).render_chat(CHAT)
+        Tokenizer.open(directory).render_chat(CHAT)
 
     known = [piece.encode() for piece in TEMPLATE_PIECES] + [b"(" * 5000, b"{{" + b"(" * 5000, b"{% if x %}" * 300]
     known += [b"{% for x in [1] %}" * 21 + b"{% endfor %}" * 21, b"{{ raise_exception('x' * 5000000) }}", b"\xff", b""]

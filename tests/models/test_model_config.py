@@ -9,11 +9,10 @@ import pytest
 import torch
 import transformers
 
-from qwen_dist.checkpoint.hub import local_directory
-from qwen_dist.checkpoint.source import open_folder
 from qwen_dist.errors import CheckpointError
 from qwen_dist.hf_config import parse_model_config, read_model_config
 from qwen_dist.models.config import LayerConfig, ModelConfig, MoEConfig, RopeConfig
+from qwen_dist.storage.model_files import ModelFiles
 
 # As published, key for key (the weights' own config.json).
 QWEN2_5_7B = {
@@ -371,9 +370,7 @@ def test_gguf_is_named(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     for location in (tmp_path / "model.gguf", tmp_path, "Qwen/Qwen3-8B-GGUF"):
         with pytest.raises(CheckpointError, match=r"is in the GGUF format, .* the model's repository with safetensors"):
-            local_directory(str(location))
-        with pytest.raises(CheckpointError, match="is in the GGUF format"):
-            open_folder(location)
+            ModelFiles.open(location)
 
 
 def test_reading_does_not_change_what_was_given():

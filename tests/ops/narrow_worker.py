@@ -64,7 +64,7 @@ def train(folder: pathlib.Path, family: str, method: str, num_tokens: int) -> fl
 
 def answer(folder: pathlib.Path, family: str, num_requests: int) -> float:
     """Return the mean log-probability of a few tokens, which as many requests as given get at the same time."""
-    engine = Engine(load(folder, family, INFERENCE), Tokenizer.from_directory(folder), max_batch_size=num_requests)
+    engine = Engine(load(folder, family, INFERENCE), Tokenizer.open(folder), max_batch_size=num_requests)
     rng, params = np.random.default_rng(num_requests), SamplingParams(max_new_tokens=3, logprobs=0)
     prompts = [tuple(rng.integers(3, 768, 1 + 5 * (number % 9)).tolist()) for number in range(num_requests)]
     outputs = engine.run(Request(number, prompt, params) for number, prompt in enumerate(prompts))

@@ -276,9 +276,9 @@ MUTATIONS = [
     _mutation(
         "a loaded weight is rounded",
         "checkpoint.model:load_model",
-        "return LoadedModel(config, module, parameters, sharding_ctx)",
+        "return LoadedModel(config, module, parameters, sharding_ctx, files, checkpoint)",
         "bits = {n: p.astype('bfloat16').astype(dtype) for n, p in parameters.items()}\n"
-        "    return LoadedModel(config, module, bits, sharding_ctx)",
+        "    return LoadedModel(config, module, bits, sharding_ctx, files, checkpoint)",
         named="embed_tokens.weight",
     ),
     _mutation(

@@ -24,7 +24,7 @@ CHAT = [{"role": "system", "content": "lazy"}, USER, ASSISTANT, USER, {"role": "
 
 @pytest.fixture(scope="module")
 def tokenizer(small_tokenizer):
-    return Tokenizer.from_directory(small_tokenizer)
+    return Tokenizer.open(small_tokenizer)
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def with_template(small_tokenizer, tmp_path):
         settings = json.loads((directory / "tokenizer_config.json").read_text())
         settings |= {"chat_template": template, "eos_token": "<|endoftext|>"}
         (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-        return Tokenizer.from_directory(directory)
+        return Tokenizer.open(directory)
 
     return with_template
 

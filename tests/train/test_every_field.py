@@ -12,7 +12,7 @@ from short_run import short_run
 from qwen_dist.config import FinetuneConfig
 from qwen_dist.errors import UserError
 from qwen_dist.train.batches import training_batches
-from qwen_dist.train.run import finetune, prepare, set_up_abstract
+from qwen_dist.train.run import prepare, set_up_abstract, train
 
 REFUSED = "refused"
 
@@ -173,7 +173,7 @@ def test_the_field_changes_the_data(differs, field, value, others):
 
 def outputs(config) -> tuple:
     """The metrics of a run without times, its checkpoints and its files."""
-    finetune(prepare(config))
+    train(prepare(config))
     output = pathlib.Path(config.output)
     entries = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     numbers = [{name: value for name, value in entry.items() if name != "seconds"} for entry in entries]
@@ -189,10 +189,10 @@ def test_the_field_changes_the_run(differs, field, value, others):
 
 def test_output_and_overwrite(base, tmp_path):
     config = base(tmp_path / "here", {"steps": 1})
-    finetune(prepare(config))
+    train(prepare(config))
     reported = []
-    finetune(prepare(config), callback=reported.append)
+    train(prepare(config), callback=reported.append)
     assert reported == [], "all steps were done"
-    finetune(prepare(dataclasses.replace(config, overwrite=True)), callback=reported.append)
+    train(prepare(dataclasses.replace(config, overwrite=True)), callback=reported.append)
     assert [metrics.step for metrics in reported] == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["here"]

@@ -27,7 +27,7 @@ from qwen_dist.engine.open import open_engine
 from qwen_dist.engine.request import Request
 from qwen_dist.errors import UserError
 from qwen_dist.tokenizer import Tokenizer
-from qwen_dist.train.run import finetune, prepare
+from qwen_dist.train.run import prepare, train
 
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": 32}
 STEPS = 8
@@ -57,7 +57,7 @@ def run(config: FinetuneConfig, stop_after: int | None = None):
         if metrics.step == stop_after:
             signal.raise_signal(signal.SIGTERM)
 
-    return finetune(prepare(config), callback=callback)
+    return train(prepare(config), callback=callback)
 
 
 def metrics_of(output) -> list[dict]:
@@ -120,9 +120,9 @@ def killed_at_random(config, times: int, rng) -> list[tuple[int, int]]:
     program = f"""
 import json
 from qwen_dist.config import FinetuneConfig, bind_config
-from qwen_dist.train.run import finetune, prepare
+from qwen_dist.train.run import prepare, train
 config = bind_config(FinetuneConfig, json.loads({json.dumps(dataclasses.asdict(config))!r}))
-finetune(prepare(config), callback=lambda metrics: print(metrics.step, flush=True))
+train(prepare(config), callback=lambda metrics: print(metrics.step, flush=True))
 """
     killed = []
     for number in range(times):
@@ -201,7 +201,7 @@ def test_the_result_gives_the_same_text_in_transformers(uninterrupted, config, m
 def test_a_base_model_that_is_trained_on_chats_ends_its_answers(tiny_directory, tmp_path):
     """Its texts end with another token than its chat template ends turns with."""
     base = tiny_directory("qwen3", **SIZES)
-    tokenizer = Tokenizer.from_directory(base)
+    tokenizer = Tokenizer.open(base)
     end, im_end = (tokenizer.special_id(token) for token in ("<|endoftext|>", "<|im_end|>"))
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": end, "max_new_tokens": 5}))
     settings = json.loads((base / "tokenizer_config.json").read_text())
@@ -217,7 +217,7 @@ def test_a_base_model_that_is_trained_on_chats_ends_its_answers(tiny_directory, 
         "eos_token_id": [end, im_end],
         "max_new_tokens": 5,
     }
-    prompt = Tokenizer.from_directory(base).render_chat(turns[:1])
+    prompt = Tokenizer.open(base).render_chat(turns[:1])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)
     inputs = transformers.AutoTokenizer.from_pretrained(trained)(prompt, return_tensors="pt")
     expected = theirs.generate(**inputs, do_sample=False, max_new_tokens=20)[0, inputs["input_ids"].shape[1] :].tolist()

@@ -1,10 +1,11 @@
 """Files of a checkpoint, wherever they are: a folder and its files as interfaces, and those on this machine.
 
-`remote` has the others; `source` opens a checkpoint at any location.
+`http`, `hub` and `object_store` have the others; `model_files` opens a folder by the name that a user gives.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import stat
 from collections.abc import Mapping
@@ -14,10 +15,11 @@ from typing import Any, Protocol
 
 from qwen_dist.errors import CheckpointError, printable
 from qwen_dist.json_reader import MAX_JSON_BYTES, parse_object, read_file
-from qwen_dist.tokenizer_files import TEMPLATE_DIRECTORY
 
+CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_FILE_NAME = "model.safetensors"
+TEMPLATE_DIRECTORY = "additional_chat_templates"
 _MAX_NAME_BYTES = 255  # the limit of Linux's file systems
 _MAX_LISTED = 5
 
@@ -38,6 +40,8 @@ class ReadOptions:
 
 
 LOCAL_READ_OPTIONS = ReadOptions(num_threads=8, max_gap=16 * 1024)
+# A request costs a round trip: use more threads, larger requests, and read gaps up to a megabyte rather than skip them.
+REMOTE_READ_OPTIONS = ReadOptions(num_threads=16, max_gap=2**20, chunk_bytes=8 * 2**20)
 
 
 class ByteFile(Protocol):
@@ -130,9 +134,14 @@ class LocalFolder:
         return str(self.root)
 
     def read(self, name: str) -> bytes | None:
+        path = self._path(name)
         try:
-            return read_file(self._path(name), max_bytes=MAX_JSON_BYTES)
+            return read_file(path, max_bytes=MAX_JSON_BYTES)
         except FileNotFoundError:
+            if path.is_symlink():
+                raise CheckpointError(
+                    f"{printable(path)} is a link to a file that does not exist; download it again"
+                ) from None
             return None
 
     def open(self, name: str) -> ByteFile:
@@ -162,6 +171,30 @@ class LocalFolder:
 
     def template_files(self) -> list[str]:
         return sorted(f"{TEMPLATE_DIRECTORY}/{path.name}" for path in self.root.glob(f"{TEMPLATE_DIRECTORY}/*.jinja"))
+
+
+class ConfigFile:
+    """A `config.json` without a checkpoint, under any name: enough where no weights and no tokenizer are needed."""
+
+    read_options = LOCAL_READ_OPTIONS
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def read(self, name: str) -> bytes | None:
+        return read_file(self.path, max_bytes=MAX_JSON_BYTES) if name == CONFIG_NAME else None
+
+    def open(self, name: str) -> ByteFile:
+        raise CheckpointError(f"{printable(self.path)} is only a configuration; give the directory with the weights.")
+
+    def weight_files(self) -> list[str]:
+        return []
+
+    def template_files(self) -> list[str]:
+        return []
 
 
 def read_json(folder: Folder, name: str) -> dict[str, Any] | None:
@@ -194,3 +227,15 @@ def is_shard_name(value: object) -> bool:
     if not isinstance(value, str) or not value.endswith(".safetensors") or not value.isprintable():
         return False
     return len(os.fsencode(value)) <= _MAX_NAME_BYTES and not set(value) & set("/\\:?#%")
+
+
+def one_line(error: Exception) -> str:
+    """Return the first line of the message of a library's error."""
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def require_package(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise CheckpointError(f"This address needs {module}: pip install '{package}'.") from error

@@ -1,4 +1,4 @@
-"""Checkpoints that are not on this machine, read by byte range: web servers, the Hugging Face hub, object stores.
+"""Checkpoints on web servers, read by byte range.
 
 Every response is checked: it must be exactly the requested range, of the version of the file that was found at the start.
 Transient errors (a reset, a stall, an overloaded server) are retried a limited number of times, after the last byte
@@ -15,26 +15,20 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from qwen_dist.checkpoint.files import (
-    INDEX_NAME,
-    SINGLE_FILE_NAME,
-    ByteFile,
-    Folder,
-    LocalFolder,
-    ReadOptions,
-    check_weight_map,
-    read_json,
-)
 from qwen_dist.errors import CheckpointError, printable
 from qwen_dist.json_reader import MAX_JSON_BYTES
-from qwen_dist.tokenizer_files import TEMPLATE_DIRECTORY
+from qwen_dist.storage.files import (
+    REMOTE_READ_OPTIONS,
+    SINGLE_FILE_NAME,
+    TEMPLATE_DIRECTORY,
+    ByteFile,
+    one_line,
+    require_package,
+)
 
-# A request costs a round trip: use more threads, larger requests, and read gaps up to a megabyte rather than skip them.
-REMOTE_READ_OPTIONS = ReadOptions(num_threads=16, max_gap=2**20, chunk_bytes=8 * 2**20)
 CONNECT_TIMEOUT_S = 10.0
 STALL_TIMEOUT_S = 30.0
 # A response that comes without a stall, but more slowly than this, is given up, too.
@@ -45,54 +39,9 @@ FIRST_DELAY_S = 0.25
 MAX_DELAY_S = 20.0
 MAX_REDIRECTS = 5
 _RECEIVE_BYTES = 2**20
-_MAX_URL_CHARS = 2000
 _RETRYABLE_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 _DENIED_STATUSES = frozenset({401, 403, 410})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-
-
-def open_url(url: str) -> Folder:
-    """Open the folder at an `http(s)://`, `gs://` or `s3://` address."""
-    if len(url) > _MAX_URL_CHARS or not url.isprintable():
-        raise CheckpointError(f"{printable(url)} is not a usable address.")
-    scheme = _origin(url)[0]
-    if scheme in ("http", "https"):
-        return HttpFolder(url.rstrip("/") + "/")
-    if scheme in ("gs", "s3"):
-        return ObjectFolder(url)
-    raise CheckpointError(f"{printable(url)}: addresses begin with http://, https://, gs:// or s3://.")
-
-
-def open_hub(hub_id: str) -> Folder:
-    """Open a Hugging Face hub repository: from the local cache if it is complete, else streamed at a fixed commit."""
-    import huggingface_hub
-    from huggingface_hub.utils import build_hf_headers
-
-    name, _, revision = hub_id.partition("@")
-    try:
-        cached = LocalFolder(
-            Path(huggingface_hub.snapshot_download(name, revision=revision or None, local_files_only=True))
-        )
-        if _is_complete(cached):
-            return cached
-    except (OSError, ValueError):  # not in the cache
-        pass
-    try:
-        commit = huggingface_hub.HfApi().model_info(name, revision=revision or None).sha
-    except Exception as error:
-        # The hub's client raises errors of several libraries; all mean that the repository cannot be reached.
-        raise CheckpointError(
-            f"{hub_id} is not a local directory and cannot be opened on the hub: {_one_line(error)}"
-        ) from error
-    url = huggingface_hub.hf_hub_url(name, "config.json", revision=commit).removesuffix("config.json")
-    return HttpFolder(url, build_hf_headers())
-
-
-def _is_complete(folder: LocalFolder) -> bool:
-    """Return whether a cached snapshot has its configuration and every file of its index."""
-    index = read_json(folder, INDEX_NAME)
-    names = {SINGLE_FILE_NAME} if index is None else set(check_weight_map(folder, index).values())
-    return all((folder.root / name).is_file() for name in {"config.json", *names})
 
 
 class _TransientError(Exception):
@@ -109,7 +58,7 @@ class HttpFolder:
     read_options = REMOTE_READ_OPTIONS
 
     def __init__(self, url: str, headers: dict[str, str] | None = None):
-        urllib3 = _require("urllib3", "urllib3")
+        urllib3 = require_package("urllib3", "urllib3")
         self.url, self.headers = url, headers or {}
         timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=STALL_TIMEOUT_S)
         retries = urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=0)
@@ -137,7 +86,7 @@ class HttpFolder:
                         raise CheckpointError(f"{url}: expected at most {MAX_JSON_BYTES} bytes.")
                 return bytes(content)
             except _network_error() as error:
-                raise _TransientError(_one_line(error)) from error
+                raise _TransientError(one_line(error)) from error
             finally:
                 response.close()
 
@@ -148,14 +97,14 @@ class HttpFolder:
         """Send a GET request and follow redirects; return the response, of which no body was read, and its address."""
         for _ in range(MAX_REDIRECTS + 1):
             given = {"Accept-Encoding": "identity"} | (headers or {})
-            if _origin(url) == _origin(self.url):
+            if origin_of(url) == origin_of(self.url):
                 given |= self.headers
             try:
                 response = self.pool.request("GET", url, headers=given, preload_content=False, redirect=False)
             except _network_error() as error:
                 if isinstance(error, ValueError):
-                    raise CheckpointError(f"{printable(url)} is not a usable address: {_one_line(error)}") from None
-                raise _TransientError(_one_line(error)) from error
+                    raise CheckpointError(f"{printable(url)} is not a usable address: {one_line(error)}") from None
+                raise _TransientError(one_line(error)) from error
             if response.status not in _REDIRECTS or "Location" not in response.headers:
                 return response, url
             response.close()
@@ -248,23 +197,23 @@ class HttpFile:
         return self._folder.request(url, {"Range": f"bytes={start}-{stop - 1}"})
 
 
-def _origin(url: str) -> tuple[str, str | None, int | None]:
+def origin_of(url: str) -> tuple[str, str | None, int | None]:
     """Return scheme, host and port of an address. Raises CheckpointError if it is malformed."""
     try:
         parts = urlsplit(url)
         return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
     except ValueError as error:
-        raise CheckpointError(f"{printable(url)} is not a usable address: {_one_line(error)}") from None
+        raise CheckpointError(f"{printable(url)} is not a usable address: {one_line(error)}") from None
 
 
 def _redirect(url: str, location: str) -> str:
     """Return the address that a response of `url` leads to. Raises CheckpointError if it must not be followed."""
     try:
         target = urljoin(url, location)
-        scheme = _origin(target)[0]
+        scheme = origin_of(target)[0]
     except ValueError as error:
         raise CheckpointError(f"{url}: refused to follow the redirect to {printable(location)}: {error}") from None
-    if scheme not in ("http", "https") or (_origin(url)[0] == "https" and scheme == "http"):
+    if scheme not in ("http", "https") or (origin_of(url)[0] == "https" and scheme == "http"):
         raise CheckpointError(f"{url}: refused to follow the redirect to {printable(target)}, which is not https.")
     return target
 
@@ -322,11 +271,6 @@ def _shut_down_after(seconds: float, connection: socket.socket) -> Iterator[None
         timer.cancel()
     if is_late.is_set():  # a response that ends inside its headers counts as whole
         raise TimeoutError(f"not complete after {seconds:.0f} s")
-
-
-def _one_line(error: Exception) -> str:
-    """Return the first line of the message of a library's error."""
-    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 def _retry(attempt: Callable[[], Any], what: str) -> Any:
@@ -388,100 +332,3 @@ def _content_range(response: Any, url: str, start: int, stop: int) -> int:
             f"{url}: requested bytes {start}-{stop - 1}, the server answered with {printable(repr(text), 80)}."
         )
     return int(match[3])
-
-
-class ObjectFolder:
-    """A directory in an object store. obstore signs and retries requests and checks ranges."""
-
-    read_options = REMOTE_READ_OPTIONS
-
-    def __init__(self, url: str):
-        _require("obstore", "qwen-dist[remote]")
-        from obstore.store import from_url
-
-        self.url = url
-        with _object_errors(url):
-            self.store = from_url(url)
-
-    def __str__(self) -> str:
-        return self.url
-
-    def read(self, name: str) -> bytes | None:
-        try:
-            file = ObjectFile(self, name)
-        except FileNotFoundError:
-            return None
-        if file.size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{self}/{name} has {file.size} bytes; expected at most {MAX_JSON_BYTES}.")
-        content = bytearray(file.size)
-        file.read_into(0, memoryview(content))
-        return bytes(content)
-
-    def open(self, name: str) -> ByteFile:
-        try:
-            return ObjectFile(self, name)
-        except FileNotFoundError as error:
-            raise CheckpointError(str(error)) from None
-
-    def weight_files(self) -> list[str]:
-        import obstore
-
-        with _object_errors(self.url):
-            listing = obstore.list_with_delimiter(self.store)["objects"]
-        return sorted(entry["path"] for entry in listing if entry["path"].endswith(".safetensors"))
-
-    def template_files(self) -> list[str]:
-        import obstore
-
-        listing = obstore.list_with_delimiter(self.store, f"{TEMPLATE_DIRECTORY}/")["objects"]
-        return sorted(entry["path"] for entry in listing if entry["path"].endswith(".jinja"))
-
-
-class ObjectFile:
-    """An object in an object store, in the version that it had when it was opened."""
-
-    def __init__(self, folder: ObjectFolder, name: str):
-        import obstore
-
-        self.name, self._folder = name, folder
-        try:
-            meta = obstore.head(folder.store, name)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{folder}/{name} does not exist.") from None
-        except (obstore.exceptions.BaseError, OSError) as error:
-            raise CheckpointError(f"{folder}/{name} cannot be opened: {_one_line(error)}") from error
-        self.size, self._tag = meta["size"], meta["e_tag"]
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        import obstore
-
-        if not len(buffer):
-            return
-        options: Any = {"range": (offset, offset + len(buffer))}
-        if self._tag is not None:
-            options["if_match"] = self._tag
-        try:
-            content = memoryview(obstore.get(self._folder.store, self.name, options=options).bytes())
-        except (obstore.exceptions.BaseError, OSError) as error:
-            raise CheckpointError(
-                f"{self._folder}/{self.name}: bytes from {offset} cannot be read: {_one_line(error)}"
-            ) from error
-        if len(content) != len(buffer):
-            found = f"{len(content)} bytes instead of {len(buffer)}"
-            raise CheckpointError(f"{self._folder}/{self.name}: the store sent {found} from offset {offset}.")
-        buffer[:] = content
-
-
-@contextlib.contextmanager
-def _object_errors(url: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # obstore's errors have no common class
-        raise CheckpointError(f"{printable(url)} cannot be opened: {_one_line(error)}") from error
-
-
-def _require(module: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise CheckpointError(f"This address needs {module}: pip install '{package}'.") from error
