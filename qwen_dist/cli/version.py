@@ -1,17 +1,19 @@
-"""`--version`: the versions that decide what is computed, and how fast. No jax: it must answer at once."""
+"""`--version`: the versions that decide what is computed, and how fast. It imports no jax, so it answers at once."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 from typing import Any, NoReturn
 
 import qwen_dist
-from qwen_dist.ops.native_library import describe_kernels
 
 
 def describe_version() -> str:
     """Return the versions of this package and of jax, and the kernels that this machine can use."""
+    import importlib.metadata
+
+    from qwen_dist.ops.native_library import describe_kernels
+
     return f"qwen-dist {qwen_dist.__version__} (jax {importlib.metadata.version('jax')}; {describe_kernels()})"
 
 
