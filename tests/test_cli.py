@@ -1,6 +1,7 @@
 """The command line: answers, chats, exit codes, and one readable line per error."""
 
 import dataclasses
+import importlib.metadata
 import io
 import json
 import os
@@ -480,10 +481,18 @@ def test_help_fits_a_screen_and_shows_an_example(run, command):
     assert f"\n    {command}" in run("--help").out
 
 
-def test_version(run):
+def test_version(run, monkeypatch):
+    """It says which kernels there are, and it is fast because it imports no jax (see test_imports)."""
     import qwen_dist
+    from qwen_dist.ops import native_library
 
-    assert run("--version") == (0, f"qwen-dist {qwen_dist.__version__}\n", "")
+    versions = f"qwen-dist {qwen_dist.__version__} (jax {importlib.metadata.version('jax')}; "
+    assert run("--version") == (0, f"{versions}{native_library.describe_kernels()})\n", "")
+    if native_library.load() is not None:
+        monkeypatch.setenv("QWEN_DIST_CPU_FEATURES", "avx512f")
+        assert "no CPU kernels: this processor lacks " in run("--version").out
+    monkeypatch.setattr(native_library, "load", lambda: None)
+    assert run("--version").out == f"{versions}no CPU kernels: they were not compiled, XLA does the work)\n"
 
 
 # --- every field of the configuration changes something ---

@@ -61,7 +61,7 @@ class _SomeConfig:
 
 
 def read(verb: Verb, *arguments: str):
-    parser, _ = build_parser([verb], "")
+    parser, _ = build_parser([verb])
     options, overrides = parser.parse_known_args([verb.name, *arguments])
     return verb.read(options, overrides)[0]
 
@@ -102,7 +102,7 @@ def test_every_key_has_a_help_and_every_flag_is_one_key(verb):
     assert not [field.key for field in fields if not field.help or "\n" in field.help]
     flags = [field.flag for field in fields if field.flag]
     assert len(flags) == len(set(flags))
-    _, commands = build_parser([verb], "")
+    _, commands = build_parser([verb])
     assert {*flags, "--help", "-h"} == {
         name for action in commands[verb.name]._actions for name in action.option_strings or [action.metavar]
     }
@@ -172,7 +172,7 @@ def test_the_time_to_wait_for_other_processes(monkeypatch, capsys):
     monkeypatch.setenv("QWEN_DIST_START_TIMEOUT", "soon")
     assert main(["preflight"]) == 2
     assert "QWEN_DIST_START_TIMEOUT is 'soon'; it must be seconds, such as 60" in capsys.readouterr().err
-    options = build_parser(VERBS, "")[0].parse_args(["preflight", "--start-timeout", "2.5"])
+    options = build_parser(VERBS)[0].parse_args(["preflight", "--start-timeout", "2.5"])
     assert BY_NAME["preflight"].read(options, [])[1].start_timeout == 2.5
 
 

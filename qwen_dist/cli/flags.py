@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from qwen_dist.cli.command_parser import CommandParser
+from qwen_dist.cli.version import VersionAction
 from qwen_dist.config import load_config
 from qwen_dist.config_fields import DEVICES, GENERAL, ConfigField, config_fields, option
 
@@ -105,10 +106,10 @@ class Verb:
         return load_config(self.config, flags.config, overrides, values, self.defaults), flags
 
 
-def build_parser(verbs: Iterable[Verb], version: str) -> tuple[CommandParser, dict[str, CommandParser]]:
+def build_parser(verbs: Iterable[Verb]) -> tuple[CommandParser, dict[str, CommandParser]]:
     """Return the parser of the command line, and the parser of each command."""
     parser = CommandParser(prog="qwen-dist", description="Run and fine-tune Qwen text models in JAX.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--version", action=VersionAction)
     commands = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True)
     for verb in verbs:
         command = commands.add_parser(

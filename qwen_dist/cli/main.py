@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-import qwen_dist
 from qwen_dist.cli import batch, export, finetune, generate, inspect, parity, plan, preflight
 from qwen_dist.cli.command_parser import check_command, describe_unknown
 from qwen_dist.cli.flags import build_parser
@@ -26,7 +25,7 @@ VERBS = tuple(module.VERB for module in (generate, batch, finetune, inspect, exp
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser, commands = build_parser(VERBS, f"qwen-dist {qwen_dist.__version__}")
+    parser, commands = build_parser(VERBS)
     if "_ARGCOMPLETE" in os.environ:
         import argcomplete
 

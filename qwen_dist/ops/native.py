@@ -15,11 +15,7 @@ key head, K key channels, V value channels, C channels of the convolution, W its
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import importlib.machinery
-import os
-import pathlib
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -27,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from qwen_dist.ops import native_library
+from qwen_dist.ops.native_library import FEATURES, processor_features
 from qwen_dist.ops.paged_cache import PAGE, PagedState, PageIndices
 from qwen_dist.ops.slots import SlotRows
 from qwen_dist.ops.weight import Weight
@@ -45,8 +43,6 @@ TARGETS = {
     "qwen_dist_delta_rule_in_slots": "DeltaRuleInSlots",
 }
 GROUPED_MATMUL, EXPERTS, SWIGLU, ROTATE, PAGED_ATTENTION, SHORT_CONVOLUTION, DELTA_RULE_IN_SLOTS = TARGETS
-# The processor features that the kernels need, in the order of the bits that the library reports.
-FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
 # The least out-features of a matrix product, and the rows of one of its tiles.
 MIN_FEATURES, MAX_ROWS = 4, 6
 # Attention: head_dim is a multiple of LANES, and pages have KERNEL_PAGE positions.
@@ -58,30 +54,12 @@ CACHE_LINE, CACHE_WAY = 64, 4096
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """Load the compiled kernels and register them with jax; None where the installation did not compile them."""
-    folder = pathlib.Path(__file__).parent
-    compiled = [path for suffix in importlib.machinery.EXTENSION_SUFFIXES if (path := folder / f"_native{suffix}").exists()]
-    if not compiled:
-        return None
-    library = ctypes.CDLL(str(compiled[0]))
-    if library.ProcessorFeatures():
-        for name, symbol in TARGETS.items():
-            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
-    return library
-
-
-def processor_features() -> frozenset[str]:
-    """Return those of `FEATURES` that this processor has; none where the kernels were not compiled.
-
-    The environment variable QWEN_DIST_CPU_FEATURES, a list with commas, leaves out all others: with it a machine that has
-    the kernels measures and tests what happens on one that has not.
-    """
-    library = _library()
-    bits = library.ProcessorFeatures() if library is not None else 0
-    allowed = os.environ.get("QWEN_DIST_CPU_FEATURES")
-    names = {name for bit, name in enumerate(FEATURES) if bits >> bit & 1}
-    return frozenset(names if allowed is None else names & set(allowed.replace(" ", "").split(",")))
+def _register() -> None:
+    """Make the kernels known to jax."""
+    library = native_library.load()
+    assert library is not None
+    for name, symbol in TARGETS.items():
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
 
 
 def is_available() -> bool:
@@ -92,6 +70,7 @@ def is_available() -> bool:
 def _kernel(target: str, results: Any, **options: Any) -> Any:
     """Return the kernel as a jax function."""
     assert is_available(), "the kernels cannot run here; see `Backend.of`"
+    _register()
     return jax.ffi.ffi_call(target, results, **options)
 
 
