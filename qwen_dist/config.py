@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 from qwen_dist.chat import variable_problems
 from qwen_dist.config_fields import DEVICES, Option, alternatives, describe_type, option
 from qwen_dist.config_files import load_config_file
-from qwen_dist.errors import UsageError, printable
+from qwen_dist.errors import UsageError, printable, problem_list
 from qwen_dist.json_reader import JsonError, parse_json
 
 T = TypeVar("T")
@@ -185,6 +185,10 @@ class GenerateConfig:
             raise UsageError("--thinking and --template-arg set variables of the chat template, which --raw leaves out")
 
 
+# Every request has rows in tables on the host and on the devices, whether there is room in the cache or not.
+MAX_BATCH_SIZE = 2**16
+
+
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
     """How many requests the engine answers at a time, and in which order."""
@@ -197,8 +201,8 @@ class EngineOptions:
     steps_per_dispatch: int = option(1, metavar="N", help="decode steps on the device before the host reads the tokens")
 
     def __post_init__(self) -> None:
-        if self.max_batch_size < 1:
-            raise UsageError(f"engine.max_batch_size is {self.max_batch_size}; it must be at least 1")
+        if not 1 <= self.max_batch_size <= MAX_BATCH_SIZE:
+            raise UsageError(f"engine.max_batch_size is {self.max_batch_size}; it must be from 1 to {MAX_BATCH_SIZE}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,7 +361,7 @@ class FinetuneConfig:
         if self.keep_best and not self.data.eval_files:
             problems.append("keep_best needs data.eval_files")
         if problems:
-            raise UsageError("the configuration cannot be used:\n  - " + "\n  - ".join(problems))
+            raise UsageError(f"the configuration cannot be used:\n{problem_list(problems)}")
 
     def resolved(self, max_context: int) -> FinetuneConfig:
         """Return the configuration with the values that follow from the method and the context of the model."""
@@ -561,7 +565,7 @@ def bind_config(cls: type[T], given: Mapping[str, Any], problems: Iterable[str] 
     problems = list(problems)
     bound = _bind(cls, given, "", problems)
     if problems:
-        raise UsageError("the configuration cannot be used:\n  - " + "\n  - ".join(problems))
+        raise UsageError(f"the configuration cannot be used:\n{problem_list(problems)}")
     return bound
 
 

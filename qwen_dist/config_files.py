@@ -12,8 +12,10 @@ from typing import Any
 from qwen_dist.errors import UsageError, printable
 from qwen_dist.json_reader import JsonError, parse_json, read_file, read_json_object
 
-_MAX_BYTES = 2**20
+# Parsing YAML takes seconds a megabyte.
+_MAX_BYTES = 2**16
 _MAX_DEPTH = 20
+_MAX_BITS = 128
 
 
 def load_config_file(file: str) -> dict[str, Any]:
@@ -44,6 +46,8 @@ def nest(content: Mapping[Any, Any], path: str) -> dict[str, Any]:
         if not isinstance(key, str):
             raise UsageError(f"--config {printable(path)}: the key {printable(repr(key), 60)} is not a text")
         *parents, name = key.split(".")
+        if len(parents) > _MAX_DEPTH:
+            raise UsageError(f"--config {printable(path)}: {printable(key, 60)} is nested deeper than {_MAX_DEPTH}")
         group = nested
         for parent in parents:
             group = group.setdefault(parent, {})
@@ -94,13 +98,8 @@ def _read_yaml(path: str) -> Mapping[Any, Any]:
     except ImportError:
         raise UsageError(f"--config {printable(path)} needs pyyaml: pip install 'qwen-dist[yaml]'") from None
     try:
-        events = list(yaml.parse(text, Loader=yaml.SafeLoader))
-        # An alias makes a small file a large value.
-        if any(isinstance(event, yaml.AliasEvent) for event in events):
-            raise UsageError(f"--config {printable(path)}: aliases (*name) are not supported")
-        if _depth(yaml, events) > _MAX_DEPTH:
-            raise UsageError(f"--config {printable(path)} is nested deeper than {_MAX_DEPTH}")
-        content = yaml.safe_load(text)
+        _check_events(yaml, text, path)
+        content = yaml.load(text, Loader=_strict_loader(yaml))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, UsageError):
             raise
@@ -111,12 +110,39 @@ def _read_yaml(path: str) -> Mapping[Any, Any]:
     return content
 
 
-def _depth(yaml: Any, events: list[Any]) -> int:
-    depth = deepest = 0
-    for event in events:
+def _check_events(yaml: Any, text: bytes, path: str) -> None:
+    """Refuse aliases, which make a small file a large value, and deep nesting, whose parsing takes minutes."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise UsageError(f"--config {printable(path)}: aliases (*name) are not supported")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        deepest = max(deepest, depth)
-    return deepest
+        if depth > _MAX_DEPTH:
+            raise UsageError(f"--config {printable(path)} is nested deeper than {_MAX_DEPTH}")
+
+
+def _strict_loader(yaml: Any) -> Any:
+    """Return YAML's safe loader, which refuses keys that occur twice and numbers that are no sizes."""
+
+    error = yaml.constructor.ConstructorError
+
+    class StrictLoader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            pairs = node.value if isinstance(node, yaml.MappingNode) else []
+            for key in [key for key, _ in pairs if isinstance(key, yaml.ScalarNode)]:
+                if key.value in seen:
+                    raise error(None, None, f"the key {key.value!r} occurs twice", key.start_mark)
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+        def construct_object(self, node: Any, deep: bool = False) -> Any:
+            value = super().construct_object(node, deep)
+            if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+                raise error(None, None, "a number has too many digits", node.start_mark)
+            return value
+
+    return StrictLoader
 
 
 def _run_python(path: str, argument: str, file: str) -> dict[str, Any]:

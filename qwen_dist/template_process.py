@@ -59,12 +59,14 @@ class _Process:
         self._popen: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._owner = 0
+        # The numbers of the templates that this worker has: a template has up to megabytes, and is sent once.
+        self._numbers: dict[str, int] = {}
         self._kills: dict[str, list[str]] = {}
 
     def ask(self, source: str, inputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the worker's reply. Raises UserError or CheckpointError where there is none."""
         try:
-            content = json.dumps({"source": source, "inputs": inputs}).encode()
+            content = json.dumps(inputs).encode()
         except (TypeError, ValueError, RecursionError) as error:  # such as a date in a table
             raise UserError(f"the chat has a value that is not of JSON: {printable(error)}") from None
         if len(content) > _MAX_REQUEST_BYTES:
@@ -74,6 +76,7 @@ class _Process:
             if len(kills) < _MAX_KILLS:
                 try:
                     self._start()
+                    self._send(self._template_message(source))
                     self._send(content)
                     return self._receive(_REPLY_TIMEOUT_S)
                 except OSError:
@@ -88,6 +91,7 @@ class _Process:
         # After a fork, the process belongs to the parent.
         if self._popen is not None and self._owner == os.getpid() and self._popen.poll() is None:
             return
+        self._numbers = {}
         try:
             self._socket, there = socket.socketpair()
             self._owner = os.getpid()
@@ -103,6 +107,13 @@ class _Process:
             self._receive(_START_TIMEOUT_S)
         except OSError as error:
             raise UserError(f"the process that renders chat templates did not start: {printable(error)}") from None
+
+    def _template_message(self, source: str) -> bytes:
+        """Return the number of a template, with its source if the worker does not have it."""
+        if source in self._numbers:
+            return json.dumps({"template": self._numbers[source]}).encode()
+        number = self._numbers[source] = len(self._numbers)
+        return json.dumps({"template": number, "source": source}).encode()
 
     def _send(self, content: bytes) -> None:
         assert self._socket is not None

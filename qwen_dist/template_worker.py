@@ -4,7 +4,7 @@ A chat template is untrusted code, so it runs in a separate process. The operati
 processor time of each request. Whatever the template does, at worst this process ends.
 
 Requests and replies are JSON, each after its length in 8 bytes, on the socket that is the standard input:
-  {"source": a template, "inputs": [its variables, …]}
+  {"template": number, "source": only the first time} and then [its variables, …]
   {"broken": why} or {"results": [{"text": …} or {"error": why}, …]}
 """
 
@@ -17,7 +17,7 @@ import json
 import os
 import resource
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -70,13 +70,13 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
+def _answer(source: str, inputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     try:
-        template = _compile(request["source"])
+        template = _compile(source)
     except Exception as error:  # the compilers of jinja2 and Python raise many kinds
         line = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
         return {"broken": line + _describe(error)}
-    return {"results": [_render(template, inputs) for inputs in request["inputs"]]}
+    return {"results": [_render(template, each) for each in inputs]}
 
 
 def _render(template: jinja2.Template, inputs: Mapping[str, Any]) -> dict[str, str]:
@@ -123,10 +123,13 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, also within one long operation
     _write({"ready": True})
+    sources: dict[int, str] = {}
     while len(header := _read(8)) == 8:
         request = json.loads(_read(int.from_bytes(header)))
+        source = sources.setdefault(request["template"], request.get("source", ""))
+        inputs = json.loads(_read(int.from_bytes(_read(8))))
         signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)
-        reply = _answer(request)
+        reply = _answer(source, inputs)
         signal.setitimer(signal.ITIMER_PROF, 0)
         _write(reply)
 

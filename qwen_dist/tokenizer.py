@@ -28,7 +28,7 @@ from qwen_dist.tokenizer_files import (
     stop_ids,
     token_text,
 )
-from qwen_dist.tokenizer_vocab import TOKENIZER_FILE, add_tokens, build_backend, read_backend
+from qwen_dist.tokenizer_vocab import TOKENIZER_FILE, add_tokens, build_backend, panics_as_errors, read_backend
 
 
 class TooLongError(UserError):
@@ -113,7 +113,8 @@ class Tokenizer:
                 f"the text has half of a surrogate pair (U+{ord(text[error.start]):04X}) at character {error.start}, "
                 "which is not a character: remove it or add the other half"
             ) from error
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        with panics_as_errors(TOKENIZER_FILE):
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`. Bytes that are not UTF-8 become U+FFFD; ids without a token are skipped."""

@@ -6,7 +6,8 @@ added_tokens.json, then special tokens that are still unknown.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import tokenizers
@@ -30,11 +31,25 @@ def read_backend(files: ModelFiles) -> tokenizers.Tokenizer | None:
     if content is None:
         return None
     try:
-        return tokenizers.Tokenizer.from_buffer(content)
+        with panics_as_errors(files.path(TOKENIZER_FILE)):
+            return tokenizers.Tokenizer.from_buffer(content)
+    except CheckpointError:
+        raise
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(
             f"{files.path(TOKENIZER_FILE)} cannot be read: {printable(error)}; download it again"
         ) from error
+
+
+@contextlib.contextmanager
+def panics_as_errors(file: str) -> Iterator[None]:
+    """Raise CheckpointError where the library stops in the middle, as at a pattern of the file that takes too long."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # pyo3 exports no name; it is no Exception
+            raise
+        raise CheckpointError(f"{file} cannot be used with this text: {printable(error)}") from None
 
 
 def build_backend(files: ModelFiles) -> tokenizers.Tokenizer:

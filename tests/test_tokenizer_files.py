@@ -178,6 +178,15 @@ def test_damaged_vocabularies_are_one_line(slow, name, content, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_pattern_that_takes_too_long_is_one_line(small_tokenizer, tmp_path):
+    directory = shutil.copytree(small_tokenizer, tmp_path / "model")
+    content = json.loads((directory / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
+    (directory / "tokenizer.json").write_text(json.dumps(content | {"pre_tokenizer": split}))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be used with this text: .*retry-limit"):
+        Tokenizer.open(directory).encode("x" * 60)
+
+
 # --- settings ---
 
 

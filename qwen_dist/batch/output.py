@@ -2,8 +2,8 @@
 
 Each result is appended to the output in one write, and then an entry that names its input line to OUTPUT.journal. A run
 that is killed leaves at most one result, complete or torn, without an entry: the next run removes it and answers the lines
-that have no entry. The journal starts with a hash of the settings that results depend on; a run with other settings is
-refused.
+that have no entry. After a power failure or damage there may be more of them: they are moved to OUTPUT.discarded first.
+The journal starts with a hash of the settings that results depend on; a run with other settings is refused.
 
 An output that cannot be appended to (compressed, parquet, in an object store) is written at the end. Until then the results
 are in OUTPUT.jsonl, which for a remote output is in the working directory. That file is kept when the results could not be
@@ -32,6 +32,8 @@ from qwen_dist.outputs import Written, run_lock
 
 # One result: the hash of the input line it answers, the hash and size in bytes of its own line, whether it is an error.
 JOURNAL_ENTRY = np.dtype([("line_hash", "<u8"), ("result_hash", "<u8"), ("size", "<u4"), ("is_error", "<u4")])
+# The part of an entry that describes the result.
+_LINE = np.dtype([("result_hash", "<u8"), ("size", "<u4")])
 # The first entry of a journal has this number, the hash of the settings, and the version of its form.
 JOURNAL_MAGIC, JOURNAL_VERSION = 0x6C616E72756F6A51, 1
 # Results older than this also survive a power failure.
@@ -254,6 +256,7 @@ class OutputFile:
         """Keep the complete results that have an entry, with `retry_errors` only those that are not errors."""
         kept = self._matching_entries(entries)
         self._size = int(kept["size"].sum(dtype=np.int64))
+        self._keep_rest()
         os.ftruncate(self._file, self._size)
         if len(kept) != len(entries) or not np.array_equal(kept, entries):
             self._replace_journal(kept)
@@ -269,14 +272,37 @@ class OutputFile:
         The journal has the same order, unless the process was killed while both files were being reordered.
         """
         with open(self._work_path, "rb") as file:
-            hashes = np.array([hash64(line) for line in file if line.endswith(b"\n")], np.uint64)
-        common = min(len(hashes), len(entries))
-        if np.array_equal(hashes[:common], entries["result_hash"][:common]):
+            lines = np.array([(hash64(line), len(line)) for line in file if line.endswith(b"\n")], _LINE)
+
+        def is_of(found: np.ndarray, lines: np.ndarray) -> np.ndarray:
+            return (found["result_hash"] == lines["result_hash"]) & (found["size"] == lines["size"])
+
+        common = min(len(lines), len(entries))
+        if is_of(entries[:common], lines[:common]).all():
             return entries[:common]
         order = np.argsort(entries["result_hash"])
-        found = order[np.searchsorted(entries["result_hash"], hashes, sorter=order) % len(entries)]
-        is_known = entries["result_hash"][found] == hashes
-        return entries[found[: len(hashes) if is_known.all() else int(np.argmin(is_known))]]
+        found = order[np.searchsorted(entries["result_hash"], lines["result_hash"], sorter=order) % len(entries)]
+        is_known = is_of(entries[found], lines)
+        return entries[found[: len(lines) if is_known.all() else int(np.argmin(is_known))]]
+
+    def _keep_rest(self) -> None:
+        """Copy results without an entry to a new file, if they are more than the one that a killed run leaves."""
+        os.lseek(self._file, self._size, os.SEEK_SET)
+        with open(os.dup(self._file), "rb") as rest:
+            num_lines = sum(1 for _ in rest)
+            if num_lines <= 1:
+                return
+            path, number = f"{self._work_path}.discarded", 1
+            while os.path.lexists(path) or os.path.lexists(partial_path(path)):
+                number += 1
+                path = f"{self._work_path}.discarded-{number}"
+            rest.seek(self._size)
+            formats.write_lines(path, rest)
+        print(
+            f"{printable(self._journal_path)} has no entry for the last {num_lines} results of "
+            f"{printable(self._work_path)}: their lines are answered again, and they are now in {printable(path)}",
+            file=sys.stderr,
+        )
 
     def _reorder(self, entries: np.ndarray, order: np.ndarray) -> np.ndarray:
         """Write the results with these entries in another order; indices that `order` leaves out are dropped."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pathlib
 import signal
@@ -66,15 +67,16 @@ def joined(
 
 
 def _start_timeout(flags: ProcessFlags) -> float:
-    if flags.start_timeout is not None:
-        return flags.start_timeout
-    text = os.environ.get("QWEN_DIST_START_TIMEOUT", _START_TIMEOUT_S)
+    given = flags.start_timeout
+    name = "QWEN_DIST_START_TIMEOUT" if given is None else "--start-timeout"
+    text = os.environ.get(name, _START_TIMEOUT_S) if given is None else given
     try:
-        return float(text)
+        seconds = float(text)
     except ValueError:
-        raise UsageError(
-            f"QWEN_DIST_START_TIMEOUT is {printable(repr(text), 60)}; it must be seconds, such as 60"
-        ) from None
+        raise UsageError(f"{name} is {printable(repr(text), 60)}; it must be seconds, such as 60") from None
+    if not 0 < seconds < math.inf:
+        raise UsageError(f"{name} is {seconds}; it must be a number of seconds above 0")
+    return seconds
 
 
 @contextlib.contextmanager

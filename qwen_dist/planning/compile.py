@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import math
 import os
 import re
@@ -36,6 +37,8 @@ from qwen_dist.train.lora import attach_lora
 from qwen_dist.train.optim import make_optimizer, make_schedule
 from qwen_dist.train.step import Trainer
 
+# Installs the libtpu that belongs to this jax; `pip install libtpu` may install one whose programs it cannot read.
+_INSTALL_LIBTPU = f"pip install 'jax[tpu]=={jax.__version__}'"
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _SHAPE = re.compile(r"\b(pred|[a-z]+?(\d+)\w*)\[([\d,]*)\]")
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\}|mesh\[(.*?)\](?:, device_ids=\(.*?\))? \{(.*?)\})")
@@ -123,7 +126,7 @@ def _devices(topology: Topology) -> Any:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
     except (RuntimeError, ValueError, ImportError) as error:
-        hint = "this needs libtpu: pip install libtpu"
+        hint = f"this needs libtpu: {_INSTALL_LIBTPU}"
         if "lockfile" in str(error):
             hint = "another process uses libtpu: wait for it, or set ALLOW_MULTIPLE_LIBTPU_LOAD=1"
         raise UserError(f"no devices for {topology.name}: {' '.join(str(error).split())[:300]} ({hint})") from None
@@ -145,7 +148,7 @@ def lower(config: ModelConfig, sharding_ctx: ShardingContext, workload: Workload
 
 
 def compile_program(lowered: jax.stages.Lowered) -> CompilerReport:
-    """Compile a program and return the compiler's report. Raises DoesNotFit."""
+    """Compile a program and return the compiler's report. Raises DoesNotFit, and UserError if libtpu is of another jax."""
     start = time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -163,8 +166,17 @@ def compile_program(lowered: jax.stages.Lowered) -> CompilerReport:
         device_bytes=_peak(compiled, memory),
         flops=cost.get("flops", 0.0),
         bytes_accessed=cost.get("bytes accessed", 0.0),
-        collectives=count_collectives(compiled.as_text() or ""),
+        collectives=count_collectives(_text_of(compiled)),
     )
+
+
+def _text_of(compiled: jax.stages.Compiled) -> str:
+    try:
+        return compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError as error:
+        found = f"jax {jax.__version__} cannot read what libtpu {importlib.metadata.version('libtpu')} compiled"
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{found}; install the libtpu of this jax: {_INSTALL_LIBTPU} ({reason})") from None
 
 
 def _peak(compiled: jax.stages.Compiled, memory: Any) -> float:

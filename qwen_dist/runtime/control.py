@@ -23,7 +23,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from qwen_dist.errors import UserError, printable
+from qwen_dist.errors import UserError, printable, printable_lines
 from qwen_dist.json_reader import parse_json
 from qwen_dist.runtime.cluster import Cluster
 from qwen_dist.runtime.preflight import is_host_info
@@ -32,8 +32,9 @@ Message = dict[str, Any]
 # A host that does not answer keepalive probes for this long counts as down.
 KEEPALIVE_IDLE_S, KEEPALIVE_EVERY_S, KEEPALIVE_PROBES = 10, 5, 4
 GREETING = "qwen-dist"
-# A greeting has a few kilobytes; the largest message is the result of a record with the log-probabilities of its prompt.
-MAX_GREETING_BYTES, MAX_MESSAGE_BYTES = 2**18, 2**30
+# A greeting has a few kilobytes, the result of the preflight the names of all processes; the largest message is the result
+# of a record with the log-probabilities of its prompt.
+MAX_GREETING_BYTES, MAX_PREFLIGHT_BYTES, MAX_MESSAGE_BYTES = 2**18, 2**24, 2**30
 GREETING_TIMEOUT_S = 5.0
 # Connections that have not sent their greeting yet; more wait in the queue of the system.
 _MAX_WAITING = 256
@@ -65,16 +66,17 @@ class Connection:
         with self._lock:
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
-    def receive(self, deadline: float | None = None) -> Message | None:
+    def receive(self, deadline: float | None = None, max_bytes: int | None = None) -> Message | None:
         """Return the next message, or None when the other end has closed the connection.
 
         Args:
           deadline: in seconds of `time.monotonic`; None waits without a limit.
+          max_bytes: of the message; None allows `MAX_MESSAGE_BYTES`.
 
         Raises:
           TimeoutError: there was no message before the deadline.
           OSError: the connection is broken.
-          ValueError: what was received is not a JSON object of at most `MAX_MESSAGE_BYTES`.
+          ValueError: what was received is not a JSON object of at most `max_bytes`.
         """
         searched = 0
         while (end := self._received.find(b"\n", searched)) < 0:
@@ -83,7 +85,7 @@ class Connection:
             if left is not None and left <= 0:
                 raise TimeoutError
             self._socket.settimeout(left)
-            if not self.receive_some(MAX_MESSAGE_BYTES):
+            if not self.receive_some(max_bytes or MAX_MESSAGE_BYTES):
                 return None
         return self._take_message(end)
 
@@ -395,7 +397,9 @@ class ControlChannel:
 
     def _terminate(self, reason: str) -> NoReturn:
         with self._lock:  # never released: only the first reason is reported
-            print(f"qwen-dist: {self._names[self._process_id]} stops: {reason}", file=sys.stderr, flush=True)
+            print(
+                f"qwen-dist: {self._names[self._process_id]} stops: {printable_lines(reason)}", file=sys.stderr, flush=True
+            )
             broadcast(self._connections, {"stop": reason})
             for connection in self._connections.values():
                 connection.half_close()

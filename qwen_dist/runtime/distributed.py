@@ -11,11 +11,11 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from qwen_dist.errors import UserError
+from qwen_dist.errors import UserError, problem_list
 from qwen_dist.runtime import preflight
 from qwen_dist.runtime.backend import find_devices
 from qwen_dist.runtime.cluster import Cluster
-from qwen_dist.runtime.control import Connection, ControlChannel, Message, broadcast, rendezvous
+from qwen_dist.runtime.control import MAX_PREFLIGHT_BYTES, Connection, ControlChannel, Message, broadcast, rendezvous
 
 if TYPE_CHECKING:
     import jax
@@ -153,19 +153,26 @@ def _run_preflight(
         broadcast(connections, {"problems": problems, "names": names})
     else:
         try:
-            result: Message | None = connections[0].receive(time.monotonic() + timeout_s + 10)
+            result: Message | None = connections[0].receive(time.monotonic() + timeout_s + 10, MAX_PREFLIGHT_BYTES)
         except (OSError, ValueError):
             result = None
         if result is None:
             raise UserError(f"preflight: process 0 at {cluster.coordinator} ended before all processes had connected.")
-        if not isinstance(result.get("problems"), list) or not isinstance(result.get("names", []), list):
+        if not _is_preflight_result(result, cluster.num_processes):
             raise UserError(
                 f"preflight: what listens at {cluster.coordinator} is not process 0 of this run: use another port."
             )
         problems, names = result["problems"], result.get("names", [])
     if problems:
-        raise UserError("preflight:\n  - " + "\n  - ".join(problems))
+        raise UserError(f"preflight:\n{problem_list(problems)}")
     return names
+
+
+def _is_preflight_result(message: Message, num_processes: int) -> bool:
+    problems, names = message.get("problems"), message.get("names", [])
+    if not all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in (problems, names)):
+        return False
+    return bool(problems) or len(names) == num_processes
 
 
 def _start_jax_distributed(cluster: Cluster) -> None:

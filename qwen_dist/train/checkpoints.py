@@ -43,12 +43,17 @@ class Checkpoints:
         if keep_best:
             # Orbax takes the highest metric as the best.
             policies.append(preservation_policy.BestN(get_metric_fn=lambda metrics: -metrics["loss"], n=1))
-        self._manager = ocp.CheckpointManager(
-            directory.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=preservation_policy.AnyPreservationPolicy(policies), create=True
-            ),
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies), create=True
         )
+        try:
+            self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        except Exception as error:  # it reads the metadata of all checkpoints
+            sys.unraisablehook = self._hook
+            raise UserError(
+                f"the checkpoints in {directory} cannot be opened ({_reason(error)}): move the damaged one away, or use "
+                "--overwrite to start over"
+            ) from error
         self._args = ocp.args
 
     @property
@@ -85,7 +90,10 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint cannot be read.
         """
-        return self._restore(step, position=self._args.JsonRestore())["position"]
+        position = self._restore(step, position=self._args.JsonRestore())["position"]
+        if not isinstance(position, dict) or not all(isinstance(position.get(key), dict) for key in ("run", "data")):
+            raise UserError(f"the checkpoint {self._manager.directory / str(step)} cannot be restored (it has no position)")
+        return position
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Return the state of the checkpoint of a step.
@@ -100,12 +108,15 @@ class Checkpoints:
         return TrainState(**self._restore(step, state=self._args.StandardRestore(like._asdict()))["state"])
 
     def _restore(self, step: int, **items: Any) -> Any:
+        where = pathlib.Path(self._manager.directory) / str(step)
+        for path in where.rglob("*"):
+            if not (path.is_dir() or path.is_file()):  # such as a pipe, whose reading does not end
+                raise UserError(f"the checkpoint {where} cannot be restored ({printable(path)} is not a regular file)")
         try:
             return self._manager.restore(step, args=self._args.Composite(**items))
         except MemoryError:  # no damage
             raise
         except Exception as error:  # the reader of a damaged file can raise anything
-            where = self._manager.directory / str(step)
             raise UserError(f"the checkpoint {where} cannot be restored ({_reason(error)})") from error
 
     def set_aside(self, step: int) -> pathlib.Path:

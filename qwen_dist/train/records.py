@@ -7,6 +7,7 @@ file and line; nothing is dropped silently.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import dataclasses
 import glob
@@ -137,13 +138,13 @@ def _fields(file: str, max_bytes: int) -> Iterator[tuple[RecordLocation, Mapping
             yield location, BadTrainRecord(location, "broken line", line.reason)
         elif not isinstance(line, bytes):
             yield location, line
-        elif line.strip():
+        elif line := (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip():
             yield location, _parse(location, line)
 
 
 def _text(file: str, max_bytes: int) -> str:
     try:
-        return read_file(file, max_bytes=max_bytes, error=UserError).decode("utf-8")
+        return read_file(file, max_bytes=max_bytes, error=UserError).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8: byte {error.start} is not") from None
 
@@ -163,12 +164,13 @@ def _parse(location: RecordLocation, line: bytes) -> Mapping[str, Any] | BadTrai
 def _is_array(file: str) -> bool:
     """Return whether a file holds one JSON array; otherwise it has a record on each line."""
     with open(file, "rb") as content:
-        return content.read(4096).lstrip()[:1] == b"["
+        return content.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
 
 def _array_records(file: str) -> Iterator[tuple[RecordLocation, Mapping[str, Any] | BadTrainRecord]]:
     try:
-        records = parse_json(read_file(file, max_bytes=_MAX_ARRAY_BYTES, error=UserError))
+        content = read_file(file, max_bytes=_MAX_ARRAY_BYTES, error=UserError)
+        records = parse_json(content.removeprefix(codecs.BOM_UTF8))
     except JsonError as error:
         raise UserError(f"{printable(file)} is not JSON: {error}; a large file is better written as JSON lines") from None
     for number, record in enumerate(records, 1):

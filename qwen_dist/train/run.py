@@ -256,10 +256,19 @@ class _Start:
         """
         config, trainer = self._inputs.config, setup.trainer
 
-        def read(step: int) -> tuple[TrainState, Any]:
-            return self._checkpoints.restore(step, trainer.abstract_state()), self._checkpoints.position(step)
-
         batches = training_batches(self._inputs.training, config.data, config.batch_size)
+
+        def read(step: int) -> TrainState:
+            where = f"the checkpoint {config.output}/checkpoints/{step}"
+            state, position = self._checkpoints.restore(step, trainer.abstract_state()), self._checkpoints.position(step)
+            if int(state.step) != step:  # the folder was copied or renamed
+                raise UserError(f"{where} has the state after step {int(state.step)}")
+            try:
+                batches.set_state(position["data"])
+            except Exception as error:  # the reader of a damaged position can raise anything
+                raise UserError(f"{where} has no position in the data ({type(error).__name__})") from error
+            return state
+
         found = self._newest(read)
         if found is None:
             return trainer.init_state(), batches, 0
@@ -269,10 +278,8 @@ class _Start:
             self._log(f"{problem}; it is left out, and is now {moved}")
         if self._damaged:
             self._checkpoints.reload()
-        state, position = found
         self._log(f"resuming after step {self._steps[-1]} of {self._inputs.num_steps}")
-        batches.set_state(position["data"])
-        return state, batches, self._steps[-1]
+        return found, batches, self._steps[-1]
 
     def _newest(self, read: Callable[[int], Any]) -> Any:
         """Return what `read` returns of the newest checkpoint that all processes can read; None without checkpoints."""

@@ -10,12 +10,23 @@ import time
 import pytest
 
 COUNT = 120
+SIZES = {
+    "qwen3": {"num_hidden_layers": 1, "num_attention_heads": 8, "head_dim": 10},
+    "qwen3_next": {"num_hidden_layers": 2, "num_attention_heads": 8},
+}
+KILLS = [("qwen3", 3), *(pytest.param(family, 20, marks=pytest.mark.slow) for family in SIZES)]
 
 
 @pytest.fixture(scope="module")
-def command(tiny_directory, tmp_path_factory):
+def family(request):
+    """The family of the tiny model; a test may name another."""
+    return getattr(request, "param", "qwen3")
+
+
+@pytest.fixture(scope="module")
+def command(tiny_directory, tmp_path_factory, family):
     """A function (output) -> the command line; COUNT records of different lengths, two of them errors."""
-    directory = tiny_directory("qwen3", num_hidden_layers=1, num_attention_heads=8, head_dim=10)
+    directory = tiny_directory(family, **SIZES[family])
     input = tmp_path_factory.mktemp("killed") / "in.jsonl"
     lines = [{"id": n, "prompt": "the fox " * (n % 7), "max_new_tokens": 5 + 23 * (n % 5)} for n in range(COUNT)]
     lines[11]["top_p"] = 7
@@ -48,7 +59,7 @@ def wait_for(path, size: int, process) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("family", "kills"), KILLS, indirect=["family"])
 def test_killed_at_random_moments(command, undisturbed, tmp_path, kills):
     output, rng = tmp_path / "out.jsonl", random.Random(kills)
     size = sum(len(line.encode()) + 1 for line in undisturbed)

@@ -94,6 +94,24 @@ def test_interrupted_at_every_byte(tmp_path, records):
             assert (path.read_bytes(), journal.read_bytes()) == (lines, entries)
 
 
+@pytest.mark.parametrize(("field", "change"), [("result_hash", 1), ("size", 1), ("size", 2**31)])
+def test_results_that_a_damaged_journal_does_not_name_are_kept(tmp_path, records, capfd, field, change):
+    path, journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.journal"
+    write(path, records)
+    lines = path.read_bytes().splitlines(keepends=True)
+    entries = np.frombuffer(journal.read_bytes(), JOURNAL_ENTRY).copy()
+    entries[3][field] ^= change
+    for number in (1, 2):
+        path.write_bytes(b"".join(lines))
+        journal.write_bytes(entries.tobytes())
+        assert numbers(path, records) == [1, 2]
+        kept = tmp_path / ("out.jsonl.discarded" if number == 1 else "out.jsonl.discarded-2")
+        assert path.read_bytes() + kept.read_bytes() == b"".join(lines)
+        assert f"{journal} has no entry for the last 5 results of {path}" in capfd.readouterr().err
+    assert numbers(path, records) == [1, 2] and len(list(tmp_path.glob("*discarded*"))) == 2
+    assert capfd.readouterr().err == ""
+
+
 def test_retry_errors(tmp_path, records):
     path = tmp_path / "out.jsonl"
     write(path, records)

@@ -10,7 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-SIZES = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 10, "num_hidden_layers": 2}
+SIZES = {
+    "qwen3": {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 10, "num_hidden_layers": 2},
+    # A delta net and gated attention, each before experts.
+    "qwen3_next": {"num_attention_heads": 8, "num_hidden_layers": 2, "num_experts": 8, "mlp_only_layers": []}
+    | {"linear_num_key_heads": 4, "linear_num_value_heads": 8},
+}
 Start = Callable[..., subprocess.Popen]
 
 
@@ -69,5 +74,11 @@ def qwen_dist(start) -> Start:
 
 
 @pytest.fixture(scope="session")
-def directory(tiny_directory) -> pathlib.Path:
-    return tiny_directory("qwen3", **SIZES)
+def family(request) -> str:
+    """The family of the checkpoint; a test may name another."""
+    return getattr(request, "param", "qwen3")
+
+
+@pytest.fixture(scope="session")
+def directory(tiny_directory, family) -> pathlib.Path:
+    return tiny_directory(family, **SIZES[family])

@@ -13,6 +13,7 @@ import pytest
 from qwen_dist.errors import UserError
 from qwen_dist.runtime import control, preflight
 from qwen_dist.runtime.cluster import Cluster
+from qwen_dist.runtime.distributed import _run_preflight
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +170,29 @@ def test_the_message_at_the_end_names_who_was_refused(main_process, port, host_i
         refused.close()
     message = str(results.get(timeout=5))
     assert "did not connect" in message and message.count("was started as one of 4 processes") == 1
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        {},
+        {"problems": []},
+        {"problems": [], "names": ["a"]},
+        {"problems": [], "names": [1, 2]},
+        {"problems": [5]},
+        {"names": ["a", "b"]},
+        {"problems": "x", "names": ["a", "b"]},
+    ],
+)
+def test_what_is_a_result_of_the_preflight(result):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        far = control.Connection(socket.create_connection(listener.getsockname()))
+        near = control.Connection(listener.accept()[0])
+    far.send(result)
+    with pytest.raises(UserError, match="is not process 0 of this run"):
+        _run_preflight(Cluster("127.0.0.1:1", 2, 1, "flags"), {0: near}, {}, 5.0)
+    near.close()
+    far.close()
 
 
 @pytest.mark.parametrize("sent", [b"x" * 5000, b'{"a": ', json.dumps({"a": "x" * 5000}).encode() + b"\n"])

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 WORKER = pathlib.Path(__file__).with_name("worker.py")
-MESHES = ("fsdp=4,tensor=2",)
-HYBRID = "data=dcn{processes},fsdp=-1,tensor=2"
+# The recurrence of the hybrid's delta net is sharded by heads over tensor and context.
+MESHES = {"qwen3": "fsdp=4,tensor=2", "qwen3_next": "context=2,expert=2,tensor=2"}
+TWO_NETWORKS = "data=dcn{processes},fsdp=-1,tensor=2"
+SLOW_HYBRID = pytest.param("qwen3_next", marks=pytest.mark.slow)
 BOUND = 1e-12
 
 
@@ -41,10 +43,16 @@ def variables(port, processes, number):
 
 
 @pytest.fixture
-def one_process(start, directory, tmp_path, port, _kept={}):  # noqa: B006 (computed once for all tests)
-    if not _kept:
-        _kept.update(run_worker(start, directory, tmp_path / "one.npz", port, 1, ("data=1", *MESHES)))
-    return _kept
+def mesh(family):
+    return MESHES[family]
+
+
+@pytest.fixture
+def one_process(start, directory, family, mesh, tmp_path, port, _kept={}):  # noqa: B006 (computed once for all tests)
+    """What one process computes on one device and on `mesh`."""
+    if family not in _kept:
+        _kept[family] = run_worker(start, directory, tmp_path / "one.npz", port, 1, ("data=1", mesh))
+    return _kept[family]
 
 
 def assert_equal(found, expected, meshes, of):
@@ -61,17 +69,19 @@ def assert_equal(found, expected, meshes, of):
                 assert scale > 0 and np.abs(ours - theirs).max() <= BOUND * max(1, scale), (mesh, name)
 
 
-def test_eight_devices_of_one_process_match_one_device(one_process):
-    assert_equal(one_process, one_process, MESHES, "data=1")
+@pytest.mark.parametrize("family", ["qwen3", SLOW_HYBRID], indirect=True)
+def test_eight_devices_of_one_process_match_one_device(one_process, mesh):
+    assert_equal(one_process, one_process, (mesh,), "data=1")
     assert len(np.unique(one_process["data=1 tokens"])) > 8
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_several_processes_match_one_process(start, directory, one_process, tmp_path, port, processes):
-    meshes = (MESHES[0], HYBRID.format(processes=processes))
+@pytest.mark.parametrize("family", ["qwen3", SLOW_HYBRID], indirect=True)
+def test_several_processes_match_one_process(start, directory, one_process, mesh, tmp_path, port, processes):
+    meshes = (mesh, TWO_NETWORKS.format(processes=processes))
     found = run_worker(start, directory, tmp_path / "several.npz", port, processes, meshes)
     assert_equal(found, one_process, meshes, "data=1")
-    assert_equal(found, one_process, meshes[:1], MESHES[0])
+    assert_equal(found, one_process, meshes[:1], mesh)
 
 
 # --- batch ---
@@ -99,12 +109,15 @@ def alone(qwen_dist, directory, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("processes", "flags"),
+    ("family", "processes", "flags"),
     [
-        (2, ["--mesh", "fsdp=2,tensor=2"]),
-        pytest.param(4, ["--num-replicas", "2", "--mesh", "tensor=4"], marks=pytest.mark.slow),
-        pytest.param(3, ["--num-replicas", "3"], marks=pytest.mark.slow),
+        ("qwen3", 2, ["--mesh", "fsdp=2,tensor=2"]),
+        pytest.param("qwen3", 4, ["--num-replicas", "2", "--mesh", "tensor=4"], marks=pytest.mark.slow),
+        pytest.param("qwen3", 3, ["--num-replicas", "3"], marks=pytest.mark.slow),
+        pytest.param("qwen3_next", 2, ["--mesh", "expert=2,tensor=2"], marks=pytest.mark.slow),
+        pytest.param("qwen3_next", 4, ["--num-replicas", "2", "--mesh", "context=2,tensor=2"], marks=pytest.mark.slow),
     ],
+    indirect=["family"],
 )
 def test_every_record_is_answered_once(start, launch, directory, tmp_path, alone, processes, flags):
     lines, counts = alone
@@ -224,6 +237,7 @@ def test_a_failing_process_ends_all_and_is_named(start, launch, directory, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", MESHES, indirect=True)
 def test_generate_prints_once(start, launch, directory, tmp_path):
     command = [launch / "local.sh", "--processes", "2", "--devices", "2", "--logs", tmp_path / "logs", "--"]
     flags = ["--model", str(directory), "--dtype", "float32", "--prompt", "the fox", "--max-new-tokens", "6", "--json"]

@@ -166,6 +166,15 @@ def test_preflight_passes(qwen_dist, port):
     assert outputs[1][0] == ""
 
 
+@pytest.mark.parametrize("family", ["qwen3_next"], indirect=True)
+def test_preflight_of_a_hybrid_by_the_launcher(start, launch, directory, tmp_path):
+    command = [launch / "local.sh", "--processes", "2", "--devices", "2", "--logs", tmp_path / "logs", "--"]
+    process = start([*command, "preflight", "--model", directory, "--mesh", "expert=2,tensor=2"])
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "tensor 2: weights by" in out and out.endswith("all 2 processes and 4 devices respond\n")
+
+
 # --- find_problems, on the host info of this machine with one change ---
 
 

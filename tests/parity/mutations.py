@@ -77,6 +77,7 @@ ROTATE, ATTENTION_OP, CACHE, EXPERTS = "ops.rotary:rotate_plain", "ops.attention
 ATTEND, PAGED_ATTEND = ATTENTION_OP + "_attend_block", "ops.paged_attention:_attend_shard"
 NATIVE = "ops.native:"
 NET, RULE = "models.delta_net:", "ops.delta_rule:"
+CONVOLUTION = "ops.short_convolution:short_convolution_plain"
 FIRST, LINEAR = "layers.0.self_attn.", "layers.0.linear_attn."
 MUTATIONS = [
     _mutation(
@@ -565,7 +566,7 @@ MUTATIONS = [
     ),
     _mutation(
         "convolution in the other direction",
-        NET + "ShortConvolution.__call__",
+        CONVOLUTION,
         "weight_GCW[..., tap_index]",
         "weight_GCW[..., -1 - tap_index]",
         named=LINEAR + "conv",
@@ -573,7 +574,7 @@ MUTATIONS = [
     ),
     _mutation(
         "convolution without silu",
-        NET + "ShortConvolution.__call__",
+        CONVOLUTION,
         "jax.nn.silu(rounded_BTGC)",
         "rounded_BTGC",
         named=LINEAR + "conv",
@@ -687,8 +688,8 @@ STATE_MUTATIONS = [
     ),
     _mutation(
         "the convolution reads the sequence before it",
-        NET + "ShortConvolution.__call__",
-        "jnp.roll(segments_BT, distance, axis=1) == segments_BT",
+        CONVOLUTION,
+        "jnp.roll(segments_BT, before - tap_index, axis=1) == segments_BT",
         "segments_BT == segments_BT",
         named="packed",
     ),

@@ -108,7 +108,7 @@ def test_training_over_fsdp_on_tpus_scatters_gradients():
     The weights of a block are gathered in the forward pass and again in the backward pass. Of the embedding, only the rows
     that tokens look up are exchanged, and the gradients of these rows.
     """
-    pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: pip install libtpu")
+    pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: pip install 'jax[tpu]'")
     found = list(parse_collectives(text("v5e:2x4", "fsdp=8", ONE_LAYER, "finetune", "train")))
 
     def sizes(kind: str) -> list[int]:
@@ -127,7 +127,7 @@ def test_training_over_fsdp_on_tpus_scatters_gradients():
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x4", "v5p:2x2x2"])
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_tensor_parallel_on_tpus(topology, phase):
-    pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: pip install libtpu")
+    pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: pip install 'jax[tpu]'")
     hf = qwen3(1, 2048, 16, 6144, vocab_size=8192)
     check_tensor_parallel(topology, "tensor=8", hf, phase)
 
@@ -136,5 +136,5 @@ def test_tensor_parallel_on_tpus(topology, phase):
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_a_hybrid_on_more_tpus_than_key_value_heads(phase):
     """Each key/value head is on two devices: the cache is not gathered either."""
-    pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: pip install libtpu")
+    pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: pip install 'jax[tpu]'")
     check_tensor_parallel("v5e:2x4", "tensor=8", SMALL_HYBRID, phase)

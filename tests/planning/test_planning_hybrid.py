@@ -9,7 +9,7 @@ from shapes import QWEN3_5_397B, QWEN3_8_27B, QWEN3_NEXT_80B, SMALL_HYBRID, SMAL
 from qwen_dist.checkpoint.model import LoadedModel
 from qwen_dist.config import LoraOptions
 from qwen_dist.engine.runner import Runner
-from qwen_dist.errors import UsageError
+from qwen_dist.errors import UsageError, UserError
 from qwen_dist.hf_config import parse_model_config
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.parameters import random_parameters
@@ -99,9 +99,21 @@ def test_training_is_within_10_percent_of_the_compiler(mesh, lora):
 @pytest.mark.parametrize("hf", [SMALL_HYBRID, SMALL_HYBRID_MOE])
 @pytest.mark.parametrize(("command", "phase"), [("batch", "prefill"), ("batch", "decode"), ("finetune", "train")])
 def test_plans_for_tpus_are_within_10_percent_of_the_compiler(hf, command, phase):
-    pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: pip install libtpu")
+    pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: pip install 'jax[tpu]'")
     mesh = "fsdp=2,expert=2,tensor=2" if hf is SMALL_HYBRID_MOE else "data=2,fsdp=2,tensor=2"
     check(hf, "v5e:2x4", mesh, Workload(command, 32, 512, lora=LORA if phase == "train" else None), phase)
+
+
+@pytest.mark.slow
+def test_a_libtpu_of_another_jax_is_named():
+    """libtpu 0.0.52 compiles this program to one that jax 0.10.2 cannot read; 0.0.42 is the one that belongs to it."""
+    pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: pip install 'jax[tpu]'")
+    try:
+        report = compiled(SMALL_HYBRID, "v5p:2x2x1", "data=2,tensor=2", Workload("batch", 32, 512), "prefill")
+    except UserError as error:
+        assert "install the libtpu of this jax: pip install 'jax[tpu]==" in str(error)
+    else:
+        assert report.collectives
 
 
 def test_a_mesh_must_divide_the_key_heads():

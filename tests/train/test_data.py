@@ -244,6 +244,15 @@ def test_prompts_with_completions(tokenizer, write_file):
     assert target_texts(turns, tokenizer) == ["the quick\n<|im_end|>"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", '{"text": "fox"}\n'), ("a.json", '[{"text": "fox"}]'), ("a.txt", "fox")]
+)
+def test_a_byte_order_mark_is_not_learnt(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    (record,) = read_train_records([str(tmp_path / name)], raw=True)
+    assert record.text == "fox"
+
+
 def test_long_texts_are_split_and_all_of_their_tokens_are_targets(tokenizer, tmp_path):
     (tmp_path / "book.txt").write_text("the quick brown fox " * 40)
     examples = make_examples(
