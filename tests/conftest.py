@@ -100,14 +100,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the slow tests of other parts. All cases of a parametrised test are in the same part."""
+    """Leave out the slow tests of other parts."""
     if not (given := config.getoption("--slow-part")):
         return
     index, number = map(int, given.split("/"))
 
     def is_kept(item: pytest.Item) -> bool:
-        name = item.nodeid.partition("[")[0]
-        return "slow" not in item.keywords or zlib.crc32(name.encode()) % number == index % number
+        return "slow" not in item.keywords or zlib.crc32(item.nodeid.encode()) % number == index % number
 
     config.hook.pytest_deselected(items=[item for item in items if not is_kept(item)])
     items[:] = [item for item in items if is_kept(item)]
