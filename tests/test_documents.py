@@ -194,7 +194,7 @@ class _PaintConfig:
 
 def test_a_new_field_is_in_the_reference():
     verb = Verb("paint", "paint the answers", _PaintConfig, Flags, lambda config, flags: 0, "an example")
-    line = "| `colour` | str | `red` | `--colour` | of the answers &#124; &lt;b> |"
+    line = "| `colour`<br>`--colour` | str | `red` | of the answers &#124; &lt;b> |"
     assert line in SITE_PAGES["configuration_page"]((verb,)).splitlines()
     assert "--colour COLOUR" in SITE_PAGES["commands_page"]((verb,))
 
