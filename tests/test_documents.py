@@ -133,7 +133,7 @@ def run_shell(script: str, place: pathlib.Path) -> subprocess.CompletedProcess:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "COLUMNS"))}
     environment = kept | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = ["bash", "-euo", "pipefail", "-c", functions + script]
-    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=1500)
 
 
 MESSAGES = blocks(TEXTS["docs/faq.md"], "console")
