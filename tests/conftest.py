@@ -14,6 +14,7 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # test workers that compile for TPUs at the same time
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Few arenas of malloc: memory that one thread frees serves the others.
 os.environ.setdefault("MALLOC_ARENA_MAX", "2")

@@ -265,6 +265,8 @@ class _Start:
                 raise UserError(f"{where} has the state after step {int(state.step)}")
             try:
                 batches.set_state(position["data"])
+                next(batches)  # a wrong position may show only now
+                batches.set_state(position["data"])
             except Exception as error:  # the reader of a damaged position can raise anything
                 raise UserError(f"{where} has no position in the data ({type(error).__name__})") from error
             return state

@@ -194,7 +194,9 @@ def trained(tiny_directory, chats, tmp_path_factory):
 CHECKPOINT_DAMAGE = ["missing", "empty", "cut", "zeros", "byte", "json", "directory", "swapped", "link", "longer", "all"]
 
 
-def test_training_checkpoints(trained, tmp_path):
+# What Orbax has begun to read is dropped with its error; in a run the hook of `Checkpoints` says nothing of it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_training_checkpoints(trained):
     """The older checkpoint is taken, or one line says what to do; damaged files stay, perhaps in a renamed folder."""
     inputs, setup, files = trained
     output = pathlib.Path(inputs.config.output)
