@@ -281,6 +281,8 @@ class _Reader(KeyReader):
 
     def windows(self, family: Family, count: int) -> list[int | None]:
         """Return each layer's window: from `layer_types` if it is given, else by the rule of the family."""
+        if family.window_rule == "none":
+            return [None] * count  # and a key about windows is one that is not understood
         used = self.take("use_sliding_window", (bool,), default=False)
         window = self.take("sliding_window", (int,), default=None, minimum=1 if used else 0)
         if not used:

@@ -133,7 +133,7 @@ def run_shell(script: str, place: pathlib.Path) -> subprocess.CompletedProcess:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "COLUMNS"))}
     environment = kept | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = ["bash", "-euo", "pipefail", "-c", functions + script]
-    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=1500)
 
 
 MESSAGES = blocks(TEXTS["docs/faq.md"], "console")
@@ -194,7 +194,7 @@ class _PaintConfig:
 
 def test_a_new_field_is_in_the_reference():
     verb = Verb("paint", "paint the answers", _PaintConfig, Flags, lambda config, flags: 0, "an example")
-    line = "| `colour` | str | `red` | `--colour` | of the answers &#124; &lt;b> |"
+    line = "| `colour`<br>`--colour` | str | `red` | of the answers &#124; &lt;b> |"
     assert line in SITE_PAGES["configuration_page"]((verb,)).splitlines()
     assert "--colour COLOUR" in SITE_PAGES["commands_page"]((verb,))
 

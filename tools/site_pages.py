@@ -56,7 +56,7 @@ their values. A key that does not exist is an error.
     tables = []
     for verb in verbs:
         rows = "\n".join(_row(field) for field in config_fields(verb.config))
-        tables.append(f"## {verb.name}\n\n| key | type | default | flag | meaning |\n|---|---|---|---|---|\n{rows}\n")
+        tables.append(f"## {verb.name}\n\n| key, and its flag | type | default | meaning |\n|---|---|---|---|\n{rows}\n")
     return "\n".join([intro, *tables])
 
 
@@ -65,8 +65,9 @@ def _row(field: ConfigField) -> str:
     default = "required" if is_required else "–" if field.default in (None, "", ()) else f"`{field.default}`"
     # The default has a column of its own.
     help = help_text(field._replace(default=None))
-    cells = [f"`{field.key}`", field.type_name, default, f"`{field.flag}`" if field.flag.startswith("-") else "", help]
-    return f"| {' | '.join(cell.replace('|', '&#124;').replace('<', '&lt;') for cell in cells)} |"
+    names = f"`{field.key}`" + (f"<br>`{field.flag}`" if field.flag.startswith("-") else "")
+    texts = [text.replace("|", "&#124;").replace("<", "&lt;") for text in (field.type_name, default, help)]
+    return f"| {' | '.join([names, *texts])} |"
 
 
 def examples_page() -> str:

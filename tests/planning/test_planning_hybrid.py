@@ -106,7 +106,7 @@ def test_plans_for_tpus_are_within_10_percent_of_the_compiler(hf, command, phase
 
 @pytest.mark.slow
 def test_a_libtpu_of_another_jax_is_named():
-    """libtpu 0.0.52 compiles this program to one that jax 0.10.2 cannot read; 0.0.42 is the one that belongs to it."""
+    """jax 0.10.2 cannot read some programs that libtpu 0.0.52 compiled; 0.0.42 is the one that belongs to it."""
     pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: pip install 'jax[tpu]'")
     try:
         report = compiled(SMALL_HYBRID, "v5p:2x2x1", "data=2,tensor=2", Workload("batch", 32, 512), "prefill")
