@@ -410,8 +410,11 @@ def test_sharded_weights_give_the_same_answer(run, model, tiny_directory):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("no/such/directory", "is neither a directory nor a hub id such as Qwen/Qwen3-0.6B. Pass --model"),
-        ("Qwen/No-Such-Model", "cannot be downloaded from the hub (.*). Without a network, pass --model the directory"),
+        (
+            "no/such/directory",
+            "is neither a directory nor a hub id such as Qwen/Qwen3-0.6B nor an .* address. Pass --model",
+        ),
+        ("Qwen/No-Such-Model", "cannot be opened on the hub (.*). Without a network, pass --model the directory"),
     ],
 )
 def test_models_that_do_not_exist(run, tmp_path, monkeypatch, name, expected):

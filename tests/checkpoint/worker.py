@@ -12,11 +12,12 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from qwen_dist.checkpoint import files, sync
+from qwen_dist.checkpoint import sync
 from qwen_dist.checkpoint.load import execute_plan, load, make_load_plan
 from qwen_dist.checkpoint.save import export
 from qwen_dist.checkpoint.source import open_checkpoint
 from qwen_dist.errors import CheckpointError
+from qwen_dist.storage import files
 
 SPECS = {"rows": PartitionSpec("x"), "columns": PartitionSpec(None, "x"), "replicated": PartitionSpec()}
 
