@@ -14,7 +14,8 @@ examples:
   qwen-dist plan --model ~/qwen3-32b --topology v5e:8x8 --command batch --batch-size 64 --context 4096
   qwen-dist plan --model config.json --topology v6e:4x4 --mesh fsdp=16 --command finetune --method full --compile 3,5
   qwen-dist plan --model ~/qwen3-0.6b --topology cpu:8 --mesh data=2,tensor=4 --compile
-reads config.json only; --compile for a TPU needs libtpu (pip install 'jax[tpu]') but no TPU; exit code 1 if it does not fit"""
+reads config.json only; --compile for a TPU needs libtpu (pip install 'jax[tpu]') but no TPU
+exit code 1 if it does not fit"""
 
 
 def run(config: PlanConfig, flags: Flags) -> int:
