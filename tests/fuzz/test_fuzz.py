@@ -495,12 +495,12 @@ def connect(port):
 
 
 def test_http_answers(monkeypatch):
-    from qwen_dist.checkpoint import remote
+    from qwen_dist.storage import http
 
-    monkeypatch.setattr(remote, "FIRST_DELAY_S", 0.001)
-    monkeypatch.setattr(remote, "MAX_DELAY_S", 0.01)
-    monkeypatch.setattr(remote, "MAX_ATTEMPTS", 2)
-    monkeypatch.setattr(remote, "STALL_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(http, "FIRST_DELAY_S", 0.001)
+    monkeypatch.setattr(http, "MAX_DELAY_S", 0.01)
+    monkeypatch.setattr(http, "MAX_ATTEMPTS", 2)
+    monkeypatch.setattr(http, "STALL_TIMEOUT_S", 0.3)
     body = dumps(CONFIG)
     valid = b'HTTP/1.1 206 Partial Content\r\nContent-Length: 1\r\nContent-Range: bytes 0-0/100\r\nETag: "a"\r\n\r\n{'
     lines = [
@@ -543,7 +543,7 @@ def test_http_answers(monkeypatch):
 
         def run(content):
             server.content = content
-            folder = remote.open_url(f"http://127.0.0.1:{server.port}/m")
+            folder = http.open_url(f"http://127.0.0.1:{server.port}/m")
             try:
                 for use in (lambda: folder.read("config.json"), lambda: folder.open("model.safetensors")):
                     with contextlib.suppress(ValueError):

@@ -28,7 +28,7 @@ from qwen_dist.runtime import control
 from qwen_dist.runtime.cluster import Cluster
 from qwen_dist.runtime.distributed import _run_preflight
 from qwen_dist.train.checkpoints import Checkpoints
-from qwen_dist.train.run import RUN_MARKER, _Start, finetune, prepare, set_up
+from qwen_dist.train.run import RUN_MARKER, _Start, prepare, set_up, train
 
 pytestmark = pytest.mark.fuzz
 
@@ -187,7 +187,7 @@ def trained(tiny_directory, chats, tmp_path_factory):
     values = {"model": model, "data": {"files": (str(chats),), "max_length": 64}, "lora": {"rank": 2}, "mesh": "data=1"}
     values |= {"output": str(output), "steps": 2, "save_every": 1, "batch_size": 2}
     inputs = prepare(bind_config(FinetuneConfig, values))
-    finetune(inputs)
+    train(inputs)
     return inputs, set_up(inputs), files_of(output / "checkpoints")
 
 
