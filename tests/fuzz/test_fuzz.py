@@ -496,6 +496,7 @@ def connect(port):
 
 def test_http_answers(monkeypatch):
     from qwen_dist.storage import http
+    from qwen_dist.storage.model_files import ModelFiles
 
     monkeypatch.setattr(http, "FIRST_DELAY_S", 0.001)
     monkeypatch.setattr(http, "MAX_DELAY_S", 0.01)
@@ -543,7 +544,7 @@ def test_http_answers(monkeypatch):
 
         def run(content):
             server.content = content
-            folder = http.open_url(f"http://127.0.0.1:{server.port}/m")
+            folder = ModelFiles.open(f"http://127.0.0.1:{server.port}/m").folder
             try:
                 for use in (lambda: folder.read("config.json"), lambda: folder.open("model.safetensors")):
                     with contextlib.suppress(ValueError):
