@@ -30,8 +30,8 @@ from qwen_dist.runtime.distributed import _run_preflight
 from qwen_dist.train.checkpoints import Checkpoints
 from qwen_dist.train.run import RUN_MARKER, _Start, prepare, set_up, train
 
-# What Orbax has begun to read of a damaged checkpoint is dropped with its error, maybe only during a later test; in a run the
-# hook of `Checkpoints` says nothing of it.
+# What Orbax has begun to read of a damaged checkpoint is dropped with its error, maybe only during a later test; in a run
+# the hook of `Checkpoints` says nothing of it.
 pytestmark = [
     pytest.mark.fuzz,
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
