@@ -101,7 +101,9 @@ def test_training_is_within_10_percent_of_the_compiler(mesh, lora):
 def test_plans_for_tpus_are_within_10_percent_of_the_compiler(hf, command, phase):
     pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: pip install 'jax[tpu]'")
     mesh = "fsdp=2,expert=2,tensor=2" if hf is SMALL_HYBRID_MOE else "data=2,fsdp=2,tensor=2"
-    check(hf, "v5e:2x4", mesh, Workload(command, 32, 512, lora=LORA if phase == "train" else None), phase)
+    workload = Workload(command, 32, 512, lora=LORA if phase == "train" else None)
+    # In decode the temporaries of one layer are a quarter of the memory of these two; docs/scaling.md has whole models.
+    check(hf, "v5e:2x4", mesh, workload, phase, memory_too=phase != "decode")
 
 
 @pytest.mark.slow
