@@ -109,8 +109,8 @@ def test_flops_of_plans_for_tpus_are_those_of_the_compiler(hf, command, phase):
     pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: pip install 'jax[tpu]'")
     mesh = "fsdp=2,expert=2,tensor=2" if hf is SMALL_HYBRID_MOE else "data=2,fsdp=2,tensor=2"
     workload = Workload(command, 32, 512, lora=LORA if phase == "train" else None)
-    # The temporaries of one layer are a large part of the memory of these two: docs/scaling.md has whole models. A step with
-    # adapters has 10 % more flops than the compiler counts in the dense one, and 13 % fewer in the mixture.
+    # The temporaries of one layer are a large part of the memory of these two: docs/scaling.md has whole models. A step
+    # with adapters has 10 % more flops than the compiler counts in the dense one, and 13 % fewer in the mixture.
     check(hf, "v5e:2x4", mesh, workload, phase, memory_too=False, tolerance=0.15 if phase == "train" else 0.1)
 
 
