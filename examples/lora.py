@@ -1,4 +1,4 @@
-"""Train a LoRA adapter in a loop of one's own, save it for peft, and answer with it.
+"""Train a LoRA adapter in your own loop, save it for peft, and answer with it.
 
 python examples/lora.py OUTPUT_DIR [MODEL]
 """

@@ -1,4 +1,4 @@
-"""Load a model onto a mesh of one's own with a rule set of one's own, and look at where its weights are.
+"""Load a model onto your own mesh with your own rule set, and look at where its weights are.
 
 python examples/own_mesh.py [MODEL]
 """

@@ -1,4 +1,4 @@
-"""A training loop of one's own with optax: all parameters of a model, on any mesh.
+"""Your own training loop with optax: all parameters of a model, on any mesh.
 
 python examples/training_loop.py OUTPUT_DIR [MODEL]
 """

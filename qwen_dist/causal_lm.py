@@ -1,4 +1,4 @@
-"""The Python door to the model: its parameters on a mesh, logits, loss and gradients, for loops of one's own.
+"""The Python door to the model: its parameters on a mesh, logits, loss and gradients, for your own training loops.
 
 Letters: B rows, T tokens, V vocab.
 """
@@ -51,7 +51,7 @@ def load_model(
     Args:
       model: a directory in the Hugging Face format, a hub id such as `Qwen/Qwen3-0.6B`, or an address.
       mesh: devices per axis, such as `fsdp=2,tensor=4`, or a mesh of jax with any axes that the rules name; empty chooses.
-      rules: the mesh axes of each logical axis: those of training or of inference, or a rule set of one's own.
+      rules: the mesh axes of each logical axis: those of training or of inference, or your own rule set.
       dtype: of parameters and computation.
       load_format: "dummy" makes random weights and reads none.
       ignored_config_keys: unknown keys of the checkpoint's JSON files that do not change the computation.

@@ -81,16 +81,6 @@ def parse_object(raw: bytes, name: str, error: type[UserError] = CheckpointError
     return content
 
 
-def read_optional_object(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Return the JSON object in a file as `read_json_object` does, or None if nothing has this name."""
-    try:
-        return read_json_object(path)
-    except FileNotFoundError:
-        if os.path.islink(path):
-            raise CheckpointError(f"{printable(path)} is a link to a file that does not exist; download it again") from None
-        return None
-
-
 def keys_within(section: str, keys: Iterable[str]) -> frozenset[str]:
     """Return which keys of an object the dotted `keys` name: `a` names a key in any object, `section.a` in that one."""
     return frozenset(key.removeprefix(f"{section}.") for key in keys)

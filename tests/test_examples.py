@@ -15,7 +15,7 @@ RUNS = {
     "batch_in_python": (["questions.txt", "out.jsonl"], r"2 answers in out\.jsonl"),
     "training_loop": (["model"], r"step 20: loss 0\.\d+"),
     "lora": (["adapter"], r"What is the capital of Atlantis\? Poseidonis\."),
-    "own_mesh": ([], r"\(384, 192\) on each device(?s:.*)differ from one device's by \de-0[5-9]|\d\.\de-0[5-9]"),
+    "own_mesh": ([], r"\(384, 192\) on each device(?s:.*)differ from one device's by \d\.\de-0[5-9]"),
     "new_architecture": ([], r"loss \d\.\d+ → 0\.\d+ after 60 steps"),
 }
 

@@ -104,7 +104,7 @@ def print_training(summary: TrainSummary, *, as_json: bool) -> None:
         print(f"{count(summary.steps, 'step')}{loss}: {summary.result}")
 
 
-# --- what there is ---
+# --- checkpoints, kernels ---
 
 
 def print_devices(

@@ -17,7 +17,7 @@ every run with several processes starts with the same checks"""
 
 
 def run(config: PreflightConfig, flags: ProcessFlags) -> int:
-    """Join the processes, compute a sum over all devices and print what there is."""
+    """Join the processes, compute a sum over all devices and print processes, devices and mesh."""
     with joined("preflight", config, flags) as processes:
         start_jax(flags.num_cpu_devices, config.model.dtype)
         processes.check_devices()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import pathlib
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ EXIT_SIGTERM = 75  # EX_TEMPFAIL: the same command resumes the run
 EXIT_INTERRUPTED = 130
 
 # The small model in the package, for when no other is given.
-DEMO_MODEL = {"model.path": str(pathlib.Path(qwen_dist.__file__).parent / "demo" / "model")}
+DEMO_MODEL = {"model.path": qwen_dist.DEMO_MODEL}
 
 # How long processes wait for each other before the preflight reports which are missing.
 _START_TIMEOUT_S = "60"
