@@ -103,7 +103,9 @@ def test_training_over_fsdp_gathers_weights_and_nothing_larger():
 
 @pytest.mark.slow
 def test_training_over_fsdp_on_tpus_scatters_gradients():
-    """No device holds a whole gradient: every matrix gradient is reduce-scattered, and all-reduces are small.
+    """No device holds a whole gradient: every matrix gradient is reduce-scattered, and only vectors are all-reduced.
+
+    The longest vector is the gradient of the norm of queries, which the compiler may add up over heads after it is all-reduced.
 
     The weights of a block are gathered in the forward pass and again in the backward pass. Of the embedding, only the rows
     that tokens look up are exchanged, and the gradients of these rows.
@@ -117,7 +119,7 @@ def test_training_over_fsdp_on_tpus_scatters_gradients():
     heads, embed = SMALL["num_attention_heads"] * SMALL["head_dim"], SMALL["hidden_size"]
     block = sorted(rows * embed for rows in 2 * [heads // 2, heads] + 3 * [SMALL["intermediate_size"]])
     head = SMALL["vocab_size"] * embed
-    assert max(sizes("all-reduce")) <= embed
+    assert max(sizes("all-reduce")) <= heads
     assert sizes("reduce-scatter") == [*(size // 8 for size in block), head // 8]
     assert [size for size in sizes("all-gather") if size >= block[0]] == [*sorted(2 * block), head]
     assert sizes("all-to-all") == 2 * [8 * 256 * embed // 8]
