@@ -18,7 +18,6 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
-from jax.experimental.compilation_cache import compilation_cache
 
 from qwen_dist.cli import main
 from qwen_dist.cli.main import VERBS
@@ -45,19 +44,13 @@ class Result(NamedTuple):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_programs(tmp_path_factory):
-    """Cache compiled programs between runs, but not in the user's cache."""
-    directory = str(tmp_path_factory.mktemp("compiled"))
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_enable_x64")
+def settings():
+    """Undo what the commands set: they run in this process."""
+    names = ("jax_persistent_cache_min_compile_time_secs", "jax_enable_x64")
     before = {name: jax.config.values[name] for name in names}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", directory)
-        jax.config.update("jax_compilation_cache_dir", directory)
-        compilation_cache.reset_cache()
-        yield directory
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
