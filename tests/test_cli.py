@@ -320,7 +320,7 @@ def test_a_run_is_resumed(run, model, prompts, tmp_path):
     ("input", "output", "code", "expected"),
     [
         ("in.jsonl", "in.jsonl", 2, "is the same as --output"),
-        ("missing.jsonl", "out.jsonl", 2, "cannot read the input"),
+        ("missing.jsonl", "out.jsonl", 2, "--input cannot be read: there is no file"),
         ("in.jsonl", "missing/out.jsonl", 2, "there is no directory"),
         ("in.jsonl", "/dev/full", 1, "No space left on device; the 0 results so far are complete: free some disk space"),
     ],

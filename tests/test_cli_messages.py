@@ -64,7 +64,7 @@ def code_and_message(capsys, *arguments: str) -> tuple[int, str]:
         (("generate", "--bo\x1bgus"), "\\x1bgus"),
         (("finetune",), "model.path is missing; give --model"),
         (("batch", "--input", "x"), "output is missing; give --output"),
-        (("batch", "--input", "no-such-file", "--output", "o"), "cannot read the input no-such-file"),
+        (("batch", "--input", "no-such-file", "--output", "o"), "--input cannot be read: there is no file no-such-file"),
         (("finetune", "--model", "x", "--data", "no.jsonl", "--output", "o"), "there is no file no.jsonl"),
         (("finetune", "--model", "x", "--data", "a" * 5000 + ".jsonl", "--output", "o"), "there is no file aaa"),
         (("generate", "--config", "no.yaml"), "there is no file no.yaml"),

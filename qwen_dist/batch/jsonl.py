@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
-import hashlib
+import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from qwen_dist.batch.formats import read_bounded_lines
-from qwen_dist.batch.line_reader import MAX_LINE_BYTES, UnreadableLine
 from qwen_dist.errors import UserError, printable
-from qwen_dist.json_reader import JsonError, parse_json
+from qwen_dist.storage.line_reader import MAX_LINE_BYTES, hash64
+from qwen_dist.storage.records import Row, parse_row, read_rows, row_hash
 
 LineFormat = Literal["plain", "openai"]
 
@@ -71,50 +70,49 @@ class InvalidRecord:
     line_hash: int = dataclasses.field(default=0, compare=False)
 
 
-def hash64(data: bytes) -> int:
-    """Return a 64-bit hash of the bytes."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
 def read_records(
-    path: str | os.PathLike[str], max_line_bytes: int = MAX_LINE_BYTES
+    files: str | os.PathLike[str] | Sequence[str], max_line_bytes: int = MAX_LINE_BYTES
 ) -> Iterator[BatchRecord | InvalidRecord]:
-    """Read the records of a file one at a time: UTF-8 with or without BOM, blank lines skipped. File types: see `formats`.
+    """Read the records of one or more files, one at a time. Lines are numbered as if all files were one.
 
     Raises:
-      UserError: at once if the file cannot be opened, while reading if it is damaged.
+      UserError: at once if the first file cannot be opened, while reading if another cannot or one is damaged.
     """
-    return _records(read_bounded_lines(path, max_line_bytes))
+    names = [os.fspath(files)] if isinstance(files, str | os.PathLike) else files
+    first = read_rows(names[0], max_line_bytes)
+    return _records(itertools.chain([first], (read_rows(name, max_line_bytes) for name in names[1:])))
 
 
-def _records(lines: Iterator[bytes | UnreadableLine]) -> Iterator[BatchRecord | InvalidRecord]:
+def count_records(files: Sequence[str], max_line_bytes: int) -> int:
+    """Return the number of records in files. Raises UserError as `read_records`."""
+    return sum(1 for name in files for _ in read_rows(name, max_line_bytes))
+
+
+def _records(files: Iterable[Iterator[tuple[int, Row]]]) -> Iterator[BatchRecord | InvalidRecord]:
     format: LineFormat = "plain"
     ids, line_hashes = set[int](), set[int]()  # hashes instead of lines, to save memory
-    for number, line in enumerate(lines, start=1):
-        record: BatchRecord | InvalidRecord
-        if isinstance(line, UnreadableLine):
-            record, line_hash = InvalidRecord(f"line-{number}", number, format, line.reason), line.hash
-        else:
-            line = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).rstrip()
-            if not line:
-                continue
-            record, line_hash = _parse_line(line, number, format), hash64(line)
-        id = hash64(repr(record.id).encode())
-        if id in ids and isinstance(record, BatchRecord):
-            message = f"the id {_shortened(record.id)} is already that of an earlier line: give every line its own"
-            record = InvalidRecord(record.id, number, record.format, message)
-        if line_hash in line_hashes:
-            line_hash = hash64(line_hash.to_bytes(8, "little") + str(number).encode())
-        ids.add(id)
-        line_hashes.add(line_hash)
-        format = record.format  # the format of an unreadable line is taken from the line before
-        yield dataclasses.replace(record, line_hash=line_hash)
+    before = number = 0
+    for rows in files:
+        for number_in_file, row in rows:
+            number = before + number_in_file
+            record, line_hash = _parse_record(row, number, format), row_hash(row)
+            id = hash64(repr(record.id).encode())
+            if id in ids and isinstance(record, BatchRecord):
+                message = f"the id {_shortened(record.id)} is already that of an earlier line: give every line its own"
+                record = InvalidRecord(record.id, number, record.format, message)
+            if line_hash in line_hashes:
+                line_hash = hash64(line_hash.to_bytes(8, "little") + str(number).encode())
+            ids.add(id)
+            line_hashes.add(line_hash)
+            format = record.format  # the format of an unreadable line is taken from the line before
+            yield dataclasses.replace(record, line_hash=line_hash)
+        before = number
 
 
-def _parse_line(line: bytes, number: int, format: LineFormat) -> BatchRecord | InvalidRecord:
+def _parse_record(row: Row, number: int, format: LineFormat) -> BatchRecord | InvalidRecord:
     id: str | int = f"line-{number}"
     try:
-        fields = _parse_object(line)
+        fields = dict(parse_row(row))
     except UserError as error:
         return InvalidRecord(id, number, format, str(error))
     format = "openai" if "custom_id" in fields or "body" in fields else "plain"
@@ -129,16 +127,6 @@ def _parse_line(line: bytes, number: int, format: LineFormat) -> BatchRecord | I
     if problems:
         return InvalidRecord(id, number, format, "; ".join(problems))
     return BatchRecord(id, number, format, **contents)
-
-
-def _parse_object(line: bytes) -> dict[str, Any]:
-    try:
-        value = parse_json(line)
-    except JsonError as error:
-        raise UserError(f"the line is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f'the line must be a JSON object such as {{"id", "prompt"}}; got {_shortened(value)}')
-    return value
 
 
 def _parse_plain(fields: dict[str, Any], problems: list[str]) -> dict[str, Any]:

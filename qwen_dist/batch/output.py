@@ -23,12 +23,14 @@ from typing import Any
 
 import numpy as np
 
-from qwen_dist.batch import formats, remote
-from qwen_dist.batch.formats import partial_path
-from qwen_dist.batch.jsonl import BatchRecord, InvalidRecord, hash64
+from qwen_dist.batch.jsonl import BatchRecord, InvalidRecord
 from qwen_dist.errors import UserError, printable
 from qwen_dist.json_reader import read_json_object
 from qwen_dist.outputs import Written, run_lock
+from qwen_dist.storage.files import is_url
+from qwen_dist.storage.line_reader import hash64
+from qwen_dist.storage.line_writer import exists, is_appendable, is_lossless, partial_path, write_lines
+from qwen_dist.storage.records import read_lines
 
 # One result: the hash of the input line it answers, the hash and size in bytes of its own line, whether it is an error.
 JOURNAL_ENTRY = np.dtype([("line_hash", "<u8"), ("result_hash", "<u8"), ("size", "<u4"), ("is_error", "<u4")])
@@ -42,13 +44,13 @@ SYNC_EVERY_S = 5.0
 
 def paths_written(output: str) -> list[Written]:
     """Return every path that a run with this output writes."""
-    if not remote.is_url(output) and os.path.exists(output) and not os.path.isfile(output):
+    if not is_url(output) and os.path.exists(output) and not os.path.isfile(output):
         return [Written("--output", output)]  # a pipe or a device
     local = local_path(output)
     names = [output, journal_path(output), f"{local}.lock", f"{local}.manifest.json"]
-    if not formats.is_appendable(output):
+    if not is_appendable(output):
         names.append(f"{local}.jsonl")
-    names += [partial_path(path) for path in names if not (remote.is_url(path) or path.endswith(".lock"))]
+    names += [partial_path(path) for path in names if not (is_url(path) or path.endswith(".lock"))]
     return [
         Written("--output" if path == output else "the file of --output,", path, is_helper=path != output) for path in names
     ]
@@ -56,7 +58,7 @@ def paths_written(output: str) -> list[Written]:
 
 def local_path(output: str) -> str:
     """Return the path that journal and manifest are named after: the output's, or for a remote one its name here."""
-    return remote.object_name(output) if remote.is_url(output) else output
+    return output.rpartition("/")[2] if is_url(output) else output
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -93,7 +95,7 @@ class OutputFile:
     ):
         self.path = os.fspath(path)
         local = local_path(self.path)
-        self._work_path = self.path if formats.is_appendable(self.path) else f"{local}.jsonl"
+        self._work_path = self.path if is_appendable(self.path) else f"{local}.jsonl"
         self._journal_path = journal_path(self.path)
         self._settings, self._manifest_path = settings, f"{local}.manifest.json"
         self._header = np.array([(JOURNAL_MAGIC, hash64(settings.encode()), JOURNAL_VERSION, 0)], JOURNAL_ENTRY)
@@ -213,7 +215,7 @@ class OutputFile:
             raise UserError(
                 f"the output {self.path} holds results of {self._describe_changes()}: name another file, or use --overwrite"
             )
-        if self._work_path != self.path and formats.is_lossless(self.path) and os.path.exists(self.path):
+        if self._work_path != self.path and is_lossless(self.path) and os.path.exists(self.path):
             self._decompress()
         return self._recover(entries[1:], retry_errors)
 
@@ -227,7 +229,7 @@ class OutputFile:
         """Return whether there are results, of a finished or an unfinished run."""
         if os.path.exists(self._work_path) and os.path.getsize(self._work_path):
             return True
-        return self._work_path != self.path and formats.exists(self.path)
+        return self._work_path != self.path and exists(self.path)
 
     def _remove_empty_files(self) -> None:
         """Remove the files that a refused run has created."""
@@ -240,14 +242,14 @@ class OutputFile:
         os.ftruncate(self._file, 0)
         os.ftruncate(self._journal, 0)
         os.write(self._journal, self._header.tobytes())
-        if self._work_path != self.path and formats.is_lossless(self.path):
+        if self._work_path != self.path and is_lossless(self.path):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path)
         self._overwrite_pending = False
 
     def _decompress(self) -> None:
         """Turn a finished, compressed output back into plain lines, so that more results can be appended."""
-        formats.write_lines(self._work_path, formats.read_lines(self.path))
+        write_lines(self._work_path, read_lines(self.path))
         os.close(self._file)
         self._file = os.open(self._work_path, os.O_RDWR)
         os.unlink(self.path)
@@ -297,7 +299,7 @@ class OutputFile:
                 number += 1
                 path = f"{self._work_path}.discarded-{number}"
             rest.seek(self._size)
-            formats.write_lines(path, rest)
+            write_lines(path, rest)
         print(
             f"{printable(self._journal_path)} has no entry for the last {num_lines} results of "
             f"{printable(self._work_path)}: their lines are answered again, and they are now in {printable(path)}",
@@ -306,7 +308,7 @@ class OutputFile:
 
     def _reorder(self, entries: np.ndarray, order: np.ndarray) -> np.ndarray:
         """Write the results with these entries in another order; indices that `order` leaves out are dropped."""
-        formats.write_lines(self._work_path, self._read_lines(entries, order))
+        write_lines(self._work_path, self._read_lines(entries, order))
         os.close(self._file)
         self._file = os.open(self._work_path, os.O_RDWR)
         self._size = os.lseek(self._file, 0, os.SEEK_END)
@@ -320,7 +322,7 @@ class OutputFile:
 
     def _replace_journal(self, entries: np.ndarray) -> None:
         os.close(self._journal)
-        formats.write_lines(self._journal_path, [self._header.tobytes(), entries.tobytes()])
+        write_lines(self._journal_path, [self._header.tobytes(), entries.tobytes()])
         self._journal = os.open(self._journal_path, os.O_RDWR | os.O_APPEND)
 
     # --- writing ---
@@ -384,8 +386,8 @@ class OutputFile:
             self._reorder(entries, by_line[positions])
         if self._work_path != self.path:
             with open(self._work_path, "rb") as lines:
-                formats.write_lines(self.path, lines)
-            if formats.is_lossless(self.path):
+                write_lines(self.path, lines)
+            if is_lossless(self.path):
                 os.unlink(self._work_path)
 
     def close(self) -> None:

@@ -125,7 +125,7 @@ def prepare(config: FinetuneConfig) -> RunInputs:
       UserError: the model or the data cannot be used, or they do not fit together.
     """
     # Cheap checks come first: files before a download, all of them before the weights.
-    files, eval_files = find_data_files(config.data.files), find_data_files(config.data.eval_files)
+    files, eval_files = find_data_files(config.data.files), find_data_files(config.data.eval_files, "--eval-data")
     check_paths(
         {"--model": config.model.path, "--adapter": config.model.adapter, "--data": files, "--eval-data": eval_files},
         [Written("--output", config.output, is_directory=True)],

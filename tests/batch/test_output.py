@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from qwen_dist.batch.formats import read_lines
 from qwen_dist.batch.jsonl import read_records
 from qwen_dist.batch.output import JOURNAL_ENTRY, OutputFile
 from qwen_dist.errors import UserError
+from qwen_dist.storage.records import read_lines
 
 
 @pytest.fixture
@@ -188,6 +188,7 @@ FILE_LIMIT = """
 import resource, sys
 from qwen_dist.batch.output import OutputFile
 from qwen_dist.errors import UserError
+from qwen_dist.storage.records import read_lines
 
 output = OutputFile(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
