@@ -28,7 +28,7 @@ LEVELS = {
     "template_worker": 0,
     "template_process": 1,
     "chat_template": 2,
-    "outputs": 2,
+    "outputs": 1,
     "storage": 2,
     "tokenizer_vocab": 3,
     "tokenizer_files": 4,
