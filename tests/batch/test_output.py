@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 
+from qwen_dist.batch.journal import JOURNAL_ENTRY
 from qwen_dist.batch.jsonl import read_records
-from qwen_dist.batch.output import JOURNAL_ENTRY, OutputFile
+from qwen_dist.batch.output import OutputFile
 from qwen_dist.errors import UserError
 from qwen_dist.storage.records import read_lines
 
