@@ -51,7 +51,7 @@ def loading(description: str = "loading", *, quiet: bool) -> contextlib.Abstract
 
 def print_answer_json(text: str, updates: Sequence[RequestOutput], tokenizer: Tokenizer) -> None:
     """Print an answer as one JSON object."""
-    from qwen_dist.batch.run import logprob_json
+    from qwen_dist.openai_api import logprob_json
 
     last = updates[-1]
     answer: dict[str, Any] = {

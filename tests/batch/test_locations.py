@@ -94,7 +94,7 @@ def test_remote_inputs(bucket, tmp_path, name):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), tmp_path / "bucket" / name)
     else:
         write_lines(str(tmp_path / "bucket" / name), lines)
-    assert [(record.id, record.prompt) for record in read_records(f"{bucket}/{name}")] == [
+    assert [(record.id, record.request.prompt) for record in read_records(f"{bucket}/{name}")] == [
         (record["id"], record["prompt"]) for record in RECORDS
     ]
 

@@ -166,7 +166,7 @@ def test_every_input_format(tmp_path, records):
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in.parquet")
     one, other = read_records(tmp_path / "in.parquet")
-    assert (one.id, one.prompt, one.params, other.messages) == (0, "p0", {}, rows[1]["messages"])
+    assert (one.id, one.request.prompt, one.request.params, other.request.messages) == (0, "p0", {}, rows[1]["messages"])
     (tmp_path / "torn.gz").write_bytes(gzip.compress(content)[:-20])
     with pytest.raises(UserError, match="is damaged after line"):
         list(read_records(tmp_path / "torn.gz"))

@@ -163,7 +163,7 @@ CONTENT = "".join(json.dumps({"messages": chat}, ensure_ascii=False) + "\n" for 
 def chats_read(*patterns) -> tuple[list, list]:
     """The chats that a batch reads from `--input`, and those that training reads from `--data`."""
     files = [find_files([str(pattern)], RECORD_SUFFIXES, "--input") for pattern in patterns]
-    batch = [record.messages for record in read_records([name for names in files for name in names])]
+    batch = [record.request.messages for record in read_records([name for names in files for name in names])]
     train = read_train_records(find_data_files([str(pattern) for pattern in patterns]), raw=False)
     return batch, [list(record.chat.messages) for record in train]
 

@@ -323,7 +323,7 @@ def test_the_nulls_that_arrow_adds_are_not_given(write_file, tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
     found = [record.chat for record in read_train_records([str(tmp_path / "t.parquet")], raw=False)]
     assert found == [record.chat for record in read_train_records([write_file("t.jsonl", *rows)], raw=False)]
-    inputs = [line.messages for line in read_records(tmp_path / "t.parquet")]
+    inputs = [line.request.messages for line in read_records(tmp_path / "t.parquet")]
     assert inputs == [[USER, call], [USER, ASSISTANT]]
 
 
