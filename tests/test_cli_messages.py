@@ -14,7 +14,7 @@ import pytest
 from qwen_dist import failures
 from qwen_dist.batch.progress import TimeLeft, clock, describe_summary
 from qwen_dist.batch.run import BatchSummary
-from qwen_dist.batch.series import axis_end
+from qwen_dist.charts import axis_end
 from qwen_dist.cli import main
 from qwen_dist.cli.chat_session import ChatSession
 from qwen_dist.config import (

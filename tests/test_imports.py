@@ -33,6 +33,7 @@ LEVELS = {
     "tokenizer_vocab": 3,
     "tokenizer_files": 4,
     "capture": 1,
+    "charts": 1,
     "config": 3,
     "config_fields": 1,
     "engine.request": 1,
@@ -82,6 +83,7 @@ LEVELS = {
 }
 WITHOUT_JAX = {
     "errors",
+    "charts",
     "cli.command_parser",
     "cli.flags",
     "config",

@@ -39,7 +39,7 @@ def test_chart(tmp_path):
     assert "http" not in page and page.count("<svg") == 3
     first = re.search(r'polyline points="([^"]*)"', page)[1]
     # 10, 30 and 10 generated tokens per second; the maximum of the axis is twice the highest, from the prompt tokens.
-    assert first == "215.0,150.0 430.0,90.0 860.0,150.0"
+    assert first == "310.0,157.0 556.0,99.0 1048.0,157.0"
 
 
 def test_metrics_are_served_while_a_batch_runs():
