@@ -22,7 +22,7 @@ import numpy as np
 from qwen_dist.batch.journal import Journal, check_journal
 from qwen_dist.batch.jsonl import BatchRecord, InvalidRecord
 from qwen_dist.errors import UserError, printable
-from qwen_dist.json_reader import read_json_object
+from qwen_dist.json_reader import flatten, read_json_object
 from qwen_dist.outputs import Written, run_lock
 from qwen_dist.storage.files import is_url
 from qwen_dist.storage.line_writer import exists, is_appendable, is_lossless, partial_path, write_lines
@@ -46,14 +46,6 @@ def paths_written(output: str) -> list[Written]:
 def local_path(output: str) -> str:
     """Return the path that journal and manifest are named after: the output's, or for a remote one its name here."""
     return output.rpartition("/")[2] if is_url(output) else output
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings as one level, with keys such as "sampling.top_k"."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def journal_path(output: str) -> str:

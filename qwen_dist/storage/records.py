@@ -54,11 +54,11 @@ def find_files(patterns: Sequence[str], suffixes: Sequence[str], flag: str, *, o
       UsageError: lists every pattern without a file, and every file that does not exist or has another name.
       UserError: a directory at an address cannot be listed.
     """
-    matches = {pattern: _matches(pattern, tuple(suffixes)) for pattern in patterns}
-    files = [file for found in matches.values() for file in found]
+    matches = [(pattern, _matches(pattern, tuple(suffixes))) for pattern in patterns]
+    files = [file for _, found in matches for file in found]
     problems = [
         f"there is no file {printable(pattern)}" if _is_one_file(pattern) else f"no file matches {printable(pattern)}"
-        for pattern, found in matches.items()
+        for pattern, found in matches
         if not found
     ]
     problems += [f"{printable(file)} is not a regular file" for file in files if not (is_url(file) or os.path.isfile(file))]

@@ -210,6 +210,7 @@ def test_patterns_and_directories(written, tmp_path):
     for place in (tmp_path / "data", f"{tmp_path}/data/", f"{tmp_path}/**/[abc].*", f"file://{tmp_path}/data/"):
         assert chats_read(place) == (CHATS, CHATS), place
     assert chats_read(f"file://{tmp_path}/data/*.parquet") == (CHATS[3:], CHATS[3:])
+    assert len(find_data_files([f"{tmp_path}/data/a.jsonl"] * 2)) == 2  # given twice, read twice
     records = list(read_records(find_files([f"{tmp_path}/data"], RECORD_SUFFIXES, "--input")))
     assert [(record.id, record.line_number) for record in records] == [(f"line-{n}", n) for n in (1, 2, 3, 4)]
 
