@@ -93,7 +93,7 @@ class OutputFile:
                 raise UserError(f"cannot write the output {printable(self.path)}: {error.strerror}") from error
             self.num_before = self._journal.num_results
             self._answered = np.sort(self._journal.entries["line_hash"])
-            self._lock = opened.pop_all()
+            self._opened = opened.pop_all()
 
     # --- resuming ---
 
@@ -233,7 +233,7 @@ class OutputFile:
         Raises:
           UserError: the data cannot be written (some file systems report this only now).
         """
-        with self._lock:  # closes the journal, and then releases the lock
+        with self._opened:  # closes the journal, and then releases the lock
             if self._is_regular and not self._journal.num_results and not self._has_results():
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self._journal_path)
