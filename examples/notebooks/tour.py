@@ -30,13 +30,16 @@ for question, answer in zip(
     print(f"{question} {answer.text}  ({answer.finish_reason}, {len(answer.token_ids)} tokens)")
 
 # %% [markdown]
-# `generate` continues a text as it is, without the template. `stream` yields the text of one answer while it is
-# computed. A sampled answer depends on its prompt and its seed, and not on the other prompts of the call.
+# `generate` continues a text as it is, without the template. Here the text is a rendered conversation with the
+# beginning of an answer, so the model has to finish the sentence. A sampled answer depends on its prompt and its
+# seed, and not on the other prompts of the call. `stream` yields the text of one answer while it is computed.
 
 # %%
-sampled = SamplingParams(max_new_tokens=8, temperature=0.8, top_p=0.9, seed=3)
-alone = llm.generate("The capital of", sampled)[0].text
-together = llm.generate(["The capital of", "One, two,"], sampled)[0].text
+tokenizer = Tokenizer.open(MODEL)
+prompt = tokenizer.render_chat([{"role": "user", "content": "What is the capital of France?"}])
+sampled = SamplingParams(max_new_tokens=12, temperature=0.8, top_p=0.9, seed=3)
+alone = llm.generate(prompt + "The capital", sampled)[0].text
+together = llm.generate([prompt + "The capital", "One, two,"], sampled)[0].text
 print("sampled:", repr(alone), "and the same beside another prompt:", alone == together)
 print("stream: ", *llm.stream([{"role": "user", "content": "What is the capital of Japan?"}], temperature=0), sep="|")
 
@@ -48,8 +51,6 @@ print("stream: ", *llm.stream([{"role": "user", "content": "What is the capital 
 # answer alone.
 
 # %%
-tokenizer = Tokenizer.open(MODEL)
-prompt = tokenizer.render_chat([{"role": "user", "content": "What is the capital of France?"}])
 answers = [f"The capital of France is {city}." for city in ("Paris", "Rome", "Berlin", "London")]
 num_prompt_tokens = len(tokenizer.encode(prompt))
 for answer, score in zip(answers, llm.score([prompt + answer for answer in answers]), strict=True):
@@ -106,12 +107,12 @@ for layer in range(len(lm.config.layers)):
     print(f"layer {layer}: {tokenizer.decode([best])!r:12} with probability {float(probabilities[best]):.3f}")
 
 # %% [markdown]
-# **Where does it look?** `weights` are the attention weights [B, N, T, S]: how much the query at T takes from the key
-# at S. This prints the three tokens to which each head of the last layer gives most weight when the model predicts
-# the next token.
+# **Where does it look?** `queries_0.weights` are the attention weights [B, N, T, S] of the first block of queries:
+# how much the query at T takes from the key at S. This prints the three tokens to which each head of the last layer
+# gives most weight when the model predicts the next token.
 
 # %%
-weights_NS = np.asarray(taps[f"layers.{len(lm.config.layers) - 1}.self_attn.weights"])[0, :, -1]
+weights_NS = np.asarray(taps[f"layers.{len(lm.config.layers) - 1}.self_attn.queries_0.weights"])[0, :, -1]
 pieces = [tokenizer.decode([token], skip_special_tokens=False) for token in tokens_BT[0].tolist()]
 for head, weights_S in enumerate(weights_NS):
     top = weights_S.argsort()[::-1][:3]
