@@ -29,7 +29,8 @@ class MLP(nnx.Module):
         hidden = step.tokens(**dict(self.gate_proj.out_sizes))
         # Where embed is sharded, gate and up are summed together in float32.
         width = 4 * F32_BYTES if step.num_shards("embed") > 1 else 3 * step.itemsize
-        return LayerCost(workspace_bytes=width * hidden, saved_bytes=3 * hidden * step.itemsize)
+        saved = 3 * hidden * step.itemsize
+        return LayerCost(workspace_bytes=width * hidden, saved_bytes=saved, final_linears=("down_proj",))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         gate_BTF = tap("gate_proj", self.gate_proj(x_BTD))

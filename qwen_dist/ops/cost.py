@@ -86,13 +86,16 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Passes:
-    """A number for the forward pass and one for the backward pass."""
+    """A number for the forward pass and one for the backward pass, and the part of the former that is never recomputed."""
 
     forward: float = 0.0
     backward: float = 0.0
+    not_recomputed: float = 0.0
 
     def __add__(self, other: Passes) -> Passes:
-        return Passes(self.forward + other.forward, self.backward + other.backward)
+        return Passes(
+            self.forward + other.forward, self.backward + other.backward, self.not_recomputed + other.not_recomputed
+        )
 
 
 NOTHING = Passes()
@@ -112,6 +115,8 @@ class LayerCost:
       gradient_copies: how often the backward pass holds what is saved, gradients included.
       collectives: bytes received from other devices, by kind of collective.
       unread_bytes: of weights that no token of the step is expected to use.
+      final_linears: the linear layers whose output the layer returns as it is, if the block only adds it to the residual
+        stream: no gradient needs it, so it is not recomputed.
     """
 
     flops: Passes = NOTHING
@@ -122,6 +127,7 @@ class LayerCost:
     gradient_copies: int = 2
     collectives: Mapping[str, Passes] = dataclasses.field(default_factory=dict)
     unread_bytes: int = 0
+    final_linears: tuple[str, ...] = ()
 
     def with_more(self, num_bytes: int) -> LayerCost:
         """Return the cost with more bytes in the workspace and among what is saved."""

@@ -177,22 +177,27 @@ def experts_cost(
     if step.implementation(ROWS_BY_WEIGHTS, x, gate_up, None, dim=2, dtype=x.dtype) == "megablox":
         # The kernel skips rows that no token fills, and the report counts them.
         empty = 2 * (num_tiled_rows(rows) - filled) * matrices
-    passes = 1 + step.trains_weights
+    # Where tokens travel, the backward pass computes each round again up to the input of the last matrix.
+    repeated = 2 / 3 if num_shards > 1 else 0
+    passes = 1 + step.trains_weights + repeated
     # Partial sums are float32: over embed of the hidden channels, over mlp of the outputs.
     hidden, returned = (F32_BYTES if step.num_shards(axis) > 1 else step.itemsize for axis in ("embed", "mlp"))
     row_bytes = local_embed * (step.itemsize + returned) + local_mlp * (2 * hidden + step.itemsize)
-    sent = step.remote_fraction("experts") * rows * local_embed * (step.itemsize + returned)
+    arriving, returning = (step.remote_fraction("experts") * rows * local_embed * x for x in (step.itemsize, returned))
     summed = step.remote_fraction("mlp") * step.outputs(embed=embed) + step.remote_fraction("embed") * rows * 2 * local_mlp
     sums = 2 * summed * step.itemsize
     sharing = step.num_rows * step.num_tokens // (step.num_shards("batch") // num_shards)
     weight_bytes = 3 * step.size(experts=num_experts, mlp=mlp, embed=embed) * step.itemsize
     return LayerCost(
-        flops=Passes(products + of_adapters, passes * products + 2 * of_adapters),
+        flops=Passes(products + of_adapters, passes * products + (2 + repeated) * of_adapters),
         uncounted_flops=Passes(-empty, -passes * empty),
         workspace_bytes=rows * row_bytes,
         saved_bytes=rows * row_bytes,
-        # The backward pass sends both tokens and gradients, in both directions.
-        collectives={"all-to-all": Passes(sent, 2 * sent), "all-reduce": Passes(sums, sums)},
+        # The backward pass sends the tokens again, the gradients of the outputs, and back those of the tokens.
+        collectives={
+            "all-to-all": Passes(arriving + returning, arriving + returning + arriving),
+            "all-reduce": Passes(sums, sums),
+        },
         unread_bytes=int((1 - K / num_experts) ** sharing * weight_bytes),
     )
 

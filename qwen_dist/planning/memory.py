@@ -6,11 +6,12 @@ real run, on an abstract mesh. What a layer does is not known here: each says wh
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
@@ -20,7 +21,7 @@ from qwen_dist.models.config import LayerConfig, ModelConfig
 from qwen_dist.models.state import page_bytes, slot_bytes
 from qwen_dist.models.state_spec import LayerStateSpec, RecurrentSpec, cache_groups
 from qwen_dist.models.transformer import state_specs
-from qwen_dist.ops.cost import F32_BYTES, LayerCost, Passes, Step
+from qwen_dist.ops.cost import F32_BYTES, NOTHING, LayerCost, Passes, Step
 from qwen_dist.ops.paged_cache import PAGE
 from qwen_dist.planning.chips import CPU_COMPILER, CompilerProfile
 from qwen_dist.planning.sizes import BlockSizes, LinearSizes, ModelSizes
@@ -51,6 +52,9 @@ def abstract_sharding_context(mesh: MeshConfig, num_devices: int, workload: Work
     return ShardingContext(cast(Mesh, AbstractMesh(tuple(sizes.values()), AXES)), workload.rules)
 
 
+Gradient = Literal["none", "part", "all"]
+
+
 class RowState(NamedTuple):
     """What a layer keeps of one row of a step.
 
@@ -68,31 +72,59 @@ class RowState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """Layers that are alike in a program: how many, one of them, and the step that each computes."""
+    """Layers that are alike in a program: how many, one of them, and the step that each computes.
+
+    Attributes:
+      gradient: in training, what of a layer has one: with adapters nothing before the first layer that has some, and in
+        that layer only what comes after its first adapter.
+    """
 
     count: int
     kind: LayerConfig
     block: BlockSizes
     step: Step
+    gradient: Gradient = "all"
 
     @functools.cached_property
     def costs(self) -> tuple[LayerCost, LayerCost]:
         """What the mixer and the MLP of a layer say."""
         return self.block.costs(self.step)
 
+    def declared(self, passes: Callable[[LayerCost], Passes]) -> Passes:
+        """Return the sum of what mixer and MLP say of each pass."""
+        mixer, mlp = map(passes, self.costs)
+        return self._of_stage(BlockSizes.MIXER, mixer) + self._of_stage(BlockSizes.MLP, mlp)
+
     @functools.cached_property
     def linear_flops(self) -> Passes:
         """The flops of the products with linear weights: 2 per weight and token, and as many for each gradient."""
-        flops = [
-            (2 * one.used * (self.step.outputs() if one.is_of_outputs else self.step.tokens()), one.is_trained)
-            for one in self.block.linears.values()
-        ]
-        return Passes(sum(x for x, _ in flops), sum(x * (1 + is_trained) for x, is_trained in flops))
+        total = Passes()
+        for name, one in self.block.linears.items():
+            flops = 2 * one.used * (self.step.outputs() if one.is_of_outputs else self.step.tokens())
+            # The input of an adapter's second matrix always has a gradient: the first one is trained.
+            has_gradient = self._has_gradient(one.stage) or (one.is_adapter and not name.endswith(".lora_A"))
+            total += self._passes(name, flops, flops * (has_gradient + one.is_trained))
+        return total
 
-    @property
-    def summed_into_stream(self) -> int:
-        """The elements on one device of the outputs of linear layers that are added to the residual stream."""
-        return sum(self._outputs(one) for one in self.block.linears.values() if one.sums_into_stream)
+    @functools.cached_property
+    def summed_bytes(self) -> Passes:
+        """The bytes of what is summed over the shards of channels: outputs into the stream, and gradients of the stream.
+
+        An output with an adapter is summed in float32, before the adapter's is added. Each linear layer that reads the
+        stream has a gradient of its own: the compiler adds them up after it has summed each.
+        """
+        total = Passes()
+        for name, one in self.block.linears.items():
+            if one.sums_into_stream:
+                has_adapter = f"{name}.lora_A" in self.block.linears
+                total += self._passes(name, self._outputs(one) * (F32_BYTES if has_adapter else self.step.itemsize), 0)
+            elif one.reads_stream and not one.is_adapter and self._is_cut(one) and self._has_gradient(one.stage):
+                total += Passes(0, self.step.tokens(**dict(one.layer.in_sizes)) * self.step.itemsize)
+        return total
+
+    def _is_cut(self, linear: LinearSizes) -> bool:
+        """Return whether each device has only some of a linear layer's outputs."""
+        return self.step.size(**dict(linear.layer.out_sizes)) < math.prod(size for _, size in linear.layer.out_sizes)
 
     @property
     def multiplied_with_stream(self) -> int:
@@ -103,6 +135,22 @@ class Layers:
     def linear_outputs(self) -> int:
         """The elements on one device of the outputs of all linear layers."""
         return sum(self._outputs(one) for one in self.block.linears.values() if not one.is_adapter)
+
+    def _passes(self, linear: str, forward: float, backward: float) -> Passes:
+        """Return what a linear layer has in each pass."""
+        final = [f"mlp.{name}{matrix}" for name in self.costs[1].final_linears for matrix in ("", ".lora_B")]
+        return Passes(forward, backward, forward if self.gradient == "none" or linear in final else 0)
+
+    def _of_stage(self, stage: int, passes: Passes) -> Passes:
+        """Return what of these is computed in a stage of the block."""
+        if self.gradient == "none":
+            return Passes(passes.forward, 0, passes.forward)
+        return passes if self._has_gradient(stage) else dataclasses.replace(passes, backward=0)
+
+    def _has_gradient(self, stage: int) -> bool:
+        """Return whether the input of a stage has a gradient."""
+        first = self.block.first_trained
+        return self.gradient == "all" or (self.gradient == "part" and first is not None and stage > first)
 
     def _outputs(self, linear: LinearSizes) -> int:
         tokens = self.step.outputs if linear.is_of_outputs else self.step.tokens
@@ -208,7 +256,7 @@ class CostModel:
         flops = more_iterations * self._num_passes * 2 * min(num_tokens, LOSS_CHUNK_TOKENS) * head
         # The head is read for the logits and for their gradient; its own gradient is accumulated.
         nbytes = more_iterations * head * 2 * (self._itemsize + (0 if self.workload.lora else F32_BYTES))
-        flops += sum(same.count * self._in_training(cost.uncounted_flops) for same in layers for cost in same.costs)
+        flops += sum(same.count * self._of_ops(same.declared(lambda cost: cost.uncounted_flops)) for same in layers)
         return Cost(flops, nbytes, {})
 
     @property
@@ -220,6 +268,15 @@ class CostModel:
     def _num_remats(self) -> int:
         """How often a step recomputes each block."""
         return 1 if self.workload.remat == "full" else 0
+
+    def _of_linears(self, passes: Passes) -> float:
+        """Return the sum over all passes of a step, for linear layers and what is done with their outputs."""
+        return passes.forward + self._num_remats * (passes.forward - passes.not_recomputed) + passes.backward
+
+    def _of_ops(self, passes: Passes) -> float:
+        """As `_of_linears`, for the ops between linear layers, which selective recomputation computes again, too."""
+        num_remats = 0 if self.workload.remat == "none" else 1
+        return passes.forward + num_remats * (passes.forward - passes.not_recomputed) + passes.backward
 
     def _tokens_of(self, phase: Phase) -> tuple[int, int]:
         return self.workload.tokens_of(phase, self.sharding_ctx.batch_multiple())
@@ -238,14 +295,27 @@ class CostModel:
 
     def _layers(self, phase: Phase) -> list[Layers]:
         """Return the layers of a program by what they compute. In inference the last layer has one output for each row."""
+        if phase == "train":
+            return self._training_layers()
         layers = []
         for kind, count in self.sizes.counts.items():
             block, step = self.sizes.blocks[kind], self._step(phase, kind)
-            is_last = phase != "train" and kind == self.config.layers[-1]
+            is_last = kind == self.config.layers[-1]
             layers.append(Layers(count - is_last, kind, block, step))
             if is_last:
                 layers.append(Layers(1, kind, block, dataclasses.replace(step, num_outputs=1)))
         return layers
+
+    def _training_layers(self) -> list[Layers]:
+        kinds, blocks = self.config.layers, self.sizes.blocks
+        if self.workload.lora is None:
+            first = -1
+        else:
+            first = next(index for index, kind in enumerate(kinds) if blocks[kind].first_trained is not None)
+        of_layers: list[Gradient] = ["none" if n < first else "part" if n == first else "all" for n in range(len(kinds))]
+        alike = collections.Counter(zip(kinds, of_layers, strict=True))
+        steps = {kind: self._step("train", kind) for kind in blocks}
+        return [Layers(count, kind, blocks[kind], steps[kind], gradient) for (kind, gradient), count in alike.items()]
 
     def _step(self, phase: Phase, kind: LayerConfig) -> Step:
         num_rows, num_tokens = self._tokens_of(phase)
@@ -296,11 +366,11 @@ class CostModel:
 
     def _saved_activation_bytes(self) -> int:
         """Return the bytes that the forward pass saves for the backward pass."""
-        stream, num_layers = self._stream_bytes("train"), len(self.config.layers)
+        stream, layers = self._stream_bytes("train"), [same for same in self._layers("train") if same.gradient != "none"]
+        num_layers = sum(same.count for same in layers)
         if self.workload.remat == "full":
             # The input of each block, and the copy that some compilers keep of it.
             return (self.compiler.saved_input_copies * num_layers + 1) * stream
-        layers = self._layers("train")
         if self.workload.remat == "selective":
             of_blocks = [same.count * same.linear_outputs * F32_BYTES for same in layers]
             return 2 * num_layers * stream + sum(of_blocks) + stream
@@ -332,18 +402,13 @@ class CostModel:
         in_blocks = sum(self.sizes.counts[kind] * block.used for kind, block in self.sizes.blocks.items())
         return (in_blocks + self.sizes.head.used) * self._itemsize
 
-    # --- flops of training ---
-
-    def _in_training(self, passes: Passes) -> float:
-        """Return the sum over all passes of a step, the recomputed forward pass included."""
-        return (1 + self._num_remats) * passes.forward + passes.backward
-
     def _training_flops(self, layers: Iterable[Layers]) -> float:
         # The loss is not recomputed.
         total: float = self._num_passes * 2 * self._num_local_tokens() * self.sizes.head.used
         for same in layers:
-            total += same.count * self._in_training(same.linear_flops)
-            total += same.count * sum(self._in_training(cost.flops) for cost in same.costs)
+            total += same.count * (
+                self._of_linears(same.linear_flops) + self._of_ops(same.declared(lambda cost: cost.flops))
+            )
         return total
 
     # --- collectives ---
@@ -356,41 +421,44 @@ class CostModel:
         logits.
         """
         step = layers[0].step
-        stream = step.tokens(embed=self.config.hidden_size) + sum(same.count * same.summed_into_stream for same in layers)
+        sums: float = step.tokens(embed=self.config.hidden_size) * self._itemsize
+        sums += sum(same.count * same.summed_bytes.forward for same in layers)
         inputs = sum(same.count * same.multiplied_with_stream for same in layers) * self._itemsize
         inputs += self._logit_size(step.num_rows) * F32_BYTES
-        remote = self._remote_fraction("tensor") * stream * self._itemsize + self._remote_fraction("fsdp") * inputs
-        return _added({"all-reduce": 2 * remote}, self._declared(layers, lambda passes: passes.forward))
+        remote = self._remote_fraction("tensor") * sums + self._remote_fraction("fsdp") * inputs
+        return _added({"all-reduce": 2 * remote}, _declared(layers, lambda passes: passes.forward))
 
     def _training_collectives(self, layers: Sequence[Layers]) -> dict[str, float]:
         """Return the bytes received in training, by collective.
 
         Weights are gathered for each pass and gradients are reduce-scattered. The residual stream is all-reduced as in
-        inference, in each pass.
+        inference, and its gradient where products have read it.
         """
         gathers = 1 if self.workload.remat == "none" else 2
+        in_blocks = sum(same.count * same.block.used * (1 if same.gradient == "none" else gathers) for same in layers)
+        gathered = (in_blocks + self.sizes.head.used) * self._itemsize  # the loss is computed together with its gradient
         gradients = self._local_trainable * self._itemsize
         scattered = gradients * self.sharding_ctx.mesh.shape["fsdp"] if self.workload.lora else self._used_weight_bytes()
-        stream = layers[0].step.tokens(embed=self.config.hidden_size)
-        stream += sum(same.count * same.summed_into_stream for same in layers)
-        sums = self._remote_fraction("tensor") * (2 + self._num_remats) * stream * self._itemsize
+        sums: float = 2 * self._stream_bytes("train")  # the embedding, and the gradient of the loss
+        sums += sum(same.count * self._of_linears(same.summed_bytes) for same in layers)
         found = {
-            "all-gather": self._remote_fraction("fsdp") * gathers * self._used_weight_bytes(),
+            "all-gather": self._remote_fraction("fsdp") * gathered,
             "reduce-scatter": self._remote_fraction("fsdp") * scattered,
-            "all-reduce": 2 * (sums + self._remote_fraction("data") * gradients),
+            "all-reduce": 2 * (self._remote_fraction("tensor") * sums + self._remote_fraction("data") * gradients),
         }
-        return _added(found, self._declared(layers, self._in_training))
-
-    def _declared(self, layers: Iterable[Layers], number: Callable[[Passes], float]) -> Iterator[tuple[str, float]]:
-        """Yield the bytes of the collectives that layers declare."""
-        for same in layers:
-            for cost in same.costs:
-                yield from ((kind, same.count * number(passes)) for kind, passes in cost.collectives.items())
+        return _added(found, _declared(layers, self._of_ops))
 
     def _remote_fraction(self, axis: str) -> float:
         """Return the fraction of a result that a device receives from the other devices along a mesh axis."""
         size = self.sharding_ctx.mesh.shape[axis]
         return (size - 1) / size
+
+
+def _declared(layers: Iterable[Layers], number: Callable[[Passes], float]) -> Iterator[tuple[str, float]]:
+    """Yield the bytes of the collectives that layers say they have."""
+    for same in layers:
+        for kind in {kind for cost in same.costs for kind in cost.collectives}:
+            yield kind, same.count * number(same.declared(lambda cost: cost.collectives.get(kind, NOTHING)))  # noqa: B023
 
 
 def _added(sums: dict[str, float], more: Iterable[tuple[str, float]]) -> dict[str, float]:

@@ -45,12 +45,14 @@ class LinearSizes:
       used: weights on one device while it is used.
       is_trained: whether it changes in training.
       is_of_outputs: whether the last block computes it only for tokens whose outputs are wanted.
+      stage: where it is in a block: see `BlockSizes`.
     """
 
     layer: Linear
     used: int
     is_trained: bool
     is_of_outputs: bool
+    stage: int
 
     @property
     def is_adapter(self) -> bool:
@@ -67,7 +69,13 @@ class LinearSizes:
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """A block of one kind: its parameters, and its linear layers by name, those of adapters included."""
+    """A block of one kind: its parameters, and its linear layers by name, those of adapters included.
+
+    A block has six stages: the linear layers of the mixer that read the residual stream (0), what the mixer computes
+    without linear layers (1), its other linear layers (2), and the same of the MLP (3 to 5).
+    """
+
+    MIXER, MLP = 1, 4
 
     module: Block
     parameters: tuple[ParameterSizes, ...]
@@ -80,10 +88,19 @@ class BlockSizes:
 
         def sizes(name: str, layer: Linear) -> LinearSizes:
             weight = by_name[f"{name}.weight"]
-            is_of_outputs = name.startswith(("mlp.", *of_outputs))
-            return LinearSizes(layer, weight.used, weight.is_trained, is_of_outputs)
+            is_in_mlp, reads_stream = name.startswith("mlp."), dict(layer.in_sizes).keys() == {"embed"}
+            is_of_outputs = is_in_mlp or name.startswith(of_outputs)
+            stage = (cls.MLP if is_in_mlp else cls.MIXER) + (-1 if reads_stream else 1)
+            return LinearSizes(layer, weight.used, weight.is_trained, is_of_outputs, stage)
 
         return cls(module, parameters, {name: sizes(name, layer) for name, layer in linears.items()})
+
+    @property
+    def first_trained(self) -> int | None:
+        """The first stage with a trained weight; None: there is none."""
+        stages = [one.stage for one in self.linears.values() if one.is_trained]
+        stages += [self.MLP for one in self.parameters if one.is_trained and ".experts." in one.name]
+        return min(stages, default=None)
 
     @property
     def used(self) -> int:
