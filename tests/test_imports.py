@@ -51,7 +51,6 @@ LEVELS = {
     "hf_config": 3,
     "models.state_spec": 1,
     "planning.chips": 1,
-    "planning.flops": 5,
     "demo": 1,
     "config_files": 2,
     "failures": 2,
