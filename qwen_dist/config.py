@@ -216,7 +216,7 @@ class BatchConfig:
     input: str = option(
         flag="--input",
         metavar="FILE",
-        help='lines {"id","prompt"}, {"id","messages"} or of OpenAI\'s API; .gz, .zst, .parquet',
+        help='lines {"id","prompt"}, {"id","messages"} or of OpenAI\'s API; also a directory, a pattern or an address',
     )
     output: str = option(flag="--output", metavar="FILE", help="in the same formats; an interrupted run is resumed")
     mesh: str = _mesh()
@@ -255,7 +255,7 @@ class DataOptions:
     """The training data. See docs/finetune.md for the formats of files and records."""
 
     files: tuple[str, ...] = option(
-        flag="--data", metavar="FILE", help="JSON lines, parquet or text; may be repeated and contain *"
+        flag="--data", metavar="FILE", help="JSON lines, parquet or text: a file, directory, pattern or address; repeatable"
     )
     eval_files: tuple[str, ...] = option((), flag="--eval-data", metavar="FILE", help="evaluation data in the same formats")
     max_length: int = option(1024, metavar="N", help="the most tokens of a sequence; at most the model's context")

@@ -1,6 +1,7 @@
 """The command line: answers, chats, exit codes, and one readable line per error."""
 
 import dataclasses
+import gzip
 import importlib.metadata
 import io
 import json
@@ -254,7 +255,12 @@ def test_a_batch_and_its_summary(run, model, prompts, tmp_path):
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     more = ("--chart", tmp_path / "chart.html", "--profile", tmp_path / "profile", "--metrics-port", port)
-    result = run(*base, "--output", tmp_path / "again.jsonl", *more)
+    first, rest = prompts.read_bytes().split(b"\n", 1)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl.gz").write_bytes(gzip.compress(first + b"\n"))
+    (tmp_path / "data" / "b.jsonl").write_bytes(rest)
+    files = (*base[:-1], tmp_path / "data")
+    result = run(*files, "--output", tmp_path / "again.jsonl", *more)
     assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "out.jsonl").read_text()
     assert "polyline" in (tmp_path / "chart.html").read_text() and "running requests" in result.err
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
@@ -313,7 +319,7 @@ def test_a_run_is_resumed(run, model, prompts, tmp_path):
     ("input", "output", "code", "expected"),
     [
         ("in.jsonl", "in.jsonl", 2, "is the same as --output"),
-        ("missing.jsonl", "out.jsonl", 2, "cannot read the input"),
+        ("missing.jsonl", "out.jsonl", 2, "--input cannot be read: there is no file"),
         ("in.jsonl", "missing/out.jsonl", 2, "there is no directory"),
         ("in.jsonl", "/dev/full", 1, "No space left on device; the 0 results so far are complete: free some disk space"),
     ],

@@ -1,6 +1,7 @@
 """Whole runs: their output, and that an interrupted and resumed run is identical to an uninterrupted one."""
 
 import dataclasses
+import gzip
 import json
 import pathlib
 import random
@@ -290,6 +291,11 @@ def test_the_command_line(model, chats, tmp_path, capsys):
     assert main([*base, "--show-data", "1"]) == 0
     shown = capsys.readouterr().out
     assert f"{chats}:1 " in shown and "<|im_start|>assistant⏎" in shown
+    packed = tmp_path / "chats.jsonl.gz"
+    packed.write_bytes(gzip.compress(pathlib.Path(chats).read_bytes()))
+    patterns = [f"{tmp_path}/*.gz" if argument == str(chats) else argument for argument in base]
+    assert main([*patterns, "--show-data", "1"]) == 0
+    assert capsys.readouterr().out == shown.replace(str(chats), str(packed))
     assert main([*base, "--dry-run"]) == 0
     assert "layers.{0-1}.self_attn.q_proj.lora_A.weight [4, 32] float32 × 2" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
