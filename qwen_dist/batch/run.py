@@ -26,12 +26,14 @@ class BatchSummary:
 
     Attributes:
       seconds: since loading ended.
+      num_cached_tokens: of the prompt tokens, those that were read from the prefix cache.
       num_before: results that earlier runs have written.
     """
 
     num_answered: int = 0
     num_errors: int = 0
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
     num_generated_tokens: int = 0
     seconds: float = 0.0
     num_before: int = 0
@@ -92,6 +94,7 @@ def run_batch(
         summary.seconds = time.monotonic() - start
         if update.finish_reason is not None:
             summary.num_prompt_tokens += len(update.request.prompt)
+            summary.num_cached_tokens += update.num_cached_tokens
         if is_answered:
             writer.write(result_line(record, answer.in_order(), answer.num_prompt_tokens), record.line_hash)
             summary.num_answered += 1

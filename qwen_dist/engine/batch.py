@@ -128,7 +128,20 @@ class BatchBuilder:
             batch.positions_BT[part, 0] = [row.start for row in of_shard]
             batch.slots_B[part] = [row.sequence.slot for row in of_shard]
             batch.sequences[part] = [row.sequence for row in of_shard]
-        return batch._replace(pages=self._pages(rows, width, 2, num_pages))
+        return batch._replace(pages=self._pages(rows, width, 2, self._decode_capacity(rows, num_pages)))
+
+    def _decode_capacity(self, rows: list[Schedule], num_pages: tuple[int, ...]) -> list[int]:
+        """Return how many entries of each group there is room for: one for each page, more where rows share pages."""
+
+        def of_group(group: int, capacity: int) -> int:
+            page_size, ring = self._limits.page_size, self._limits.ring_pages[group]
+            needed = (sum(min((row.start + row.num_tokens - 1) // page_size + 1, ring) for row in shard) for shard in rows)
+            most = max(needed)
+            while capacity < most:
+                capacity *= 4
+            return capacity
+
+        return list(map(of_group, range(len(num_pages)), num_pages))
 
     def _empty(self, width: int, num_tokens: int, num_steps: int) -> Batch:
         total = width * self._num_shards

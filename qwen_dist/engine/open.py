@@ -31,6 +31,7 @@ def open_engine(
     cache_bytes: int = 4 * 10**9,
     steps_per_dispatch: int = 1,
     policy: str = "throughput",
+    prefix_cache: bool = True,
     template_variables: Collection[str] = (),
     devices: Sequence[jax.Device] | None = None,
     progress: ProgressCallback | None = None,
@@ -41,7 +42,7 @@ def open_engine(
     Args:
       options, sampling: from the configuration.
       mesh: as `MeshConfig.parse` reads it; empty is `default_mesh`.
-      max_batch_size, cache_bytes, steps_per_dispatch, policy: see `Engine`.
+      max_batch_size, cache_bytes, steps_per_dispatch, policy, prefix_cache: see `Engine`.
       template_variables: names that the chat template must use.
       devices: the devices of the mesh, by default all of this run.
       progress: see `checkpoint.load.load`.
@@ -78,6 +79,7 @@ def open_engine(
         cache_bytes=cache_bytes,
         steps_per_dispatch=steps_per_dispatch,
         policy=policy,
+        prefix_cache=prefix_cache,
     )
     return engine, tokenizer, defaults
 

@@ -4,13 +4,18 @@ Each cache group (layers that keep the same positions) has its own pool of pages
 sequence a page table for each group. Layers with a window use a ring of pages, as large as the window and one step's tokens
 need. A pool is never larger than its slots can need, so a group with a small window does not run out before the group that
 keeps everything. Recurrent layers need no pages: their state is in the sequence's slot.
+
+The prefix cache: a page whose tokens are known has a name, the hash of its tokens and of all tokens before them. It keeps
+its content after the last sequence has left it, until the page is needed, and a sequence that begins with the same tokens
+takes it as it is.
 """
 
 from __future__ import annotations
 
 import bisect
+import collections
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +51,11 @@ class CacheLimits:
             for group in groups
         )
 
+    @property
+    def can_share(self) -> bool:
+        """Whether a page may belong to several sequences. The pages of a ring are written again, so they may not."""
+        return bool(self.groups) and all(group.window is None for group in self.groups)
+
     def _spanned(self, num_positions: int) -> int:
         """Return how many pages this many consecutive positions touch, wherever they begin."""
         return -(-(num_positions - 1) // self.page_size) + 1
@@ -79,11 +89,19 @@ class CacheLimits:
 
 
 class PageAllocator:
-    """The pages of one cache group in one shard. A page may be in several page tables: it has a reference count."""
+    """The pages of one cache group in one shard.
+
+    A page is held, by one page table or several (it has a reference count); or it is free. A free page with a name is
+    cached: it can be held again as it is, and is given away only when there is no other, the least recently used first.
+    """
 
     def __init__(self) -> None:
-        self._free: list[int] = []
+        self._unnamed: list[int] = []  # a heap of the free pages without a name
+        self._cached: collections.OrderedDict[int, None] = collections.OrderedDict()
         self._reference_counts: list[int] = []
+        self._names: dict[int, bytes] = {}
+        self._pages: dict[bytes, int] = {}
+        self._reused: set[int] = set()
 
     @property
     def num_pages(self) -> int:
@@ -91,28 +109,84 @@ class PageAllocator:
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Pages that nobody holds, cached ones included."""
+        return len(self._unnamed) + len(self._cached)
+
+    @property
+    def num_cached(self) -> int:
+        return len(self._cached)
+
+    @property
+    def num_shared(self) -> int:
+        """References to pages beyond the first one of each."""
+        return sum(self._reference_counts) - self.num_pages + self.num_free
+
+    def has(self, number: int, *, without_reused: bool = False) -> bool:
+        """Return whether this many pages can be allocated; maybe without losing a page that was useful in the cache.
+
+        It was useful if it has been held again; that is asked of the page only that would be lost first.
+        """
+        if self.num_free < number:
+            return False
+        is_lost = len(self._unnamed) < number
+        return not (without_reused and is_lost and next(iter(self._cached)) in self._reused)
 
     def grow(self, num_pages: int) -> None:
         """Add free pages, up to `num_pages` in all."""
         for page in range(self.num_pages, num_pages):
-            heapq.heappush(self._free, page)
+            heapq.heappush(self._unnamed, page)
             self._reference_counts.append(0)
 
     def allocate(self) -> int:
-        """Return the lowest free page, with one reference to it."""
-        page = heapq.heappop(self._free)
+        """Return a free page, with one reference to it: the lowest without a name, or the least recently used."""
+        if self._unnamed:
+            page = heapq.heappop(self._unnamed)
+        else:
+            page, _ = self._cached.popitem(last=False)
+            self.forget(page)
         self._reference_counts[page] = 1
         return page
 
     def share(self, page: int) -> None:
-        """Add a reference to an allocated page, for one more page table that has it."""
-        assert self._reference_counts[page] > 0, f"page {page} is free"
+        """Add a reference to a page that is held or cached, for one more page table that has it."""
+        assert self._reference_counts[page] > 0 or page in self._cached, f"page {page} is free"
+        self._cached.pop(page, None)
+        self._reused.add(page)
         self._reference_counts[page] += 1
 
     def free(self, page: int) -> None:
-        """Drop one reference; without references the page is free."""
+        """Drop one reference; without references the page is free, or cached if it has a name."""
         assert self._reference_counts[page] > 0, f"page {page} is free already"
         self._reference_counts[page] -= 1
-        if self._reference_counts[page] == 0:
-            heapq.heappush(self._free, page)
+        if self._reference_counts[page] > 0:
+            return
+        if page in self._names:
+            self._cached[page] = None
+        else:
+            self._reused.discard(page)
+            heapq.heappush(self._unnamed, page)
+
+    # --- names ---
+
+    def name(self, page: int, name: bytes) -> bool:
+        """Name a page that is held. Return False if it has a name, or another page has this one."""
+        assert self._reference_counts[page] > 0, f"page {page} is free"
+        if page in self._names or name in self._pages:
+            return False
+        self._names[page], self._pages[name] = name, page
+        return True
+
+    def forget(self, page: int) -> None:
+        """Take the name from a page that is not cached, as its content is not, or no longer, what the name says."""
+        assert page not in self._cached
+        self._reused.discard(page)
+        del self._pages[self._names.pop(page)]
+
+    def find(self, names: Iterable[bytes]) -> list[int]:
+        """Return the pages with these names, up to the first that no page has."""
+        pages = []
+        for name in names:
+            if (page := self._pages.get(name)) is None:
+                break
+            pages.append(page)
+        return pages

@@ -32,6 +32,8 @@ NUM_STOP_IDS = 16
 NUM_TOPS = (0, 5, MAX_TOP_LOGPROBS)
 # Tokens of each row of a scored prompt whose logits exist at a time.
 SCORED_AT_A_TIME = 8
+# Tokens of a slot that `_add_known` adds at a time.
+KNOWN_AT_A_TIME = 512
 
 
 class DecodeState(NamedTuple):
@@ -106,6 +108,7 @@ class Runner:
         self.num_shards = model.sharding_ctx.batch_multiple()
         self._prefill = jax.jit(self._run_prefill, donate_argnames="state", static_argnames=("num_top", "num_scored"))
         self._decode = jax.jit(self._run_decode, donate_argnames="state", static_argnames="num_top")
+        self._add_known = jax.jit(self._known_added, donate_argnums=(0, 1))
         self._resize = jax.jit(self._resized, static_argnames="num_pages")
         self._grow_history = jax.jit(self._grown_history, static_argnames="length")
 
@@ -127,6 +130,7 @@ class Runner:
         *,
         num_top: int | None,
         num_scored: int | None = None,
+        known: Collection[tuple[int, list[int]]] = (),
     ) -> tuple[DecodeState, SampledTokens]:
         """Compute a step and sample the tokens that follow.
 
@@ -136,6 +140,7 @@ class Runner:
           sampling: of each row's sequence.
           num_top: how many alternatives' log-probabilities to return; None for no log-probabilities at all.
           num_scored: the same for the tokens of the prompts; prefill only.
+          known: slots with the tokens before those that prefill computes, because their layers' states exist.
         """
         history_ML = state.history_ML
         state = state._replace(history_ML=None)
@@ -144,6 +149,11 @@ class Runner:
             if history_ML is None or history_ML.shape[1] < length:
                 history_ML = self._grow_history(history_ML, length=length)
             state, history_ML = state._replace(history_ML=history_ML), None
+        for slot, tokens in known:
+            for start in range(0, len(tokens), KNOWN_AT_A_TIME):
+                chunk = self._known_arrays(slot, tokens[start : start + KNOWN_AT_A_TIME], start)
+                presence_MV, history = self._add_known(state.token_presence_MV, state.history_ML, *chunk)
+                state = state._replace(token_presence_MV=presence_MV, history_ML=history)
         arguments = self._model.parameters, state, StepArrays.of(batch), sampling
         if batch.is_prefill:
             state, sampled = self._prefill(*arguments, num_top=num_top, num_scored=num_scored)
@@ -323,6 +333,24 @@ class Runner:
         logits_BV = apply_repetition_penalty(logits_BV, sampling.sampling, state.token_presence_MV, slots_B)
         return logits_processors.subtract_penalties(logits_BV, processors, history_BL, next_B)
 
+    def _known_arrays(self, slot: int, tokens: list[int], start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return tokens from position `start` on as a row of the slot's shard; the rows of other shards are padding."""
+        slots_B = np.full(self.num_shards, self._num_slots, np.int32)
+        tokens_BT, positions_BT = np.zeros((2, self.num_shards, KNOWN_AT_A_TIME), np.int32)
+        positions_BT -= 1
+        row = slot // (self._num_slots // self.num_shards)
+        slots_B[row], tokens_BT[row, : len(tokens)] = slot, tokens
+        positions_BT[row, : len(tokens)] = range(start, start + len(tokens))
+        return slots_B, tokens_BT, positions_BT
+
+    def _known_added(self, presence_MV, history_ML, slots_B, tokens_BT, positions_BT):  # type: ignore[no-untyped-def]
+        """Add tokens of slots to what processors of logits read, as prefill does with those that it computes."""
+        chunks = slots_B, tokens_BT, positions_BT
+        with use_sharding(self._model.sharding_ctx):
+            if history_ML is not None:
+                history_ML = self._replicated(logits_processors.add_chunks(history_ML, *chunks))
+            return token_presence.add_chunks(presence_MV, *chunks), history_ML
+
     def _grown_history(self, history_ML: jax.Array | None, *, length: int) -> jax.Array:
         """Return the history with room for `length` positions of each slot."""
         if history_ML is None:
@@ -366,6 +394,10 @@ class SamplingTable:
         self._end_M[slot] = end
         self._num_top_M[slot] = -1 if params.logprobs is None else params.logprobs
         self._num_scored_M[slot] = -1 if params.prompt_logprobs is None else params.prompt_logprobs
+
+    def needs_tokens(self, slot: int) -> bool:
+        """Return whether the slot's logits depend on tokens of the prompt other than through the model."""
+        return self._processors_M[slot] is not None or bool(self._sampling.repetition_penalty[slot] != 1)
 
     def look_up(self, slots_B: np.ndarray, stop_ids: Collection[int]) -> SamplingBatch:
         """Return how these slots sample."""
