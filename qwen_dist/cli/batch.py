@@ -120,6 +120,7 @@ def _open_engine(
             steps_per_dispatch=config.engine.steps_per_dispatch,
             policy=config.engine.policy,
             prefix_cache=config.engine.prefix_cache,
+            snapshot_fraction=config.engine.snapshot_fraction,
             template_variables=config.chat.variables,
             devices=replica.devices(),
             progress=progress,

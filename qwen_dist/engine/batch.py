@@ -98,14 +98,14 @@ class BatchBuilder:
 
     def _cut(self, scheduled: ScheduledTokens) -> Schedule:
         """Cut the tokens of a prompt into rows; each starts at a multiple of the chunk size, so it is within one page."""
-        sequence, start, num_tokens = scheduled
+        sequence, start, num_tokens, *_ = scheduled
         starts = range(start, start + num_tokens, self._chunk_size)
         return [ScheduledTokens(sequence, s, min(self._chunk_size, start + num_tokens - s)) for s in starts]
 
     def _prefill(self, rows: list[Schedule], num_pages: tuple[int, ...]) -> Batch:
         width = next(width for width in self._prefill_widths if width >= max(map(len, rows)))
         batch = self._empty(width, self._chunk_size, num_steps=1)
-        for b, (sequence, start, num_tokens) in _placed(rows, width):
+        for b, (sequence, start, num_tokens, *_) in _placed(rows, width):
             tokens = sequence.tokens[start : start + num_tokens]
             batch.tokens_BT[b, :num_tokens] = tokens
             batch.positions_BT[b, :num_tokens] = range(start, start + num_tokens)

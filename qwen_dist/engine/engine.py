@@ -19,10 +19,10 @@ from qwen_dist.engine.batch import Batch, BatchBuilder
 from qwen_dist.engine.page_allocator import CacheLimits, PagedGroup
 from qwen_dist.engine.request import Request, RequestOutput, TokenLogprob
 from qwen_dist.engine.runner import DecodeState, Runner, SampledTokens, SamplingTable
-from qwen_dist.engine.scheduler import POLICIES, Scheduler
+from qwen_dist.engine.scheduler import POLICIES, Schedule, Scheduler
 from qwen_dist.engine.sequence import Sequence
 from qwen_dist.errors import UsageError, UserError
-from qwen_dist.models.state import page_bytes, slot_bytes
+from qwen_dist.models.state import States, page_bytes, slot_bytes
 from qwen_dist.models.state_spec import LayerStateSpec, cache_groups
 from qwen_dist.ops.paged_cache import MAX_ENTRIES, PAGE
 from qwen_dist.sharding import ShardingContext
@@ -72,6 +72,13 @@ def cache_limits(
     )
 
 
+def _num_snapshots(limits: CacheLimits, cache_bytes: int, of_slot: int, fraction: float) -> int:
+    """Return how many snapshots of a shard's slots there is memory for, and use: not more than pages."""
+    if not of_slot or not limits.can_share:
+        return 0
+    return min(int(fraction * cache_bytes) // of_slot, limits.largest(cache_bytes))
+
+
 class Engine:
     """Answers requests, many at a time.
 
@@ -85,6 +92,8 @@ class Engine:
         first to come).
       prefix_cache: whether requests share the states of prompts that begin alike, and of earlier requests. Models with
         sliding windows have no prefix cache.
+      snapshot_fraction: the part of the cache that may hold snapshots of recurrent layers' states, which the prefix cache
+        of such a model needs.
 
     Raises:
       UsageError: an argument is out of range, or the cache cannot hold a page.
@@ -101,6 +110,7 @@ class Engine:
         steps_per_dispatch: int = 1,
         policy: str = "throughput",
         prefix_cache: bool = True,
+        snapshot_fraction: float = 0.2,
     ):
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
@@ -130,12 +140,17 @@ class Engine:
         sizes: dict[str, Any] = {"num_slots": num_slots, "num_shards": num_shards}
         sizes |= {"chunk_size": CHUNK_SIZE, "max_chunks": MAX_CHUNKS}
         self._batches = BatchBuilder(self._limits, entry_multiple=MAX_ENTRIES, **sizes)
-        max_pages = self._limits.largest(cache_bytes - slots_per_shard * slot_bytes(specs, model.sharding_ctx))
+        of_slot = slot_bytes(specs, model.sharding_ctx)
+        left = cache_bytes - slots_per_shard * of_slot
+        self._num_snapshots = _num_snapshots(self._limits, left, of_slot, snapshot_fraction * prefix_cache)
+        max_pages = self._limits.largest(left - of_slot * self._num_snapshots)
         if max_pages < 1:
             raise UsageError(f"a cache of {cache_bytes} bytes on each device is less than one page; give more")
         sizes |= {"num_decode_steps": steps_per_dispatch, "prefix_cache": prefix_cache}
+        sizes |= {"num_snapshots": self._num_snapshots if of_slot else None}
         self._scheduler = Scheduler(self._limits, max_pages=max_pages, policy=policy, **sizes)
         self._state: DecodeState | None = None
+        self._snapshots: States | None = None
         self._num_pages: tuple[int, ...] = ()
         self._in_flight: tuple[Batch, SampledTokens] | None = None
         self._has_delivered = False
@@ -216,7 +231,7 @@ class Engine:
             schedule = self._scheduler.schedule(can_preempt=before is None)
             if schedule:
                 batch = self._batches.build(schedule, self._scheduler.num_pages)
-                self._in_flight = batch, self._dispatch(batch)
+                self._in_flight = batch, self._dispatch(schedule, batch)
         self._has_delivered |= before is not None
         return [] if before is None else list(self._deliver(*before))
 
@@ -247,7 +262,7 @@ class Engine:
         if not of_request:
             del self._sequences[id(sequence.request)]
 
-    def _dispatch(self, batch: Batch) -> SampledTokens:
+    def _dispatch(self, schedule: Schedule, batch: Batch) -> SampledTokens:
         num_pages = self._scheduler.num_pages
         if self._state is None:
             self._state = self._runner.start(num_pages)
@@ -262,12 +277,21 @@ class Engine:
                 self._sampling.set(sequence.slot, sequence.request, sequence.end)
                 if 0 < sequence.prefill_start == batch.positions_BT[row, 0] and self._sampling.needs_tokens(sequence.slot):
                     known.append((sequence.slot, sequence.tokens[: sequence.prefill_start]))
+        for scheduled in schedule:
+            if scheduled.restored >= 0:
+                assert self._snapshots is not None
+                slot = scheduled.sequence.slot
+                self._state = self._runner.restore(self._state, self._snapshots, slot, scheduled.restored)
         sampling = self._sampling.look_up(batch.slots_B, self._tokenizer.stop_ids)
         num_top = self._sampling.num_top(batch.slots_B)
         num_scored = self._sampling.num_scored(batch.slots_B) if batch.is_prefill else None
         self._state, sampled = self._runner.step(
             self._state, batch, sampling, num_top=num_top, num_scored=num_scored, known=known
         )
+        for scheduled in schedule:
+            if scheduled.saved >= 0:
+                snapshots = self._snapshots or self._runner.start_snapshots(self._num_snapshots)
+                self._snapshots = self._runner.save(self._state, snapshots, scheduled.sequence.slot, scheduled.saved)
         return sampled
 
     def _deliver(self, batch: Batch, sampled: SampledTokens) -> Iterator[RequestOutput]:

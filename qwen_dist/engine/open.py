@@ -32,6 +32,7 @@ def open_engine(
     steps_per_dispatch: int = 1,
     policy: str = "throughput",
     prefix_cache: bool = True,
+    snapshot_fraction: float = 0.2,
     template_variables: Collection[str] = (),
     devices: Sequence[jax.Device] | None = None,
     progress: ProgressCallback | None = None,
@@ -42,7 +43,7 @@ def open_engine(
     Args:
       options, sampling: from the configuration.
       mesh: as `MeshConfig.parse` reads it; empty is `default_mesh`.
-      max_batch_size, cache_bytes, steps_per_dispatch, policy, prefix_cache: see `Engine`.
+      max_batch_size, cache_bytes, steps_per_dispatch, policy, prefix_cache, snapshot_fraction: see `Engine`.
       template_variables: names that the chat template must use.
       devices: the devices of the mesh, by default all of this run.
       progress: see `checkpoint.load.load`.
@@ -80,6 +81,7 @@ def open_engine(
         steps_per_dispatch=steps_per_dispatch,
         policy=policy,
         prefix_cache=prefix_cache,
+        snapshot_fraction=snapshot_fraction,
     )
     return engine, tokenizer, defaults
 

@@ -7,7 +7,7 @@ keeps everything. Recurrent layers need no pages: their state is in the sequence
 
 The prefix cache: a page whose tokens are known has a name, the hash of its tokens and of all tokens before them. It keeps
 its content after the last sequence has left it, until the page is needed, and a sequence that begins with the same tokens
-takes it as it is.
+takes it as it is. Recurrent layers also need their state as it was after the last of these pages: a snapshot.
 """
 
 from __future__ import annotations
@@ -190,3 +190,69 @@ class PageAllocator:
                 break
             pages.append(page)
         return pages
+
+
+class SnapshotPool:
+    """Copies of the recurrent states of one shard, each as it was after the page that it is named after.
+
+    A snapshot is promised from the admission of the sequence that is going to compute it until the step is scheduled after
+    which it is copied. It is held while it is promised, and while a sequence waits that begins from it; of the others, the
+    least recently used is given away first.
+    """
+
+    def __init__(self, num_snapshots: int):
+        self._unnamed = list(range(num_snapshots))
+        self._idle: collections.OrderedDict[int, None] = collections.OrderedDict()
+        self._holds = [0] * num_snapshots
+        self._names: dict[int, bytes] = {}
+        self._snapshots: dict[bytes, int] = {}
+        self._promised: set[int] = set()
+        self._of_this_step: set[int] = set()
+
+    def find(self, names: Sequence[bytes]) -> tuple[int, int]:
+        """Return after how many of these pages there is a snapshot, at most, and the snapshot; or 0 and -1."""
+        for number in range(len(names), 0, -1):
+            if (snapshot := self._snapshots.get(names[number - 1])) is not None:
+                return number, snapshot
+        return 0, -1
+
+    def promise(self, name: bytes) -> int:
+        """Return a snapshot that a sequence is going to compute, held; -1 if there is one of this name, or none to give."""
+        if name in self._snapshots or not (self._unnamed or self._idle):
+            return -1
+        snapshot = self._unnamed.pop() if self._unnamed else self._idle.popitem(last=False)[0]
+        if snapshot in self._names:
+            del self._snapshots[self._names.pop(snapshot)]
+        self._names[snapshot], self._snapshots[name] = name, snapshot
+        self._holds[snapshot] = 1
+        self._promised.add(snapshot)
+        return snapshot
+
+    def keep_promise(self, snapshot: int) -> None:
+        """Note that it is copied after the step that is being scheduled; it can be read from the next step on."""
+        self._promised.remove(snapshot)
+        self._of_this_step.add(snapshot)
+        self.release(snapshot)
+
+    def break_promise(self, snapshot: int) -> None:
+        self._promised.remove(snapshot)
+        del self._snapshots[self._names.pop(snapshot)]
+        self.release(snapshot)
+
+    def can_read(self, snapshot: int) -> bool:
+        return snapshot not in self._promised and snapshot not in self._of_this_step
+
+    def begin_step(self) -> None:
+        self._of_this_step.clear()
+
+    def hold(self, snapshot: int) -> None:
+        self._idle.pop(snapshot, None)
+        self._holds[snapshot] += 1
+
+    def release(self, snapshot: int) -> None:
+        self._holds[snapshot] -= 1
+        assert self._holds[snapshot] >= 0
+        if self._holds[snapshot] == 0 and snapshot in self._names:
+            self._idle[snapshot] = None
+        elif self._holds[snapshot] == 0:
+            self._unnamed.append(snapshot)

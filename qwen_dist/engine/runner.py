@@ -23,7 +23,9 @@ from qwen_dist.engine.sampling import SamplingArrays, apply_repetition_penalty, 
 from qwen_dist.models.layers import take_positions
 from qwen_dist.models.parameters import with_parameters
 from qwen_dist.models.state import States, StepIndices, constrain_states, empty_states, resized_states, state_axes
+from qwen_dist.models.state_spec import RecurrentSpec
 from qwen_dist.models.transformer import Transformer, state_specs
+from qwen_dist.ops import slots
 from qwen_dist.ops.loop import bounded_loop
 from qwen_dist.ops.paged_cache import MAX_ENTRIES, PageIndices
 from qwen_dist.sharding import use_sharding
@@ -108,6 +110,8 @@ class Runner:
         self.num_shards = model.sharding_ctx.batch_multiple()
         self._prefill = jax.jit(self._run_prefill, donate_argnames="state", static_argnames=("num_top", "num_scored"))
         self._decode = jax.jit(self._run_decode, donate_argnames="state", static_argnames="num_top")
+        self._recurrent = [layer for layer, spec in enumerate(self.specs) if isinstance(spec, RecurrentSpec)]
+        self._copy_slot = jax.jit(self._slot_copied, donate_argnums=1)
         self._add_known = jax.jit(self._known_added, donate_argnums=(0, 1))
         self._resize = jax.jit(self._resized, static_argnames="num_pages")
         self._grow_history = jax.jit(self._grown_history, static_argnames="length")
@@ -121,6 +125,31 @@ class Runner:
     def resize(self, state: DecodeState, num_pages: tuple[int, ...]) -> DecodeState:
         """Return the same state with this many pages of each cache group in each shard."""
         return state._replace(states=self._resize(state.states, num_pages=num_pages))
+
+    def start_snapshots(self, num_snapshots: int) -> States:
+        """Return room for copies of the recurrent layers' states, `num_snapshots` in each shard."""
+        return self._empty_snapshots(num_snapshots)
+
+    def save(self, state: DecodeState, snapshots: States, slot: int, snapshot: int) -> States:
+        """Return the snapshots, which are donated, with one of the states in a slot; it is counted in the slot's shard."""
+        states = tuple(state.states[layer] for layer in self._recurrent)
+        return self._copy_slot(states, snapshots, *self._ends(slot, snapshot, snapshots))
+
+    def restore(self, state: DecodeState, snapshots: States, slot: int, snapshot: int) -> DecodeState:
+        """Return the state, which is donated, with a snapshot's states in a slot."""
+        states = tuple(state.states[layer] for layer in self._recurrent)
+        to_D, from_D = self._ends(slot, snapshot, snapshots)
+        restored = dict(zip(self._recurrent, self._copy_slot(snapshots, states, from_D, to_D), strict=True))
+        return state._replace(states=tuple(restored.get(layer, one) for layer, one in enumerate(state.states)))
+
+    def _ends(self, slot: int, snapshot: int, snapshots: States) -> tuple[np.ndarray, np.ndarray]:
+        """Return the numbers of a slot and of a snapshot in its shard; those of the other shards are out of range."""
+        num_snapshots = jax.tree.leaves(snapshots)[0].shape[1]
+        shard = slot // (self._num_slots // self.num_shards)
+        slots_D = np.full(self.num_shards, self._num_slots, np.int32)
+        snapshots_D = np.full(self.num_shards, num_snapshots * self.num_shards, np.int32)
+        slots_D[shard], snapshots_D[shard] = slot, shard * num_snapshots + snapshot
+        return slots_D, snapshots_D
 
     def step(
         self,
@@ -365,6 +394,18 @@ class Runner:
         with use_sharding(self._model.sharding_ctx):
             states = empty_states(self.specs, self.num_shards, num_pages, self._num_slots // self.num_shards)
             return constrain_states(self.specs, states)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def _empty_snapshots(self, num_snapshots: int) -> States:
+        specs = [self.specs[layer] for layer in self._recurrent]
+        with use_sharding(self._model.sharding_ctx):
+            return constrain_states(specs, empty_states(specs, self.num_shards, (), num_snapshots))
+
+    def _slot_copied(self, source, target, from_D, to_D):  # type: ignore[no-untyped-def]
+        specs = [self.specs[layer] for layer in self._recurrent]
+        with use_sharding(self._model.sharding_ctx):
+            copied = jax.tree.map(lambda x, y: slots.copy(x, y, from_D, to_D), source, target)
+            return constrain_states(specs, copied)
 
     @functools.partial(jax.jit, static_argnums=0)
     def _empty_presence(self) -> jax.Array:

@@ -8,7 +8,8 @@ slot and pages, and later prefills again, answer so far included.
 With a prefix cache, a sequence that is admitted takes the whole pages of its tokens that exist, and prefill begins after
 them. The pages of a prompt have their names from admission on, before they are computed: a sequence that is admitted later
 shares them and waits until the step is scheduled that computes them. That may be the same step, because in each layer the
-keys and values of all tokens are written before any are read.
+keys and values of all tokens are written before any are read. Where the model has recurrent layers, prefill begins at a
+position of which there is a snapshot, or will be after the step of another sequence, which must be an earlier step.
 """
 
 from __future__ import annotations
@@ -18,21 +19,27 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from qwen_dist.engine.page_allocator import CacheLimits, PageAllocator
+from qwen_dist.engine.page_allocator import CacheLimits, PageAllocator, SnapshotPool
 from qwen_dist.engine.request import Request
 from qwen_dist.engine.sequence import PageTable, Sequence
+
+# A snapshot must save at least the computation of this many pages: it ends a step of prefill, and takes memory.
+PAGES_PER_SNAPSHOT = 4
 
 
 class ScheduledTokens(NamedTuple):
     """Tokens of one sequence that the next step computes: `num_tokens` from position `start` on.
 
     Where `start` is before the end of prefill the tokens are known and are computed at once; otherwise each is sampled
-    after the one before it.
+    after the one before it. Before the step the recurrent layers' states are restored from the snapshot `restored`, and
+    after it they are copied to the snapshot `saved`, if these are not -1.
     """
 
     sequence: Sequence
     start: int
     num_tokens: int
+    restored: int = -1
+    saved: int = -1
 
     @property
     def is_prefill(self) -> bool:
@@ -70,6 +77,7 @@ class Scheduler:
       num_decode_steps: tokens that a sequence decodes in one step.
       policy: the order in which waiting sequences are admitted.
       prefix_cache: whether sequences share pages, if the limits allow it.
+      num_snapshots: of each shard, for a model with recurrent layers, which has no prefix cache without any.
     """
 
     def __init__(
@@ -84,6 +92,7 @@ class Scheduler:
         num_decode_steps: int = 1,
         policy: str = "throughput",
         prefix_cache: bool = False,
+        num_snapshots: int | None = None,
     ):
         assert num_slots % num_shards == 0 and limits.page_size % chunk_size == 0
         assert 1 <= num_decode_steps <= limits.page_size
@@ -93,11 +102,12 @@ class Scheduler:
         self.num_waiting = 0
         self._chunk_size, self._max_chunks, self._num_decode_steps = chunk_size, max_chunks, num_decode_steps
         self._policy = POLICIES[policy]
-        self._has_prefix_cache = prefix_cache and limits.can_share
+        self._has_prefix_cache = prefix_cache and limits.can_share and num_snapshots != 0
+        self._is_recurrent = num_snapshots is not None
         self._waiting: list[tuple[Any, int, Sequence]] = []
         self._arrivals, self._pushes = itertools.count(), itertools.count()
         slots = num_slots // num_shards
-        self._shards = [_Shard(range(n * slots, (n + 1) * slots), limits) for n in range(num_shards)]
+        self._shards = [_Shard(range(n * slots, (n + 1) * slots), limits, num_snapshots or 0) for n in range(num_shards)]
         self._allowed_pages = 0
         self._was_prefill = False
 
@@ -179,6 +189,8 @@ class Scheduler:
         Args:
           can_preempt: no step is in flight, so that every sequence's tokens are known.
         """
+        for shard in self._shards:
+            shard.snapshots.begin_step()
         self._admit()
         prefilling = [[s for s in shard.sequences if s.is_prefilling] for shard in self._shards]
         ready = [[s for s in shard.sequences if s.can_decode] for shard in self._shards]
@@ -204,7 +216,8 @@ class Scheduler:
                 break
             if self._shards[sequence.shard].must_wait(sequence):
                 continue
-            num_tokens = min(left * self._chunk_size, sequence.num_prefill_tokens - sequence.num_computed_tokens)
+            end = sequence.stops[0][0] if sequence.stops else sequence.num_prefill_tokens
+            num_tokens = min(left * self._chunk_size, end - sequence.num_computed_tokens)
             left -= -(-num_tokens // self._chunk_size)
             schedule.append(self._compute(sequence, num_tokens))
         return schedule
@@ -212,9 +225,9 @@ class Scheduler:
     def _compute(self, sequence: Sequence, num_tokens: int) -> ScheduledTokens:
         start = sequence.num_computed_tokens
         sequence.num_computed_tokens += num_tokens
-        if start < sequence.num_prefill_tokens:
-            self._shards[sequence.shard].keep_promises(sequence, start)
-        return ScheduledTokens(sequence, start, num_tokens)
+        if start >= sequence.num_prefill_tokens:
+            return ScheduledTokens(sequence, start, num_tokens)
+        return ScheduledTokens(sequence, start, num_tokens, *self._shards[sequence.shard].keep_promises(sequence, start))
 
     # --- slots and pages ---
 
@@ -241,36 +254,50 @@ class Scheduler:
         most = fewest + max(1, self.num_slots // len(self._shards) // 4)
 
         def rank(shard: _Shard) -> tuple[bool, int, int]:
-            num_cached = len(self._cached_pages(sequence, shard)) if len(shard.sequences) < most else 0
+            num_cached = len(self._cached(sequence, shard)[0]) if len(shard.sequences) < most else 0
             return bool(shard.free_slots), num_cached, shard.num_free_pages
 
         return max(self._shards, key=rank)
 
-    def _cached_pages(self, sequence: Sequence, shard: _Shard) -> list[int]:
-        """Return the pages of the sequence's tokens that exist. At least the last token is computed, for its logits."""
+    def _cached(self, sequence: Sequence, shard: _Shard) -> tuple[list[int], int, int]:
+        """Return the pages that a sequence can begin after, their snapshot or -1, and how many of its pages exist.
+
+        At least the last token is computed, for its logits.
+        """
         if not self._has_prefix_cache or sequence.request.params.prompt_logprobs is not None:
-            return []  # a prompt that is scored needs the logits of all its tokens
+            return [], -1, 0  # a prompt that is scored needs the logits of all its tokens
+        names = self._names_before_last(sequence)
+        pages = shard.allocators[0].find(names)
+        if not self._is_recurrent:
+            return pages, -1, len(pages)
+        number, snapshot = shard.snapshots.find(names[: len(pages)])
+        return pages[:number], snapshot, len(pages)
+
+    def _names_before_last(self, sequence: Sequence) -> list[bytes]:
+        """Return the names of the whole pages of all tokens but the last."""
         page_size = self._limits.page_size
-        names = sequence.page_names(page_size)[: (len(sequence.tokens) - 1) // page_size]
-        return shard.allocators[0].find(names)
+        return sequence.page_names(page_size)[: (len(sequence.tokens) - 1) // page_size]
 
     def _begin(self, sequence: Sequence, shard: _Shard) -> bool:
         """Give a sequence a slot and the pages of its tokens. Return False if there are not enough pages."""
         # With the first position of the answer, so that it can at least begin.
         needed = self._limits.of_sequence(min(len(sequence.tokens), sequence.end - 1) + 1)
-        cached = self._cached_pages(sequence, shard)
-        shard.hold(cached)  # before others are looked for, which could be these
+        cached, snapshot, num_known = self._cached(sequence, shard)
+        shard.hold(cached, snapshot)  # before others are looked for, which could be these
         if not self._find_pages(shard, tuple(number - len(cached) for number in needed)):
-            shard.drop(cached)
+            shard.drop(cached, snapshot)
             return False
         sequence.shard = self._shards.index(shard)
         sequence.num_prefill_tokens = len(sequence.tokens)
         sequence.prefill_start = sequence.num_computed_tokens = len(cached) * self._limits.page_size
         if not sequence.was_preempted:
             sequence.num_cached_tokens = sequence.prefill_start
+        sequence.snapshot = snapshot
         shard.add(sequence, needed, cached)
         if self._has_prefix_cache:
             shard.promise(sequence)
+            if self._is_recurrent:
+                shard.promise_snapshots(sequence, self._names_before_last(sequence), num_known)
         return True
 
     def _find_pages(self, shard: _Shard, missing: tuple[int, ...]) -> bool:
@@ -323,19 +350,19 @@ class Scheduler:
         shard = self._shards[sequence.shard]
         if self._has_prefix_cache:
             shard.name_answer(sequence)
-        missed = shard.remove(sequence)
-        for other in list(shard.sequences) if missed else ():
-            if other.slot >= 0 and not other.has_begun and not missed.isdisjoint(shard.cached_pages(other)):
+        for other in shard.remove(sequence):
+            if other.slot >= 0:
                 self._requeue(other)
 
 
 class _Shard:
     """The slots of one data-parallel shard, and a pool of pages for each cache group."""
 
-    def __init__(self, slots: range, limits: CacheLimits):
+    def __init__(self, slots: range, limits: CacheLimits, num_snapshots: int):
         self.free_slots = list(slots)
         self._limits = limits
         self.allocators = [PageAllocator() for _ in limits.groups]
+        self.snapshots = SnapshotPool(num_snapshots)
         self.sequences: dict[Sequence, None] = {}  # in the order of admission
         self._promised: set[int] = set()  # pages that have a name and whose tokens no step has been scheduled to compute
 
@@ -366,12 +393,9 @@ class _Shard:
             while table.num_pages < number:
                 table.append(allocator.allocate())
 
-    def remove(self, sequence: Sequence) -> set[int]:
-        """Take slot and pages from a sequence. Return the pages that it had promised and not computed."""
-        missed = self._promised.intersection(self._uncomputed_pages(sequence)) if self._promised else set()
-        self._promised -= missed
-        for page in missed:
-            self.allocators[0].forget(page)
+    def remove(self, sequence: Sequence) -> list[Sequence]:
+        """Take slot and pages from a sequence. Return the sequences that wait for what it would have computed."""
+        waiting = self._break_promises(sequence)
         del self.sequences[sequence]
         heapq.heappush(self.free_slots, sequence.slot)
         for allocator, table in zip(self.allocators, sequence.page_tables, strict=True):
@@ -379,17 +403,21 @@ class _Shard:
             for page in reversed(table.clear()):
                 allocator.free(page)
         sequence.slot = -1
-        return missed
+        return waiting
 
     # --- the prefix cache, of models with one cache group ---
 
-    def hold(self, pages: list[int]) -> None:
+    def hold(self, pages: list[int], snapshot: int) -> None:
         for page in pages:
             self.allocators[0].share(page)
+        if snapshot >= 0:
+            self.snapshots.hold(snapshot)
 
-    def drop(self, pages: list[int]) -> None:
+    def drop(self, pages: list[int], snapshot: int) -> None:
         for page in reversed(pages):
             self.allocators[0].free(page)
+        if snapshot >= 0:
+            self.snapshots.release(snapshot)
 
     def promise(self, sequence: Sequence) -> None:
         """Name the whole pages of a sequence's tokens that prefill is going to compute."""
@@ -397,18 +425,58 @@ class _Shard:
             if self.allocators[0].name(page, name):
                 self._promised.add(page)
 
-    def keep_promises(self, sequence: Sequence, start: int) -> None:
-        """Note that a step is scheduled that computes the tokens of a sequence from `start` on."""
+    def promise_snapshots(self, sequence: Sequence, names: list[bytes], num_known: int) -> None:
+        """Choose where prefill stops for a snapshot: where the known pages end, as others may branch there, and last."""
+        last, page_size = sequence.prefill_start // self._limits.page_size, self._limits.page_size
+        for number in (num_known, len(names)):
+            if number - last >= PAGES_PER_SNAPSHOT and (snapshot := self.snapshots.promise(names[number - 1])) >= 0:
+                sequence.stops.append((number * page_size, snapshot))
+                last = number
+
+    def keep_promises(self, sequence: Sequence, start: int) -> tuple[int, int]:
+        """Note that a step is scheduled that computes the tokens of a sequence from `start` on.
+
+        Return the snapshot that is restored before it, and the one that is saved after it; -1 for none.
+        """
         if self._promised:
             num_pages = sequence.num_computed_tokens // self._limits.page_size
             first = start // self._limits.page_size
             self._promised.difference_update(sequence.page_tables[0].pages(first, num_pages - 1).tolist())
+        restored, sequence.snapshot, saved = sequence.snapshot, -1, -1
+        if restored >= 0:
+            self.snapshots.release(restored)
+        if sequence.stops and sequence.stops[0][0] == sequence.num_computed_tokens:
+            _, saved = sequence.stops.pop(0)
+            self.snapshots.keep_promise(saved)
+        return restored, saved
+
+    def _break_promises(self, sequence: Sequence) -> list[Sequence]:
+        """Forget what a sequence has promised and not computed. Return the sequences that wait for it."""
+        pages = self._promised.intersection(self._uncomputed_pages(sequence)) if self._promised else set()
+        snapshots = {snapshot for _, snapshot in sequence.stops}
+        self._promised -= pages
+        for page in pages:
+            self.allocators[0].forget(page)
+        for snapshot in snapshots:
+            self.snapshots.break_promise(snapshot)
+        if sequence.snapshot >= 0:
+            self.snapshots.release(sequence.snapshot)
+        sequence.stops, sequence.snapshot = [], -1
+
+        def waits(other: Sequence) -> bool:
+            if other is sequence or other.has_begun:
+                return False
+            return other.snapshot in snapshots or not pages.isdisjoint(self.cached_pages(other))
+
+        return list(filter(waits, self.sequences)) if pages or snapshots else []
 
     def must_wait(self, sequence: Sequence) -> bool:
-        """Return whether a sequence shares pages that no step has been scheduled to compute."""
-        if not self._promised or sequence.has_begun:
+        """Return whether a sequence begins after pages, or from a snapshot, that do not exist yet."""
+        if sequence.has_begun:
             return False
-        return not self._promised.isdisjoint(self.cached_pages(sequence)[-1:])
+        if sequence.snapshot >= 0 and not self.snapshots.can_read(sequence.snapshot):
+            return True
+        return bool(self._promised) and not self._promised.isdisjoint(self.cached_pages(sequence)[-1:])
 
     def name_answer(self, sequence: Sequence) -> None:
         """Name the whole pages whose tokens are known and computed; a last token may have been sampled only."""

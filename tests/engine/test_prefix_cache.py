@@ -1,7 +1,6 @@
 """The prefix cache: pages that several sequences share, by themselves, by the scheduler and by real models."""
 
 import collections
-import dataclasses
 import functools
 
 import numpy as np
@@ -13,7 +12,7 @@ from test_scheduler import CHUNK, PAGE, STOP, VOCAB, Device, alone, limits_of, s
 from qwen_dist.checkpoint.model import load_model
 from qwen_dist.engine.batch import BatchBuilder
 from qwen_dist.engine.engine import Engine
-from qwen_dist.engine.page_allocator import PageAllocator
+from qwen_dist.engine.page_allocator import PageAllocator, SnapshotPool
 from qwen_dist.engine.request import Request, SamplingParams
 from qwen_dist.engine.scheduler import Scheduler
 from qwen_dist.engine.sequence import Sequence
@@ -21,6 +20,7 @@ from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.state import page_bytes, slot_bytes
 from qwen_dist.models.transformer import state_specs
 from qwen_dist.ops.paged_cache import PAGE as BLOCK
+from qwen_dist.ops.paged_cache import PagedState
 from qwen_dist.sharding import INFERENCE, ShardingContext
 from qwen_dist.tokenizer import Tokenizer
 
@@ -274,10 +274,10 @@ def test_a_preempted_sequence_reads_its_own_pages():
     for sequence in (first, second):
         sequence.tokens.append(1)
     while not scheduler.num_preempted:
-        for sequence, _, count in scheduler.schedule(can_preempt=True):
+        for sequence, _, count, *_ in scheduler.schedule(can_preempt=True):
             sequence.tokens += [1] * count
     scheduler.release(first)
-    (sequence, start, count), *_ = scheduler.schedule(can_preempt=True)
+    (sequence, start, count, *_), *_ = scheduler.schedule(can_preempt=True)
     assert sequence is second and start >= PAGE and start + count == len(second.tokens)
     assert second.num_cached_tokens == 0
 
@@ -293,6 +293,98 @@ def test_a_request_goes_to_the_shard_that_has_its_prefix():
     again = scheduler.add(request(2, *SHARED, 52), 4 * PAGE)
     scheduler.schedule(can_preempt=True)
     assert again.shard == one.shard and again.prefill_start == 2 * PAGE
+
+
+# --- schedules of models with recurrent layers ---
+
+LONG = tuple(range(1, 5 * PAGE + 1))
+
+
+def recurrent_scheduler(**changes) -> Scheduler:
+    return scheduler_of(prefix_cache=True, **({"num_snapshots": 2, "max_chunks": 64} | changes))
+
+
+def full_schedule(scheduler: Scheduler) -> list[tuple[int, int, int, int, int]]:
+    """The next step of prefill."""
+    for _ in range(100):
+        schedule = scheduler.schedule(can_preempt=True)
+        if schedule and schedule[0].is_prefill:
+            return [(one.sequence.request.key, *one[1:]) for one in schedule]
+    raise AssertionError("no prefill")
+
+
+def test_prefill_stops_for_a_snapshot_and_others_begin_from_it_in_a_later_step():
+    scheduler = recurrent_scheduler()
+    for key in range(3):
+        scheduler.add(request(key, *LONG, 50 + key), 7 * PAGE)
+    ((_, _, _, _, saved),) = first = full_schedule(scheduler)
+    assert first == [(0, 0, 5 * PAGE, -1, saved)] and saved >= 0
+    assert full_schedule(scheduler) == [(key, 5 * PAGE, 1, -1 if key == 0 else saved, -1) for key in range(3)]
+
+
+def test_where_known_pages_branch_there_is_a_snapshot_for_those_who_come_next():
+    scheduler = recurrent_scheduler()
+    one, two, three = (LONG + (50 + key,) * (4 * PAGE) for key in range(3))
+    for key, tokens in enumerate((one, two, three)):
+        scheduler.add(request(key, *tokens), 10 * PAGE)
+    # The first one's snapshot is at its end; the second one's is at the branch, and there is no room for another one.
+    steps = [full_schedule(scheduler) for _ in range(2)]
+    starts = {key: start for step in reversed(steps) for key, start, *_ in step}
+    assert starts == {0: 0, 1: 0, 2: 5 * PAGE}
+    assert sum(saved >= 0 for step in steps for *_, saved in step) == 2
+
+
+def test_a_promised_snapshot_that_is_not_made_sends_those_that_wait_back():
+    scheduler = recurrent_scheduler(max_chunks=2)
+    first, *others = [scheduler.add(request(key, *LONG, 50 + key), 7 * PAGE) for key in range(3)]
+    assert full_schedule(scheduler) == [(0, 0, 2 * CHUNK, -1, -1)]
+    assert [one.prefill_start for one in others] == [5 * PAGE, 5 * PAGE]
+    scheduler.release(first)
+    assert (scheduler.num_waiting, scheduler.num_held_pages) == (2, (0,))
+    pool = scheduler._shards[0].snapshots
+    assert (len(pool._unnamed), pool._promised, pool._idle.keys(), pool._holds) == (2, set(), set(), [0, 0])
+    # The page that was finished is known, but there is no snapshot after it.
+    assert full_schedule(scheduler) == [(1, 0, 2 * CHUNK, -1, -1)]
+
+
+def test_short_prefixes_make_no_snapshots_and_without_room_for_any_there_is_no_cache():
+    scheduler = recurrent_scheduler()
+    scheduler.add(request(0, *LONG[: 3 * PAGE], 50), 7 * PAGE)
+    assert full_schedule(scheduler) == [(0, 0, 3 * PAGE + 1, -1, -1)]
+    scheduler = recurrent_scheduler(num_snapshots=0)
+    for key in range(2):
+        scheduler.add(request(key, *LONG, 50), 7 * PAGE)
+    assert full_schedule(scheduler) == [(0, 0, 5 * PAGE + 1, -1, -1), (1, 0, 5 * PAGE + 1, -1, -1)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 4), st.lists(st.tuples(st.sampled_from("pkbhr"), st.integers(0, 5)), max_size=60))
+def test_every_snapshot_has_one_role(num_snapshots, operations):
+    pool, promised, waiting = SnapshotPool(num_snapshots), [], []
+    for kind, number in operations:
+        name = bytes([number])
+        if kind == "p" and (snapshot := pool.promise(name)) >= 0:
+            assert snapshot not in promised and snapshot not in waiting
+            promised.append(snapshot)
+        elif kind == "k" and promised:
+            pool.keep_promise(snapshot := promised.pop(number % len(promised)))
+            assert not pool.can_read(snapshot)
+            pool.begin_step()
+            assert pool.can_read(snapshot)
+        elif kind == "b" and promised:
+            pool.break_promise(snapshot := promised.pop(number % len(promised)))
+            for _ in range(waiting.count(snapshot)):
+                pool.release(snapshot)
+            waiting = [one for one in waiting if one != snapshot]
+        elif kind == "h" and (found := pool.find([name]))[0]:
+            pool.hold(found[1])
+            waiting.append(found[1])
+        elif kind == "r" and waiting:
+            pool.release(waiting.pop(number % len(waiting)))
+        roles = [*pool._unnamed, *pool._idle, *{*promised, *waiting}]
+        assert sorted(roles) == list(range(num_snapshots)) and pool._promised == set(promised)
+        assert [promised.count(one) + waiting.count(one) for one in range(num_snapshots)] == pool._holds
+        assert pool._snapshots == {name: one for one, name in pool._names.items()}
 
 
 def test_without_a_prefix_cache_and_with_windows_nothing_is_shared():
@@ -320,13 +412,15 @@ def open_model(tiny_directory):
     return opened
 
 
-def engine_of(opened, *, num_slots: int, num_pages: int, **options) -> Engine:
-    """An engine with memory for this many pages of positions."""
+def engine_of(opened, *, num_slots: int, num_pages: int, num_snapshots: int = 0, **options) -> Engine:
+    """An engine with memory for this many pages and snapshots."""
     model, tokenizer = opened
     specs = state_specs(model.config, model.dtype)
     of_slot = slot_bytes(specs, model.sharding_ctx)
-    cache_bytes = num_pages * sum(page_bytes(specs, model.sharding_ctx)) + num_slots * of_slot
-    return Engine(model, tokenizer, max_batch_size=num_slots, cache_bytes=cache_bytes, **options)
+    left = num_pages * sum(page_bytes(specs, model.sharding_ctx)) + num_snapshots * of_slot
+    fraction = (num_snapshots + 0.5) * of_slot / left
+    sizes = {"max_batch_size": num_slots, "cache_bytes": left + num_slots * of_slot, "snapshot_fraction": fraction}
+    return Engine(model, tokenizer, **sizes, **options)
 
 
 def answers_of(engine: Engine, requests: list[Request]) -> tuple[dict[int, list[int]], int]:
@@ -338,71 +432,75 @@ def answers_of(engine: Engine, requests: list[Request]) -> tuple[dict[int, list[
     return answers, num_cached
 
 
-def random_requests(count: int) -> list[Request]:
-    """Prompts with a few prefixes of a few lengths; some sampled, some with penalties, which read the whole prompt."""
+def random_requests(count: int, pages: range, *, has_processors: bool) -> list[Request]:
+    """Prompts with a few prefixes of a few lengths. Some have penalties, which read the whole prompt."""
     rng = np.random.default_rng(count)
-    prefixes = rng.integers(3, 300, (3, 4 * BLOCK))
+    prefixes = rng.integers(3, 300, (3, (pages.stop + 1) * BLOCK))
     requests = []
     for key in range(count):
-        prefix = prefixes[rng.integers(3)][: BLOCK * int(rng.integers(0, 4)) + int(rng.integers(0, 3))]
+        prefix = prefixes[rng.integers(3)][: BLOCK * int(rng.choice(pages)) + int(rng.integers(0, 3))]
         params = SamplingParams(
-            max_new_tokens=int(rng.integers(1, 12)),
+            max_new_tokens=int(rng.integers(1, 90)),
             temperature=float(rng.choice([0.0, 0.8])),
             seed=int(rng.integers(2**62)),
             repetition_penalty=float(rng.choice([1.0, 1.3])),
-            frequency_penalty=float(rng.choice([0.0, 0.0, 0.5])),
-            no_repeat_ngram_size=int(rng.choice([0, 0, 2])),
+            frequency_penalty=float(rng.choice([0.0, 0.5])) if has_processors else 0.0,
+            no_repeat_ngram_size=int(rng.choice([0, 2])) if has_processors else 0,
         )
         requests.append(Request(key, (*prefix.tolist(), *rng.integers(3, 300, int(rng.integers(1, 40))).tolist()), params))
     return requests
 
 
 @pytest.mark.parametrize(
-    ("family", "count", "num_slots", "num_pages"),
+    ("family", "count", "num_slots", "num_pages", "num_snapshots", "pages"),
     [
-        ("qwen3", 60, 5, 9),
-        pytest.param("qwen3", 2000, 8, 14, marks=pytest.mark.slow),
-        pytest.param("qwen3_moe", 60, 5, 9, marks=pytest.mark.slow),
-        pytest.param("qwen3_moe", 2000, 8, 14, marks=pytest.mark.slow),
+        ("qwen3", 60, 3, 9, 0, range(4)),
+        pytest.param("qwen3", 2000, 8, 20, 0, range(4), marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", 60, 3, 9, 0, range(4), marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", 2000, 8, 20, 0, range(4), marks=pytest.mark.slow),
+        ("qwen3_5", 60, 3, 16, 4, range(3, 6)),
+        pytest.param("qwen3_5", 2000, 8, 32, 4, range(3, 7), marks=pytest.mark.slow),
     ],
 )
-def test_answers_are_the_same_without_a_prefix_cache(open_model, family, count, num_slots, num_pages):
-    """With pages that are short: sequences are preempted, and cached pages are given to others."""
-    requests = random_requests(count)
-    sizes = {"num_slots": num_slots, "num_pages": num_pages}
+def test_answers_are_the_same_without_a_prefix_cache(open_model, family, count, num_slots, num_pages, num_snapshots, pages):
+    """With pages that are short: sequences are preempted, and cached pages and snapshots are given to others."""
+    requests = random_requests(count, pages, has_processors=count > 60)
+    sizes = {"num_slots": num_slots, "num_pages": num_pages, "num_snapshots": num_snapshots}
     expected, none_cached = answers_of(engine_of(open_model(family), **sizes, prefix_cache=False), requests)
     engine = engine_of(open_model(family), **sizes)
     found, num_cached = answers_of(engine, requests)
+    num_prompt, load = sum(len(one.prompt) for one in requests), engine.stats
+    print(f"{count} requests, {num_cached} of {num_prompt} prompt tokens cached, {load.num_preempted} preempted")
     assert found == expected
-    num_prompt = sum(len(one.prompt) for one in requests)
-    assert none_cached == 0 and num_cached > num_prompt / 5
-    assert engine.stats.num_preempted > 0 and engine.stats.held_positions == engine.stats.live_positions == 0
-    assert engine.stats.cached_positions > 0
-    print(f"{count} requests, {num_cached} of {num_prompt} cached, {engine.stats.num_preempted} preempted")
+    assert none_cached == 0 and num_cached > num_prompt / 5 and load.num_preempted > 0
+    assert load.held_positions == load.live_positions == 0 and load.cached_positions > 0
 
 
-def test_a_chat_computes_only_what_is_new_and_finished_pages_never_change(open_model):
-    """Three turns, each with the turns before in front. The answer of a turn is in the cache, too."""
-    engine = engine_of(open_model("qwen3"), num_slots=1, num_pages=16)
-    fresh = engine_of(open_model("qwen3"), num_slots=1, num_pages=16)
-    rng, tokens, pages = np.random.default_rng(3), [], {}
-    params = SamplingParams(max_new_tokens=BLOCK, stop_token_ids=())
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
+def test_a_chat_computes_only_what_is_new_and_finished_pages_never_change(open_model, family):
+    """Three turns, each with the turns before in front. Without recurrent layers, the answer of a turn is cached, too."""
+    sizes = {"num_slots": 1, "num_pages": 32, "num_snapshots": 4}
+    engine = engine_of(open_model(family), **sizes)
+    fresh = engine_of(open_model(family), **sizes, prefix_cache=False)
+    rng, tokens, pages, ends = np.random.default_rng(3), [], {}, []
     for turn in range(3):
-        tokens += rng.integers(3, 300, BLOCK // 2 + 5).tolist()
-        one = [Request(turn, tuple(tokens), params)]
-        answers, num_cached = answers_of(engine, one)
-        known = max(0, len(tokens) - BLOCK // 2 - 5 - 1) // BLOCK * BLOCK
-        assert num_cached == known and (turn == 0 or known >= BLOCK)
-        assert answers == answers_of(fresh, [dataclasses.replace(one[0], key=turn)])[0]
-        fresh = engine_of(open_model("qwen3"), num_slots=1, num_pages=16)
-        list(engine.step())
-        allocator = engine._scheduler._shards[0].allocators[0]
+        num_before = len(tokens)
+        tokens += rng.integers(3, 300, 4 * BLOCK + 5).tolist()
+        (one,) = [Request(turn, tuple(tokens), SamplingParams(max_new_tokens=BLOCK))]
+        answers, num_cached = answers_of(engine, [one])
+        # The last token of an answer is sampled and not computed; snapshots are at the ends of prompts.
+        expected = max(0, num_before - 1) // BLOCK if family == "qwen3" else ([0, *ends][-1] - 1) // BLOCK
+        assert num_cached == max(0, expected) * BLOCK and (turn == 0 or num_cached >= 4 * BLOCK)
+        assert answers == answers_of(fresh, [one])[0]
+        list(engine.step())  # what was in flight when the answer ended
         before, pages = pages, {}
-        for name, page in allocator._pages.items():
-            pages[name] = [np.asarray(x[0, page]).copy() for state in engine._state.states for x in state]
+        for name, page in engine._scheduler._shards[0].allocators[0]._pages.items():
+            arrays = [x for state in engine._state.states if isinstance(state, PagedState) for x in state]
+            pages[name] = [np.asarray(x[0, page]).copy() for x in arrays]
             if name in before:
-                assert all(np.array_equal(x, y) for x, y in zip(pages[name], before[name], strict=True)), "a page changed"
+                assert all(map(np.array_equal, pages[name], before[name])), "a page changed"
         assert before.keys() <= pages.keys()
+        ends.append(len(tokens))
         tokens += answers[turn]
 
 
