@@ -54,12 +54,14 @@ def test_outputs_become_one_body(tokenizer):
     answer, (first, second) = PendingAnswer(request, tokenizer), requests_of(request, tokenizer)
     brown, dog = (tokenizer.encode(word)[0] for word in ("brown", " dog"))
     assert not answer.add(1, output(second, "brown", [brown]))
-    assert not answer.add(1, output(second, " dog", [dog], "length", 2))
-    assert answer.add(0, output(first, "", [], "stop", 1))
+    assert not answer.add(1, output(second, " dog", [dog], "length", 2, num_cached_tokens=128))
+    assert answer.add(0, output(first, "", [], "stop", 1, num_cached_tokens=64))
     body = completion_body(request, answer.in_order(), answer.num_prompt_tokens, 7)
     num_prompt = len(first.prompt)
     assert (body["id"], body["object"]) == ("chatcmpl-7", "chat.completion")
-    assert body["usage"] == {"prompt_tokens": num_prompt, "completion_tokens": 3, "total_tokens": num_prompt + 3}
+    usage = {"prompt_tokens": num_prompt, "completion_tokens": 3, "total_tokens": num_prompt + 3}
+    # The prompt counts once, and what one choice read from the other's pages had to be computed for that one.
+    assert body["usage"] == usage | {"prompt_tokens_details": {"cached_tokens": 64}}
     assert [choice["finish_reason"] for choice in body["choices"]] == ["stop", "length"]
     assert [choice["message"]["content"] for choice in body["choices"]] == ["", "brown dog"]
     entries = body["choices"][1]["logprobs"]["content"]

@@ -49,7 +49,7 @@ class EngineStats:
     cache_positions: int
     held_positions: int
     live_positions: int
-    cached_positions: int
+    cached_positions: int = 0
 
 
 def cache_limits(
