@@ -60,9 +60,7 @@ def run_batch(
     """Answer every record and write each result when it is finished.
 
     Args:
-      engine: from `open_engine`, as are `tokenizer` and `defaults`.
-      tokenizer: of the same checkpoint.
-      defaults: sampling parameters, overridden by a record's own.
+      engine, tokenizer, defaults: from `open_engine`; a record's own parameters override the defaults.
       records, writer: `records` come from `read_records`, only as fast as the engine takes requests.
       raw: give prompts to the model unchanged, without the chat template.
       variables: of the chat template, for records that do not set them.

@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import jax
 
-from qwen_dist.checkpoint.adapter_read import read_adapter
+from qwen_dist.checkpoint.adapter_read import PeftAdapter, read_adapter
 from qwen_dist.checkpoint.load import ProgressCallback
-from qwen_dist.checkpoint.model import load_model
+from qwen_dist.checkpoint.model import LoadedModel, load_model
 from qwen_dist.config import ModelOptions, SamplingOptions
 from qwen_dist.engine.engine import Engine
 from qwen_dist.engine.generation_config import read_generation_config
@@ -63,18 +63,8 @@ def open_engine(
     sharding_ctx = ShardingContext(given or make_mesh(default_mesh(config, devices), devices), INFERENCE)
     for note in _notes(devices[0], sharding_ctx, config, tokenizer, options.adapter):
         announce(note)
-    model = load_model(
-        files,
-        sharding_ctx,
-        dtype=options.dtype,
-        load_format=options.load_format,
-        ignored_config_keys=options.ignored_keys,
-        adapter=adapter,
-        host_memory_budget=options.host_memory_bytes,
-        progress=progress,
-    )
     engine = Engine(
-        model,
+        _load(options, files, sharding_ctx, adapter, progress),
         tokenizer,
         max_batch_size=max_batch_size,
         cache_bytes=cache_bytes,
@@ -84,6 +74,25 @@ def open_engine(
         snapshot_fraction=snapshot_fraction,
     )
     return engine, tokenizer, defaults
+
+
+def _load(
+    options: ModelOptions,
+    files: ModelFiles,
+    sharding_ctx: ShardingContext,
+    adapter: PeftAdapter | None,
+    progress: ProgressCallback | None,
+) -> LoadedModel:
+    return load_model(
+        files,
+        sharding_ctx,
+        dtype=options.dtype,
+        load_format=options.load_format,
+        ignored_config_keys=options.ignored_keys,
+        adapter=adapter,
+        host_memory_budget=options.host_memory_bytes,
+        progress=progress,
+    )
 
 
 def _notes(

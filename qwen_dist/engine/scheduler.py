@@ -232,13 +232,13 @@ class Scheduler:
     # --- slots and pages ---
 
     def _admit(self) -> None:
-        while self._waiting:
+        while self._waiting and any(shard.free_slots for shard in self._shards):
             sequence = self._waiting[0][2]
             if sequence.is_finished:
                 heapq.heappop(self._waiting)
                 continue
             shard = self._choose_shard(sequence)
-            if not shard.free_slots or not self._begin(sequence, shard):
+            if not self._begin(sequence, shard):
                 return
             heapq.heappop(self._waiting)
             self.num_waiting -= 1

@@ -3,6 +3,7 @@
 import collections
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from qwen_dist.engine.sequence import Sequence
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.state import page_bytes, slot_bytes
 from qwen_dist.models.transformer import state_specs
+from qwen_dist.ops import slots
 from qwen_dist.ops.paged_cache import PAGE as BLOCK
 from qwen_dist.ops.paged_cache import PagedState
 from qwen_dist.sharding import INFERENCE, ShardingContext
@@ -400,13 +402,20 @@ def test_without_a_prefix_cache_and_with_windows_nothing_is_shared():
 # --- real models ---
 
 
+def test_a_state_is_copied_in_its_shard_and_no_other_changes():
+    """Slot 1 of the second of two shards, of three slots each, to snapshot 3 there, of four."""
+    states, snapshots = jnp.arange(12.0).reshape(2, 3, 2), jnp.zeros((2, 4, 2))
+    copied = np.asarray(slots.copy(states, snapshots, jnp.array([6, 4]), jnp.array([8, 7])))
+    assert copied[1, 3].tolist() == states[1, 1].tolist() and np.count_nonzero(copied) == 2
+
+
 @pytest.fixture(scope="module")
 def open_model(tiny_directory):
     @functools.cache
-    def opened(family: str):
+    def opened(family: str, mesh: str = "data=1"):
         sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
         directory = tiny_directory(family, **sizes, **({"num_experts": 8} if "moe" in family else {}))
-        sharding_ctx = ShardingContext(make_mesh(MeshConfig.parse("data=1")), INFERENCE)
+        sharding_ctx = ShardingContext(make_mesh(MeshConfig.parse(mesh)), INFERENCE)
         return load_model(directory, sharding_ctx, dtype="float32"), Tokenizer.open(directory)
 
     return opened
@@ -419,7 +428,8 @@ def engine_of(opened, *, num_slots: int, num_pages: int, num_snapshots: int = 0,
     of_slot = slot_bytes(specs, model.sharding_ctx)
     left = num_pages * sum(page_bytes(specs, model.sharding_ctx)) + num_snapshots * of_slot
     fraction = (num_snapshots + 0.5) * of_slot / left
-    sizes = {"max_batch_size": num_slots, "cache_bytes": left + num_slots * of_slot, "snapshot_fraction": fraction}
+    slots_per_shard = num_slots // model.sharding_ctx.batch_multiple()
+    sizes = {"max_batch_size": num_slots, "cache_bytes": left + slots_per_shard * of_slot, "snapshot_fraction": fraction}
     return Engine(model, tokenizer, **sizes, **options)
 
 
@@ -452,22 +462,25 @@ def random_requests(count: int, pages: range, *, has_processors: bool) -> list[R
 
 
 @pytest.mark.parametrize(
-    ("family", "count", "num_slots", "num_pages", "num_snapshots", "pages"),
+    ("family", "count", "num_slots", "num_pages", "num_snapshots", "pages", "mesh"),
     [
-        ("qwen3", 60, 3, 9, 0, range(4)),
-        pytest.param("qwen3", 2000, 8, 20, 0, range(4), marks=pytest.mark.slow),
-        pytest.param("qwen3_moe", 60, 3, 9, 0, range(4), marks=pytest.mark.slow),
-        pytest.param("qwen3_moe", 2000, 8, 20, 0, range(4), marks=pytest.mark.slow),
-        ("qwen3_5", 60, 3, 16, 4, range(3, 6)),
-        pytest.param("qwen3_5", 2000, 8, 32, 4, range(3, 7), marks=pytest.mark.slow),
+        ("qwen3", 60, 3, 9, 0, range(4), "data=1"),
+        pytest.param("qwen3", 2000, 8, 20, 0, range(4), "data=1", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", 60, 3, 9, 0, range(4), "data=1", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", 2000, 8, 20, 0, range(4), "data=1", marks=pytest.mark.slow),
+        ("qwen3_5", 60, 3, 16, 4, range(3, 6), "data=1"),
+        pytest.param("qwen3_5", 2000, 8, 32, 4, range(3, 7), "data=1", marks=pytest.mark.slow),
+        pytest.param("qwen3_5", 60, 6, 14, 3, range(3, 6), "data=2,tensor=2", marks=pytest.mark.slow),
     ],
 )
-def test_answers_are_the_same_without_a_prefix_cache(open_model, family, count, num_slots, num_pages, num_snapshots, pages):
+def test_answers_are_the_same_without_a_prefix_cache(
+    open_model, family, count, num_slots, num_pages, num_snapshots, pages, mesh
+):
     """With pages that are short: sequences are preempted, and cached pages and snapshots are given to others."""
     requests = random_requests(count, pages, has_processors=count > 60)
     sizes = {"num_slots": num_slots, "num_pages": num_pages, "num_snapshots": num_snapshots}
-    expected, none_cached = answers_of(engine_of(open_model(family), **sizes, prefix_cache=False), requests)
-    engine = engine_of(open_model(family), **sizes)
+    expected, none_cached = answers_of(engine_of(open_model(family, mesh), **sizes, prefix_cache=False), requests)
+    engine = engine_of(open_model(family, mesh), **sizes)
     found, num_cached = answers_of(engine, requests)
     num_prompt, load = sum(len(one.prompt) for one in requests), engine.stats
     print(f"{count} requests, {num_cached} of {num_prompt} prompt tokens cached, {load.num_preempted} preempted")
