@@ -228,7 +228,8 @@ def make_requests(
       tokenizer: of the checkpoint.
       defaults: sampling parameters, overridden by the request's own.
       key: returns the key of a choice by its index.
-      max_context: the most tokens of a prompt.
+      max_context: the most tokens of a prompt. A text that is far longer is refused before it is tokenized; what is exact
+        is `Engine.check`.
       variables: of the chat template, for a request that does not set them.
 
     Raises:
