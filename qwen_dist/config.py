@@ -36,6 +36,12 @@ def _mesh() -> Any:
     )
 
 
+def _prefix_cache() -> Any:
+    return option(
+        True, flag="--prefix-cache", metavar="on|off", help="compute the beginning that several prompts have only once"
+    )
+
+
 def _adapter() -> Any:
     return option("", flag="--adapter", metavar="DIR", help="a LoRA adapter in PEFT's format, merged into the weights")
 
@@ -179,6 +185,7 @@ class GenerateConfig:
     )
     system: str | None = option(None, flag="--system", metavar="TEXT", help="the system message")
     raw: bool = option(False, flag="--raw", help="do not apply the chat template")
+    prefix_cache: bool = _prefix_cache()
 
     def __post_init__(self) -> None:
         if self.raw and self.chat.variables:
@@ -199,8 +206,16 @@ class EngineOptions:
     max_batch_size: int = option(96, flag="--max-batch-size", metavar="N", help="the most requests at the same time")
     kv_cache_memory: str = option("4GB", metavar="SIZE", help="bound on the KV cache of each device")
     steps_per_dispatch: int = option(1, metavar="N", help="decode steps on the device before the host reads the tokens")
+    prefix_cache: bool = _prefix_cache()
+    snapshot_fraction: float = option(
+        0.2,
+        metavar="F",
+        help="part of the KV cache for snapshots of recurrent layers' states, which their prefix cache needs: 0 up to 1",
+    )
 
     def __post_init__(self) -> None:
+        if not 0 <= self.snapshot_fraction < 1:
+            raise UsageError(f"engine.snapshot_fraction is {self.snapshot_fraction}; it must be at least 0 and below 1")
         if not 1 <= self.max_batch_size <= MAX_BATCH_SIZE:
             raise UsageError(f"engine.max_batch_size is {self.max_batch_size}; it must be from 1 to {MAX_BATCH_SIZE}")
 

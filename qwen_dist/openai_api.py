@@ -228,7 +228,8 @@ def make_requests(
       tokenizer: of the checkpoint.
       defaults: sampling parameters, overridden by the request's own.
       key: returns the key of a choice by its index.
-      max_context: the most tokens of a prompt.
+      max_context: the most tokens of a prompt. A text that is far longer is refused before it is tokenized; what is exact
+        is `Engine.check`.
       variables: of the chat template, for a request that does not set them.
 
     Raises:
@@ -256,12 +257,14 @@ class Choice:
       num_tokens: number of generated tokens, the stop token included.
       logprobs: `{"token", "logprob", "bytes", "top_logprobs"}` for each token of the text, as in the OpenAI API; the
         log-probability of the first token of an echoed prompt is None.
+      num_cached_tokens: of the prompt, those that were read from the prefix cache.
     """
 
     text: str
     finish_reason: str
     num_tokens: int
     logprobs: Sequence[Mapping[str, Any]] | None = None
+    num_cached_tokens: int = 0
 
 
 class PendingAnswer:
@@ -288,7 +291,8 @@ class PendingAnswer:
         self.num_prompt_tokens = len(output.request.prompt)
         text = (self._request.prompt or "") * self._request.echo + self._texts[index]
         logprobs = self._all_logprobs(index, output)
-        self.choices[index] = Choice(text, output.finish_reason, output.num_generated, logprobs)
+        num_generated, num_cached = output.num_generated, output.num_cached_tokens
+        self.choices[index] = Choice(text, output.finish_reason, num_generated, logprobs, num_cached)
         return len(self.choices) == self._request.num_choices
 
     def _all_logprobs(self, index: int, output: RequestOutput) -> list[dict[str, Any]] | None:
@@ -326,13 +330,15 @@ def completion_body(
 ) -> dict[str, Any]:
     """Return the body that answers a request; `number` makes its id unique."""
     is_chat, usage = request.messages is not None, token_usage(choices, prompt_tokens)
+    # The prompt counts once: what the first choice computes, the others read from the cache.
+    num_cached = min(choice.num_cached_tokens for choice in choices)
     return {
         "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{number}",
         "object": "chat.completion" if is_chat else "text_completion",
         "created": int(time.time()),
         "model": request.model or "",
         "choices": [_choice_json(index, choice, is_chat=is_chat) for index, choice in enumerate(choices)],
-        "usage": usage | {"total_tokens": sum(usage.values())},
+        "usage": usage | {"total_tokens": sum(usage.values()), "prompt_tokens_details": {"cached_tokens": num_cached}},
     }
 
 

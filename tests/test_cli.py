@@ -242,6 +242,7 @@ def test_a_batch_and_its_summary(run, model, prompts, tmp_path):
         "num_answered": 2,
         "num_errors": 1,
         "num_prompt_tokens": 117,
+        "num_cached_tokens": 0,
         "num_generated_tokens": 24,
         "num_before": 0,
     }
@@ -541,6 +542,8 @@ PERTURBED = {
     "keep_order": None,
     "engine.kv_cache_memory": "1KB",
     "engine.steps_per_dispatch": "0",
+    "engine.prefix_cache": None,  # changes no answer
+    "engine.snapshot_fraction": "1",
     "max_line_size": "10B",
     "metrics_port": "70000",
     "metrics_host": None,  # has its own test

@@ -168,6 +168,18 @@ def test_a_wrong_configuration_is_not_printed(capsys):
 # --- other flags ---
 
 
+def test_a_switch_is_on_or_off(capsys):
+    batch = BY_NAME["batch"]
+    given = ("--model", "m", "--input", "i", "--output", "o")
+    assert read(batch, *given).engine.prefix_cache is True
+    assert read(batch, *given, "--prefix-cache", "off").engine.prefix_cache is False
+    assert read(batch, *given, "--prefix-cache", "on").engine.prefix_cache is True
+    assert read(batch, *given, "--config.engine.prefix_cache=false").engine.prefix_cache is False
+    with pytest.raises(SystemExit, match="2"):
+        main(["batch", "--prefix-cache", "no"])
+    assert "--prefix-cache: 'no' is neither on nor off" in capsys.readouterr().err
+
+
 def test_the_time_to_wait_for_other_processes(monkeypatch, capsys):
     monkeypatch.setenv("QWEN_DIST_START_TIMEOUT", "soon")
     assert main(["preflight"]) == 2
@@ -185,6 +197,7 @@ def test_the_time_to_wait_for_other_processes(monkeypatch, capsys):
         ("qwen-dist fi", {"finetune "}),
         ("qwen-dist batch --max-b", {"--max-batch-size "}),
         ("qwen-dist generate --thinking o", {"on", "off"}),
+        ("qwen-dist generate --prefix-cache o", {"on", "off"}),
         ("qwen-dist plan --remat s", {"selective "}),
     ],
 )

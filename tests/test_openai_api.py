@@ -1,5 +1,7 @@
 """Bodies and answers of the OpenAI API, without a batch: what a server needs."""
 
+import itertools
+
 import pytest
 
 from qwen_dist.engine.request import RequestOutput, SamplingParams, TokenLogprob
@@ -40,8 +42,8 @@ def test_choices_are_requests_with_their_own_seeds(tokenizer):
     assert (one.key, other.key, one.params.seed, other.params.seed) == (0, 1, 5, 6)
     assert list(one.prompt) == tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True)
     assert one.prompt == other.prompt and one.params.stop_token_ids == tokenizer.chat_stop_ids
-    with pytest.raises(UserError, match="context"):
-        requests_of(ApiRequest({}, prompt="fox " * 1000), tokenizer)
+    with pytest.raises(UserError, match="at most 99 fit"):
+        requests_of(ApiRequest({}, prompt="fox " * 10**5), tokenizer)
 
 
 def output(request, text, tokens, reason=None, num_generated=0, **more) -> RequestOutput:
@@ -52,19 +54,28 @@ def output(request, text, tokens, reason=None, num_generated=0, **more) -> Reque
 def test_outputs_become_one_body(tokenizer):
     request = parse_body({"messages": MESSAGES, "n": 2, "logprobs": True, "top_logprobs": 1}, is_chat=True)
     answer, (first, second) = PendingAnswer(request, tokenizer), requests_of(request, tokenizer)
-    brown, dog = (tokenizer.encode(word)[0] for word in ("brown", " dog"))
-    assert not answer.add(1, output(second, "brown", [brown]))
-    assert not answer.add(1, output(second, " dog", [dog], "length", 2))
-    assert answer.add(0, output(first, "", [], "stop", 1))
+    brown, dog = (tokenizer.encode(word) for word in ("brown", " dog"))
+    tokens = brown + dog
+    assert not answer.add(1, output(second, "brown", brown))
+    assert not answer.add(1, output(second, " dog", dog, "length", len(tokens), num_cached_tokens=128))
+    assert answer.add(0, output(first, "", [], "stop", 1, num_cached_tokens=64))
     body = completion_body(request, answer.in_order(), answer.num_prompt_tokens, 7)
     num_prompt = len(first.prompt)
     assert (body["id"], body["object"]) == ("chatcmpl-7", "chat.completion")
-    assert body["usage"] == {"prompt_tokens": num_prompt, "completion_tokens": 3, "total_tokens": num_prompt + 3}
+    num_answer = len(tokens) + 1
+    # The prompt counts once, and what one choice read from the other's pages had to be computed for that one.
+    assert body["usage"] == {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_answer,
+        "total_tokens": num_prompt + num_answer,
+        "prompt_tokens_details": {"cached_tokens": 64},
+    }
     assert [choice["finish_reason"] for choice in body["choices"]] == ["stop", "length"]
     assert [choice["message"]["content"] for choice in body["choices"]] == ["", "brown dog"]
     entries = body["choices"][1]["logprobs"]["content"]
-    assert [(entry["token"], entry["logprob"]) for entry in entries] == [("brown", -0.5), (" dog", -0.5)]
-    assert entries[0]["top_logprobs"] == [{"token": "brown", "logprob": -0.5, "bytes": list(b"brown")}]
+    assert "".join(entry["token"] for entry in entries) == "brown dog" and len(entries) == len(tokens)
+    assert all(entry["top_logprobs"] == [{key: entry[key] for key in ("token", "logprob", "bytes")}] for entry in entries)
+    assert bytes(itertools.chain.from_iterable(entry["bytes"] for entry in entries)) == b"brown dog"
 
 
 def test_an_echoed_text_has_the_log_probabilities_of_the_prompt(tokenizer):

@@ -48,7 +48,8 @@ def batch_progress(
                 f"{summary.num_prompt_tokens / seconds:.0f} tokens/s in, "
                 f"{summary.num_generated_tokens / seconds:.0f} out; "
                 f"{stats.num_running} running, {stats.num_waiting} waiting, "
-                f"cache {stats.held_positions / max(stats.cache_positions, 1):.0%}",
+                f"cache {stats.held_positions / max(stats.cache_positions, 1):.0%}, "
+                f"prefix hits {summary.num_cached_tokens / max(summary.num_prompt_tokens, 1):.0%}",
             )
 
         yield report
@@ -128,10 +129,11 @@ def describe_summary(summary: BatchSummary, output: str, kinds: dict[str, int], 
     if num_left is None and summary.num_before and not summary.num_answered + summary.num_errors:
         return f"nothing to do: all {summary.num_before} records have a result in {output}"
     speed = summary.num_generated_tokens / max(summary.seconds, 1e-9)
+    cached = f" ({summary.num_cached_tokens} of them cached)" if summary.num_cached_tokens else ""
     before = f"{summary.num_before} done before; " if summary.num_before else ""
     lines = [
         f"{before}{summary.num_answered} answered, {summary.num_errors} with an error; {summary.num_prompt_tokens} "
-        f"prompt tokens and {summary.num_generated_tokens} generated tokens in {summary.seconds:.1f} s "
+        f"prompt tokens{cached} and {summary.num_generated_tokens} generated tokens in {summary.seconds:.1f} s "
         f"({speed:.1f} tokens/s): {output}"
     ]
     if kinds:

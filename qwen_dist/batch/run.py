@@ -26,12 +26,14 @@ class BatchSummary:
 
     Attributes:
       seconds: since loading ended.
+      num_cached_tokens: of the prompt tokens, those that were read from the prefix cache.
       num_before: results that earlier runs have written.
     """
 
     num_answered: int = 0
     num_errors: int = 0
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
     num_generated_tokens: int = 0
     seconds: float = 0.0
     num_before: int = 0
@@ -58,9 +60,7 @@ def run_batch(
     """Answer every record and write each result when it is finished.
 
     Args:
-      engine: from `open_engine`, as are `tokenizer` and `defaults`.
-      tokenizer: of the same checkpoint.
-      defaults: sampling parameters, overridden by a record's own.
+      engine, tokenizer, defaults: from `open_engine`; a record's own parameters override the defaults.
       records, writer: `records` come from `read_records`, only as fast as the engine takes requests.
       raw: give prompts to the model unchanged, without the chat template.
       variables: of the chat template, for records that do not set them.
@@ -92,6 +92,7 @@ def run_batch(
         summary.seconds = time.monotonic() - start
         if update.finish_reason is not None:
             summary.num_prompt_tokens += len(update.request.prompt)
+            summary.num_cached_tokens += update.num_cached_tokens
         if is_answered:
             writer.write(result_line(record, answer.in_order(), answer.num_prompt_tokens), record.line_hash)
             summary.num_answered += 1

@@ -69,8 +69,9 @@ def print_answer_speed(last: RequestOutput, first_s: float, rest_s: float) -> No
     """Print a line after an answer, in a terminal: tokens, and the seconds to the first one and for the others."""
     if sys.stderr.isatty():
         speed = (last.num_generated - 1) / max(rest_s, 1e-9)
+        cached = f" ({last.num_cached_tokens} cached)" if last.num_cached_tokens else ""
         print(
-            f"[{len(last.request.prompt)} prompt tokens, {last.num_generated} generated; "
+            f"[{len(last.request.prompt)} prompt tokens{cached}, {last.num_generated} generated; "
             f"first token after {first_s:.1f} s, then {speed:.1f} tokens/s; finish reason: {last.finish_reason}]",
             file=sys.stderr,
         )

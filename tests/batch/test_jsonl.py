@@ -210,7 +210,8 @@ def test_openai_result_lines():
     assert (line["custom_id"], line["error"], line["response"]["status_code"]) == ("c", None, 200)
     body = line["response"]["body"]
     assert (body["object"], body["model"]) == ("chat.completion", "qwen")
-    assert body["usage"] == {"prompt_tokens": 4, "completion_tokens": 2, "total_tokens": 6}
+    usage = {"prompt_tokens": 4, "completion_tokens": 2, "total_tokens": 6}
+    assert body["usage"] == usage | {"prompt_tokens_details": {"cached_tokens": 0}}
     (choice,) = body["choices"]
     assert choice["message"] == {"role": "assistant", "content": "Hi", "refusal": None}
     assert (choice["index"], choice["finish_reason"], choice["logprobs"]["content"]) == (0, "length", logprobs)

@@ -52,6 +52,7 @@ def test_metrics_are_served_while_a_batch_runs():
             lines = response.read().decode().splitlines()
         values = dict(line.split() for line in lines if not line.startswith("#"))
         assert values["qwen_dist_batch_num_generated_tokens"] == "30.0"
+        assert values["qwen_dist_batch_num_cached_tokens"] == "0.0"
         assert values["qwen_dist_batch_num_running"] == "4.0" and values["qwen_dist_batch_seconds"] == "2.5"
         with pytest.raises(UserError, match=f"port {port}: Address already in use"), metrics_server(port, "127.0.0.1"):
             pass

@@ -190,7 +190,7 @@ def scheduler_of(**changes) -> Scheduler:
 
 
 def scheduled(scheduler: Scheduler) -> list[tuple[int, int, int]]:
-    return [(s.request.key, start, count) for s, start, count in scheduler.schedule(can_preempt=True)]
+    return [(s.request.key, start, count) for s, start, count, *_ in scheduler.schedule(can_preempt=True)]
 
 
 def request(key: int, length: int) -> Request:
@@ -224,11 +224,11 @@ def test_a_preempted_sequence_is_admitted_before_those_that_came_later(policy):
     for sequence in (first, second):
         sequence.tokens.append(1)
     while not scheduler.num_preempted:
-        for sequence, _, count in scheduler.schedule(can_preempt=True):
+        for sequence, _, count, *_ in scheduler.schedule(can_preempt=True):
             sequence.tokens += [1] * count
     assert second.was_preempted and second.slot < 0 and scheduler.num_running == 1
     scheduler.release(first)
-    (sequence, start, count), *_ = scheduler.schedule(can_preempt=True)
+    (sequence, start, count, *_), *_ = scheduler.schedule(can_preempt=True)
     assert sequence is second and (start, count) == (0, len(second.tokens))
 
 
