@@ -50,7 +50,7 @@ def make_app(service: Service, api_key: str | None) -> ASGIApp:
         return Response(service.metrics.page(service.engine.stats), headers={"content-type": CONTENT_TYPE})
 
     async def embeddings(request: Request) -> Response:
-        raise ApiError(501, "/v1/embeddings is not supported: this server answers chats and texts", "not_supported")
+        raise ApiError(400, "/v1/embeddings is not supported: this server answers chats and texts", "not_supported")
 
     routes = [
         Route("/health", health),

@@ -27,6 +27,7 @@ class CallBody:
 
     Attributes:
       requests: one for each prompt; a chat is one.
+      fields: the names that the body has.
       stream: send the answer as it comes.
       include_usage: end the stream with the numbers of tokens.
       forced_tool: the tool that must be called; "" for any, None if none must.
@@ -34,6 +35,7 @@ class CallBody:
     """
 
     requests: tuple[ApiRequest, ...]
+    fields: frozenset[str] = frozenset()
     stream: bool = False
     include_usage: bool = False
     forced_tool: str | None = None
@@ -86,11 +88,12 @@ def _check_response_format(given: Any) -> None:
 
 
 def _parse(body: dict[str, Any], *, is_chat: bool, model: str) -> CallBody:
+    fields = frozenset(body)
     stream, include_usage = _parse_stream(body)
     tool_choice, one_call = _parse_tool_choice(body) if is_chat else (None, False)
     prompts = [body] if is_chat else [body | {"prompt": prompt} for prompt in _prompts(body.get("prompt"))]
     requests = tuple(dataclasses.replace(parse_body(one, is_chat=is_chat), model=model) for one in prompts)
-    call = CallBody(requests, stream, include_usage, tool_choice, one_call)
+    call = CallBody(requests, fields, stream, include_usage, tool_choice, one_call)
     if call.num_answers > MAX_ANSWERS:
         raise UserError(f"n times the number of prompts is {call.num_answers}; it must be at most {MAX_ANSWERS}")
     if stream and requests[0].echo and "logprobs" in requests[0].params:

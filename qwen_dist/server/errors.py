@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from qwen_dist.errors import UserError, printable
@@ -37,12 +37,12 @@ class ApiError(Exception):
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def invalid_request(error: UserError, body: Mapping[str, Any]) -> ApiError:
-    """Return the answer to a body that cannot be used; a single problem names its field first."""
+def invalid_request(error: UserError, fields: Collection[str]) -> ApiError:
+    """Return the answer to a body with these fields that cannot be used; a message begins with the field that is wrong."""
     if isinstance(error, TooLongError):
-        return ApiError(400, str(error), "context_length_exceeded", param="messages" if "messages" in body else "prompt")
+        return ApiError(400, str(error), "context_length_exceeded", param="messages" if "messages" in fields else "prompt")
     first = str(error).split(maxsplit=1)[0].partition("[")[0].rstrip(":") if str(error) else ""
-    return ApiError(400, str(error), "invalid_request", param=first if first in body else None)
+    return ApiError(400, str(error), "invalid_request", param=first if first in fields else None)
 
 
 def not_ready(message: str, code: str) -> ApiError:

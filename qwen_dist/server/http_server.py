@@ -77,7 +77,7 @@ class BoundedProtocol(H11Protocol):
 
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+    def capture_signals(self) -> Iterator[None]:
         yield  # `HttpServer` handles them
 
 

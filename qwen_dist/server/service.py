@@ -152,7 +152,6 @@ class Service:
     def _prepare(self, model: OpenedModel, raw: bytes, is_chat: bool) -> Call:
         """Parse, render and tokenize, in another thread."""
         body, engine = parse_call_body(raw, is_chat=is_chat, model=self.name), model.engine
-        given = {"messages" if is_chat else "prompt": None}
         try:
             call = make_call(
                 body,
@@ -166,10 +165,10 @@ class Service:
                 if len(request.prompt) >= engine.max_context:
                     message = f"the prompt has {len(request.prompt)} tokens; the context of the model has "
                     message += f"{engine.max_context}, which must also hold the answer"
-                    raise ApiError(400, message, "context_length_exceeded", param=next(iter(given)))
+                    raise ApiError(400, message, "context_length_exceeded", param="messages" if is_chat else "prompt")
                 engine.check(request)
         except UserError as error:
-            raise invalid_request(error, given) from None
+            raise invalid_request(error, body.fields) from None
         return call
 
     # --- called by the engine's thread, through the loop ---
