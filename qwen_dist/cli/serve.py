@@ -69,8 +69,8 @@ def _check(config: ServeConfig) -> None:
     adapter_name, equals, _ = config.model.adapter.partition("=")
     if equals and not os.path.exists(config.model.adapter):
         raise UsageError(
-            f"--adapter {printable(adapter_name, 60)}=…: adapters by name are not supported; --adapter DIR serves the model "
-            "with one adapter merged into it"
+            f"--adapter {printable(adapter_name, 60)}=…: adapters by name are not supported; --adapter DIR serves the "
+            "model with one adapter merged into it"
         )
     cluster = detect_cluster(None, None, None, os.environ)
     if cluster is not None and cluster.num_processes > 1:

@@ -124,8 +124,10 @@ def test_an_answer_may_begin_inside_the_reasoning():
 
 
 PIECES = st.sampled_from(
-    ["<think>", "</think>", CALL, END_CALL, HERMES, XML, "<", "</", "<tool", "_call>", " ", "\n", '"', "\\", "{", "}"]
-    + ['{"name": "now"', "<function=now>", "</function>", "<parameter=a>", "</parameter>", "x", "日", "a b"]
+    [
+        *("<think>", "</think>", CALL, END_CALL, HERMES, XML, "<", "</", "<tool", "_call>", " ", "\n", '"', "\\", "{", "}"),
+        *('{"name": "now"', "<function=now>", "</function>", "<parameter=a>", "</parameter>", "x", "日", "a b"),
+    ]
 )
 
 
