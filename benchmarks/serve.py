@@ -4,8 +4,9 @@
         [--at-a-time 1,8,32] [--url NAME=http://HOST:PORT/v1 …] [--no-batch]
 
 It starts `qwen-dist serve` on a free port, asks it for streams of the same prompts, greedily, and then answers these
-prompts with `qwen-dist batch`. --url adds a server that already runs, such as another project's; its model is the first that it lists. Tokens are those that the server counts in `usage`. The first requests
-of each server are not counted. Times are of whole requests, seen by a client in the same process on the same machine.
+prompts with `qwen-dist batch`. --url adds a server that already runs, such as another project's; its model is the first
+that it lists. Tokens are those that the server counts in `usage`. The first requests of each server are not counted.
+Times are of whole requests, seen by a client in this process on the same machine.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ class CallEndpoint:
         limit = self._service.limits.request_s - (time.monotonic() - start)
         try:
             async with asyncio.timeout(limit):
-                self._service.check_ready()
+                self._service.check_room()
                 raw = await _read_body(request, self._service.limits.max_body_bytes)
         except TimeoutError:
             raise ApiError(408, f"the body did not come within {limit:.0f} s", "timeout") from None

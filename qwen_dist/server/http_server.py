@@ -174,5 +174,9 @@ async def serve(
         await server.run()
     finally:
         service.close()
+    await asyncio.to_thread(service.engine.join, _CLOSE_S)
+    if service.engine.is_alive():  # it loads or compiles, and the interpreter cannot end while it does
+        note("stopped")
+        os._exit(1 if failures else 0)
     if failures:
         raise failures[0]

@@ -122,11 +122,9 @@ class Service:
     async def open_call(self, raw: bytes, *, is_chat: bool) -> Call:
         """Parse a body and start to answer it. Raises ApiError if it cannot be answered."""
         model = self.check_ready()
-        self._check_room(1)
         loop = asyncio.get_running_loop()
         call = await loop.run_in_executor(self._parsers, self._prepare, model, raw, is_chat)
-        self.check_ready()
-        self._check_room(len(call.requests))
+        self.check_room(len(call.requests))
         self._calls[call] = math.nan
         self._num_open += len(call.requests)
         self._is_idle.clear()
@@ -144,7 +142,9 @@ class Service:
         if not self._calls:
             self._is_idle.set()
 
-    def _check_room(self, number: int) -> None:
+    def check_room(self, number: int = 1) -> None:
+        """Raise ApiError if no call with so many answers is accepted."""
+        self.check_ready()
         if self._num_open and self._num_open + number > self.limits.max_open:
             message = f"{self._num_open} answers are computed or wait, of at most {self.limits.max_open}; try again later"
             raise ApiError(429, message, "too_many_requests", headers={"Retry-After": "1"})

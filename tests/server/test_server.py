@@ -27,7 +27,7 @@ def chat(text: str) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """A server with four slots, and room for 60 answers that wait."""
-    arguments = ["--max-batch-size", "4", "--max-waiting", "60", "--max-body-size", "100kB", "--config.header_timeout=1"]
+    arguments = ["--max-batch-size", "4", "--max-waiting", "60", "--max-body-size", "100kB", "--config.header_timeout=2"]
     with running_server(tmp_path_factory.mktemp("server"), *arguments) as running:
         yield running
 
@@ -293,7 +293,7 @@ def test_a_head_that_does_not_come_ends_the_connection(server):
             connection.sendall(sent)
             start = time.monotonic()
             assert connection.recv(10) == b""
-            assert 0.5 < time.monotonic() - start < 15
+            assert 1 < time.monotonic() - start < 15
 
 
 # --- the command ---
