@@ -98,7 +98,7 @@ def test_reasoning_is_apart_from_the_content(server):
 
 
 def test_without_the_key_only_health_answers(server):
-    for given in ("", "Bearer", f"Bearer {KEY} ", f"Bearer {KEY[:-1]}", f"Basic {KEY}", "Bearer x\xe9"):
+    for given in ("", "Bearer", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"Basic {KEY}"):
         answer = server.post("/v1/chat/completions", b"{}", authorization=given)
         assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
         assert answer.headers["www-authenticate"] == "Bearer"
