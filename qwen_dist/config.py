@@ -266,6 +266,61 @@ class BatchConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ServeEngineOptions(EngineOptions):
+    """The engine of a server: who comes first is answered first."""
+
+    policy: Literal["throughput", "latency"] = option(
+        "latency", help="which request is admitted next: that with the longest prompt, or the first to come"
+    )
+    max_batch_size: int = option(32, flag="--max-batch-size", metavar="N", help="the most requests at the same time")
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeConfig:
+    """`qwen-dist serve`."""
+
+    model: ModelOptions
+    host: str = option("127.0.0.1", flag="--host", metavar="ADDRESS", help="serve on this address; 0.0.0.0 for all")
+    port: int = option(8000, flag="--port", metavar="PORT", help="serve on this port; 0 takes a free one")
+    api_key: str = option(
+        "",
+        flag="--api-key",
+        metavar="KEY",
+        help="what clients must send; default: QWEN_DIST_API_KEY, which ps does not show",
+    )
+    served_name: str = option("", flag="--served-name", metavar="NAME", help="of the model, for requests; default: its own")
+    mesh: str = _mesh()
+    sampling: SamplingOptions = SamplingOptions()
+    chat: ChatOptions = ChatOptions()
+    engine: ServeEngineOptions = ServeEngineOptions()
+    warm_up: bool = option(True, help="compile the programs before the first request")
+    max_waiting: int = option(
+        512, flag="--max-waiting", metavar="N", help="the most requests that wait; more are refused with status 429"
+    )
+    max_body_size: str = option("16MB", flag="--max-body-size", metavar="SIZE", help="the most bytes of a request")
+    request_timeout: float = option(600.0, flag="--request-timeout", metavar="S", help="seconds for a whole request")
+    header_timeout: float = option(10.0, metavar="S", help="seconds for the head of a request")
+    drain_timeout: float = option(
+        30.0, flag="--drain-timeout", metavar="S", help="seconds that running requests have after SIGTERM"
+    )
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 0 <= self.port < 2**16:
+            problems.append(f"port is {self.port}; it must be from 0 to {2**16 - 1}")
+        if self.max_waiting < 0:
+            problems.append(f"max_waiting is {self.max_waiting}; it must be at least 0")
+        for name in ("request_timeout", "header_timeout", "drain_timeout"):
+            if getattr(self, name) <= 0:
+                problems.append(f"{name} is {getattr(self, name):g}; it must be above 0 seconds")
+        if not all("!" <= char <= "~" for char in self.api_key):
+            problems.append("api_key must be printable ASCII without spaces")
+        if problems:
+            raise UsageError("; ".join(problems))
+        _check_line_size("max_body_size", self.max_body_size)
+
+
+@dataclasses.dataclass(frozen=True)
 class DataOptions:
     """The training data. See docs/finetune.md for the formats of files and records."""
 

@@ -31,7 +31,7 @@ class ApiRequest:
     Attributes:
       params: the sampling parameters by the engine's names (`SAMPLING_PARAMS`). Names and types have been checked; the
         engine checks the values, and the tokenizer the messages.
-      prompt: given to the model without the chat template.
+      prompt: given to the model without the chat template; a text or token ids.
       tools, chat_template_kwargs: of a chat, as given; `chat.make_chat` checks them.
       model: the model that the body names; copied to the answer, otherwise ignored.
       echo: whether the answer's text begins with the prompt.
@@ -39,7 +39,7 @@ class ApiRequest:
     """
 
     params: Mapping[str, Any]
-    prompt: str | None = None
+    prompt: str | Sequence[int] | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
     tools: Any = None
     chat_template_kwargs: Any = None
@@ -92,8 +92,8 @@ def _parse_chat(body: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
 def _parse_completion(body: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     """Parse a text to complete. With `echo`, the result's text and log-probabilities include the prompt."""
     prompt, echo, logprobs = body.get("prompt"), body.get("echo") or False, body.get("logprobs")
-    if not isinstance(prompt, str):
-        problems.append(f"prompt must be a string; got {shortened(prompt)}")
+    if not isinstance(prompt, str) and not _are_tokens(prompt):
+        problems.append(f"prompt must be a string or a list of token ids; got {shortened(prompt)}")
     if not isinstance(echo, bool):
         problems.append(f"echo must be true or false; got {shortened(echo)}")
     if logprobs is not None and not _is_count(logprobs):
@@ -150,6 +150,10 @@ def is_integer(value: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     return is_integer(value) and value >= 0
+
+
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(map(_is_count, value))
 
 
 def _is_stop(value: Any) -> bool:
@@ -238,8 +242,9 @@ def make_requests(
     params = defaults.override(request.params)
     if request.messages is None:
         text = request.prompt or ""
-        tokenizer.check_length(text, max_context)
-        prompt = tokenizer.encode(text)
+        if isinstance(text, str):
+            tokenizer.check_length(text, max_context)
+        prompt = tokenizer.encode(text) if isinstance(text, str) else list(text)
     else:
         chat = make_chat(request.messages, request.tools, request.chat_template_kwargs, variables)
         prompt = tokenizer.encode_prompt(chat, max_context)
@@ -289,7 +294,7 @@ class PendingAnswer:
         if output.finish_reason is None:
             return False
         self.num_prompt_tokens = len(output.request.prompt)
-        text = (self._request.prompt or "") * self._request.echo + self._texts[index]
+        text = echoed_text(self._request, self._tokenizer) + self._texts[index]
         logprobs = self._all_logprobs(index, output)
         num_generated, num_cached = output.num_generated, output.num_cached_tokens
         self.choices[index] = Choice(text, output.finish_reason, num_generated, logprobs, num_cached)
@@ -307,6 +312,12 @@ class PendingAnswer:
     def in_order(self) -> list[Choice]:
         """Return the finished choices by their index."""
         return [self.choices[index] for index in sorted(self.choices)]
+
+
+def echoed_text(request: ApiRequest, tokenizer: Tokenizer) -> str:
+    """Return the text of the prompt with which every answer begins; empty without `echo`."""
+    prompt = request.prompt if request.echo and request.prompt is not None else ""
+    return prompt if isinstance(prompt, str) else tokenizer.decode(prompt, skip_special_tokens=False)
 
 
 def logprob_json(logprob: TokenLogprob, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -345,16 +356,19 @@ def completion_body(
 def _choice_json(index: int, choice: Choice, *, is_chat: bool) -> dict[str, Any]:
     logprobs, entry = choice.logprobs, {"index": index, "finish_reason": choice.finish_reason}
     if not is_chat:
-        return entry | {"text": choice.text, "logprobs": None if logprobs is None else _completion_logprobs(logprobs)}
+        return entry | {"text": choice.text, "logprobs": None if logprobs is None else completion_logprobs(logprobs)}
     return entry | {
         "message": {"role": "assistant", "content": choice.text, "refusal": None},
         "logprobs": None if logprobs is None else {"content": list(logprobs), "refusal": None},
     }
 
 
-def _completion_logprobs(logprobs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Return log-probabilities in the column format of `/v1/completions`, with the text offset of each token."""
-    decoder, offset, offsets = codecs.getincrementaldecoder("utf-8")("replace"), 0, []
+def completion_logprobs(logprobs: Sequence[Mapping[str, Any]], offset: int = 0) -> dict[str, list[Any]]:
+    """Return log-probabilities in the column format of `/v1/completions`, with the text offset of each token.
+
+    `offset` is that of the first one.
+    """
+    decoder, offsets = codecs.getincrementaldecoder("utf-8")("replace"), []
     for entry in logprobs:
         offsets.append(offset)
         offset += len(decoder.decode(bytes(entry["bytes"])))

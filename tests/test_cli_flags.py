@@ -30,6 +30,10 @@ ARGUMENTS = {
         f"--input i --output o --config {CONFIGS}/batch.py --raw --config.engine.policy=latency --metrics-port 80",
         {"raw": True, "engine.policy": "latency", "engine.max_batch_size": 96, "metrics_port": 80, "sampling.top_k": None},
     ),
+    "serve": (
+        f"--config {CONFIGS}/serve.py:some/dir --port 0 --config.warm_up=false --max-waiting 3 --drain-timeout 2",
+        {"model.path": "some/dir", "port": 0, "warm_up": False, "engine.policy": "latency", "drain_timeout": 2.0},
+    ),
     "finetune": (
         f"--data a --data b --output o --config {CONFIGS}/finetune_full.py:m --steps 3 "
         "\"--config.lora.target_modules=('x',)\"",

@@ -387,7 +387,9 @@ def test_constraints_pin_everything_that_the_project_asks_for():
     pins = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] not in "# "]
     extras = PROJECT["optional-dependencies"]
     asked = [
-        Requirement(text) for name in ("docs", "dev", "metrics", "parity", "parquet", "remote") for text in extras[name]
+        Requirement(text)
+        for name in ("docs", "dev", "metrics", "parity", "parquet", "remote", "serve")
+        for text in extras[name]
     ]
     asked += [Requirement(text) for text in PROJECT["dependencies"]]
     for version in ("3.11", "3.12"):

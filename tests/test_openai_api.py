@@ -23,8 +23,8 @@ def test_a_body_is_a_request_or_all_of_its_problems():
     with pytest.raises(UserError) as error:
         parse_body({"prompt": 3, "n": 0, "audio": {}}, is_chat=False)
     assert str(error.value) == (
-        "prompt must be a string; got 3; n must be a whole number from 1 to 128; got 0; cannot be honoured, so leave out: "
-        "audio"
+        "prompt must be a string or a list of token ids; got 3; n must be a whole number from 1 to 128; got 0; cannot be "
+        "honoured, so leave out: audio"
     )
     with pytest.raises(UserError, match='body must be an object with "prompt"; got None'):
         parse_body(None, is_chat=False)

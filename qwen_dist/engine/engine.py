@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -199,6 +199,21 @@ class Engine:
                 f"the prompt has {length} tokens and the answer up to {request.params.max_new_tokens}, more than the cache "
                 f"can hold ({self._scheduler.max_pages * PAGE} in each data-parallel shard); allow it more memory"
             )
+
+    def warm_up(self, report: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Give the cache all of its memory and compile the programs, so that no request waits for that.
+
+        Programs that return log-probabilities or process logits are compiled when a request first needs one.
+
+        Args:
+          report: called with the number of programs that are compiled, and of all.
+        """
+        self._scheduler.reserve()
+        batches = list(self._batches.empty_batches(self._scheduler.num_pages))
+        for done, batch in enumerate(batches):
+            report(done, len(batches))
+            jax.block_until_ready(self._dispatch(batch))
+        report(len(batches), len(batches))
 
     def _end(self, request: Request) -> int:
         """Return the last position that a token of the answer may have; a prompt that is only scored has one too."""

@@ -101,7 +101,7 @@ class Scheduler:
         self.num_preempted = 0
         self.num_waiting = 0
         self._chunk_size, self._max_chunks, self._num_decode_steps = chunk_size, max_chunks, num_decode_steps
-        self._policy = POLICIES[policy]
+        self._policy, self._alternates = POLICIES[policy], policy == "latency"
         self._has_prefix_cache = prefix_cache and limits.can_share and num_snapshots != 0
         self._is_recurrent = num_snapshots is not None
         self._waiting: list[tuple[Any, int, Sequence]] = []
@@ -145,6 +145,12 @@ class Scheduler:
             sum(self._limits.num_live(group, length) for length in lengths) - shared[group] * self._limits.page_size
             for group in range(len(self._limits.groups))
         )
+
+    def reserve(self) -> None:
+        """Let the pools have all pages that memory allows, so that they never grow."""
+        self._allowed_pages = self.max_pages
+        for shard in self._shards:
+            shard.grow(self.num_pages)
 
     # --- requests ---
 
@@ -195,8 +201,9 @@ class Scheduler:
         prefilling = [[s for s in shard.sequences if s.is_prefilling] for shard in self._shards]
         ready = [[s for s in shard.sequences if s.can_decode] for shard in self._shards]
         num_prefilling, num_ready = sum(map(len, prefilling)), sum(map(len, ready))
-        # Prefill and decode take turns, but most slots are filled before few sequences decode for long.
-        if num_prefilling and (not self._was_prefill or num_ready < num_prefilling):
+        # Prefill and decode take turns, but most slots are filled before few sequences decode for long. For latency they
+        # always take turns, so that nobody waits for a token longer than one step of prefill takes.
+        if num_prefilling and (not self._was_prefill or num_ready < (1 if self._alternates else num_prefilling)):
             self._was_prefill = True
             return [scheduled for sequences in prefilling for scheduled in self._chunks(sequences)]
         self._was_prefill = False
