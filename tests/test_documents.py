@@ -213,12 +213,14 @@ NOT_RUN = {
     "CONTRIBUTING.md": "installs, and runs the tests",
     "docs/concepts.md": "test_the_command_of_concepts_shows_every_operation",
     "docs/get-started.md": "test_get_started_runs_as_it_stands",
+    "docs/serve.md": "tests/server starts it and asks it with OpenAI's client",
     "docs/performance.md": "benchmarks of minutes to hours; tests/train/test_documented_commands.py checks their flags",
     "launch/README.md": "needs Docker, a registry and a cluster; tests/distributed runs local.sh and checks the others",
 }
 # Commands that cannot run in a test, by a pattern: why, and the change with which they do, if any.
 CANNOT_RUN = {
     r"pip install ": ("installs from a network", None),
+    r"qwen-dist serve|curl ": ("does not end, or needs a running server; see tests/server", None),
     r" --topology (v|tpu)\S+ .*--compile": ("needs the TPU's compiler, and minutes", (r" --compile( [\d,]+| auto)?", "")),
 }
 # What makes a run short: the last of two flags counts.
