@@ -212,7 +212,7 @@ class Engine:
         batches = list(self._batches.empty_batches(self._scheduler.num_pages))
         for done, batch in enumerate(batches):
             report(done, len(batches))
-            jax.block_until_ready(self._dispatch(batch))
+            jax.block_until_ready(self._dispatch([], batch))
         report(len(batches), len(batches))
 
     def _end(self, request: Request) -> int:
