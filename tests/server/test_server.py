@@ -142,7 +142,7 @@ def test_a_prompt_that_begins_like_an_earlier_one_is_read_from_the_cache(server,
     prompt = [5 + number % 200 for number in range(150)]
     before = server.metric("cached_tokens_total")
     wanted = {"model": "demo", "max_tokens": 2, "stream_options": {"include_usage": True}, "stream": True}
-    first, again = (list(client.completions.create(prompt=prompt + [tail], **wanted))[-1].usage for tail in (7, 8))
+    first, again = (list(client.completions.create(prompt=[*prompt, tail], **wanted))[-1].usage for tail in (7, 8))
     assert (first.prompt_tokens, first.prompt_tokens_details.cached_tokens) == (151, 0)
     assert (again.prompt_tokens, again.prompt_tokens_details.cached_tokens) == (151, 128)
     whole = client.completions.create(model="demo", max_tokens=2, prompt=[prompt, prompt]).usage
