@@ -113,6 +113,8 @@ def _make_service(
                 cache_bytes=parse_bytes(config.engine.kv_cache_memory),
                 steps_per_dispatch=config.engine.steps_per_dispatch,
                 policy=config.engine.policy,
+                prefix_cache=config.engine.prefix_cache,
+                snapshot_fraction=config.engine.snapshot_fraction,
                 template_variables=config.chat.variables,
                 progress=progress,
                 announce=note,

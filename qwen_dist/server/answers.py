@@ -36,8 +36,7 @@ class WholeAnswer:
     def __init__(self, call: Call, tokenizer: Tokenizer):
         self._call = call
         self._answers = [PendingAnswer(api, tokenizer) for api in call.body.requests]
-        # Of each answer by its index: which prompt it is of, and its number among the answers to it.
-        self._places = [(p, c) for p, api in enumerate(call.body.requests) for c in range(api.num_choices)]
+        self._places = _places(call)
 
     def add(self, index: int, output: RequestOutput) -> None:
         prompt, choice = self._places[index]
@@ -57,7 +56,9 @@ class WholeAnswer:
             if call.body.is_chat:
                 self._divide(choice)
         completion_tokens = sum(body["usage"]["completion_tokens"] for body in bodies)
-        return bodies[0] | {"choices": choices, "usage": usage(call.prompt_tokens, completion_tokens)}
+        cached_tokens = sum(body["usage"]["prompt_tokens_details"]["cached_tokens"] for body in bodies)
+        numbers = usage(call.prompt_tokens, completion_tokens, cached_tokens)
+        return bodies[0] | {"choices": choices, "usage": numbers}
 
     def _divide(self, choice: dict[str, Any]) -> None:
         """Divide the text of a chat's answer into reasoning, content and tool calls."""
@@ -90,17 +91,23 @@ class StreamedAnswer:
         new_choice = _ChatChoice if is_chat else _TextChoice
         self._choices = [new_choice(call, tokenizer, echo) for echo in echoes]
         self._completion_tokens = 0
+        self._places, self._cached_tokens = _places(call), dict[int, int]()
 
     def add(self, index: int, output: RequestOutput) -> bytes:
         """Return the events of an output."""
         self._completion_tokens += len(output.tokens)
+        if output.finish_reason is not None:  # as in `completion_body`, a prompt counts once
+            prompt, _ = self._places[index]
+            known = self._cached_tokens.get(prompt, output.num_cached_tokens)
+            self._cached_tokens[prompt] = min(known, output.num_cached_tokens)
         return b"".join(self._event({"index": index} | choice) for choice in self._choices[index].add(output))
 
     def end(self) -> bytes:
         """Return the events after the last output."""
         if not self._call.body.include_usage:
             return END_OF_STREAM
-        numbers = usage(self._call.prompt_tokens, self._completion_tokens)
+        cached_tokens = sum(self._cached_tokens.values())
+        numbers = usage(self._call.prompt_tokens, self._completion_tokens, cached_tokens)
         return event(self._head | {"choices": [], "usage": numbers}) + END_OF_STREAM
 
     def _event(self, choice: Mapping[str, Any]) -> bytes:
@@ -173,9 +180,18 @@ def _finish_reason(reason: str, *, has_calls: bool) -> str:
     return "tool_calls" if has_calls and reason == "stop" else reason
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    total = prompt_tokens + completion_tokens
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
+
+
+def _places(call: Call) -> list[tuple[int, int]]:
+    """Return of each answer, by its index, which prompt it is of and its number among the answers to it."""
+    return [(prompt, choice) for prompt, api in enumerate(call.body.requests) for choice in range(api.num_choices)]
 
 
 def model_json(name: str, created: int, max_context: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ _GAUGES = {
     "cache_positions": "Token positions that the cache has.",
     "held_positions": "Token positions in pages that requests hold.",
     "live_positions": "Token positions that hold a token.",
+    "cached_positions": "Token positions in pages that no request holds and that the prefix cache keeps.",
 }
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 
@@ -29,6 +30,7 @@ class ServerMetrics:
         self.answers = self._make(Counter, "answers", "HTTP requests that were answered.", ["endpoint", "status"])
         self.disconnects = self._make(Counter, "disconnects", "Requests whose client went away before the end.")
         self.prompt_tokens = self._make(Counter, "prompt_tokens", "Tokens of the prompts of accepted requests.")
+        self.cached_tokens = self._make(Counter, "cached_tokens", "Tokens of prompts that were read from the prefix cache.")
         self.generated_tokens = self._make(Counter, "generated_tokens", "Generated tokens.")
         self.first_token_s = self._make(Histogram, "first_token_seconds", "Time to the first token.", buckets=_SECONDS)
         self.token_gap_s = self._make(Histogram, "token_gap_seconds", "Time between outputs.", buckets=_SECONDS)

@@ -188,6 +188,8 @@ class Service:
                 self.metrics.token_gap_s.observe(now - last)
             self._calls[call] = now
             self.metrics.generated_tokens.inc(len(output.tokens))
+            if output.finish_reason is not None:
+                self.metrics.cached_tokens.inc(output.num_cached_tokens)
             call.deliver(index, output)
 
     def _fail(self, error: BaseException) -> None:

@@ -138,6 +138,18 @@ def test_choices_seeds_and_stops(client, expected):
     assert (short.choices[0].finish_reason, short.usage.completion_tokens) == ("length", 2)
 
 
+def test_a_prompt_that_begins_like_an_earlier_one_is_read_from_the_cache(server, client):
+    prompt = [5 + number % 200 for number in range(150)]
+    before = server.metric("cached_tokens_total")
+    wanted = {"model": "demo", "max_tokens": 2, "stream_options": {"include_usage": True}, "stream": True}
+    first, again = (list(client.completions.create(prompt=[*prompt, tail], **wanted))[-1].usage for tail in (7, 8))
+    assert (first.prompt_tokens, first.prompt_tokens_details.cached_tokens) == (151, 0)
+    assert (again.prompt_tokens, again.prompt_tokens_details.cached_tokens) == (151, 128)
+    whole = client.completions.create(model="demo", max_tokens=2, prompt=[prompt, prompt]).usage
+    assert (whole.prompt_tokens, whole.prompt_tokens_details.cached_tokens) == (300, 256)
+    assert server.metric("cached_tokens_total") == before + 128 + 256
+
+
 def test_models_health_and_metrics(server, client):
     (model,) = client.models.list().data
     assert model.id == "demo" and client.models.retrieve("demo").id == "demo"
