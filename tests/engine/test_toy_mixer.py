@@ -126,7 +126,7 @@ def test_preempted_sequences_prefill_again_from_the_initial_state(tokenizer):
     requests = [Request(key, prompt, params) for key, prompt in enumerate(prompts)]
 
     def tokens(cache_bytes: int) -> tuple[list[list[int]], int]:
-        engine = Engine(loaded, tokenizer, max_batch_size=4, cache_bytes=cache_bytes)
+        engine = Engine(loaded, tokenizer, max_batch_size=4, cache_bytes=cache_bytes, prefix_cache=False)
         found: list[list[int]] = [[] for _ in requests]
         for output in engine.run(requests):
             found[output.request.key] += output.tokens
