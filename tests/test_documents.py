@@ -226,6 +226,7 @@ SHORTER = {
     r"\bfinetune\b.*--output": " --steps 3 --config.data.max_length=128",
     r"\bqwen-dist generate": " --max-new-tokens 24",
 }
+IN_A_TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
 SHAPES = runpy.run_path(str(ROOT / "tests" / "planning" / "shapes.py"))
 _EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "num_key_value_heads": 4}
 # The `config.json` of a command: by the nearest heading or comment that names a model.
@@ -265,6 +266,8 @@ def as_run(heading: str, command: str) -> str:
     command = command.partition(" #")[0].rstrip()
     for pattern, flags in SHORTER.items():
         command += flags if re.search(pattern, command) else ""
+    if re.match(r"qwen-dist generate --model \S+ --max-new-tokens \d+$", command):  # a chat, which needs a terminal
+        command = f"printf 'Hi\\n\\n' | python -c '{IN_A_TERMINAL}' {command}"
     # The demonstration model has three key heads, which no axis of the pages divides.
     return re.sub(r"\bDIR\b", "WIDE", command) if "tensor=" in command else command
 
