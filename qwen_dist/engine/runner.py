@@ -407,10 +407,12 @@ class Runner:
             copied = jax.tree.map(lambda x, y: slots.copy(x, y, from_D, to_D), source, target)
             return constrain_states(specs, copied)
 
-    @functools.partial(jax.jit, static_argnums=0)
     def _empty_presence(self) -> jax.Array:
+        """Return the table with its sharding as the programs write it: another spelling would compile one of them twice."""
+        shape = self._num_slots, self._model.config.vocab_size
+        sharding = self._model.sharding_ctx.activation("token presence", shape, token_presence.AXES)
         with use_sharding(self._model.sharding_ctx):
-            return token_presence.empty(self._num_slots, self._model.config.vocab_size)
+            return jax.jit(token_presence.empty, static_argnums=(0, 1), out_shardings=sharding)(*shape)
 
     def _resized(self, states: States, *, num_pages: tuple[int, ...]) -> States:
         with use_sharding(self._model.sharding_ctx):

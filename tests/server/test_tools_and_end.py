@@ -13,7 +13,7 @@ ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo", "days": 2}}\n</tool_call>'
 XML = "<tool_call>\n<function=get_weather>\n<parameter=days>\n2\n</parameter>\n</function>\n</tool_call>"
 QUESTION = "Weather in Oslo and Bergen?"
-FORCED = forced_beginning("get_weather", is_xml=False, is_thinking=False)
+FORCED = forced_beginning("tell", is_xml=False, is_thinking=False)
 ANSWERS = {
     f"{QUESTION}{ASSISTANT}": f"Let me see.\n{CALL}\n{XML}",
     f"Which one, think?{ASSISTANT}": "<think>\nHard.\n</think>\n\nOne.",
@@ -21,10 +21,15 @@ ANSWERS = {
     f"Which one?{ASSISTANT}<think>\n\n</think>\n\n": "Three.",
     f"Which one?{ASSISTANT}": "Four.",
     FORCED: '{"city": "Rome"}}\n</tool_call>',
-    f"Anything?{ASSISTANT}<tool_call>\n": CALL.removeprefix("<tool_call>\n"),
+    # Other tools than above: an answer is told from the 24 tokens before it, and the call above is followed by more.
+    f"Anything?{ASSISTANT}<tool_call>\n": '{"name": "ask", "arguments": {}}\n</tool_call>',
 }
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
-TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}]
+TOOLS = [
+    {"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}},
+    {"type": "function", "function": {"name": "ask", "parameters": {"type": "object", "properties": {}}}},
+    {"type": "function", "function": {"name": "tell", "parameters": PARAMETERS}},
+]
 CALLS = [("get_weather", {"city": "Oslo", "days": 2}), ("get_weather", {"days": 2})]
 KEY = "a-secret"
 
@@ -81,10 +86,10 @@ def test_a_conversation_with_a_result_of_a_tool(server):
 def test_the_choice_of_a_tool(server):
     none = ask(server, QUESTION, tools=TOOLS, tool_choice="none").choices[0]
     assert (none.message.content, none.finish_reason) == (ANSWERS[f"{QUESTION}{ASSISTANT}"], "stop")
-    named = {"type": "function", "function": {"name": "get_weather"}}
+    named = {"type": "function", "function": {"name": "tell"}}
     forced = ask(server, "Hello.", tools=TOOLS, tool_choice=named).choices[0]
-    assert calls_of(forced.message) == [("get_weather", {"city": "Rome"})]
-    assert streamed(server, "Anything?", tools=TOOLS, tool_choice="required")[1:] == (CALLS[:1], "", "tool_calls")
+    assert calls_of(forced.message) == [("tell", {"city": "Rome"})]
+    assert streamed(server, "Anything?", tools=TOOLS, tool_choice="required")[1:] == ([("ask", {})], "", "tool_calls")
 
 
 def test_reasoning_is_apart_from_the_content(server):
