@@ -412,7 +412,7 @@ class Runner:
         shape = self._num_slots, self._model.config.vocab_size
         sharding = self._model.sharding_ctx.activation("token presence", shape, token_presence.AXES)
         with use_sharding(self._model.sharding_ctx):
-            return jax.jit(token_presence.empty, static_argnums=(0, 1), out_shardings=sharding)(*shape)
+            return jax.jit(lambda: token_presence.empty(*shape), out_shardings=sharding)()
 
     def _resized(self, states: States, *, num_pages: tuple[int, ...]) -> States:
         with use_sharding(self._model.sharding_ctx):
