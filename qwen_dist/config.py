@@ -24,6 +24,7 @@ from qwen_dist.errors import UsageError, printable, problem_list
 from qwen_dist.json_reader import JsonError, parse_json
 
 T = TypeVar("T")
+Quantize = Literal["stored", "none", "int8", "int4", "fp8"]
 
 
 def _mesh() -> Any:
@@ -85,8 +86,8 @@ class LoadOptions(CheckpointOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelOptions(LoadOptions):
-    """A model that is run or trained."""
+class TrainedModelOptions(LoadOptions):
+    """A model whose weights are loaded, to be trained."""
 
     load_format: Literal["safetensors", "dummy"] = option(
         "safetensors", flag="--load-format", metavar="FORMAT", help="weight files, or random weights"
@@ -96,6 +97,29 @@ class ModelOptions(LoadOptions):
     @property
     def needs_weights(self) -> bool:
         return self.load_format != "dummy"
+
+
+def _quantize(default: str, help: str) -> Any:
+    return option(default, flag="--quantize", metavar="FORM", help=help)
+
+
+def _group_size() -> Any:
+    return option(
+        None,
+        flag="--quantize-group-size",
+        metavar="N",
+        help="in-features with one scale; 0: all of a row (int4: 32, int8: 128, fp8: 0)",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions(TrainedModelOptions):
+    """A model that is run, whose weights may be kept in fewer bits."""
+
+    quantize: Quantize = _quantize(
+        "stored", "keep the weights of linear layers and experts as the checkpoint has packed them, dequantised, or as"
+    )
+    quantize_group_size: int | None = _group_size()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,7 +405,7 @@ class OptimizerOptions:
 class FinetuneConfig:
     """`qwen-dist finetune`."""
 
-    model: ModelOptions
+    model: TrainedModelOptions
     data: DataOptions
     output: str = option(
         flag="--output", metavar="DIR", help="for checkpoints, metrics and the result; an existing run is resumed"
@@ -523,6 +547,8 @@ class ParityModelOptions(CheckpointOptions):
     dtype: Literal["bfloat16", "float32", "float64"] = option(
         "float32", flag="--dtype", metavar="DTYPE", help="of parameters and computation on both sides"
     )
+    quantize: Quantize = _quantize("none", "for --kl: the form of the weights that is compared with the original")
+    quantize_group_size: int | None = _group_size()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -537,10 +563,18 @@ class ParityConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PlanModelOptions(CheckpointOptions):
+    """The model to plan for."""
+
+    quantize: Quantize = _quantize("stored", "the form of the weights in batch inference")
+    quantize_group_size: int | None = _group_size()
+
+
+@dataclasses.dataclass(frozen=True)
 class PlanConfig:
     """`qwen-dist plan`."""
 
-    model: CheckpointOptions
+    model: PlanModelOptions
     topology: str = option(flag="--topology", metavar="KIND:SIZES", help="such as v5e:8x8, v5p:4x4x4 or cpu:8")
     command: Literal["batch", "finetune"] = option("batch", flag="--command", help="what to run")
     mesh: str = _mesh()

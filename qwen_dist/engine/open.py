@@ -17,6 +17,7 @@ from qwen_dist.hf_config import read_model_config
 from qwen_dist.mesh import MeshConfig, default_mesh, make_mesh
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.ops.dispatch import Backend
+from qwen_dist.quantization.options import QuantizeOptions
 from qwen_dist.sharding import INFERENCE, ShardingContext
 from qwen_dist.storage.model_files import ModelFiles
 from qwen_dist.tokenizer import Tokenizer
@@ -53,6 +54,7 @@ def open_engine(
       UserError: the mesh, the checkpoint or a sampling parameter cannot be used. Cheap checks run before the weights load.
     """
     devices = jax.devices() if devices is None else devices
+    QuantizeOptions.of(options.quantize, options.quantize_group_size)  # raises UsageError before anything is read
     adapter = read_adapter(options.adapter, options.ignored_keys) if options.adapter else None
     given = make_mesh(MeshConfig.parse(mesh), devices) if mesh else None
     files = ModelFiles.open(options.path)
@@ -90,6 +92,7 @@ def _load(
         load_format=options.load_format,
         ignored_config_keys=options.ignored_keys,
         adapter=adapter,
+        quantize=QuantizeOptions.of(options.quantize, options.quantize_group_size),
         host_memory_budget=options.host_memory_bytes,
         progress=progress,
     )

@@ -1,7 +1,7 @@
 """What a matrix product may take as its weight: an array, or a weight that is stored in fewer bits.
 
 A quantised weight is a pytree of arrays, so it is sharded, donated and passed to jitted functions like any parameter.
-Only `ops.matmul` and `ops.grouped_matmul` look inside it.
+Only `ops.matmul` and `ops.grouped_matmul` look inside it. `ops.grouped_weight` has the form that checkpoints are loaded in.
 """
 
 from __future__ import annotations
@@ -34,6 +34,15 @@ class QuantizedWeight(Protocol):
     def reshape(self, *shape: int) -> QuantizedWeight:
         """Return the same weight with other dimensions, as `jax.Array.reshape`."""
 
+    def take(self, index: jax.Array) -> QuantizedWeight:
+        """Return the weight at an index of the first dimension, such as that of one expert."""
+
+    def with_axes(self, axes: tuple[str, ...]) -> Any:
+        """Return the same pytree with the logical names of each array's dimensions in place of the arrays.
+
+        `axes` are those of the array that it stands for.
+        """
+
 
 Weight = jax.Array | QuantizedWeight
 
@@ -41,6 +50,11 @@ Weight = jax.Array | QuantizedWeight
 def to_array(weight: Weight) -> jax.Array:
     """Return the weight as an array: the plain form of every quantised product."""
     return weight if isinstance(weight, jax.Array) else weight.dequantize()
+
+
+def axes_of(weight: Any, axes: tuple[str, ...]) -> Any:
+    """Return the logical names of the dimensions of a weight, as a tuple, or of each array of a quantised one."""
+    return weight.with_axes(axes) if isinstance(weight, QuantizedWeight) else axes
 
 
 @dataclasses.dataclass(frozen=True)

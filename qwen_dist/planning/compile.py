@@ -137,6 +137,8 @@ def lower(config: ModelConfig, sharding_ctx: ShardingContext, workload: Workload
     if phase == "train":
         return _lower_training(config, sharding_ctx, workload)
     module = Transformer(config, dtype=workload.dtype)
+    if workload.quantization is not None:
+        workload.quantization.declare(module)
     model = LoadedModel(config, module, abstract_parameters(module, sharding_ctx), sharding_ctx)  # type: ignore[arg-type]
     runner = Runner(model, workload.batch)
     of_sequence = workload.pages(runner.specs, sharding_ctx)

@@ -1,0 +1,40 @@
+"""The bits of packed weights, in NumPy: 32-bit words as checkpoints have them, and runs as `ops.grouped_weight` has them.
+
+Values of `bits` bits lie in a word from its low bits up. AutoAWQ's are in another order within a word.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+# The place of each of eight consecutive columns among the nibbles of an AutoAWQ word.
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+
+
+def unpack_words(words: np.ndarray, bits: int) -> np.ndarray:
+    """Return the unsigned values of 32-bit words [..., W] along the last dimension: uint8 [..., W · 32 / bits]."""
+    data = np.ascontiguousarray(words).view(np.uint8)
+    if bits == 8:
+        return data
+    assert bits == 4
+    return np.stack([data & 15, data >> 4], axis=-1).reshape(*data.shape[:-1], -1)
+
+
+def pack_words(values: np.ndarray, bits: int) -> np.ndarray:
+    """Return unsigned values [..., N] as int32 words [..., ⌈N · bits / 32⌉], padded with zeros: undo `unpack_words`."""
+    per_word = 32 // bits
+    padded = np.pad(values.astype(np.uint8), [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % per_word)])
+    if bits == 4:
+        padded = padded[..., 0::2] | padded[..., 1::2] << 4
+    return np.ascontiguousarray(padded).view(np.int32)
+
+
+def in_awq_order(values: np.ndarray) -> np.ndarray:
+    """Return the columns of unpacked AutoAWQ words [..., N] in their order."""
+    return values.reshape(*values.shape[:-1], -1, 8)[..., AWQ_ORDER].reshape(values.shape)
+
+
+def pack_runs(values: np.ndarray) -> np.ndarray:
+    """Return runs of unsigned 4-bit values [..., R] as bytes [..., R / 2]: undo `ops.grouped_weight.unpack_runs`."""
+    half = values.shape[-1] // 2
+    return values[..., :half] | values[..., half:] << 4
