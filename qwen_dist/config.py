@@ -99,10 +99,6 @@ class TrainedModelOptions(LoadOptions):
         return self.load_format != "dummy"
 
 
-def _quantize(default: str, help: str) -> Any:
-    return option(default, flag="--quantize", metavar="FORM", help=help)
-
-
 def _group_size() -> Any:
     return option(
         None,
@@ -116,8 +112,11 @@ def _group_size() -> Any:
 class ModelOptions(TrainedModelOptions):
     """A model that is run, whose weights may be kept in fewer bits."""
 
-    quantize: Quantize = _quantize(
-        "stored", "keep the weights of linear layers and experts as the checkpoint has packed them, dequantised, or as"
+    quantize: Quantize = option(
+        "stored",
+        flag="--quantize",
+        metavar="FORM",
+        help="the weights of linear layers and experts in memory: as they are stored, as floats, or in fewer bits",
     )
     quantize_group_size: int | None = _group_size()
 
@@ -526,6 +525,27 @@ class ExportConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class QuantizeModelOptions(LoadOptions):
+    """The model to quantise."""
+
+    quantize: Literal["int8", "int4", "fp8"] = option(
+        "int4", flag="--quantize", metavar="FORM", help="the weights of linear layers and experts as"
+    )
+    quantize_group_size: int | None = _group_size()
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeConfig:
+    """`qwen-dist quantize`."""
+
+    model: QuantizeModelOptions
+    output: str = option(flag="--output", metavar="DIR", help="the new checkpoint; written whole or not at all")
+    mesh: str = _mesh()
+    max_shard_size: str = option("5GB", flag="--max-shard-size", metavar="SIZE", help="the most bytes of a weight file")
+    overwrite: bool = option(False, flag="--overwrite", help="replace an existing checkpoint")
+
+
+@dataclasses.dataclass(frozen=True)
 class PreflightModelOptions(LoadOptions):
     """The checkpoint that all hosts must have; empty for none."""
 
@@ -547,7 +567,12 @@ class ParityModelOptions(CheckpointOptions):
     dtype: Literal["bfloat16", "float32", "float64"] = option(
         "float32", flag="--dtype", metavar="DTYPE", help="of parameters and computation on both sides"
     )
-    quantize: Quantize = _quantize("none", "for --kl: the form of the weights that is compared with the original")
+    quantize: Quantize = option(
+        "none",
+        flag="--quantize",
+        metavar="FORM",
+        help="for --kl: the weights that are compared with the original ones",
+    )
     quantize_group_size: int | None = _group_size()
 
 
@@ -560,13 +585,39 @@ class ParityConfig:
     prompts: tuple[str, ...] = option((), flag="--prompt", metavar="TEXT", help="a text to compare on; may be repeated")
     tokens: int | None = option(None, flag="--tokens", metavar="N", help="use N random tokens instead of prompts")
     report: str = option("", flag="--report", metavar="FILE", help="also write an HTML page")
+    kl: str = option(
+        "", flag="--kl", metavar="TEXT_FILE", help="compare the next-token distributions of two models over this text"
+    )
+    kl_reference: str = option(
+        "",
+        flag="--kl-reference",
+        metavar="DIR_OR_HUB_ID",
+        help="the model that --kl compares with; default: --model itself, dequantised",
+    )
+    kl_tokens: int = option(4096, metavar="N", help="the most tokens of the text that --kl compares")
+
+    def __post_init__(self) -> None:
+        quantize = self.model.quantize
+        if not self.kl and (self.kl_reference or quantize != "none"):
+            raise UsageError("--kl-reference and --quantize are for --kl TEXT_FILE")
+        if self.kl and (self.prompts or self.tokens is not None or self.report):
+            raise UsageError("--kl TEXT_FILE is a comparison of its own: leave out --prompt, --tokens and --report")
+        if self.kl and quantize == "none" and self.kl_reference in ("", self.model.path):
+            raise UsageError("--kl compares two models: give --quantize, or another one with --kl-reference")
+        if self.kl_tokens < 2:
+            raise UsageError(f"kl_tokens is {self.kl_tokens}; it must be at least 2")
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanModelOptions(CheckpointOptions):
     """The model to plan for."""
 
-    quantize: Quantize = _quantize("stored", "the form of the weights in batch inference")
+    quantize: Quantize = option(
+        "stored",
+        flag="--quantize",
+        metavar="FORM",
+        help="the weights of linear layers and experts in batch inference",
+    )
     quantize_group_size: int | None = _group_size()
 
 
