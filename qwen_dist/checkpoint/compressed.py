@@ -103,13 +103,7 @@ def save_compressed(
             arrays[name] = array
             shapes[name] = DiskShape((*one.weight.disk_shape[:-1], array.shape[-1]), one.weight.disk_shape.sections)
         names_of_shape |= {} if is_float else dict(_matrices(one, layout))
-    carried = load_carried(
-        model.checkpoint,
-        plain_shapes,
-        model.sharding_ctx,
-        tied=model.config.tie_word_embeddings,
-        host_memory_budget=host_memory_budget,
-    )
+    carried = load_carried(model.checkpoint, model.sharding_ctx, host_memory_budget=host_memory_budget)
     with jax.enable_x64(True):  # the shapes are 64-bit integers
         replicated = model.sharding_ctx.replicate({name: np.array(shape) for name, shape in names_of_shape.items()})
     save(

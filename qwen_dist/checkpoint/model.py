@@ -223,7 +223,7 @@ def save_model(
     shapes, carried, layout = disk_shapes(model.module), None, None
     if model.checkpoint is not None:
         layout = find_layout(parameters, model.checkpoint.tensors)
-        carried = load_carried(model.checkpoint, shapes, model.sharding_ctx, tied=model.config.tie_word_embeddings)
+        carried = load_carried(model.checkpoint, model.sharding_ctx)
     save(
         parameters,
         output,
@@ -288,7 +288,7 @@ def export_model(
     if abstract.kept:
         arrays = dequantize_weights(arrays, abstract.kept, _dequantized_target(abstract, dtype))
     arrays = merge_updates(arrays, updates, shapes, sharding_ctx)
-    carried = load_carried(checkpoint, shapes, sharding_ctx, tied=is_tied, host_memory_budget=host_memory_budget)
+    carried = load_carried(checkpoint, sharding_ctx, host_memory_budget=host_memory_budget)
     export(
         checkpoint,
         arrays,

@@ -68,11 +68,6 @@ class NameMap:
     skipped: tuple[str, ...] = ()
     tied_head: tuple[str, str] | None = None
 
-    @property
-    def carried(self) -> tuple[str, ...]:
-        """The skipped tensors that a saved checkpoint should also have, such as the layers of multi-token prediction."""
-        return tuple(name for name in self.skipped if not name.endswith((SCALE_SUFFIX, ".inv_freq")))
-
 
 def name_tensors(disk_shapes: Mapping[str, tuple[int, ...]], *, layout: Layout | None = None) -> NameMap:
     """Return the names of a model's tensors on disk by convention, without looking at a checkpoint.
@@ -179,6 +174,11 @@ def _fused_expert_segments(prefix: str, parameter: str, num_experts: int, rows: 
     offset = rows * columns if parameter == "up_proj" else 0
     for expert in range(num_experts):
         yield Segment(tensor, shape, expert * math.prod(shape[1:]) + offset, rows * columns)
+
+
+def carried_names(tensors: Iterable[str]) -> list[str]:
+    """Return the tensors outside the text model that a saved checkpoint should also have, such as a vision tower."""
+    return sorted(name for name in tensors if _SKIPPED.match(name) and not name.endswith((SCALE_SUFFIX, ".inv_freq")))
 
 
 def summarize_names(names: Iterable[str]) -> list[str]:

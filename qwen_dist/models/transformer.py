@@ -26,6 +26,7 @@ from qwen_dist.models.state import LayerState, MixerInputs, States, StepIndices,
 from qwen_dist.models.state_spec import LayerStateSpec, cache_groups
 from qwen_dist.ops.cost import LayerCost, Step
 from qwen_dist.ops.matmul import matmul
+from qwen_dist.ops.weight import Weight
 from qwen_dist.sharding import all_gather_weight, constrain, prefetch_barrier
 
 # A policy of `jax.checkpoint`, such as `jax.checkpoint_policies.nothing_saveable`.
@@ -164,9 +165,9 @@ class Transformer(nnx.Module):
         """Return the next token's logits [B, T, V] from hidden states, in at least float32."""
         return logits(x_BTD, self.head())
 
-    def head(self) -> jax.Array:
+    def head(self) -> Weight:
         """Return the output weights [V, D], sharded as activations are; a tied model's are its embedding's."""
-        return all_gather_weight((self.lm_head or self.embed_tokens).weight[...], "vocab", "embed")
+        return all_gather_weight((self.lm_head or self.embed_tokens).weight.get_value(), "vocab", "embed")
 
 
 def _traced_once(run: Any) -> Any:
@@ -193,7 +194,7 @@ def _inputs_by_layer(
     return inputs
 
 
-def logits(x_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
+def logits(x_BTD: jax.Array, head_VD: Weight) -> jax.Array:
     """Multiply hidden states by the output weights: logits [B, T, V] in at least float32."""
     # Never rounded to the model's dtype: a bfloat16 logit has 3 digits, too few to choose between tokens.
     return constrain(tap("logits", matmul(x_BTD, head_VD)), "batch", "length", "vocab")
