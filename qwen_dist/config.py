@@ -108,6 +108,15 @@ def _group_size() -> Any:
     )
 
 
+def _quantize_head() -> Any:
+    return option(
+        False,
+        flag="--quantize-head",
+        metavar="on|off",
+        help="also the output weights, and so the embedding of a tied model, in int8",
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelOptions(TrainedModelOptions):
     """A model that is run, whose weights may be kept in fewer bits."""
@@ -119,6 +128,7 @@ class ModelOptions(TrainedModelOptions):
         help="the weights of linear layers and experts in memory: as they are stored, as floats, or in fewer bits",
     )
     quantize_group_size: int | None = _group_size()
+    quantize_head: bool = _quantize_head()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -574,6 +584,7 @@ class ParityModelOptions(CheckpointOptions):
         help="for --kl: the weights that are compared with the original ones",
     )
     quantize_group_size: int | None = _group_size()
+    quantize_head: bool = _quantize_head()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -619,6 +630,7 @@ class PlanModelOptions(CheckpointOptions):
         help="the weights of linear layers and experts in batch inference",
     )
     quantize_group_size: int | None = _group_size()
+    quantize_head: bool = _quantize_head()
 
 
 @dataclasses.dataclass(frozen=True)

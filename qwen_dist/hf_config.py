@@ -104,8 +104,8 @@ _QUANTIZATION_KEYS = {
     "disable_exllama is_marlin_format rotation adapter offload_to_disk offload_to_disk_path hessian fallback",
     "awq": "bits w_bit group_size q_group_size zero_point version modules_to_not_convert backend do_fuse modules_to_fuse "
     "fuse_max_seq_len exllama_config",
-    "compressed-tensors": "config_groups format ignore quantization_status kv_cache_scheme sparsity_config transform_config "
-    "global_compression_ratio version run_compressed",
+    "compressed-tensors": "config_groups format ignore quantization_status kv_cache_scheme sparsity_config "
+    "transform_config global_compression_ratio version run_compressed",
 }
 # Why model types are not supported, by a part of their names; the first match counts.
 _UNSUPPORTED = {

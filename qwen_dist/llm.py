@@ -65,6 +65,7 @@ class LLM:
       quantize: keep the weights of linear layers and experts as the checkpoint has packed them ("stored"), dequantise them
         ("none"), or quantise them to "int8", "int4" or "fp8" while they load.
       quantize_group_size: in-features with one scale, 0 for all of a row; by default 32 for int4, 128 for int8, 0 for fp8.
+      quantize_head: also the output weights, and so the embedding of a tied model, in int8.
       load_format: "dummy" makes random weights and reads none.
       ignored_config_keys: unknown keys of the checkpoint's JSON files that do not change the computation.
       max_batch_size: the most prompts that are answered at the same time.
@@ -88,6 +89,7 @@ class LLM:
         adapter: str = "",
         quantize: Quantize = "stored",
         quantize_group_size: int | None = None,
+        quantize_head: bool = False,
         load_format: Literal["safetensors", "dummy"] = "safetensors",
         ignored_config_keys: Iterable[str] = (),
         max_batch_size: int = 32,
@@ -107,6 +109,7 @@ class LLM:
             adapter=str(adapter),
             quantize=quantize,
             quantize_group_size=quantize_group_size,
+            quantize_head=quantize_head,
         )
         self._engine, self._tokenizer, self._defaults = open_engine(
             options,

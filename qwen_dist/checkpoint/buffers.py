@@ -172,7 +172,9 @@ class EncodingBuffer:
     Values that contradict the configuration are noted in `problems`, so that one error can list them all.
     """
 
-    def __init__(self, parameter: Parameter, shard: Shard, buffers: Mapping[str, Sequence[ShardBuffer]], problems: set[str]):
+    def __init__(
+        self, parameter: Parameter, shard: Shard, buffers: Mapping[str, Sequence[ShardBuffer]], problems: set[str]
+    ):
         self.parameter, self.shard, self._buffers, self._problems = parameter, shard, buffers, problems
 
     def view_for(self, chunk: Chunk) -> None:

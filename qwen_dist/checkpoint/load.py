@@ -120,7 +120,8 @@ def make_load_plan(
     names = names or map_names(shapes, tensors, tied=tied, unread=unread)
     parameters = make_parameters(read, names, tensors, block, sources)
     results = {
-        weight.name: {suffix: make_result(name, target[name]) for suffix, name in weight.arrays.items()} for weight in packed
+        weight.name: {suffix: make_result(name, target[name]) for suffix, name in weight.arrays.items()}
+        for weight in packed
     }
     num_threads, chunk_bytes = fit_to_budget(checkpoint.read_options, parameters, host_memory_budget)
     requests = make_read_requests(

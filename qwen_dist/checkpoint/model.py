@@ -65,7 +65,7 @@ class LoadedModel:
 
     @property
     def dtype(self) -> jax.numpy.dtype:
-        return self.parameters["embed_tokens.weight"].dtype
+        return self.parameters["norm.weight"].dtype
 
 
 def load_model(

@@ -1,8 +1,8 @@
 """Weights that are kept in fewer bits: from which tensors on disk their arrays are made, and how.
 
 A `Source` is one tensor on disk of each matrix of a weight, as a parameter in the order of the disk. The loader plans and
-reads it as any other; a chunk of it is then encoded into boxes of the weight's arrays (see `ops.grouped_weight`). There is a
-kind of source for each packing, and one that quantises.
+reads it as any other; a chunk of it is then encoded into boxes of the weight's arrays (see `ops.grouped_weight`). There is
+a kind of source for each packing, and one that quantises.
 
 *Canonical* order is that of the arrays: out-features, then units of in-features (runs or groups), then what is in a unit.
 """

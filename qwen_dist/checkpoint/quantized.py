@@ -20,7 +20,7 @@ from qwen_dist.checkpoint.names import Layout, find_layout, name_tensors
 from qwen_dist.checkpoint.packed import PackedWeight, Source, WeightInfo, packed_sources, quantizing_source, unread_leaves
 from qwen_dist.checkpoint.safetensors import TensorInfo
 from qwen_dist.errors import CheckpointError, UsageError, problem_list
-from qwen_dist.models.layers import Linear
+from qwen_dist.models.layers import Embedding, Linear
 from qwen_dist.models.moe import EXPERT_MATRICES, Experts
 from qwen_dist.models.parameters import abstract_parameters, disk_shapes
 from qwen_dist.models.transformer import Transformer
@@ -67,7 +67,17 @@ class Quantization:
     def of(
         cls, config: Mapping[str, Any], quantize: QuantizeOptions | Literal["stored", "none"]
     ) -> Quantization | None:
-        return None if quantize == "none" else cls(config, quantize if isinstance(quantize, QuantizeOptions) else None)
+        """Return the quantisation; None if there is none. Raises as `read_stored` does."""
+        if isinstance(quantize, QuantizeOptions):
+            return cls(config, quantize)
+        return None if quantize == "none" or read_stored(config) is None else cls(config, None)
+
+    def __str__(self) -> str:
+        if self.options is None:
+            stored = read_stored(self.config)
+            return "" if stored is None else f"weights as stored ({stored.method})"
+        group = f"groups of {self.options.group_size}" if self.options.group_size else "one scale of each row"
+        return f"weights in {self.options.encoding}, {group}"
 
 
 def choose_weights(
@@ -101,7 +111,11 @@ def choose_weights(
 
 def _quantized(module: Transformer, options: QuantizeOptions) -> list[KeptWeight]:
     kept, problems = [], []
+    head = "embed_tokens.weight" if module.config.tie_word_embeddings else "lm_head.weight"
     for weight in weights_of(module):
+        if weight.name == head and options.has_head:
+            form = options.head_form(weight.in_features, weight.dtype)
+            kept.append(KeptWeight(weight, form, quantizing_source(weight, form, "float32"), ()))
         if is_kept(weight.name.removesuffix(".weight")):
             continue
         group = options.group_size or weight.in_features
@@ -112,8 +126,8 @@ def _quantized(module: Transformer, options: QuantizeOptions) -> list[KeptWeight
         kept.append(KeptWeight(weight, form, quantizing_source(weight, form, "float32"), ()))
     if problems:
         raise UsageError(
-            f"groups of {options.group_size} (--quantize-group-size) do not divide these weights; choose a size that does, or "
-            f"0 for one scale of each row:\n{problem_list(problems)}"
+            f"groups of {options.group_size} (--quantize-group-size) do not divide these weights; choose a size that does, "
+            f"or 0 for one scale of each row:\n{problem_list(problems)}"
         )
     return kept
 
@@ -147,7 +161,7 @@ class _Packed:
         if weight.in_features % group:
             raise CheckpointError(f"{weight.name}: groups of {group} do not divide its {weight.in_features} in-features")
         if scheme.has_group_index and weight.is_experts:
-            raise CheckpointError(f"{weight.name}: groups that are not consecutive (desc_act) are not supported for experts")
+            raise CheckpointError(f"{weight.name}: experts with groups that are not consecutive (desc_act) are not supported")
         scale_dtype = "float32" if scheme.packing == "fp8" else self._dtype(layers[0], _scale_leaf(scheme), weight.dtype)
         form = GroupedFormat(
             self._encoding(layers[0], scheme),
@@ -206,7 +220,7 @@ def _scale_leaf(scheme: Scheme) -> str:
 
 
 def weights_of(module: Transformer) -> Iterator[WeightInfo]:
-    """Yield the weights that may be kept in fewer bits: those of linear layers and of experts."""
+    """Yield the weights that may be kept in fewer bits: those of linear layers, of experts, and the embedding."""
     for name, parameter in _weight_parameters(module):
         value, metadata = parameter.get_value(), parameter.get_metadata()
         dtype = jnp.dtype(value.dtype).name
@@ -216,7 +230,7 @@ def weights_of(module: Transformer) -> Iterator[WeightInfo]:
 def _weight_parameters(module: Transformer) -> Iterator[tuple[str, nnx.Param]]:
     for path, layer in nnx.iter_modules(module):
         name = ".".join(map(str, path))
-        if isinstance(layer, Linear):
+        if isinstance(layer, Linear | Embedding):
             yield f"{name}.weight", layer.weight
         elif isinstance(layer, Experts):
             yield from ((f"{name}.{matrix}", getattr(layer, matrix)) for matrix in EXPERT_MATRICES)

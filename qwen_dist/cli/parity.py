@@ -70,6 +70,7 @@ def _compare_distributions(config: ParityConfig, flags: DeviceFlags) -> int:
         dtype=model.dtype,
         quantize=model.quantize,
         group_size=model.quantize_group_size,
+        has_head=model.quantize_head,
         max_tokens=config.kl_tokens,
         mesh=config.mesh,
         ignored_keys=tuple(model.ignored_keys),

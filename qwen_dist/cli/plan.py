@@ -39,7 +39,8 @@ def run(config: PlanConfig, flags: Flags) -> int:
     model = read_model_config(files, config.model.ignored_keys)
     lora = config.lora if config.command == "finetune" and config.method == "lora" else None
     # Training dequantises the weights.
-    quantize = QuantizeOptions.of(config.model.quantize, config.model.quantize_group_size)
+    given = config.model
+    quantize = QuantizeOptions.of(given.quantize, given.quantize_group_size, has_head=given.quantize_head)
     quantization = Quantization.of(files.config, quantize) if config.command == "batch" else None
     workload = Workload(
         config.command, config.batch_size, config.context, config.model.dtype, config.remat, lora, quantization

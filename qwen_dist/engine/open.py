@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Literal
 
 import jax
 
@@ -54,7 +55,7 @@ def open_engine(
       UserError: the mesh, the checkpoint or a sampling parameter cannot be used. Cheap checks run before the weights load.
     """
     devices = jax.devices() if devices is None else devices
-    QuantizeOptions.of(options.quantize, options.quantize_group_size)  # raises UsageError before anything is read
+    quantize = QuantizeOptions.of(options.quantize, options.quantize_group_size, has_head=options.quantize_head)
     adapter = read_adapter(options.adapter, options.ignored_keys) if options.adapter else None
     given = make_mesh(MeshConfig.parse(mesh), devices) if mesh else None
     files = ModelFiles.open(options.path)
@@ -66,7 +67,7 @@ def open_engine(
     for note in _notes(devices[0], sharding_ctx, config, tokenizer, options.adapter):
         announce(note)
     engine = Engine(
-        _load(options, files, sharding_ctx, adapter, progress),
+        _load(options, quantize, files, sharding_ctx, adapter, progress),
         tokenizer,
         max_batch_size=max_batch_size,
         cache_bytes=cache_bytes,
@@ -80,6 +81,7 @@ def open_engine(
 
 def _load(
     options: ModelOptions,
+    quantize: QuantizeOptions | Literal["stored", "none"],
     files: ModelFiles,
     sharding_ctx: ShardingContext,
     adapter: PeftAdapter | None,
@@ -92,7 +94,7 @@ def _load(
         load_format=options.load_format,
         ignored_config_keys=options.ignored_keys,
         adapter=adapter,
-        quantize=QuantizeOptions.of(options.quantize, options.quantize_group_size),
+        quantize=quantize,
         host_memory_budget=options.host_memory_bytes,
         progress=progress,
     )

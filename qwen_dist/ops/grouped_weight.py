@@ -7,8 +7,8 @@ block has the block's scale, in float32.
 Every array has the out-features first, then *units* of consecutive in-features, then what one unit holds, so that a shard
 boundary never cuts a group. The groups of an output are contiguous, and a kernel reads them as one stream:
 
-- `values` [*O, runs, run]: int8 or float8. 4 bits are [*O, runs, run / 2] bytes: byte i of a run of R elements has element i
-  in its low bits and element i + R/2 in its high ones, plus 8, so that widening a run needs no exchange between lanes.
+- `values` [*O, runs, run]: int8 or float8. 4 bits are [*O, runs, run / 2] bytes: byte i of a run of R elements has element
+  i in its low bits and element i + R/2 in its high ones, plus 8, so that widening a run needs no exchange between lanes.
 - `scale` [*O, groups, 1], and `zero_point` of the same shape in int8, less the same 8.
 - `group_index` [runs, run]: the group of each in-feature, where groups are not consecutive (GPTQ's `desc_act`).
 
@@ -91,7 +91,9 @@ class GroupedWeight:
 
     def take(self, index: jax.Array) -> GroupedWeight:
         assert self.group_index is None
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), self)
+        if index.ndim == 0:
+            return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), self)
+        return jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="clip"), self)
 
     def with_axes(self, axes: tuple[str, ...]) -> GroupedWeight:
         out, in_axis = axes[: self.ndim - 1], axes[self.ndim - 1]

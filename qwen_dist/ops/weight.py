@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 
@@ -35,7 +36,7 @@ class QuantizedWeight(Protocol):
         """Return the same weight with other dimensions, as `jax.Array.reshape`."""
 
     def take(self, index: jax.Array) -> QuantizedWeight:
-        """Return the weight at an index of the first dimension, such as that of one expert."""
+        """Return the weight at indices of the first dimension, such as that of one expert, or the rows of tokens."""
 
     def with_axes(self, axes: tuple[str, ...]) -> Any:
         """Return the same pytree with the logical names of each array's dimensions in place of the arrays.
@@ -50,6 +51,13 @@ Weight = jax.Array | QuantizedWeight
 def to_array(weight: Weight) -> jax.Array:
     """Return the weight as an array: the plain form of every quantised product."""
     return weight if isinstance(weight, jax.Array) else weight.dequantize()
+
+
+def take_rows(weight: Weight, index: jax.Array) -> jax.Array:
+    """Return rows of a weight [V, C] as an array [*index, C]."""
+    if isinstance(weight, jax.Array):
+        return jnp.take(weight, index, axis=0, mode="clip")
+    return weight.take(index).dequantize()
 
 
 def axes_of(weight: Any, axes: tuple[str, ...]) -> Any:

@@ -37,6 +37,7 @@ class KlOptions:
     dtype: str
     quantize: Quantize
     group_size: int | None = None
+    has_head: bool = False
     max_tokens: int = 4096
     mesh: str = ""
     ignored_keys: tuple[str, ...] = ()
@@ -74,7 +75,7 @@ def compare_distributions(options: KlOptions, progress: Callable[[str], None] = 
     Raises:
       UserError: a model or the text cannot be used.
     """
-    quantize = QuantizeOptions.of(options.quantize, options.group_size)
+    quantize = QuantizeOptions.of(options.quantize, options.group_size, has_head=options.has_head)
     context = ShardingContext(make_mesh(MeshConfig.parse(options.mesh)), INFERENCE)
     files = ModelFiles.open(options.model)
     tokens = _tokens(options, Tokenizer.open(files, options.ignored_keys))

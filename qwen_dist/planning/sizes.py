@@ -29,6 +29,7 @@ class ParameterSizes:
       local, local_bytes: on one device.
       used: elements on one device while it is used: sharded as activations are.
       is_trained: whether it changes in training.
+      dequantized: elements that are an array while it is used; 0 if it is not quantised.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ParameterSizes:
     local_bytes: int
     used: int
     is_trained: bool
+    dequantized: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,15 +139,18 @@ class ModelSizes:
         def parameters(prefix: str, names: Iterable[str]) -> tuple[ParameterSizes, ...]:
             found = []
             for name in names:
-                leaf = kept[name]
+                leaf, local_used = kept[name], used[name].sharding.shard_shape(kept[name].shape)
+                # Of experts, one at a time is an array.
+                at_a_time = math.prod(local_used[1:] if ".experts." in name else local_used)
                 found.append(
                     ParameterSizes(
                         name=name.removeprefix(prefix),
                         size=math.prod(leaf.shape),
                         local=math.prod(leaf.sharding.shard_shape(leaf.shape)),
                         local_bytes=local_bytes[name],
-                        used=math.prod(used[name].sharding.shard_shape(leaf.shape)),
+                        used=math.prod(local_used),
                         is_trained=name in adapters or workload.lora is None,
+                        dequantized=at_a_time if name + SCALE in local_bytes else 0,
                     )
                 )
             return tuple(found)
@@ -175,12 +180,13 @@ class ModelSizes:
 def _local_bytes(
     module: Transformer, kept: Mapping[str, jax.ShapeDtypeStruct], sharding_ctx: ShardingContext, workload: Workload
 ) -> dict[str, int]:
-    """Return the bytes of each parameter on one device: of a quantised weight, those of all its arrays."""
+    """Return the bytes of each parameter on one device. That of a quantised weight has all its arrays, which follow."""
     if workload.quantization is None:
         return {name: _bytes_of(leaf) for name, leaf in kept.items()}
     workload.quantization.declare(module)
     arrays, suffixes = abstract_parameters(module, sharding_ctx), ("", SCALE, ZERO_POINT, GROUP_INDEX)
-    return {name: sum(_bytes_of(arrays[name + one]) for one in suffixes if name + one in arrays) for name in kept}
+    sums = {name: sum(_bytes_of(arrays[name + one]) for one in suffixes if name + one in arrays) for name in kept}
+    return sums | {name: _bytes_of(leaf) for name, leaf in arrays.items() if name not in kept}
 
 
 def _bytes_of(leaf: jax.ShapeDtypeStruct) -> int:

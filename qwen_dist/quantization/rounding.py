@@ -7,8 +7,8 @@ import numpy as np
 
 from qwen_dist.ops.grouped_weight import Encoding
 
-# A scale is the largest |value| of the group divided by one of these, whichever gives the least squared error. The largest
-# positive value of 4 bits is 7, the largest negative one -8: some groups gain by cutting the one, others by using the other.
+# A scale is the largest |value| of the group divided by one of these, whichever gives the least squared error. The
+# largest positive value of 4 bits is 7, the largest negative one -8: some groups gain by cutting one, others by using both.
 DIVISORS: dict[Encoding, tuple[float, ...]] = {"int8": (127,), "int4": (7, 7.5, 8), "float8_e4m3fn": (448,)}
 LIMITS: dict[Encoding, tuple[float, float]] = {"int8": (-128, 127), "int4": (-8, 7), "float8_e4m3fn": (-448, 448)}
 
@@ -16,7 +16,8 @@ LIMITS: dict[Encoding, tuple[float, float]] = {"int8": (-128, 127), "int4": (-8,
 def quantize(values: np.ndarray, encoding: Encoding, scale_dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """Return the quantised values and the scales of groups [..., g], with one scale for each: [..., g] and [..., 1].
 
-    The values are int8 (also those of 4 bits) or float8. A scale is rounded to `scale_dtype` before values are divided by it.
+    The values are int8 (also those of 4 bits) or float8. A scale is rounded to `scale_dtype` before values are divided by
+    it.
 
     Raises:
       ValueError: a value is infinite or not a number.

@@ -77,7 +77,8 @@ def read_stored(config: Mapping[str, Any]) -> StoredQuantization | None:
     scheme_of = readers[method](reader)
     if reader.problems:
         raise CheckpointError(
-            f"config.json: this form of quantization {method!r} is not supported:\n{problem_list(reader.problems)}\n{_INSTEAD}."
+            f"config.json: this form of quantization {method!r} is not supported:\n{problem_list(reader.problems)}\n"
+            f"{_INSTEAD}."
         )
     return StoredQuantization(method, scheme_of)
 
@@ -270,7 +271,9 @@ def is_packed_by_rule(stored: StoredQuantization, layer: str) -> bool:
 
 
 # Tensors beside packed values, which are no parameters.
-_BESIDE = re.compile(r"(^|\.)(scales|qzeros|g_idx|input_scale|weight_(scale|scale_inv|zero_point|shape|g_idx))$|_scale_inv$")
+_BESIDE = re.compile(
+    r"(^|\.)(scales|qzeros|g_idx|input_scale|weight_(scale|scale_inv|zero_point|shape|g_idx))$|_scale_inv$"
+)
 
 
 def count_values(stored: StoredQuantization | None, name: str, num_elements: int) -> int:

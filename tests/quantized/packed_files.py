@@ -1,4 +1,4 @@
-"""Packs random weights as each tool does, and dequantises them one element at a time: independent of the code under test."""
+"""Packs random weights as each tool does, and dequantises them element by element, apart from the code under test."""
 
 import ml_dtypes
 import numpy as np

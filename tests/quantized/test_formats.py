@@ -52,7 +52,7 @@ def same(one, other):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_dequantised_bit_for_bit(packed_checkpoint, form):
-    """With a budget that makes chunks of a few rows; kept packed and dequantised on the fly, or dequantised by the loader."""
+    """In chunks of a few rows; kept packed and dequantised for use, or dequantised after the load."""
     directory, plain = packed_checkpoint("qwen3", FORMS[form])
     load = functools.partial(load_model, sharding_ctx=context(), dtype="float32", host_memory_budget=2**18)
     expected = load(plain).parameters
