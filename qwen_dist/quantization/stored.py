@@ -29,7 +29,7 @@ class Scheme:
     Attributes:
       packing: the layout of its tensors.
       bits: of a value.
-      group_size: in-features with one scale; 0: all of a row; -1: the scale is that of the whole tensor.
+      group_size: in-features with one scale; 0: all of a row.
       is_symmetric: every zero point is the middle of the range.
       has_group_index: groups are not of consecutive in-features.
       zero_offset: what is added to a stored zero point.
@@ -254,11 +254,9 @@ def _ct_scheme(reader: _Problems, default_format: Any) -> Scheme:
     bits = inner.value("num_bits", 8, (8,) if is_float else (4, 8))
     symmetric = inner.value("symmetric", True, (True,) if is_float else (True, False))
     inner.value("dynamic", False, (False,))
-    strategies = ("channel", "group", "tensor") if form != "pack-quantized" else ("channel", "group")
     group_given = weights.get("group_size") if isinstance(weights, dict) else None
-    inferred = "tensor" if group_given is None else "channel" if group_given == -1 else "group"
-    strategy = inner.value("strategy", inferred, strategies)
-    group = inner.group_size() if strategy == "group" else {"channel": 0, "tensor": -1}[strategy]
+    strategy = inner.value("strategy", "tensor" if group_given is None else "group", ("channel", "group"))
+    group = inner.group_size() if strategy == "group" else 0
     act_order = inner.value("actorder", "none", ("none", "weight", "static", "group", "dynamic", True, False))
     reader.problems += [f"weights: {problem}" for problem in inner.problems]
     has_index = act_order in ("group", "dynamic", True)

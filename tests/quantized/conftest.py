@@ -10,7 +10,7 @@ import safetensors.numpy
 # Sizes that groups of 32 divide; the weights of one layer, as transformers names them.
 SIZES = {
     "qwen3": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2},
-    "qwen3_moe": {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 64, "num_attention_heads": 4},
+    "qwen3_moe": {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64, "num_attention_heads": 4},
     "qwen3_5": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
     | {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
 }

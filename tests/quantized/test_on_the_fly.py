@@ -80,7 +80,7 @@ def test_weights_of_layers_and_experts_are_quantised_and_no_others(small, family
         np.testing.assert_array_equal(of_scale.reshape(scale.shape), scale)
 
 
-@pytest.mark.parametrize(("family", "form", "mesh"), [("qwen3", "int4", "fsdp=2"), ("qwen3", "int8 row", "fsdp=2,tensor=2"),
+@pytest.mark.parametrize(("family", "form", "mesh"), [("qwen3", "int4", "fsdp=2"), ("qwen3", "int8 row", "fsdp=2"),
                                                       ("qwen3_moe", "int4", "expert=2,tensor=2"), ("qwen3_5", "int8", "tensor=2")])
 def test_sharded_is_one_device(small, family, form, mesh):
     with jax.enable_x64(True):

@@ -96,7 +96,7 @@ FORMS = {"int4": ("int4", 32), "int8": ("int8", 32), "int8 row": ("int8", 0), "f
 def test_what_is_written_is_read_again(small, family, form, tmp_path):
     """Values, scales and everything else are equal; on the way in on two devices."""
     options, output = QuantizeOptions(*FORMS[form]), tmp_path / "quantised"
-    quantize_checkpoint(small(family), context("tensor=2"), str(output), options, dtype="float32")
+    quantize_checkpoint(small(family), context("fsdp=2"), str(output), options, dtype="float32")
     expected = load_model(small(family), context(), dtype="float32", quantize=options).parameters
     found = load_model(output, context(), dtype="float32", quantize="stored").parameters
     assert found.keys() == expected.keys()
