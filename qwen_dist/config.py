@@ -121,7 +121,7 @@ def _quantize_head() -> Any:
 class ModelOptions(TrainedModelOptions):
     """A model that is run, whose weights may be kept in fewer bits."""
 
-    quantize: Quantize = option(
+    quantize: Literal["stored", "none", "int8", "int4", "fp8"] = option(
         "stored",
         flag="--quantize",
         metavar="FORM",
@@ -577,7 +577,7 @@ class ParityModelOptions(CheckpointOptions):
     dtype: Literal["bfloat16", "float32", "float64"] = option(
         "float32", flag="--dtype", metavar="DTYPE", help="of parameters and computation on both sides"
     )
-    quantize: Quantize = option(
+    quantize: Literal["stored", "none", "int8", "int4", "fp8"] = option(
         "none",
         flag="--quantize",
         metavar="FORM",
@@ -623,7 +623,7 @@ class ParityConfig:
 class PlanModelOptions(CheckpointOptions):
     """The model to plan for."""
 
-    quantize: Quantize = option(
+    quantize: Literal["stored", "none", "int8", "int4", "fp8"] = option(
         "stored",
         flag="--quantize",
         metavar="FORM",

@@ -64,9 +64,7 @@ class Quantization:
         declare_weights(module, choose_weights(module, self.config, self.options))
 
     @classmethod
-    def of(
-        cls, config: Mapping[str, Any], quantize: QuantizeOptions | Literal["stored", "none"]
-    ) -> Quantization | None:
+    def of(cls, config: Mapping[str, Any], quantize: QuantizeOptions | Literal["stored", "none"]) -> Quantization | None:
         """Return the quantisation; None if there is none. Raises as `read_stored` does."""
         if isinstance(quantize, QuantizeOptions):
             return cls(config, quantize)
@@ -161,7 +159,9 @@ class _Packed:
         if weight.in_features % group:
             raise CheckpointError(f"{weight.name}: groups of {group} do not divide its {weight.in_features} in-features")
         if scheme.has_group_index and weight.is_experts:
-            raise CheckpointError(f"{weight.name}: experts with groups that are not consecutive (desc_act) are not supported")
+            raise CheckpointError(
+                f"{weight.name}: experts with groups that are not consecutive (desc_act) are not supported"
+            )
         scale_dtype = "float32" if scheme.packing == "fp8" else self._dtype(layers[0], _scale_leaf(scheme), weight.dtype)
         form = GroupedFormat(
             self._encoding(layers[0], scheme),

@@ -83,9 +83,7 @@ def compare_distributions(options: KlOptions, progress: Callable[[str], None] = 
     forms: tuple[QuantizeOptions | Literal["stored", "none"], ...] = "none", quantize
     for path, form in zip((options.reference or options.model, options.model), forms, strict=True):
         progress(f"loading {path}")
-        loaded = load_model(
-            path, context, dtype=options.dtype, quantize=form, ignored_config_keys=options.ignored_keys
-        )
+        loaded = load_model(path, context, dtype=options.dtype, quantize=form, ignored_config_keys=options.ignored_keys)
         sides.append(_Side(loaded))
     if (sizes := [side.model.config.vocab_size for side in sides])[0] != sizes[1]:
         raise UserError(f"the vocabularies have {sizes[1]} and {sizes[0]} tokens: only distributions of the same compare")

@@ -56,7 +56,6 @@ class QuantizeOptions:
         scale_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
         return GroupedFormat(self.encoding, in_features, self.group_size or in_features, scale_dtype, dtype)
 
-
     def head_form(self, in_features: int, dtype: str) -> GroupedFormat:
         """Return the form of the output weights: 8 bits, in groups if these divide it."""
         group = DEFAULT_GROUPS["int8"]

@@ -24,9 +24,8 @@ def pack_words(values: np.ndarray, bits: int) -> np.ndarray:
     """Return unsigned values [..., N] as int32 words [..., ⌈N · bits / 32⌉], padded with zeros: undo `unpack_words`."""
     per_word = 32 // bits
     padded = np.pad(values.astype(np.uint8), [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % per_word)])
-    if bits == 4:
-        padded = padded[..., 0::2] | padded[..., 1::2] << 4
-    return np.ascontiguousarray(padded).view(np.int32)
+    data = padded if bits == 8 else (padded[..., 0::2] | padded[..., 1::2] << 4).astype(np.uint8)
+    return np.ascontiguousarray(data).view(np.int32)
 
 
 def in_awq_order(values: np.ndarray) -> np.ndarray:

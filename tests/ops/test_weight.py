@@ -129,7 +129,9 @@ def test_a_layer_declares_and_uses_it(form, mesh):
 
 def test_a_shard_boundary_cuts_no_group():
     linear = quantized_linear(FORMS[0], {"embed": OUT}, {"mlp": IN})
-    with pytest.raises(UsageError, match="mlp has 2 groups of quantised weights, which the 4 shards of tensor do not divide"):
+    with pytest.raises(
+        UsageError, match="mlp has 2 groups of quantised weights, which the 4 shards of tensor do not divide"
+    ):
         abstract_parameters(linear, context("tensor=4"))
 
 

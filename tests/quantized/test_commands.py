@@ -25,7 +25,9 @@ def run(capsys, *arguments):
 
 
 def test_a_quantised_checkpoint_answers_as_the_quantised_model(directory, tmp_path, capsys):
-    made = json.loads(run(capsys, "quantize", "--model", directory, "--output", tmp_path / "int4", "--dtype", "float32", "--json"))
+    made = json.loads(
+        run(capsys, "quantize", "--model", directory, "--output", tmp_path / "int4", "--dtype", "float32", "--json")
+    )
     assert made == {"output": str(tmp_path / "int4")}
     generate = ["generate", "--prompt", "the quick", "--dtype", "float32", "--max-new-tokens", 4, "--json", "--raw"]
     ours = json.loads(run(capsys, *generate, "--model", directory, "--quantize", "int4"))
@@ -90,7 +92,10 @@ def test_plan_knows_it(directory, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "--prompt", "a", "--quantize", "int3"], "quantize is 'int3'; it must be 'stored' or 'none' or 'int8'"),
+        (
+            ["generate", "--prompt", "a", "--quantize", "int3"],
+            "quantize is 'int3'; it must be 'stored' or 'none' or 'int8'",
+        ),
         (["generate", "--prompt", "a", "--quantize-group-size", "32"], "--quantize-group-size 32 needs --quantize"),
         (["generate", "--prompt", "a", "--quantize", "int4", "--quantize-group-size", "40"], "choose a size that does"),
         (["parity", "--quantize", "int4"], "--kl-reference and --quantize are for --kl TEXT_FILE"),

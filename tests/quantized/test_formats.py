@@ -68,8 +68,16 @@ def test_dequantised_bit_for_bit(packed_checkpoint, form):
             np.testing.assert_array_equal(array, np.asarray(expected[f"layers.{index}.{name}.weight"]).reshape(array.shape))
 
 
-SHARDED = [("qwen3_moe", "gptq 4", "expert=2,tensor=2"), ("qwen3_moe", "awq", "fsdp=2"), ("qwen3_moe", "pack 4 zeros", "tensor=2")]
-SHARDED += [("qwen3_moe", "float 8", "expert=2,fsdp=2"), ("qwen3_5", "pack 4", "fsdp=2,tensor=2"), ("qwen3_5", "int 8", "tensor=2")]
+SHARDED = [
+    ("qwen3_moe", "gptq 4", "expert=2,tensor=2"),
+    ("qwen3_moe", "awq", "fsdp=2"),
+    ("qwen3_moe", "pack 4 zeros", "tensor=2"),
+]
+SHARDED += [
+    ("qwen3_moe", "float 8", "expert=2,fsdp=2"),
+    ("qwen3_5", "pack 4", "fsdp=2,tensor=2"),
+    ("qwen3_5", "int 8", "tensor=2"),
+]
 SHARDED += [("qwen3", "gptq desc_act", "fsdp=2"), ("qwen3", "gptq v2 zeros", "tensor=2"), ("qwen3", "awq", "fsdp=2")]
 
 
@@ -85,9 +93,7 @@ def test_sharded_is_one_device(packed_checkpoint, family, form, mesh):
         np.testing.assert_allclose(logits(sharded), expected, rtol=1e-12, atol=1e-12)
     checkpoint = open_checkpoint(directory)
     model = abstract_model(checkpoint, context(mesh), "float32", quantize="stored")
-    plan = make_load_plan(
-        checkpoint, model.target, disk_shapes=model.disk_shapes, tied=model.is_tied, packed=model.packed
-    )
+    plan = make_load_plan(checkpoint, model.target, disk_shapes=model.disk_shapes, tied=model.is_tied, packed=model.packed)
     assert plan.bytes_read <= 1.05 * plan.bytes_needed
 
 
@@ -109,7 +115,9 @@ def test_rules_of_gptq_choose_layers(packed_checkpoint):
 
     class Mixed(Packer):
         def config(self):
-            return super().config() | {"dynamic": {"-:.*self_attn.*": {}, r"+:.*\.down_proj$": {"bits": 8, "group_size": 16}}}
+            return super().config() | {
+                "dynamic": {"-:.*self_attn.*": {}, r"+:.*\.down_proj$": {"bits": 8, "group_size": 16}}
+            }
 
     eight = Packer("gptq", 8, 16)
     expected = {}
@@ -141,7 +149,9 @@ def test_rules_of_gptq_choose_layers(packed_checkpoint):
 def test_groups_are_not_cut(packed_checkpoint):
     """96 channels of the MLP are three groups: four devices would cut one, and the error says so."""
     directory, _ = packed_checkpoint("qwen3", FORMS["pack 4"])
-    with pytest.raises(UsageError, match=r"mlp has 3 groups of quantised weights, which the 2 shards of tensor do not divide"):
+    with pytest.raises(
+        UsageError, match=r"mlp has 3 groups of quantised weights, which the 2 shards of tensor do not divide"
+    ):
         load_model(directory, context("tensor=2"), dtype="float32", quantize="stored")
 
 
@@ -166,12 +176,22 @@ CONTRADICTIONS = [
     ("float 8", {"config_groups": {"a": {"weights": {"strategy": "tensor"}}}}, None, ["strategy is 'tensor'"]),
     ("awq", {"version": "gemv"}, None, ["version is 'gemv'; supported: gemm"]),
     ("awq", {"modules_to_not_convert": ["self_attn"]}, None, ["leaves out model.layers.0.self_attn.q_proj"]),
-    ("pack 4", {"format": "nvfp4-pack-quantized"}, None, ["'nvfp4-pack-quantized'; supported: pack-quantized", "--quantize"]),
+    (
+        "pack 4",
+        {"format": "nvfp4-pack-quantized"},
+        None,
+        ["'nvfp4-pack-quantized'; supported: pack-quantized", "--quantize"],
+    ),
     ("pack 4", {"kv_cache_scheme": {"num_bits": 8}}, None, ["kv_cache_scheme is set"]),
     ("pack 4", {"transform_config": {"a": 1}}, None, ["the weights are rotated"]),
     ("pack 4", {"ignore": ["re:.*down_proj"]}, None, ["leaves out model.layers.0.mlp.down_proj"]),
     ("int 8", {}, lambda t: t.pop("model.layers.1.mlp.up_proj.weight_scale"), ["I8 on disk is never converted"]),
-    ("float 8", {"quant_method": "bitsandbytes"}, None, ["quantization 'bitsandbytes' is not supported: supported are fp8"]),
+    (
+        "float 8",
+        {"quant_method": "bitsandbytes"},
+        None,
+        ["quantization 'bitsandbytes' is not supported: supported are fp8"],
+    ),
 ]
 
 

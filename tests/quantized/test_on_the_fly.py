@@ -64,9 +64,22 @@ def test_weights_of_layers_and_experts_are_quantised_and_no_others(small, family
     plain = load_model(small(family), context(), dtype="float32").parameters
     loaded = load_model(small(family), context(), dtype="float32", quantize=options)
     names = {one.weight.name for one in loaded.kept}
-    kept = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight", "norm.weight", "in_proj_a.weight", "in_proj_b.weight")
-    assert names and all(name in names or plain[name].ndim == 1 or name.endswith((*kept, "conv1d.weight")) or "A_log" in name
-                         or "dt_bias" in name for name in plain)
+    kept = (
+        "embed_tokens.weight",
+        "lm_head.weight",
+        "mlp.gate.weight",
+        "norm.weight",
+        "in_proj_a.weight",
+        "in_proj_b.weight",
+    )
+    assert names and all(
+        name in names
+        or plain[name].ndim == 1
+        or name.endswith((*kept, "conv1d.weight"))
+        or "A_log" in name
+        or "dt_bias" in name
+        for name in plain
+    )
     assert not [name for name in names if name.endswith(kept)]
     for name in plain.keys() - names:
         np.testing.assert_array_equal(np.asarray(plain[name]), np.asarray(loaded.parameters[name]))
@@ -80,11 +93,20 @@ def test_weights_of_layers_and_experts_are_quantised_and_no_others(small, family
         np.testing.assert_array_equal(of_scale.reshape(scale.shape), scale)
 
 
-@pytest.mark.parametrize(("family", "form", "mesh"), [("qwen3", "int4", "fsdp=2"), ("qwen3", "int8 row", "fsdp=2"),
-                                                      ("qwen3_moe", "int4", "expert=2,tensor=2"), ("qwen3_5", "int8", "tensor=2")])
+@pytest.mark.parametrize(
+    ("family", "form", "mesh"),
+    [
+        ("qwen3", "int4", "fsdp=2"),
+        ("qwen3", "int8 row", "fsdp=2"),
+        ("qwen3_moe", "int4", "expert=2,tensor=2"),
+        ("qwen3_5", "int8", "tensor=2"),
+    ],
+)
 def test_sharded_is_one_device(small, family, form, mesh):
     with jax.enable_x64(True):
-        one, sharded = (load_model(small(family), context(on), dtype="float64", quantize=OPTIONS[form]) for on in ("", mesh))
+        one, sharded = (
+            load_model(small(family), context(on), dtype="float64", quantize=OPTIONS[form]) for on in ("", mesh)
+        )
         same(sharded.parameters, one.parameters)
         np.testing.assert_allclose(logits(sharded), logits(one), rtol=1e-12, atol=1e-12)
 
@@ -155,7 +177,9 @@ def test_fp8_checkpoints_are_kept_dequantised_or_quantised_again(small, tmp_path
         weight = one.form.assemble({suffix: packed.parameters[one.weight.name + suffix] for suffix in ("", "_scale")})
         array = np.asarray(weight.dequantize())
         np.testing.assert_array_equal(array, np.asarray(expected.parameters[one.weight.name]).reshape(array.shape))
-    again, direct = (load_model(tmp_path / name, context(), dtype="float32", quantize=OPTIONS["int4"]) for name in ("fp8", "plain"))
+    again, direct = (
+        load_model(tmp_path / name, context(), dtype="float32", quantize=OPTIONS["int4"]) for name in ("fp8", "plain")
+    )
     same(again.parameters, direct.parameters)
 
 
@@ -175,7 +199,11 @@ def test_a_quantised_model_answers(tiny_directory, quantize):
     answers = []
     for load_format in ("safetensors", "dummy"):
         llm = LLM(
-            str(directory), dtype="float32", quantize=quantize, quantize_group_size=group, load_format=load_format,
+            str(directory),
+            dtype="float32",
+            quantize=quantize,
+            quantize_group_size=group,
+            load_format=load_format,
             max_batch_size=2,
         )
         answers.append(llm.generate(["the quick brown", "fox"], max_new_tokens=3))

@@ -32,14 +32,19 @@ def test_compressed_tensors_unpacks_the_same(packed_checkpoint, bits, symmetric,
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     strategy = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
-    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(num_bits=bits, symmetric=symmetric, **strategy))
+    scheme = QuantizationScheme(
+        targets=["Linear"], weights=QuantizationArgs(num_bits=bits, symmetric=symmetric, **strategy)
+    )
     generator = torch.Generator().manual_seed(0)
 
     class FromThem(Packer):
         def tensors(self, rng, rows, columns):
             groups, half = columns // (group or columns), 2 ** (bits - 1)
             scale = (torch.rand((rows, groups), generator=generator) * 0.02 + 0.001).to(getattr(torch, dtype))
-            state = {"weight": (torch.randn((rows, columns), generator=generator) * 0.1).to(scale.dtype), "weight_scale": scale}
+            state = {
+                "weight": (torch.randn((rows, columns), generator=generator) * 0.1).to(scale.dtype),
+                "weight_scale": scale,
+            }
             if not symmetric:
                 zero = torch.randint(-half, half, (rows, groups), generator=generator)
                 state["weight_zero_point"] = zero.to(torch.int8)
