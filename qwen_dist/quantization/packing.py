@@ -20,14 +20,6 @@ def unpack_words(words: np.ndarray, bits: int) -> np.ndarray:
     return np.stack([data & 15, data >> 4], axis=-1).reshape(*data.shape[:-1], -1)
 
 
-def pack_words(values: np.ndarray, bits: int) -> np.ndarray:
-    """Return unsigned values [..., N] as int32 words [..., ⌈N · bits / 32⌉], padded with zeros: undo `unpack_words`."""
-    per_word = 32 // bits
-    padded = np.pad(values.astype(np.uint8), [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % per_word)])
-    data = padded if bits == 8 else (padded[..., 0::2] | padded[..., 1::2] << 4).astype(np.uint8)
-    return np.ascontiguousarray(data).view(np.int32)
-
-
 def in_awq_order(values: np.ndarray) -> np.ndarray:
     """Return the columns of unpacked AutoAWQ words [..., N] in their order."""
     return values.reshape(*values.shape[:-1], -1, 8)[..., AWQ_ORDER].reshape(values.shape)
