@@ -23,7 +23,7 @@ LONG = [
 @pytest.mark.parametrize("cases", [QUICK, LONG], ids=["quick", "long"])
 def test_bfloat16_trains_and_answers_at_every_size(cases, tmp_path):
     environ = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-    environ |= {"XLA_FLAGS": "--xla_cpu_max_isa=AVX2", "QWEN_DIST_CPU_FEATURES": "", "JAX_PLATFORMS": "cpu"}
+    environ |= {"XLA_FLAGS": "--xla_cpu_max_isa=AVX2", "QWEN_DIST_CPU": "plain", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(WORKER), str(tmp_path / "model"), json.dumps(cases)]
     done = subprocess.run(command, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
