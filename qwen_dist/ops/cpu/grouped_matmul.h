@@ -6,7 +6,7 @@
 // blocks.
 //
 // A block of a weight stays in the L2 cache while all rows are multiplied with it. It takes rows in groups, whose inputs
-// also stay there, and inputs in ranges, so that a tile's features stay in the L1 cache while the rows of a group pass. The
+// also stay there, and inputs in ranges, so that a tile's rows or features stay in the L1 cache while the others pass. The
 // next block is prefetched in the meantime, which hides the time that the memory takes.
 //
 // A processor without instructions for bfloat16 widens it to float32, the even inputs of a vector apart from the odd ones,
@@ -235,39 +235,39 @@ void MultiplyBlock(Rows<const typename Type::Row> x, int64_t num_rows, const typ
   for (int64_t group_row = 0; group_row < num_rows; group_row += max_group_rows) {
     const int64_t group_rows = std::min(max_group_rows, num_rows - group_row);
     const int64_t num_tiles = CeilDivide(group_rows, kTileRows);
+    const bool has_panel = Type::kWidens && num_tiles >= kMinPanelTiles;
+    // The rows of a tile or its features, whichever are more, stay in the L1 cache while all others pass.
+    const bool features_stay = has_panel || kTileFeatures > kTileRows;
     for (int64_t input = 0; input < num_inputs; input += range) {
       const int64_t inputs = std::min(range, num_inputs - input);
-      for (int64_t feature_tile = 0; feature_tile < feature_tiles; ++feature_tile) {
-        const int64_t feature = std::min(feature_tile * kTileFeatures, num_features - kTileFeatures);
-        const auto* const tile_weight = weight + feature * num_inputs + input;
-        const bool has_panel = Type::kWidens && num_tiles >= kMinPanelTiles;
+      for (int64_t index = 0; index < feature_tiles * num_tiles; ++index) {
+        const int64_t feature_tile = features_stay ? index / num_tiles : index % feature_tiles;
+        const int64_t row_tile = features_stay ? index % num_tiles : index / feature_tiles;
+        const int64_t row = group_rows * row_tile / num_tiles;
+        const int64_t tile_rows = group_rows * (row_tile + 1) / num_tiles - row;
+        Tile<Row, Result> tile;
+        tile.x = x;
+        tile.y = y;
+        tile.first_row = group_row + row;
+        tile.feature = std::min(feature_tile * kTileFeatures, num_features - kTileFeatures);
+        tile.first_input = input;
+        tile.num_inputs = has_panel ? RoundUp(inputs, Type::kLanes) : inputs;
+        tile.sums = sums + (feature_tile * num_tiles + row_tile) * kSumsSize;
+        tile.is_first = input == 0;
+        tile.is_last = input + inputs == num_inputs;
+        tile.prefetch = prefetch;
+        tile.prefetch_lines = prefetch < prefetch_end ? lines : 0;
+        prefetch += lines * (inputs / kUnit) * kCacheLine;
+        const auto* const tile_weight = weight + tile.feature * num_inputs + input;
         if constexpr (Type::kWidens) {
-          if (has_panel) WidenPanel(tile_weight, num_inputs, inputs, panel);
-        }
-        for (int64_t t = 0; t < num_tiles; ++t) {
-          const int64_t row = group_rows * t / num_tiles, tile_rows = group_rows * (t + 1) / num_tiles - row;
-          Tile<Row, Result> tile;
-          tile.x = x;
-          tile.y = y;
-          tile.first_row = group_row + row;
-          tile.feature = feature;
-          tile.first_input = input;
-          tile.num_inputs = has_panel ? RoundUp(inputs, Type::kLanes) : inputs;
-          tile.sums = sums + (feature_tile * num_tiles + t) * kSumsSize;
-          tile.is_first = input == 0;
-          tile.is_last = input + inputs == num_inputs;
-          tile.prefetch = prefetch;
-          tile.prefetch_lines = prefetch < prefetch_end ? lines : 0;
-          prefetch += lines * (inputs / kUnit) * kCacheLine;
-          if constexpr (Type::kWidens) {
-            if (has_panel) {
-              MultiplyTile<Float32, Result, kTileRows>(tile_rows, tile, InPanel{panel});
-              continue;
-            }
+          if (has_panel) {
+            if (row_tile == 0) WidenPanel(tile_weight, num_inputs, inputs, panel);
+            MultiplyTile<Float32, Result, kTileRows>(tile_rows, tile, InPanel{panel});
+            continue;
           }
-          MultiplyTile<Type, Result, kTileRows>(tile_rows, tile,
-                                                InMatrix<typename Type::Element>{tile_weight, num_inputs});
         }
+        MultiplyTile<Type, Result, kTileRows>(tile_rows, tile,
+                                              InMatrix<typename Type::Element>{tile_weight, num_inputs});
       }
     }
   }
