@@ -29,8 +29,14 @@ constexpr int kTileRows = kRegisters == 32 ? 6 : 3;
 constexpr int64_t kBlockBytes = 64 << 10, kLargeBlockBytes = 256 << 10, kL2Bytes = 1 << 20;
 constexpr int kMaxBlockFeatures = 64;
 constexpr int64_t kGroupRows = 48;          // rows that pass while a tile's features are in the L1 cache
-constexpr int64_t kRangeBytes = 28 << 10;   // of a tile's rows and features in a range of inputs
-constexpr int64_t kMinPanelTiles = 4;       // of rows, for which a weight is widened once
+#ifndef RANGE_BYTES
+#define RANGE_BYTES (28 << 10)
+#endif
+constexpr int64_t kRangeBytes = RANGE_BYTES;   // of a tile's rows and features in a range of inputs
+#ifndef PANEL_ROWS
+#define PANEL_ROWS (kTileRows / 2 + 2)
+#endif
+constexpr int64_t kMinPanelRows = PANEL_ROWS;  // for which a weight is widened once
 constexpr int kSteps = 4;                   // vectors of inputs at a time
 constexpr int64_t kClaimDivisor = 4;       // a thread claims 1 / 4 of its share of the remaining blocks at a time
 constexpr int64_t kMinClaimsPerGroup = 4;  // groups may have very different numbers of rows
@@ -220,7 +226,10 @@ void MultiplyBlock(Rows<const typename Type::Row> x, int64_t num_rows, const typ
   using Row = typename Type::Row;
   constexpr int64_t kMaxRange = kRangeBytes / ((kTileRows + kTileFeatures) * sizeof(Row));
   constexpr int64_t kUnit = kSteps * Type::kLanes;
-  const int64_t num_ranges = num_rows <= kTileRows ? 1 : CeilDivide(num_inputs, kMaxRange);
+  const bool has_panel = Type::kWidens && num_rows >= kMinPanelRows;
+  // A tile's features stay in the L1 cache while all rows pass, or if these are more, its rows while all features pass.
+  const bool features_stay = has_panel || kTileFeatures > kTileRows;
+  const int64_t num_ranges = features_stay && num_rows > kTileRows ? CeilDivide(num_inputs, kMaxRange) : 1;
   const int64_t range = RoundUp(CeilDivide(num_inputs, num_ranges), kUnit);
   const int64_t feature_tiles = CeilDivide(num_features, kTileFeatures);
   const int64_t block_bytes = num_features * num_inputs * sizeof(*weight);
@@ -235,9 +244,6 @@ void MultiplyBlock(Rows<const typename Type::Row> x, int64_t num_rows, const typ
   for (int64_t group_row = 0; group_row < num_rows; group_row += max_group_rows) {
     const int64_t group_rows = std::min(max_group_rows, num_rows - group_row);
     const int64_t num_tiles = CeilDivide(group_rows, kTileRows);
-    const bool has_panel = Type::kWidens && num_tiles >= kMinPanelTiles;
-    // The rows of a tile or its features, whichever are more, stay in the L1 cache while all others pass.
-    const bool features_stay = has_panel || kTileFeatures > kTileRows;
     for (int64_t input = 0; input < num_inputs; input += range) {
       const int64_t inputs = std::min(range, num_inputs - input);
       for (int64_t index = 0; index < feature_tiles * num_tiles; ++index) {
