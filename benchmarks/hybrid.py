@@ -2,12 +2,13 @@
 
     python benchmarks/hybrid.py [--parts speed,file,context] [--dtypes bfloat16,float32] [--rounds 2] [--folder DIR]
 
-The checkpoint is random and has the shape of Qwen3.5-0.8B, 1.5 GB in bfloat16; the tokenizer is that of the demo. "speed"
-measures prefill and decode as moe.py does: every measurement in a fresh process, the systems in turn, and a first
-round discarded. "file" answers prompts of mixed lengths as batch.py does, in the first of the dtypes. "context" measures
-decode of one sequence after 1,000 to 64,000 tokens, in two models of the same widths: three delta nets, whose cost does not
-depend on the context, and the same with one attention layer, whose cost does. A ratio above 1 means that this project is
-better; in "context" it is the time of a step to that after the shortest context.
+The checkpoint is random and has the shape of Qwen3.5-0.8B, 1.5 GB in bfloat16. Its tokenizer is that of the demo, whose
+tokens are short; with `--tokenizer DIR` the file of prompts has as many tokens as for a real checkpoint. "speed" measures
+prefill and decode as moe.py does: every measurement in a fresh process, the systems in turn, and a first round discarded.
+"file" answers prompts of mixed lengths as batch.py does, in the first of the dtypes. "context" measures decode of one
+sequence after 1,000 to 64,000 tokens, in two models of the same widths: three delta nets, whose cost does not depend on the
+context, and the same with one attention layer, whose cost does. A ratio above 1 means that this project is better; in
+"context" it is the time of a step to that after the shortest context.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import qwen_dist.demo
 
 SYSTEMS: dict[str, dict[str, str]] = {"qwen_dist": {}, "transformers": {}}
 DEMO = Path(qwen_dist.demo.__file__).parent / "model"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 LINEAR = "linear_attention"
 MODELS = {"3 delta nets": [LINEAR] * 3, "and 1 attention": [LINEAR] * 3 + ["full_attention"]}
 STEPS = 32
@@ -46,6 +48,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64, help="for each prompt of the file")
     parser.add_argument("--max-batch-size", type=int, default=96, help="of this project, for the file")
     parser.add_argument("--contexts", default="1000,4000,16000,64000", help="tokens before a step, separated by commas")
+    parser.add_argument("--tokenizer", default=str(DEMO), help="directory of the tokenizer of the file")
     parser.add_argument("--folder", help="where the checkpoints are, or are written; default: a temporary directory")
     parser.add_argument("--worker", nargs=2, metavar=("SYSTEM", "DTYPE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -71,7 +74,7 @@ def checkpoint(folder: Path, **values: Any) -> Path:
     text = {"eos_token_id": [0], "pad_token_id": 0, "tie_word_embeddings": True}
     config = transformers.AutoConfig.for_model("qwen3_5_text", **sizes | text | values)
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in TOKENIZER_FILES:
         shutil.copy(DEMO / name, folder)
     return folder
 
@@ -83,6 +86,8 @@ def measure_speed(options: argparse.Namespace, folder: Path) -> None:
 
 def measure_file(options: argparse.Namespace, folder: Path) -> None:
     options.model, options.dtype = str(checkpoint(folder / "hybrid")), options.dtypes.split(",")[0]
+    for name in TOKENIZER_FILES:
+        shutil.copy(Path(options.tokenizer) / name, options.model)
     batch.print_table(options, {system: batch.run_worker(options, system) for system in SYSTEMS})
 
 

@@ -62,6 +62,10 @@ class ChatTemplate:
                 f"the chat template does not use {', '.join(printable(name, 60) for name in unused)}; leave it out"
             )
 
+    def mentions(self, text: str) -> bool:
+        """Return whether the template's source has this text."""
+        return text in self._source
+
     def render(self, chat: Chat, add_generation_prompt: bool = True) -> str:
         """Return the text of a conversation.
 

@@ -36,6 +36,12 @@ def _mesh() -> Any:
     )
 
 
+def _prefix_cache() -> Any:
+    return option(
+        True, flag="--prefix-cache", metavar="on|off", help="compute the beginning that several prompts have only once"
+    )
+
+
 def _adapter() -> Any:
     return option("", flag="--adapter", metavar="DIR", help="a LoRA adapter in PEFT's format, merged into the weights")
 
@@ -179,6 +185,7 @@ class GenerateConfig:
     )
     system: str | None = option(None, flag="--system", metavar="TEXT", help="the system message")
     raw: bool = option(False, flag="--raw", help="do not apply the chat template")
+    prefix_cache: bool = _prefix_cache()
 
     def __post_init__(self) -> None:
         if self.raw and self.chat.variables:
@@ -199,8 +206,16 @@ class EngineOptions:
     max_batch_size: int = option(96, flag="--max-batch-size", metavar="N", help="the most requests at the same time")
     kv_cache_memory: str = option("4GB", metavar="SIZE", help="bound on the KV cache of each device")
     steps_per_dispatch: int = option(1, metavar="N", help="decode steps on the device before the host reads the tokens")
+    prefix_cache: bool = _prefix_cache()
+    snapshot_fraction: float = option(
+        0.2,
+        metavar="F",
+        help="part of the KV cache for snapshots of recurrent layers' states, which their prefix cache needs: 0 up to 1",
+    )
 
     def __post_init__(self) -> None:
+        if not 0 <= self.snapshot_fraction < 1:
+            raise UsageError(f"engine.snapshot_fraction is {self.snapshot_fraction}; it must be at least 0 and below 1")
         if not 1 <= self.max_batch_size <= MAX_BATCH_SIZE:
             raise UsageError(f"engine.max_batch_size is {self.max_batch_size}; it must be from 1 to {MAX_BATCH_SIZE}")
 
@@ -216,7 +231,7 @@ class BatchConfig:
     input: str = option(
         flag="--input",
         metavar="FILE",
-        help='lines {"id","prompt"}, {"id","messages"} or of OpenAI\'s API; .gz, .zst, .parquet',
+        help='lines {"id","prompt"}, {"id","messages"} or of OpenAI\'s API; also a directory, a pattern or an address',
     )
     output: str = option(flag="--output", metavar="FILE", help="in the same formats; an interrupted run is resumed")
     mesh: str = _mesh()
@@ -251,11 +266,66 @@ class BatchConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ServeEngineOptions(EngineOptions):
+    """The engine of a server: who comes first is answered first."""
+
+    policy: Literal["throughput", "latency"] = option(
+        "latency", help="which request is admitted next: that with the longest prompt, or the first to come"
+    )
+    max_batch_size: int = option(32, flag="--max-batch-size", metavar="N", help="the most requests at the same time")
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeConfig:
+    """`qwen-dist serve`."""
+
+    model: ModelOptions
+    host: str = option("127.0.0.1", flag="--host", metavar="ADDRESS", help="serve on this address; 0.0.0.0 for all")
+    port: int = option(8000, flag="--port", metavar="PORT", help="serve on this port; 0 takes a free one")
+    api_key: str = option(
+        "",
+        flag="--api-key",
+        metavar="KEY",
+        help="what clients must send; default: QWEN_DIST_API_KEY, which ps does not show",
+    )
+    served_name: str = option("", flag="--served-name", metavar="NAME", help="of the model, for requests; default: its own")
+    mesh: str = _mesh()
+    sampling: SamplingOptions = SamplingOptions()
+    chat: ChatOptions = ChatOptions()
+    engine: ServeEngineOptions = ServeEngineOptions()
+    warm_up: bool = option(True, help="compile the programs before the first request")
+    max_waiting: int = option(
+        512, flag="--max-waiting", metavar="N", help="the most requests that wait; more are refused with status 429"
+    )
+    max_body_size: str = option("16MB", flag="--max-body-size", metavar="SIZE", help="the most bytes of a request")
+    request_timeout: float = option(600.0, flag="--request-timeout", metavar="S", help="seconds for a whole request")
+    header_timeout: float = option(10.0, metavar="S", help="seconds for the head of a request")
+    drain_timeout: float = option(
+        30.0, flag="--drain-timeout", metavar="S", help="seconds that running requests have after SIGTERM"
+    )
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 0 <= self.port < 2**16:
+            problems.append(f"port is {self.port}; it must be from 0 to {2**16 - 1}")
+        if self.max_waiting < 0:
+            problems.append(f"max_waiting is {self.max_waiting}; it must be at least 0")
+        for name in ("request_timeout", "header_timeout", "drain_timeout"):
+            if getattr(self, name) <= 0:
+                problems.append(f"{name} is {getattr(self, name):g}; it must be above 0 seconds")
+        if not all("!" <= char <= "~" for char in self.api_key):
+            problems.append("api_key must be printable ASCII without spaces")
+        if problems:
+            raise UsageError("; ".join(problems))
+        _check_line_size("max_body_size", self.max_body_size)
+
+
+@dataclasses.dataclass(frozen=True)
 class DataOptions:
     """The training data. See docs/finetune.md for the formats of files and records."""
 
     files: tuple[str, ...] = option(
-        flag="--data", metavar="FILE", help="JSON lines, parquet or text; may be repeated and contain *"
+        flag="--data", metavar="FILE", help="JSON lines, parquet or text: a file, directory, pattern or address; repeatable"
     )
     eval_files: tuple[str, ...] = option((), flag="--eval-data", metavar="FILE", help="evaluation data in the same formats")
     max_length: int = option(1024, metavar="N", help="the most tokens of a sequence; at most the model's context")

@@ -78,7 +78,8 @@ def option(
       help: one line; `--help` adds the choices of a Literal and the default.
       flag: such as `--max-new-tokens`; a word without dashes is a positional argument. Without one, only a file and
         `--config.key=value` set the key.
-      metavar: the flag's value in `--help`; without one, the choices of a Literal.
+      metavar: the flag's value in `--help`; without one, the choices of a Literal. With one, the flag of a bool takes on or
+        off; without one, it takes no value.
       group: the heading in `--help`, if it is not the name of the nested dataclass.
       const: the value of a flag that is given without one.
     """

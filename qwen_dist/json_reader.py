@@ -11,7 +11,7 @@ import os
 import pathlib
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from qwen_dist.errors import CheckpointError, UserError, printable, problem_list
@@ -79,6 +79,14 @@ def parse_object(raw: bytes, name: str, error: type[UserError] = CheckpointError
     if not isinstance(content, dict):
         raise error(f"{name} must hold a JSON object; it holds {printable(repr(content), 80)}")
     return content
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as one level, with keys such as "sampling.top_k"."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def keys_within(section: str, keys: Iterable[str]) -> frozenset[str]:

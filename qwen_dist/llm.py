@@ -68,6 +68,7 @@ class LLM:
       kv_cache_memory: bound on what the layers keep between steps, on each device.
       policy: "throughput" starts the longest prompt first, "latency" the first.
       steps_per_dispatch: decode steps on the devices before the host reads the tokens.
+      prefix_cache: compute the beginning that several prompts have only once, also from one call to the next.
       devices: of the mesh; default: all of jax.
       progress: called with bytes read and bytes in all while the weights load.
 
@@ -88,6 +89,7 @@ class LLM:
         kv_cache_memory: str = "4GB",
         policy: Literal["throughput", "latency"] = "throughput",
         steps_per_dispatch: int = 1,
+        prefix_cache: bool = True,
         devices: Sequence[jax.Device] | None = None,
         progress: ProgressCallback | None = None,
     ):
@@ -101,6 +103,7 @@ class LLM:
             cache_bytes=parse_bytes(kv_cache_memory),
             policy=policy,
             steps_per_dispatch=steps_per_dispatch,
+            prefix_cache=prefix_cache,
             devices=devices,
             progress=progress,
         )

@@ -16,6 +16,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # test workers that compile for TPUs at the same time
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Test workers, the processes that tests start, and the next run share compiled programs; `pytest --cache-clear` drops them.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache/d/compiled"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Few arenas of malloc: memory that one thread frees serves the others.
 os.environ.setdefault("MALLOC_ARENA_MAX", "2")
 

@@ -1,6 +1,7 @@
 """The command line: answers, chats, exit codes, and one readable line per error."""
 
 import dataclasses
+import gzip
 import importlib.metadata
 import io
 import json
@@ -18,7 +19,6 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
-from jax.experimental.compilation_cache import compilation_cache
 
 from qwen_dist.cli import main
 from qwen_dist.cli.main import VERBS
@@ -45,19 +45,13 @@ class Result(NamedTuple):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_programs(tmp_path_factory):
-    """Cache compiled programs between runs, but not in the user's cache."""
-    directory = str(tmp_path_factory.mktemp("compiled"))
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_enable_x64")
+def settings():
+    """Undo what the commands set: they run in this process."""
+    names = ("jax_persistent_cache_min_compile_time_secs", "jax_enable_x64")
     before = {name: jax.config.values[name] for name in names}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", directory)
-        jax.config.update("jax_compilation_cache_dir", directory)
-        compilation_cache.reset_cache()
-        yield directory
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +242,7 @@ def test_a_batch_and_its_summary(run, model, prompts, tmp_path):
         "num_answered": 2,
         "num_errors": 1,
         "num_prompt_tokens": 117,
+        "num_cached_tokens": 0,
         "num_generated_tokens": 24,
         "num_before": 0,
     }
@@ -261,7 +256,12 @@ def test_a_batch_and_its_summary(run, model, prompts, tmp_path):
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     more = ("--chart", tmp_path / "chart.html", "--profile", tmp_path / "profile", "--metrics-port", port)
-    result = run(*base, "--output", tmp_path / "again.jsonl", *more)
+    first, rest = prompts.read_bytes().split(b"\n", 1)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl.gz").write_bytes(gzip.compress(first + b"\n"))
+    (tmp_path / "data" / "b.jsonl").write_bytes(rest)
+    files = (*base[:-1], tmp_path / "data")
+    result = run(*files, "--output", tmp_path / "again.jsonl", *more)
     assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "out.jsonl").read_text()
     assert "polyline" in (tmp_path / "chart.html").read_text() and "running requests" in result.err
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
@@ -320,7 +320,7 @@ def test_a_run_is_resumed(run, model, prompts, tmp_path):
     ("input", "output", "code", "expected"),
     [
         ("in.jsonl", "in.jsonl", 2, "is the same as --output"),
-        ("missing.jsonl", "out.jsonl", 2, "cannot read the input"),
+        ("missing.jsonl", "out.jsonl", 2, "--input cannot be read: there is no file"),
         ("in.jsonl", "missing/out.jsonl", 2, "there is no directory"),
         ("in.jsonl", "/dev/full", 1, "No space left on device; the 0 results so far are complete: free some disk space"),
     ],
@@ -547,6 +547,8 @@ PERTURBED = {
     "keep_order": None,
     "engine.kv_cache_memory": "1KB",
     "engine.steps_per_dispatch": "0",
+    "engine.prefix_cache": None,  # changes no answer
+    "engine.snapshot_fraction": "1",
     "max_line_size": "10B",
     "metrics_port": "70000",
     "metrics_host": None,  # has its own test

@@ -30,6 +30,10 @@ ARGUMENTS = {
         f"--input i --output o --config {CONFIGS}/batch.py --raw --config.engine.policy=latency --metrics-port 80",
         {"raw": True, "engine.policy": "latency", "engine.max_batch_size": 96, "metrics_port": 80, "sampling.top_k": None},
     ),
+    "serve": (
+        f"--config {CONFIGS}/serve.py:some/dir --port 0 --config.warm_up=false --max-waiting 3 --drain-timeout 2",
+        {"model.path": "some/dir", "port": 0, "warm_up": False, "engine.policy": "latency", "drain_timeout": 2.0},
+    ),
     "finetune": (
         f"--data a --data b --output o --config {CONFIGS}/finetune_full.py:m --steps 3 "
         "\"--config.lora.target_modules=('x',)\"",
@@ -168,6 +172,18 @@ def test_a_wrong_configuration_is_not_printed(capsys):
 # --- other flags ---
 
 
+def test_a_switch_is_on_or_off(capsys):
+    batch = BY_NAME["batch"]
+    given = ("--model", "m", "--input", "i", "--output", "o")
+    assert read(batch, *given).engine.prefix_cache is True
+    assert read(batch, *given, "--prefix-cache", "off").engine.prefix_cache is False
+    assert read(batch, *given, "--prefix-cache", "on").engine.prefix_cache is True
+    assert read(batch, *given, "--config.engine.prefix_cache=false").engine.prefix_cache is False
+    with pytest.raises(SystemExit, match="2"):
+        main(["batch", "--prefix-cache", "no"])
+    assert "--prefix-cache: 'no' is neither on nor off" in capsys.readouterr().err
+
+
 def test_the_time_to_wait_for_other_processes(monkeypatch, capsys):
     monkeypatch.setenv("QWEN_DIST_START_TIMEOUT", "soon")
     assert main(["preflight"]) == 2
@@ -185,6 +201,7 @@ def test_the_time_to_wait_for_other_processes(monkeypatch, capsys):
         ("qwen-dist fi", {"finetune "}),
         ("qwen-dist batch --max-b", {"--max-batch-size "}),
         ("qwen-dist generate --thinking o", {"on", "off"}),
+        ("qwen-dist generate --prefix-cache o", {"on", "off"}),
         ("qwen-dist plan --remat s", {"selective "}),
     ],
 )

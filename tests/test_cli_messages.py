@@ -14,7 +14,7 @@ import pytest
 from qwen_dist import failures
 from qwen_dist.batch.progress import TimeLeft, clock, describe_summary
 from qwen_dist.batch.run import BatchSummary
-from qwen_dist.batch.series import axis_end
+from qwen_dist.charts import axis_end
 from qwen_dist.cli import main
 from qwen_dist.cli.chat_session import ChatSession
 from qwen_dist.config import (
@@ -64,7 +64,7 @@ def code_and_message(capsys, *arguments: str) -> tuple[int, str]:
         (("generate", "--bo\x1bgus"), "\\x1bgus"),
         (("finetune",), "model.path is missing; give --model"),
         (("batch", "--input", "x"), "output is missing; give --output"),
-        (("batch", "--input", "no-such-file", "--output", "o"), "cannot read the input no-such-file"),
+        (("batch", "--input", "no-such-file", "--output", "o"), "--input cannot be read: there is no file no-such-file"),
         (("finetune", "--model", "x", "--data", "no.jsonl", "--output", "o"), "there is no file no.jsonl"),
         (("finetune", "--model", "x", "--data", "a" * 5000 + ".jsonl", "--output", "o"), "there is no file aaa"),
         (("generate", "--config", "no.yaml"), "there is no file no.yaml"),

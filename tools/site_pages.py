@@ -7,12 +7,15 @@ pages are files that also have a place elsewhere in the repository, such as CONT
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import inspect
 import pathlib
 import posixpath
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import qwen_dist
 from qwen_dist.cli.flags import Verb, build_parser, help_text
 from qwen_dist.cli.main import VERBS
 from qwen_dist.config_fields import ConfigField, config_fields
@@ -27,6 +30,28 @@ PAGES = {
     "launch/README.md": "launch.md",
 }
 EXAMPLES = "examples.md"
+NOTEBOOKS = {
+    f"examples/notebooks/{path.name}": f"notebooks/{path.stem}.md"
+    for path in sorted((ROOT / "examples" / "notebooks").glob("*.py"))
+}
+# The sections of the Python reference: names of the package, or of one of its modules.
+PYTHON_NAMES = {
+    "Inference": ("LLM", "SamplingParams", "Completion", "Score", "DEMO_MODEL"),
+    "Models and training loops": ("load_model", "new_model", "CausalLM", "Tokenizer", "TrainBatch"),
+    "Fine-tuning runs": (
+        "finetune",
+        "FinetuneConfig",
+        "ModelOptions",
+        "DataOptions",
+        "ChatOptions",
+        "OptimizerOptions",
+        "LoraOptions",
+        "TrainSummary",
+    ),
+    "Sharding": ("RuleSet", "INFERENCE", "TRAIN", "use_sharding"),
+    "Intermediates and parity": ("capture.capture", "parity.run.ParityOptions", "parity.run.run_parity"),
+    "Errors": ("UserError",),
+}
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 # What a browser would load from another server when it shows a page.
 _REMOTE = re.compile(
@@ -56,7 +81,8 @@ their values. A key that does not exist is an error.
     tables = []
     for verb in verbs:
         rows = "\n".join(_row(field) for field in config_fields(verb.config))
-        tables.append(f"## {verb.name}\n\n| key, and its flag | type | default | meaning |\n|---|---|---|---|\n{rows}\n")
+        table = f"| key, and its flag | type | default | meaning |\n|---|---|---|---|\n{rows}\n"
+        tables.append(f'## {verb.name}\n\n<div class="meanings" markdown>\n\n{table}\n</div>\n')
     return "\n".join([intro, *tables])
 
 
@@ -78,6 +104,121 @@ def examples_page() -> str:
     return "\n".join(["# Example programs\n", "A test runs each of them.\n", *sections])
 
 
+def notebook_page(source: str) -> str:
+    """Return a program with cells as a page: its Markdown cells as text, the others as code."""
+    cells = re.split(r"^# %%(.*)\n", source, flags=re.MULTILINE)[1:]
+    parts = []
+    for kind, body in zip(cells[::2], cells[1::2], strict=True):
+        if "[markdown]" in kind:
+            parts.append(re.sub(r"^# ?", "", body.strip(), flags=re.MULTILINE))
+        else:
+            parts.append(f"```python\n{re.sub(r'  # noqa.*', '', body).strip()}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+# --- the Python reference ---
+
+
+def python_page() -> str:
+    """Return signature and docstring of every public name."""
+    intro = """# Python
+
+What `from qwen_dist import …` gives, and two modules for looking inside. [The Python library](../python.md) says how they
+are used together.
+"""
+    parts = [intro]
+    for title, names in PYTHON_NAMES.items():
+        parts += [f"## {title}\n", *map(_python_name, names)]
+    return "\n".join(parts)
+
+
+def _python_name(path: str) -> str:
+    module_name, _, name = path.rpartition(".")
+    module = importlib.import_module(f"qwen_dist.{module_name}") if module_name else qwen_dist
+    value = getattr(module, name)
+    heading = f"### {path}\n" + (f"\n`from {module.__name__} import {name}`\n" if module_name else "")
+    if not callable(value):
+        text = (
+            "The directory of the small demonstration model."
+            if name == "DEMO_MODEL"
+            else f"The `RuleSet` of {name.lower()}."
+        )
+        return f"{heading}\n{text}\n"
+    parts = [heading, _signature(name, value), _markdown(value.__doc__ or "")]
+    if inspect.isclass(value) and not issubclass(value, Exception):
+        for method, member in _methods(value):
+            full_name = name if method == "__call__" else f"{name}.{method}"
+            title = f"Calling a {name}" if method == "__call__" else full_name
+            parts.append(f"#### {title}\n\n{_method(full_name, member)}")
+    return "\n".join(parts)
+
+
+def _methods(cls: type) -> Iterator[tuple[str, Any]]:
+    for name, member in vars(cls).items():
+        function = getattr(member, "__func__", member)
+        has_text = bool(getattr(function, "__doc__", None)) and (callable(function) or isinstance(member, property))
+        if has_text and (not name.startswith("_") or name == "__call__"):
+            yield name, member
+
+
+def _method(name: str, member: Any) -> str:
+    if isinstance(member, property):
+        return _markdown(member.__doc__ or "")
+    function = getattr(member, "__func__", member)
+    return f"{_signature(name, function)}\n{_markdown(function.__doc__ or '')}"
+
+
+def _signature(name: str, value: Callable[..., Any]) -> str:
+    """Return the call in a block of code, one argument a line if it is long."""
+    try:
+        signature = inspect.signature(value)
+    except ValueError:
+        return ""
+    arguments, is_keyword_only = [], False
+    for parameter in signature.parameters.values():
+        if parameter.name in ("self", "cls"):
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY and not is_keyword_only:
+            arguments.append("*")
+            is_keyword_only = True
+        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        text = stars + parameter.name + _annotation(": ", parameter.annotation)
+        arguments.append(text if parameter.default is parameter.empty else f"{text} = {_default(parameter.default)}")
+    result = _annotation(" -> ", signature.return_annotation)
+    line = f"{name}({', '.join(arguments)}){result}"
+    if len(line) > 100:
+        line = "\n".join([f"{name}(", *(f"    {argument}," for argument in arguments), f"){result}"])
+    return f"```python\n{line}\n```\n"
+
+
+def _annotation(start: str, annotation: Any) -> str:
+    if annotation in (inspect.Parameter.empty, None):
+        return ""
+    return start + (annotation if isinstance(annotation, str) else inspect.formatannotation(annotation))
+
+
+def _default(value: Any) -> str:
+    """Return a default as it is written; what dataclasses make for each object is an ellipsis."""
+    text = repr(value)
+    return "…" if text.startswith("<") else text
+
+
+def _markdown(docstring: str) -> str:
+    """Return a Google-style docstring as Markdown: its sections become lists."""
+    lines, in_section = [], False
+    for line in inspect.cleandoc(docstring).splitlines():
+        if re.match(r"(Args|Attributes|Returns|Raises|Yields)\b[^.]*:$", line):
+            lines += ["", f"**{line}**", ""]
+            in_section = True
+        elif in_section and (item := re.match(r"  ([*\w, ]+): (.*)", line)):
+            names = ", ".join(f"`{name}`" for name in item[1].split(", "))
+            lines.append(f"- {names}: {item[2]}")
+        else:
+            in_section = in_section and (not line or line.startswith(" "))
+            lines.append(line.removeprefix("  ") if in_section else line)
+    return "\n".join(lines) + "\n"
+
+
 # --- mkdocs ---
 
 
@@ -87,7 +228,8 @@ def on_files(files: Any, config: Any) -> Any:
 
     pages = {page: (ROOT / source).read_text(encoding="utf-8") for source, page in PAGES.items()}
     pages |= {"reference/commands.md": commands_page(), "reference/configuration.md": configuration_page()}
-    pages |= {EXAMPLES: examples_page()}
+    pages |= {"reference/python.md": python_page(), EXAMPLES: examples_page()}
+    pages |= {page: notebook_page((ROOT / source).read_text(encoding="utf-8")) for source, page in NOTEBOOKS.items()}
     for page, content in pages.items():
         files.append(File.generated(config, page, content=content))
     return files
@@ -96,7 +238,7 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Change links to files of the repository into links to pages of the site."""
     name = page.file.src_uri
-    source = next((source for source, target in PAGES.items() if target == name), f"docs/{name}")
+    source = next((source for source, target in (PAGES | NOTEBOOKS).items() if target == name), f"docs/{name}")
     return _LINK.sub(lambda match: _site_link(match, source, name), markdown)
 
 
@@ -107,10 +249,10 @@ def _site_link(match: re.Match[str], source: str, page: str) -> str:
     if not path or "://" in path or path.startswith("mailto:"):
         return match[0]
     found = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
-    if found.startswith("examples/"):
-        there, anchor = EXAMPLES, posixpath.basename(found).replace(".", "")
-    elif found in PAGES or found.startswith("docs/"):
-        there = PAGES.get(found, found.removeprefix("docs/"))
+    if found in PAGES | NOTEBOOKS or found.startswith("docs/"):
+        there = (PAGES | NOTEBOOKS).get(found, found.removeprefix("docs/"))
+    elif found.partition("/")[0] == "examples":
+        there, anchor = EXAMPLES, posixpath.basename(found).replace(".", "") if "/" in found else ""
     elif (ROOT / found).exists():
         return text
     else:

@@ -9,7 +9,6 @@ import os
 from typing import Any
 
 import qwen_dist
-from qwen_dist.batch.formats import write_lines
 from qwen_dist.batch.output import journal_path, local_path
 from qwen_dist.batch.run import BatchSummary
 from qwen_dist.config import BatchConfig
@@ -17,6 +16,7 @@ from qwen_dist.errors import UsageError, printable
 from qwen_dist.json_reader import read_json_object
 from qwen_dist.ops.native_library import active_build
 from qwen_dist.runtime.preflight import checkpoint_digest, checkpoint_files
+from qwen_dist.storage.line_writer import write_lines
 
 # The kind and version of the file.
 MANIFEST_FORMAT = "qwen-dist batch 1"

@@ -13,6 +13,7 @@ _SUMMARY_HELP = {
     "num_answered": "Records answered in this run.",
     "num_errors": "Records that ended in an error in this run.",
     "num_prompt_tokens": "Prompt tokens of the answered records.",
+    "num_cached_tokens": "Of the prompt tokens, those that were read from the prefix cache.",
     "num_generated_tokens": "Generated tokens.",
     "seconds": "Time since the first record.",
 }
@@ -23,6 +24,7 @@ _STATS_HELP = {
     "cache_positions": "Token positions that the cache has.",
     "held_positions": "Token positions in pages that requests hold.",
     "live_positions": "Token positions that hold a token.",
+    "cached_positions": "Token positions in pages that no request holds and that the prefix cache keeps.",
 }
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from qwen_dist.batch.formats import exists, is_appendable, read_bounded_lines, read_lines
+from qwen_dist.batch.jsonl import count_records
 from qwen_dist.batch.run import BatchSummary
 from qwen_dist.batch.series import TimeSeries
 from qwen_dist.config import BatchConfig, parse_bytes
 from qwen_dist.engine.engine import EngineStats
 from qwen_dist.errors import printable
+from qwen_dist.storage.line_writer import is_appendable
+from qwen_dist.storage.records import read_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,12 +26,12 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def batch_progress(
-    config: BatchConfig, num_before: int, console: Console
+    files: Sequence[str], config: BatchConfig, num_before: int, console: Console
 ) -> Iterator[Callable[[BatchSummary, EngineStats], None]]:
     """Show a progress bar; yield the callback that updates it."""
     from rich.progress import BarColumn, Progress, TextColumn
 
-    total = 0 if console.quiet else _count_lines(config.input, parse_bytes(config.max_line_size))
+    total = 0 if console.quiet else count_records(files, parse_bytes(config.max_line_size))
     # One text, the most important part first: a narrow terminal cuts its end.
     columns = (TextColumn("answered {task.completed}/{task.total}; {task.fields[status]}"), BarColumn(bar_width=None))
     start, left = time.monotonic(), TimeLeft()
@@ -45,7 +48,8 @@ def batch_progress(
                 f"{summary.num_prompt_tokens / seconds:.0f} tokens/s in, "
                 f"{summary.num_generated_tokens / seconds:.0f} out; "
                 f"{stats.num_running} running, {stats.num_waiting} waiting, "
-                f"cache {stats.held_positions / max(stats.cache_positions, 1):.0%}",
+                f"cache {stats.held_positions / max(stats.cache_positions, 1):.0%}, "
+                f"prefix hits {summary.num_cached_tokens / max(summary.num_prompt_tokens, 1):.0%}",
             )
 
         yield report
@@ -94,7 +98,7 @@ def series_table(series: TimeSeries) -> Table:
 def count_errors(output: str) -> dict[str, int]:
     """Return how many results in a local file of lines are errors, by message; an empty dictionary for other outputs."""
     kinds: dict[str, int] = {}
-    if not is_appendable(output) or not exists(output):
+    if not is_appendable(output) or not os.path.isfile(output):
         return kinds
     for line in read_lines(output):
         if b'"error"' in line:
@@ -107,9 +111,9 @@ def count_errors(output: str) -> dict[str, int]:
     return kinds
 
 
-def count_left(input: str, summary: BatchSummary) -> int:
-    """Return how many lines of the input have no result yet."""
-    total = sum(1 for line in read_lines(input) if line.strip())
+def count_left(files: Sequence[str], config: BatchConfig, summary: BatchSummary) -> int:
+    """Return how many records of the files have no result yet."""
+    total = count_records(files, parse_bytes(config.max_line_size))
     return max(0, total - summary.num_before - summary.num_answered - summary.num_errors)
 
 
@@ -125,10 +129,11 @@ def describe_summary(summary: BatchSummary, output: str, kinds: dict[str, int], 
     if num_left is None and summary.num_before and not summary.num_answered + summary.num_errors:
         return f"nothing to do: all {summary.num_before} records have a result in {output}"
     speed = summary.num_generated_tokens / max(summary.seconds, 1e-9)
+    cached = f" ({summary.num_cached_tokens} of them cached)" if summary.num_cached_tokens else ""
     before = f"{summary.num_before} done before; " if summary.num_before else ""
     lines = [
         f"{before}{summary.num_answered} answered, {summary.num_errors} with an error; {summary.num_prompt_tokens} "
-        f"prompt tokens and {summary.num_generated_tokens} generated tokens in {summary.seconds:.1f} s "
+        f"prompt tokens{cached} and {summary.num_generated_tokens} generated tokens in {summary.seconds:.1f} s "
         f"({speed:.1f} tokens/s): {output}"
     ]
     if kinds:
@@ -138,7 +143,3 @@ def describe_summary(summary: BatchSummary, output: str, kinds: dict[str, int], 
     if num_left is not None:
         lines.append(f"interrupted: run the same command to continue ({num_left:,} left)")
     return "\n".join(lines)
-
-
-def _count_lines(input: str, max_line_bytes: int) -> int:
-    return sum(1 for line in read_bounded_lines(input, max_line_bytes) if not isinstance(line, bytes) or line.strip())

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import itertools
-import math
 
 from qwen_dist.batch.run import BatchSummary
+from qwen_dist.charts import COLORS, Chart, axis_end, legend, page, section, write_page
 from qwen_dist.engine.engine import EngineStats
-from qwen_dist.errors import UserError
 
 # At this number every second sample is dropped and the sampling rate is halved.
 MAX_SAMPLES = 1024
 # Rates are averages over at least this time.
 MIN_WINDOW_S = 1.0
-WIDTH, HEIGHT, LEFT, TOP = 860, 180, 70, 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,47 +76,18 @@ def write_chart(path: str, series: TimeSeries) -> None:
         return [(sample.seconds, float(getattr(sample, name))) for sample in series.samples[1:]]
 
     percent = [(seconds, 100 * used) for seconds, used in values("cache_utilization")]
-    panels = [
-        (
-            "tokens per second",
-            {
-                "generated": series.rates("num_generated_tokens"),
-                "prompt, at the answer's end": series.rates("num_prompt_tokens"),
-            },
-        ),
-        ("requests", {"running": values("num_running"), "waiting": values("num_waiting")}),
-        ("cache in use, %", {"of the cache": percent}),
-    ]
-    body = "\n".join(_panel(title, lines) for title, lines in panels)
-    head = '<!doctype html><meta charset="utf-8"><title>qwen-dist batch</title>'
-    page = f'{head}\n<body style="font: 13px sans-serif">\n{body}\n'
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(page)
-    except OSError as error:
-        raise UserError(f"cannot write the chart {path}: {error.strerror}") from error
-
-
-def axis_end(largest: float) -> float:
-    """Return the smallest number with one digit, and zeros, that is not below the largest value."""
-    if not 0 < largest < math.inf:
-        return 1.0
-    scale = 10.0 ** math.floor(math.log10(largest))
-    return math.ceil(round(largest / scale, 9)) * scale
+    rates = {
+        "generated": series.rates("num_generated_tokens"),
+        "prompt, at the answer's end": series.rates("num_prompt_tokens"),
+    }
+    requests = {"running": values("num_running"), "waiting": values("num_waiting")}
+    panels = [("tokens per second", rates), ("requests", requests), ("cache in use, %", {"of the cache": percent})]
+    write_page(path, page("qwen-dist batch", *(_panel(title, lines) for title, lines in panels)))
 
 
 def _panel(title: str, lines: dict[str, list[tuple[float, float]]]) -> str:
     points = [point for line in lines.values() for point in line]
     end, top = max((x for x, _ in points), default=0) or 1, axis_end(max((y for _, y in points), default=0))
-    parts = [f'<svg width="{LEFT + WIDTH + 20}" height="{TOP + HEIGHT + 25}"><g transform="translate({LEFT},{TOP})">']
-    parts.append(f'<rect width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#ccc"/>')
-    parts.append(f'<text y="-8" font-weight="bold">{html.escape(title)}</text>')
-    parts.append(
-        f'<text x="-6" y="10" text-anchor="end">{top:,.6g}</text><text x="-6" y="{HEIGHT}" text-anchor="end">0</text>'
-    )
-    parts.append(f'<text x="{WIDTH}" y="{HEIGHT + 16}" text-anchor="end">{end:,.1f} s</text>')
-    for index, ((name, line), colour) in enumerate(zip(lines.items(), ("#1f6fb4", "#d9730d"), strict=False)):
-        drawn = " ".join(f"{x / end * WIDTH:.1f},{HEIGHT - y / top * HEIGHT:.1f}" for x, y in line)
-        parts.append(f'<polyline points="{drawn}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        parts.append(f'<text x="{200 + 220 * index}" y="-8" fill="{colour}">{html.escape(name)}</text>')
-    return "".join(parts) + "</g></svg>"
+    chart, colors = Chart((0, end), (0, top), height=220), dict(zip(lines, COLORS, strict=False))
+    drawn = [chart.line(line, colors[name]) for name, line in lines.items()]
+    return section(title, legend(colors), chart.svg(chart.frame("seconds", (0, top), (0, end)), *drawn))

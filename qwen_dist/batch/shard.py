@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from qwen_dist.batch.jsonl import BatchRecord, InvalidRecord, read_records
-from qwen_dist.batch.line_reader import MAX_LINE_BYTES
 from qwen_dist.batch.output import OutputFile
 from qwen_dist.batch.run import BatchSummary
 from qwen_dist.runtime.control import ControlChannel, Message
 from qwen_dist.runtime.distributed import Processes, Replica
+from qwen_dist.storage.line_reader import MAX_LINE_BYTES
 
 
 class ShardWriter(Protocol):
@@ -41,7 +41,7 @@ class ShardWriter(Protocol):
 
 @contextlib.contextmanager
 def open_shard(
-    input: str,
+    files: Sequence[str],
     output: str,
     processes: Processes,
     replica: Replica,
@@ -55,7 +55,7 @@ def open_shard(
     """Open the input and the output for this process.
 
     Args:
-      input: path or URL of the records.
+      files: of the records, from `find_files`.
       output: path or URL of the results; only process 0 opens it.
       processes: of this run.
       replica: of this process.
@@ -72,17 +72,17 @@ def open_shard(
       UserError: the files cannot be used.
     """
     if processes.is_main:
-        order = (lambda: read_records(input, max_line_bytes)) if keep_order else None
-        records = read_records(input, max_line_bytes)
+        order = (lambda: read_records(files, max_line_bytes)) if keep_order else None
+        records = read_records(files, max_line_bytes)
         with OutputFile(output, settings=settings, overwrite=overwrite, retry_errors=retry_errors) as file:
-            done = _broadcast_from_main(file.answered_lines(read_records(input, max_line_bytes)), processes)
+            done = _broadcast_from_main(file.answered_lines(read_records(files, max_line_bytes)), processes)
             collector = ResultCollector(file, processes.control, replica.num_replicas - 1, order)
             yield shard_records(records, replica, done), collector
     else:
         done = _broadcast_from_main(np.zeros(0, np.int32), processes)
         is_sender = processes.process_id == replica.process_ids[0] and processes.control is not None
         results = ResultSender(processes.control) if is_sender and processes.control is not None else NullWriter()
-        yield shard_records(read_records(input, max_line_bytes), replica, done), results
+        yield shard_records(read_records(files, max_line_bytes), replica, done), results
 
 
 def _broadcast_from_main(numbers: np.ndarray, processes: Processes) -> np.ndarray:

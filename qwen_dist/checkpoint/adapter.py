@@ -12,9 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,9 +20,8 @@ import numpy as np
 
 from qwen_dist.checkpoint.adapter_config import CONFIG_NAME, scale
 from qwen_dist.checkpoint.names import PREFIXES
-from qwen_dist.checkpoint.save import keep_other_files
 from qwen_dist.checkpoint.sync import sync_processes
-from qwen_dist.errors import CheckpointError
+from qwen_dist.storage.staging import StagingDirectory, write_errors
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
@@ -79,7 +76,7 @@ def _merge_experts(name: str, stack: np.ndarray) -> np.ndarray:
 
 
 def write_adapter(directory: str | os.PathLike[str], adapter: Adapter, *, base: str, prefix: str = PREFIXES[0][0]) -> None:
-    """Write an adapter in PEFT's layout, first to a temporary directory that then takes the name `directory`.
+    """Write an adapter in PEFT's layout; an adapter that is there is replaced as a whole.
 
     Args:
       directory: the output; with several processes, only the first writes.
@@ -92,26 +89,18 @@ def write_adapter(directory: str | os.PathLike[str], adapter: Adapter, *, base: 
     """
     import safetensors.numpy
 
-    target = Path(os.path.abspath(directory))
-    staging = target.with_name(f".{target.name}.saving")
+    staging = StagingDirectory(directory)
     with sync_processes("saving the adapter"):
         if jax.process_index() > 0:
             return
-        try:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
+        with write_errors(staging.target), staging.created():
             arrays = {
                 f"{PEFT_PREFIX}{prefix}{_peft_name(name, adapter)}": np.ascontiguousarray(_merge_experts(name, array))
                 for name, array in adapter.arrays.items()
             }
-            safetensors.numpy.save_file(arrays, staging / WEIGHTS_NAME, metadata={"format": "pt"})
-            (staging / CONFIG_NAME).write_text(json.dumps(_peft_config(adapter, base, prefix), indent=2) + "\n")
-            if target.exists():
-                keep_other_files(target, staging)  # such as a model card
-                shutil.rmtree(target)
-            staging.rename(target)
-        except OSError as error:
-            raise CheckpointError(f"{target} cannot be written: {error.strerror or error}.") from error
+            staging.write(WEIGHTS_NAME, safetensors.numpy.save(arrays, metadata={"format": "pt"}))
+            staging.write(CONFIG_NAME, (json.dumps(_peft_config(adapter, base, prefix), indent=2) + "\n").encode())
+            staging.commit()
 
 
 def _peft_config(adapter: Adapter, base: str, prefix: str) -> dict[str, Any]:

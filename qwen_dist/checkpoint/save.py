@@ -9,14 +9,11 @@ complete old checkpoint or the complete new one.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import json
 import math
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +29,11 @@ from qwen_dist.checkpoint.plan import Chunk, Parameter, Shard, chunk_boxes, coun
 from qwen_dist.checkpoint.safetensors import LENGTH_BYTES, TensorInfo, build_header, dtype_name, parse_header
 from qwen_dist.checkpoint.source import Checkpoint, read_header
 from qwen_dist.checkpoint.sync import sync_processes
-from qwen_dist.errors import CheckpointError, UserError, printable
+from qwen_dist.errors import CheckpointError, printable
 from qwen_dist.json_reader import read_json_object
-from qwen_dist.outputs import run_lock
 from qwen_dist.storage.files import INDEX_NAME, LOCAL_READ_OPTIONS, SINGLE_FILE_NAME, Folder, LocalFile
+from qwen_dist.storage.staging import StagingDirectory, fsync, write_errors
 
-# In a staging directory: it is one, and may be removed.
-_STAGING_MARKER = ".qwen_dist_saving"
 MAX_SHARD_BYTES = 5_000_000_000
 # Files that `transformers` and this project's tokenizer read in addition to weights and config.json.
 EXTRA_FILE_NAMES = (
@@ -128,8 +123,7 @@ def save(
     Raises:
       CheckpointError: the output exists or cannot be written; it is left unchanged.
     """
-    target = Path(os.path.realpath(output))  # a link stays, and what it leads to is replaced
-    staging = _staging_of(target)
+    staging = StagingDirectory(output)
     shapes = {name: array.shape for name, array in arrays.items()} | dict(disk_shapes or {})
     dtypes = {name: np.dtype((dtypes or {}).get(name, array.dtype)) for name, array in arrays.items()}
     saved_config = _saved_config(config, dtypes)
@@ -139,33 +133,18 @@ def save(
         names, arrays = NameMap({**names.segments, **alone.segments}), {**arrays, **carried}
         dtypes |= {name: np.dtype(array.dtype) for name, array in carried.items()}
     files = _plan_files(names, dtypes, max_shard_bytes)
-    with contextlib.ExitStack() as stack, _write_errors(target):
+    with contextlib.ExitStack() as stack, write_errors(staging.target):
         with sync_processes("preparing to save") as sync_point:
             sync_point.digest = repr(sorted((file.name, file.size, sorted(file.tensors)) for file in files))
             if jax.process_index() == 0:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(run_lock(str(target.with_name(f".{target.name}.lock")), str(target)))
-                _check_target(target, overwrite=overwrite)
-                _create_staging(staging, files)
-                stack.callback(_remove_staging, staging)
+                stack.enter_context(staging.created(lambda: _check_target(staging.target, overwrite=overwrite)))
+                _create_files(staging.path, files)
         with sync_processes("saving"):
-            _write_local_shards(arrays, dtypes, names, files, staging, host_memory_budget, progress)
+            _write_local_shards(arrays, dtypes, names, files, staging.path, host_memory_budget, progress)
         with sync_processes("finishing the save"):
             if jax.process_index() == 0:
                 _write_metadata(staging, files, saved_config, extra_files or {})
-                keep_other_files(target, staging, _is_of_checkpoint)
-                _commit(staging, target)
-
-
-@contextlib.contextmanager
-def _write_errors(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        reason = error.strerror or error if isinstance(error, OSError) else error
-        raise CheckpointError(f"{printable(target)} cannot be written: {reason}.") from error
+                staging.commit(_is_of_checkpoint)
 
 
 @dataclass(frozen=True)
@@ -214,14 +193,10 @@ def check_output(output: str | os.PathLike[str], *, overwrite: bool) -> None:
     Raises:
       CheckpointError: it exists and may not be replaced, or nothing can be written there.
     """
-    target = Path(os.path.realpath(output))
-    with _write_errors(target):
-        _check_target(target, overwrite=overwrite)
-        _check_staging(_staging_of(target))
-
-
-def _staging_of(target: Path) -> Path:
-    return target.with_name(f".{target.name}.saving")
+    staging = StagingDirectory(output)
+    with write_errors(staging.target):
+        _check_target(staging.target, overwrite=overwrite)
+        staging.check()
 
 
 def _check_target(target: Path, *, overwrite: bool) -> None:
@@ -255,38 +230,12 @@ def _weight_files(target: Path) -> set[str]:
     return names if len(names) == 1 else {SINGLE_FILE_NAME}
 
 
-def _check_staging(staging: Path) -> None:
-    """Raise CheckpointError if something else has the name of the staging directory."""
-    is_left_over = (staging / _STAGING_MARKER).is_file() or (staging.is_dir() and not any(staging.iterdir()))
-    if os.path.lexists(staging) and not staging.is_symlink() and not is_left_over:
-        raise CheckpointError(f"{printable(staging)} is in the way and was not made by qwen-dist: move it away.")
-
-
-def _create_staging(staging: Path, files: list[_OutputFile]) -> None:
-    """Create the staging directory with all files, each with its header and full size."""
-    _check_staging(staging)
-    if staging.is_symlink():
-        staging.unlink()
-    elif staging.exists():
-        _remove_staging(staging)  # left by a save that was killed
-    staging.mkdir()
-    (staging / _STAGING_MARKER).touch()
+def _create_files(staging: Path, files: list[_OutputFile]) -> None:
+    """Create all files, each with its header and full size."""
     for file in files:
         with open(staging / file.name, "wb") as handle:
             handle.write(file.header)
             handle.truncate(file.size)
-
-
-def _remove_staging(staging: Path) -> None:
-    """Remove the directory, its marker last: if this is killed, the next save still knows that it may remove it."""
-    with contextlib.suppress(FileNotFoundError):
-        for path in staging.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            elif path.name != _STAGING_MARKER:
-                path.unlink(missing_ok=True)
-        (staging / _STAGING_MARKER).unlink(missing_ok=True)
-        staging.rmdir()
 
 
 def _write_local_shards(
@@ -316,7 +265,7 @@ def _write_local_shards(
 
     run_in_threads(write, chunks, num_threads)
     for file in sorted({chunk.tensor.file for chunk in chunks}):
-        _fsync(staging / file)
+        fsync(staging / file)
 
 
 def _local_parameter(name: str, array: jax.Array, dtype: np.dtype, names: NameMap) -> Parameter:
@@ -364,11 +313,11 @@ def _write_at(path: Path, chunk: Chunk, values: np.ndarray) -> None:
 
 
 def _write_metadata(
-    staging: Path, files: list[_OutputFile], config: Mapping[str, Any], extra_files: Mapping[str, bytes]
+    staging: StagingDirectory, files: list[_OutputFile], config: Mapping[str, Any], extra_files: Mapping[str, bytes]
 ) -> None:
     """Check the headers on disk and write everything that is not tensor data, the index last."""
     for file in files:
-        written = read_header(LocalFile(staging / file.name)).tensors
+        written = read_header(LocalFile(staging.path / file.name)).tensors
         assert written == file.tensors
     content = {"config.json": _encode_json(config), **extra_files}
     if len(files) > 1:
@@ -376,9 +325,7 @@ def _write_metadata(
         weight_map = {name: file.name for file in files for name in file.tensors}
         content[INDEX_NAME] = _encode_json({"metadata": {"total_size": total}, "weight_map": weight_map})
     for name, text in content.items():
-        (staging / name).parent.mkdir(exist_ok=True)
-        (staging / name).write_bytes(text)
-        _fsync(staging / name)
+        staging.write(name, text)
 
 
 def _encode_json(value: Mapping[str, Any]) -> bytes:
@@ -398,68 +345,4 @@ def _saved_config(config: Mapping[str, Any], dtypes: Mapping[str, np.dtype]) -> 
 
 def _is_of_checkpoint(name: str) -> bool:
     """Return whether a file belongs to a checkpoint, so that the new checkpoint's files take its place."""
-    return name in ("config.json", INDEX_NAME, _STAGING_MARKER, *EXTRA_FILE_NAMES) or name.endswith(".safetensors")
-
-
-def keep_other_files(target: Path, staging: Path, is_replaced: Callable[[str], bool] = lambda name: False) -> None:
-    """Take over what else lies in a directory that will be replaced, such as notes, by hard links or as copies.
-
-    Args:
-      target: the directory.
-      staging: the new one. Its own files win.
-      is_replaced: returns whether a file of this name is left out.
-    """
-    for path in target.iterdir() if target.is_dir() else ():
-        if is_replaced(path.name) or (staging / path.name).exists():
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.copytree(path, staging / path.name, symlinks=True, copy_function=_link_or_copy)
-        else:
-            _link_or_copy(path, staging / path.name)
-
-
-def _link_or_copy(source: str | Path, destination: str | Path) -> None:
-    try:
-        os.link(source, destination, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(source, destination, follow_symlinks=False)
-
-
-def _commit(staging: Path, target: Path) -> None:
-    """Rename the finished directory to the target in one step. `save` then removes the old one."""
-    _fsync(staging)
-    if target.exists() and any(target.iterdir()):
-        (target / _STAGING_MARKER).touch()  # it becomes the staging directory, and may be removed
-        try:
-            _swap_directories(staging, target)
-        except CheckpointError:
-            (target / _STAGING_MARKER).unlink()
-            raise
-    else:
-        os.rename(staging, target)
-    # Until now a killed save could be told by it.
-    (target / _STAGING_MARKER).unlink()
-    _fsync(target.parent)
-
-
-def _swap_directories(staging: Path, target: Path) -> None:
-    """Swap two directories atomically (Linux `renameat2` with RENAME_EXCHANGE)."""
-    at_fdcwd, rename_exchange = -100, 2
-    libc = ctypes.CDLL(None, use_errno=True)
-    renameat2 = getattr(libc, "renameat2", None)
-    code = -1
-    if renameat2 is not None:
-        code = renameat2(at_fdcwd, os.fsencode(staging), at_fdcwd, os.fsencode(target), rename_exchange)
-    if code != 0:
-        number = ctypes.get_errno() if renameat2 is not None else errno.ENOSYS
-        raise CheckpointError(
-            f"{target} cannot be replaced in one step on this file system ({os.strerror(number)}); choose another output."
-        )
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return name in ("config.json", INDEX_NAME, *EXTRA_FILE_NAMES) or name.endswith(".safetensors")

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from qwen_dist.cli.console import announcer, loading, make_console, print_batch
 from qwen_dist.cli.flags import ProcessFlags, Verb
 from qwen_dist.cli.session import DEMO_MODEL, EXIT_INTERRUPTED, catch_interrupt, joined, paths_read
 from qwen_dist.config import BatchConfig, parse_bytes
-from qwen_dist.errors import UsageError, printable
 from qwen_dist.outputs import Written, check_paths
 from qwen_dist.runtime.backend import start_jax
 
 if TYPE_CHECKING:
     from qwen_dist.batch.run import BatchSummary
-    from qwen_dist.engine.engine import EngineStats
-    from qwen_dist.runtime.distributed import Processes
+    from qwen_dist.engine.engine import Engine, EngineStats
+    from qwen_dist.engine.request import SamplingParams
+    from qwen_dist.runtime.distributed import Processes, Replica
+    from qwen_dist.tokenizer import Tokenizer
 
 EXAMPLES = """\
 example:
@@ -28,49 +28,46 @@ example:
 
 def run(config: BatchConfig, flags: ProcessFlags) -> int:
     """Answer the records that have no result yet."""
-    _check_input(config)
-    with joined("batch", config, flags, num_replicas=config.num_replicas, input=config.input) as processes:
+    from qwen_dist.storage.records import RECORD_SUFFIXES, find_files
+
+    files = find_files([config.input], RECORD_SUFFIXES, "--input")
+    with joined("batch", config, flags, num_replicas=config.num_replicas, inputs=files) as processes:
         if processes.is_main:
-            _check_paths(config, flags.config)
+            _check_paths(files, config, flags.config)
         start_jax(flags.num_cpu_devices, config.model.dtype)
         processes.check_devices()
         # Ctrl-C handling is for one process only: several would have to stop at the same record.
         with contextlib.nullcontext(lambda: False) if processes.count > 1 else catch_interrupt() as stopped:
-            summary = _run_shard(config, processes, stopped, quiet=flags.json or not processes.is_main)
-            print_batch(summary, config, is_complete=not stopped(), as_json=flags.json)
+            summary = _run_shard(files, config, processes, stopped, quiet=flags.json or not processes.is_main)
+            print_batch(summary, files, config, is_complete=not stopped(), as_json=flags.json)
             return EXIT_INTERRUPTED if stopped() else 0
 
 
-def _check_input(config: BatchConfig) -> None:
-    if "://" not in config.input and not os.path.exists(config.input):
-        raise UsageError(f"cannot read the input {printable(config.input)}: there is no such file; give --input")
-
-
-def _check_paths(config: BatchConfig, config_file: str | None) -> None:
+def _check_paths(files: Sequence[str], config: BatchConfig, config_file: str | None) -> None:
     from qwen_dist.batch.manifest import check_manifest
     from qwen_dist.batch.output import paths_written
 
     written = paths_written(config.output)
     written.append(Written("--chart", config.chart, is_page=True))
     written.append(Written("--profile", config.profile, is_directory=True))
-    _check_input(config)
     read = paths_read(config.model.path, config_file, config.model.adapter)
-    check_paths({"--input": config.input} | read, written)
+    check_paths({"--input": [config.input, *files], **read}, written)
     check_manifest(config.output)
 
 
-def _run_shard(config: BatchConfig, processes: Processes, stopped: Callable[[], bool], *, quiet: bool) -> BatchSummary:
+def _run_shard(
+    files: Sequence[str], config: BatchConfig, processes: Processes, stopped: Callable[[], bool], *, quiet: bool
+) -> BatchSummary:
     """Run this process's shard of a batch. On process 0 the summary counts all processes."""
     from qwen_dist.batch.manifest import result_settings, write_manifest
     from qwen_dist.batch.progress import batch_progress
     from qwen_dist.batch.run import BatchSummary, run_batch
     from qwen_dist.batch.shard import open_shard
-    from qwen_dist.engine.open import open_engine
     from qwen_dist.runtime.distributed import assign_replica
 
     replica, settings = assign_replica(processes, config.num_replicas), result_settings(config)
     shard = open_shard(
-        config.input,
+        files,
         config.output,
         processes,
         replica,
@@ -81,23 +78,10 @@ def _run_shard(config: BatchConfig, processes: Processes, stopped: Callable[[], 
         max_line_bytes=parse_bytes(config.max_line_size),
     )
     with shard as (records, results), _monitors(config, processes, quiet=quiet) as watch:
-        with loading(quiet=quiet) as progress:
-            engine, tokenizer, sampling = open_engine(
-                config.model,
-                config.mesh,
-                config.sampling,
-                max_batch_size=config.engine.max_batch_size,
-                cache_bytes=parse_bytes(config.engine.kv_cache_memory),
-                steps_per_dispatch=config.engine.steps_per_dispatch,
-                policy=config.engine.policy,
-                template_variables=config.chat.variables,
-                devices=replica.devices(),
-                progress=progress,
-                announce=announcer(processes, quiet=quiet),
-            )
+        engine, tokenizer, sampling = _open_engine(config, processes, replica, quiet=quiet)
         if processes.is_main:
             write_manifest(config, settings, BatchSummary(num_before=results.num_before), is_complete=False)
-        with batch_progress(config, results.num_before, make_console(stderr=True, quiet=quiet)) as show:
+        with batch_progress(files, config, results.num_before, make_console(stderr=True, quiet=quiet)) as show:
 
             def report(summary: BatchSummary, stats: EngineStats) -> None:
                 results.collect()
@@ -119,6 +103,29 @@ def _run_shard(config: BatchConfig, processes: Processes, stopped: Callable[[], 
     if processes.is_main:
         write_manifest(config, settings, summary, is_complete=not stopped())
     return summary
+
+
+def _open_engine(
+    config: BatchConfig, processes: Processes, replica: Replica, *, quiet: bool
+) -> tuple[Engine, Tokenizer, SamplingParams]:
+    from qwen_dist.engine.open import open_engine
+
+    with loading(quiet=quiet) as progress:
+        return open_engine(
+            config.model,
+            config.mesh,
+            config.sampling,
+            max_batch_size=config.engine.max_batch_size,
+            cache_bytes=parse_bytes(config.engine.kv_cache_memory),
+            steps_per_dispatch=config.engine.steps_per_dispatch,
+            policy=config.engine.policy,
+            prefix_cache=config.engine.prefix_cache,
+            snapshot_fraction=config.engine.snapshot_fraction,
+            template_variables=config.chat.variables,
+            devices=replica.devices(),
+            progress=progress,
+            announce=announcer(processes, quiet=quiet),
+        )
 
 
 @contextlib.contextmanager

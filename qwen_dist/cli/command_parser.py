@@ -51,7 +51,7 @@ def check_command(given: Sequence[str], commands: Collection[str]) -> None:
     name = next((argument for argument in given if not argument.startswith("-")), None)
     if name is None or name in commands or {"-h", "--help", "--version"} & set(given[: given.index(name)]):
         return
-    known = {"chat": "generate", "run": "generate", "serve": "batch", "train": "finetune", "sft": "finetune"}
+    known = {"chat": "generate", "run": "generate", "server": "serve", "train": "finetune", "sft": "finetune"}
     close = known.get(name) or next(iter(difflib.get_close_matches(name, commands, n=1)), None)
     meant = f"; did you mean {close}?" if close else ""
     raise UsageError(f"{printable(name, 60)!r} is not a command{meant} The commands are {', '.join(commands)}.")

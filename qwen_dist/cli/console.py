@@ -51,7 +51,7 @@ def loading(description: str = "loading", *, quiet: bool) -> contextlib.Abstract
 
 def print_answer_json(text: str, updates: Sequence[RequestOutput], tokenizer: Tokenizer) -> None:
     """Print an answer as one JSON object."""
-    from qwen_dist.batch.run import logprob_json
+    from qwen_dist.openai_api import logprob_json
 
     last = updates[-1]
     answer: dict[str, Any] = {
@@ -69,8 +69,9 @@ def print_answer_speed(last: RequestOutput, first_s: float, rest_s: float) -> No
     """Print a line after an answer, in a terminal: tokens, and the seconds to the first one and for the others."""
     if sys.stderr.isatty():
         speed = (last.num_generated - 1) / max(rest_s, 1e-9)
+        cached = f" ({last.num_cached_tokens} cached)" if last.num_cached_tokens else ""
         print(
-            f"[{len(last.request.prompt)} prompt tokens, {last.num_generated} generated; "
+            f"[{len(last.request.prompt)} prompt tokens{cached}, {last.num_generated} generated; "
             f"first token after {first_s:.1f} s, then {speed:.1f} tokens/s; finish reason: {last.finish_reason}]",
             file=sys.stderr,
         )
@@ -79,7 +80,9 @@ def print_answer_speed(last: RequestOutput, first_s: float, rest_s: float) -> No
 # --- summaries of runs ---
 
 
-def print_batch(summary: BatchSummary, config: BatchConfig, *, is_complete: bool, as_json: bool) -> None:
+def print_batch(
+    summary: BatchSummary, files: Sequence[str], config: BatchConfig, *, is_complete: bool, as_json: bool
+) -> None:
     """Print the summary of a batch."""
     if as_json:
         print(json.dumps({"output": config.output, **vars(summary)}))
@@ -87,7 +90,7 @@ def print_batch(summary: BatchSummary, config: BatchConfig, *, is_complete: bool
     from qwen_dist.batch.progress import count_errors, count_left, describe_summary
 
     kinds = count_errors(config.output) if summary.num_errors else {}
-    num_left = None if is_complete else count_left(config.input, summary)
+    num_left = None if is_complete else count_left(files, config, summary)
     print(describe_summary(summary, config.output, kinds, num_left=num_left))
 
 

@@ -145,7 +145,7 @@ def _add_flags(command: CommandParser, verb: Verb) -> None:
 
 def _add_flag(group: Any, dest: str, field: ConfigField) -> None:
     about, help = field.option, help_text(field).replace("%", "%%")
-    if field.kind is bool:
+    if field.kind is bool and not about.metavar:
         group.add_argument(field.flag, dest=dest, action="store_true", default=None, help=help)
         return
     settings: dict[str, Any] = {"metavar": about.metavar or "|".join(field.choices), "help": help}
@@ -157,10 +157,20 @@ def _add_flag(group: Any, dest: str, field: ConfigField) -> None:
         settings["action"] = "append"
     elif field.kind in (int, float):
         settings["type"] = field.kind
+    elif field.kind is bool:
+        settings["type"] = _is_on
     names = [field.flag] if field.flag.startswith("-") else []
     action = group.add_argument(*names, dest=dest, **settings)
+    if field.kind is bool:
+        action.completer = lambda **_: ("on", "off")
     if field.choices:  # a wrong value is an error of the configuration, like one in a file; this is for argcomplete
         action.completer = lambda **_: field.choices
+
+
+def _is_on(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is neither on nor off")
+    return text == "on"
 
 
 def help_text(field: ConfigField) -> str:
@@ -169,4 +179,5 @@ def help_text(field: ConfigField) -> str:
     choices = f": {', '.join(most)} or {last}" if field.choices and field.option.metavar else ""
     is_shown = isinstance(field.default, str | int | float) and field.default
     default = f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
+    default = "on" if field.default is True and field.option.metavar else default
     return f"{field.help}{choices}" + (f" ({default})" if is_shown else "")

@@ -49,6 +49,7 @@ def run(config: GenerateConfig, flags: ProcessFlags) -> int:
                 config.mesh,
                 config.sampling,
                 max_batch_size=1,
+                prefix_cache=config.prefix_cache,
                 template_variables=config.chat.variables,
                 progress=progress,
                 announce=announcer(processes, quiet=quiet),

@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import qwen_dist
@@ -31,11 +31,11 @@ _START_TIMEOUT_S = "60"
 
 @contextlib.contextmanager
 def joined(
-    verb: str, config: Any, flags: ProcessFlags, *, num_replicas: int = 1, input: str | None = None, **more: Any
+    verb: str, config: Any, flags: ProcessFlags, *, num_replicas: int = 1, inputs: Sequence[str] = (), **more: Any
 ) -> Iterator[Processes]:
     """Run the block as one of several processes, if there are several: after the preflight, with stdout on process 0 only.
 
-    `config`, `more` and the content of the file `input` must be the same on all processes.
+    `config`, `more` and the content of the files `inputs` must be the same on all processes.
     """
     from qwen_dist.runtime.cluster import detect_cluster
 
@@ -54,7 +54,7 @@ def joined(
     host_info = collect_host_info(
         {"command": verb, **vars(config), **more},
         checkpoint=model.path,
-        input=input,
+        inputs=inputs,
         write_dirs=[os.environ.get("JAX_COMPILATION_CACHE_DIR") or COMPILATION_CACHE],
         memory_per_checkpoint_byte=copies if on_host and model.needs_weights else 0.0,
     )

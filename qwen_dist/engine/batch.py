@@ -6,6 +6,7 @@ logits are wanted, N pages that a row writes to, E entries (a row reading a page
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,6 +91,14 @@ class BatchBuilder:
             )
         return self._decode(self._by_shard(schedule), num_pages)
 
+    def empty_batches(self, num_pages: tuple[int, ...]) -> Iterator[Batch]:
+        """Yield a batch without sequences for each program, that is for each number of rows of prefill and of decode."""
+        nothing: list[Schedule] = [[] for _ in range(self._num_shards)]
+        for width in self._prefill_widths:
+            yield self._prefill(nothing, num_pages, width)
+        for width in self._decode_widths:
+            yield self._decode(nothing, num_pages, width)
+
     def _by_shard(self, rows: Any) -> list[Schedule]:
         by_shard: list[Schedule] = [[] for _ in range(self._num_shards)]
         for row in rows:
@@ -98,14 +107,14 @@ class BatchBuilder:
 
     def _cut(self, scheduled: ScheduledTokens) -> Schedule:
         """Cut the tokens of a prompt into rows; each starts at a multiple of the chunk size, so it is within one page."""
-        sequence, start, num_tokens = scheduled
+        sequence, start, num_tokens, *_ = scheduled
         starts = range(start, start + num_tokens, self._chunk_size)
         return [ScheduledTokens(sequence, s, min(self._chunk_size, start + num_tokens - s)) for s in starts]
 
-    def _prefill(self, rows: list[Schedule], num_pages: tuple[int, ...]) -> Batch:
-        width = next(width for width in self._prefill_widths if width >= max(map(len, rows)))
+    def _prefill(self, rows: list[Schedule], num_pages: tuple[int, ...], least: int = 1) -> Batch:
+        width = next(width for width in self._prefill_widths if width >= max(least, *map(len, rows)))
         batch = self._empty(width, self._chunk_size, num_steps=1)
-        for b, (sequence, start, num_tokens) in _placed(rows, width):
+        for b, (sequence, start, num_tokens, *_) in _placed(rows, width):
             tokens = sequence.tokens[start : start + num_tokens]
             batch.tokens_BT[b, :num_tokens] = tokens
             batch.positions_BT[b, :num_tokens] = range(start, start + num_tokens)
@@ -119,16 +128,29 @@ class BatchBuilder:
         capacity = [width * min(ring, pages) for ring, pages in zip(self._limits.ring_pages, num_pages, strict=True)]
         return batch._replace(pages=self._pages(rows, width, 1, capacity))
 
-    def _decode(self, rows: list[Schedule], num_pages: tuple[int, ...]) -> Batch:
-        width = next(width for width in self._decode_widths if width >= max(map(len, rows)))
-        batch = self._empty(width, 1, num_steps=max(row.num_tokens for shard in rows for row in shard))
+    def _decode(self, rows: list[Schedule], num_pages: tuple[int, ...], least: int = 1) -> Batch:
+        width = next(width for width in self._decode_widths if width >= max(least, *map(len, rows)))
+        batch = self._empty(width, 1, num_steps=max((row.num_tokens for shard in rows for row in shard), default=1))
         for shard, of_shard in enumerate(rows):
             part = slice(shard * width, shard * width + len(of_shard))
             batch.tokens_BT[part], batch.logit_indices_BX[part] = LAST_SAMPLED, 0
             batch.positions_BT[part, 0] = [row.start for row in of_shard]
             batch.slots_B[part] = [row.sequence.slot for row in of_shard]
             batch.sequences[part] = [row.sequence for row in of_shard]
-        return batch._replace(pages=self._pages(rows, width, 2, num_pages))
+        return batch._replace(pages=self._pages(rows, width, 2, self._decode_capacity(rows, num_pages)))
+
+    def _decode_capacity(self, rows: list[Schedule], num_pages: tuple[int, ...]) -> list[int]:
+        """Return how many entries of each group there is room for: one for each page, more where rows share pages."""
+
+        def of_group(group: int, capacity: int) -> int:
+            page_size, ring = self._limits.page_size, self._limits.ring_pages[group]
+            needed = (sum(min((row.start + row.num_tokens - 1) // page_size + 1, ring) for row in shard) for shard in rows)
+            most = max(needed)
+            while capacity < most:
+                capacity *= 4
+            return capacity
+
+        return list(map(of_group, range(len(num_pages)), num_pages))
 
     def _empty(self, width: int, num_tokens: int, num_steps: int) -> Batch:
         total = width * self._num_shards

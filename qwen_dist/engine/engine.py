@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -19,10 +19,10 @@ from qwen_dist.engine.batch import Batch, BatchBuilder
 from qwen_dist.engine.page_allocator import CacheLimits, PagedGroup
 from qwen_dist.engine.request import Request, RequestOutput, TokenLogprob
 from qwen_dist.engine.runner import DecodeState, Runner, SampledTokens, SamplingTable
-from qwen_dist.engine.scheduler import POLICIES, Scheduler
+from qwen_dist.engine.scheduler import POLICIES, Schedule, Scheduler
 from qwen_dist.engine.sequence import Sequence
 from qwen_dist.errors import UsageError, UserError
-from qwen_dist.models.state import page_bytes, slot_bytes
+from qwen_dist.models.state import States, page_bytes, slot_bytes
 from qwen_dist.models.state_spec import LayerStateSpec, cache_groups
 from qwen_dist.ops.paged_cache import MAX_ENTRIES, PAGE
 from qwen_dist.sharding import ShardingContext
@@ -39,7 +39,8 @@ TAKEN_AHEAD = 8
 class EngineStats:
     """How full the engine is: requests, and positions of the cache that exist, that requests hold, and that are in use.
 
-    Positions are the average over layers with pages, of which those with a window keep fewer.
+    Positions are the average over layers with pages, of which those with a window keep fewer. What several requests share
+    counts once. `cached_positions` are those that no request holds and that a prefix cache keeps.
     """
 
     num_running: int
@@ -48,6 +49,7 @@ class EngineStats:
     cache_positions: int
     held_positions: int
     live_positions: int
+    cached_positions: int = 0
 
 
 def cache_limits(
@@ -70,6 +72,13 @@ def cache_limits(
     )
 
 
+def _num_snapshots(limits: CacheLimits, cache_bytes: int, of_slot: int, fraction: float) -> int:
+    """Return how many snapshots of a shard's slots there is memory for, and use: not more than pages."""
+    if not of_slot or not limits.can_share:
+        return 0
+    return min(int(fraction * cache_bytes) // of_slot, limits.largest(cache_bytes))
+
+
 class Engine:
     """Answers requests, many at a time.
 
@@ -81,6 +90,10 @@ class Engine:
         fewer let requests that end make room sooner.
       policy: the order in which waiting requests are admitted: "throughput" (the longest prompt first) or "latency" (the
         first to come).
+      prefix_cache: whether requests share the states of prompts that begin alike, and of earlier requests. Models with
+        sliding windows have no prefix cache.
+      snapshot_fraction: the part of the cache that may hold snapshots of recurrent layers' states, which the prefix cache
+        of such a model needs.
 
     Raises:
       UsageError: an argument is out of range, or the cache cannot hold a page.
@@ -96,6 +109,8 @@ class Engine:
         cache_bytes: int = 4 * 10**9,
         steps_per_dispatch: int = 1,
         policy: str = "throughput",
+        prefix_cache: bool = True,
+        snapshot_fraction: float = 0.2,
     ):
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
@@ -125,13 +140,17 @@ class Engine:
         sizes: dict[str, Any] = {"num_slots": num_slots, "num_shards": num_shards}
         sizes |= {"chunk_size": CHUNK_SIZE, "max_chunks": MAX_CHUNKS}
         self._batches = BatchBuilder(self._limits, entry_multiple=MAX_ENTRIES, **sizes)
-        max_pages = self._limits.largest(cache_bytes - slots_per_shard * slot_bytes(specs, model.sharding_ctx))
+        of_slot = slot_bytes(specs, model.sharding_ctx)
+        left = cache_bytes - slots_per_shard * of_slot
+        self._num_snapshots = _num_snapshots(self._limits, left, of_slot, snapshot_fraction * prefix_cache)
+        max_pages = self._limits.largest(left - of_slot * self._num_snapshots)
         if max_pages < 1:
             raise UsageError(f"a cache of {cache_bytes} bytes on each device is less than one page; give more")
-        self._scheduler = Scheduler(
-            self._limits, max_pages=max_pages, num_decode_steps=steps_per_dispatch, policy=policy, **sizes
-        )
+        sizes |= {"num_decode_steps": steps_per_dispatch, "prefix_cache": prefix_cache}
+        sizes |= {"num_snapshots": self._num_snapshots if of_slot else None}
+        self._scheduler = Scheduler(self._limits, max_pages=max_pages, policy=policy, **sizes)
         self._state: DecodeState | None = None
+        self._snapshots: States | None = None
         self._num_pages: tuple[int, ...] = ()
         self._in_flight: tuple[Batch, SampledTokens] | None = None
         self._has_delivered = False
@@ -153,6 +172,7 @@ class Engine:
             cache_positions=self._mean_over_layers(scheduler.num_pages) * num_shards * PAGE,
             held_positions=self._mean_over_layers(scheduler.num_held_pages) * PAGE,
             live_positions=self._mean_over_layers(scheduler.num_live),
+            cached_positions=self._mean_over_layers(scheduler.num_cached_pages) * PAGE,
         )
 
     def _mean_over_layers(self, by_group: tuple[int, ...]) -> int:
@@ -179,6 +199,21 @@ class Engine:
                 f"the prompt has {length} tokens and the answer up to {request.params.max_new_tokens}, more than the cache "
                 f"can hold ({self._scheduler.max_pages * PAGE} in each data-parallel shard); allow it more memory"
             )
+
+    def warm_up(self, report: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Give the cache all of its memory and compile the programs, so that no request waits for that.
+
+        Programs that return log-probabilities or process logits are compiled when a request first needs one.
+
+        Args:
+          report: called with the number of programs that are compiled, and of all.
+        """
+        self._scheduler.reserve()
+        batches = list(self._batches.empty_batches(self._scheduler.num_pages))
+        for done, batch in enumerate(batches):
+            report(done, len(batches))
+            jax.block_until_ready(self._dispatch([], batch))
+        report(len(batches), len(batches))
 
     def _end(self, request: Request) -> int:
         """Return the last position that a token of the answer may have; a prompt that is only scored has one too."""
@@ -211,7 +246,7 @@ class Engine:
             schedule = self._scheduler.schedule(can_preempt=before is None)
             if schedule:
                 batch = self._batches.build(schedule, self._scheduler.num_pages)
-                self._in_flight = batch, self._dispatch(batch)
+                self._in_flight = batch, self._dispatch(schedule, batch)
         self._has_delivered |= before is not None
         return [] if before is None else list(self._deliver(*before))
 
@@ -242,21 +277,36 @@ class Engine:
         if not of_request:
             del self._sequences[id(sequence.request)]
 
-    def _dispatch(self, batch: Batch) -> SampledTokens:
+    def _dispatch(self, schedule: Schedule, batch: Batch) -> SampledTokens:
         num_pages = self._scheduler.num_pages
         if self._state is None:
             self._state = self._runner.start(num_pages)
         elif num_pages != self._num_pages:
             self._state = self._runner.resize(self._state, num_pages)
         self._num_pages = num_pages
+        known: list[tuple[int, list[int]]] = []
         if batch.is_prefill:
-            for sequence in batch.sequences:
-                if sequence is not None:
-                    self._sampling.set(sequence.slot, sequence.request, sequence.end)
+            for row, sequence in enumerate(batch.sequences):
+                if sequence is None:
+                    continue
+                self._sampling.set(sequence.slot, sequence.request, sequence.end)
+                if 0 < sequence.prefill_start == batch.positions_BT[row, 0] and self._sampling.needs_tokens(sequence.slot):
+                    known.append((sequence.slot, sequence.tokens[: sequence.prefill_start]))
+        for scheduled in schedule:
+            if scheduled.restored >= 0:
+                assert self._snapshots is not None
+                slot = scheduled.sequence.slot
+                self._state = self._runner.restore(self._state, self._snapshots, slot, scheduled.restored)
         sampling = self._sampling.look_up(batch.slots_B, self._tokenizer.stop_ids)
         num_top = self._sampling.num_top(batch.slots_B)
         num_scored = self._sampling.num_scored(batch.slots_B) if batch.is_prefill else None
-        self._state, sampled = self._runner.step(self._state, batch, sampling, num_top=num_top, num_scored=num_scored)
+        self._state, sampled = self._runner.step(
+            self._state, batch, sampling, num_top=num_top, num_scored=num_scored, known=known
+        )
+        for scheduled in schedule:
+            if scheduled.saved >= 0:
+                snapshots = self._snapshots or self._runner.start_snapshots(self._num_snapshots)
+                self._snapshots = self._runner.save(self._state, snapshots, scheduled.sequence.slot, scheduled.saved)
         return sampled
 
     def _deliver(self, batch: Batch, sampled: SampledTokens) -> Iterator[RequestOutput]:
@@ -271,7 +321,7 @@ class Engine:
             if not tokens:
                 continue
             logprobs = _logprobs(sampled, index, tokens, sequence.request.params.logprobs)
-            output = answer.push(tokens, logprobs)
+            output = answer.push(tokens, logprobs, sequence.num_cached_tokens)
             sequence.tokens += output.tokens
             if output.finish_reason is not None:
                 self._release(sequence)
@@ -302,7 +352,7 @@ class Detokenizer:
         following = prompt[start + 1 : start + 1 + sampled.scores[0].shape[1]]
         self.scores += _entries(tuple(x[index] for x in sampled.scores), following, num_top)
 
-    def push(self, tokens: list[int], logprobs: list[TokenLogprob]) -> RequestOutput:
+    def push(self, tokens: list[int], logprobs: list[TokenLogprob], num_cached_tokens: int = 0) -> RequestOutput:
         """Take sampled tokens up to the end; return the text that has become final, and why the answer ended if it did."""
         if self.max_new_tokens == 0:
             return RequestOutput(self.request, "", (), 0, "length", prompt_logprobs=tuple(self.scores))
@@ -326,7 +376,16 @@ class Detokenizer:
             else:
                 finish_reason = "stop"
         scores = () if finish_reason is None else tuple(self.scores)
-        return RequestOutput(self.request, text, tuple(tokens), self.num_generated, finish_reason, tuple(logprobs), scores)
+        return RequestOutput(
+            self.request,
+            text,
+            tuple(tokens),
+            self.num_generated,
+            finish_reason,
+            tuple(logprobs),
+            scores,
+            num_cached_tokens,
+        )
 
 
 def _logprobs(sampled: SampledTokens, index: int, tokens: list[int], num_top: int | None) -> list[TokenLogprob]:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import jax
 
-from qwen_dist.checkpoint.adapter_read import read_adapter
+from qwen_dist.checkpoint.adapter_read import PeftAdapter, read_adapter
 from qwen_dist.checkpoint.load import ProgressCallback
-from qwen_dist.checkpoint.model import load_model
+from qwen_dist.checkpoint.model import LoadedModel, load_model
 from qwen_dist.config import ModelOptions, SamplingOptions
 from qwen_dist.engine.engine import Engine
 from qwen_dist.engine.generation_config import read_generation_config
@@ -31,6 +31,8 @@ def open_engine(
     cache_bytes: int = 4 * 10**9,
     steps_per_dispatch: int = 1,
     policy: str = "throughput",
+    prefix_cache: bool = True,
+    snapshot_fraction: float = 0.2,
     template_variables: Collection[str] = (),
     devices: Sequence[jax.Device] | None = None,
     progress: ProgressCallback | None = None,
@@ -41,7 +43,7 @@ def open_engine(
     Args:
       options, sampling: from the configuration.
       mesh: as `MeshConfig.parse` reads it; empty is `default_mesh`.
-      max_batch_size, cache_bytes, steps_per_dispatch, policy: see `Engine`.
+      max_batch_size, cache_bytes, steps_per_dispatch, policy, prefix_cache, snapshot_fraction: see `Engine`.
       template_variables: names that the chat template must use.
       devices: the devices of the mesh, by default all of this run.
       progress: see `checkpoint.load.load`.
@@ -61,7 +63,27 @@ def open_engine(
     sharding_ctx = ShardingContext(given or make_mesh(default_mesh(config, devices), devices), INFERENCE)
     for note in _notes(devices[0], sharding_ctx, config, tokenizer, options.adapter):
         announce(note)
-    model = load_model(
+    engine = Engine(
+        _load(options, files, sharding_ctx, adapter, progress),
+        tokenizer,
+        max_batch_size=max_batch_size,
+        cache_bytes=cache_bytes,
+        steps_per_dispatch=steps_per_dispatch,
+        policy=policy,
+        prefix_cache=prefix_cache,
+        snapshot_fraction=snapshot_fraction,
+    )
+    return engine, tokenizer, defaults
+
+
+def _load(
+    options: ModelOptions,
+    files: ModelFiles,
+    sharding_ctx: ShardingContext,
+    adapter: PeftAdapter | None,
+    progress: ProgressCallback | None,
+) -> LoadedModel:
+    return load_model(
         files,
         sharding_ctx,
         dtype=options.dtype,
@@ -71,15 +93,6 @@ def open_engine(
         host_memory_budget=options.host_memory_bytes,
         progress=progress,
     )
-    engine = Engine(
-        model,
-        tokenizer,
-        max_batch_size=max_batch_size,
-        cache_bytes=cache_bytes,
-        steps_per_dispatch=steps_per_dispatch,
-        policy=policy,
-    )
-    return engine, tokenizer, defaults
 
 
 def _notes(

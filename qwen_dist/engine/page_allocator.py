@@ -4,13 +4,18 @@ Each cache group (layers that keep the same positions) has its own pool of pages
 sequence a page table for each group. Layers with a window use a ring of pages, as large as the window and one step's tokens
 need. A pool is never larger than its slots can need, so a group with a small window does not run out before the group that
 keeps everything. Recurrent layers need no pages: their state is in the sequence's slot.
+
+The prefix cache: a page whose tokens are known has a name, the hash of its tokens and of all tokens before them. It keeps
+its content after the last sequence has left it, until the page is needed, and a sequence that begins with the same tokens
+takes it as it is. Recurrent layers also need their state as it was after the last of these pages: a snapshot.
 """
 
 from __future__ import annotations
 
 import bisect
+import collections
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +51,11 @@ class CacheLimits:
             for group in groups
         )
 
+    @property
+    def can_share(self) -> bool:
+        """Whether a page may belong to several sequences. The pages of a ring are written again, so they may not."""
+        return bool(self.groups) and all(group.window is None for group in self.groups)
+
     def _spanned(self, num_positions: int) -> int:
         """Return how many pages this many consecutive positions touch, wherever they begin."""
         return -(-(num_positions - 1) // self.page_size) + 1
@@ -79,11 +89,19 @@ class CacheLimits:
 
 
 class PageAllocator:
-    """The pages of one cache group in one shard. A page may be in several page tables: it has a reference count."""
+    """The pages of one cache group in one shard.
+
+    A page is held, by one page table or several (it has a reference count); or it is free. A free page with a name is
+    cached: it can be held again as it is, and is given away only when there is no other, the least recently used first.
+    """
 
     def __init__(self) -> None:
-        self._free: list[int] = []
+        self._unnamed: list[int] = []  # a heap of the free pages without a name
+        self._cached: collections.OrderedDict[int, None] = collections.OrderedDict()
         self._reference_counts: list[int] = []
+        self._names: dict[int, bytes] = {}
+        self._pages: dict[bytes, int] = {}
+        self._reused: set[int] = set()
 
     @property
     def num_pages(self) -> int:
@@ -91,28 +109,150 @@ class PageAllocator:
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Pages that nobody holds, cached ones included."""
+        return len(self._unnamed) + len(self._cached)
+
+    @property
+    def num_cached(self) -> int:
+        return len(self._cached)
+
+    @property
+    def num_shared(self) -> int:
+        """References to pages beyond the first one of each."""
+        return sum(self._reference_counts) - self.num_pages + self.num_free
+
+    def has(self, number: int, *, without_reused: bool = False) -> bool:
+        """Return whether this many pages can be allocated; maybe without losing a page that was useful in the cache.
+
+        It was useful if it has been held again; that is asked of the page only that would be lost first.
+        """
+        if self.num_free < number:
+            return False
+        is_lost = len(self._unnamed) < number
+        return not (without_reused and is_lost and next(iter(self._cached)) in self._reused)
 
     def grow(self, num_pages: int) -> None:
         """Add free pages, up to `num_pages` in all."""
         for page in range(self.num_pages, num_pages):
-            heapq.heappush(self._free, page)
+            heapq.heappush(self._unnamed, page)
             self._reference_counts.append(0)
 
     def allocate(self) -> int:
-        """Return the lowest free page, with one reference to it."""
-        page = heapq.heappop(self._free)
+        """Return a free page, with one reference to it: the lowest without a name, or the least recently used."""
+        if self._unnamed:
+            page = heapq.heappop(self._unnamed)
+        else:
+            page, _ = self._cached.popitem(last=False)
+            self.forget(page)
         self._reference_counts[page] = 1
         return page
 
     def share(self, page: int) -> None:
-        """Add a reference to an allocated page, for one more page table that has it."""
-        assert self._reference_counts[page] > 0, f"page {page} is free"
+        """Add a reference to a page that is held or cached, for one more page table that has it."""
+        assert self._reference_counts[page] > 0 or page in self._cached, f"page {page} is free"
+        self._cached.pop(page, None)
+        self._reused.add(page)
         self._reference_counts[page] += 1
 
     def free(self, page: int) -> None:
-        """Drop one reference; without references the page is free."""
+        """Drop one reference; without references the page is free, or cached if it has a name."""
         assert self._reference_counts[page] > 0, f"page {page} is free already"
         self._reference_counts[page] -= 1
-        if self._reference_counts[page] == 0:
-            heapq.heappush(self._free, page)
+        if self._reference_counts[page] > 0:
+            return
+        if page in self._names:
+            self._cached[page] = None
+        else:
+            self._reused.discard(page)
+            heapq.heappush(self._unnamed, page)
+
+    # --- names ---
+
+    def name(self, page: int, name: bytes) -> bool:
+        """Name a page that is held. Return False if it has a name, or another page has this one."""
+        assert self._reference_counts[page] > 0, f"page {page} is free"
+        if page in self._names or name in self._pages:
+            return False
+        self._names[page], self._pages[name] = name, page
+        return True
+
+    def forget(self, page: int) -> None:
+        """Take the name from a page that is not cached, as its content is not, or no longer, what the name says."""
+        assert page not in self._cached
+        self._reused.discard(page)
+        del self._pages[self._names.pop(page)]
+
+    def find(self, names: Iterable[bytes]) -> list[int]:
+        """Return the pages with these names, up to the first that no page has."""
+        pages = []
+        for name in names:
+            if (page := self._pages.get(name)) is None:
+                break
+            pages.append(page)
+        return pages
+
+
+class SnapshotPool:
+    """Copies of the recurrent states of one shard, each as it was after the page that it is named after.
+
+    A snapshot is promised from the admission of the sequence that is going to compute it until the step is scheduled after
+    which it is copied. It is held while it is promised, and while a sequence waits that begins from it; of the others, the
+    least recently used is given away first.
+    """
+
+    def __init__(self, num_snapshots: int):
+        self._unnamed = list(range(num_snapshots))
+        self._idle: collections.OrderedDict[int, None] = collections.OrderedDict()
+        self._holds = [0] * num_snapshots
+        self._names: dict[int, bytes] = {}
+        self._snapshots: dict[bytes, int] = {}
+        self._promised: set[int] = set()
+        self._of_this_step: set[int] = set()
+
+    def find(self, names: Sequence[bytes]) -> tuple[int, int]:
+        """Return after how many of these pages there is a snapshot, at most, and the snapshot; or 0 and -1."""
+        for number in range(len(names), 0, -1):
+            if (snapshot := self._snapshots.get(names[number - 1])) is not None:
+                return number, snapshot
+        return 0, -1
+
+    def promise(self, name: bytes) -> int:
+        """Return a snapshot that a sequence is going to compute, held; -1 if there is one of this name, or none to give."""
+        if name in self._snapshots or not (self._unnamed or self._idle):
+            return -1
+        snapshot = self._unnamed.pop() if self._unnamed else self._idle.popitem(last=False)[0]
+        if snapshot in self._names:
+            del self._snapshots[self._names.pop(snapshot)]
+        self._names[snapshot], self._snapshots[name] = name, snapshot
+        self._holds[snapshot] = 1
+        self._promised.add(snapshot)
+        return snapshot
+
+    def keep_promise(self, snapshot: int) -> None:
+        """Note that it is copied after the step that is being scheduled; it can be read from the next step on."""
+        self._promised.remove(snapshot)
+        self._of_this_step.add(snapshot)
+        self.release(snapshot)
+
+    def break_promise(self, snapshot: int) -> None:
+        self._promised.remove(snapshot)
+        del self._snapshots[self._names.pop(snapshot)]
+        self.release(snapshot)
+
+    def can_read(self, snapshot: int) -> bool:
+        return snapshot not in self._promised and snapshot not in self._of_this_step
+
+    def begin_step(self) -> None:
+        self._of_this_step.clear()
+
+    def hold(self, snapshot: int) -> None:
+        self._idle.pop(snapshot, None)
+        self._holds[snapshot] += 1
+
+    def release(self, snapshot: int) -> None:
+        self._holds[snapshot] -= 1
+        assert self._holds[snapshot] >= 0
+        if self._holds[snapshot] == 0 and snapshot in self._names:
+            self._idle[snapshot] = None
+        elif self._holds[snapshot] == 0:
+            self._unnamed.append(snapshot)

@@ -141,6 +141,7 @@ class RequestOutput:
       finish_reason: None while more may follow; "stop" after an end-of-text token or a stop string, neither of which is in
         the text; "length" after max_new_tokens or at the end of the context.
       prompt_logprobs: with the last output, if the request wants them.
+      num_cached_tokens: of the prompt, those whose states were in the prefix cache and were not computed again.
     """
 
     request: Request
@@ -150,3 +151,4 @@ class RequestOutput:
     finish_reason: str | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    num_cached_tokens: int = 0

@@ -23,7 +23,9 @@ from qwen_dist.engine.sampling import SamplingArrays, apply_repetition_penalty, 
 from qwen_dist.models.layers import take_positions
 from qwen_dist.models.parameters import with_parameters
 from qwen_dist.models.state import States, StepIndices, constrain_states, empty_states, resized_states, state_axes
+from qwen_dist.models.state_spec import RecurrentSpec
 from qwen_dist.models.transformer import Transformer, state_specs
+from qwen_dist.ops import slots
 from qwen_dist.ops.loop import bounded_loop
 from qwen_dist.ops.paged_cache import MAX_ENTRIES, PageIndices
 from qwen_dist.sharding import use_sharding
@@ -32,6 +34,8 @@ NUM_STOP_IDS = 16
 NUM_TOPS = (0, 5, MAX_TOP_LOGPROBS)
 # Tokens of each row of a scored prompt whose logits exist at a time.
 SCORED_AT_A_TIME = 8
+# Tokens of a slot that `_add_known` adds at a time.
+KNOWN_AT_A_TIME = 512
 
 
 class DecodeState(NamedTuple):
@@ -106,6 +110,9 @@ class Runner:
         self.num_shards = model.sharding_ctx.batch_multiple()
         self._prefill = jax.jit(self._run_prefill, donate_argnames="state", static_argnames=("num_top", "num_scored"))
         self._decode = jax.jit(self._run_decode, donate_argnames="state", static_argnames="num_top")
+        self._recurrent = [layer for layer, spec in enumerate(self.specs) if isinstance(spec, RecurrentSpec)]
+        self._copy_slot = jax.jit(self._slot_copied, donate_argnums=1)
+        self._add_known = jax.jit(self._known_added, donate_argnums=(0, 1))
         self._resize = jax.jit(self._resized, static_argnames="num_pages")
         self._grow_history = jax.jit(self._grown_history, static_argnames="length")
 
@@ -119,6 +126,31 @@ class Runner:
         """Return the same state with this many pages of each cache group in each shard."""
         return state._replace(states=self._resize(state.states, num_pages=num_pages))
 
+    def start_snapshots(self, num_snapshots: int) -> States:
+        """Return room for copies of the recurrent layers' states, `num_snapshots` in each shard."""
+        return self._empty_snapshots(num_snapshots)
+
+    def save(self, state: DecodeState, snapshots: States, slot: int, snapshot: int) -> States:
+        """Return the snapshots, which are donated, with one of the states in a slot; it is counted in the slot's shard."""
+        states = tuple(state.states[layer] for layer in self._recurrent)
+        return self._copy_slot(states, snapshots, *self._ends(slot, snapshot, snapshots))
+
+    def restore(self, state: DecodeState, snapshots: States, slot: int, snapshot: int) -> DecodeState:
+        """Return the state, which is donated, with a snapshot's states in a slot."""
+        states = tuple(state.states[layer] for layer in self._recurrent)
+        to_D, from_D = self._ends(slot, snapshot, snapshots)
+        restored = dict(zip(self._recurrent, self._copy_slot(snapshots, states, from_D, to_D), strict=True))
+        return state._replace(states=tuple(restored.get(layer, one) for layer, one in enumerate(state.states)))
+
+    def _ends(self, slot: int, snapshot: int, snapshots: States) -> tuple[np.ndarray, np.ndarray]:
+        """Return the numbers of a slot and of a snapshot in its shard; those of the other shards are out of range."""
+        num_snapshots = jax.tree.leaves(snapshots)[0].shape[1]
+        shard = slot // (self._num_slots // self.num_shards)
+        slots_D = np.full(self.num_shards, self._num_slots, np.int32)
+        snapshots_D = np.full(self.num_shards, num_snapshots * self.num_shards, np.int32)
+        slots_D[shard], snapshots_D[shard] = slot, shard * num_snapshots + snapshot
+        return slots_D, snapshots_D
+
     def step(
         self,
         state: DecodeState,
@@ -127,6 +159,7 @@ class Runner:
         *,
         num_top: int | None,
         num_scored: int | None = None,
+        known: Collection[tuple[int, list[int]]] = (),
     ) -> tuple[DecodeState, SampledTokens]:
         """Compute a step and sample the tokens that follow.
 
@@ -136,6 +169,7 @@ class Runner:
           sampling: of each row's sequence.
           num_top: how many alternatives' log-probabilities to return; None for no log-probabilities at all.
           num_scored: the same for the tokens of the prompts; prefill only.
+          known: slots with the tokens before those that prefill computes, because their layers' states exist.
         """
         history_ML = state.history_ML
         state = state._replace(history_ML=None)
@@ -144,6 +178,11 @@ class Runner:
             if history_ML is None or history_ML.shape[1] < length:
                 history_ML = self._grow_history(history_ML, length=length)
             state, history_ML = state._replace(history_ML=history_ML), None
+        for slot, tokens in known:
+            for start in range(0, len(tokens), KNOWN_AT_A_TIME):
+                chunk = self._known_arrays(slot, tokens[start : start + KNOWN_AT_A_TIME], start)
+                presence_MV, history = self._add_known(state.token_presence_MV, state.history_ML, *chunk)
+                state = state._replace(token_presence_MV=presence_MV, history_ML=history)
         arguments = self._model.parameters, state, StepArrays.of(batch), sampling
         if batch.is_prefill:
             state, sampled = self._prefill(*arguments, num_top=num_top, num_scored=num_scored)
@@ -323,6 +362,24 @@ class Runner:
         logits_BV = apply_repetition_penalty(logits_BV, sampling.sampling, state.token_presence_MV, slots_B)
         return logits_processors.subtract_penalties(logits_BV, processors, history_BL, next_B)
 
+    def _known_arrays(self, slot: int, tokens: list[int], start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return tokens from position `start` on as a row of the slot's shard; the rows of other shards are padding."""
+        slots_B = np.full(self.num_shards, self._num_slots, np.int32)
+        tokens_BT, positions_BT = np.zeros((2, self.num_shards, KNOWN_AT_A_TIME), np.int32)
+        positions_BT -= 1
+        row = slot // (self._num_slots // self.num_shards)
+        slots_B[row], tokens_BT[row, : len(tokens)] = slot, tokens
+        positions_BT[row, : len(tokens)] = range(start, start + len(tokens))
+        return slots_B, tokens_BT, positions_BT
+
+    def _known_added(self, presence_MV, history_ML, slots_B, tokens_BT, positions_BT):  # type: ignore[no-untyped-def]
+        """Add tokens of slots to what processors of logits read, as prefill does with those that it computes."""
+        chunks = slots_B, tokens_BT, positions_BT
+        with use_sharding(self._model.sharding_ctx):
+            if history_ML is not None:
+                history_ML = self._replicated(logits_processors.add_chunks(history_ML, *chunks))
+            return token_presence.add_chunks(presence_MV, *chunks), history_ML
+
     def _grown_history(self, history_ML: jax.Array | None, *, length: int) -> jax.Array:
         """Return the history with room for `length` positions of each slot."""
         if history_ML is None:
@@ -338,10 +395,24 @@ class Runner:
             states = empty_states(self.specs, self.num_shards, num_pages, self._num_slots // self.num_shards)
             return constrain_states(self.specs, states)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def _empty_presence(self) -> jax.Array:
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def _empty_snapshots(self, num_snapshots: int) -> States:
+        specs = [self.specs[layer] for layer in self._recurrent]
         with use_sharding(self._model.sharding_ctx):
-            return token_presence.empty(self._num_slots, self._model.config.vocab_size)
+            return constrain_states(specs, empty_states(specs, self.num_shards, (), num_snapshots))
+
+    def _slot_copied(self, source, target, from_D, to_D):  # type: ignore[no-untyped-def]
+        specs = [self.specs[layer] for layer in self._recurrent]
+        with use_sharding(self._model.sharding_ctx):
+            copied = jax.tree.map(lambda x, y: slots.copy(x, y, from_D, to_D), source, target)
+            return constrain_states(specs, copied)
+
+    def _empty_presence(self) -> jax.Array:
+        """Return the table with its sharding as the programs write it: another spelling would compile one of them twice."""
+        shape = self._num_slots, self._model.config.vocab_size
+        sharding = self._model.sharding_ctx.activation("token presence", shape, token_presence.AXES)
+        with use_sharding(self._model.sharding_ctx):
+            return jax.jit(lambda: token_presence.empty(*shape), out_shardings=sharding)()
 
     def _resized(self, states: States, *, num_pages: tuple[int, ...]) -> States:
         with use_sharding(self._model.sharding_ctx):
@@ -366,6 +437,10 @@ class SamplingTable:
         self._end_M[slot] = end
         self._num_top_M[slot] = -1 if params.logprobs is None else params.logprobs
         self._num_scored_M[slot] = -1 if params.prompt_logprobs is None else params.prompt_logprobs
+
+    def needs_tokens(self, slot: int) -> bool:
+        """Return whether the slot's logits depend on tokens of the prompt other than through the model."""
+        return self._processors_M[slot] is not None or bool(self._sampling.repetition_penalty[slot] != 1)
 
     def look_up(self, slots_B: np.ndarray, stop_ids: Collection[int]) -> SamplingBatch:
         """Return how these slots sample."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 
 import numpy as np
 
@@ -55,7 +56,11 @@ class Sequence:
       shard, slot: its data-parallel shard, and its place among all slots; the slot is -1 while it waits.
       page_tables: one for each cache group.
       num_prefill_tokens: the tokens to compute before it can decode.
+      prefill_start: the position from which on prefill computes; the pages before it came from the prefix cache.
+      snapshot: of the recurrent layers' states at `prefill_start`, until prefill begins; -1: there is none.
+      stops: positions where prefill ends a step, in order, each with the snapshot that is then made of these states.
       num_computed_tokens: the tokens whose states exist once every scheduled step has run.
+      num_cached_tokens: `prefill_start` when its prefill began for the first time.
       was_preempted: whether it has lost its slot and pages before it was finished.
       is_finished: whether it has been released for good.
     """
@@ -68,9 +73,32 @@ class Sequence:
     slot: int = -1
     page_tables: list[PageTable] = dataclasses.field(default_factory=list)
     num_prefill_tokens: int = 0
+    prefill_start: int = 0
+    snapshot: int = -1
+    stops: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
     was_preempted: bool = False
     is_finished: bool = False
+    _page_names: list[bytes] = dataclasses.field(default_factory=list)
+
+    def page_names(self, page_size: int) -> list[bytes]:
+        """Return the names of the whole pages of its tokens: the hash of a page's tokens and of the name before.
+
+        Equal names mean equal tokens from the start on. What else the states depend on is the same for all requests of an
+        engine; where it is not, it must be in the first name.
+        """
+        names = self._page_names
+        while (len(names) + 1) * page_size <= len(self.tokens):
+            tokens = np.array(self.tokens[len(names) * page_size : (len(names) + 1) * page_size], "<i4")
+            before = names[-1] if names else b""
+            names.append(hashlib.blake2b(before + tokens.tobytes(), digest_size=16).digest())
+        return names
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a step has computed some of its tokens since it got its slot."""
+        return self.num_computed_tokens > self.prefill_start
 
     @property
     def is_prefilling(self) -> bool:

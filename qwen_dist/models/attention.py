@@ -19,9 +19,10 @@ from qwen_dist.models.layers import Linear, RMSNorm, take_positions
 from qwen_dist.models.state import LayerState, MixerInputs
 from qwen_dist.models.state_spec import FullAttentionSpec, PagedSpec, SlidingWindowSpec
 from qwen_dist.ops import paged_cache
-from qwen_dist.ops.attention import attention
+from qwen_dist.ops.attention import attention, attention_cost
+from qwen_dist.ops.cost import LayerCost, Step
 from qwen_dist.ops.matmul import accum_dtype
-from qwen_dist.ops.paged_attention import paged_attention
+from qwen_dist.ops.paged_attention import paged_attention, paged_attention_cost
 from qwen_dist.ops.rotary import rotate
 from qwen_dist.sharding import constrain
 
@@ -30,6 +31,7 @@ class Attention(nnx.Module):
     """Self-attention with rotary embedding, optional q/k normalisation (before the rotation) and optional biases."""
 
     name = "self_attn"
+    of_outputs = ("q_proj", "o_proj")
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, *, dtype: DTypeLike):
         embed = {"embed": config.hidden_size}
@@ -54,6 +56,12 @@ class Attention(nnx.Module):
         if layer.sliding_window is None:
             return FullAttentionSpec(*sizes)
         return SlidingWindowSpec(*sizes, window=layer.sliding_window)
+
+    def cost(self, step: Step) -> LayerCost:
+        projected = step.outputs(**dict(self.q_proj.out_sizes)) * step.itemsize  # with gates
+        (_, num_heads), (_, head_dim) = self.o_proj.in_sizes
+        op_cost = attention_cost if step.phase == "train" else paged_attention_cost
+        return op_cost(step, num_heads, dict(self.k_proj.out_sizes)["kv_heads"], head_dim).with_more(projected)
 
     def __call__(
         self, x_BTD: jax.Array, inputs: MixerInputs, state: LayerState | None

@@ -7,6 +7,7 @@ K key channels, V value channels, C channels of a key head in the convolution (2
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -20,9 +21,10 @@ from qwen_dist.models.layers import Linear, parameter, take_positions
 from qwen_dist.models.state import LayerState, MixerInputs, slot_rows
 from qwen_dist.models.state_spec import RecurrentSpec, StateArray
 from qwen_dist.ops import slots
-from qwen_dist.ops.delta_rule import DeltaInputs, delta_rule, delta_rule_in_slots
+from qwen_dist.ops.cost import LayerCost, Step
+from qwen_dist.ops.delta_rule import DeltaInputs, delta_rule, delta_rule_cost, delta_rule_in_slots
 from qwen_dist.ops.matmul import accum_dtype
-from qwen_dist.ops.short_convolution import short_convolution
+from qwen_dist.ops.short_convolution import short_convolution, short_convolution_flops
 from qwen_dist.sharding import all_gather_weight, constrain
 
 _SEPARATE = ("in_proj_z", "in_proj_b", "in_proj_a")
@@ -39,6 +41,7 @@ class GatedDeltaNet(nnx.Module):
     """
 
     name = "linear_attn"
+    of_outputs = ("out_proj",)
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, *, dtype: DTypeLike):
         net = config.delta_net
@@ -79,6 +82,17 @@ class GatedDeltaNet(nnx.Module):
                 StateArray(matrix, accum_dtype(dtype).name, ("key_heads", "value_heads", "head_dim", "head_dim")),
                 StateArray(columns, jnp.dtype(dtype).name, ("taps", "key_heads", "head_channels")),
             )
+        )
+
+    def cost(self, step: Step) -> LayerCost:
+        net, itemsize = self.sizes, step.itemsize
+        rule = delta_rule_cost(step, net.num_key_heads, net.values_per_key, net.key_dim, net.value_dim)
+        heads = step.size(batch=step.num_rows, scan_length=step.num_tokens, scan_heads=net.num_key_heads)
+        return dataclasses.replace(
+            rule,
+            flops=rule.flops + short_convolution_flops(step, net.num_key_heads, net.conv_channels, net.conv_taps),
+            workspace_bytes=rule.workspace_bytes + heads * (2 * net.conv_channels + net.group_values) * itemsize,
+            saved_bytes=rule.saved_bytes + heads * (2 * net.conv_channels + 3 * net.group_values) * itemsize,
         )
 
     def __call__(

@@ -21,7 +21,8 @@ from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.layers import Linear
 from qwen_dist.models.mlp import MLP
 from qwen_dist.models.parameters import declare_param
-from qwen_dist.ops.experts import ExpertWeights, experts
+from qwen_dist.ops.cost import LayerCost, Step
+from qwen_dist.ops.experts import ExpertWeights, experts, experts_cost
 from qwen_dist.ops.matmul import accum_dtype
 
 Axes = tuple[str, ...]
@@ -40,6 +41,12 @@ class MoE(nnx.Module):
         shared = moe.shared_expert_size
         self.shared_expert = None if shared is None else MLP(config.hidden_size, shared, dtype=dtype, std=std)
         self.shared_expert_gate = None if shared is None else Linear({"router": 1}, embed, bias=False, dtype=dtype, std=std)
+
+    def cost(self, step: Step) -> LayerCost:
+        moe, sizes = self.config, dict(self.experts.sizes)
+        return experts_cost(
+            step, moe.num_experts, moe.experts_per_token, sizes["embed"], sizes["mlp"], self.experts.adapter_sizes()
+        )
 
     def __call__(self, x_BTD: jax.Array, is_real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the mixed tokens [B, T, D] and the router's logits [B, T, E], these in at least float32.
@@ -102,7 +109,7 @@ class Experts(nnx.Module):
         self.gate_up_proj = _declare(dict(self.sizes), *EXPERT_MATRICES["gate_up_proj"], dtype=dtype, std=std)
         self.down_proj = _declare(dict(self.sizes), *EXPERT_MATRICES["down_proj"], dtype=dtype, std=std)
         self.lora: nnx.Dict[Any] = nnx.Dict()
-        self.lora_scale = 0.0
+        self.lora_scale, self.lora_rank = 0.0, 0
 
     def add_lora(self, name: str, rank: int, scale: float, *, dtype: DTypeLike) -> None:
         """Give every expert's matrix `name` a low-rank adapter, as `Linear.add_lora`: A [E, R, …] and B [E, …, R]."""
@@ -110,7 +117,12 @@ class Experts(nnx.Module):
         lora_A = _declare(sizes, ("lora_rank",), inp, dtype=dtype, std=(3 * sizes[inp[0]]) ** -0.5)
         lora_B = _declare(sizes, out, ("lora_rank",), dtype=dtype, std=0.0)
         self.lora[name] = nnx.Dict(lora_A=nnx.Dict(weight=lora_A), lora_B=nnx.Dict(weight=lora_B))
-        self.lora_scale = scale
+        self.lora_scale, self.lora_rank = scale, rank
+
+    def adapter_sizes(self) -> list[dict[str, int]]:
+        """Return the dimensions of each matrix of an expert's adapters."""
+        sizes, rank = dict(self.sizes), {"lora_rank": self.lora_rank}
+        return [{axis: sizes[axis] for axis in side} | rank for name in self.lora for side in EXPERT_MATRICES[name]]
 
     def __call__(self, x_BTD: jax.Array, chosen_BTK: jax.Array, scores_BTK: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the sum of each token's experts by their scores, [B, T, D], and each expert's output [B, T, K, D]."""

@@ -24,6 +24,7 @@ from qwen_dist.models.moe import MoE
 from qwen_dist.models.rope import rope_table
 from qwen_dist.models.state import LayerState, MixerInputs, States, StepIndices, page_of_tokens
 from qwen_dist.models.state_spec import LayerStateSpec, cache_groups
+from qwen_dist.ops.cost import LayerCost, Step
 from qwen_dist.ops.matmul import matmul
 from qwen_dist.sharding import all_gather_weight, constrain, prefetch_barrier
 
@@ -32,7 +33,11 @@ Remat = Callable[..., bool]
 
 
 class Mixer(Protocol):
-    """A layer that mixes tokens of a sequence; `name` is the checkpoint's name of the submodule."""
+    """A layer that mixes tokens of a sequence.
+
+    `name` is the checkpoint's name of the submodule. Two attributes more are optional: `cost(step)`, see `layer_cost`, and
+    `of_outputs`, the linear layers that compute only the tokens whose outputs are wanted, in the last layer.
+    """
 
     name: str
 
@@ -65,15 +70,18 @@ class Block(nnx.Module):
         is_mixture = layer.ffn == "moe"
         self.mlp = MoE(config, dtype=dtype) if is_mixture else MLP(*sizes, dtype=dtype, std=config.initializer_range)
 
+    @property
+    def mixer(self) -> Mixer:
+        return getattr(self, self.mixer_name)
+
     def __call__(
         self, x_BTD: jax.Array, inputs: MixerInputs, state: LayerState | None
     ) -> tuple[jax.Array, LayerState | None, jax.Array | None]:
         """Return the output for each token (with logit indices: for those), the state, and the router's logits."""
-        mixer: Mixer = getattr(self, self.mixer_name)
         positions_BT, index_BX = inputs.positions_BT, inputs.logit_indices_BX
         normed_BTD = tap("input_layernorm", self.input_layernorm(x_BTD))
         with scope(self.mixer_name):
-            mixed_BTD, state = mixer(normed_BTD, inputs, state)
+            mixed_BTD, state = self.mixer(normed_BTD, inputs, state)
         if index_BX is not None:
             x_BTD, positions_BT = take_positions(x_BTD, index_BX), take_positions(positions_BT, index_BX, -1)
         x_BTD = constrain(tap("residual", x_BTD + mixed_BTD), "batch", "length", "embed")
@@ -84,6 +92,14 @@ class Block(nnx.Module):
             else:
                 out_BTD, router_logits_BTE = self.mlp(normed_BTD, positions_BT >= 0)
         return constrain(x_BTD + out_BTD, "batch", "length", "embed"), state, router_logits_BTE
+
+
+def layer_cost(layer: Any, step: Step) -> LayerCost:
+    """Return what a mixer or an MLP says it takes; if it says nothing, the outputs of its linear layers."""
+    if hasattr(layer, "cost"):
+        return layer.cost(step)
+    sizes = [dict(linear.out_sizes) for _, linear in nnx.iter_modules(layer) if isinstance(linear, Linear)]
+    return LayerCost().with_more(step.itemsize * sum(step.tokens(**out) for out in sizes if out.keys() != {"embed"}))
 
 
 class Transformer(nnx.Module):

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from qwen_dist.capture import scope, tap
+from qwen_dist.ops.cost import F32_BYTES, NOTHING, LayerCost, Passes, Step
 from qwen_dist.ops.dispatch import Backend, Implementation, Op
 from qwen_dist.ops.matmul import accum_dtype, batched_matmul, dot, weight_gradient
-from qwen_dist.ops.splash_attention import can_splash_attention, splash_attention
+from qwen_dist.ops.splash_attention import LANES, can_splash_attention, splash_attention
 from qwen_dist.sharding import active_num_shards, constrain
 
 # Queries are taken in blocks: the scores of a block stay in a CPU's cache, and keys after the block are not read. Compile
@@ -155,3 +156,21 @@ ATTENTION = Op(
     attention_in_blocks,
     {Backend.TPU: (Implementation("splash", splash_attention, can_splash_attention),)},
 )
+
+
+def attention_cost(step: Step, num_heads: int, num_kv_heads: int, head_dim: int) -> LayerCost:
+    """Return the cost of attention in training. The kernel saves no scores, and no compiler's report has its work."""
+    T, rows = step.num_tokens, step.num_rows
+    products = step.outputs(q_heads=num_heads) * 4 * head_dim * step.num_keys
+    flops = Passes(products, 2 * products)
+    queries, keys = step.tokens(q_heads=num_heads, head_dim=head_dim), step.tokens(kv_heads=num_kv_heads, head_dim=head_dim)
+    q_BTNH = jax.ShapeDtypeStruct((rows, T, num_heads, head_dim), step.dtype)
+    k_BKSH = jax.ShapeDtypeStruct((rows, num_kv_heads, T, head_dim), step.dtype)
+    is_kernel = step.implementation(ATTENTION, q_BTNH, k_BKSH, k_BKSH, None) == "splash"
+    if is_kernel:
+        saved = step.tokens(q_heads=num_heads) * LANES * F32_BYTES  # log-sum-exp, one copy per lane
+    else:
+        seen = (T + query_block(T)) / 2 / T  # blocks of queries do not touch the keys after them
+        saved = int(seen * step.tokens(q_heads=num_heads, kv_length=T) * (F32_BYTES + step.itemsize))
+    saved += (2 * queries + 3 * keys) * step.itemsize
+    return LayerCost(flops=flops, uncounted_flops=flops if is_kernel else NOTHING, saved_bytes=saved)

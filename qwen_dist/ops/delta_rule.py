@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_dist.ops import native, slots
+from qwen_dist.ops.cost import F32_BYTES, LayerCost, Passes, Step, uncounted_share
 from qwen_dist.ops.dispatch import Backend, Implementation, Op
 from qwen_dist.ops.matmul import accum_dtype
 
@@ -264,3 +265,34 @@ def _in_chunks(x_BT: jax.Array, size: int, mode: str = "constant") -> jax.Array:
     B, T, *rest = x_BT.shape
     padded: Any = jnp.pad(x_BT, ((0, 0), (0, -T % size), *((0, 0),) * len(rest)), mode=mode)
     return padded.reshape(B, -1, size, *rest)
+
+
+def delta_rule_cost(step: Step, num_heads: int, values_per_head: int, K: int, V: int) -> LayerCost:
+    """Return the cost of the rule: for one token a step, for more their share of the products of a chunk of C tokens.
+
+    The inverse takes 2 log₂ C products of [C, C] matrices, and its gradient 2; others take twice as many in the backward
+    pass.
+    """
+    heads, R = step.size(batch=step.num_rows, scan_length=step.num_tokens, scan_heads=num_heads), values_per_head
+    if step.num_tokens == 1:
+        # Two products with the state; then it is decayed, and an outer product is added. The state before and after.
+        return LayerCost(flops=Passes(heads * R * 7 * K * V), workspace_bytes=2 * heads * R * K * V * F32_BYTES)
+    C = chunk_size(step.num_tokens)
+    with_state = heads * R * 2 * (3 * K * V + C * V)
+    of_chunk = heads * (2 * 2 * C * K + R * 2 * (C * K + C * V))
+    inverse, inverse_backward = heads * R * 2 * 2 * (C.bit_length() - 1) * C * C, heads * R * 2 * 2 * C * C
+    # The products with the state are in a loop over chunks, of all rows together in training.
+    num_chunks = -(-step.num_tokens // C) * (1 if step.phase == "train" else step.size(batch=step.num_rows))
+    uncounted, operands = uncounted_share(num_chunks), 2 * K + R * V
+    # In float32: the operands, before and after they are normalised; for each value head the prepared chunk, the
+    # triangular system with its decay and its inverse, the corrections, the outputs and the state before each chunk.
+    of_head = 4 * K + 4 * V + 4 * C + K * V // C
+    return LayerCost(
+        flops=Passes(with_state + of_chunk + inverse, 2 * (with_state + of_chunk) + inverse_backward),
+        uncounted_flops=Passes(uncounted * with_state, 2 * uncounted * with_state),
+        uncounted_state=uncounted,
+        workspace_bytes=heads * (operands + R * (2 * V + 3 * K + 2 * C)) * F32_BYTES,
+        saved_bytes=heads * (2 * operands + R * of_head) * F32_BYTES,
+        # As the compilers' reports show.
+        gradient_copies=1 if step.platform == "tpu" else 2,
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,9 +16,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from qwen_dist.ops import native
+from qwen_dist.ops.cost import F32_BYTES, LayerCost, Passes, Step
 from qwen_dist.ops.dispatch import Backend, Implementation, Op
-from qwen_dist.ops.expert_parallel import expert_parallel
-from qwen_dist.ops.grouped_matmul import grouped_matmul
+from qwen_dist.ops.expert_parallel import expert_capacity, expert_parallel
+from qwen_dist.ops.grouped_matmul import ROWS_BY_WEIGHTS, grouped_matmul, num_tiled_rows
 from qwen_dist.ops.matmul import accum_dtype
 from qwen_dist.ops.swiglu import swiglu
 from qwen_dist.ops.weight import Weight
@@ -151,3 +153,62 @@ EXPERTS = Op(
     experts_plain,
     {Backend.CPU_KERNELS: (Implementation("kernel", experts_kernel, can_experts_kernel),)},
 )
+
+
+def experts_cost(
+    step: Step, num_experts: int, experts_per_token: int, embed: int, mlp: int, adapters: Sequence[Mapping[str, int]]
+) -> LayerCost:
+    """Return the cost of `experts`.
+
+    Args:
+      step: of the layer.
+      num_experts, experts_per_token, embed, mlp: their sizes.
+      adapters: the dimensions of each low-rank matrix of an expert.
+    """
+    num_shards, K = step.num_shards("experts"), experts_per_token
+    local_embed, local_mlp = step.size(embed=embed), step.size(mlp=mlp)
+    # Tokens that are expected at the experts of this device, and rows of static shape that it processes.
+    filled, rows = step.outputs() * K, _num_rows(step, K, num_experts)
+    matrices, narrow = 3 * step.size(mlp=mlp, embed=embed), sum(step.size(**adapter) for adapter in adapters)
+    products, of_adapters = 2 * filled * matrices, 2 * filled * narrow
+    x = jax.ShapeDtypeStruct((rows, local_embed), step.dtype)
+    gate_up = jax.ShapeDtypeStruct((num_experts // num_shards, 2 * local_mlp, local_embed), step.dtype)
+    empty = 0
+    if step.implementation(ROWS_BY_WEIGHTS, x, gate_up, None, dim=2, dtype=x.dtype) == "megablox":
+        # The kernel skips rows that no token fills, and the report counts them.
+        empty = 2 * (num_tiled_rows(rows) - filled) * matrices
+    # Where tokens travel, the backward pass computes each round again up to the input of the last matrix.
+    repeated = 2 / 3 if num_shards > 1 else 0
+    passes = 1 + step.trains_weights + repeated
+    # Partial sums are float32: over embed of the hidden channels, over mlp of the outputs.
+    hidden, returned = (F32_BYTES if step.num_shards(axis) > 1 else step.itemsize for axis in ("embed", "mlp"))
+    row_bytes = local_embed * (step.itemsize + returned) + local_mlp * (2 * hidden + step.itemsize)
+    arriving, returning = (step.remote_fraction("experts") * rows * local_embed * x for x in (step.itemsize, returned))
+    summed = step.remote_fraction("mlp") * step.outputs(embed=embed) + step.remote_fraction("embed") * rows * 2 * local_mlp
+    sums = 2 * summed * step.itemsize
+    sharing = step.num_rows * step.num_tokens // (step.num_shards("batch") // num_shards)
+    weight_bytes = 3 * step.size(experts=num_experts, mlp=mlp, embed=embed) * step.itemsize
+    return LayerCost(
+        flops=Passes(products + of_adapters, passes * products + (2 + repeated) * of_adapters),
+        uncounted_flops=Passes(-empty, -passes * empty),
+        workspace_bytes=rows * row_bytes,
+        saved_bytes=rows * row_bytes,
+        # The backward pass sends the tokens again, the gradients of the outputs, and back those of the tokens.
+        collectives={
+            "all-to-all": Passes(arriving + returning, arriving + returning + arriving),
+            "all-reduce": Passes(sums, sums),
+        },
+        unread_bytes=int((1 - K / num_experts) ** sharing * weight_bytes),
+    )
+
+
+def _num_rows(step: Step, experts_per_token: int, num_experts: int) -> int:
+    """Return the rows that the experts of one device process at once.
+
+    Without expert parallelism these are the choices of the device's own tokens, with it the capacity that the other
+    devices can send to.
+    """
+    num_shards = step.num_shards("experts")
+    if num_shards == 1:
+        return step.outputs() * experts_per_token
+    return num_shards * expert_capacity(step.outputs(), experts_per_token, num_shards, num_experts // num_shards)

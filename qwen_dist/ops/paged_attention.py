@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 from qwen_dist.ops import native
 from qwen_dist.ops.attention import is_visible
+from qwen_dist.ops.cost import F32_BYTES, LayerCost, Passes, Step, uncounted_share
 from qwen_dist.ops.dispatch import Backend, Implementation, Op
 from qwen_dist.ops.matmul import accum_dtype
-from qwen_dist.ops.paged_cache import PagedState, PageIndices, entries_at_a_time
+from qwen_dist.ops.paged_cache import PAGE, PagedState, PageIndices, entries_at_a_time
 
 
 def paged_attention(
@@ -116,3 +117,21 @@ PAGED_ATTENTION = Op(
     paged_attention_in_groups,
     {Backend.CPU_KERNELS: (Implementation("kernel", native.paged_attention, native.can_paged_attention),)},
 )
+
+
+def paged_attention_cost(step: Step, num_heads: int, num_kv_heads: int, head_dim: int) -> LayerCost:
+    """Return the cost of attention in inference: the loop over groups of pages holds one group at a time."""
+    num_rows, T = step.size(batch=step.num_rows), step.num_outputs
+    group = entries_at_a_time(num_rows, T)
+    products = step.outputs(q_heads=num_heads) * 4 * head_dim * step.num_keys
+    uncounted = uncounted_share(num_rows * step.num_pages / group)
+    keys = 2 * group * step.size(kv_heads=num_kv_heads, kv_length=PAGE, head_dim=head_dim) * step.itemsize
+    # The scores of a group, and their softmax.
+    scores = 2 * group * step.size(length=T, q_heads=num_heads, kv_length=PAGE) * F32_BYTES
+    queries = step.outputs(q_heads=num_heads, head_dim=head_dim) * step.itemsize
+    return LayerCost(
+        flops=Passes(products),
+        uncounted_flops=Passes(uncounted * products),
+        uncounted_state=uncounted,
+        workspace_bytes=queries + keys + scores,
+    )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_dist.ops import native
+from qwen_dist.ops.cost import Passes, Step
 from qwen_dist.ops.dispatch import Backend, Implementation, Op
 from qwen_dist.ops.matmul import accum_dtype
 
@@ -49,3 +50,9 @@ def short_convolution_plain(
 
 _KERNEL = Implementation("kernel", native.short_convolution, native.can_short_convolution)
 SHORT_CONVOLUTION = Op("short convolution", short_convolution_plain, {Backend.CPU_KERNELS: (_KERNEL,)})
+
+
+def short_convolution_flops(step: Step, num_heads: int, channels: int, num_taps: int) -> Passes:
+    """Return a multiplication and an addition for each tap, and as many for each of its gradients."""
+    flops = 2 * step.tokens(key_heads=num_heads) * channels * num_taps
+    return Passes(flops, flops * (1 + step.trains_weights))

@@ -51,6 +51,15 @@ def scatter(pool_DM: jax.Array, rows: SlotRows, new_B: jax.Array) -> jax.Array:
     return jax.vmap(lambda pool_M, slot_B, x_B: pool_M.at[slot_B].set(x_B, mode="drop"))(pool_DM, written_DB, new_DB)
 
 
+def copy(source_DM: jax.Array, target_DN: jax.Array, from_D: jax.Array, to_D: jax.Array) -> jax.Array:
+    """Return the target with one state of each shard copied to it from the source, or none where the numbers are too large.
+
+    The states of each pool are numbered through all shards, as slots are.
+    """
+    x_D = gather(source_DM, SlotRows(from_D, jnp.zeros(from_D.shape, bool)))
+    return scatter(target_DN, SlotRows(to_D, jnp.zeros(to_D.shape, bool)), x_D)
+
+
 def in_turn(x: jax.Array, pools: Tree) -> tuple[jax.Array, Tree]:
     """Return the same values, which exist together: before a layer reads its pools, and after it has written them.
 

@@ -29,12 +29,7 @@ def can_splash_attention(
     segments_BT: jax.Array | None = None,
 ) -> bool:
     """Whether the kernel takes these: it would round wider floats, and needs whole rows on each device."""
-    return is_for(q_BTNH.dtype.itemsize, active_num_shards("length", q_BTNH.shape[1]))
-
-
-def is_for(itemsize: int, num_length_shards: int) -> bool:
-    """As `can_splash_attention`, for planning without arrays."""
-    return itemsize < 4 and num_length_shards == 1
+    return q_BTNH.dtype.itemsize < 4 and active_num_shards("length", q_BTNH.shape[1]) == 1
 
 
 def splash_attention(

@@ -71,17 +71,15 @@ class CompilerProfile:
       platform: as jax names it.
       presence_copies: copies of the token-presence table while a step updates it.
       saved_input_copies: copies of the input of each block that the backward pass recomputes.
-      delta_rule_copies: copies of what the gradient of the delta rule needs, gradients included.
     """
 
     platform: str
     presence_copies: int
     saved_input_copies: int
-    delta_rule_copies: int
 
 
-CPU_COMPILER = CompilerProfile("cpu", presence_copies=1, saved_input_copies=2, delta_rule_copies=2)
-TPU_COMPILER = CompilerProfile("tpu", presence_copies=2, saved_input_copies=1, delta_rule_copies=1)
+CPU_COMPILER = CompilerProfile("cpu", presence_copies=1, saved_input_copies=2)
+TPU_COMPILER = CompilerProfile("tpu", presence_copies=2, saved_input_copies=1)
 
 
 @dataclasses.dataclass(frozen=True)

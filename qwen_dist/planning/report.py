@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from qwen_dist.errors import UserError, printable
+from qwen_dist.charts import COLORS, legend, page, section, stacked_bars, write_page
 from qwen_dist.planning.plan import CapacityPlan, MeshPlan, PhasePlan, StepTime
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-
-COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#a463f2", "#9c6b4e")
 
 
 def to_json(plan: CapacityPlan) -> str:
@@ -156,34 +153,8 @@ def write_chart(plan: CapacityPlan, path: str) -> None:
         if (compiled := phase.compiled) is not None:
             others = compiled.device_bytes - compiled.argument_bytes
             bars.append((f"{phase.phase}, compiled", {"arguments": compiled.argument_bytes, "others": others}))
-    widest = max(limit, *(sum(bar.values()) for _, bar in bars))
     kinds = dict.fromkeys(kind for _, bar in bars for kind in bar)
-    color = {kind: COLORS[index % len(COLORS)] for index, kind in enumerate(kinds)}
-    title = html.escape(f"{plan.model} on {plan.topology.name}, mesh {plan.chosen.mesh or 'data=1'}")
-    rows = "".join(_bar(name, bar, widest, limit, color) for name, bar in bars)
-    legend = "".join(f'<span><i style="background:{color[kind]}"></i>{html.escape(kind)}</span>' for kind in kinds)
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(_PAGE.format(title=title, rows=rows, legend=legend, limit=_gb(limit)))
-    except OSError as error:
-        raise UserError(f"cannot write the chart {printable(path)}: {error.strerror}") from None
-
-
-def _bar(name: str, bar: dict[str, float], widest: float, limit: float, color: dict[str, str]) -> str:
-    parts = "".join(
-        f'<b style="width:{100 * size / widest:.3f}%;background:{color[kind]}" title="{html.escape(kind)} {_gb(size)}"></b>'
-        for kind, size in bar.items()
-    )
-    mark = f'<u style="left:{100 * limit / widest:.3f}%"></u>'
-    return f"<p>{html.escape(name)}: {_gb(sum(bar.values()))}</p><div>{parts}{mark}</div>"
-
-
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 15px system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; background: #fff }}
-div {{ position: relative; display: flex; height: 2rem; background: #eee }} b {{ height: 100% }}
-u {{ position: absolute; top: -4px; bottom: -4px; border-left: 3px solid #222 }} p {{ margin: 1rem 0 .2rem }}
-span {{ margin-right: 1.2rem; white-space: nowrap }}
-i {{ display: inline-block; width: .8em; height: .8em; margin-right: .3em }}
-</style><h1 style="font-size:1.3rem">{title}</h1>{rows}<p>{legend}</p>
-<p>GB per device. The line is the memory of a device, {limit}.</p></html>
-"""
+    colors = {kind: COLORS[index % len(COLORS)] for index, kind in enumerate(kinds)}
+    title = f"{plan.model} on {plan.topology.name}, mesh {plan.chosen.mesh or 'data=1'}"
+    text = f"GB per device, of {_gb(limit)}. {legend(colors)}"
+    write_page(path, page(title, section("Memory", text, stacked_bars(bars, limit, colors, 1e9))))

@@ -1,4 +1,4 @@
-"""What a plan asks the model: the parameters and the linear layers of a block of each kind."""
+"""What a plan asks the model: a block of each kind, with its parameters, its linear layers and what it says it costs."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from collections.abc import Iterable, Mapping
 
 from qwen_dist.models.config import LayerConfig, ModelConfig
 from qwen_dist.models.layers import Linear
-from qwen_dist.models.parameters import abstract_parameters, disk_shapes
-from qwen_dist.models.transformer import Transformer
-from qwen_dist.planning.flops import active_weights
+from qwen_dist.models.parameters import abstract_parameters
+from qwen_dist.models.transformer import Block, Transformer, layer_cost
+from qwen_dist.ops.cost import LayerCost, Step
 from qwen_dist.planning.workload import Workload
 from qwen_dist.sharding import ShardingContext
 from qwen_dist.train.lora import attach_lora, linear_layers
-
-# The parts of a mixer that the last block computes for every token, also where the outputs of only a few are wanted.
-_OF_EVERY_TOKEN = ("self_attn.k_proj.", "self_attn.v_proj.", "linear_attn.in_proj_", "linear_attn.conv1d.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +23,6 @@ class ParameterSizes:
     Attributes:
       name: within the block.
       size: elements of the whole.
-      active: weights on one device that multiply one of its tokens, see `active_weights`. Where experts are sharded, tokens
-        come from the other devices, too.
       local, local_bytes: on one device.
       used: elements on one device while it is used: sharded as activations are.
       is_trained: whether it changes in training.
@@ -35,28 +30,86 @@ class ParameterSizes:
 
     name: str
     size: int
-    active: float
     local: int
     local_bytes: int
     used: int
     is_trained: bool
 
-    @property
-    def is_of_every_token(self) -> bool:
-        return self.name.startswith(_OF_EVERY_TOKEN)
+
+@dataclasses.dataclass(frozen=True)
+class LinearSizes:
+    """A linear layer of a block, or of an adapter.
+
+    Attributes:
+      layer: its dimensions.
+      used: weights on one device while it is used.
+      is_trained: whether it changes in training.
+      is_of_outputs: whether the last block computes it only for tokens whose outputs are wanted.
+      stage: where it is in a block: see `BlockSizes`.
+    """
+
+    layer: Linear
+    used: int
+    is_trained: bool
+    is_of_outputs: bool
+    stage: int
 
     @property
-    def is_of_experts(self) -> bool:
-        """Whether it is a matrix of every expert, not of their adapters."""
-        return ".experts." in self.name and ".lora." not in self.name
+    def is_adapter(self) -> bool:
+        return any(axis == "lora_rank" for axis, _ in self.layer.in_sizes + self.layer.out_sizes)
+
+    @property
+    def sums_into_stream(self) -> bool:
+        return {axis for axis, _ in self.layer.out_sizes} == {"embed"} and not self.is_adapter
+
+    @property
+    def reads_stream(self) -> bool:
+        return {axis for axis, _ in self.layer.in_sizes} == {"embed"}
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """A block of one kind: its parameters, and its linear layers by name, without those of adapters."""
+    """A block of one kind: its parameters, and its linear layers by name, those of adapters included.
 
+    A block has six stages: the linear layers of the mixer that read the residual stream (0), what the mixer computes
+    without linear layers (1), its other linear layers (2), and the same of the MLP (3 to 5).
+    """
+
+    MIXER, MLP = 1, 4
+
+    module: Block
     parameters: tuple[ParameterSizes, ...]
-    linears: Mapping[str, Linear]
+    linears: Mapping[str, LinearSizes]
+
+    @classmethod
+    def of(cls, module: Block, parameters: tuple[ParameterSizes, ...], linears: Mapping[str, Linear]) -> BlockSizes:
+        by_name = {one.name: one for one in parameters}
+        of_outputs = tuple(f"{module.mixer_name}.{name}" for name in getattr(module.mixer, "of_outputs", ()))
+
+        def sizes(name: str, layer: Linear) -> LinearSizes:
+            weight = by_name[f"{name}.weight"]
+            is_in_mlp, reads_stream = name.startswith("mlp."), dict(layer.in_sizes).keys() == {"embed"}
+            is_of_outputs = is_in_mlp or name.startswith(of_outputs)
+            stage = (cls.MLP if is_in_mlp else cls.MIXER) + (-1 if reads_stream else 1)
+            return LinearSizes(layer, weight.used, weight.is_trained, is_of_outputs, stage)
+
+        return cls(module, parameters, {name: sizes(name, layer) for name, layer in linears.items()})
+
+    @property
+    def first_trained(self) -> int | None:
+        """The first stage with a trained weight; None: there is none."""
+        stages = [one.stage for one in self.linears.values() if one.is_trained]
+        stages += [self.MLP for one in self.parameters if one.is_trained and ".experts." in one.name]
+        return min(stages, default=None)
+
+    @property
+    def used(self) -> int:
+        """The elements of all parameters on one device while they are used."""
+        return sum(one.used for one in self.parameters)
+
+    def costs(self, step: Step) -> tuple[LayerCost, LayerCost]:
+        """Return what its mixer and its MLP say."""
+        return layer_cost(self.module.mixer, step), layer_cost(self.module.mlp, step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,32 +129,31 @@ class ModelSizes:
         rules = dataclasses.replace(sharding_ctx.rules, parameters=sharding_ctx.rules.activations)
         kept = abstract_parameters(module, sharding_ctx)
         used = abstract_parameters(module, dataclasses.replace(sharding_ctx, rules=rules))
-        active = active_weights(config, disk_shapes(module))
 
-        def parameter(name: str, prefix: str) -> ParameterSizes:
-            leaf = kept[name]
-            size, local = math.prod(leaf.shape), math.prod(leaf.sharding.shard_shape(leaf.shape))
-            in_use = math.prod(used[name].sharding.shard_shape(leaf.shape))
-            parts = sharding_ctx.num_shards("experts") if ".experts." in name else 1
-            return ParameterSizes(
-                name=name.removeprefix(prefix),
-                size=size,
-                active=active.get(name, 0.0) * in_use * parts / size,
-                local=local,
-                local_bytes=local * leaf.dtype.itemsize,
-                used=in_use,
-                is_trained=name in adapters or workload.lora is None,
-            )
+        def parameters(prefix: str, names: Iterable[str]) -> tuple[ParameterSizes, ...]:
+            found = []
+            for name in names:
+                leaf = kept[name]
+                local = math.prod(leaf.sharding.shard_shape(leaf.shape))
+                found.append(
+                    ParameterSizes(
+                        name=name.removeprefix(prefix),
+                        size=math.prod(leaf.shape),
+                        local=local,
+                        local_bytes=local * leaf.dtype.itemsize,
+                        used=math.prod(used[name].sharding.shard_shape(leaf.shape)),
+                        is_trained=name in adapters or workload.lora is None,
+                    )
+                )
+            return tuple(found)
 
-        linears = {name: linear for name, linear in linear_layers(module) if ".lora_" not in name}
-        blocks = {}
+        linears, blocks = dict(linear_layers(module)), {}
         for index, kind in enumerate(kinds):
             prefix = f"layers.{index}."
-            blocks[kind] = BlockSizes(
-                tuple(parameter(name, prefix) for name in kept if name.startswith(prefix)),
-                {name.removeprefix(prefix): linear for name, linear in linears.items() if name.startswith(prefix)},
-            )
-        outside = tuple(parameter(name, "") for name in kept if not name.startswith("layers."))
+            of_block = {name.removeprefix(prefix): layer for name, layer in linears.items() if name.startswith(prefix)}
+            in_block = parameters(prefix, (name for name in kept if name.startswith(prefix)))
+            blocks[kind] = BlockSizes.of(module.layers[index], in_block, of_block)
+        outside = parameters("", (name for name in kept if not name.startswith("layers.")))
         return cls(blocks, {kind: config.layers.count(kind) for kind in kinds}, outside)
 
     @property

@@ -35,7 +35,7 @@ def collect_host_info(
     settings: Mapping[str, Any],
     *,
     checkpoint: str,
-    input: str | None,
+    inputs: Sequence[str],
     write_dirs: Sequence[str],
     memory_per_checkpoint_byte: float,
 ) -> HostInfo:
@@ -44,7 +44,7 @@ def collect_host_info(
     Args:
       settings: flags and configuration; must be the same on all processes.
       checkpoint: a directory; any other location is compared by name only.
-      input: a file that all processes read, or None.
+      inputs: files that all processes read; addresses are compared by name only.
       write_dirs: directories that the run writes to.
       memory_per_checkpoint_byte: bytes of host memory that this process needs for each byte of the checkpoint; 0 where the
         weights go to accelerators.
@@ -60,7 +60,7 @@ def collect_host_info(
         "code": code_digest(),
         "settings": {key: repr(value) for key, value in settings.items()},
         "checkpoint": checkpoint_digest(files),
-        "input": "" if input is None else _file_digest(pathlib.Path(input)),
+        "input": _files_digest(inputs),
         "memory": {"free": available_memory(), "needed": int(MIN_FREE_MEMORY + memory_per_checkpoint_byte * weights)},
         "disk": {directory: shutil.disk_usage(_nearest_existing(directory)).free for directory in write_dirs},
     }
@@ -145,7 +145,7 @@ def find_problems(cluster: Cluster, host_infos: Mapping[int, HostInfo]) -> list[
                 f"({first['checkpoint'] or 'no directory'}) under the same name: copy the same files to all hosts."
             )
         if info["input"] != first["input"]:
-            problems.append(f"{one} sees a different input file from {other}: copy the same file to all hosts.")
+            problems.append(f"{one} sees other input files than {other}: copy the same files to all hosts.")
         problems += [
             f"{one} has {_gb(free)} free in {directory}, and {_gb(MIN_FREE_DISK)} may be needed: free some disk space."
             for directory, free in info["disk"].items()
@@ -177,11 +177,16 @@ def _gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB"
 
 
-def _file_digest(path: pathlib.Path) -> str:
-    if not path.is_file():
-        return ""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+def _files_digest(names: Sequence[str]) -> str:
+    """Return a hash of the content of files, and of the names that are no files; an empty text without any."""
+    digest = hashlib.sha256()
+    for name in names:
+        if not os.path.isfile(name):
+            digest.update(name.encode())
+            continue
+        with open(name, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12] if names else ""
 
 
 def _nearest_existing(directory: str) -> pathlib.Path:

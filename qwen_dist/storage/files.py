@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import stat
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from qwen_dist.errors import CheckpointError, printable
+from qwen_dist.errors import CheckpointError, UserError, printable
 from qwen_dist.json_reader import MAX_JSON_BYTES, parse_object, read_file
 
 CONFIG_NAME = "config.json"
@@ -54,6 +55,29 @@ class ByteFile(Protocol):
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from byte `offset`; raise CheckpointError if that is impossible or the file has changed."""
         ...
+
+
+class ByteStream(io.RawIOBase):
+    """A `ByteFile` as a stream with random access, for readers that take a Python file."""
+
+    def __init__(self, file: ByteFile):
+        self._file, self._position = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._file.size - self._position))
+        self._file.read_into(self._position, memoryview(buffer)[:count])
+        self._position += count
+        return count
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + (0, self._position, self._file.size)[whence]
+        return self._position
 
 
 class LocalFile:
@@ -234,8 +258,14 @@ def one_line(error: Exception) -> str:
     return printable((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
-def require_package(module: str, package: str) -> Any:
+def is_url(path: str) -> bool:
+    """Return whether this is an address such as s3://BUCKET/NAME, and not a path."""
+    return "://" in path
+
+
+def require_package(module: str, package: str, what: str = "this address") -> Any:
+    """Import a module of an optional package. Raises UserError with the command that installs it for `what`."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise CheckpointError(f"This address needs {module}: pip install '{package}'.") from error
+        raise UserError(f"{printable(what)} needs {module.partition('.')[0]}: pip install '{package}'") from error

@@ -1,4 +1,4 @@
-"""Checkpoints on web servers, read by byte range.
+"""Files on web servers, read by byte range.
 
 Every response is checked: it must be exactly the requested range, of the version of the file that was found at the start.
 Transient errors (a reset, a stall, an overloaded server) are retried a limited number of times, after the last byte
@@ -179,7 +179,7 @@ class HttpFile:
             _check_partial(response, self.url)
             total = _content_range(response, self.url, offset, offset + len(buffer))
             if total != self.size or _version(response) != self._version:
-                raise CheckpointError(f"{self.url} was changed while it was being read; load it again.")
+                raise CheckpointError(f"{self.url} was changed while it was being read; read it again.")
             for content in _receive(response, len(buffer), STALL_TIMEOUT_S + len(buffer) / MIN_BYTES_PER_S):
                 buffer[received : received + len(content)] = content
                 received += len(content)
@@ -294,15 +294,15 @@ def _network_error() -> type[Exception]:
 def _check_partial(response: Any, url: str) -> None:
     """Raise unless the response is an uncompressed byte range."""
     if response.status in (412, 416):
-        raise CheckpointError(f"{url} was changed while it was being read (HTTP status {response.status}); load it again.")
+        raise CheckpointError(f"{url} was changed while it was being read (HTTP status {response.status}); read it again.")
     if response.status == 404:
         raise CheckpointError(f"{url} was removed while it was being read (HTTP status 404).")
     if response.status == 200:
-        raise CheckpointError(f"{url}: the server ignores byte ranges; download the checkpoint and load it locally.")
+        raise CheckpointError(f"{url}: the server ignores byte ranges; download it and give the path on this machine.")
     if response.status != 206:
         _raise_status(response, url, expected=206)
     if response.headers.get("Content-Encoding", "identity") != "identity":
-        raise CheckpointError(f"{url}: the server compresses byte ranges; download the checkpoint and load it locally.")
+        raise CheckpointError(f"{url}: the server compresses byte ranges; download it and give the path on this machine.")
 
 
 def _raise_status(response: Any, url: str, *, expected: int) -> None:

@@ -1,16 +1,18 @@
-"""A repository of the Hugging Face hub: in the hub's cache on this machine, or on its servers at one commit."""
+"""The Hugging Face hub: a model in the hub's cache on this machine, or on its servers at one commit; files of data sets."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from urllib.parse import quote
 
-from qwen_dist.errors import CheckpointError
+from qwen_dist.errors import CheckpointError, UserError, printable
 from qwen_dist.storage.files import (
     CONFIG_NAME,
     INDEX_NAME,
     SINGLE_FILE_NAME,
     TEMPLATE_DIRECTORY,
+    ByteFile,
     Folder,
     LocalFolder,
     check_weight_map,
@@ -21,6 +23,8 @@ from qwen_dist.storage.http import HttpFolder
 
 # organisation/name, and maybe @ with a branch, a tag or a commit.
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96})(?:@([\w.-][\w./-]{0,199}))?")
+# hf://datasets/organisation/name, maybe @ with a revision, and a path in the repository.
+_DATASET_URL = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([\w.-]+))?/(.*)")
 _DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.jinja", f"{TEMPLATE_DIRECTORY}/*.jinja", "LICENSE")
 _TIMEOUT_S = 10.0
 
@@ -93,3 +97,34 @@ def _is_complete(folder: LocalFolder) -> bool:
     index = read_json(folder, INDEX_NAME)
     names = {SINGLE_FILE_NAME} if index is None else set(check_weight_map(folder, index).values())
     return all((folder.root / name).is_file() for name in {CONFIG_NAME, *names})
+
+
+class DatasetFolder(HttpFolder):
+    """A directory of a data set on the hub: `hf://datasets/ORGANISATION/NAME[@REVISION]/PATH`."""
+
+    def __init__(self, url: str):
+        import huggingface_hub
+        from huggingface_hub.utils import build_hf_headers
+
+        match = _DATASET_URL.fullmatch(url.rstrip("/") + "/")
+        if match is None:
+            raise UserError(
+                f"{printable(url)} is not a file on the hub: give hf://datasets/ORGANISATION/NAME/FILE, or NAME@REVISION"
+            )
+        self._name, self._revision, self._path = match[1], match[2], match[3]
+        root = huggingface_hub.hf_hub_url(self._name, "x", repo_type="dataset", revision=self._revision).removesuffix("x")
+        super().__init__(root + quote(self._path), build_hf_headers())
+
+    def open(self, name: str) -> ByteFile:
+        return super().open(quote(name))
+
+    def names(self) -> list[str]:
+        """Return the sorted names of the files in this directory. Raises UserError."""
+        import huggingface_hub
+
+        try:
+            paths = huggingface_hub.HfApi().list_repo_files(self._name, revision=self._revision, repo_type="dataset")
+        except Exception as error:  # the hub's client raises errors of several libraries
+            raise UserError(f"the data set {self._name} cannot be opened on the hub: {one_line(error)}") from error
+        names = [path.removeprefix(self._path) for path in paths if path.startswith(self._path)]
+        return sorted(name for name in names if "/" not in name)

@@ -1,12 +1,13 @@
-"""A directory in an object store (`gs://`, `s3://`). obstore signs and retries requests and checks ranges."""
+"""Object stores (`gs://`, `s3://`; for data, all that obstore knows). obstore signs, retries and checks ranges."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator
 from typing import Any
 
-from qwen_dist.errors import CheckpointError, printable
+from qwen_dist.errors import CheckpointError, UserError, printable
 from qwen_dist.json_reader import MAX_JSON_BYTES
 from qwen_dist.storage.files import REMOTE_READ_OPTIONS, TEMPLATE_DIRECTORY, ByteFile, one_line, require_package
 
@@ -17,10 +18,10 @@ class ObjectFolder:
     read_options = REMOTE_READ_OPTIONS
 
     def __init__(self, url: str):
-        require_package("obstore", "qwen-dist[remote]")
+        require_package("obstore", "qwen-dist[remote]", url)
         from obstore.store import from_url
 
-        self.url = url
+        self.url = url.rstrip("/")
         with _object_errors(url):
             self.store = from_url(url)
 
@@ -45,17 +46,18 @@ class ObjectFolder:
             raise CheckpointError(str(error)) from None
 
     def weight_files(self) -> list[str]:
+        return [name for name in self.names() if name.endswith(".safetensors")]
+
+    def template_files(self) -> list[str]:
+        return [name for name in self.names(f"{TEMPLATE_DIRECTORY}/") if name.endswith(".jinja")]
+
+    def names(self, prefix: str | None = None) -> list[str]:
+        """Return the sorted names of the objects here, or in the directory `prefix`. Raises CheckpointError."""
         import obstore
 
         with _object_errors(self.url):
-            listing = obstore.list_with_delimiter(self.store)["objects"]
-        return sorted(entry["path"] for entry in listing if entry["path"].endswith(".safetensors"))
-
-    def template_files(self) -> list[str]:
-        import obstore
-
-        listing = obstore.list_with_delimiter(self.store, f"{TEMPLATE_DIRECTORY}/")["objects"]
-        return sorted(entry["path"] for entry in listing if entry["path"].endswith(".jinja"))
+            listing = obstore.list_with_delimiter(self.store, prefix)["objects"]
+        return sorted(entry["path"] for entry in listing)
 
 
 class ObjectFile:
@@ -91,6 +93,49 @@ class ObjectFile:
             found = f"{len(content)} bytes instead of {len(buffer)}"
             raise CheckpointError(f"{self._folder}/{self.name}: the store sent {found} from offset {offset}.")
         buffer[:] = content
+
+
+def object_folder(url: str) -> tuple[ObjectFolder, str]:
+    """Return the directory of the object at an address, and the object's name in it."""
+    folder, _, name = url.rpartition("/")
+    return ObjectFolder(folder), name
+
+
+def object_exists(url: str) -> bool:
+    """Return whether there is an object at an address. Raises CheckpointError if the store cannot be asked."""
+    folder, name = object_folder(url)
+    try:
+        ObjectFile(folder, name)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def object_writer(url: str) -> Iterator[Any]:
+    """Open an object for writing; it is replaced at the end of the block, and left unchanged if the block fails."""
+    folder, name = object_folder(url)
+    import obstore
+
+    try:
+        with obstore.open_writer(folder.store, name) as file:
+            yield _WriterFile(file)
+    except (obstore.exceptions.BaseError, OSError) as error:
+        raise UserError(f"{printable(url)} cannot be written: {one_line(error)}") from error
+
+
+class _WriterFile(io.RawIOBase):
+    """An obstore writer as a Python file object."""
+
+    def __init__(self, file: Any):
+        self._file = file
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._file.write(bytes(data))
+        return len(data)
 
 
 @contextlib.contextmanager

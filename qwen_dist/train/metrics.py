@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import html
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from qwen_dist.charts import Chart, legend, page, section
 from qwen_dist.errors import UserError
 from qwen_dist.json_reader import JsonError, parse_json
 
@@ -112,38 +112,27 @@ def _open_tensorboard(directory: pathlib.Path, done: int) -> Any:
     return SummaryWriter(str(directory), purge_step=done + 1 if done else None)
 
 
-WIDTH, HEIGHT, MARGIN = 900, 380, 50
-
-
 def loss_chart(entries: Sequence[Mapping[str, Any]]) -> str:
     """Return a self-contained HTML page: the loss of every step, its running mean, and the evaluation losses."""
     train = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
     evaluated = [(entry["step"], entry["eval_loss"]) for entry in entries if "eval_loss" in entry]
     points = train + evaluated
     if not points:
-        return _PAGE.format(lines="", ticks="", note="no steps yet")
+        return page("Loss", section("No steps yet", "", " "))
     last, top = max(step for step, _ in points), max(loss for _, loss in points)
     low = min(0.0, *(loss for _, loss in points))
-
-    def place(step: float, loss: float) -> tuple[float, float]:
-        x = MARGIN + (WIDTH - 2 * MARGIN) * step / max(last, 1)
-        return round(x, 1), round(HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * (loss - low) / max(top - low, 1e-9), 1)
-
-    def line(values: Sequence[tuple[int, float]], style: str) -> str:
-        path = " ".join(f"{x},{y}" for x, y in (place(*value) for value in values))
-        return f'<polyline points="{path}" fill="none" {style}/>'
-
-    lines = line(train, 'stroke="#9bb8d3" stroke-width="1"') + line(_smooth(train), 'stroke="#1f5f99" stroke-width="2"')
-    for step, loss in evaluated:
-        x, y = place(step, loss)
-        lines += f'<circle cx="{x}" cy="{y}" r="4" fill="#c4442d"><title>evaluation {step}: {loss:.4f}</title></circle>'
-    ticks = ""
-    for fraction in (0, 0.25, 0.5, 0.75, 1):
-        x, y = place(last * fraction, low + (top - low) * fraction)
-        ticks += f'<text x="{MARGIN - 8}" y="{y + 4}" text-anchor="end">{low + (top - low) * fraction:.2f}</text>'
-        ticks += f'<text x="{x}" y="{HEIGHT - MARGIN + 20}" text-anchor="middle">{last * fraction:.0f}</text>'
-    note = f"loss by step: first {train[0][1]:.4f}, last {train[-1][1]:.4f}" if train else "loss by step"
-    return _PAGE.format(lines=lines, ticks=ticks, note=html.escape(note))
+    chart = Chart((0, last), (low, top), height=380)
+    ticks = [round(low + (top - low) * quarter / 4, 2) for quarter in range(5)]
+    dots = (chart.dot(step, loss, "#c4442d", f"evaluation {step}: {loss:.4f}", 4) for step, loss in evaluated)
+    svg = chart.svg(
+        chart.frame("step", ticks, [round(last * quarter / 4) for quarter in range(5)]),
+        chart.line(train, "#9bb8d3", 1),
+        chart.line(_smooth(train), "#1f5f99", 2),
+        *dots,
+    )
+    note = f"first {train[0][1]:.4f}, last {train[-1][1]:.4f}; " if train else ""
+    colors = {"each step": "#9bb8d3", "running mean": "#1f5f99", "evaluations": "#c4442d"}
+    return page("Loss", section("Loss by step", note + legend(colors), svg))
 
 
 def _smooth(values: Sequence[tuple[int, float]], keep: float = 0.95) -> list[tuple[int, float]]:
@@ -154,14 +143,3 @@ def _smooth(values: Sequence[tuple[int, float]], keep: float = 0.95) -> list[tup
         total, weight = keep * total + value, keep * weight + 1
         smoothed.append((step, total / weight))
     return smoothed
-
-
-_PAGE = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Loss</title>
-<style>
-body {{{{ font: 14px system-ui, sans-serif; margin: 2rem; background: #fff }}}} text {{{{ fill: #555; font-size: 12px }}}}
-</style>
-<p>{{note}} (light: each step; dark: running mean; red: evaluations)</p>
-<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}">
-<rect x="{MARGIN}" y="{MARGIN}" width="{WIDTH - 2 * MARGIN}" height="{HEIGHT - 2 * MARGIN}" fill="none" stroke="#ccc"/>
-{{ticks}}{{lines}}</svg></html>
-"""

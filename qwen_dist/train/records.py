@@ -1,25 +1,21 @@
 """Read files of training data: chats, prompts with completions, plain texts. Needs neither JAX nor a tokenizer.
 
-A file is JSON lines (.jsonl), an array of JSON (.json), a table (.parquet, the same fields as columns) or one plain text
-(.txt). Chats have OpenAI's, ShareGPT's or Alpaca's fields. Data that cannot be used becomes a `BadTrainRecord` with its
-file and line; nothing is dropped silently.
+Which files are read, `storage.records` says. Chats have OpenAI's, ShareGPT's or Alpaca's fields. Data that cannot be used
+becomes a `BadTrainRecord` with its file and line; nothing is dropped silently.
 """
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import dataclasses
-import glob
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from qwen_dist.batch.formats import read_bounded_lines, read_rows
-from qwen_dist.batch.line_reader import MAX_LINE_BYTES, UnreadableLine
 from qwen_dist.chat import ROLES, Chat, make_chat
-from qwen_dist.errors import UsageError, UserError, printable
-from qwen_dist.json_reader import JsonError, parse_json, read_file
+from qwen_dist.errors import UserError, printable
+from qwen_dist.json_reader import JsonError, parse_json
+from qwen_dist.storage.line_reader import MAX_LINE_BYTES
+from qwen_dist.storage.records import RECORD_SUFFIXES, TEXT_SUFFIXES, find_files, parse_row, read_rows, read_text
 
 RecordFormat = Literal["messages", "prompt", "text", "conversations", "instruction"]
 
@@ -34,7 +30,6 @@ _SHAREGPT_ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
-_MAX_ARRAY_BYTES = 2**28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,21 +71,9 @@ class BadTrainRecord:
     detail: str
 
 
-def find_data_files(patterns: Sequence[str]) -> list[str]:
-    """Return the files that match the patterns, sorted within each pattern.
-
-    Raises:
-      UsageError: listing every pattern without a file and every file that is missing or of an unknown type.
-    """
-    found = [sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern] for pattern in patterns]
-    problems = [f"no file matches {pattern}" for pattern, files in zip(patterns, found, strict=True) if not files]
-    files = [file for matches in found for file in matches]
-    problems += [f"there is no file {printable(file)}" for file in files if not os.path.isfile(file)]
-    suffixes = (".jsonl", ".json", ".parquet", ".txt")
-    problems += [f"{file}: a data file ends in {', '.join(suffixes)}" for file in files if not file.endswith(suffixes)]
-    if problems:
-        raise UsageError("training data: " + "; ".join(problems))
-    return files
+def find_data_files(patterns: Sequence[str], flag: str = "--data") -> list[str]:
+    """Return the files of the patterns. Arguments and errors as in `find_files`."""
+    return find_files(patterns, (*RECORD_SUFFIXES, *TEXT_SUFFIXES), flag, only_suffixes=True)
 
 
 def read_train_records(
@@ -124,59 +107,15 @@ def read_train_records(
 
 
 def _fields(file: str, max_bytes: int) -> Iterator[tuple[RecordLocation, Mapping[str, Any] | BadTrainRecord]]:
-    if file.endswith(".txt"):
-        yield RecordLocation(file, 1), {"text": _text(file, max_bytes)}
+    if file.endswith(TEXT_SUFFIXES):
+        yield RecordLocation(file, 1), {"text": read_text(file, max_bytes)}
         return
-    if file.endswith(".json") and _is_array(file):
-        yield from _array_records(file)
-        return
-    lines: Iterator[bytes | Mapping[str, Any] | UnreadableLine]
-    lines = read_rows(file, max_bytes) if file.endswith(".parquet") else read_bounded_lines(file, max_bytes)
-    for number, line in enumerate(lines, 1):
+    for number, row in read_rows(file, max_bytes):
         location = RecordLocation(file, number)
-        if isinstance(line, UnreadableLine):
-            yield location, BadTrainRecord(location, "broken line", line.reason)
-        elif not isinstance(line, bytes):
-            yield location, line
-        elif line := (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip():
-            yield location, _parse(location, line)
-
-
-def _text(file: str, max_bytes: int) -> str:
-    try:
-        return read_file(file, max_bytes=max_bytes, error=UserError).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8: byte {error.start} is not") from None
-
-
-def _parse(location: RecordLocation, line: bytes) -> Mapping[str, Any] | BadTrainRecord:
-    try:
-        fields = parse_json(line)
-    except JsonError as error:
-        return BadTrainRecord(location, "broken line", f"not JSON: {error}")
-    return (
-        fields
-        if isinstance(fields, dict)
-        else BadTrainRecord(location, "broken line", f"not a JSON object: {fields!r:.60}")
-    )
-
-
-def _is_array(file: str) -> bool:
-    """Return whether a file holds one JSON array; otherwise it has a record on each line."""
-    with open(file, "rb") as content:
-        return content.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
-
-
-def _array_records(file: str) -> Iterator[tuple[RecordLocation, Mapping[str, Any] | BadTrainRecord]]:
-    try:
-        content = read_file(file, max_bytes=_MAX_ARRAY_BYTES, error=UserError)
-        records = parse_json(content.removeprefix(codecs.BOM_UTF8))
-    except JsonError as error:
-        raise UserError(f"{printable(file)} is not JSON: {error}; a large file is better written as JSON lines") from None
-    for number, record in enumerate(records, 1):
-        location = RecordLocation(file, number)
-        detail = f"not a JSON object: {printable(repr(record), 60)}"
-        yield location, record if isinstance(record, dict) else BadTrainRecord(location, "broken line", detail)
+        try:
+            yield location, parse_row(row)
+        except UserError as error:
+            yield location, BadTrainRecord(location, "broken line", str(error))
 
 
 def _record(

@@ -26,6 +26,7 @@ from qwen_dist.checkpoint.sync import sync_processes
 from qwen_dist.config import DataOptions, FinetuneConfig, LoraOptions, parse_bytes
 from qwen_dist.errors import UsageError, UserError, printable
 from qwen_dist.hf_config import read_model_config
+from qwen_dist.json_reader import flatten
 from qwen_dist.mesh import MeshConfig, make_mesh, training_mesh
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.parameters import abstract_parameters, disk_shapes
@@ -125,7 +126,7 @@ def prepare(config: FinetuneConfig) -> RunInputs:
       UserError: the model or the data cannot be used, or they do not fit together.
     """
     # Cheap checks come first: files before a download, all of them before the weights.
-    files, eval_files = find_data_files(config.data.files), find_data_files(config.data.eval_files)
+    files, eval_files = find_data_files(config.data.files), find_data_files(config.data.eval_files, "--eval-data")
     check_paths(
         {"--model": config.model.path, "--adapter": config.model.adapter, "--data": files, "--eval-data": eval_files},
         [Written("--output", config.output, is_directory=True)],
@@ -524,7 +525,7 @@ def _data_digest(examples: Examples) -> str:
 
 
 def _check_same_run(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    before, now = _flatten(found), _flatten(wanted)
+    before, now = flatten(found), flatten(wanted)
     different = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if different:
         lines = [f"{key} was {before.get(key)!r} and is now {now.get(key)!r}" for key in different]
@@ -533,13 +534,6 @@ def _check_same_run(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None
             + "\n  - ".join(lines)
             + "\nUse another output, or replace this run with --overwrite."
         )
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _open_output(output: pathlib.Path) -> bool:

@@ -1,7 +1,6 @@
 """Input and output lines: every format and every kind of invalid line."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_dist.batch.jsonl import BatchRecord, Choice, InvalidRecord, error_line, read_records, result_line
+from qwen_dist.batch.jsonl import BatchRecord, InvalidRecord, error_line, read_records, result_line
 from qwen_dist.errors import UserError
+from qwen_dist.openai_api import ApiRequest, Choice
 
 MESSAGES = [{"role": "user", "content": "Hi 😀"}]
 
@@ -36,17 +36,17 @@ def openai(custom_id: str = "c", **body: object) -> dict:
 
 def test_the_three_kinds_of_line(tmp_path):
     assert read(tmp_path, {"id": "a", "prompt": "Hi"}, {"id": 7, "messages": MESSAGES}, openai("c")) == [
-        BatchRecord("a", 1, "plain", {}, prompt="Hi"),
-        BatchRecord(7, 2, "plain", {}, messages=MESSAGES),
-        BatchRecord("c", 3, "openai", {}, messages=MESSAGES, model="qwen"),
+        BatchRecord("a", 1, "plain", ApiRequest({}, prompt="Hi")),
+        BatchRecord(7, 2, "plain", ApiRequest({}, messages=MESSAGES)),
+        BatchRecord("c", 3, "openai", ApiRequest({}, messages=MESSAGES, model="qwen")),
     ]
 
 
 def test_bom_blank_lines_crlf_and_missing_ids(tmp_path):
     records = read(tmp_path, b'\xef\xbb\xbf{"prompt": "a"}\r', b"", b"  \r", b'{"prompt"', b'{"prompt": "\xe6\x97\xa5"}')
-    assert records[0] == BatchRecord("line-1", 1, "plain", {}, prompt="a")
+    assert records[0] == BatchRecord("line-1", 1, "plain", ApiRequest({}, prompt="a"))
     assert (records[1].id, records[1].line_number) == ("line-4", 4)
-    assert records[2] == BatchRecord("line-5", 5, "plain", {}, prompt="日")
+    assert records[2] == BatchRecord("line-5", 5, "plain", ApiRequest({}, prompt="日"))
 
 
 def test_plain_parameters(tmp_path):
@@ -61,28 +61,28 @@ def test_plain_parameters(tmp_path):
         "logprobs": 0,
     }
     record = read_one(tmp_path, {"prompt": "x", "stop": "\n", **params})
-    assert record.params == {**params, "stop": ["\n"]}
-    assert read_one(tmp_path, {"prompt": "x", "stop": ["a", "b"], "seed": None}).params == {"stop": ["a", "b"]}
+    assert record.request.params == {**params, "stop": ["\n"]}
+    assert read_one(tmp_path, {"prompt": "x", "stop": ["a", "b"], "seed": None}).request.params == {"stop": ["a", "b"]}
 
 
 def test_openai_parameters(tmp_path):
     body = {"max_tokens": 5, "max_completion_tokens": 5, "temperature": 0.7, "stop": "x", "seed": 1, "top_k": 3}
     expected = {"max_new_tokens": 5, "temperature": 0.7, "stop": ["x"], "seed": 1, "top_k": 3}
-    assert read_one(tmp_path, openai(**body)).params == expected
-    assert read_one(tmp_path, openai(logprobs=True)).params == {"logprobs": 0}
-    assert read_one(tmp_path, openai(logprobs=True, top_logprobs=4)).params == {"logprobs": 4}
-    assert read_one(tmp_path, openai(logprobs=False, top_logprobs=None)).params == {}
+    assert read_one(tmp_path, openai(**body)).request.params == expected
+    assert read_one(tmp_path, openai(logprobs=True)).request.params == {"logprobs": 0}
+    assert read_one(tmp_path, openai(logprobs=True, top_logprobs=4)).request.params == {"logprobs": 4}
+    assert read_one(tmp_path, openai(logprobs=False, top_logprobs=None)).request.params == {}
 
 
 def test_openai_parameters_without_effect_are_accepted(tmp_path):
     harmless = {"user": "u", "metadata": {"k": "v"}, "store": True, "service_tier": "auto"}
     neutral = {"stream": False, "n": None, "best_of": 1, "tools": None}
-    assert read_one(tmp_path, openai(**harmless, **neutral)).params == {}
+    assert read_one(tmp_path, openai(**harmless, **neutral)).request.params == {}
     penalties = {"frequency_penalty": 0.5, "presence_penalty": -1, "min_tokens": 2, "top_k": -1}
     record = read_one(tmp_path, openai(**penalties, n=3, logit_bias={"5": 100, "12": -0.5}))
-    assert record.num_choices == 3
-    assert record.params.pop("min_new_tokens") == penalties.pop("min_tokens")
-    assert record.params == penalties | {"logit_bias": ((5, 100.0), (12, -0.5))}
+    assert record.request.num_choices == 3
+    assert record.request.params.pop("min_new_tokens") == penalties.pop("min_tokens")
+    assert record.request.params == penalties | {"logit_bias": ((5, 100.0), (12, -0.5))}
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_invalid_lines(tmp_path, line, message):
     assert isinstance(bad, InvalidRecord)
     assert re.search(message, bad.message), bad.message
     assert len(bad.message) < 400
-    assert good == BatchRecord("next", 2, "plain", {}, prompt="x")
+    assert good == BatchRecord("next", 2, "plain", ApiRequest({}, prompt="x"))
 
 
 def test_an_invalid_record_keeps_its_id_and_format(tmp_path):
@@ -178,14 +178,11 @@ def test_any_bytes_can_be_read(tmp_path_factory, line):
     assert list(read_records(path))[-1].id == "last"
 
 
-def test_lines_are_read_lazily():
-    read_end, write_end = os.pipe()
-    os.write(write_end, b'{"prompt": "x"}\n')
-    records = read_records(f"/dev/fd/{read_end}")
-    os.close(write_end)
-    assert next(records).prompt == "x"
-    assert next(records, None) is None
-    os.close(read_end)
+def test_lines_are_read_lazily(tmp_path):
+    with open(tmp_path / "in.jsonl", "wb") as file:
+        file.write(b'{"prompt": "x"}\n')
+        file.truncate(2**40)
+    assert next(read_records(tmp_path / "in.jsonl")).request.prompt == "x"
 
 
 def test_a_missing_input_is_an_error_at_once(tmp_path):
@@ -194,7 +191,7 @@ def test_a_missing_input_is_an_error_at_once(tmp_path):
 
 
 def test_plain_result_lines():
-    record = BatchRecord(7, 3, "plain", {}, prompt="x")
+    record = BatchRecord(7, 3, "plain", ApiRequest({}, prompt="x"))
     usage = {"prompt_tokens": 4, "completion_tokens": 2}
     expected = {"id": 7, "text": "Hi", "finish_reason": "stop", "usage": usage}
     assert result_line(record, [Choice("Hi", "stop", 2)], 4) == expected
@@ -207,13 +204,14 @@ def test_plain_result_lines():
 
 
 def test_openai_result_lines():
-    record = BatchRecord("c", 3, "openai", {}, messages=MESSAGES, model="qwen")
+    record = BatchRecord("c", 3, "openai", ApiRequest({}, messages=MESSAGES, model="qwen"))
     logprobs = [{"token": "Hi", "logprob": -0.5, "bytes": [72, 105], "top_logprobs": []}]
     line = result_line(record, [Choice("Hi", "length", 2, logprobs)], 4)
     assert (line["custom_id"], line["error"], line["response"]["status_code"]) == ("c", None, 200)
     body = line["response"]["body"]
     assert (body["object"], body["model"]) == ("chat.completion", "qwen")
-    assert body["usage"] == {"prompt_tokens": 4, "completion_tokens": 2, "total_tokens": 6}
+    usage = {"prompt_tokens": 4, "completion_tokens": 2, "total_tokens": 6}
+    assert body["usage"] == usage | {"prompt_tokens_details": {"cached_tokens": 0}}
     (choice,) = body["choices"]
     assert choice["message"] == {"role": "assistant", "content": "Hi", "refusal": None}
     assert (choice["index"], choice["finish_reason"], choice["logprobs"]["content"]) == (0, "length", logprobs)

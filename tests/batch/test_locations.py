@@ -5,11 +5,11 @@ import json
 import pyarrow.parquet
 import pytest
 
-from qwen_dist.batch.formats import read_lines, write_lines
 from qwen_dist.batch.jsonl import read_records
 from qwen_dist.batch.output import OutputFile
-from qwen_dist.batch.remote import exists
 from qwen_dist.errors import UserError
+from qwen_dist.storage.line_writer import exists, write_lines
+from qwen_dist.storage.records import read_lines
 
 RECORDS = [{"id": number, "prompt": f"größe {number}"} for number in range(7)]
 OPENAI_RESULT = {"id": "batch_req_1", "custom_id": "c", "response": {"status_code": 200, "body": {"x": [1]}}, "error": None}
@@ -94,12 +94,12 @@ def test_remote_inputs(bucket, tmp_path, name):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), tmp_path / "bucket" / name)
     else:
         write_lines(str(tmp_path / "bucket" / name), lines)
-    assert [(record.id, record.prompt) for record in read_records(f"{bucket}/{name}")] == [
+    assert [(record.id, record.request.prompt) for record in read_records(f"{bucket}/{name}")] == [
         (record["id"], record["prompt"]) for record in RECORDS
     ]
 
 
-@pytest.mark.parametrize(("url", "message"), [("{}/none.jsonl", "not found"), ("bad://x/y", "Unable to recognise")])
+@pytest.mark.parametrize(("url", "message"), [("{}/none.jsonl", "does not exist"), ("bad://x/y", "Unable to recognise")])
 def test_missing_remote_inputs(bucket, url, message):
     with pytest.raises(UserError, match=message):
         list(read_records(url.format(bucket)))

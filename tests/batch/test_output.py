@@ -8,10 +8,11 @@ import sys
 import numpy as np
 import pytest
 
-from qwen_dist.batch.formats import read_lines
+from qwen_dist.batch.journal import JOURNAL_ENTRY
 from qwen_dist.batch.jsonl import read_records
-from qwen_dist.batch.output import JOURNAL_ENTRY, OutputFile
+from qwen_dist.batch.output import OutputFile
 from qwen_dist.errors import UserError
+from qwen_dist.storage.records import read_lines
 
 
 @pytest.fixture
@@ -165,7 +166,7 @@ def test_every_input_format(tmp_path, records):
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in.parquet")
     one, other = read_records(tmp_path / "in.parquet")
-    assert (one.id, one.prompt, one.params, other.messages) == (0, "p0", {}, rows[1]["messages"])
+    assert (one.id, one.request.prompt, one.request.params, other.request.messages) == (0, "p0", {}, rows[1]["messages"])
     (tmp_path / "torn.gz").write_bytes(gzip.compress(content)[:-20])
     with pytest.raises(UserError, match="is damaged after line"):
         list(read_records(tmp_path / "torn.gz"))
@@ -188,6 +189,7 @@ FILE_LIMIT = """
 import resource, sys
 from qwen_dist.batch.output import OutputFile
 from qwen_dist.errors import UserError
+from qwen_dist.storage.records import read_lines
 
 output = OutputFile(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))

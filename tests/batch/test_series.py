@@ -39,7 +39,7 @@ def test_chart(tmp_path):
     assert "http" not in page and page.count("<svg") == 3
     first = re.search(r'polyline points="([^"]*)"', page)[1]
     # 10, 30 and 10 generated tokens per second; the maximum of the axis is twice the highest, from the prompt tokens.
-    assert first == "215.0,150.0 430.0,90.0 860.0,150.0"
+    assert first == "310.0,157.0 556.0,99.0 1048.0,157.0"
 
 
 def test_metrics_are_served_while_a_batch_runs():
@@ -52,8 +52,21 @@ def test_metrics_are_served_while_a_batch_runs():
             lines = response.read().decode().splitlines()
         values = dict(line.split() for line in lines if not line.startswith("#"))
         assert values["qwen_dist_batch_num_generated_tokens"] == "30.0"
+        assert values["qwen_dist_batch_num_cached_tokens"] == "0.0"
         assert values["qwen_dist_batch_num_running"] == "4.0" and values["qwen_dist_batch_seconds"] == "2.5"
         with pytest.raises(UserError, match=f"port {port}: Address already in use"), metrics_server(port, "127.0.0.1"):
             pass
     with pytest.raises(OSError):
         urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics")
+
+
+def test_metrics_are_served_to_this_machine_unless_another_address_is_given():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with metrics_server(port, "127.0.0.1"), socket.socket() as other:
+        other.bind(("127.0.0.2", port))  # in use if the server listened on all addresses
+        with pytest.raises(UserError, match=rf"cannot serve metrics on 127.0.0.1 port {port}: Address already in use"):
+            metrics_server(port, "127.0.0.1").__enter__()
+    with pytest.raises(UserError, match=r"cannot serve metrics on nowhere\.invalid port"):
+        metrics_server(port, "nowhere.invalid").__enter__()

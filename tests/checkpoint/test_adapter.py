@@ -1,5 +1,6 @@
 """Adapters of every kind that peft writes: merged weights and logits are those of peft, or the adapter is refused."""
 
+import errno
 import json
 import os
 import warnings
@@ -11,6 +12,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
+from qwen_dist.checkpoint.adapter import Adapter, write_adapter
 from qwen_dist.checkpoint.adapter_read import read_adapter
 from qwen_dist.checkpoint.model import export_model, load_model
 from qwen_dist.errors import CheckpointError
@@ -488,3 +490,32 @@ def test_adapters_of_the_delta_net_equal_peft(tiny_checkpoint, tmp_path, family)
     path = write(base, tmp_path / "adapter", target_modules=[*projections, "out_proj", "q_proj"])
     changed = check(base, path, "tensor=2")
     assert {name.rpartition("layers.0.linear_attn.")[2] for name in changed} >= {f"{name}.weight" for name in projections}
+
+
+def test_an_adapter_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    """The disk is full at each sync of a second write: the first adapter stays until the second one is complete."""
+    path = tmp_path / "adapter"
+
+    def adapter(value):
+        arrays = {f"layers.0.self_attn.q_proj.lora_{side}.weight": np.full((2, 2), value, "float32") for side in "AB"}
+        return Adapter(2, value, False, arrays)
+
+    write_adapter(path, adapter(1.0), base="base")
+    whole = os.fsync
+    for last in range(2):
+        syncs = iter(range(100))
+
+        def full(descriptor):
+            if next(syncs) == last:  # noqa: B023
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            whole(descriptor)
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(CheckpointError, match="adapter cannot be written: No space left on device"):
+            write_adapter(path, adapter(2.0), base="base")
+        assert os.listdir(tmp_path) == ["adapter"] and read_adapter(path).to_lora().alpha == 1
+    monkeypatch.undo()
+    write_adapter(path, adapter(2.0), base="base")
+    found = read_adapter(path).to_lora()
+    assert found.alpha == 2 and all((array == 2).all() for array in found.arrays.values())
+    assert sorted(os.listdir(path)) == ["adapter_config.json", "adapter_model.safetensors"]

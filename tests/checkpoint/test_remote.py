@@ -12,9 +12,9 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-import server as faults
+import web_server as faults
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from server import serve, sometimes
+from web_server import serve, sometimes
 
 from qwen_dist.checkpoint.load import load, make_load_plan
 from qwen_dist.checkpoint.source import open_checkpoint

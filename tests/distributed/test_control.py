@@ -19,7 +19,7 @@ from qwen_dist.runtime.distributed import _run_preflight
 @pytest.fixture(scope="module")
 def host_info():
     return preflight.collect_host_info(
-        {"mesh": ""}, checkpoint="", input=None, write_dirs=["/"], memory_per_checkpoint_byte=0
+        {"mesh": ""}, checkpoint="", inputs=(), write_dirs=["/"], memory_per_checkpoint_byte=0
     )
 
 

@@ -181,7 +181,7 @@ def test_preflight_of_a_hybrid_by_the_launcher(start, launch, directory, tmp_pat
 @pytest.fixture(scope="module")
 def host_info():
     found = preflight.collect_host_info(
-        {"mesh": ""}, checkpoint="", input=None, write_dirs=["~"], memory_per_checkpoint_byte=0
+        {"mesh": ""}, checkpoint="", inputs=(), write_dirs=["~"], memory_per_checkpoint_byte=0
     )
     return found | {"memory": {"free": 8 * 10**9, "needed": 10**9}, "disk": {"~": 10**12}}
 
@@ -200,7 +200,7 @@ def test_equal_hosts(host_info):
     [
         ({"versions": {"qwen-dist": "0.0.1", "jax": "0.1"}}, "has jax 0.1 and process 0 on host-a"),
         ({"settings": {"mesh": "'tensor=2'"}}, "was started with mesh='tensor=2' and process 0 on host-a"),
-        ({"input": "0123"}, "sees a different input file from process 0 on host-a"),
+        ({"input": "0123"}, "sees other input files than process 0 on host-a"),
         ({"disk": {"/data": 5 * 10**8}}, "has 0.5 GB free in /data, and 1.0 GB may be needed: free some disk space."),
         (
             {"memory": {"free": 10**9, "needed": 3 * 10**9}},

@@ -29,7 +29,7 @@ def main():
     directory, output, *meshes = sys.argv[1:]
     cluster = detect_cluster(None, None, None, os.environ)
     host_info = collect_host_info(
-        {"meshes": meshes}, checkpoint=directory, input=None, write_dirs=[], memory_per_checkpoint_byte=1
+        {"meshes": meshes}, checkpoint=directory, inputs=(), write_dirs=[], memory_per_checkpoint_byte=1
     )
     with initialize_distributed(cluster, host_info, 60.0) as processes:
         jax.config.update("jax_enable_x64", True)

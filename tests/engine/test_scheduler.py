@@ -190,7 +190,7 @@ def scheduler_of(**changes) -> Scheduler:
 
 
 def scheduled(scheduler: Scheduler) -> list[tuple[int, int, int]]:
-    return [(s.request.key, start, count) for s, start, count in scheduler.schedule(can_preempt=True)]
+    return [(s.request.key, start, count) for s, start, count, *_ in scheduler.schedule(can_preempt=True)]
 
 
 def request(key: int, length: int) -> Request:
@@ -214,6 +214,19 @@ def test_latency_admits_who_came_first():
     assert [scheduled(scheduler) for _ in range(2)] == [[(3, 3, 1)], [(9, 8, 1)]]
 
 
+def test_for_latency_prefill_and_decode_always_take_turns():
+    """One sequence that decodes waits for one step of the prompts of the others, and not for all of them."""
+
+    def phases(policy: str) -> list[bool]:
+        scheduler = scheduler_of(max_chunks=1, policy=policy)
+        for key in range(4):
+            scheduler.add(request(key, 2), 40)
+        return [scheduler.schedule(can_preempt=True)[0].is_prefill for _ in range(6)]
+
+    assert phases("latency") == [True, False] * 3
+    assert phases("throughput") == [True, True, False, True, False, True]
+
+
 @pytest.mark.parametrize("policy", ["throughput", "latency"])
 def test_a_preempted_sequence_is_admitted_before_those_that_came_later(policy):
     """Two sequences fill all pages; the later one loses its pages, and gets them back before the third begins."""
@@ -224,11 +237,11 @@ def test_a_preempted_sequence_is_admitted_before_those_that_came_later(policy):
     for sequence in (first, second):
         sequence.tokens.append(1)
     while not scheduler.num_preempted:
-        for sequence, _, count in scheduler.schedule(can_preempt=True):
+        for sequence, _, count, *_ in scheduler.schedule(can_preempt=True):
             sequence.tokens += [1] * count
     assert second.was_preempted and second.slot < 0 and scheduler.num_running == 1
     scheduler.release(first)
-    (sequence, start, count), *_ = scheduler.schedule(can_preempt=True)
+    (sequence, start, count, *_), *_ = scheduler.schedule(can_preempt=True)
     assert sequence is second and (start, count) == (0, len(second.tokens))
 
 

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_mixer
+from traced_flops import product_flops
 
 from qwen_dist.checkpoint.model import LoadedModel
 from qwen_dist.engine.engine import CHUNK_SIZE, MAX_CHUNKS, Engine
 from qwen_dist.engine.request import Request, SamplingParams
+from qwen_dist.engine.runner import Runner
 from qwen_dist.hf_config import parse_model_config
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.config import LayerConfig
@@ -21,8 +23,11 @@ from qwen_dist.models.state import page_bytes, slot_bytes
 from qwen_dist.models.state_spec import cache_groups
 from qwen_dist.models.transformer import Transformer, state_specs
 from qwen_dist.ops.paged_cache import PAGE
+from qwen_dist.planning.memory import CostModel, abstract_sharding_context
+from qwen_dist.planning.workload import Workload
 from qwen_dist.sharding import INFERENCE, ShardingContext
 from qwen_dist.tokenizer import Tokenizer
+from qwen_dist.train.utilization import StepFlops
 
 CONFIG = {
     "model_type": "qwen3", "vocab_size": 344, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -121,7 +126,7 @@ def test_preempted_sequences_prefill_again_from_the_initial_state(tokenizer):
     requests = [Request(key, prompt, params) for key, prompt in enumerate(prompts)]
 
     def tokens(cache_bytes: int) -> tuple[list[list[int]], int]:
-        engine = Engine(loaded, tokenizer, max_batch_size=4, cache_bytes=cache_bytes)
+        engine = Engine(loaded, tokenizer, max_batch_size=4, cache_bytes=cache_bytes, prefix_cache=False)
         found: list[list[int]] = [[] for _ in requests]
         for output in engine.run(requests):
             found[output.request.key] += output.tokens
@@ -136,3 +141,41 @@ def test_recurrent_layers_need_no_pages():
     hybrid, recurrent = (state_specs(model(layers, "data=1").config, "float32") for layers in LAYERS)
     assert [group.layers for group in cache_groups(hybrid)] == [(1,)]
     assert cache_groups(recurrent) == ()
+
+
+def plan(layers: str, mesh: str, workload: Workload) -> CostModel:
+    sharding_ctx = abstract_sharding_context(MeshConfig.parse(mesh), 8, workload)
+    return CostModel.of(model(layers, "data=1").config, sharding_ctx, workload)
+
+
+def test_a_plan_has_the_weights_and_states_of_the_plug_in():
+    mesh = "data=2,fsdp=2,tensor=2"
+    loaded, memory = model("hybrid", mesh), plan("hybrid", mesh, Workload("batch", 8, 2 * PAGE, "float32")).memory("decode")
+    arrays = loaded.parameters, Runner(loaded, 8).start((8 // 2 * 2,)).states
+    local = [sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree)) for tree in arrays]
+    assert [memory["parameters"], memory["cache"]] == local
+
+
+def test_a_plan_has_the_flops_of_the_plug_in():
+    """Those of its products, as a traced forward pass has them, and what it says its recurrence takes."""
+    loaded, T = model("recurrent only", "data=1"), 64
+    positions_BT = np.arange(T, dtype=np.int32)[None]
+
+    def run(parameters):
+        module = with_parameters(loaded.module, parameters)
+        return module.unembed(module(jnp.zeros((1, T), jnp.int32), positions_BT)[0])
+
+    products = product_flops(jax.make_jaxpr(run)(loaded.parameters).jaxpr)
+    recurrence = len(LAYERS["recurrent only"]) * 3 * T * CONFIG["hidden_size"]
+    training = plan("recurrent only", "data=8", Workload("finetune", 8, T, "float32", remat="none")).cost("train")
+    assert training.flops == StepFlops(loaded, loaded.parameters)(positions_BT) == 3 * (products + recurrence)
+
+
+def test_a_plan_has_the_arrays_of_the_plug_in(monkeypatch):
+    """Of a mixer that says nothing, it counts the outputs of the linear layers."""
+    workload = Workload("finetune", 8, 256, "float32", remat="none")
+    said = plan("recurrent only", "data=8", workload).memory("train")["saved activations"]
+    monkeypatch.delattr(toy_mixer.ToyMixer, "cost")
+    default = plan("recurrent only", "data=8", workload).memory("train")["saved activations"]
+    channels = len(LAYERS["recurrent only"]) * workload.context * CONFIG["hidden_size"]
+    assert said - default == channels * (12 - 2 * 4)

@@ -17,12 +17,14 @@ from qwen_dist.models.layers import Linear, take_positions
 from qwen_dist.models.state import LayerState, MixerInputs, update_slots
 from qwen_dist.models.state_spec import RecurrentSpec, StateArray
 from qwen_dist.models.transformer import MIXERS
+from qwen_dist.ops.cost import LayerCost, Passes, Step
 
 START = 0.25  # not 0, so that a slot that is not reset shows
 
 
 class ToyMixer(nnx.Module):
     name = "linear_attn"
+    of_outputs = ("o_proj",)
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, *, dtype: DTypeLike):
         size, std = config.hidden_size, config.initializer_range
@@ -34,6 +36,11 @@ class ToyMixer(nnx.Module):
     @staticmethod
     def state_spec(config: ModelConfig, layer: LayerConfig, dtype: DTypeLike) -> RecurrentSpec:
         return RecurrentSpec((StateArray((config.hidden_size,), "float32", ("mlp",), initial=START),))
+
+    def cost(self, step: Step) -> LayerCost:
+        channels = step.tokens(mlp=self.spec.slot_arrays[0].shape[0])
+        # Two products and a sum; gates, values and states are float32.
+        return LayerCost(flops=Passes(3 * channels, 6 * channels), workspace_bytes=12 * channels, saved_bytes=12 * channels)
 
     def __call__(
         self, x_BTD: jax.Array, inputs: MixerInputs, state: LayerState | None

@@ -448,7 +448,7 @@ def test_flags(copied, tmp_path, monkeypatch, capsys):
 
 def test_coordinator(monkeypatch):
     """Strangers at the coordinator's port, each followed by the process that it waits for."""
-    host_info = collect_host_info({}, checkpoint="", input=None, write_dirs=["/"], memory_per_checkpoint_byte=0)
+    host_info = collect_host_info({}, checkpoint="", inputs=(), write_dirs=["/"], memory_per_checkpoint_byte=0)
     hello = {"greeting": GREETING, "process": 1, "num_processes": 2, "host_info": host_info}
 
     def run(content):

@@ -105,7 +105,7 @@ def test_training_over_fsdp_gathers_weights_and_nothing_larger():
 def test_training_over_fsdp_on_tpus_scatters_gradients():
     """No device holds a whole gradient: every matrix gradient is reduce-scattered, and only vectors are all-reduced.
 
-    The longest vector is the gradient of the norm of queries, which the compiler may add up over heads after it is all-reduced.
+    The longest vector is the gradient of the norm of queries, which the compiler may add up over heads afterwards.
 
     The weights of a block are gathered in the forward pass and again in the backward pass. Of the embedding, only the rows
     that tokens look up are exchanged, and the gradients of these rows.

@@ -1,6 +1,7 @@
-"""The table of flops against traced programs and known counts."""
+"""What layers say they cost, against traced programs and known counts."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +10,21 @@ from shapes import QWEN3_5_397B, QWEN3_8_27B, QWEN3_NEXT_80B
 from traced_flops import product_flops
 
 from qwen_dist.hf_config import parse_model_config
-from qwen_dist.models.config import DeltaNetConfig, LayerConfig
-from qwen_dist.ops.delta_rule import DeltaInputs, delta_rule
-from qwen_dist.planning.flops import active_weights, mixing_flops
+from qwen_dist.models.transformer import Transformer, layer_cost
+from qwen_dist.ops.cost import Step
+from qwen_dist.ops.delta_rule import DeltaInputs, delta_rule, delta_rule_cost
+from qwen_dist.train.lora import linear_layers
 
 # Key heads, value heads of each, channels of keys and values: all different.
 G, R, K, V = 2, 3, 8, 12
 
 
+def row(num_tokens: int) -> Step:
+    return Step("train", 1, num_tokens, num_tokens, num_keys=0, num_pages=0, dtype="float32")
+
+
 def traced(num_tokens: int, *, backward: bool) -> float:
-    """The flops per token of the rule's products, or of the rule and its gradient."""
+    """The flops of the rule's products for one row, or of the rule and its gradient."""
 
     def run(inputs: DeltaInputs) -> jax.Array:
         return delta_rule(inputs)[0].sum()
@@ -26,27 +32,22 @@ def traced(num_tokens: int, *, backward: bool) -> float:
     tokens = (1, num_tokens, G)
     shapes = [(*tokens, K), (*tokens, K), (*tokens, R, V), (*tokens, R), (*tokens, R)]
     inputs = DeltaInputs(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
-    return product_flops(jax.make_jaxpr(jax.grad(run) if backward else run)(inputs).jaxpr) / num_tokens
-
-
-@pytest.fixture
-def tiny():
-    config = parse_model_config(QWEN3_8_27B)
-    return dataclasses.replace(config, delta_net=DeltaNetConfig(G, R, K, V, 4, False))
+    return product_flops(jax.make_jaxpr(jax.grad(run) if backward else run)(inputs).jaxpr)
 
 
 @pytest.mark.parametrize("num_tokens", [32, 256])
-def test_the_delta_rule_in_chunks_and_its_gradient(tiny, num_tokens):
-    flops = mixing_flops(tiny, LayerConfig("delta_net"), num_tokens)
-    assert flops.forward == traced(num_tokens, backward=False)
-    assert flops.forward + flops.backward == traced(num_tokens, backward=True)
-    # The products with the state before each chunk.
-    assert 0 < flops.in_scan < flops.forward
+def test_the_delta_rule_in_chunks_and_its_gradient(num_tokens):
+    cost = delta_rule_cost(row(num_tokens), G, R, K, V)
+    assert cost.flops.forward == traced(num_tokens, backward=False)
+    assert cost.flops.forward + cost.flops.backward == traced(num_tokens, backward=True)
+    # The products with the state before each chunk; a report has those of the first chunk.
+    assert cost.uncounted_flops.forward < cost.flops.forward
+    assert (cost.uncounted_flops.forward > 0) == (num_tokens > 64)
 
 
-def test_a_step_of_the_delta_rule(tiny):
+def test_a_step_of_the_delta_rule():
     """Besides its products it decays the state (1 flop an element) and adds an outer product to it (2)."""
-    flops = mixing_flops(tiny, LayerConfig("delta_net"), 1)
+    flops = delta_rule_cost(row(1), G, R, K, V).flops
     assert flops.forward == traced(1, backward=False) + 3 * G * R * K * V
 
 
@@ -56,9 +57,10 @@ def test_a_step_of_the_delta_rule(tiny):
 def test_millions_of_flops_of_a_delta_net_in_released_models(hf, projections, step):
     """Per token and layer; known counts."""
     config = parse_model_config(hf)
-    net = config.delta_net
-    channels, values = net.num_key_heads * net.conv_channels, net.num_key_heads * net.group_values
-    shapes = {"in_proj": (channels + values + 2 * net.num_key_heads * net.values_per_key, config.hidden_size)}
-    weights = active_weights(config, shapes | {"out_proj": (config.hidden_size, values)})
-    assert 2e-6 * sum(weights.values()) == pytest.approx(projections, abs=0.05)
-    assert 1e-6 * mixing_flops(config, config.layers[0], 1).forward == pytest.approx(step, abs=0.005)
+    module = Transformer(dataclasses.replace(config, layers=config.layers[:1]), dtype="bfloat16")
+    linears = [layer for name, layer in linear_layers(module) if ".linear_attn." in name]
+    weights = sum(math.prod(size for _, size in layer.out_sizes + layer.in_sizes) for layer in linears)
+    assert 2e-6 * weights == pytest.approx(projections, abs=0.05)
+    net = module.layers[0].mixer
+    convolution = 2 * math.prod(net.conv1d.weight.get_value().shape)
+    assert 1e-6 * (layer_cost(net, row(1)).flops.forward - convolution) == pytest.approx(step, abs=0.005)

@@ -112,7 +112,7 @@ def test_terminal_json_and_chart_of_a_compiled_plan(tmp_path, capsys):
     assert found["compiled_layers"] == [1, 2]
     write_chart(plan, str(tmp_path / "plan.html"))
     page = (tmp_path / "plan.html").read_text()
-    for words in ("prefill, estimate", "decode, compiled", "cache", "others", "<u style="):
+    for words in ("prefill, estimate", "decode, compiled", "cache", "others", "limit: "):
         assert words in page
     print_plan(plan, Console(width=120))
     printed = capsys.readouterr().out

@@ -219,7 +219,7 @@ def test_arrays_in_json_files(write_file):
     path = write_file("array.json", json.dumps(records, indent=2).encode())
     one, bad, other = read_train_records([path], raw=False)
     assert one.chat == other.chat and str(other.location) == f"{path}:3"
-    assert bad.reason == "broken line" and "not a JSON object: 3" in bad.detail
+    assert bad.reason == "broken line" and "the item must be a JSON object; it is 3" in bad.detail
     assert len(list(read_train_records([write_file("lines.json", *records[::2])], raw=False))) == 2
     with pytest.raises(UserError, match=r"array\.json is not JSON"):
         list(read_train_records([write_file("array.json", b"[{},")], raw=False))
@@ -323,7 +323,7 @@ def test_the_nulls_that_arrow_adds_are_not_given(write_file, tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
     found = [record.chat for record in read_train_records([str(tmp_path / "t.parquet")], raw=False)]
     assert found == [record.chat for record in read_train_records([write_file("t.jsonl", *rows)], raw=False)]
-    inputs = [line.messages for line in read_records(tmp_path / "t.parquet")]
+    inputs = [line.request.messages for line in read_records(tmp_path / "t.parquet")]
     assert inputs == [[USER, call], [USER, ASSISTANT]]
 
 

@@ -1,6 +1,7 @@
 """Whole runs: their output, and that an interrupted and resumed run is identical to an uninterrupted one."""
 
 import dataclasses
+import gzip
 import json
 import pathlib
 import random
@@ -290,6 +291,14 @@ def test_the_command_line(model, chats, tmp_path, capsys):
     assert main([*base, "--show-data", "1"]) == 0
     shown = capsys.readouterr().out
     assert f"{chats}:1 " in shown and "<|im_start|>assistant⏎" in shown
+    packed = tmp_path / "chats.jsonl.gz"
+    packed.write_bytes(gzip.compress(pathlib.Path(chats).read_bytes()))
+    patterns = [f"{tmp_path}/*.gz" if argument == str(chats) else argument for argument in base]
+    assert main([*patterns, "--show-data", "1"]) == 0
+    one_line, again = (
+        "".join(text.split()) for text in (shown, capsys.readouterr().out)
+    )  # where lines wrap depends on the path
+    assert again == one_line.replace(str(chats), str(packed))
     assert main([*base, "--dry-run"]) == 0
     assert "layers.{0-1}.self_attn.q_proj.lora_A.weight [4, 32] float32 × 2" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()

@@ -28,6 +28,11 @@ class UnreadableLine:
     hash: int = 0
 
 
+def hash64(data: bytes) -> int:
+    """Return a 64-bit hash of the bytes."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
 def bounded_lines(file: IO[bytes], max_bytes: int) -> Iterator[bytes | UnreadableLine]:
     """Yield the lines of a file; of a line with more than `max_bytes` bytes, never keep more than these in memory."""
     while line := file.readline(max_bytes + 1):

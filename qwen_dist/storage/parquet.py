@@ -8,8 +8,9 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
-from qwen_dist.batch.line_reader import UnreadableLine, too_long
 from qwen_dist.errors import printable
+from qwen_dist.storage.files import require_package
+from qwen_dist.storage.line_reader import UnreadableLine, too_long
 
 _ROWS_PER_BATCH = 1024
 
@@ -21,8 +22,9 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def write_parquet(file: IO[bytes], lines: Iterable[bytes], pyarrow: Any, parquet: Any) -> None:
+def write_parquet(file: IO[bytes], lines: Iterable[bytes], path: str) -> None:
     """Write result lines as rows. Ids become text; log-probabilities and the responses of OpenAI lines stay JSON."""
+    parquet, pyarrow = _import_parquet(path), require_package("pyarrow", "qwen-dist[parquet]", path)
     text, number = pyarrow.string(), pyarrow.int64()
     schema = pyarrow.schema(
         {
@@ -47,12 +49,13 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
     return result | as_json | {"id": str(result["id"])}
 
 
-def parquet_rows(file: IO[bytes], parquet: Any, max_bytes: int) -> Iterator[dict[str, Any] | UnreadableLine]:
-    """Open a parquet file and return an iterator over its rows, without the empty fields.
+def parquet_rows(file: IO[bytes], path: str, max_bytes: int) -> Iterator[dict[str, Any] | UnreadableLine]:
+    """Return an iterator over the rows of an open parquet file, without the empty fields.
 
     Strings are read as indices into the values that differ, as they are in the file: a small file can hold a long string
     in each of many rows.
     """
+    parquet = _import_parquet(path)
     metadata = parquet.ParquetFile(file).metadata
     columns = [metadata.schema.column(index) for index in range(metadata.num_columns)]
     strings = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
@@ -64,6 +67,10 @@ def parquet_rows(file: IO[bytes], parquet: Any, max_bytes: int) -> Iterator[dict
                 yield from _python_rows(batch, max_bytes)
 
     return rows()
+
+
+def _import_parquet(path: str) -> Any:
+    return require_package("pyarrow.parquet", "qwen-dist[parquet]", path)
 
 
 def _python_rows(batch: Any, max_bytes: int) -> Iterator[dict[str, Any] | UnreadableLine]:

@@ -1,0 +1,250 @@
+"""From the body of an HTTP request to requests to the engine, and their outputs as they come. No jax."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from qwen_dist.chat import make_chat
+from qwen_dist.engine.request import Request, RequestOutput, SamplingParams
+from qwen_dist.errors import UserError, printable
+from qwen_dist.json_reader import JsonError, parse_json
+from qwen_dist.openai_api import ApiRequest, make_requests, parse_body, shortened
+from qwen_dist.server.answer_parser import THINK, AnswerParser, ToolParameters, forced_beginning, tool_parameters
+from qwen_dist.server.errors import ApiError, invalid_request
+from qwen_dist.tokenizer import Tokenizer
+
+# Of one body: prompts times answers to each.
+MAX_ANSWERS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class CallBody:
+    """What a body asks for.
+
+    Attributes:
+      requests: one for each prompt; a chat is one.
+      fields: the names that the body has.
+      stream: send the answer as it comes.
+      include_usage: end the stream with the numbers of tokens.
+      forced_tool: the tool that must be called; "" for any, None if none must.
+      one_tool_call: report only the first call of a tool.
+    """
+
+    requests: tuple[ApiRequest, ...]
+    fields: frozenset[str] = frozenset()
+    stream: bool = False
+    include_usage: bool = False
+    forced_tool: str | None = None
+    one_tool_call: bool = False
+
+    @property
+    def is_chat(self) -> bool:
+        return self.requests[0].messages is not None
+
+    @property
+    def num_answers(self) -> int:
+        return sum(request.num_choices for request in self.requests)
+
+
+def parse_call_body(raw: bytes, *, is_chat: bool, model: str) -> CallBody:
+    """Parse a body strictly: what cannot be honoured is an error.
+
+    Args:
+      raw: the body.
+      is_chat: whether it is one of chats, or of texts to complete.
+      model: the name of the model that is served.
+
+    Raises:
+      ApiError: it cannot be used.
+    """
+    try:
+        body = parse_json(raw)
+    except JsonError as error:
+        raise ApiError(400, f"the body is not JSON: {error}", "invalid_json") from None
+    if not isinstance(body, dict):
+        raise ApiError(400, f"the body must be a JSON object; it is {printable(shortened(body), 100)}", "invalid_request")
+    _check_model(body.get("model"), model)
+    _check_response_format(body.get("response_format"))
+    try:
+        return _parse(dict(body), is_chat=is_chat, model=model)
+    except UserError as error:
+        raise invalid_request(error, body) from None
+
+
+def _check_model(name: Any, served: str) -> None:
+    if isinstance(name, str) and name != served:
+        message = f"there is no model {printable(repr(name), 80)}; this server has {served!r}"
+        raise ApiError(404, message, "model_not_found", param="model")
+
+
+def _check_response_format(given: Any) -> None:
+    if given is not None and given != {"type": "text"}:
+        message = 'response_format: structured output is not supported yet; leave it out, or give {"type": "text"}'
+        raise ApiError(400, message, "not_supported", param="response_format")
+
+
+def _parse(body: dict[str, Any], *, is_chat: bool, model: str) -> CallBody:
+    fields = frozenset(body)
+    stream, include_usage = _parse_stream(body)
+    tool_choice, one_call = _parse_tool_choice(body) if is_chat else (None, False)
+    prompts = [body] if is_chat else [body | {"prompt": prompt} for prompt in _prompts(body.get("prompt"))]
+    requests = tuple(dataclasses.replace(parse_body(one, is_chat=is_chat), model=model) for one in prompts)
+    call = CallBody(requests, fields, stream, include_usage, tool_choice, one_call)
+    if call.num_answers > MAX_ANSWERS:
+        raise UserError(f"n times the number of prompts is {call.num_answers}; it must be at most {MAX_ANSWERS}")
+    if stream and requests[0].echo and "logprobs" in requests[0].params:
+        raise UserError("echo with logprobs cannot be streamed: leave one of echo, logprobs and stream out")
+    return call
+
+
+def _parse_stream(body: dict[str, Any]) -> tuple[bool, bool]:
+    """Take the fields of streaming out of a body."""
+    stream, options = body.pop("stream", None), body.pop("stream_options", None)
+    if not isinstance(stream, bool | None):
+        raise UserError(f"stream must be true or false; got {shortened(stream)}")
+    if options is None:
+        return bool(stream), False
+    if not stream:
+        raise UserError("stream_options needs stream: true")
+    known = {"include_usage", "include_obfuscation"}
+    if not isinstance(options, dict) or not options.keys() <= known:
+        raise UserError(f'stream_options must be an object such as {{"include_usage": true}}; got {shortened(options)}')
+    if not all(isinstance(value, bool | None) for value in options.values()):
+        raise UserError(f"stream_options must have the values true or false; got {shortened(options)}")
+    if options.get("include_obfuscation"):
+        raise UserError("stream_options cannot have include_obfuscation: leave it out")
+    return True, bool(options.get("include_usage"))
+
+
+def _parse_tool_choice(body: dict[str, Any]) -> tuple[str | None, bool]:
+    """Take from a chat's body the choice that `parse_body` does not know, and whether only one call may follow."""
+    parallel, choice = body.get("parallel_tool_calls"), body.get("tool_choice")
+    if not isinstance(parallel, bool | None):
+        raise UserError(f"parallel_tool_calls must be true or false; got {shortened(parallel)}")
+    one_call = parallel is False
+    if choice is None or choice in ("none", "auto"):
+        return None, one_call
+    tools = body.get("tools") or []
+    names = tool_parameters(tools) if isinstance(tools, list) else {}
+    del body["tool_choice"]
+    if not names:
+        raise UserError("tool_choice needs tools")
+    if choice == "required":
+        return "", one_call
+    function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise UserError(
+            'tool_choice must be "none", "auto", "required" or {"type": "function", "function": {"name": "…"}}; got '
+            f"{shortened(choice)}"
+        )
+    if function["name"] not in names:
+        raise UserError(f"tool_choice names {shortened(function['name'])}; tools has {printable(', '.join(names), 200)}")
+    return function["name"], one_call
+
+
+def _prompts(prompt: Any) -> list[Any]:
+    """Return the prompts of a body: a text, token ids, or a list of these."""
+    is_list = isinstance(prompt, list) and prompt and all(isinstance(one, str | list) for one in prompt)
+    if is_list and len(prompt) > MAX_ANSWERS:
+        raise UserError(f"prompt has {len(prompt)} prompts; at most {MAX_ANSWERS} can be in one body")
+    return prompt if is_list else [prompt]
+
+
+class Call:
+    """A body that is being answered. Used by the event loop only.
+
+    Attributes:
+      body: what is asked for.
+      requests: to the engine, in the order of the answers; the key of each is the call and its index.
+      prompt_tokens: of all prompts, each counted once.
+      num_open: the requests that have not finished.
+    """
+
+    def __init__(self, body: CallBody, tools: ToolParameters | None):
+        self.body, self._tools = body, tools
+        self.requests: list[Request] = []
+        self.prompt_tokens = 0
+        self.is_thinking = False
+        self.beginning = ""
+        self.num_open = 0
+        self._outputs: asyncio.Queue[tuple[int, RequestOutput] | ApiError] = asyncio.Queue()
+
+    def deliver(self, index: int, output: RequestOutput) -> None:
+        """Take an output of the request with this index."""
+        self.num_open -= output.finish_reason is not None
+        self._outputs.put_nowait((index, output))
+
+    def fail(self, error: ApiError) -> None:
+        """End the call: what waits for outputs gets this error."""
+        self._outputs.put_nowait(error)
+
+    async def outputs(self) -> list[tuple[int, RequestOutput]]:
+        """Wait for outputs, and return all that there are. Raises ApiError if the call has failed."""
+        items = [await self._outputs.get()]
+        while not self._outputs.empty():
+            items.append(self._outputs.get_nowait())
+        for item in items:
+            if isinstance(item, ApiError):
+                raise item
+        return [item for item in items if not isinstance(item, ApiError)]
+
+    def new_parser(self) -> AnswerParser:
+        """Return the parser of one answer to a chat."""
+        parser = AnswerParser(self._tools, is_thinking=self.is_thinking)
+        parser.push(self.beginning)
+        return parser
+
+
+def make_call(
+    body: CallBody,
+    tokenizer: Tokenizer,
+    defaults: SamplingParams,
+    *,
+    max_context: int,
+    variables: Mapping[str, Any],
+    has_seed: bool,
+) -> Call:
+    """Return the call of a body, with its requests to the engine.
+
+    Args:
+      body: parsed.
+      tokenizer: of the checkpoint.
+      defaults: sampling parameters, overridden by the body's own.
+      max_context: the most tokens of prompt and answer.
+      variables: of the chat template, for chats that do not set them.
+      has_seed: whether `defaults` fixes the seed; otherwise a body without one gets a random one.
+
+    Raises:
+      UserError: it cannot be answered.
+    """
+    tools = body.requests[0].tools if body.is_chat else None
+    call = Call(body, tool_parameters(make_chat(body.requests[0].messages, tools).tools or ()) if tools else None)
+    for api in body.requests:
+        if "seed" not in api.params and not has_seed:
+            api = dataclasses.replace(api, params={**api.params, "seed": secrets.randbelow(2**63)})
+        requests = make_requests(api, tokenizer, defaults, int, max_context=max_context, variables=variables)
+        call.requests += requests
+        call.prompt_tokens += len(requests[0].prompt)
+    if body.is_chat:
+        # The last tokens of the generation prompt say whether the answer begins inside the reasoning.
+        end = tokenizer.decode(call.requests[0].prompt[-len(THINK) :], skip_special_tokens=False)
+        call.is_thinking = end.rstrip().endswith(THINK)
+        if body.forced_tool is not None:
+            _force_tool(call, body.forced_tool, tokenizer, variables)
+    call.requests = [dataclasses.replace(one, key=(call, index)) for index, one in enumerate(call.requests)]
+    call.num_open = len(call.requests)
+    return call
+
+
+def _force_tool(call: Call, tool: str, tokenizer: Tokenizer, variables: Mapping[str, Any]) -> None:
+    """Begin the answer with the call of a tool, as a part of the prompt."""
+    api = call.body.requests[0]
+    template = tokenizer.chat_template(make_chat(api.messages, api.tools, api.chat_template_kwargs, variables))
+    call.beginning = forced_beginning(tool or None, is_xml=template.mentions("<function="), is_thinking=call.is_thinking)
+    ids = tuple(tokenizer.encode(call.beginning, add_special_tokens=False))
+    call.requests = [dataclasses.replace(request, prompt=request.prompt + ids) for request in call.requests]
+    call.prompt_tokens += len(ids)

@@ -1,0 +1,341 @@
+"""`qwen-dist serve` on the demonstration model, with OpenAI's client over a socket."""
+
+import concurrent.futures
+import contextlib
+import json
+import socket
+import time
+
+import httpx2 as httpx
+import jax
+import openai
+import pytest
+from running_server import RunningServer, running_server
+
+import qwen_dist
+from qwen_dist import LLM
+from qwen_dist.cli import main
+
+QUESTIONS = [f"What is {a} plus {b}?" for a in range(1, 6) for b in range(2, 6)]
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+
+
+def chat(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A server with four slots, and room for 60 answers that wait."""
+    arguments = ["--max-batch-size", "4", "--max-waiting", "60", "--max-body-size", "100kB", "--config.header_timeout=2"]
+    with running_server(tmp_path_factory.mktemp("server"), *arguments) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return server.client()
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return LLM(qwen_dist.DEMO_MODEL, dtype="float32", max_batch_size=4, devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def expected(llm):
+    """The answers to all questions, after a warm-up; no question compiled a program."""
+    engine = llm._engine
+    engine.warm_up()
+    programs = engine._runner._prefill._cache_size(), engine._runner._decode._cache_size()
+    assert programs == (3, 4)
+    answers = llm.chat([chat(question) for question in QUESTIONS])
+    assert programs == (engine._runner._prefill._cache_size(), engine._runner._decode._cache_size())
+    return answers
+
+
+# --- answers ---
+
+
+def test_answers_are_those_of_the_library(client, expected):
+    for question, answer in list(zip(QUESTIONS, expected, strict=True))[:3]:
+        given = client.chat.completions.create(model="demo", messages=chat(question))
+        (choice,) = given.choices
+        assert (choice.message.content, choice.finish_reason) == (answer.text, answer.finish_reason)
+        assert choice.message.role == "assistant" and choice.message.tool_calls is None
+        assert given.usage.prompt_tokens == len(answer.prompt_token_ids)
+        assert given.usage.completion_tokens == len(answer.token_ids)
+        assert given.id.startswith("chatcmpl-") and given.model == "demo" and given.object == "chat.completion"
+
+
+def test_twenty_streams_at_once_are_each_what_it_is_alone(client, expected):
+    def stream(question: str) -> tuple[str, str, int]:
+        text, reason, roles = "", None, []
+        options = {"include_usage": True}
+        for chunk in client.chat.completions.create(
+            model="demo", messages=chat(question), stream=True, stream_options=options
+        ):
+            assert chunk.object == "chat.completion.chunk"
+            if not chunk.choices:
+                return text, reason, chunk.usage.completion_tokens
+            (choice,) = chunk.choices
+            assert reason is None and chunk.usage is None
+            roles += [choice.delta.role] if choice.delta.role else []
+            text, reason = text + (choice.delta.content or ""), choice.finish_reason
+            assert roles == ["assistant"]
+        raise AssertionError("the last chunk has the usage")
+
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(stream, QUESTIONS))
+    assert answers == [(answer.text, answer.finish_reason, len(answer.token_ids)) for answer in expected]
+
+
+def test_texts_are_continued_and_scored(client, llm):
+    prompts = ["The capital of France", llm.encode("One, two,")]
+    given = client.completions.create(model="demo", prompt=prompts, max_tokens=6, echo=True, logprobs=1)
+    answers = llm.generate([llm.encode(prompts[0]), prompts[1]], max_new_tokens=6, logprobs=1, prompt_logprobs=1)
+    assert [choice.index for choice in given.choices] == [0, 1]
+    for choice, prompt, answer in zip(given.choices, ["The capital of France", "One, two,"], answers, strict=True):
+        assert choice.text == prompt + answer.text
+        assert choice.logprobs.token_logprobs[0] is None
+        known = [token.logprob for token in answer.prompt_logprobs + answer.logprobs]
+        assert choice.logprobs.token_logprobs[1:] == pytest.approx(known, abs=1e-5)
+        assert choice.logprobs.text_offset[:2] == [0, len(choice.logprobs.tokens[0])]
+    assert given.usage.prompt_tokens == sum(len(answer.prompt_token_ids) for answer in answers)
+    text = "".join(
+        chunk.choices[0].text
+        for chunk in client.completions.create(model="demo", prompt="The sky", max_tokens=8, stream=True)
+    )
+    assert text == llm.generate("The sky", max_new_tokens=8)[0].text
+
+
+def test_logprobs_of_a_stream_are_those_of_the_whole_answer(client):
+    wanted = {"model": "demo", "messages": chat(QUESTIONS[0]), "logprobs": True, "top_logprobs": 2}
+    whole = client.chat.completions.create(**wanted).choices[0].logprobs.content
+    chunks = list(client.chat.completions.create(**wanted, stream=True))
+    streamed = [token for chunk in chunks if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.content]
+    assert [token.token for token in streamed] == [token.token for token in whole]
+    assert [token.logprob for token in streamed] == pytest.approx([token.logprob for token in whole], abs=1e-5)
+    assert all(len(token.top_logprobs) == 2 and token.top_logprobs[0].logprob >= token.logprob for token in whole)
+
+
+def test_choices_seeds_and_stops(client, expected):
+    wanted = {"model": "demo", "messages": chat("Tell me something new."), "n": 4, "temperature": 2.0, "max_tokens": 12}
+    first, again = (client.chat.completions.create(**wanted, seed=3) for _ in range(2))
+    texts = [choice.message.content for choice in first.choices]
+    assert texts == [choice.message.content for choice in again.choices] and len(set(texts)) == 4
+    assert [choice.index for choice in first.choices] == [0, 1, 2, 3]
+    # Without a seed every request has its own.
+    unseeded = {
+        tuple(choice.message.content for choice in client.chat.completions.create(**wanted).choices) for _ in range(2)
+    }
+    assert len(unseeded) == 2
+    answer = expected[0].text
+    stopped = client.chat.completions.create(model="demo", messages=chat(QUESTIONS[0]), stop=[answer[4:7]])
+    assert stopped.choices[0].message.content == answer[: answer.find(answer[4:7])]
+    assert stopped.choices[0].finish_reason == "stop"
+    short = client.chat.completions.create(model="demo", messages=chat(QUESTIONS[0]), max_completion_tokens=2)
+    assert (short.choices[0].finish_reason, short.usage.completion_tokens) == ("length", 2)
+
+
+def test_a_prompt_that_begins_like_an_earlier_one_is_read_from_the_cache(server, client):
+    prompt = [5 + number % 200 for number in range(150)]
+    before = server.metric("cached_tokens_total")
+    wanted = {"model": "demo", "max_tokens": 2, "stream_options": {"include_usage": True}, "stream": True}
+    first, again = (list(client.completions.create(prompt=[*prompt, tail], **wanted))[-1].usage for tail in (7, 8))
+    assert (first.prompt_tokens, first.prompt_tokens_details.cached_tokens) == (151, 0)
+    assert (again.prompt_tokens, again.prompt_tokens_details.cached_tokens) == (151, 128)
+    whole = client.completions.create(model="demo", max_tokens=2, prompt=[prompt, prompt]).usage
+    assert (whole.prompt_tokens, whole.prompt_tokens_details.cached_tokens) == (300, 256)
+    assert server.metric("cached_tokens_total") == before + 128 + 256
+
+
+def test_models_health_and_metrics(server, client):
+    (model,) = client.models.list().data
+    assert model.id == "demo" and client.models.retrieve("demo").id == "demo"
+    assert httpx.get(f"{server.url}/health", timeout=60).json() == {"status": "ok", "model": "demo"}
+    assert server.metric("answers_total") > 0 and server.metric("generated_tokens_total") > 0
+
+
+# --- errors ---
+
+OK = {"messages": chat("hi")}
+WRONG_CHATS = [
+    ([1], None), ("text", None), (None, None), (3, None), ({}, None), ({"messages": None}, "messages"),
+    ({"messages": []}, "messages"), ({"messages": {}}, "messages"), ({"messages": "hi"}, "messages"),
+    ({"messages": [1]}, "messages"), ({"messages": [{}]}, "messages"), ({"messages": [{"role": "user"}]}, "messages"),
+    ({"messages": [{"role": "king", "content": "a"}]}, "messages"),
+    ({"messages": [{"role": "user", "content": 3}]}, "messages"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
+    ({"messages": [{"role": "user", "content": "a", "colour": 1}]}, "messages"),
+    ({"messages": [{"role": "user", "content": "a", "tool_calls": [3]}]}, "messages"), (OK | {"model": 3}, "model"),
+    (OK | {"n": 0}, "n"), (OK | {"n": 129}, "n"), (OK | {"n": 1.5}, "n"), (OK | {"n": "2"}, "n"),
+    (OK | {"stream": 1}, "stream"), (OK | {"stream": "true"}, "stream"),
+    (OK | {"stream_options": {"include_usage": True}}, "stream_options"),
+    (OK | {"stream": True, "stream_options": []}, "stream_options"),
+    (OK | {"stream": True, "stream_options": {"a": 1}}, "stream_options"),
+    (OK | {"stream": True, "stream_options": {"include_usage": 1}}, "stream_options"),
+    (OK | {"temperature": -1}, "temperature"), (OK | {"temperature": "hot"}, "temperature"),
+    (OK | {"temperature": True}, "temperature"), (OK | {"top_p": 0}, "top_p"), (OK | {"top_p": 2}, "top_p"),
+    (OK | {"top_k": -2}, "top_k"), (OK | {"top_k": 1.5}, "top_k"), (OK | {"min_p": 2}, "min_p"),
+    (OK | {"max_tokens": 0}, None), (OK | {"max_tokens": "9"}, "max_tokens"),
+    (OK | {"max_tokens": 10**30}, "max_tokens"),
+    (OK | {"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens"), (OK | {"stop": ""}, "stop"),
+    (OK | {"stop": [1]}, "stop"), (OK | {"stop": {}}, "stop"), (OK | {"seed": 1.5}, "seed"),
+    (OK | {"seed": 2**64}, "seed"), (OK | {"presence_penalty": 3}, "presence_penalty"),
+    (OK | {"frequency_penalty": "a"}, "frequency_penalty"), (OK | {"logit_bias": [1]}, "logit_bias"),
+    (OK | {"logit_bias": {"a": 1}}, "logit_bias"), (OK | {"logit_bias": {"5": 101}}, "logit_bias"),
+    (OK | {"logit_bias": {"100000": 1}}, "logit_bias"), (OK | {"logprobs": 3}, "logprobs"),
+    (OK | {"top_logprobs": 2}, "top_logprobs"), (OK | {"logprobs": True, "top_logprobs": 21}, "logprobs"),
+    (OK | {"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+    (OK | {"response_format": {"type": "json_object"}}, "response_format"),
+    (OK | {"response_format": 3}, "response_format"), (OK | {"tools": 3}, "tools"), (OK | {"tools": [3]}, "tools"),
+    (OK | {"tools": [{}]}, "tools"), (OK | {"tool_choice": "required"}, "tool_choice"),
+    (OK | {"tool_choice": 3, "tools": [{"function": {"name": "a"}}]}, "tool_choice"),
+    (OK | {"tool_choice": {"type": "function", "function": {"name": "b"}}, "tools": [{"name": "a"}]}, "tool_choice"),
+    (OK | {"parallel_tool_calls": 1}, "parallel_tool_calls"),
+    (OK | {"chat_template_kwargs": 3}, "chat_template_kwargs"),
+    (OK | {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    (OK | {"chat_template_kwargs": {"x": 1}}, None), (OK | {"audio": {}}, None), (OK | {"functions": [{}]}, None),
+    (OK | {"modalities": ["text"]}, None), (OK | {"prompt": "a"}, None),
+]  # fmt: skip
+WRONG_TEXTS = [
+    ({}, None), ({"prompt": None}, "prompt"), ({"prompt": 3}, "prompt"), ({"prompt": []}, "prompt"),
+    ({"prompt": [1.5]}, "prompt"), ({"prompt": [-1]}, "prompt"), ({"prompt": [99999]}, None),
+    ({"prompt": ["a", 3]}, "prompt"), ({"prompt": [[]]}, "prompt"), ({"prompt": ""}, None),
+    ({"prompt": ["a"] * 1025}, "prompt"), ({"prompt": ["a"] * 20, "n": 100}, "n"), ({"prompt": "a", "echo": 1}, "echo"),
+    ({"prompt": "a", "logprobs": True}, "logprobs"), ({"prompt": "a", "logprobs": 21}, "logprobs"),
+    ({"prompt": "a", "best_of": 2}, None), ({"prompt": "a", "suffix": "b"}, None),
+    ({"prompt": "a", "messages": []}, None), ({"prompt": "a", "echo": True, "logprobs": 1, "stream": True}, "echo"),
+]  # fmt: skip
+WRONG_BYTES = [
+    b"", b"{", b"nothing", b"\xff\xfe", b'{"prompt": "\xff"}', b'\xef\xbb\xbf{"prompt": "a"}',
+    b'{"prompt": "a", "prompt": "b"}', b'{"prompt": "a", "temperature": NaN}', b'{"prompt": "a", "temperature": 1e999}',
+    b'{"prompt": "\\ud800"}', b"[" * 5000, b'{"prompt": ' + b"[" * 500 + b"]" * 500 + b"}",
+    b'{"prompt": "a", "seed": ' + b"1" * 5000 + b"}", b'{"prompt": "a"} x', b"null",
+]  # fmt: skip
+
+
+def check_error(answer: httpx.Response, status: int = 400) -> dict:
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    body = answer.json()
+    assert body.keys() == {"error"} and body["error"].keys() == {"message", "type", "param", "code"}
+    assert body["error"]["message"] and len(body["error"]["message"]) <= 1001
+    return body["error"]
+
+
+def test_wrong_bodies_are_answered_one_by_one_with_what_is_wrong(server):
+    assert len(WRONG_CHATS) + len(WRONG_TEXTS) + len(WRONG_BYTES) > 100
+    with httpx.Client(base_url=server.url, headers={"content-type": "application/json"}, timeout=60) as web:
+        for path, wrong in ((CHAT, WRONG_CHATS), (TEXT, WRONG_TEXTS)):
+            for body, param in wrong:
+                error = check_error(web.post(path, content=json.dumps(body)))
+                assert error["type"] == "invalid_request_error"
+                assert error["param"] == param, (body, error)
+        for content in WRONG_BYTES:
+            for path in (CHAT, TEXT):
+                check_error(web.post(path, content=content))
+        long = check_error(web.post(CHAT, json={"messages": chat("word " * 3000)}))
+        assert (long["code"], long["param"]) == ("context_length_exceeded", "messages")
+        assert check_error(web.post(TEXT, json={"prompt": [5] * 1024}))["code"] == "context_length_exceeded"
+        assert check_error(web.post(CHAT, json=OK | {"model": "gpt"}), 404)["code"] == "model_not_found"
+        assert check_error(web.post("/v1/chat", json=OK), 404)["code"] == "not_found"
+        assert check_error(web.get("/v1/models/gpt"), 404)["code"] == "model_not_found"
+        assert check_error(web.get(CHAT), 405)["code"] == "method_not_allowed"
+        assert check_error(web.post("/v1/embeddings", json={"input": "a"}))["code"] == "not_supported"
+        assert check_error(web.post(CHAT, json={"messages": chat("x" * 200_000)}), 413)["code"] == "body_too_large"
+        pieces = (b" " * 50_000 for _ in range(4))  # without a length
+        assert check_error(web.post(CHAT, content=pieces), 413)["code"] == "body_too_large"
+        as_form = web.post(CHAT, content=json.dumps(OK), headers={"content-type": "text/plain"})
+        assert check_error(as_form, 415)["code"] == "not_json"
+        assert web.post(CHAT, json=OK).status_code == 200, "the connection and the server still work"
+
+
+def test_a_client_gets_errors_of_its_own_classes(client):
+    with pytest.raises(openai.BadRequestError, match="response_format: structured output is not supported yet"):
+        client.chat.completions.create(model="demo", messages=chat("a"), response_format={"type": "json_object"})
+    with pytest.raises(openai.NotFoundError, match="this server has 'demo'"):
+        client.chat.completions.create(model="other", messages=chat("a"))
+
+
+# --- load ---
+
+LONG, FORCED = {"prompt": "Count:", "max_tokens": 900}, {"min_tokens": 900}
+
+
+def asking(server: RunningServer, body: dict) -> socket.socket:
+    """Return a connection on which a body has been sent."""
+    content = json.dumps(body)
+    head = f"POST {TEXT} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    connection = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
+    connection.sendall((head + content).encode())
+    return connection
+
+
+def test_a_client_that_goes_away_frees_its_slot(server, client):
+    before, gone = server.metric("generated_tokens_total"), server.metric("disconnects_total")
+    stream = client.completions.create(model="demo", stream=True, **LONG, extra_body=FORCED)
+    next(stream)
+    with contextlib.ExitStack() as stack:
+        for _ in range(6):  # four answers are computed, and three wait
+            stack.enter_context(asking(server, LONG | FORCED))
+        server.wait_for_metric("num_waiting", 3)
+        assert server.metric("held_positions") > 0
+    stream.close()
+    for name in ("num_waiting", "num_running", "held_positions"):
+        server.wait_for_metric(name, 0)
+    server.wait_for_metric("disconnects_total", gone + 7)
+    assert server.metric("generated_tokens_total") - before < 7 * 900
+
+
+def test_too_many_requests_are_refused(server, client):
+    with asking(server, LONG | FORCED | {"n": 32}), asking(server, LONG | FORCED | {"n": 32}):
+        server.wait_for_metric("num_waiting", 60)
+        with pytest.raises(openai.RateLimitError, match="of at most 64; try again later"):
+            client.completions.create(model="demo", prompt="a")
+    server.wait_for_metric("num_running", 0)
+    assert client.completions.create(model="demo", prompt="a", max_tokens=1).choices[0].text
+
+
+def test_a_head_that_does_not_come_ends_the_connection(server):
+    port = int(server.url.rpartition(":")[2])
+    for sent in (b"", b"GET /health HTTP/1.1\r\nHost:"):
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+            connection.sendall(sent)
+            start = time.monotonic()
+            assert connection.recv(10) == b""
+            assert 1 < time.monotonic() - start < 15
+
+
+# --- the command ---
+
+
+def test_what_cannot_be_served_ends_with_one_line(capsys, monkeypatch, server):
+    def code_and_message(*arguments: str) -> tuple[int, str]:
+        code = main(["serve", *arguments])
+        return code, capsys.readouterr().err.splitlines()[-1]
+
+    port = server.url.rpartition(":")[2]
+    assert code_and_message("--port", port) == (
+        1,
+        f"qwen-dist serve: cannot serve on 127.0.0.1 port {port}: Address already in use; choose a free --port, and an "
+        "address of this machine as --host",
+    )
+    code, message = code_and_message("--model", "/nowhere", "--port", "0")
+    assert code == 1 and message.startswith("qwen-dist serve: ") and "/nowhere" in message
+    code, message = code_and_message("--adapter", "a=some/dir")
+    assert code == 2 and "adapters by name are not supported" in message
+    code, message = code_and_message("--port", "70000", "--request-timeout", "0")
+    assert code == 2 and "port is 70000" in message and "request_timeout is 0" in message
+    for name, value in {"COORDINATOR": "localhost:1", "NUM_PROCESSES": "2", "PROCESS_ID": "0"}.items():
+        monkeypatch.setenv(f"QWEN_DIST_{name}", value)
+    code, message = code_and_message()
+    assert code == 2 and "serve runs as one process" in message
+
+
+def test_the_server_has_written_only_what_it_should(server: RunningServer):
+    """The last test of the module: no traceback, no line for each wrong request."""
+    lines = server.stderr.read_text().splitlines()
+    assert lines[0].startswith("loading ") and lines[-1].startswith("ready: demo at http://127.0.0.1:")
+    assert [line for line in lines if line.startswith("compiling: ")][-1] == "compiling: 7 of 7 programs"

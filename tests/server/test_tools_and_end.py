@@ -1,0 +1,128 @@
+"""Tools and reasoning with a model that answers as told; keys; and how a server ends."""
+
+import json
+import signal
+
+import openai
+import pytest
+from running_server import running_server, scripted_model
+
+from qwen_dist.server.answer_parser import forced_beginning
+
+ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo", "days": 2}}\n</tool_call>'
+XML = "<tool_call>\n<function=get_weather>\n<parameter=days>\n2\n</parameter>\n</function>\n</tool_call>"
+QUESTION = "Weather in Oslo and Bergen?"
+FORCED = forced_beginning("tell", is_xml=False, is_thinking=False)
+ANSWERS = {
+    f"{QUESTION}{ASSISTANT}": f"Let me see.\n{CALL}\n{XML}",
+    f"Which one, think?{ASSISTANT}": "<think>\nHard.\n</think>\n\nOne.",
+    f"Which one?{ASSISTANT}<think>\n": "Easy.\n</think>\n\nTwo.",
+    f"Which one?{ASSISTANT}<think>\n\n</think>\n\n": "Three.",
+    f"Which one?{ASSISTANT}": "Four.",
+    FORCED: '{"city": "Rome"}}\n</tool_call>',
+    # Other tools than above: an answer is told from the 24 tokens before it, and the call above is followed by more.
+    f"Anything?{ASSISTANT}<tool_call>\n": '{"name": "ask", "arguments": {}}\n</tool_call>',
+}
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
+TOOLS = [
+    {"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}},
+    {"type": "function", "function": {"name": "ask", "parameters": {"type": "object", "properties": {}}}},
+    {"type": "function", "function": {"name": "tell", "parameters": PARAMETERS}},
+]
+CALLS = [("get_weather", {"city": "Oslo", "days": 2}), ("get_weather", {"days": 2})]
+KEY = "a-secret"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tools")
+    arguments = ["--model", str(scripted_model(directory, ANSWERS)), "--served-name", "scripted"]
+    arguments += ["--max-batch-size", "2", "--config.warm_up=false"]
+    with running_server(directory, *arguments, key=KEY, QWEN_DIST_API_KEY=KEY) as running:
+        yield running
+
+
+def ask(server, text: str, **more):
+    return server.client().chat.completions.create(model="scripted", messages=[{"role": "user", "content": text}], **more)
+
+
+def calls_of(message) -> list:
+    return [(call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls or []]
+
+
+def streamed(server, text: str, **more) -> tuple[str, list, str, str]:
+    """Return content, calls, reasoning and why the answer ended, from a stream."""
+    content, reasoning, calls, reason = "", "", {}, None
+    for chunk in ask(server, text, stream=True, **more):
+        (choice,) = chunk.choices
+        content += choice.delta.content or ""
+        reasoning += getattr(choice.delta, "reasoning_content", None) or ""
+        for call in choice.delta.tool_calls or []:
+            known = calls.setdefault(call.index, [call.function.name, ""])
+            known[1] += call.function.arguments
+        reason = choice.finish_reason or reason
+    return content, [(name, json.loads(text)) for name, text in calls.values()], reasoning, reason
+
+
+def test_tool_calls_of_both_forms(server):
+    (choice,) = ask(server, QUESTION, tools=TOOLS).choices
+    assert (choice.message.content, calls_of(choice.message)) == ("Let me see.", CALLS)
+    assert choice.finish_reason == "tool_calls"
+    assert len({call.id for call in choice.message.tool_calls}) == 2
+    assert streamed(server, QUESTION, tools=TOOLS) == ("Let me see.", CALLS, "", "tool_calls")
+    assert streamed(server, QUESTION, tools=TOOLS, parallel_tool_calls=False)[1] == CALLS[:1]
+    assert calls_of(ask(server, QUESTION, tools=TOOLS, parallel_tool_calls=False).choices[0].message) == CALLS[:1]
+
+
+def test_a_conversation_with_a_result_of_a_tool(server):
+    message = ask(server, QUESTION, tools=TOOLS).choices[0].message
+    results = [{"role": "tool", "tool_call_id": call.id, "content": "sun"} for call in message.tool_calls]
+    messages = [{"role": "user", "content": QUESTION}, message, *results, {"role": "user", "content": "Which one?"}]
+    given = server.client().chat.completions.create(model="scripted", messages=messages, tools=TOOLS)
+    assert given.choices[0].message.content == "Four."
+
+
+def test_the_choice_of_a_tool(server):
+    none = ask(server, QUESTION, tools=TOOLS, tool_choice="none").choices[0]
+    assert (none.message.content, none.finish_reason) == (ANSWERS[f"{QUESTION}{ASSISTANT}"], "stop")
+    named = {"type": "function", "function": {"name": "tell"}}
+    forced = ask(server, "Hello.", tools=TOOLS, tool_choice=named).choices[0]
+    assert calls_of(forced.message) == [("tell", {"city": "Rome"})]
+    assert streamed(server, "Anything?", tools=TOOLS, tool_choice="required")[1:] == ([("ask", {})], "", "tool_calls")
+
+
+def test_reasoning_is_apart_from_the_content(server):
+    (choice,) = ask(server, "Which one, think?").choices
+    assert (choice.message.reasoning_content, choice.message.content) == ("Hard.", "One.")
+    assert streamed(server, "Which one, think?") == ("One.", [], "Hard.", "stop")
+    for thinking, expected in ((True, ("Two.", [], "Easy.", "stop")), (False, ("Three.", [], "", "stop"))):
+        variables = {"chat_template_kwargs": {"enable_thinking": thinking}}
+        assert streamed(server, "Which one?", extra_body=variables) == expected
+    assert ask(server, "Which one?").choices[0].message.content == "Four."
+
+
+def test_without_the_key_only_health_answers(server):
+    for given in ("", "Bearer", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"Basic {KEY}"):
+        answer = server.post("/v1/chat/completions", b"{}", authorization=given)
+        assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+        assert answer.headers["www-authenticate"] == "Bearer"
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="other", max_retries=0).models.list()
+    assert server.post("/health", b"", authorization="").status_code == 405
+    assert server.post("/v1/chat/completions", b"{}").status_code == 400
+
+
+def test_sigterm_finishes_what_runs_and_takes_nothing_new(server):
+    """The last test of the module: it ends the server."""
+    wanted = {"temperature": 0, "max_tokens": 900, "extra_body": {"min_tokens": 900}, "stream": True}
+    stream = server.client().completions.create(model="scripted", prompt="Count:", **wanted)
+    first = next(stream)
+    server.process.send_signal(signal.SIGTERM)
+    server.wait_for_line("stopping: ")
+    refused = server.post("/v1/completions", b'{"prompt": "a"}')
+    assert refused.status_code == 503 and refused.json()["error"]["code"] == "stopping"
+    rest = list(stream)
+    assert first.choices[0].finish_reason is None and rest[-1].choices[0].finish_reason == "length"
+    assert server.process.wait(30) == 0
+    assert server.stderr.read_text().endswith("stopped\n")
