@@ -28,16 +28,9 @@ constexpr int kTileRows = kRegisters == 32 ? 6 : 3;
 // Bytes of a weight's block. Rows that do not fit in the L2 cache are read again for each block, so blocks are larger then.
 constexpr int64_t kBlockBytes = 64 << 10, kLargeBlockBytes = 256 << 10, kL2Bytes = 1 << 20;
 constexpr int kMaxBlockFeatures = 64;
-constexpr int64_t kGroupRows = 48;          // rows that pass while a tile's features are in the L1 cache
-#ifndef RANGE_BYTES
-#define RANGE_BYTES (28 << 10)
-#endif
-constexpr int64_t kRangeBytes = RANGE_BYTES;   // of a tile's rows and features in a range of inputs
-#ifndef PANEL_ROWS
-#define PANEL_ROWS (kTileRows / 2 + 2)
-#endif
-constexpr int64_t kMinPanelRows = PANEL_ROWS;  // for which a weight is widened once
-constexpr int kSteps = 4;                   // vectors of inputs at a time
+constexpr int64_t kGroupRows = 48;  // rows that pass while a tile's features are in the L1 cache
+constexpr int64_t kRangeBytes = 28 << 10;  // of a tile's rows and features in a range of inputs
+constexpr int64_t kMinPanelRows = kTileRows / 2 + 2;  // for which a weight is widened once
 constexpr int64_t kClaimDivisor = 4;       // a thread claims 1 / 4 of its share of the remaining blocks at a time
 constexpr int64_t kMinClaimsPerGroup = 4;  // groups may have very different numbers of rows
 constexpr int64_t kCopyRowsPerJob = 16;
@@ -110,7 +103,8 @@ struct InPanel {
   }
 };
 
-// Add the products of inputs i, i + 1, … to the sums: `count` inputs if it is given, else a full vector.
+// Add the products of inputs i, i + 1, … to the sums: `count` inputs if it is given, else a full vector. Rows or features,
+// whichever are fewer, are loaded first and stay in registers.
 template <class Type, int rows, class Weight, class... Count>
 SIMD INLINE void AddProducts(const typename Type::Row* const (&x)[rows], const Weight& weight, int64_t i,
                              Floats (&sums)[rows][kTileFeatures], Count... count) {
@@ -125,6 +119,13 @@ SIMD INLINE void AddProducts(const typename Type::Row* const (&x)[rows], const W
       }
       // The compiler would keep the pairs for the other half, and there is no register for them.
       if (rows > kTileRows / 2) asm volatile("" : : : "memory");
+    }
+  } else if constexpr (rows > kTileFeatures) {
+    Floats w[kTileFeatures];
+    UNROLL for (int f = 0; f < kTileFeatures; ++f) w[f] = Type::LoadVector(weight(f, i), count...);
+    UNROLL for (int r = 0; r < rows; ++r) {
+      const Floats row = Type::LoadVector(x[r] + i, count...);
+      UNROLL for (int f = 0; f < kTileFeatures; ++f) sums[r][f] = Type::MultiplyAdd(row, w[f], sums[r][f]);
     }
   } else {
     Floats row[rows];
@@ -144,7 +145,7 @@ struct Tile {
   int64_t first_row, feature, first_input, num_inputs;
   float* sums;  // between the ranges, if there are several
   bool is_first, is_last;
-  // For each kSteps vectors of inputs, prefetch so many cache lines.
+  // For each vector of inputs, prefetch so many cache lines.
   const char* prefetch;
   int prefetch_lines;
 };
@@ -163,11 +164,10 @@ SIMD void MultiplyTile(const Tile<typename Type::Row, Result>& tile, const Weigh
   const int64_t num_inputs = tile.num_inputs;
   const char* prefetch = tile.prefetch;
   int64_t i = 0;
-  for (; i + kSteps * Type::kLanes <= num_inputs; i += kSteps * Type::kLanes) {
+  for (; i + Type::kLanes <= num_inputs; i += Type::kLanes) {
     for (int line = 0; line < tile.prefetch_lines; ++line, prefetch += kCacheLine) Prefetch(prefetch);
-    UNROLL for (int step = 0; step < kSteps; ++step) AddProducts<Type, rows>(x, weight, i + step * Type::kLanes, sums);
+    AddProducts<Type, rows>(x, weight, i, sums);
   }
-  for (; i + Type::kLanes <= num_inputs; i += Type::kLanes) AddProducts<Type, rows>(x, weight, i, sums);
   if (i < num_inputs) AddProducts<Type, rows>(x, weight, i, sums, static_cast<int>(num_inputs - i));
   UNROLL for (int r = 0; r < rows; ++r) {
     if (tile.is_last) {
@@ -225,15 +225,15 @@ void MultiplyBlock(Rows<const typename Type::Row> x, int64_t num_rows, const typ
                    int64_t num_inputs, Rows<Result> y, int64_t num_features, const typename Type::Element* next_weight) {
   using Row = typename Type::Row;
   constexpr int64_t kMaxRange = kRangeBytes / ((kTileRows + kTileFeatures) * sizeof(Row));
-  constexpr int64_t kUnit = kSteps * Type::kLanes;
   const bool has_panel = Type::kWidens && num_rows >= kMinPanelRows;
+  const int64_t lanes = has_panel ? kFloatLanes : Type::kLanes;
   // A tile's features stay in the L1 cache while all rows pass, or if these are more, its rows while all features pass.
   const bool features_stay = has_panel || kTileFeatures > kTileRows;
   const int64_t num_ranges = features_stay && num_rows > kTileRows ? CeilDivide(num_inputs, kMaxRange) : 1;
-  const int64_t range = RoundUp(CeilDivide(num_inputs, num_ranges), kUnit);
+  const int64_t range = RoundUp(CeilDivide(num_inputs, num_ranges), Type::kLanes);
   const int64_t feature_tiles = CeilDivide(num_features, kTileFeatures);
   const int64_t block_bytes = num_features * num_inputs * sizeof(*weight);
-  const int64_t num_steps = CeilDivide(num_rows, kTileRows) * feature_tiles * std::max<int64_t>(1, num_inputs / kUnit);
+  const int64_t num_steps = CeilDivide(num_rows, kTileRows) * feature_tiles * std::max<int64_t>(1, num_inputs / lanes);
   const int lines = next_weight == nullptr ? 0 : static_cast<int>(CeilDivide(block_bytes, num_steps * kCacheLine));
   const char* prefetch = reinterpret_cast<const char*>(next_weight);
   const char* const prefetch_end = prefetch + block_bytes;
@@ -263,7 +263,7 @@ void MultiplyBlock(Rows<const typename Type::Row> x, int64_t num_rows, const typ
         tile.is_last = input + inputs == num_inputs;
         tile.prefetch = prefetch;
         tile.prefetch_lines = prefetch < prefetch_end ? lines : 0;
-        prefetch += lines * (inputs / kUnit) * kCacheLine;
+        prefetch += lines * (inputs / lanes) * kCacheLine;
         const auto* const tile_weight = weight + tile.feature * num_inputs + input;
         if constexpr (Type::kWidens) {
           if (has_panel) {
