@@ -9,8 +9,8 @@ import sys
 import pytest
 
 WORKER = pathlib.Path(__file__).parent / "narrow_worker.py"
-# The weight is the first operand of a product of fewer than 16 rows, and of 16, 32 and 64. These sizes and those beside them
-# stand for all.
+# The weight is the first operand of a product of fewer than 16 rows, and of 16, 32 and 64. These sizes and those beside
+# them stand for all.
 LOSSES = (*range(1, 19), 31, 32, 33, 47, 48, 49, 63, 64, 65, 66, 127, 128, 129, 130)
 TRAINED = (2, 3, 8, 15, 16, 17, 31, 32, 33, 48, 64, 65, 128, 130)
 ANSWERED = (1, 2, 8, 15, 16, 17, 32, 33, 64, 96)
