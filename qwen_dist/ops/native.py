@@ -102,16 +102,17 @@ def grouped_matmul(rows_RC: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Arra
     Groups follow each other, and group e has `sizes_E[e]` rows. Results for rows after the last group are undefined.
     """
     result = jax.ShapeDtypeStruct((len(rows_RC), weights_EOC.shape[1]), dtype)
-    call = _kernel(GROUPED_MATMUL, (result, _scratch_shape(*rows_RC.shape, rows_RC.dtype)))
+    call = _kernel(GROUPED_MATMUL, (result, _scratch_shape(rows_RC.shape, rows_RC.dtype)))
     return call(rows_RC, weights_EOC, sizes_E.astype(jnp.int32))[0]
 
 
-def _scratch_shape(num_rows: int, size: int, dtype: DTypeLike, *, is_padded: bool = False) -> jax.ShapeDtypeStruct:
-    """Return the scratch space for the rows of a product.
+def _scratch_shape(shape: tuple[int, ...], dtype: DTypeLike, *, is_padded: bool = False) -> jax.ShapeDtypeStruct:
+    """Return the scratch space for the rows [R, C] of a product.
 
     They are put there to be widened, or if they are more than one tile and would compete for the same cache lines, which
     rows that are padded already do not.
     """
+    num_rows, size = shape
     if dtype == jnp.bfloat16 and active_build() not in WITHOUT_WIDENING:
         stride = _padded_stride(-(-size // WIDE) * WIDE, jnp.float32)
         return jax.ShapeDtypeStruct((num_rows, stride), jnp.float32)
@@ -153,8 +154,8 @@ def experts(
     hidden = chosen_TK.size, _padded_stride(down_EDF.shape[2], x_TD.dtype)
     shapes = x_TD.shape, (*chosen_TK.shape, x_TD.shape[1]), hidden
     results = [jax.ShapeDtypeStruct(shape, x_TD.dtype) for shape in shapes]
-    hidden_scratch = _scratch_shape(chosen_TK.size, down_EDF.shape[2], x_TD.dtype, is_padded=True)
-    scratch = _scratch_shape(*x_TD.shape, x_TD.dtype), hidden_scratch
+    hidden_scratch = _scratch_shape((chosen_TK.size, down_EDF.shape[2]), x_TD.dtype, is_padded=True)
+    scratch = _scratch_shape(x_TD.shape, x_TD.dtype), hidden_scratch
     mixed_TD, each_TKD, *_ = _kernel(EXPERTS, [*results, *scratch])(
         x_TD, chosen_TK.astype(jnp.int32), scores_TK.astype(jnp.float32), gate_up_EOD, down_EDF
     )
