@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from qwen_dist.checkpoint.names import Layout, find_layout, name_tensors
 from qwen_dist.checkpoint.packed import PackedWeight, Source, WeightInfo, packed_sources, quantizing_source, unread_leaves
 from qwen_dist.checkpoint.safetensors import TensorInfo
 from qwen_dist.errors import CheckpointError, UsageError, problem_list
+from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.layers import Embedding, Linear
 from qwen_dist.models.moe import EXPERT_MATRICES, Experts
 from qwen_dist.models.parameters import abstract_parameters, disk_shapes
@@ -63,12 +65,17 @@ class Quantization:
         """Give the parameters of a module the formats in which they are kept. Raises as `choose_weights` does."""
         declare_weights(module, choose_weights(module, self.config, self.options))
 
+    def check(self, config: ModelConfig, dtype: DTypeLike) -> None:
+        """Raise what `declare` raises for this model, from one layer of each kind."""
+        kinds = tuple(dict.fromkeys(config.layers))
+        self.declare(Transformer(dataclasses.replace(config, layers=kinds), dtype=dtype))
+
     @classmethod
     def of(cls, config: Mapping[str, Any], quantize: QuantizeOptions | Literal["stored", "none"]) -> Quantization | None:
         """Return the quantisation; None if there is none. Raises as `read_stored` does."""
         if isinstance(quantize, QuantizeOptions):
-            return cls(config, quantize)
-        return None if quantize == "none" or read_stored(config) is None else cls(config, None)
+            return cls(dict(config), quantize)
+        return None if quantize == "none" or read_stored(config) is None else cls(dict(config), None)
 
     def __str__(self) -> str:
         if self.options is None:

@@ -42,6 +42,8 @@ def run(config: PlanConfig, flags: Flags) -> int:
     given = config.model
     quantize = QuantizeOptions.of(given.quantize, given.quantize_group_size, has_head=given.quantize_head)
     quantization = Quantization.of(files.config, quantize) if config.command == "batch" else None
+    if quantization is not None:
+        quantization.check(model, config.model.dtype)
     workload = Workload(
         config.command, config.batch_size, config.context, config.model.dtype, config.remat, lora, quantization
     )
