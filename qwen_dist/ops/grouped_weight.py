@@ -60,13 +60,9 @@ class GroupedWeight:
         return self.values.dtype == jnp.uint8
 
     @property
-    def run(self) -> int:
-        """The in-features of a run."""
-        return self.values.shape[-1] * (2 if self.is_int4 else 1)
-
-    @property
     def shape(self) -> tuple[int, ...]:
-        return (*self.values.shape[:-2], self.values.shape[-2] * self.run)
+        *out, runs, width = self.values.shape
+        return (*out, runs * width * (2 if self.is_int4 else 1))
 
     @property
     def ndim(self) -> int:
