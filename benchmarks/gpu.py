@@ -136,11 +136,12 @@ def with_shares(rows: list[Row]) -> list[Row]:
     ceilings = {row["what"]: row for row in rows if row["piece"] == "ceilings"}
     bandwidth = ceilings.get("copy", {}).get("gb_s")
     rate = ceilings.get("matrix product", {}).get("tflop_s")
-    peers = {row["what"]: row["ms"] for row in rows if row["piece"] == "peer"}
+    peers = {row["what"]: row["ms"] for row in rows if row["piece"] == "peer" and "ms" in row}
     found = []
     for row in rows:
         share = max(row.get("gb_s", 0) / (bandwidth or float("inf")), row.get("tflop_s", 0) / (rate or float("inf")))
-        ratio = peers[row["what"]] / row["ms"] if row["piece"] != "peer" and row["what"] in peers else None
+        is_ours = row["piece"] != "peer" and "ms" in row
+        ratio = peers[row["what"]] / row["ms"] if is_ours and row["what"] in peers else None
         found.append(row | ({"share": round(share, 3)} if share else {}) | ({"ratio": round(ratio, 2)} if ratio else {}))
     return found
 

@@ -212,7 +212,7 @@ def parity(dry_run: bool) -> Iterator[Row]:
 
 def _attention_results(dry_run: bool) -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
     T = 64 if dry_run else 512
-    for H in (64, 128, 256):
+    for H in (64,) if dry_run else (64, 128, 256):
         q, k, v = random(0, 2, T, 4, H), random(1, 2, 2, T, H), random(2, 2, 2, T, H)
         positions = jnp.broadcast_to(jnp.arange(T), (2, T))
         for name, run in forms(ATTENTION, dry_run, q, k, v, positions).items():
@@ -233,7 +233,7 @@ def _attention_part(part: str, run: Any, operands: Any, positions: jax.Array) ->
 
 
 def _paged_results(dry_run: bool) -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
-    for T, H in ((1, 128), (32, 128), (1, 256)):
+    for T, H in ((1, 128),) if dry_run else ((1, 128), (32, 128), (1, 256)):
         given = _paged_arguments(2, T, 4, 2, H, 192)
         run = forms(PAGED_ATTENTION, dry_run, *given)
         if "triton" in run:

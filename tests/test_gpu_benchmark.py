@@ -16,7 +16,10 @@ GPU = runpy.run_path(str(ROOT / "benchmarks" / "gpu.py"))
 @pytest.mark.slow
 def test_a_dry_run_walks_through_all_pieces(tmp_path):
     begin = time.monotonic()
+    stored = tmp_path / "stored"
+    stored.mkdir()
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--dry-run", "--output", str(tmp_path)]
+    command += ["--result", str(stored / "gpu.json")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + "".join(path.read_text()[-2000:] for path in tmp_path.glob("*.log"))
     assert time.monotonic() - begin < 180
@@ -29,6 +32,8 @@ def test_a_dry_run_walks_through_all_pieces(tmp_path):
     assert {"experts, triton", "pages, triton, 1 queries, heads of 128"} <= kernels
     assert any(row.get("ratio") for row in results["rows"] if row["piece"] == "decode-8b")
     assert "| decode 8b, B=1 |" in (tmp_path / "results.md").read_text()
+    (result,) = runpy.run_path(str(ROOT / "tools" / "results_table.py"))["read_results"](stored)
+    assert {run["stage"] for run in result["runs"].values()} == {"measured"} and len(result["runs"]) == 4
 
 
 def test_shares_and_ratios_are_of_the_same_run():

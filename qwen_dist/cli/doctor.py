@@ -50,7 +50,7 @@ def examine(devices: Sequence[jax.Device], dtype: str, *, is_cpu_asked: bool = F
     from qwen_dist.ops.dispatch import Backend
 
     platform, found = devices[0].platform, gpu.gpu_features()
-    backends = {phase: Backend.of_platform(platform, len(devices), phase) for phase in ("inference", "train")}  # type: ignore[arg-type]
+    backends = {phase: Backend.of_platform(platform, len(devices), phase) for phase in ("inference", "train")}
     features: dict[str, Any] = {"cpu": native_library.describe_kernels()}
     if found.compute_capability > (0, 0):
         capability = ".".join(map(str, found.compute_capability))

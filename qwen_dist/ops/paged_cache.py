@@ -17,7 +17,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from qwen_dist.ops.dispatch import Backend, Implementation, Op
-from qwen_dist.sharding import LocalShard, active_num_shards, constrain, shard_map_op
+from qwen_dist.sharding import LocalShard, active_context, constrain, shard_map_op
 
 # Positions of a page. Half a page a sequence is wasted on average; smaller pages make smaller, slower products.
 PAGE = 64
@@ -101,11 +101,12 @@ def write_plain(pool_DPKSH: jax.Array, new_DXKH: jax.Array, page_DX: jax.Array, 
 def write_rows(pool_DPKSH: jax.Array, new_DXKH: jax.Array, page_DX: jax.Array, offset_DX: jax.Array) -> jax.Array:
     """Write each head's numbers as a row of a matrix, which is what the pool is in memory.
 
-    For the heads of a position at once XLA TPU gives the pool another layout, and copies all of it there and back.
+    To write the heads of a position at once, XLA TPU gives the pool another layout: it copies all of it there and back. XLA
+    GPU transposes it for the same reason.
     """
 
     def put(_: LocalShard, pool_DPKSH: jax.Array, new_DXKH: jax.Array, page_DX: jax.Array, offset_DX: jax.Array) -> Any:
-        _, _, K, S, H = pool_DPKSH.shape
+        K, S, H = pool_DPKSH.shape[2:]
         row_XK = (page_DX[0, :, None] * K + jnp.arange(K)) * S + offset_DX[0, :, None]
         return (pool_DPKSH.reshape(-1, H).at[row_XK].set(new_DXKH[0], mode="drop").reshape(pool_DPKSH.shape),)
 
@@ -116,8 +117,15 @@ def write_rows(pool_DPKSH: jax.Array, new_DXKH: jax.Array, page_DX: jax.Array, o
 
 def can_write_rows(pool_DPKSH: jax.Array, new_DXKH: jax.Array, page_DX: jax.Array, offset_DX: jax.Array) -> bool:
     """Whether each device has one shard of the batch."""
-    return active_num_shards("batch", len(pool_DPKSH)) == len(pool_DPKSH)
+    return is_shard_by_shard(pool_DPKSH)
+
+
+def is_shard_by_shard(pool_DPKSH: jax.Array) -> bool:
+    """Return whether the active rules put each data-parallel shard of a pool on devices of its own."""
+    context = active_context()
+    return len(pool_DPKSH) == (1 if context is None else context.num_shards("batch"))
 
 
 _POOL = ("batch", "pages", "kv_heads", "kv_length", "head_dim")
-WRITE = Op("paged cache: write", write_plain, {Backend.TPU: (Implementation("rows", write_rows, can_write_rows),)})
+_ROWS = (Implementation("rows", write_rows, can_write_rows),)
+WRITE = Op("paged cache: write", write_plain, {Backend.GPU: _ROWS, Backend.TPU: _ROWS})

@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 
 from qwen_dist.ops import gpu
-from qwen_dist.ops.paged_cache import NOWHERE, PAGE, PagedState, PageIndices
+from qwen_dist.ops.paged_cache import NOWHERE, PAGE, PagedState, PageIndices, is_shard_by_shard
 from qwen_dist.sharding import LocalShard, active_num_shards, shard_map_op
 
 # Queries of a program: at least what a tensor core multiplies, at most what its registers hold.
 MIN_QUERIES, MAX_QUERIES = 16, 64
-# About as many programs as a large GPU has multiprocessors, if parts of rows can make them.
-NUM_PROGRAMS, MAX_PARTS = 128, 16
+# A few programs for each multiprocessor of a large GPU, if parts of rows can make them: one alone waits for its memory.
+NUM_PROGRAMS, MAX_PARTS = 512, 32
 HEAD_DIMS = (64, 128, 256)
 # The exponent of a key that a query does not see; finite, so that the difference of two is a number.
 _LOWEST = -1e30
@@ -36,7 +36,7 @@ def can_triton_paged_attention(
     """Whether the kernel takes these: it rounds wider floats, and each device needs the keys of its queries' heads."""
     N, H = q_BTNH.shape[2:]
     is_form = q_BTNH.dtype.itemsize == 2 and H in HEAD_DIMS and active_num_shards("q_heads", N) <= state.k.shape[2]
-    return is_form and len(state.k) == active_num_shards("batch", len(q_BTNH)) and gpu.gpu_features().can_run_triton
+    return is_form and is_shard_by_shard(state.k) and gpu.gpu_features().can_run_triton
 
 
 def triton_paged_attention(

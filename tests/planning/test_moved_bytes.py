@@ -1,6 +1,7 @@
 """The bytes that a compiled program moves in main memory, counted in its text."""
 
 import pathlib
+import re
 import runpy
 
 import pytest
@@ -36,6 +37,15 @@ ENTRY %main (w: bf16[512], pool: u16[512], x: bf16[8]) -> u16[512] {
   %loop = (s32[]{:T(128)}, u16[512]{0}) while(%start), condition=%more, body=%body
 }
 """
+
+
+@pytest.mark.slow
+def test_a_decode_step_on_a_tpu_moves_little_more_than_weights_and_live_cache(capsys):
+    """In particular it copies no pool of pages to write one token of each sequence."""
+    pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: pip install 'jax[tpu]'")
+    TPU["print_bytes"]("v5e:2x2", [3], 32, 2048)
+    printed = capsys.readouterr().out
+    assert float(re.search(r"3 layers: .*ratio ([\d.]+)", printed)[1]) < 1.3, printed
 
 
 @pytest.mark.parametrize("iterations", [1, 5])
