@@ -517,6 +517,15 @@ class PreflightConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DoctorConfig:
+    """`qwen-dist doctor`."""
+
+    dtype: Literal["bfloat16", "float32", "float64"] = option(
+        "bfloat16", flag="--dtype", metavar="DTYPE", help="of the computation: some settings depend on it"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class ParityModelOptions(CheckpointOptions):
     """The checkpoint to compare."""
 

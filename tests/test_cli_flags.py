@@ -44,6 +44,7 @@ ARGUMENTS = {
         "--model m --output o --config.model.dtype=float16 --max-shard-size 2GB",
         {"model.dtype": "float16", "max_shard_size": "2GB", "overwrite": False},
     ),
+    "doctor": ("--dtype float32 --num-cpu-devices 2", {"dtype": "float32"}),
     "preflight": ("--mesh fsdp=2 --num-processes 2", {"model.path": "", "mesh": "fsdp=2"}),
     "parity": ("--model m --prompt a --prompt b", {"model.dtype": "float32", "prompts": ["a", "b"], "tokens": None}),
     "plan": (

@@ -28,6 +28,7 @@ from qwen_dist.models.transformer import Transformer, state_specs
 from qwen_dist.ops import slots
 from qwen_dist.ops.loop import bounded_loop
 from qwen_dist.ops.paged_cache import MAX_ENTRIES, PageIndices
+from qwen_dist.runtime.settings import compiler_options
 from qwen_dist.sharding import use_sharding
 
 NUM_STOP_IDS = 16
@@ -108,8 +109,11 @@ class Runner:
         self._model, self._num_slots, self._max_steps = model, num_slots, max_steps
         self.specs = state_specs(model.config, model.dtype)
         self.num_shards = model.sharding_ctx.batch_multiple()
-        self._prefill = jax.jit(self._run_prefill, donate_argnames="state", static_argnames=("num_top", "num_scored"))
-        self._decode = jax.jit(self._run_decode, donate_argnames="state", static_argnames="num_top")
+        mesh = model.sharding_ctx.mesh
+        options: dict[str, Any] = {"donate_argnames": "state"}
+        options["compiler_options"] = compiler_options(mesh.devices.flat[0].platform, mesh.size, "inference")
+        self._prefill = jax.jit(self._run_prefill, static_argnames=("num_top", "num_scored"), **options)
+        self._decode = jax.jit(self._run_decode, static_argnames="num_top", **options)
         self._recurrent = [layer for layer, spec in enumerate(self.specs) if isinstance(spec, RecurrentSpec)]
         self._copy_slot = jax.jit(self._slot_copied, donate_argnums=1)
         self._add_known = jax.jit(self._known_added, donate_argnums=(0, 1))
