@@ -123,7 +123,7 @@ def _make_service(
 
     def prepare(engine: Engine) -> None:
         if config.warm_up:
-            engine.warm_up(lambda done, total: note(f"compiling: {done} of {total} programs"))
+            engine.warm_up(lambda done, total: note(f"compiling: {done} of {total} programs"), for_all=True)
 
     limits = ServiceLimits(
         max_body_bytes=parse_bytes(config.max_body_size),

@@ -1,15 +1,17 @@
 """From requests to text: requests come and go one by one, and all that are present are answered together.
 
-The host decides and the devices compute: while one step runs, the host turns the tokens of the step before into text.
+The host decides and the devices compute: while one step runs, the host turns the tokens of the step before into text. From
+them it also finds which tokens the answers with structured output may sample next, before the step that runs samples.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,9 +20,10 @@ from qwen_dist.checkpoint.model import LoadedModel
 from qwen_dist.engine.batch import Batch, BatchBuilder
 from qwen_dist.engine.page_allocator import CacheLimits, PagedGroup
 from qwen_dist.engine.request import Request, RequestOutput, TokenLogprob
-from qwen_dist.engine.runner import DecodeState, Runner, SampledTokens, SamplingTable
+from qwen_dist.engine.runner import DecodeState, Runner, SampledTokens, SamplingBatch, SamplingTable, StepLogits
 from qwen_dist.engine.scheduler import POLICIES, Schedule, Scheduler
 from qwen_dist.engine.sequence import Sequence
+from qwen_dist.engine.structured_output import Constraint, Grammars, is_installed
 from qwen_dist.errors import UsageError, UserError
 from qwen_dist.models.state import States, page_bytes, slot_bytes
 from qwen_dist.models.state_spec import LayerStateSpec, cache_groups
@@ -33,6 +36,8 @@ from qwen_dist.tokenizer import StopStrings, StreamDecoder, Tokenizer
 CHUNK_SIZE, MAX_CHUNKS = 32, 16
 # Requests taken in for each that can be answered at a time: enough for the policy to choose from, few enough for memory.
 TAKEN_AHEAD = 8
+# For so many alternatives `Engine.warm_up` compiles the programs that score prompts.
+_NUM_SCORED = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +55,14 @@ class EngineStats:
     held_positions: int
     live_positions: int
     cached_positions: int = 0
+
+
+class _ComputedStep(NamedTuple):
+    """A step whose tokens are still to be sampled."""
+
+    logits: StepLogits
+    sampling: SamplingBatch
+    has_logprobs: bool
 
 
 def cache_limits(
@@ -154,6 +167,8 @@ class Engine:
         self._num_pages: tuple[int, ...] = ()
         self._in_flight: tuple[Batch, SampledTokens] | None = None
         self._has_delivered = False
+        self._samples_apart = False  # whether what few requests want is sampled by the program that `warm_up` has compiled
+        self._grammars = Grammars(tokenizer, model.config.vocab_size)
         self._answers: dict[Sequence, Detokenizer] = {}
         self._sequences: dict[int, list[Sequence]] = {}  # by the identity of their request
 
@@ -194,26 +209,38 @@ class Engine:
             raise UserError(f"the prompt has token ids outside the vocabulary of {self._vocab_size}")
         if any(token >= self._vocab_size for token, _ in request.params.logit_bias):
             raise UserError(f"logit_bias has token ids outside the vocabulary of {self._vocab_size}")
+        self._grammars.check(request.params)
         if not self._scheduler.fits(self._end(request)):
             raise UserError(
                 f"the prompt has {length} tokens and the answer up to {request.params.max_new_tokens}, more than the cache "
                 f"can hold ({self._scheduler.max_pages * PAGE} in each data-parallel shard); allow it more memory"
             )
 
-    def warm_up(self, report: Callable[[int, int], None] = lambda done, total: None) -> None:
+    def warm_up(self, report: Callable[[int, int], None] = lambda done, total: None, *, for_all: bool = False) -> None:
         """Give the cache all of its memory and compile the programs, so that no request waits for that.
-
-        Programs that return log-probabilities or process logits are compiled when a request first needs one.
 
         Args:
           report: called with the number of programs that are compiled, and of all.
+          for_all: also for requests with log-probabilities, biases, penalties or structured output. Without, their programs
+            are compiled when the first of them comes.
         """
         self._scheduler.reserve()
         batches = list(self._batches.empty_batches(self._scheduler.num_pages))
-        for done, batch in enumerate(batches):
-            report(done, len(batches))
-            jax.block_until_ready(self._dispatch([], batch))
-        report(len(batches), len(batches))
+        scored = [batch for batch in batches if batch.is_prefill]
+        programs = [functools.partial(self._dispatch, [], batch) for batch in batches]
+        if for_all:
+            programs += [functools.partial(self._dispatch, [], batch, num_scored=_NUM_SCORED) for batch in scored]
+            programs += [functools.partial(self._sample_nothing, batch) for batch in batches]
+        for done, run in enumerate(programs):
+            report(done, len(programs))
+            jax.block_until_ready(run())
+        if for_all and is_installed():
+            self._grammars.prepare()
+        self._samples_apart = for_all
+        report(len(programs), len(programs))
+
+    def _sample_nothing(self, batch: Batch) -> SampledTokens:
+        return self._sample(batch, self._dispatch([], batch, apart=True))
 
     def _end(self, request: Request) -> int:
         """Return the last position that a token of the answer may have; a prompt that is only scored has one too."""
@@ -225,7 +252,8 @@ class Engine:
         """Queue a request. Raises UserError if it fails `check`."""
         self.check(request)
         sequence = self._scheduler.add(request, self._end(request))
-        self._answers[sequence] = Detokenizer(request, self._tokenizer, sequence.end)
+        constraint = self._grammars.constraint(request.params)
+        self._answers[sequence] = Detokenizer(request, self._tokenizer, sequence.end, constraint)
         self._sequences.setdefault(id(request), []).append(sequence)
 
     def abort(self, request: Request) -> None:
@@ -240,15 +268,18 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Start the next step on the devices, and return the outputs of the step before it."""
-        before, self._in_flight = self._in_flight, None
+        (before, self._in_flight), started = (self._in_flight, None), None
         # The very first output does not wait until the program of the next step has been compiled.
         if before is None or self._has_delivered:
             schedule = self._scheduler.schedule(can_preempt=before is None)
             if schedule:
                 batch = self._batches.build(schedule, self._scheduler.num_pages)
-                self._in_flight = batch, self._dispatch(schedule, batch)
+                started = batch, self._dispatch(schedule, batch)
         self._has_delivered |= before is not None
-        return [] if before is None else list(self._deliver(*before))
+        outputs = [] if before is None else list(self._deliver(*before))
+        if started is not None:
+            self._in_flight = started[0], self._sample(*started)
+        return outputs
 
     def run(self, requests: Iterable[Request]) -> Iterator[RequestOutput]:
         """Answer the requests; outputs come as text becomes final.
@@ -277,7 +308,10 @@ class Engine:
         if not of_request:
             del self._sequences[id(sequence.request)]
 
-    def _dispatch(self, schedule: Schedule, batch: Batch) -> SampledTokens:
+    def _dispatch(
+        self, schedule: Schedule, batch: Batch, *, apart: bool = False, num_scored: int | None = None
+    ) -> SampledTokens | _ComputedStep:
+        """Start a step. Nothing is sampled if that must wait for the step before, or `apart` says so."""
         num_pages = self._scheduler.num_pages
         if self._state is None:
             self._state = self._runner.start(num_pages)
@@ -297,17 +331,43 @@ class Engine:
                 assert self._snapshots is not None
                 slot = scheduled.sequence.slot
                 self._state = self._runner.restore(self._state, self._snapshots, slot, scheduled.restored)
-        sampling = self._sampling.look_up(batch.slots_B, self._tokenizer.stop_ids)
         num_top = self._sampling.num_top(batch.slots_B)
-        num_scored = self._sampling.num_scored(batch.slots_B) if batch.is_prefill else None
-        self._state, sampled = self._runner.step(
-            self._state, batch, sampling, num_top=num_top, num_scored=num_scored, known=known
-        )
+        if batch.is_prefill and num_scored is None:
+            num_scored = self._sampling.num_scored(batch.slots_B, at_least=_NUM_SCORED if self._samples_apart else 0)
+        apart = apart or num_scored is not None or self._must_sample_apart(batch, num_top)
+        sampling = self._sampling.look_up(batch.slots_B, self._tokenizer.stop_ids, with_processors=apart)
+        started: SampledTokens | _ComputedStep
+        if apart:
+            self._state, logits = self._runner.compute(self._state, batch, sampling, num_scored=num_scored, known=known)
+            started = _ComputedStep(logits, sampling, num_top is not None)
+        else:
+            self._state, started = self._runner.step(self._state, batch, sampling, num_top=num_top, known=known)
         for scheduled in schedule:
             if scheduled.saved >= 0:
                 snapshots = self._snapshots or self._runner.start_snapshots(self._num_snapshots)
                 self._snapshots = self._runner.save(self._state, snapshots, scheduled.sequence.slot, scheduled.saved)
-        return sampled
+        return started
+
+    def _must_sample_apart(self, batch: Batch, num_top: int | None) -> bool:
+        if any(sequence is not None and sequence.is_constrained for sequence in batch.sequences):
+            return True
+        is_special = num_top is not None or self._sampling.has_processors(batch.slots_B)
+        return self._samples_apart and is_special and batch.num_steps == 1
+
+    def _sample(self, batch: Batch, started: SampledTokens | _ComputedStep) -> SampledTokens:
+        """Sample the tokens of a step, if it has not done that yet. The tokens of the step before are known."""
+        if isinstance(started, SampledTokens):
+            return started
+        assert self._state is not None
+        logits, sampling, has_logprobs = started
+        constraints: list[Constraint | None] = [None] * len(batch.sequences)
+        for row, sequence in enumerate(batch.sequences):
+            if sequence is not None and not sequence.is_finished and batch.logit_indices_BX[row, 0] >= 0:
+                constraints[row] = self._answers[sequence].constraint
+        self._state, sampled = self._runner.sample(
+            self._state, batch, logits, sampling, self._grammars.allowed(constraints), has_logprobs=has_logprobs
+        )
+        return sampled._replace(scores=logits.scores)
 
     def _deliver(self, batch: Batch, sampled: SampledTokens) -> Iterator[RequestOutput]:
         sampled = jax.device_get(sampled)
@@ -323,6 +383,8 @@ class Engine:
             logprobs = _logprobs(sampled, index, tokens, sequence.request.params.logprobs)
             output = answer.push(tokens, logprobs, sequence.num_cached_tokens)
             sequence.tokens += output.tokens
+            if answer.constraint is not None:
+                output = _constrained(output, answer.constraint)
             if output.finish_reason is not None:
                 self._release(sequence)
             yield output
@@ -331,8 +393,8 @@ class Engine:
 class Detokenizer:
     """The answer to one request: from tokens to text, and where it ends."""
 
-    def __init__(self, request: Request, tokenizer: Tokenizer, end: int):
-        self.request = request
+    def __init__(self, request: Request, tokenizer: Tokenizer, end: int, constraint: Constraint | None = None):
+        self.request, self.constraint = request, constraint
         self.max_new_tokens = min(end + 1 - len(request.prompt), request.params.max_new_tokens)
         self.num_generated = 0
         self.scores: list[TokenLogprob] = []
@@ -386,6 +448,14 @@ class Detokenizer:
             scores,
             num_cached_tokens,
         )
+
+
+def _constrained(output: RequestOutput, constraint: Constraint) -> RequestOutput:
+    """Show an output to the constraint of the answer. An answer whose parser has given up is cut, and says so."""
+    if output.finish_reason is None:
+        constraint.accept(output.tokens)
+    is_cut = output.finish_reason == "stop" and constraint.has_failed
+    return dataclasses.replace(output, finish_reason="length") if is_cut else output
 
 
 def _logprobs(sampled: SampledTokens, index: int, tokens: list[int], num_top: int | None) -> list[TokenLogprob]:

@@ -96,6 +96,11 @@ class Sequence:
         return names
 
     @property
+    def is_constrained(self) -> bool:
+        """Whether the tokens that it may sample depend on the one before, which the host must see first."""
+        return self.request.params.structured_outputs is not None
+
+    @property
     def has_begun(self) -> bool:
         """Whether a step has computed some of its tokens since it got its slot."""
         return self.num_computed_tokens > self.prefill_start

@@ -12,8 +12,8 @@ from qwen_dist.chat import make_chat
 from qwen_dist.engine.request import Request, RequestOutput, SamplingParams
 from qwen_dist.errors import UserError, printable
 from qwen_dist.json_reader import JsonError, parse_json
-from qwen_dist.openai_api import ApiRequest, make_requests, parse_body, shortened
-from qwen_dist.server.answer_parser import THINK, AnswerParser, ToolParameters, forced_beginning, tool_parameters
+from qwen_dist.openai_api import ApiRequest, begins_with_reasoning, make_requests, parse_body, shortened
+from qwen_dist.server.answer_parser import AnswerParser, ToolParameters, forced_beginning, tool_parameters
 from qwen_dist.server.errors import ApiError, invalid_request
 from qwen_dist.tokenizer import Tokenizer
 
@@ -68,7 +68,6 @@ def parse_call_body(raw: bytes, *, is_chat: bool, model: str) -> CallBody:
     if not isinstance(body, dict):
         raise ApiError(400, f"the body must be a JSON object; it is {printable(shortened(body), 100)}", "invalid_request")
     _check_model(body.get("model"), model)
-    _check_response_format(body.get("response_format"))
     try:
         return _parse(dict(body), is_chat=is_chat, model=model)
     except UserError as error:
@@ -79,12 +78,6 @@ def _check_model(name: Any, served: str) -> None:
     if isinstance(name, str) and name != served:
         message = f"there is no model {printable(repr(name), 80)}; this server has {served!r}"
         raise ApiError(404, message, "model_not_found", param="model")
-
-
-def _check_response_format(given: Any) -> None:
-    if given is not None and given != {"type": "text"}:
-        message = 'response_format: structured output is not supported yet; leave it out, or give {"type": "text"}'
-        raise ApiError(400, message, "not_supported", param="response_format")
 
 
 def _parse(body: dict[str, Any], *, is_chat: bool, model: str) -> CallBody:
@@ -230,9 +223,7 @@ def make_call(
         call.requests += requests
         call.prompt_tokens += len(requests[0].prompt)
     if body.is_chat:
-        # The last tokens of the generation prompt say whether the answer begins inside the reasoning.
-        end = tokenizer.decode(call.requests[0].prompt[-len(THINK) :], skip_special_tokens=False)
-        call.is_thinking = end.rstrip().endswith(THINK)
+        call.is_thinking = begins_with_reasoning(call.requests[0].prompt, tokenizer)
         if body.forced_tool is not None:
             _force_tool(call, body.forced_tool, tokenizer, variables)
     call.requests = [dataclasses.replace(one, key=(call, index)) for index, one in enumerate(call.requests)]

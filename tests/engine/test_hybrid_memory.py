@@ -33,7 +33,7 @@ def test_a_step_does_not_copy_the_states(phase, form, runner, monkeypatch):
     if phase == "decode":
         lowered = runner._decode.lower(*arguments, num_top=None)
     else:
-        lowered = runner._prefill.lower(*arguments, num_top=None, num_scored=None)
+        lowered = runner._prefill.lower(*arguments, num_top=None)
     assert (native.DELTA_RULE_IN_SLOTS in lowered.as_text()) == (form == "kernel")
     pool_bytes = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.states))
     assert pool_bytes > 16e6

@@ -3,12 +3,15 @@
 import concurrent.futures
 import contextlib
 import json
+import re
 import socket
 import time
+from typing import Annotated, Literal
 
 import httpx2 as httpx
 import jax
 import openai
+import pydantic
 import pytest
 from running_server import RunningServer, running_server
 
@@ -138,6 +141,24 @@ def test_choices_seeds_and_stops(client, expected):
     assert (short.choices[0].finish_reason, short.usage.completion_tokens) == ("length", 2)
 
 
+class Weather(pydantic.BaseModel):
+    city: Literal["Oslo", "Rome"]
+    degrees: Annotated[int, pydantic.Field(ge=-50, le=50)]
+
+
+def test_structured_output(client, expected):
+    wanted = {"model": "demo", "messages": chat(QUESTIONS[0])}
+    parsed = client.chat.completions.parse(**wanted, response_format=Weather).choices[0]
+    assert isinstance(parsed.message.parsed, Weather) and parsed.finish_reason == "stop"
+    chunks = list(client.chat.completions.create(**wanted, stream=True, extra_body={"guided_choice": ["maybe", "no"]}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) in ("maybe", "no")
+    free = {"structured_outputs": {"regex": "(?s:.*)"}}
+    answers = client.chat.completions.create(**wanted, logprobs=True, n=2, extra_body=free).choices
+    assert [choice.message.content for choice in answers] == [expected[0].text] * 2
+    of_text = client.completions.create(model="demo", prompt=["a", "b"], extra_body={"guided_regex": "[xy]{3}"}, n=2)
+    assert all(re.fullmatch("[xy]{3}", choice.text) for choice in of_text.choices) and len(of_text.choices) == 4
+
+
 def test_a_prompt_that_begins_like_an_earlier_one_is_read_from_the_cache(server, client):
     prompt = [5 + number % 200 for number in range(150)]
     before = server.metric("cached_tokens_total")
@@ -188,7 +209,9 @@ WRONG_CHATS = [
     (OK | {"logit_bias": {"100000": 1}}, "logit_bias"), (OK | {"logprobs": 3}, "logprobs"),
     (OK | {"top_logprobs": 2}, "top_logprobs"), (OK | {"logprobs": True, "top_logprobs": 21}, "logprobs"),
     (OK | {"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
-    (OK | {"response_format": {"type": "json_object"}}, "response_format"),
+    (OK | {"response_format": {"type": "json"}}, "response_format"),
+    (OK | {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, None),
+    (OK | {"structured_outputs": {"regex": 3}}, "structured_outputs"), (OK | {"guided_regex": "("}, None),
     (OK | {"response_format": 3}, "response_format"), (OK | {"tools": 3}, "tools"), (OK | {"tools": [3]}, "tools"),
     (OK | {"tools": [{}]}, "tools"), (OK | {"tool_choice": "required"}, "tool_choice"),
     (OK | {"tool_choice": 3, "tools": [{"function": {"name": "a"}}]}, "tool_choice"),
@@ -253,8 +276,8 @@ def test_wrong_bodies_are_answered_one_by_one_with_what_is_wrong(server):
 
 
 def test_a_client_gets_errors_of_its_own_classes(client):
-    with pytest.raises(openai.BadRequestError, match="response_format: structured output is not supported yet"):
-        client.chat.completions.create(model="demo", messages=chat("a"), response_format={"type": "json_object"})
+    with pytest.raises(openai.BadRequestError, match="the regular expression for structured output cannot be used"):
+        client.chat.completions.create(model="demo", messages=chat("a"), extra_body={"guided_regex": "("})
     with pytest.raises(openai.NotFoundError, match="this server has 'demo'"):
         client.chat.completions.create(model="other", messages=chat("a"))
 
@@ -338,4 +361,4 @@ def test_the_server_has_written_only_what_it_should(server: RunningServer):
     """The last test of the module: no traceback, no line for each wrong request."""
     lines = server.stderr.read_text().splitlines()
     assert lines[0].startswith("loading ") and lines[-1].startswith("ready: demo at http://127.0.0.1:")
-    assert [line for line in lines if line.startswith("compiling: ")][-1] == "compiling: 7 of 7 programs"
+    assert [line for line in lines if line.startswith("compiling: ")][-1] == "compiling: 17 of 17 programs"
