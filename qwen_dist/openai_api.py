@@ -94,7 +94,7 @@ def _parse_chat(body: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
 def _parse_completion(body: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     """Parse a text to complete. With `echo`, the result's text and log-probabilities include the prompt."""
     prompt, echo, logprobs = body.get("prompt"), body.get("echo") or False, body.get("logprobs")
-    if not isinstance(prompt, str) and not _are_tokens(prompt):
+    if not isinstance(prompt, str) and not are_tokens(prompt):
         problems.append(f"prompt must be a string or a list of token ids; got {shortened(prompt)}")
     if not isinstance(echo, bool):
         problems.append(f"echo must be true or false; got {shortened(echo)}")
@@ -175,9 +175,10 @@ def _forms(name: str, value: Any) -> Mapping[str, Any]:
         return value if isinstance(value, dict) else {}
     if value == {"type": "json_object"}:
         return {"json_object": True}
-    named = value.get("json_schema") if isinstance(value, dict) and value.get("type") == "json_schema" else None
+    is_schema = isinstance(value, dict) and value.get("type") == "json_schema" and len(value) == 2
+    named = value.get("json_schema") if is_schema else None
     is_known = isinstance(named, dict) and named.keys() <= {"name", "description", "schema", "strict"}
-    return {"json": named.get("schema")} if is_known and len(value) == 2 else {}
+    return {"json": named["schema"]} if is_known and "schema" in named else {}
 
 
 def _is_number(value: Any) -> bool:
@@ -192,7 +193,7 @@ def _is_count(value: Any) -> bool:
     return is_integer(value) and value >= 0
 
 
-def _are_tokens(value: Any) -> bool:
+def are_tokens(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0 and all(map(_is_count, value))
 
 
@@ -311,6 +312,7 @@ def make_requests(
         prompt = tokenizer.encode_prompt(chat, max_context)
         params = params.override({"stop_token_ids": tokenizer.chat_stop_ids})
         if params.structured_outputs is not None and begins_with_reasoning(prompt, tokenizer):
+            assert isinstance(params.structured_outputs, StructuredOutputs)
             structured = dataclasses.replace(params.structured_outputs, after=END_THINK)
             params = params.override({"structured_outputs": structured})
     return [Request(key(index), tuple(prompt), params.with_seed_of_choice(index)) for index in range(request.num_choices)]

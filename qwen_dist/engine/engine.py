@@ -10,7 +10,8 @@ import dataclasses
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from qwen_dist.engine.runner import DecodeState, Runner, SampledTokens, Sampling
 from qwen_dist.engine.scheduler import POLICIES, Schedule, Scheduler
 from qwen_dist.engine.sequence import Sequence
 from qwen_dist.engine.structured_output import Constraint, Grammars, is_installed
-from qwen_dist.errors import UsageError, UserError
+from qwen_dist.errors import UsageError, UserError, printable
 from qwen_dist.models.state import States, page_bytes, slot_bytes
 from qwen_dist.models.state_spec import LayerStateSpec, cache_groups
 from qwen_dist.ops.paged_cache import MAX_ENTRIES, PAGE
@@ -107,6 +108,7 @@ class Engine:
         sliding windows have no prefix cache.
       snapshot_fraction: the part of the cache that may hold snapshots of recurrent layers' states, which the prefix cache
         of such a model needs.
+      adapters: of a model with stacked adapters, the factors of each by its name (`checkpoint.adapter_layers`).
 
     Raises:
       UsageError: an argument is out of range, or the cache cannot hold a page.
@@ -124,6 +126,7 @@ class Engine:
         policy: str = "throughput",
         prefix_cache: bool = True,
         snapshot_fraction: float = 0.2,
+        adapters: Mapping[str, np.ndarray] = types.MappingProxyType({}),
     ):
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
@@ -168,6 +171,7 @@ class Engine:
         self._in_flight: tuple[Batch, SampledTokens] | None = None
         self._has_delivered = False
         self._samples_apart = False  # whether what few requests want is sampled by the program that `warm_up` has compiled
+        self._adapters = dict(adapters)
         self._grammars = Grammars(tokenizer, model.config.vocab_size)
         self._answers: dict[Sequence, Detokenizer] = {}
         self._sequences: dict[int, list[Sequence]] = {}  # by the identity of their request
@@ -209,6 +213,9 @@ class Engine:
             raise UserError(f"the prompt has token ids outside the vocabulary of {self._vocab_size}")
         if any(token >= self._vocab_size for token, _ in request.params.logit_bias):
             raise UserError(f"logit_bias has token ids outside the vocabulary of {self._vocab_size}")
+        if request.adapter and request.adapter not in self._adapters:
+            known = ", ".join(self._adapters) or "none"
+            raise UserError(f"there is no adapter {printable(request.adapter, 60)}; there is {printable(known)}")
         self._grammars.check(request.params)
         if not self._scheduler.fits(self._end(request)):
             raise UserError(
@@ -227,7 +234,7 @@ class Engine:
         self._scheduler.reserve()
         batches = list(self._batches.empty_batches(self._scheduler.num_pages))
         scored = [batch for batch in batches if batch.is_prefill]
-        programs = [functools.partial(self._dispatch, [], batch) for batch in batches]
+        programs: list[Callable[[], Any]] = [functools.partial(self._dispatch, [], batch) for batch in batches]
         if for_all:
             programs += [functools.partial(self._dispatch, [], batch, num_scored=_NUM_SCORED) for batch in scored]
             programs += [functools.partial(self._sample_nothing, batch) for batch in batches]
@@ -240,11 +247,13 @@ class Engine:
         report(len(programs), len(programs))
 
     def _sample_nothing(self, batch: Batch) -> SampledTokens:
-        return self._sample(batch, self._dispatch([], batch, apart=True))
+        return self._sample(batch, self._dispatch([], batch, apart=True, known=[(0, [0])]))
 
     def _end(self, request: Request) -> int:
         """Return the last position that a token of the answer may have; a prompt that is only scored has one too."""
         length, params = len(request.prompt), request.params
+        if request.is_embedding:
+            return length
         ends = (length + max(1, params.max_new_tokens), max(params.max_length or self.max_context, length + 1))
         return min(*ends, self.max_context) - 1
 
@@ -309,16 +318,25 @@ class Engine:
             del self._sequences[id(sequence.request)]
 
     def _dispatch(
-        self, schedule: Schedule, batch: Batch, *, apart: bool = False, num_scored: int | None = None
+        self,
+        schedule: Schedule,
+        batch: Batch,
+        *,
+        apart: bool = False,
+        num_scored: int | None = None,
+        known: Iterable[tuple[int, list[int]]] = (),
     ) -> SampledTokens | _ComputedStep:
-        """Start a step. Nothing is sampled if that must wait for the step before, or `apart` says so."""
+        """Start a step. Nothing is sampled if that must wait for the step before, or `apart` says so.
+
+        `num_scored` and `known` are those of `Runner.compute`, where the batch has no sequences.
+        """
         num_pages = self._scheduler.num_pages
         if self._state is None:
             self._state = self._runner.start(num_pages)
         elif num_pages != self._num_pages:
             self._state = self._runner.resize(self._state, num_pages)
         self._num_pages = num_pages
-        known: list[tuple[int, list[int]]] = []
+        known = list(known)
         if batch.is_prefill:
             for row, sequence in enumerate(batch.sequences):
                 if sequence is None:
@@ -336,20 +354,33 @@ class Engine:
             num_scored = self._sampling.num_scored(batch.slots_B, at_least=_NUM_SCORED if self._samples_apart else 0)
         apart = apart or num_scored is not None or self._must_sample_apart(batch, num_top)
         sampling = self._sampling.look_up(batch.slots_B, self._tokenizer.stop_ids, with_processors=apart)
+        adapters_BR = self._adapters_of_rows(batch)
         started: SampledTokens | _ComputedStep
         if apart:
-            self._state, logits = self._runner.compute(self._state, batch, sampling, num_scored=num_scored, known=known)
+            self._state, logits = self._runner.compute(
+                self._state, batch, sampling, num_scored=num_scored, known=known, adapters_BR=adapters_BR
+            )
             started = _ComputedStep(logits, sampling, num_top is not None)
         else:
-            self._state, started = self._runner.step(self._state, batch, sampling, num_top=num_top, known=known)
+            self._state, started = self._runner.step(
+                self._state, batch, sampling, num_top=num_top, known=known, adapters_BR=adapters_BR
+            )
         for scheduled in schedule:
             if scheduled.saved >= 0:
                 snapshots = self._snapshots or self._runner.start_snapshots(self._num_snapshots)
                 self._snapshots = self._runner.save(self._state, snapshots, scheduled.sequence.slot, scheduled.saved)
         return started
 
+    def _adapters_of_rows(self, batch: Batch) -> np.ndarray | None:
+        if not self._adapters:
+            return None
+        none = np.zeros_like(next(iter(self._adapters.values())))
+        names = ["" if sequence is None else sequence.request.adapter for sequence in batch.sequences]
+        return np.stack([self._adapters.get(name, none) for name in names])
+
     def _must_sample_apart(self, batch: Batch, num_top: int | None) -> bool:
-        if any(sequence is not None and sequence.is_constrained for sequence in batch.sequences):
+        requests = [sequence.request for sequence in batch.sequences if sequence is not None]
+        if any(request.is_embedding or request.params.structured_outputs is not None for request in requests):
             return True
         is_special = num_top is not None or self._sampling.has_processors(batch.slots_B)
         return self._samples_apart and is_special and batch.num_steps == 1
@@ -367,7 +398,8 @@ class Engine:
         self._state, sampled = self._runner.sample(
             self._state, batch, logits, sampling, self._grammars.allowed(constraints), has_logprobs=has_logprobs
         )
-        return sampled._replace(scores=logits.scores)
+        has_embedding = any(sequence is not None and sequence.request.is_embedding for sequence in batch.sequences)
+        return sampled._replace(scores=logits.scores, hidden_BD=logits.hidden_BD if has_embedding else None)
 
     def _deliver(self, batch: Batch, sampled: SampledTokens) -> Iterator[RequestOutput]:
         sampled = jax.device_get(sampled)
@@ -379,6 +411,11 @@ class Engine:
             if batch.is_prefill:
                 answer.score(sampled, index, int(batch.positions_BT[index, 0]))
             if not tokens:
+                continue
+            if sequence.request.is_embedding:
+                assert sampled.hidden_BD is not None
+                self._release(sequence)
+                yield _embedding(sequence, sampled.hidden_BD[index])
                 continue
             logprobs = _logprobs(sampled, index, tokens, sequence.request.params.logprobs)
             output = answer.push(tokens, logprobs, sequence.num_cached_tokens)
@@ -448,6 +485,13 @@ class Detokenizer:
             scores,
             num_cached_tokens,
         )
+
+
+def _embedding(sequence: Sequence, hidden_D: Any) -> RequestOutput:
+    embedding = tuple(np.asarray(hidden_D, np.float32).tolist())
+    return RequestOutput(
+        sequence.request, "", (), 0, "stop", num_cached_tokens=sequence.num_cached_tokens, embedding=embedding
+    )
 
 
 def _constrained(output: RequestOutput, constraint: Constraint) -> RequestOutput:

@@ -74,11 +74,14 @@ class ProcessorArrays(NamedTuple):
 
 
 _NO_PROCESSORS = ProcessorArrays(
-    *(np.zeros(1, np.int32) for _ in range(3)),
-    *(np.zeros(1, np.float32) for _ in range(2)),
-    np.zeros((1, 0, 1), np.int32),
-    np.zeros((1, 0), np.float32),
-    np.zeros((1, 0), np.int32),
+    prompt_length=np.zeros(1, np.int32),
+    min_length=np.zeros(1, np.int32),
+    ngram_size=np.zeros(1, np.int32),
+    frequency_penalty=np.zeros(1, np.float32),
+    presence_penalty=np.zeros(1, np.float32),
+    sequences=np.zeros((1, 0, 1), np.int32),
+    bias=np.zeros((1, 0), np.float32),
+    until=np.zeros((1, 0), np.int32),
 )
 
 

@@ -36,7 +36,7 @@ class StructuredOutputs:
     after: str = ""
 
     def __post_init__(self) -> None:
-        forms = {"json": self.json, "json_object": self.json_object or None}
+        forms: dict[str, Any] = {"json": self.json, "json_object": self.json_object or None}
         forms |= {"regex": self.regex, "choice": self.choice, "grammar": self.grammar}
         given = [name for name, form in forms.items() if form is not None]
         if len(given) != 1:
@@ -165,11 +165,20 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One prompt, as token ids, and how to continue it. `key` is the caller's name for it."""
+    """One prompt, as token ids, and how to continue it.
+
+    Attributes:
+      key: the caller's name for it.
+      prompt, params: see above.
+      adapter: the name of the adapter that it uses; empty for none.
+      is_embedding: return the hidden state of the prompt's last token, and no answer.
+    """
 
     key: Any
     prompt: tuple[int, ...]
     params: SamplingParams
+    adapter: str = ""
+    is_embedding: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +201,7 @@ class RequestOutput:
         the text; "length" after max_new_tokens or at the end of the context.
       prompt_logprobs: with the last output, if the request wants them.
       num_cached_tokens: of the prompt, those whose states were in the prefix cache and were not computed again.
+      embedding: the last layer's normalised output at the prompt's last token, if the request is for an embedding.
     """
 
     request: Request
@@ -202,3 +212,4 @@ class RequestOutput:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     num_cached_tokens: int = 0
+    embedding: tuple[float, ...] = ()

@@ -29,6 +29,7 @@ from qwen_dist.models.state import States, StepIndices, constrain_states, empty_
 from qwen_dist.models.state_spec import RecurrentSpec
 from qwen_dist.models.transformer import Transformer, state_specs
 from qwen_dist.ops import slots
+from qwen_dist.ops.adapter_rows import adapter_factors
 from qwen_dist.ops.loop import bounded_loop
 from qwen_dist.ops.paged_cache import MAX_ENTRIES, PageIndices
 from qwen_dist.sharding import constrain, use_sharding
@@ -72,22 +73,26 @@ class SamplingBatch(NamedTuple):
 
 
 class StepArrays(NamedTuple):
-    """`batch.Batch`, without what only the host needs; for decode without tokens, which the devices have."""
+    """`batch.Batch`, without what only the host needs; for decode without tokens, which the devices have.
+
+    `adapters_BR` has the factors of `ops.adapter_rows`, in an engine with adapters.
+    """
 
     tokens_BT: jax.Array | np.ndarray | None
     positions_BT: jax.Array | np.ndarray
     next_tokens_BT: jax.Array | np.ndarray | None
     num_steps: jax.Array | np.ndarray
     indices: StepIndices
+    adapters_BR: jax.Array | np.ndarray | None = None
 
     @classmethod
-    def of(cls, batch: Batch) -> StepArrays:
+    def of(cls, batch: Batch, adapters_BR: np.ndarray | None = None) -> StepArrays:
         pages = tuple(PageIndices(*arrays) for arrays in batch.pages)
         num_steps = np.array(batch.num_steps, np.int32)
         if not batch.is_prefill:
-            return cls(None, batch.positions_BT, None, num_steps, StepIndices(batch.slots_B, pages))
+            return cls(None, batch.positions_BT, None, num_steps, StepIndices(batch.slots_B, pages), adapters_BR)
         indices = StepIndices(batch.slots_B, pages, batch.logit_indices_BX, batch.continues_B)
-        return cls(batch.tokens_BT, batch.positions_BT, batch.next_tokens_BT, num_steps, indices)
+        return cls(batch.tokens_BT, batch.positions_BT, batch.next_tokens_BT, num_steps, indices, adapters_BR)
 
 
 LogProbs = tuple[jax.Array, jax.Array, jax.Array]
@@ -114,12 +119,14 @@ class StepLogits(NamedTuple):
 class SampledTokens(NamedTuple):
     """The tokens of each step [S, B], -1 where there is none, and if asked for their `log_probabilities`.
 
-    `scores` are those of the token after each token of a prompt [B, T], if asked for.
+    `scores` are those of the token after each token of a prompt [B, T], `hidden_BD` the hidden states before the tokens, if
+    asked for.
     """
 
     tokens_SB: jax.Array
     logprobs: LogProbs | None
     scores: LogProbs | None = None
+    hidden_BD: jax.Array | None = None
 
 
 class Runner:
@@ -182,6 +189,7 @@ class Runner:
         *,
         num_top: int | None,
         known: Collection[tuple[int, list[int]]] = (),
+        adapters_BR: np.ndarray | None = None,
     ) -> tuple[DecodeState, SampledTokens]:
         """Compute a step and sample the tokens that follow.
 
@@ -191,11 +199,12 @@ class Runner:
           sampling: of each row's sequence.
           num_top: how many alternatives' log-probabilities to return; None for no log-probabilities at all.
           known: slots with the tokens before those that prefill computes, because their layers' states exist.
+          adapters_BR: the factors of each row's adapter, in an engine with adapters.
         """
         state = self._prepare(state, sampling, known)
         history_ML = state.history_ML if sampling.processors is None else None
         state = state if history_ML is None else state._replace(history_ML=None)
-        arguments = self._model.parameters, state, StepArrays.of(batch), sampling
+        arguments = self._model.parameters, state, StepArrays.of(batch, adapters_BR), sampling
         if batch.is_prefill:
             state, sampled = self._prefill(*arguments, num_top=num_top)
         else:
@@ -210,6 +219,7 @@ class Runner:
         *,
         num_scored: int | None = None,
         known: Collection[tuple[int, list[int]]] = (),
+        adapters_BR: np.ndarray | None = None,
     ) -> tuple[DecodeState, StepLogits]:
         """Compute a step, of which decode has one token, and sample nothing.
 
@@ -217,7 +227,7 @@ class Runner:
         the prompts, None for none at all.
         """
         state = self._prepare(state, sampling, known)
-        arguments = self._model.parameters, state._replace(history_ML=None), StepArrays.of(batch)
+        arguments = self._model.parameters, state._replace(history_ML=None), StepArrays.of(batch, adapters_BR)
         computed, logits = self._compute(*arguments, num_scored=num_scored)
         return computed._replace(history_ML=state.history_ML), logits
 
@@ -242,8 +252,8 @@ class Runner:
           has_logprobs: whether any row wants log-probabilities; there are those of `MAX_TOP_LOGPROBS` alternatives.
         """
         without = state._replace(states=())  # the layers' states have no part in it
-        arguments = without, StepArrays.of(batch), logits, sampling, allowed_BW, np.array(has_logprobs)
-        sampled_state, sampled = self._sample_full(*arguments)
+        arguments = StepArrays.of(batch), logits._replace(scores=None), sampling, allowed_BW, np.array(has_logprobs)
+        sampled_state, sampled = self._sample_full(without, *arguments)
         if not has_logprobs:
             sampled = sampled._replace(logprobs=None)
         return sampled_state._replace(states=state.states), sampled
@@ -333,7 +343,7 @@ class Runner:
     # --- programs ---
 
     def _run_prefill(self, parameters, state, step, sampling, *, num_top):  # type: ignore[no-untyped-def]
-        with use_sharding(self._model.sharding_ctx):
+        with use_sharding(self._model.sharding_ctx), adapter_factors(step.adapters_BR):
             module = with_parameters(self._model.module, parameters)
             state, logits = self._compute_prefill(module, state, step, None)
             if sampling.processors is not None:
@@ -343,7 +353,7 @@ class Runner:
             return state, self._replicated(sampled)
 
     def _run_decode(self, parameters, state, step, sampling, *, num_top):  # type: ignore[no-untyped-def]
-        with use_sharding(self._model.sharding_ctx):
+        with use_sharding(self._model.sharding_ctx), adapter_factors(step.adapters_BR):
             module = with_parameters(self._model.module, parameters)
             slots_B = step.indices.slots_B
 
@@ -363,7 +373,7 @@ class Runner:
             return state, self._replicated(sampled)
 
     def _run_compute(self, parameters, state, step, *, num_scored):  # type: ignore[no-untyped-def]
-        with use_sharding(self._model.sharding_ctx):
+        with use_sharding(self._model.sharding_ctx), adapter_factors(step.adapters_BR):
             module = with_parameters(self._model.module, parameters)
             if step.tokens_BT is None:
                 state, logits = self._compute_decode(module, state, step, jnp.int32(0))
@@ -388,9 +398,8 @@ class Runner:
             sampled = SampledTokens(tokens_B[None], jax.tree.map(lambda x: x[None], logprobs))
             return state, self._replicated(sampled)
 
-    def _compute_prefill(
-        self, module: Transformer, state: DecodeState, step: StepArrays, num_scored: int | None
-    ) -> tuple[DecodeState, StepLogits]:
+    def _compute_prefill(self, module, state, step, num_scored):  # type: ignore[no-untyped-def]
+        """Return the state and the `StepLogits` of chunks of prompts."""
         index_BX, slots_B = step.indices.logit_indices_BX, step.indices.slots_B
         # A scored prompt needs all hidden states; otherwise the last layer leaves most of them out.
         indices = step.indices if num_scored is None else step.indices._replace(logit_indices_BX=None)
@@ -403,10 +412,8 @@ class Runner:
         logits = StepLogits(logits_BV, last_BXD[:, 0], next_B, index_BX[:, 0] >= 0, scores)
         return state._replace(states=states, token_presence_MV=presence_MV), logits
 
-    def _compute_decode(
-        self, module: Transformer, state: DecodeState, step: StepArrays, index: jax.Array
-    ) -> tuple[DecodeState, StepLogits]:
-        """Compute the token number `index` of a dispatch."""
+    def _compute_decode(self, module, state, step, index):  # type: ignore[no-untyped-def]
+        """Return the state and the `StepLogits` of the token number `index` of a dispatch."""
         slots_B = step.indices.slots_B
         is_running_B = self._is_running(state, slots_B)
         positions_B = jnp.where(is_running_B, step.positions_BT[:, 0] + index, -1)
@@ -419,7 +426,7 @@ class Runner:
     def _is_running(self, state: DecodeState, slots_B: jax.Array) -> jax.Array:
         return (slots_B < self._num_slots) & ~state.finished_M[jnp.minimum(slots_B, self._num_slots - 1)]
 
-    def _with_history(self, state: DecodeState, step: StepArrays) -> DecodeState:
+    def _with_history(self, state, step):  # type: ignore[no-untyped-def]
         """Add chunks of prompts to the history."""
         chunks = step.indices.slots_B, step.tokens_BT, step.positions_BT
         return state._replace(history_ML=logits_processors.add_chunks(state.history_ML, *chunks))

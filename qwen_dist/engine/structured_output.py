@@ -1,7 +1,7 @@
 """Structured output: which tokens may come next, so that an answer gets the form that its request asks for. No jax.
 
-llguidance parses the answer so far with a schema, a regular expression or a grammar, and says for each token of the vocabulary
-whether the text with it can still be completed.
+llguidance parses the answer so far with a schema, a regular expression or a grammar, and says for each token of the
+vocabulary whether the text with it can still be completed.
 
 Letters: B rows, W words of 32 tokens each.
 """
@@ -97,9 +97,10 @@ class Grammars:
         end = self._tokenizer.eos_token_id
         for row, constraint in rows:
             may_end = constraint.has_begun and bool(bits_BW[row, end // 32] >> (end % 32) & 1)
-            for stop in constraint.stop_ids:
-                bit = np.uint32(1 << stop % 32)
-                bits_BW[row, stop // 32] = bits_BW[row, stop // 32] | bit if may_end else bits_BW[row, stop // 32] & ~bit
+            for stop in constraint.stop_ids | {end}:
+                word, bit = stop // 32, np.uint32(1 << stop % 32)
+                is_allowed = may_end and stop in constraint.stop_ids
+                bits_BW[row, word] = bits_BW[row, word] | bit if is_allowed else bits_BW[row, word] & ~bit
         return bits_BW
 
     def _token_after(self, wanted: StructuredOutputs) -> int | None:
@@ -157,7 +158,13 @@ class _Vocabulary:
         self.tokens = [tokenizer.token_bytes(id) for id in range(vocab_size)]
         special = {id for id in range(vocab_size) if tokenizer.is_special(id)}
         self.special_token_ids = sorted(special | tokenizer.stop_ids | {tokenizer.eos_token_id})
+        self._of_bytes = {token: id for id, token in enumerate(self.tokens) if len(token) == 1 and id not in special}
 
-    def __call__(self, text: bytes | str) -> list[int]:
-        text = text if isinstance(text, str) else text.decode("utf-8", "replace")
-        return self._tokenizer.encode(text, add_special_tokens=False)
+    def __call__(self, text: str) -> list[int]:
+        """Return the tokens of a text that must come next.
+
+        They are those of the tokenizer unless these have other bytes: it normalises texts and finds special tokens in them.
+        """
+        ids, wanted = self._tokenizer.encode(text, add_special_tokens=False), text.encode()
+        is_exact = not set(ids) & set(self.special_token_ids) and b"".join(self.tokens[id] for id in ids) == wanted
+        return ids if is_exact else [self._of_bytes[wanted[n : n + 1]] for n in range(len(wanted))]

@@ -20,7 +20,7 @@ from qwen_dist.tokenizer import Tokenizer
 
 # Two pages and a bit, so that the prefix cache would mix the adapters up if it could.
 PROMPT = tuple(np.random.default_rng(3).integers(0, 331, 140).tolist())
-PROMPTS = [PROMPT, PROMPT[:130] + (5, 6, 7), PROMPT[:20]]
+PROMPTS = [PROMPT, (*PROMPT[:130], 5, 6, 7), PROMPT[:20]]
 PARAMS = SamplingParams(max_new_tokens=16)
 # Rank, alpha, rsLoRA, and the ends of the layers' names.
 KINDS = {

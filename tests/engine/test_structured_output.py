@@ -158,6 +158,21 @@ def test_what_forbids_nothing_changes_nothing(llm):
             assert [entry.top[0][0] for entry in one.logprobs] == [entry.top[0][0] for entry in other.logprobs]
 
 
+def test_a_warm_engine_compiles_nothing_for_any_kind_of_request(make_engine):
+    engine = make_engine(max_batch_size=2)
+    engine.warm_up(for_all=True)
+    runner = engine._runner
+    programs = [runner._prefill, runner._decode, runner._compute, runner._sample_full]
+    before = [program._cache_size() for program in programs]
+    assert before == [3, 2, 8, 5]
+    kinds = [{}, {"logprobs": 3}, {"presence_penalty": 1.0}, {"logit_bias": ((7, 5.0),), "logprobs": 0}]
+    kinds += [{"prompt_logprobs": 2, "logprobs": 2}, {"structured_outputs": {"choice": ["a", "b"]}}]
+    kinds += [{"structured_outputs": {"regex": "a+"}, "logprobs": 20, "min_new_tokens": 3, "repetition_penalty": 1.2}]
+    for prompt in PROMPTS[:3]:
+        answers(engine, [(prompt, SamplingParams(max_new_tokens=5, **kind)) for kind in kinds])
+    assert [program._cache_size() for program in programs] == before
+
+
 def test_an_answer_that_is_cut_says_so(engine):
     ((text, reason, tokens),) = answers(engine, [(PROMPTS[0], structured({"json": SCHEMA}, max_new_tokens=3))])
     assert (reason, len(tokens)) == ("length", 3) and text
@@ -277,10 +292,17 @@ def random_answer(grammars: Grammars, tokenizer: Tokenizer, form, draw: random.R
         dense = [token for token in allowed.tolist() if tokenizer.token_bytes(token).strip()] or allowed.tolist()
         token = draw.choice(dense)
         if token in tokenizer.stop_ids:
-            assert not constraint.has_failed
+            assert not constraint.has_failed, constraint.matcher.get_error()
             return b"".join(map(tokenizer.token_bytes, tokens)).decode()
         tokens.append(token)
         constraint.accept([token])
+
+
+@pytest.mark.parametrize("text", ["e\u0301", "é", "<|im_end|>", "<think>", "a\u212b日"])
+def test_texts_that_the_tokenizer_changes_are_written_as_they_are(tokenizer, text):
+    """It composes accents, and has tokens for some of these texts which are no text, or another one."""
+    answer = random_answer(Grammars(tokenizer, 344), tokenizer, {"choice": [text]}, random.Random(0))
+    assert answer == text
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
