@@ -20,6 +20,7 @@ from qwen_dist.openai_api import (
     CHAT_FIELDS,
     CHAT_URL,
     SAMPLING_PARAMS,
+    STRUCTURED_FIELDS,
     TEXT_URL,
     ApiRequest,
     Choice,
@@ -29,6 +30,7 @@ from qwen_dist.openai_api import (
     is_integer,
     parse_body,
     parse_params,
+    parse_structured_outputs,
     shortened,
     token_usage,
 )
@@ -126,7 +128,7 @@ def _parse_record(row: Row, number: int, format: LineFormat) -> BatchRecord | In
 
 
 def _parse_plain(fields: Mapping[str, Any], problems: list[str]) -> ApiRequest:
-    allowed = ["prompt", "messages", *CHAT_FIELDS, *SAMPLING_PARAMS]
+    allowed = ["prompt", "messages", *CHAT_FIELDS, *SAMPLING_PARAMS, *STRUCTURED_FIELDS]
     unknown = sorted(fields.keys() - set(allowed))
     if unknown:
         problems.append(f"unknown {printable(', '.join(unknown), 100)}; allowed are id, {', '.join(allowed)}")
@@ -138,6 +140,7 @@ def _parse_plain(fields: Mapping[str, Any], problems: list[str]) -> ApiRequest:
     if messages is not None:
         check_messages(messages, problems)
     params = parse_params(fields, {name: name for name in SAMPLING_PARAMS}, problems)
+    params |= parse_structured_outputs(fields, problems)
     return ApiRequest(params, prompt, messages, fields.get("tools"), fields.get("chat_template_kwargs"))
 
 

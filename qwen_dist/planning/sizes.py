@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 
+from qwen_dist.checkpoint.adapter_layers import linear_layers
 from qwen_dist.models.config import LayerConfig, ModelConfig
 from qwen_dist.models.layers import Linear
 from qwen_dist.models.parameters import abstract_parameters
@@ -13,7 +14,7 @@ from qwen_dist.models.transformer import Block, Transformer, layer_cost
 from qwen_dist.ops.cost import LayerCost, Step
 from qwen_dist.planning.workload import Workload
 from qwen_dist.sharding import ShardingContext
-from qwen_dist.train.lora import attach_lora, linear_layers
+from qwen_dist.train.lora import attach_lora
 
 
 @dataclasses.dataclass(frozen=True)
