@@ -79,11 +79,18 @@ class Inference:
         self.runner, self.parameters = Runner(model, SLOTS, STEPS), model.parameters
         self.state = self.runner._abstract_state((PAGES,))
 
-    def prefill(self, num_top=None, num_scored=None, processors=None):
+    def prefill(self, num_top=None, processors=None):
         step = self.runner._abstract_step(ROWS, CHUNK, 1, (PAGES,), is_prefill=True)
         state, sampling = self.sampled(ROWS, processors)
-        options = {"num_top": num_top, "num_scored": num_scored}
-        return self.runner._prefill, (self.parameters, state, step, sampling), options
+        return self.runner._prefill, (self.parameters, state, step, sampling), {"num_top": num_top}
+
+    def score(self, num_scored=5):
+        """A prefill step that samples nothing and scores the tokens of the prompts."""
+        step = self.runner._abstract_step(ROWS, CHUNK, 1, (PAGES,), is_prefill=True)
+        state = self.state
+        slots = state.last_tokens_M, state.finished_M
+        arguments = self.parameters, state.states, state.token_presence_MV, slots, step
+        return self.runner._compute, arguments, {"num_scored": num_scored}
 
     def decode(self, num_top=None, processors=None):
         step = self.runner._abstract_step(SLOTS, 1, 2, (PAGES,), is_prefill=False)
@@ -120,7 +127,7 @@ class Inference:
 PROGRAMS = {
     "prefill": Inference.prefill,
     "decode": Inference.decode,
-    "prefill with scores": functools.partial(Inference.prefill, num_top=5, num_scored=5),
+    "prefill with scores": Inference.score,
     "decode with log-probabilities and processors": functools.partial(Inference.decode, num_top=5, processors=True),
     "known tokens": Inference.known,
     "resize": Inference.resize,
