@@ -35,7 +35,6 @@ class Setting:
 
 
 _GPU_TIPS = "https://docs.nvidia.com/jax-toolbox/performance-profiling/gpu-performance"
-_MAXTEXT = "https://github.com/AI-Hypercomputer/maxtext/blob/main/benchmarks/xla_flags_library.py"
 
 _MEMORY = Setting(
     "environment",
@@ -65,16 +64,6 @@ _GPU_OVERLAP = Setting(
     "true",
     "collectives run while something else is computed",
     _GPU_TIPS,
-)
-_TPU_OVERLAP = tuple(
-    Setting("compiler", name, "true", reason, _MAXTEXT)
-    for name, reason in {
-        "xla_tpu_enable_async_collective_fusion": "collectives run in the steps of a computation, not between two",
-        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "the same for the all-gathers of weights over fsdp",
-        "xla_tpu_enable_async_collective_fusion_multiple_steps": "a collective may run beside several computations",
-        "xla_tpu_overlap_compute_collective_tc": "a collective and a computation share the tensor core",
-        "xla_enable_async_all_gather": "an all-gather starts before its result is needed",
-    }.items()
 )
 
 
@@ -111,11 +100,7 @@ def settings(platform: str, dtype: str) -> tuple[Setting, ...]:
 
 def compiler_settings(platform: str, num_devices: int, phase: str) -> tuple[Setting, ...]:
     """Return the options of the compiler for the programs of a phase, "train" or "inference"."""
-    if num_devices == 1:
-        return ()
-    if platform == "tpu":
-        return _TPU_OVERLAP if phase == "train" else ()
-    return (_GPU_OVERLAP,) if platform in ("gpu", "cuda") else ()
+    return (_GPU_OVERLAP,) if platform == "gpu" and num_devices > 1 else ()
 
 
 def compiler_options(platform: str, num_devices: int, phase: str) -> dict[str, bool] | None:
