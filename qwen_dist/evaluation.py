@@ -70,7 +70,8 @@ class EvaluatedLLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of each text, in windows without overlap that fit the context."""
-        windows, owners = [], []
+        windows: list[Any] = []
+        owners: list[int] = []
         for owner, (text,) in enumerate(request.args for request in requests):
             of_text = get_rolling_token_windows(
                 token_list=self.tok_encode(text),

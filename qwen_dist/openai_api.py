@@ -176,9 +176,10 @@ def _forms(name: str, value: Any) -> Mapping[str, Any]:
     if value == {"type": "json_object"}:
         return {"json_object": True}
     is_schema = isinstance(value, dict) and value.get("type") == "json_schema" and len(value) == 2
-    named = value.get("json_schema") if is_schema else None
-    is_known = isinstance(named, dict) and named.keys() <= {"name", "description", "schema", "strict"}
-    return {"json": named["schema"]} if is_known and "schema" in named else {}
+    named = value["json_schema"] if is_schema and "json_schema" in value else None
+    if not isinstance(named, dict) or not named.keys() <= {"name", "description", "schema", "strict"}:
+        return {}
+    return {"json": named.get("schema")}
 
 
 def _is_number(value: Any) -> bool:

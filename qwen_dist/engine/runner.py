@@ -138,13 +138,22 @@ class Runner:
         self.num_shards = model.sharding_ctx.batch_multiple()
         self._prefill = jax.jit(self._run_prefill, donate_argnames="state", static_argnames="num_top")
         self._decode = jax.jit(self._run_decode, donate_argnames="state", static_argnames="num_top")
-        self._compute = jax.jit(self._run_compute, donate_argnames="state", static_argnames="num_scored")
-        self._sample_full = jax.jit(self._run_sample, donate_argnames="state")
+        # Arrays that come from several programs have one spelling of their sharding: another one is compiled for again.
+        replicated: Any = model.sharding_ctx.replicated()
+        presence: Any = self._presence_sharding()
+        self._compute = jax.jit(
+            self._run_compute,
+            donate_argnames=("states", "presence_MV"),
+            static_argnames="num_scored",
+            out_shardings=(None, presence, None),
+        )
+        of_slots = DecodeState((), replicated, replicated, presence, replicated)
+        self._sample_full = jax.jit(self._run_sample, donate_argnames="state", out_shardings=(of_slots, None))
         self._recurrent = [layer for layer, spec in enumerate(self.specs) if isinstance(spec, RecurrentSpec)]
         self._copy_slot = jax.jit(self._slot_copied, donate_argnums=1)
-        self._add_known = jax.jit(self._known_added, donate_argnums=(0, 1))
+        self._add_known = jax.jit(self._known_added, donate_argnums=(0, 1), out_shardings=(presence, replicated))
         self._resize = jax.jit(self._resized, static_argnames="num_pages")
-        self._grow_history = jax.jit(self._grown_history, static_argnames="length")
+        self._grow_history = jax.jit(self._grown_history, static_argnames="length", out_shardings=replicated)
 
     def start(self, num_pages: tuple[int, ...]) -> DecodeState:
         """Return the state before the first step, with this many pages of each cache group in each shard."""
@@ -227,9 +236,13 @@ class Runner:
         the prompts, None for none at all.
         """
         state = self._prepare(state, sampling, known)
-        arguments = self._model.parameters, state._replace(history_ML=None), StepArrays.of(batch, adapters_BR)
-        computed, logits = self._compute(*arguments, num_scored=num_scored)
-        return computed._replace(history_ML=state.history_ML), logits
+        presence_MV = state.token_presence_MV if batch.is_prefill else None
+        slots, step = (state.last_tokens_M, state.finished_M), StepArrays.of(batch, adapters_BR)
+        states, presence_MV, logits = self._compute(
+            self._model.parameters, state.states, presence_MV, slots, step, num_scored=num_scored
+        )
+        state = state._replace(states=states)
+        return (state if presence_MV is None else state._replace(token_presence_MV=presence_MV)), logits
 
     def sample(
         self,
@@ -372,16 +385,17 @@ class Runner:
             _, state, sampled = bounded_loop(has_more, decode, start, max_steps=self._max_steps)
             return state, self._replicated(sampled)
 
-    def _run_compute(self, parameters, state, step, *, num_scored):  # type: ignore[no-untyped-def]
+    def _run_compute(self, parameters, states, presence_MV, slots, step, *, num_scored):  # type: ignore[no-untyped-def]
         with use_sharding(self._model.sharding_ctx), adapter_factors(step.adapters_BR):
             module = with_parameters(self._model.module, parameters)
+            state = DecodeState(states, slots[0], slots[1], presence_MV)
             if step.tokens_BT is None:
                 state, logits = self._compute_decode(module, state, step, jnp.int32(0))
             else:
                 state, logits = self._compute_prefill(module, state, step, num_scored)
             logits_BV, *others = logits
             replicated = StepLogits(logits_BV, *self._replicated(others))
-            return state._replace(states=constrain_states(self.specs, state.states)), replicated
+            return constrain_states(self.specs, state.states), state.token_presence_MV, replicated
 
     def _run_sample(self, state, step, logits, sampling, allowed_BW, has_logprobs):  # type: ignore[no-untyped-def]
         with use_sharding(self._model.sharding_ctx):
@@ -530,12 +544,15 @@ class Runner:
             copied = jax.tree.map(lambda x, y: slots.copy(x, y, from_D, to_D), source, target)
             return constrain_states(specs, copied)
 
+    def _presence_sharding(self) -> jax.sharding.NamedSharding:
+        shape = self._num_slots, self._model.config.vocab_size
+        return self._model.sharding_ctx.activation("token presence", shape, token_presence.AXES)
+
     def _empty_presence(self) -> jax.Array:
         """Return the table with its sharding as the programs write it: another spelling would compile one of them twice."""
         shape = self._num_slots, self._model.config.vocab_size
-        sharding = self._model.sharding_ctx.activation("token presence", shape, token_presence.AXES)
         with use_sharding(self._model.sharding_ctx):
-            return jax.jit(lambda: token_presence.empty(*shape), out_shardings=sharding)()
+            return jax.jit(lambda: token_presence.empty(*shape), out_shardings=self._presence_sharding())()
 
     def _resized(self, states: States, *, num_pages: tuple[int, ...]) -> States:
         with use_sharding(self._model.sharding_ctx):

@@ -21,6 +21,8 @@ from qwen_dist.storage.files import require_package
 from qwen_dist.tokenizer import Tokenizer
 
 PACKAGE = "llguidance"
+# Between the parts of JSON: small models write white space without end where they may.
+_WHITE_SPACE = r" |\r?\n[ \t]{0,40}"
 # Grammars that are kept, because many requests have the same one.
 _MAX_KEPT = 128
 
@@ -123,7 +125,10 @@ class Grammars:
         """Return a matcher at the beginning of a form, to be copied."""
         library = _llguidance()
         try:
-            grammar = library.grammar_from(kind, text)
+            if kind == "json":
+                grammar = library.LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _WHITE_SPACE})
+            else:
+                grammar = library.grammar_from(kind, text)
             limits = library.LLParserLimits(verbose_errors=False)
             matcher = library.LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
             problem = matcher.get_error()

@@ -284,13 +284,12 @@ def has_schema(value, schema: dict) -> bool:
 
 
 def random_answer(grammars: Grammars, tokenizer: Tokenizer, form, draw: random.Random) -> str:
-    """Draw tokens that are allowed, without long runs of white space, until the end."""
+    """Draw tokens that are allowed until the end."""
     constraint, tokens = grammars.constraint(structured(form)), []
     while True:
         (words,) = grammars.allowed([constraint])
         allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
-        dense = [token for token in allowed.tolist() if tokenizer.token_bytes(token).strip()] or allowed.tolist()
-        token = draw.choice(dense)
+        token = draw.choice(allowed.tolist())
         if token in tokenizer.stop_ids:
             assert not constraint.has_failed, constraint.matcher.get_error()
             return b"".join(map(tokenizer.token_bytes, tokens)).decode()

@@ -8,14 +8,14 @@ from running_server import running_server
 
 FEW = ("--max-batch-size", "2", "--config.warm_up=false")
 LONG = {"model": "demo", "prompt": "Count:", "max_tokens": 900, "extra_body": {"min_tokens": 900}}
-# The command line with an engine whose 20th step fails.
+# The command line with an engine whose 200th step fails.
 FAILING = """
 import itertools, sys
 from qwen_dist.cli import main
 from qwen_dist.engine.engine import Engine
 step, numbers = Engine.step, itertools.count(1)
 def failing_step(engine):
-    if next(numbers) == 20:
+    if next(numbers) == 200:
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
     return step(engine)
 Engine.step = failing_step
@@ -25,7 +25,7 @@ sys.exit(main(sys.argv[1:]))
 
 def test_an_engine_that_fails_ends_the_server_with_one_line(tmp_path):
     with running_server(tmp_path, *FEW, program=("-c", FAILING)) as server:
-        streams = [server.client().completions.create(stream=True, **LONG) for _ in range(3)]  # one of them waits
+        streams = [server.client().completions.create(stream=True, **LONG) for _ in range(2)]
         assert next(iter(streams[0])).choices[0].text
         for stream in streams:
             with pytest.raises(openai.APIError, match="the engine has ended with an error, and the server with it"):
@@ -57,8 +57,8 @@ def test_a_request_that_takes_too_long_and_a_second_signal(tmp_path):
 
 
 def test_a_signal_while_the_model_is_loaded(tmp_path):
-    with running_server(tmp_path, *FEW, wait=False) as server:
-        server.wait_for_line("loading ", seconds=60)
+    with running_server(tmp_path, "--max-batch-size", "2", wait=False) as server:
+        server.wait_for_line("compiling: 0 of ", seconds=120)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(60) == 0
         lines = server.stderr.read_text().splitlines()
