@@ -11,8 +11,8 @@ setup(
             sorted(glob.glob("qwen_dist/ops/cpu/*.cc")),
             depends=sorted(glob.glob("qwen_dist/ops/cpu/*.h") + glob.glob("third_party/xla/ffi/api/*.h")),
             include_dirs=["third_party"],
-            # -w: the warnings are about XLA's headers.
-            extra_compile_args=["-std=c++17", "-O3", "-g0", "-w"],
+            # -ffp-contract=off: every copy of a loop rounds alike. -w: the warnings are about XLA's headers.
+            extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-g0", "-w"],
             language="c++",
             # The installation also succeeds without a compiler: XLA then does the work, slower.
             optional=True,

@@ -1,7 +1,7 @@
 """A file of prompts of mixed lengths: this project's engine compared with transformers' `generate` (PyTorch).
 
     python benchmarks/batch.py --model CHECKPOINT_DIR [--prompts 200] [--dtype bfloat16] [--max-new-tokens 128]
-        [--systems qwen_dist,transformers,continuous]
+        [--systems qwen_dist,transformers,continuous] [--instructions avx2]
 
 Each system answers the same prompts greedily in a separate process, after a warm-up. transformers gets them sorted by
 length, in left-padded batches of 32; a batch takes as long as its longest answer. "continuous" (only on request) is
@@ -17,7 +17,6 @@ import dataclasses
 import itertools
 import json
 import os
-import platform
 import random
 import resource
 import statistics
@@ -26,9 +25,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import processor
 
 SYSTEMS = ("qwen_dist", "transformers", "continuous")
 BEFORE_TRACE = 15.0  # seconds, after which most slots are in use
@@ -53,7 +53,9 @@ def main() -> None:
     parser.add_argument("--max-batch-size", type=int, default=96, help="of this project")
     parser.add_argument("--systems", default=",".join(SYSTEMS[:2]), help=f"of {', '.join(SYSTEMS)}, separated by commas")
     parser.add_argument("--worker", metavar="SYSTEM", help=argparse.SUPPRESS)
+    processor.add_flag(parser)
     options = parser.parse_args()
+    processor.limit(options)
     if options.worker:
         print(json.dumps(SYSTEM[options.worker](options)))
         return
@@ -251,8 +253,7 @@ SYSTEM = dict(zip(SYSTEMS, ANSWERS, strict=True))
 
 
 def print_table(options: argparse.Namespace, measured: dict[str, dict[str, float]]) -> None:
-    packages = ("jax", "flax", "torch", "transformers")
-    print(f"{platform.machine()}, {os.cpu_count()} cores; {', '.join(f'{name} {version(name)}' for name in packages)}")
+    print(processor.describe("jax", "flax", "torch", "transformers"))
     print(f"{options.prompts} prompts, {options.dtype}, at most {options.max_new_tokens} tokens each")
     speeds = {system: result["generated tokens"] / result["seconds"] for system, result in measured.items()}
     for system, result in measured.items():

@@ -4,8 +4,9 @@
     python benchmarks/compare.py --other ../before --model CHECKPOINT_DIR [--rounds 3] [--only inference,moe]
 
 Each measurement runs in a fresh process of each tree, with that tree's own `.venv`, `--rounds` times; a first round warms
-the page cache and the compilation cache and is discarded. The table has medians. A ratio above 1 means that this tree is
-faster. `moe.py` writes its checkpoint to `--folder` if it is not there.
+the page cache and the compilation cache and is discarded. The table has medians, their ratio, and the ratio of the best
+rounds, which other work on the machine affects less. A ratio above 1 means that this tree is faster. `moe.py` writes its
+checkpoint to `--folder` if it is not there.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def main() -> None:
     options = parser.parse_args()
     trees = {"this": HERE, "other": pathlib.Path(options.other).resolve()}
     print_processor()
-    print(f"{'':42}{'this':>12}{'other':>12}{'ratio':>8}")
+    print(f"{'':42}{'this':>12}{'other':>12}{'ratio':>8}{'of bests':>9}")
     for name, script, arguments in workers(options):
         results: dict[str, list[dict[str, float]]] = {tree: [] for tree in trees}
         for round_number in range(options.rounds + 1):
@@ -79,9 +80,12 @@ def run(root: pathlib.Path, script: str, arguments: list[str]) -> dict[str, floa
 def print_rows(name: str, results: dict[str, list[dict[str, float]]]) -> None:
     for key, value in results["this"][0].items():
         if isinstance(value, int | float) and not any(word in key for word in NOT_SPEEDS):
-            mine, other = (statistics.median(result[key] for result in results[tree]) for tree in ("this", "other"))
-            ratio = other / mine if key in TIMES else mine / other
-            print(f"{name:24}{key:18}{mine:12.3f}{other:12.3f}{ratio:7.2f}×", flush=True)
+            is_time = key in TIMES
+            mine, other = ([result[key] for result in results[tree]] for tree in ("this", "other"))
+            medians = [statistics.median(values) for values in (mine, other)]
+            bests = [min(values) if is_time else max(values) for values in (mine, other)]
+            ratios = [theirs / ours if is_time else ours / theirs for ours, theirs in (medians, bests)]
+            print(f"{name:24}{key:18}{medians[0]:12.3f}{medians[1]:12.3f}{ratios[0]:7.2f}×{ratios[1]:7.2f}×", flush=True)
 
 
 def print_processor() -> None:

@@ -1,6 +1,6 @@
 """Compare with transformers (PyTorch): loading, first token, prefill, decode, memory; one table, one run.
 
-    python benchmarks/inference.py --model CHECKPOINT_DIR [--dtypes bfloat16,float32] [--rounds 3]
+    python benchmarks/inference.py --model CHECKPOINT_DIR [--dtypes bfloat16,float32] [--rounds 3] [--instructions avx2]
 
 Every measurement runs in a fresh process, the two systems in turn, `--rounds` times; the table has medians. An extra
 first round warms the page cache and the compilation cache and is discarded. "first token" is the time from the start of
@@ -13,14 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+
+import processor
 
 SYSTEMS = ("qwen_dist", "transformers")
 QUESTION = "Write a Python function that checks whether a number is prime."
@@ -37,7 +37,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--json", help="also write every measurement to this file")
     parser.add_argument("--worker", nargs=2, metavar=("SYSTEM", "DTYPE"), help=argparse.SUPPRESS)
+    processor.add_flag(parser)
     options = parser.parse_args()
+    processor.limit(options)
     if options.worker:
         print(json.dumps(work(options)))
         return
@@ -157,8 +159,7 @@ def open_transformers(path: str, dtype: str, **options: str) -> tuple[Generate, 
 
 
 def print_table(measured: dict[str, dict[str, list[dict[str, float]]]]) -> None:
-    packages = ("jax", "flax", "torch", "transformers")
-    print(f"{platform.machine()}, {os.cpu_count()} cores; {', '.join(f'{name} {version(name)}' for name in packages)}")
+    print(processor.describe("jax", "flax", "torch", "transformers"))
     print(f"{'':24}{'qwen_dist':>12}{'transformers':>14}{'ratio':>8}")
     for dtype, systems in measured.items():
         for name in systems[SYSTEMS[0]][0]:

@@ -25,6 +25,7 @@ os.environ.setdefault("MALLOC_ARENA_MAX", "2")
 
 import jax
 import pytest
+from native_kernels import cpu_build  # noqa: F401  # a fixture
 
 jax.config.update("jax_num_cpu_devices", 8)
 # A shell that starts the tests in the background has them ignore Ctrl-C, and the programs they start would, too.

@@ -1,4 +1,4 @@
-"""The mark for tests of the C++ kernels: it skips them only where the kernels cannot be compiled or run."""
+"""The mark for tests of the C++ kernels, and a fixture that runs a test with each build that this machine has."""
 
 import os
 import pathlib
@@ -6,9 +6,19 @@ import shutil
 
 import pytest
 
+from qwen_dist.ops.native_library import BUILDS, PLAIN, VARIABLE
+
 CPU_INFO = pathlib.Path("/proc/cpuinfo")
-IS_MASKED = "QWEN_DIST_CPU_FEATURES" in os.environ
-HAS_INSTRUCTIONS = CPU_INFO.exists() and "avx512_bf16" in CPU_INFO.read_text() and not IS_MASKED
-needs_kernels = pytest.mark.skipif(
-    not HAS_INSTRUCTIONS or shutil.which("c++") is None, reason="no processor with AVX512-BF16, or no compiler"
-)
+# What the processor says of itself: kernels that were not compiled fail instead of being skipped.
+NEEDS = {"avx512_bf16": "avx512_bf16", "avx512": "avx512vl", "avx2": "avx2", "neon": "asimd"}
+FEATURES = set(CPU_INFO.read_text().split()) if CPU_INFO.exists() else set()
+EXPECTED = [build for build in BUILDS if NEEDS[build] in FEATURES]
+CAN_RUN = EXPECTED and os.environ.get(VARIABLE) != PLAIN and shutil.which("c++")
+needs_kernels = pytest.mark.skipif(not CAN_RUN, reason="no processor with a build of the kernels, or no compiler")
+
+
+@pytest.fixture(params=[pytest.param(build, marks=pytest.mark.slow if build != EXPECTED[0] else ()) for build in EXPECTED])
+def cpu_build(request, monkeypatch):
+    """Each build that this processor can run. The default tests run the best: test_kernel_properties.py is about all."""
+    monkeypatch.setenv(VARIABLE, request.param)
+    return request.param

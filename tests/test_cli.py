@@ -491,9 +491,14 @@ def test_version(run, monkeypatch):
 
     versions = f"qwen-dist {qwen_dist.__version__} (jax {importlib.metadata.version('jax')}; "
     assert run("--version") == (0, f"{versions}{native_library.describe_kernels()})\n", "")
-    if native_library.load() is not None:
-        monkeypatch.setenv("QWEN_DIST_CPU_FEATURES", "avx512f")
-        assert "no CPU kernels: this processor lacks " in run("--version").out
+    for build in native_library.available_builds():
+        monkeypatch.setenv("QWEN_DIST_CPU", build)
+        assert f"; CPU kernels: {build})" in run("--version").out
+    monkeypatch.setenv("QWEN_DIST_CPU", "plain")
+    assert "no CPU kernels: " in run("--version").out
+    monkeypatch.setenv("QWEN_DIST_CPU", "sse2")
+    result = run("--version")
+    assert result.code == 2 and "QWEN_DIST_CPU=sse2: there is no such build" in result.err and "plain" in result.err
     monkeypatch.setattr(native_library, "load", lambda: None)
     assert run("--version").out == f"{versions}no CPU kernels: they were not compiled, XLA does the work)\n"
 

@@ -14,7 +14,7 @@ from qwen_dist.batch.run import BatchSummary
 from qwen_dist.config import BatchConfig
 from qwen_dist.errors import UsageError, printable
 from qwen_dist.json_reader import read_json_object
-from qwen_dist.ops import native
+from qwen_dist.ops.native_library import active_build
 from qwen_dist.runtime.preflight import checkpoint_digest, checkpoint_files
 from qwen_dist.storage.line_writer import write_lines
 
@@ -51,7 +51,7 @@ def write_manifest(config: BatchConfig, settings: dict[str, Any], summary: Batch
         "settings": settings,
         "versions": {"qwen-dist": qwen_dist.__version__}
         | {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "tokenizers")},
-        "kernels": native.is_available(),
+        "cpu_kernels": active_build(),
         "counts": dataclasses.asdict(summary),
         "tokens_per_second": {
             "read": round(summary.num_prompt_tokens / seconds, 1),

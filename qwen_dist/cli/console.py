@@ -132,17 +132,17 @@ def print_kernels(*, as_json: bool) -> None:
     """Print for each operation the implementations that are tried on each backend, and the backends of this machine."""
     import jax
 
-    from qwen_dist.ops import native
+    from qwen_dist.ops import native_library
     from qwen_dist.ops.dispatch import Backend
     from qwen_dist.ops.table import dispatch_table
 
     table = dispatch_table()
     here = {phase: Backend.of_platform(jax.default_backend(), 1, phase) for phase in ("inference", "train")}
-    features = sorted(native.processor_features())
+    builds, build = native_library.available_builds(), native_library.active_build()
     if as_json:
         ops = {op: {backend.value: list(names) for backend, names in row.items()} for op, row in table.items()}
         backends = {phase: backend.value for phase, backend in here.items()}
-        print(json.dumps({"ops": ops, "this_machine": backends, "processor_features": features}))
+        print(json.dumps({"ops": ops, "this_machine": backends, "cpu_builds": builds, "cpu_build": build}))
         return
     from rich.table import Table
 
@@ -153,4 +153,4 @@ def print_kernels(*, as_json: bool) -> None:
     console.print(shown)
     console.print("The first implementation of a cell that takes the arguments runs; the plain form takes all.")
     console.print("This machine, one device: " + ", ".join(f"{phase} {backend.value}" for phase, backend in here.items()))
-    console.print(f"Processor features for the kernels: {' '.join(features) or 'none, or the kernels are not compiled'}")
+    console.print(f"Builds of the CPU kernels for this processor: {' '.join(builds) or 'none'}; in use: {build}")

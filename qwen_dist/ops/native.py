@@ -1,12 +1,13 @@
-"""The C++ kernels in `cpu/`, as jax functions, for processors with AVX512-BF16.
+"""The C++ kernels in `cpu/`, as jax functions.
 
 XLA CPU reads the weights of a step of few rows at less than half of the memory's speed in bfloat16, copies the weights of
 experts, makes many passes over the scores of attention, and recomputes the rotation angles for each head of each layer. The
 kernels read weights and pages in place at the memory's speed, and multiply many rows nearly as fast as the processor can.
 What a kernel computes for a row does not depend on the other rows, bit for bit.
 
-The installation compiles them. Without a compiler, or on another processor, XLA does the work. `can_NAME` says whether the
-kernel `NAME` takes the same arguments; the C++ checks them again. No kernel has a gradient.
+The installation compiles them, once for each set of instructions (`native_library.BUILDS`), and the best build that the
+processor can run does. Without a compiler, or on another processor, XLA does the work. `can_NAME` says whether the kernel
+`NAME` takes the same arguments; the C++ checks them again. No kernel has a gradient.
 
 Letters: B batch, T length, D embed, N query heads, H head_dim, C in-features, O out-features, R rows, E groups (experts),
 K experts of a token, F mlp, A half of head_dim. In a gated delta net: D shards, M slots, G key heads, R value heads of a
@@ -24,7 +25,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from qwen_dist.ops import native_library
-from qwen_dist.ops.native_library import FEATURES, processor_features
+from qwen_dist.ops.native_library import BUILDS, PLAIN, active_build
 from qwen_dist.ops.paged_cache import PAGE, PagedState, PageIndices
 from qwen_dist.ops.slots import SlotRows
 from qwen_dist.ops.weight import Weight
@@ -43,6 +44,9 @@ TARGETS = {
     "qwen_dist_delta_rule_in_slots": "DeltaRuleInSlots",
 }
 GROUPED_MATMUL, EXPERTS, SWIGLU, ROTATE, PAGED_ATTENTION, SHORT_CONVOLUTION, DELTA_RULE_IN_SLOTS = TARGETS
+# The builds that multiply 16-bit floats as they are. The others widen rows to float32, in scratch memory, padded to a
+# multiple of WIDE elements.
+WITHOUT_WIDENING, WIDE = ("avx512_bf16",), 32
 # The least out-features of a matrix product, and the rows of one of its tiles.
 MIN_FEATURES, MAX_ROWS = 4, 6
 # Attention: head_dim is a multiple of LANES, and pages have KERNEL_PAGE positions.
@@ -63,15 +67,17 @@ def _register() -> None:
 
 
 def is_available() -> bool:
-    """Return whether the kernels were compiled and this processor has every feature that they need."""
-    return processor_features() == frozenset(FEATURES)
+    """Return whether inference on a CPU uses the kernels: they were compiled, for instructions that this processor has."""
+    return active_build() != PLAIN
 
 
 def _kernel(target: str, results: Any, **options: Any) -> Any:
-    """Return the kernel as a jax function."""
-    assert is_available(), "the kernels cannot run here; see `Backend.of`"
+    """Return the kernel as a jax function. The build is part of the program, so a cached program is of the same build."""
+    build = active_build()
+    assert build != PLAIN, "the kernels cannot run here; see `Backend.of`"
     _register()
-    return jax.ffi.ffi_call(target, results, **options)
+    call = jax.ffi.ffi_call(target, results, **options)
+    return functools.partial(call, build=np.int64(BUILDS.index(build)))
 
 
 def can_grouped_matmul(rows_RC: jax.Array, weights_EOC: Weight, sizes_E: jax.Array, dtype: DTypeLike) -> bool:
@@ -96,15 +102,23 @@ def grouped_matmul(rows_RC: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Arra
     Groups follow each other, and group e has `sizes_E[e]` rows. Results for rows after the last group are undefined.
     """
     result = jax.ShapeDtypeStruct((len(rows_RC), weights_EOC.shape[1]), dtype)
-    call = _kernel(GROUPED_MATMUL, (result, _scratch_shape(rows_RC)))
+    call = _kernel(GROUPED_MATMUL, (result, _scratch_shape(rows_RC.shape, rows_RC.dtype)))
     return call(rows_RC, weights_EOC, sizes_E.astype(jnp.int32))[0]
 
 
-def _scratch_shape(rows_RC: jax.Array) -> jax.ShapeDtypeStruct:
-    """Return the scratch space for rows that would compete for the same cache lines, if they are more than one tile."""
-    stride = _padded_stride(rows_RC.shape[1], rows_RC.dtype)
-    is_needed = len(rows_RC) > MAX_ROWS and stride > rows_RC.shape[1]
-    return jax.ShapeDtypeStruct((len(rows_RC) if is_needed else 0, stride), rows_RC.dtype)
+def _scratch_shape(shape: tuple[int, ...], dtype: DTypeLike, *, is_padded: bool = False) -> jax.ShapeDtypeStruct:
+    """Return the scratch space for the rows [R, C] of a product.
+
+    They are put there to be widened, or if they are more than one tile and would compete for the same cache lines, which
+    rows that are padded already do not.
+    """
+    num_rows, size = shape
+    if dtype == jnp.bfloat16 and active_build() not in WITHOUT_WIDENING:
+        stride = _padded_stride(-(-size // WIDE) * WIDE, jnp.float32)
+        return jax.ShapeDtypeStruct((num_rows, stride), jnp.float32)
+    stride = _padded_stride(size, dtype)
+    is_needed = not is_padded and num_rows > MAX_ROWS and stride > size
+    return jax.ShapeDtypeStruct((num_rows if is_needed else 0, stride), dtype)
 
 
 def _padded_stride(size: int, dtype: DTypeLike) -> int:
@@ -140,7 +154,9 @@ def experts(
     hidden = chosen_TK.size, _padded_stride(down_EDF.shape[2], x_TD.dtype)
     shapes = x_TD.shape, (*chosen_TK.shape, x_TD.shape[1]), hidden
     results = [jax.ShapeDtypeStruct(shape, x_TD.dtype) for shape in shapes]
-    mixed_TD, each_TKD, *_ = _kernel(EXPERTS, [*results, _scratch_shape(x_TD)])(
+    hidden_scratch = _scratch_shape((chosen_TK.size, down_EDF.shape[2]), x_TD.dtype, is_padded=True)
+    scratch = _scratch_shape(x_TD.shape, x_TD.dtype), hidden_scratch
+    mixed_TD, each_TKD, *_ = _kernel(EXPERTS, [*results, *scratch])(
         x_TD, chosen_TK.astype(jnp.int32), scores_TK.astype(jnp.float32), gate_up_EOD, down_EDF
     )
     return mixed_TD.reshape(x_BTD.shape), each_TKD.reshape(*chosen_BTK.shape, -1)

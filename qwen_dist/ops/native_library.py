@@ -1,4 +1,4 @@
-"""The compiled C++ kernels as a library, and what this processor has of what they need. No jax.
+"""The compiled C++ kernels as a library, and which build of them runs on this processor. No jax.
 
 `native` makes jax functions of them. This part alone is enough to say which kernels an installation has.
 """
@@ -11,8 +11,14 @@ import importlib.machinery
 import os
 import pathlib
 
-# The processor features that the kernels need, in the order of the bits that the library reports.
-FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
+from qwen_dist.errors import UsageError
+
+# The builds of the kernels, the best first, in the order of the bits that the library reports.
+BUILDS = ("avx512_bf16", "avx512", "avx2", "neon")
+# The name for none of them: XLA does the work.
+PLAIN = "plain"
+# The environment variable that forces a build.
+VARIABLE = "QWEN_DIST_CPU"
 
 
 @functools.cache
@@ -23,22 +29,38 @@ def load() -> ctypes.CDLL | None:
     return ctypes.CDLL(str(compiled[0])) if compiled else None
 
 
-def processor_features() -> frozenset[str]:
-    """Return those of `FEATURES` that this processor has; none where the kernels were not compiled.
-
-    The environment variable QWEN_DIST_CPU_FEATURES, a list with commas, leaves out all others: with it a machine that has
-    the kernels measures and tests what happens on one that has not.
-    """
+def available_builds() -> tuple[str, ...]:
+    """Return the builds that this processor can run, the best first; none where the kernels were not compiled."""
     library = load()
-    bits = library.ProcessorFeatures() if library is not None else 0
-    allowed = os.environ.get("QWEN_DIST_CPU_FEATURES")
-    names = {name for bit, name in enumerate(FEATURES) if bits >> bit & 1}
-    return frozenset(names if allowed is None else names & set(allowed.replace(" ", "").split(",")))
+    bits = library.ProcessorBuilds() if library is not None else 0
+    return tuple(name for bit, name in enumerate(BUILDS) if bits >> bit & 1)
+
+
+def active_build() -> str:
+    """Return the build that inference on a CPU uses, or `PLAIN`: the best, or that which QWEN_DIST_CPU names.
+
+    Raises:
+      UsageError: QWEN_DIST_CPU names a build that does not exist, or that this processor or installation does not have.
+    """
+    available = available_builds()
+    name = os.environ.get(VARIABLE)
+    if name is None:
+        return available[0] if available else PLAIN
+    if name == PLAIN or name in available:
+        return name
+    allowed = ", ".join((*available, PLAIN))
+    if name not in BUILDS:
+        raise UsageError(f"{VARIABLE}={name}: there is no such build of the CPU kernels; this machine has {allowed}")
+    reason = "the kernels were not compiled" if load() is None else "this processor lacks its instructions"
+    raise UsageError(f"{VARIABLE}={name}: {reason}; this machine has {allowed}")
 
 
 def describe_kernels() -> str:
-    """Return which kernels inference on this machine's CPU can use, for `--version`."""
+    """Return which kernels inference on this machine's CPU uses, for `--version`."""
     if load() is None:
         return "no CPU kernels: they were not compiled, XLA does the work"
-    missing = [name for name in FEATURES if name not in processor_features()]
-    return f"no CPU kernels: this processor lacks {', '.join(missing)}" if missing else "CPU kernels: avx512-bf16"
+    build = active_build()
+    if build != PLAIN:
+        return f"CPU kernels: {build}"
+    reason = f"{VARIABLE}={PLAIN}" if available_builds() else "there is no build for this processor"
+    return f"no CPU kernels: {reason}, XLA does the work"

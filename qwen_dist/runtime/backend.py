@@ -9,6 +9,7 @@ import pathlib
 from typing import TYPE_CHECKING
 
 from qwen_dist.errors import UsageError, UserError, printable
+from qwen_dist.runtime.processors import count_processors
 from qwen_dist.runtime.stderr_filter import dropped_lines
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ def start_jax(num_cpu_devices: int | None, dtype: str, *, use_compilation_cache:
     """
     import jax
 
+    # XLA starts a thread for each processor that the process may run on, also where a container may use less of their time.
+    if not {"PJRT_NPROC", "NPROC"} & os.environ.keys():
+        os.environ["PJRT_NPROC"] = str(count_processors())
     if num_cpu_devices is not None:
         if num_cpu_devices < 1:
             raise UsageError(f"--num-cpu-devices {num_cpu_devices}: give at least 1")

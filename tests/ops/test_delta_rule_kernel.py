@@ -13,7 +13,7 @@ from qwen_dist.ops import native
 from qwen_dist.ops.delta_rule import DeltaInputs, delta_rule_in_slots_plain
 from qwen_dist.ops.slots import SlotRows
 
-pytestmark = needs_kernels
+pytestmark = [needs_kernels, pytest.mark.usefixtures("cpu_build")]
 
 # Of the largest number: what float32 loses in a few hundred tokens.
 TOLERANCE = 5e-6

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from native_kernels import needs_kernels
 
+from qwen_dist.errors import UsageError
 from qwen_dist.mesh import MeshConfig, make_mesh
-from qwen_dist.ops import native
+from qwen_dist.ops import native, native_library
 from qwen_dist.ops.delta_rule import DeltaInputs
 from qwen_dist.ops.dispatch import Backend, active_backend
 from qwen_dist.ops.matmul import MATMUL
+from qwen_dist.ops.native_library import BUILDS, PLAIN, VARIABLE
 from qwen_dist.ops.paged_cache import MAX_ENTRIES, PAGE, PagedState, PageIndices
 from qwen_dist.ops.slots import SlotRows
 from qwen_dist.ops.table import OPS, dispatch_table
@@ -20,23 +22,19 @@ from qwen_dist.sharding import INFERENCE, TRAIN, ShardingContext, use_sharding
 
 
 def test_the_table_has_a_plain_form_of_every_operation_for_every_backend(monkeypatch):
-    """Run with -s to read it: a CPU with all features and without each of them, a TPU and a GPU."""
-    machines = [("cpu", frozenset(native.FEATURES)), ("tpu", frozenset()), ("gpu", frozenset())]
-    machines += [("cpu", frozenset(native.FEATURES) - {feature}) for feature in native.FEATURES]
+    """Run with -s to read it: a CPU with each build of the kernels and with none, a TPU and a GPU."""
+    machines = [("tpu", PLAIN), ("gpu", PLAIN), *(("cpu", build) for build in (*BUILDS, PLAIN))]
     table = dispatch_table()
     assert table.keys() == {op.name for op in OPS} and len(table) == len(OPS)
-    for platform, features in machines:
-        monkeypatch.setattr(native, "processor_features", lambda features=features: features)
-        without = set(native.FEATURES) - features
+    for platform, build in machines:
+        monkeypatch.setattr(native, "active_build", lambda build=build: build)
         for phase in ("inference", "train"):
             backend = Backend.of_platform(platform, 1, phase)
-            missing = f" without {', '.join(sorted(without))}" if platform == "cpu" and without else ""
-            print(f"\n{platform}{missing}, {phase}: {backend.value}")
+            print(f"\n{platform}{f' {build}' if platform == 'cpu' else ''}, {phase}: {backend.value}")
             for name, row in table.items():
                 print(f"  {name:32} {' → '.join(row[backend])}")
                 assert row[backend][-1] == "plain", f"{name} has no plain form on {backend.value}"
-            has_kernels = platform == "cpu" and phase == "inference" and not without
-            assert (backend is Backend.CPU_KERNELS) == has_kernels
+            assert (backend is Backend.CPU_KERNELS) == (platform == "cpu" and phase == "inference" and build != PLAIN)
     assert Backend.of_platform("cuda", 1, "inference") is Backend.GPU
 
 
@@ -58,10 +56,24 @@ def test_the_backend_is_that_of_the_mesh_and_the_phase(monkeypatch):
     assert active_backend() is Backend.CPU, "outside of a mesh there may be gradients"
 
 
-def test_features_can_be_left_out(monkeypatch):
-    monkeypatch.setenv("QWEN_DIST_CPU_FEATURES", "avx512f, avx512bw")
-    assert native.processor_features() <= {"avx512f", "avx512bw"}
+def test_a_build_can_be_forced(monkeypatch):
+    """It is one that this machine has, or none; without the variable, the best."""
+    available = native_library.available_builds()
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert native_library.active_build() == (*available, PLAIN)[0]
+    for name in BUILDS:
+        monkeypatch.setenv(VARIABLE, name)
+        if name in available:
+            assert native_library.active_build() == name and native.is_available()
+            continue
+        reason = "this processor lacks its instructions" if native_library.load() else "the kernels were not compiled"
+        with pytest.raises(UsageError, match=f"^{VARIABLE}={name}: {reason}; this machine has .*{PLAIN}$"):
+            native_library.active_build()
+    monkeypatch.setenv(VARIABLE, PLAIN)
     assert not native.is_available()
+    monkeypatch.setenv(VARIABLE, "")
+    with pytest.raises(UsageError, match=f"^{VARIABLE}=: there is no such build"):
+        native_library.active_build()
 
 
 def random(shape, dtype, seed=0):
@@ -120,6 +132,7 @@ CASES = [
 
 
 @needs_kernels
+@pytest.mark.usefixtures("cpu_build")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[1].__name__)
 def test_predicates_say_what_the_kernels_take(case):
     """Where a predicate says no, the kernel refuses the arguments itself."""

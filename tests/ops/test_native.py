@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from native_kernels import needs_kernels
+from native_kernels import EXPECTED, needs_kernels
 
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models import moe
 from qwen_dist.models.parameters import with_parameters
-from qwen_dist.ops import native
+from qwen_dist.ops import native, native_library
 from qwen_dist.ops.delta_rule import DeltaInputs, delta_rule_in_slots
 from qwen_dist.ops.experts import ExpertWeights, can_experts_kernel, experts_kernel, experts_plain
 from qwen_dist.ops.matmul import matmul
@@ -21,7 +21,7 @@ from qwen_dist.ops.slots import SlotRows
 from qwen_dist.ops.swiglu import SWIGLU, swiglu
 from qwen_dist.sharding import INFERENCE, TRAIN, LocalShard, ShardingContext, use_sharding
 
-pytestmark = needs_kernels
+pytestmark = [needs_kernels, pytest.mark.usefixtures("cpu_build")]
 
 # Of numbers about as large as 1, or a sum's share of them.
 TOLERANCE = {"float32": 3e-6, "bfloat16": 1.6e-2}
@@ -29,8 +29,9 @@ TOLERANCE = {"float32": 3e-6, "bfloat16": 1.6e-2}
 CLOSE = {"float32": {"rtol": 4e-7, "atol": 1e-6}, "bfloat16": {"rtol": 2**-7, "atol": 1e-6}}
 
 
-def test_they_were_compiled():
-    assert native.is_available()
+def test_they_were_compiled(cpu_build):
+    assert native.is_available() and native_library.active_build() == cpu_build
+    assert native_library.available_builds() == tuple(EXPECTED)
 
 
 def normal(shape, dtype, seed=0):

@@ -1,55 +1,43 @@
-// Products of rows and weights, for processors with AVX512-BF16.
+// Products of rows and weights.
 //
 // A weight is stored as in the checkpoint, out-features first, so both operands of a dot product are contiguous. A tile has
-// six rows and four features: 24 registers of partial sums, added up at the end. A result is therefore summed in the same
-// order whatever the other rows are. Weights are read once, in blocks that stay in the L2 cache while all rows are
-// multiplied with them. The next block is prefetched in the meantime, which hides the time that the memory takes.
+// a few rows and four features, as many as there are registers for partial sums, which are added up at the end. Each lane
+// sums its inputs in their order, so a result has the same bits whatever the other rows are and however it is cut into
+// blocks.
+//
+// A block of a weight stays in the L2 cache while all rows are multiplied with it. It takes rows in groups, whose inputs
+// also stay there, and inputs in ranges, so that a tile's rows or features stay in the L1 cache while the others pass. The
+// next block is prefetched in the meantime, which hides the time that the memory takes.
+//
+// A processor without instructions for bfloat16 widens it to float32, the even inputs of a vector apart from the odd ones,
+// which takes two cheap instructions. Rows are widened once. So is a weight for a group of many rows; few rows widen it in
+// registers. Both multiply the same numbers in the same order.
 
 #pragma once
 
-#include <cstring>
+#include <type_traits>
 #include <vector>
 
+#include "parallel.h"
 #include "simd.h"
 
 namespace {
 
-constexpr int kTileRows = 6, kTileFeatures = 4;  // 24 sums, 4 weights and a row take 29 of 32 registers
+// A tile's rows: four sums for each, a vector of each row and one of a weight take 31 of 32 registers, or 16 of 16.
+constexpr int kTileRows = kRegisters == 32 ? 6 : 3;
 // Bytes of a weight's block. Rows that do not fit in the L2 cache are read again for each block, so blocks are larger then.
 constexpr int64_t kBlockBytes = 64 << 10, kLargeBlockBytes = 256 << 10, kL2Bytes = 1 << 20;
 constexpr int kMaxBlockFeatures = 64;
+constexpr int64_t kGroupRows = 48;  // rows that pass while a tile's features are in the L1 cache
+constexpr int64_t kRangeBytes = 28 << 10;  // of a tile's rows and features in a range of inputs
+constexpr int64_t kMinPanelRows = kTileRows / 2 + 2;  // for which a weight is widened once
 constexpr int64_t kClaimDivisor = 4;       // a thread claims 1 / 4 of its share of the remaining blocks at a time
 constexpr int64_t kMinClaimsPerGroup = 4;  // groups may have very different numbers of rows
 constexpr int64_t kCopyRowsPerJob = 16;
 constexpr int kCacheLine = 64;  // bytes
 
-// The sums of the elements of each of four vectors.
-AVX512 INLINE __m128 HorizontalSums(__m512 a, __m512 b, __m512 c, __m512 d) {
-  const __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
-  const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
-  const __m512 abcd = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
-                                    _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-
-AVX512 INLINE void StoreSums(__m128 sums, float* to) { _mm_storeu_ps(to, sums); }
-AVX512 INLINE void StoreSums(__m128 sums, uint16_t* to) {
-  const __m128bh rounded = _mm_cvtneps_pbh(sums);
-  std::memcpy(to, &rounded, kTileFeatures * sizeof(*to));
-}
-
-// Add the products of inputs i, i + 1, … to the sums: `count` inputs if it is given, else a full vector.
-template <class Type, int rows, class... Count>
-AVX512 INLINE void Accumulate(const typename Type::Element* const (&x)[rows], const typename Type::Element* weight,
-                              int64_t num_inputs, int64_t i, __m512 (&sums)[rows][kTileFeatures], Count... count) {
-  typename Type::Vector w[kTileFeatures];
-  UNROLL for (int f = 0; f < kTileFeatures; ++f) w[f] = Type::Load(weight + f * num_inputs + i, count...);
-  UNROLL for (int r = 0; r < rows; ++r) {
-    const auto row = Type::Load(x[r] + i, count...);
-    UNROLL for (int f = 0; f < kTileFeatures; ++f) sums[r][f] = Type::MultiplyAdd(sums[r][f], row, w[f]);
-  }
-}
+constexpr int64_t CeilDivide(int64_t x, int64_t y) { return (x + y - 1) / y; }
+constexpr int64_t RoundUp(int64_t x, int64_t multiple) { return CeilDivide(x, multiple) * multiple; }
 
 // Rows of a matrix, `stride` elements apart; with `index`, row r is the matrix's row index[r].
 template <class Element>
@@ -61,69 +49,233 @@ struct Rows {
   Element* operator[](int64_t row) const { return data + (index == nullptr ? row : index[row]) * stride; }
 };
 
-// Copy the rows to `scratch`, whose rows are further apart, unless it is empty. Rows at a multiple of 4096 bytes from each
-// other would compete for the same lines of the L1 cache.
-template <class Element>
-Rows<const Element> WithPaddedStride(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, ffi::Result<ffi::AnyBuffer>& scratch) {
-  const auto shape = x.dimensions();
-  const Rows<const Element> rows{static_cast<const Element*>(x.untyped_data()), shape[1]};
-  if (scratch->element_count() == 0) return rows;
-  const Rows<Element> to{static_cast<Element*>(scratch->untyped_data()), scratch->dimensions()[1]};
-  ParallelFor(pool, (shape[0] + kCopyRowsPerJob - 1) / kCopyRowsPerJob, [&](int64_t job) {
-    for (int64_t row = job * kCopyRowsPerJob; row < std::min(shape[0], (job + 1) * kCopyRowsPerJob); ++row) {
-      std::memcpy(to[row], rows[row], shape[1] * sizeof(Element));
+// Widen a row: of each vector of inputs the even ones, then the odd ones; zeros after the last.
+SIMD INLINE void WidenRow(const uint16_t* from, int64_t num_inputs, float* to) {
+  constexpr int kLanes = 2 * kFloatLanes;
+  int64_t i = 0;
+  for (; i + kLanes <= num_inputs; i += kLanes) {
+    const auto pairs = LoadPairs(from + i);
+    Store(Evens(pairs), to + i);
+    Store(Odds(pairs), to + i + kFloatLanes);
+  }
+  if (i == num_inputs) return;
+  const auto pairs = LoadPairs(from + i, static_cast<int>(num_inputs - i));
+  Store(Evens(pairs), to + i);
+  Store(Odds(pairs), to + i + kFloatLanes);
+}
+template <class Type>
+SIMD void CopyRow(const typename Type::Element* from, int64_t num_inputs, typename Type::Row* to) {
+  if constexpr (Type::kWidens) {
+    WidenRow(from, num_inputs, to);
+  } else {
+    std::memcpy(to, from, num_inputs * sizeof(*to));
+  }
+}
+
+// The rows to multiply, [num_rows, num_inputs] in `x`: in `scratch` if there is one, widened if the type is. Without
+// scratch they are taken where they are. Rows at a multiple of 4096 bytes from each other would compete for the same lines
+// of the L1 cache, so those of the scratch are not.
+template <class Type>
+Rows<const typename Type::Row> PrepareRows(const Pool& pool, const void* x, int64_t num_rows, int64_t num_inputs,
+                                           const Scratch& scratch) {
+  const Rows<const typename Type::Element> rows{static_cast<const typename Type::Element*>(x), num_inputs};
+  const Rows<typename Type::Row> to{static_cast<typename Type::Row*>(scratch.data), scratch.stride};
+  if (scratch.data == nullptr) return {static_cast<const typename Type::Row*>(x), num_inputs};
+  ParallelFor(pool, CeilDivide(num_rows, kCopyRowsPerJob), [&](int64_t job) {
+    for (int64_t row = job * kCopyRowsPerJob; row < std::min(num_rows, (job + 1) * kCopyRowsPerJob); ++row) {
+      CopyRow<Type>(rows[row], num_inputs, to[row]);
     }
   });
   return {to.data, to.stride};
 }
 
-// Compute y[row][f] = sum over the inputs of x[row] * weight[f], for rows from `first_row` on and kTileFeatures features
-// from `feature` on. For each vector of inputs prefetch `prefetch_lines` cache lines, from `prefetch` on.
-template <class Type, class Result, int rows>
-AVX512 void MultiplyTile(Rows<const typename Type::Element> x, int64_t first_row, const typename Type::Element* weight,
-                         int64_t num_inputs, Rows<Result> y, int64_t feature, const char* prefetch, int prefetch_lines) {
-  const typename Type::Element* row[rows];
-  UNROLL for (int r = 0; r < rows; ++r) row[r] = x[first_row + r];
-  weight += feature * num_inputs;
-  __m512 sums[rows][kTileFeatures];
-  UNROLL for (int r = 0; r < rows; ++r) {
-    UNROLL for (int f = 0; f < kTileFeatures; ++f) sums[r][f] = _mm512_setzero_ps();
+// Where the weights of a tile's features are: in the matrix, or in a panel, vector by vector.
+template <class Element>
+struct InMatrix {
+  const Element* data;
+  int64_t stride;
+  SIMD INLINE const Element* operator()(int feature, int64_t input) const { return data + feature * stride + input; }
+};
+struct InPanel {
+  const float* data;
+  SIMD INLINE const float* operator()(int feature, int64_t input) const {
+    return data + input * kTileFeatures + feature * kFloatLanes;
   }
-  int64_t i = 0;
-  for (; i + Type::kLanes <= num_inputs; i += Type::kLanes) {
-    for (int line = 0; line < prefetch_lines; ++line, prefetch += kCacheLine) _mm_prefetch(prefetch, _MM_HINT_T1);
-    Accumulate<Type, rows>(row, weight, num_inputs, i, sums);
-  }
-  if (i < num_inputs) Accumulate<Type, rows>(row, weight, num_inputs, i, sums, static_cast<int>(num_inputs - i));
-  UNROLL for (int r = 0; r < rows; ++r) {
-    StoreSums(HorizontalSums(sums[r][0], sums[r][1], sums[r][2], sums[r][3]), y[first_row + r] + feature);
+};
+
+// Add the products of inputs i, i + 1, … to the sums: `count` inputs if it is given, else a full vector. Rows or features,
+// whichever are fewer, are loaded first and stay in registers.
+template <class Type, int rows, class Weight, class... Count>
+SIMD INLINE void AddProducts(const typename Type::Row* const (&x)[rows], const Weight& weight, int64_t i,
+                             Floats (&sums)[rows][kTileFeatures], Count... count) {
+  if constexpr (Type::kWidens) {
+    UNROLL for (int half = 0; half < 2; ++half) {
+      Floats row[rows];
+      UNROLL for (int r = 0; r < rows; ++r) row[r] = Load(x[r] + i + half * kFloatLanes);
+      UNROLL for (int f = 0; f < kTileFeatures; ++f) {
+        const auto pairs = LoadPairs(weight(f, i), count...);
+        const Floats w = half == 0 ? Evens(pairs) : Odds(pairs);
+        UNROLL for (int r = 0; r < rows; ++r) sums[r][f] = MultiplyAdd(row[r], w, sums[r][f]);
+      }
+      // The compiler would keep the pairs for the other half, and there is no register for them.
+      if (rows > kTileRows / 2) asm volatile("" : : : "memory");
+    }
+  } else if constexpr (rows > kTileFeatures) {
+    Floats w[kTileFeatures];
+    UNROLL for (int f = 0; f < kTileFeatures; ++f) w[f] = Type::LoadVector(weight(f, i), count...);
+    UNROLL for (int r = 0; r < rows; ++r) {
+      const Floats row = Type::LoadVector(x[r] + i, count...);
+      UNROLL for (int f = 0; f < kTileFeatures; ++f) sums[r][f] = Type::MultiplyAdd(row, w[f], sums[r][f]);
+    }
+  } else {
+    Floats row[rows];
+    UNROLL for (int r = 0; r < rows; ++r) row[r] = Type::LoadVector(x[r] + i, count...);
+    UNROLL for (int f = 0; f < kTileFeatures; ++f) {
+      const Floats w = Type::LoadVector(weight(f, i), count...);
+      UNROLL for (int r = 0; r < rows; ++r) sums[r][f] = Type::MultiplyAdd(row[r], w, sums[r][f]);
+    }
   }
 }
 
-template <class Type, class Result>
-constexpr decltype(&MultiplyTile<Type, Result, 1>) kMultiplyTile[] = {
-    MultiplyTile<Type, Result, 1>, MultiplyTile<Type, Result, 2>, MultiplyTile<Type, Result, 3>,
-    MultiplyTile<Type, Result, 4>, MultiplyTile<Type, Result, 5>, MultiplyTile<Type, Result, 6>};
+// A tile's part of a product: rows from `first_row` on, four features from `feature` on, a range of inputs.
+template <class Row, class Result>
+struct Tile {
+  Rows<const Row> x;
+  Rows<Result> y;
+  int64_t first_row, feature, first_input, num_inputs;
+  float* sums;  // between the ranges, if there are several
+  bool is_first, is_last;
+  // For each vector of inputs, prefetch so many cache lines.
+  const char* prefetch;
+  int prefetch_lines;
+};
+
+template <class Type, class Result, int rows, class Weight>
+SIMD void MultiplyTile(const Tile<typename Type::Row, Result>& tile, const Weight& weight) {
+  const typename Type::Row* x[rows];
+  UNROLL for (int r = 0; r < rows; ++r) x[r] = tile.x[tile.first_row + r] + tile.first_input;
+  Floats sums[rows][kTileFeatures];
+  UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int f = 0; f < kTileFeatures; ++f) sums[r][f] = Set(0.0f);
+  if (!tile.is_first) {
+    UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int f = 0; f < kTileFeatures; ++f) {
+      sums[r][f] = Load(tile.sums + (r * kTileFeatures + f) * kFloatLanes);
+    }
+  }
+  const int64_t num_inputs = tile.num_inputs;
+  const char* prefetch = tile.prefetch;
+  int64_t i = 0;
+  for (; i + Type::kLanes <= num_inputs; i += Type::kLanes) {
+    for (int line = 0; line < tile.prefetch_lines; ++line, prefetch += kCacheLine) Prefetch(prefetch);
+    AddProducts<Type, rows>(x, weight, i, sums);
+  }
+  if (i < num_inputs) AddProducts<Type, rows>(x, weight, i, sums, static_cast<int>(num_inputs - i));
+  UNROLL for (int r = 0; r < rows; ++r) {
+    if (tile.is_last) {
+      StoreSums(sums[r], tile.y[tile.first_row + r] + tile.feature);
+    } else {
+      UNROLL for (int f = 0; f < kTileFeatures; ++f) {
+        Store(sums[r][f], tile.sums + (r * kTileFeatures + f) * kFloatLanes);
+      }
+    }
+  }
+}
+
+// Call MultiplyTile for a number of rows.
+template <class Type, class Result, int max_rows, class Weight>
+INLINE void MultiplyTile(int64_t num_rows, const Tile<typename Type::Row, Result>& tile, const Weight& weight) {
+  if (num_rows == max_rows) {
+    MultiplyTile<Type, Result, max_rows>(tile, weight);
+  } else if constexpr (max_rows > 1) {
+    MultiplyTile<Type, Result, max_rows - 1>(num_rows, tile, weight);
+  }
+}
+
+// Widen a range of inputs of a tile's features, which are `stride` elements apart, into a panel.
+SIMD void WidenPanel(const uint16_t* weight, int64_t stride, int64_t num_inputs, float* panel) {
+  constexpr int kLanes = 2 * kFloatLanes;
+  const auto widen = [&](int64_t i, auto... count) SIMD {
+    UNROLL for (int f = 0; f < kTileFeatures; ++f) {
+      const auto pairs = LoadPairs(weight + f * stride + i, count...);
+      Store(Evens(pairs), panel + i * kTileFeatures + f * kFloatLanes);
+      Store(Odds(pairs), panel + (i + kFloatLanes) * kTileFeatures + f * kFloatLanes);
+    }
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= num_inputs; i += kLanes) widen(i);
+  if (i < num_inputs) widen(i, static_cast<int>(num_inputs - i));
+}
+
+// Memory of this thread, aligned to cache lines.
+template <int purpose>
+float* ThreadMemory(int64_t size) {
+  struct alignas(kCacheLine) Line {
+    float values[kCacheLine / sizeof(float)];
+  };
+  thread_local std::vector<Line> memory;
+  const auto lines = static_cast<size_t>(CeilDivide(size, kCacheLine / sizeof(float)));
+  if (memory.size() < lines) memory.resize(lines);
+  return memory.data()->values;
+}
 
 // Multiply all rows of a group with a block of features of its weight, and prefetch the block at `next_weight` unless it is
 // null. If num_features is not a multiple of kTileFeatures, the last tile starts earlier, possibly before `weight`, and
 // computes some features again.
 template <class Type, class Result>
-void MultiplyBlock(Rows<const typename Type::Element> x, int64_t num_rows, const typename Type::Element* weight,
+void MultiplyBlock(Rows<const typename Type::Row> x, int64_t num_rows, const typename Type::Element* weight,
                    int64_t num_inputs, Rows<Result> y, int64_t num_features, const typename Type::Element* next_weight) {
-  const int64_t num_tiles = (num_rows + kTileRows - 1) / kTileRows;
-  const int lines = next_weight == nullptr ? 0 : static_cast<int>((kTileFeatures + num_tiles - 1) / num_tiles);
-  const int64_t tile_bytes = lines * (num_inputs / Type::kLanes) * kCacheLine;
+  using Row = typename Type::Row;
+  constexpr int64_t kMaxRange = kRangeBytes / ((kTileRows + kTileFeatures) * sizeof(Row));
+  const bool has_panel = Type::kWidens && num_rows >= kMinPanelRows;
+  const int64_t lanes = has_panel ? kFloatLanes : Type::kLanes;
+  // A tile's features stay in the L1 cache while all rows pass, or if these are more, its rows while all features pass.
+  const bool features_stay = has_panel || kTileFeatures > kTileRows;
+  const int64_t num_ranges = features_stay && num_rows > kTileRows ? CeilDivide(num_inputs, kMaxRange) : 1;
+  const int64_t range = RoundUp(CeilDivide(num_inputs, num_ranges), Type::kLanes);
+  const int64_t feature_tiles = CeilDivide(num_features, kTileFeatures);
+  const int64_t block_bytes = num_features * num_inputs * sizeof(*weight);
+  const int64_t num_steps = CeilDivide(num_rows, kTileRows) * feature_tiles * std::max<int64_t>(1, num_inputs / lanes);
+  const int lines = next_weight == nullptr ? 0 : static_cast<int>(CeilDivide(block_bytes, num_steps * kCacheLine));
   const char* prefetch = reinterpret_cast<const char*>(next_weight);
-  const char* const end = prefetch + num_features * num_inputs * sizeof(*weight);
-  for (int64_t tile = num_tiles, row = 0; tile > 0; --tile) {
-    const int64_t tile_rows = (num_rows - row + tile - 1) / tile;
-    for (int64_t f = 0; f < num_features; f += kTileFeatures) {
-      kMultiplyTile<Type, Result>[tile_rows - 1](x, row, weight, num_inputs, y, std::min(f, num_features - kTileFeatures),
-                                                 prefetch, prefetch < end ? lines : 0);
-      prefetch += tile_bytes;
+  const char* const prefetch_end = prefetch + block_bytes;
+  constexpr int64_t kSumsSize = kTileRows * kTileFeatures * kFloatLanes;
+  float* const sums = num_ranges == 1 ? nullptr : ThreadMemory<0>(feature_tiles * kGroupRows * kSumsSize / kTileRows);
+  float* const panel = Type::kWidens ? ThreadMemory<1>(kTileFeatures * range) : nullptr;
+  const int64_t max_group_rows = RoundUp(CeilDivide(num_rows, CeilDivide(num_rows, kGroupRows)), kTileRows);
+  for (int64_t group_row = 0; group_row < num_rows; group_row += max_group_rows) {
+    const int64_t group_rows = std::min(max_group_rows, num_rows - group_row);
+    const int64_t num_tiles = CeilDivide(group_rows, kTileRows);
+    for (int64_t input = 0; input < num_inputs; input += range) {
+      const int64_t inputs = std::min(range, num_inputs - input);
+      for (int64_t index = 0; index < feature_tiles * num_tiles; ++index) {
+        const int64_t feature_tile = features_stay ? index / num_tiles : index % feature_tiles;
+        const int64_t row_tile = features_stay ? index % num_tiles : index / feature_tiles;
+        const int64_t row = group_rows * row_tile / num_tiles;
+        const int64_t tile_rows = group_rows * (row_tile + 1) / num_tiles - row;
+        Tile<Row, Result> tile;
+        tile.x = x;
+        tile.y = y;
+        tile.first_row = group_row + row;
+        tile.feature = std::min(feature_tile * kTileFeatures, num_features - kTileFeatures);
+        tile.first_input = input;
+        tile.num_inputs = has_panel ? RoundUp(inputs, Type::kLanes) : inputs;
+        tile.sums = sums + (feature_tile * num_tiles + row_tile) * kSumsSize;
+        tile.is_first = input == 0;
+        tile.is_last = input + inputs == num_inputs;
+        tile.prefetch = prefetch;
+        tile.prefetch_lines = prefetch < prefetch_end ? lines : 0;
+        prefetch += lines * (inputs / lanes) * kCacheLine;
+        const auto* const tile_weight = weight + tile.feature * num_inputs + input;
+        if constexpr (Type::kWidens) {
+          if (has_panel) {
+            if (row_tile == 0) WidenPanel(tile_weight, num_inputs, inputs, panel);
+            MultiplyTile<Float32, Result, kTileRows>(tile_rows, tile, InPanel{panel});
+            continue;
+          }
+        }
+        MultiplyTile<Type, Result, kTileRows>(tile_rows, tile,
+                                              InMatrix<typename Type::Element>{tile_weight, num_inputs});
+      }
     }
-    row += tile_rows;
   }
 }
 
@@ -154,14 +306,14 @@ struct Block {
 // Every other thread starts from the last groups, which have few rows: these keep the memory busy while the groups with many
 // rows keep the cores busy.
 template <class Element, class Job>
-void ParallelForBlocks(ffi::ThreadPool& pool, const std::vector<Group>& groups, int64_t num_features, int64_t num_inputs,
+void ParallelForBlocks(const Pool& pool, const std::vector<Group>& groups, int64_t num_features, int64_t num_inputs,
                        const Job& job) {
   const int64_t tile_bytes = kTileFeatures * num_inputs * sizeof(Element);
   const int64_t max_rows = groups.empty() ? 0 : groups.front().num_rows;
   const int64_t bytes = max_rows * num_inputs * sizeof(Element) > kL2Bytes ? kLargeBlockBytes : kBlockBytes;
   const int64_t size = std::clamp<int64_t>(bytes / tile_bytes * kTileFeatures, kTileFeatures, kMaxBlockFeatures);
   const int64_t blocks_per_group = (num_features + size - 1) / size, num_blocks = blocks_per_group * groups.size();
-  const int64_t num_threads = std::max<int64_t>(1, pool.num_threads());
+  const int64_t num_threads = std::max<int64_t>(1, pool.num_threads);
   const int64_t max_claim =
       groups.size() == 1 ? num_blocks : (blocks_per_group + kMinClaimsPerGroup - 1) / kMinClaimsPerGroup;
   struct Range {
@@ -197,6 +349,30 @@ void ParallelForBlocks(ffi::ThreadPool& pool, const std::vector<Group>& groups, 
       }
     }
   });
+}
+
+template <class Type, class Result>
+void MultiplyGroups(const Pool& pool, const GroupedMatmulArguments& a) {
+  using Element = typename Type::Element;
+  const auto x = PrepareRows<Type>(pool, a.x, a.num_rows, a.num_inputs, a.rows);
+  const auto* const weights = static_cast<const Element*>(a.weights);
+  auto* const y = static_cast<Result*>(a.y);
+  const auto groups = NonEmptyGroups(a.sizes, a.num_groups, a.num_rows);
+  const auto weight = [&](const Block& block) {
+    return weights + (block.group.index * a.num_features + block.begin) * a.num_inputs;
+  };
+  ParallelForBlocks<Element>(pool, groups, a.num_features, a.num_inputs, [&](const Block& block, const Block* next) {
+    const Group& group = block.group;
+    MultiplyBlock<Type, Result>({x[group.first_row], x.stride}, group.num_rows, weight(block), a.num_inputs,
+                                {y + group.first_row * a.num_features + block.begin, a.num_features},
+                                block.end - block.begin, next == nullptr ? nullptr : weight(*next));
+  });
+}
+
+void GroupedMatmul(const Pool& pool, const GroupedMatmulArguments& a) {
+  if (a.dtype == Float::kFloat32) return MultiplyGroups<Float32, float>(pool, a);
+  if (a.result == Float::kFloat32) return MultiplyGroups<BFloat16, float>(pool, a);
+  MultiplyGroups<BFloat16, uint16_t>(pool, a);
 }
 
 }  // namespace

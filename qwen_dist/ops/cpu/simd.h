@@ -1,101 +1,93 @@
-// What the kernels share: vectors of float32 and bfloat16, exp, and a parallel loop over XLA's thread pool.
+// What the kernels compute with: vectors of float32 by build, the two types of float, and exp.
+//
+// A build's file defines SIMD, the attribute of functions that use its instructions, and includes its vectors. Functions
+// without the attribute, those of the standard library too, are compiled for any processor.
 
 #pragma once
 
-#include <immintrin.h>
-
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <functional>
-#include <memory>
-#include <thread>
+#include <cstring>
+#include <limits>
 
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
-
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
 #define INLINE inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
 
-constexpr int kSpins = 2000;
-constexpr int kFloatLanes = 16;  // float32 values in a register
+#include SIMD_VECTORS
 
+namespace {
+
+// Every lane of a register.
+struct AllLanes {};
+template <class Element>
+SIMD INLINE Floats Load(const Element* from, AllLanes) {
+  return Load(from);
+}
+template <class Element>
+SIMD INLINE void Store(Floats x, Element* to, AllLanes) {
+  Store(x, to);
+}
+
+// The vectors in which a type's elements are multiplied: kLanes inputs each.
 struct Float32 {
   using Element = float;
-  using Vector = __m512;
-  static constexpr int kLanes = 16;
-  AVX512 static INLINE Vector Load(const Element* from) { return _mm512_loadu_ps(from); }
-  AVX512 static INLINE Vector Load(const Element* from, int count) {
-    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
-  }
-  AVX512 static INLINE __m512 MultiplyAdd(__m512 sum, Vector x, Vector y) { return _mm512_fmadd_ps(x, y, sum); }
+  using Row = float;  // an element of the other operand's rows, see PrepareRows
+  static constexpr int kLanes = kFloatLanes;
+  static constexpr bool kWidens = false;
+  SIMD static INLINE Floats LoadVector(const float* from) { return Load(from); }
+  SIMD static INLINE Floats LoadVector(const float* from, int count) { return Load(from, FirstLanes(count)); }
+  SIMD static INLINE Floats MultiplyAdd(Floats x, Floats y, Floats sum) { return ::MultiplyAdd(x, y, sum); }
 };
 
 struct BFloat16 {
   using Element = uint16_t;
-  using Vector = __m512i;
-  static constexpr int kLanes = 32;
-  AVX512 static INLINE Vector Load(const Element* from) { return _mm512_loadu_si512(from); }
-  AVX512 static INLINE Vector Load(const Element* from, int count) {
-    return _mm512_maskz_loadu_epi16((1u << count) - 1, from);
+  static constexpr int kLanes = 2 * kFloatLanes;
+#ifdef HAS_BF16_DOT
+  using Row = uint16_t;
+  static constexpr bool kWidens = false;
+  SIMD static INLINE Floats LoadVector(const uint16_t* from) { return _mm512_castsi512_ps(LoadPairs(from)); }
+  SIMD static INLINE Floats LoadVector(const uint16_t* from, int count) {
+    return _mm512_castsi512_ps(LoadPairs(from, count));
   }
-  AVX512 static INLINE __m512 MultiplyAdd(__m512 sum, Vector x, Vector y) {
-    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(y));
-  }
+  SIMD static INLINE Floats MultiplyAdd(Floats x, Floats y, Floats sum) { return MultiplyAddPairs(x, y, sum); }
+#else
+  using Row = float;
+  static constexpr bool kWidens = true;
+#endif
 };
 
 // e^x with the constants of Cephes' expf; 0 or infinity where the result has no exponent in float32.
-AVX512 INLINE __m512 Exp(__m512 x) {
-  x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-104.0f)), _mm512_set1_ps(104.0f));
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
-  x = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  x = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), x);
-  __m512 y = _mm512_set1_ps(1.9875691500e-4f);
+SIMD INLINE Floats Exp(Floats x) {
+  x = Min(Set(104.0f), Max(Set(-104.0f), x));
+  const Floats n = Round(x * Set(1.44269504088896341f));
+  x = NegatedMultiplyAdd(n, Set(0.693359375f), x);
+  x = NegatedMultiplyAdd(n, Set(-2.12194440e-4f), x);
+  Floats y = Set(1.9875691500e-4f);
   for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
-    y = _mm512_fmadd_ps(y, x, _mm512_set1_ps(c));
+    y = MultiplyAdd(y, x, Set(c));
   }
-  y = _mm512_add_ps(_mm512_fmadd_ps(y, _mm512_mul_ps(x, x), x), _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(y, n);
+  return TimesPowerOfTwo(MultiplyAdd(y, x * x, x) + Set(1.0f), n);
 }
 
-// The mask of the first `count` lanes of a register, or of all. The other lanes are loaded as 0 and not stored.
-AVX512 INLINE __mmask16 LaneMask(int64_t count) {
-  return static_cast<__mmask16>((1u << std::min<int64_t>(count, kFloatLanes)) - 1);
-}
-AVX512 INLINE __m512 LoadFloats(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
-AVX512 INLINE __m512 LoadFloats(const uint16_t* from, __mmask16 mask) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
-}
-AVX512 INLINE void StoreFloats(__m512 x, float* to, __mmask16 mask = 0xffff) { _mm512_mask_storeu_ps(to, mask, x); }
-AVX512 INLINE void StoreFloats(__m512 x, uint16_t* to, __mmask16 mask = 0xffff) {
-  _mm256_mask_storeu_epi16(to, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+// x / (1 + e^-x).
+SIMD INLINE Floats Silu(Floats x) { return x / (Set(1.0f) + Exp(Set(0.0f) - x)); }
+
+// A value rounded to the type of an element.
+SIMD INLINE Floats RoundedTo(const float*, Floats x) { return x; }
+SIMD INLINE Floats RoundedTo(const uint16_t*, Floats x) { return Rounded(x); }
+
+// Call run(Float32()) or run(BFloat16()).
+template <class Run>
+void WithType(Float dtype, const Run& run) {
+  if (dtype == Float::kFloat32) {
+    run(Float32());
+  } else {
+    run(BFloat16());
+  }
 }
 
-// Call job(0), …, job(num_jobs - 1) on this thread and on idle threads of the pool. This thread runs every job that no
-// other has started, so the loop also ends if the pool has no idle thread.
-inline void ParallelFor(ffi::ThreadPool& pool, int64_t num_jobs, std::function<void(int64_t)> job) {
-  struct Counters {
-    std::atomic<int64_t> started{0}, finished{0};
-  };
-  auto counters = std::make_shared<Counters>();
-  std::function<void()> work = [counters, num_jobs, job = std::move(job)] {
-    for (int64_t index; (index = counters->started.fetch_add(1)) < num_jobs;) {
-      job(index);
-      counters->finished.fetch_add(1);
-    }
-  };
-  for (int64_t helper = 1; helper < std::min(pool.num_threads(), num_jobs); ++helper) {
-    pool.Schedule(std::function<void()>(work));
-  }
-  work();
-  // The remaining jobs finish soon, unless there are more threads than cores: then yield.
-  for (int spins = 0; counters->finished.load() < num_jobs; ++spins) {
-    if (spins < kSpins) {
-      _mm_pause();
-    } else {
-      std::this_thread::yield();
-    }
-  }
-}
+}  // namespace

@@ -1,9 +1,9 @@
-// A layer's experts, from the tokens to the weighted sums of their outputs: see ../native.py and grouped_matmul.h.
+// A layer's experts, from the tokens to the weighted sums of their outputs: see grouped_matmul.h.
 //
 // Tokens are not copied into groups by expert: a tile reads its rows through an index and writes the results to their final
 // places. silu(gate) · up is computed while both are still in the L2 cache.
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#pragma once
 
 #include "grouped_matmul.h"
 #include "swiglu.h"
@@ -14,15 +14,15 @@ constexpr int64_t kTokensPerJob = 8;  // of the weighted sums
 
 // y = sum over k < count of scores[k] * x[k], vectors of `size` elements.
 template <class Element>
-AVX512 void WeightedSum(const Element* x, const float* scores, int64_t count, int64_t size, Element* y) {
-  for (int64_t i = 0; i < size; i += kFloatLanes) {
-    const __mmask16 mask = LaneMask(size - i);
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t k = 0; k < count; ++k) {
-      sum = _mm512_fmadd_ps(_mm512_set1_ps(scores[k]), LoadFloats(x + k * size + i, mask), sum);
-    }
-    StoreFloats(sum, y + i, mask);
-  }
+SIMD void WeightedSum(const Element* x, const float* scores, int64_t count, int64_t size, Element* y) {
+  const auto step = [&](int64_t i, auto lanes) SIMD {
+    Floats sum = Set(0.0f);
+    for (int64_t k = 0; k < count; ++k) sum = MultiplyAdd(Set(scores[k]), Load(x + k * size + i, lanes), sum);
+    Store(sum, y + i, lanes);
+  };
+  int64_t i = 0;
+  for (; i + kFloatLanes <= size; i += kFloatLanes) step(i, AllLanes());
+  if (i < size) step(i, FirstLanes(size - i));
 }
 
 // A choice is one expert of one token: choice t · K + k is token t's k-th expert.
@@ -30,14 +30,15 @@ template <class Type>
 struct ExpertLayer {
   using Element = typename Type::Element;
   int64_t num_tokens, top_k, num_experts, embed, mlp;  // T, K, E, D, F
-  Rows<const Element> x;
+  Rows<const typename Type::Row> x;
   const Element *gate_up, *down;
   const int32_t* chosen;
   const float* scores;
   Rows<Element> hidden;  // one row per choice, sorted by expert
+  Scratch hidden_rows;   // the same, to multiply
   Element *outputs, *mixed;
 
-  void Run(ffi::ThreadPool& pool) const {
+  void Run(const Pool& pool) const {
     // Sort the choices by expert, and leave out those whose number is no expert.
     const int64_t num_choices = num_tokens * top_k;
     std::vector<int32_t> sizes(num_experts), sorted_choice(num_choices), sorted_token(num_choices);
@@ -62,7 +63,7 @@ struct ExpertLayer {
       const Group& group = block.group;
       const int64_t num_features = block.end - block.begin, up_offset = mlp * embed;
       std::vector<Element> gate(group.num_rows * num_features), up(group.num_rows * num_features);
-      const Rows<const Element> rows{x.data, x.stride, &sorted_token[group.first_row]};
+      const Rows<const typename Type::Row> rows{x.data, x.stride, &sorted_token[group.first_row]};
       const Element *weight = gate_of(block), *next_weight = next == nullptr ? nullptr : gate_of(*next);
       MultiplyBlock<Type, Element>(rows, group.num_rows, weight, embed, {gate.data(), num_features}, num_features,
                                    next_weight);
@@ -73,11 +74,12 @@ struct ExpertLayer {
                    hidden[group.first_row + row] + block.begin);
       }
     });
+    const auto hidden_to_multiply = HiddenToMultiply(pool, num_choices);
     const auto down_of = [&](const Block& block) { return down + (block.group.index * embed + block.begin) * mlp; };
     ParallelForBlocks<Element>(pool, groups, embed, mlp, [&](const Block& block, const Block* next) {
       const Group& group = block.group;
-      MultiplyBlock<Type, Element>({hidden[group.first_row], hidden.stride}, group.num_rows, down_of(block), mlp,
-                                   {outputs + block.begin, embed, &sorted_choice[group.first_row]},
+      MultiplyBlock<Type, Element>({hidden_to_multiply[group.first_row], hidden_to_multiply.stride}, group.num_rows,
+                                   down_of(block), mlp, {outputs + block.begin, embed, &sorted_choice[group.first_row]},
                                    block.end - block.begin, next == nullptr ? nullptr : down_of(*next));
     });
     ParallelFor(pool, (num_tokens + kTokensPerJob - 1) / kTokensPerJob, [&](int64_t job) {
@@ -89,63 +91,43 @@ struct ExpertLayer {
       }
     });
   }
+
+ private:
+  Rows<const typename Type::Row> HiddenToMultiply(const Pool& pool, int64_t num_choices) const {
+    if constexpr (Type::kWidens) {
+      const Rows<float> to{static_cast<float*>(hidden_rows.data), hidden_rows.stride};
+      ParallelFor(pool, CeilDivide(num_choices, kCopyRowsPerJob), [&](int64_t job) {
+        for (int64_t row = job * kCopyRowsPerJob; row < std::min(num_choices, (job + 1) * kCopyRowsPerJob); ++row) {
+          CopyRow<Type>(hidden[row], mlp, to[row]);
+        }
+      });
+      return {to.data, to.stride};
+    } else {
+      return {hidden.data, hidden.stride};
+    }
+  }
 };
 
-ffi::Error ExpertsImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> chosen, ffi::Buffer<ffi::F32> scores,
-                       ffi::AnyBuffer gate_up, ffi::AnyBuffer down, ffi::Result<ffi::AnyBuffer> mixed,
-                       ffi::Result<ffi::AnyBuffer> outputs, ffi::Result<ffi::AnyBuffer> hidden,
-                       ffi::Result<ffi::AnyBuffer> scratch) {
-  const auto x_shape = x.dimensions(), choices = chosen.dimensions(), shape = down.dimensions();
-  const auto dtype = x.element_type();
-  if (x_shape.size() != 2 || choices.size() != 2 || shape.size() != 3 || gate_up.dimensions().size() != 3 ||
-      choices[0] != x_shape[0] || scores.element_count() != chosen.element_count() || shape[1] != x_shape[1] ||
-      gate_up.dimensions()[1] != 2 * shape[2] || shape[1] % kTileFeatures != 0 ||
-      shape[2] % kTileFeatures != 0 || gate_up.element_type() != dtype || down.element_type() != dtype) {
-    return ffi::Error::InvalidArgument(
-        "experts takes tokens [T, D], chosen experts and scores [T, K], and weights [E, 2F, D] and [E, D, F] of the same "
-        "type; D and F are multiples of 4");
-  }
-  const auto run = [&](auto float_type) {
+void Experts(const Pool& pool, const ExpertsArguments& a) {
+  WithType(a.dtype, [&](auto float_type) {
     using Type = decltype(float_type);
     using Element = typename Type::Element;
-    const auto in = [](const auto& buffer) { return static_cast<const Element*>(buffer.untyped_data()); };
-    const auto out = [](auto& buffer) { return static_cast<Element*>(buffer->untyped_data()); };
-    const Rows<Element> hidden_rows{out(hidden), hidden->dimensions()[1]};
-    const auto rows = WithPaddedStride<Element>(pool, x, scratch);
-    ExpertLayer<Type>{x_shape[0],
-                      choices[1],
-                      shape[0],
-                      shape[1],
-                      shape[2],
-                      rows,
-                      in(gate_up),
-                      in(down),
-                      chosen.typed_data(),
-                      scores.typed_data(),
-                      hidden_rows,
-                      out(outputs),
-                      out(mixed)}
+    ExpertLayer<Type>{a.num_tokens,
+                      a.top_k,
+                      a.num_experts,
+                      a.embed,
+                      a.mlp,
+                      PrepareRows<Type>(pool, a.x, a.num_tokens, a.embed, a.rows),
+                      static_cast<const Element*>(a.gate_up),
+                      static_cast<const Element*>(a.down),
+                      a.chosen,
+                      a.scores,
+                      {static_cast<Element*>(a.hidden.data), a.hidden.stride},
+                      a.hidden_rows,
+                      static_cast<Element*>(a.outputs),
+                      static_cast<Element*>(a.mixed)}
         .Run(pool);
-    return ffi::Error::Success();
-  };
-  if (dtype == ffi::F32) return run(Float32());
-  if (dtype == ffi::BF16) return run(BFloat16());
-  return ffi::Error::InvalidArgument("experts takes float32 or bfloat16");
+  });
 }
 
 }  // namespace
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Experts, ExpertsImpl,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>());
-
-#endif

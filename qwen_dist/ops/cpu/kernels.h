@@ -1,0 +1,113 @@
+// What the builds of the kernels have in common: their arguments, and a table of them for each build.
+//
+// The kernels are written once, over the vectors of simd.h, and compiled once for each set of instructions. handlers.cc
+// checks the arguments that XLA passes and calls the build that its attribute names. See ../native.py.
+
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+enum class Float { kFloat32, kBFloat16 };
+
+// XLA's thread pool.
+struct Pool {
+  void* pool;
+  int64_t num_threads;
+  void (*schedule)(void* pool, std::function<void()> task);
+};
+
+// A matrix in XLA's scratch memory, with rows `stride` elements apart; none if data is null.
+struct Scratch {
+  void* data;
+  int64_t stride;
+};
+
+struct GroupedMatmulArguments {  // see grouped_matmul.h
+  Float dtype, result;
+  int64_t num_rows, num_groups, num_features, num_inputs;  // R, E, O, C
+  const void *x, *weights;
+  const int32_t* sizes;
+  void* y;
+  Scratch rows;
+};
+
+struct ExpertsArguments {  // see experts.h
+  Float dtype;
+  int64_t num_tokens, top_k, num_experts, embed, mlp;  // T, K, E, D, F
+  const void *x, *gate_up, *down;
+  const int32_t* chosen;
+  const float* scores;
+  void *mixed, *outputs;
+  Scratch hidden, rows, hidden_rows;
+};
+
+struct SwiGluArguments {  // see elementwise.h
+  Float dtype;
+  int64_t count;
+  const void *gate, *up;
+  void* hidden;
+};
+
+struct RotateArguments {  // see elementwise.h
+  Float dtype;
+  int64_t num_tokens, num_heads, head_dim;
+  const void* x;
+  const float *cos, *sin;
+  void* y;
+};
+
+struct ShortConvolutionArguments {  // see elementwise.h
+  Float dtype;
+  int64_t num_rows, num_tokens, num_taps, num_channels;
+  const void *x, *before, *weight;
+  void* y;
+};
+
+struct PagedAttentionArguments {  // see attention.h
+  Float dtype;
+  int64_t num_rows, num_tokens, num_key_heads, group_size, head_dim, num_pages, num_entries;
+  const void *q, *keys, *values;
+  const int32_t *positions, *rows, *pages, *starts;
+  float scale;
+  int64_t window;  // 0 for none
+  void* out;
+};
+
+struct DeltaRuleArguments {  // see delta_rule.h
+  Float dtype;
+  int64_t num_rows, num_tokens, key_heads, group_size, key_dim, value_dim, num_slots;  // B, T, G, R, K, V, M
+  const void *q, *k, *v;
+  const float *gates, *betas;
+  const int32_t* slots;
+  const bool *is_start, *continues;
+  float *outputs, *states, *prepared;
+};
+
+struct Kernels {
+  // Whether 16-bit floats are widened to float32 to be multiplied: rows are then in Scratch, see PrepareRows.
+  bool widens;
+  void (*grouped_matmul)(const Pool&, const GroupedMatmulArguments&);
+  void (*experts)(const Pool&, const ExpertsArguments&);
+  void (*swiglu)(const Pool&, const SwiGluArguments&);
+  void (*rotate)(const Pool&, const RotateArguments&);
+  void (*short_convolution)(const Pool&, const ShortConvolutionArguments&);
+  void (*paged_attention)(const Pool&, const PagedAttentionArguments&);
+  void (*delta_rule)(const Pool&, const DeltaRuleArguments&);
+};
+
+#if defined(__x86_64__) && defined(__GNUC__)
+extern const Kernels kAvx512Bf16, kAvx512, kAvx2;
+#elif defined(__aarch64__) && defined(__GNUC__)
+extern const Kernels kNeon;
+#endif
+
+// The least out-features of a matmul.
+constexpr int kTileFeatures = 4;
+constexpr int kMaxTaps = 8;    // of the short convolution
+constexpr int kPageSize = 64;  // positions of a page of keys and values
+constexpr int kHeadMultiple = 16;  // the head_dim of attention is a multiple of it
+// Rows of a widened matrix are padded with zeros to a multiple of this many elements.
+constexpr int kWideMultiple = 32;
+// Numbers per key of `prepared` of the delta rule, for keys of `size` channels.
+constexpr int64_t PreparedStride(int64_t size) { return 2 * size + 2; }
