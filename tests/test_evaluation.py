@@ -33,7 +33,7 @@ CHOICE = """doc_to_text: "{{question}}"
 doc_to_choice: "{{choices}}"
 doc_to_target: "{{answer}}"
 metric_list: [{metric: acc}, {metric: acc_norm}]"""
-ANSWER = """doc_to_text: "{{question}}"
+ANSWER = """doc_to_text: "Question: {{question}}"
 doc_to_target: "{{choices[0]}}"
 generation_kwargs: {until: ["\\n", "."], max_gen_toks: 24, do_sample: false}
 metric_list: [{metric: exact_match}]"""

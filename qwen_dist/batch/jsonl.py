@@ -131,7 +131,8 @@ def _parse_plain(fields: Mapping[str, Any], problems: list[str]) -> ApiRequest:
     allowed = ["prompt", "messages", *CHAT_FIELDS, *SAMPLING_PARAMS, *STRUCTURED_FIELDS]
     unknown = sorted(fields.keys() - set(allowed))
     if unknown:
-        problems.append(f"unknown {printable(', '.join(unknown), 100)}; allowed are id, {', '.join(allowed)}")
+        shown = [name for name in allowed if not name.startswith("guided_")]  # older names of structured_outputs
+        problems.append(f"unknown {printable(', '.join(unknown), 100)}; allowed are id, {', '.join(shown)}")
     prompt, messages = fields.get("prompt"), fields.get("messages")
     if (prompt is None) == (messages is None):
         problems.append("give either prompt or messages")

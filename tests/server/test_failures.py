@@ -57,8 +57,8 @@ def test_a_request_that_takes_too_long_and_a_second_signal(tmp_path):
 
 
 def test_a_signal_while_the_model_is_loaded(tmp_path):
-    with running_server(tmp_path, *FEW, wait=False) as server:
-        server.wait_for_line("cpu (", seconds=120)  # the engine's thread has begun to load
+    with running_server(tmp_path, "--max-batch-size", "2", wait=False) as server:
+        server.wait_for_line("compiling: 0 of ", seconds=120)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(60) == 0
         lines = server.stderr.read_text().splitlines()
