@@ -43,6 +43,7 @@ def test_a_gpu_without_cudnn_is_missing_it(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "start_jax", lambda *_: None)
     monkeypatch.setattr(gpu, "gpu_features", lambda: H100)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    monkeypatch.setenv("COLUMNS", "200")
     assert main(["doctor", "--dtype", "float32"]) == 0
     shown = capsys.readouterr().out
     assert "devices: 2 × NVIDIA H100 80GB HBM3 (gpu), 72.0 GB for programs on each" in shown

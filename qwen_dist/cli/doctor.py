@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -143,14 +144,15 @@ def _print(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = make_console()
-    console.print("versions: " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()))
+    say = functools.partial(console.print, soft_wrap=True)
+    say("versions: " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()))
     kinds = [one["kind"] for one in report["devices"]]
     memory = report["devices"][0]["memory_bytes"]
     of_each = f", {memory / 1e9:.1f} GB for programs on each" if memory else ""
-    console.print(f"devices: {len(kinds)} × {kinds[0]} ({report['platform']}){of_each}")
-    console.print(f"features: {report['features']['cpu']}")
+    say(f"devices: {len(kinds)} × {kinds[0]} ({report['platform']}){of_each}")
+    say(f"features: {report['features']['cpu']}")
     if "gpu" in report["features"]:
-        console.print("of the GPU: " + ", ".join(f"{name} {value}" for name, value in report["features"]["gpu"].items()))
+        say("of the GPU: " + ", ".join(f"{name} {value}" for name, value in report["features"]["gpu"].items()))
     shown = Table("operation", *(f"{phase} ({name})" for phase, name in report["backends"].items()))
     for op, row in report["kernels"].items():
         shown.add_row(op, *(" → ".join(names) for names in row.values()))
@@ -161,10 +163,10 @@ def _print(report: dict[str, Any]) -> None:
             chosen.add_row(one["name"], one["value"], one["set by"], one["reason"])
         console.print(chosen)
     absent = [name for name, is_installed in report["extras"].items() if not is_installed]
-    console.print("extras that are not installed: " + (", ".join(absent) or "none"))
+    say("extras that are not installed: " + (", ".join(absent) or "none"))
     for text in report["missing"]:
-        console.print(f"missing: {text}", markup=False)
-    console.print("nothing is missing" if not report["missing"] else f"{len(report['missing'])} missing")
+        say(f"missing: {text}", markup=False)
+    say("nothing is missing" if not report["missing"] else f"{len(report['missing'])} missing")
 
 
 VERB = Verb(
