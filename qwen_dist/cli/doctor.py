@@ -31,7 +31,15 @@ exit code 1 if this machine has something that would not be used, with what to d
 
 _PACKAGES = ("qwen-dist", "jax", "jaxlib", "flax", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu")
 # What each extra installs, as it is imported.
-_EXTRAS = {"serve": "starlette", "remote": "obstore", "parquet": "pyarrow", "parity": "torch", "yaml": "yaml"}
+_EXTRAS = {
+    "serve": "starlette",
+    "structured": "llguidance",
+    "eval": "lm_eval",
+    "remote": "obstore",
+    "parquet": "pyarrow",
+    "parity": "torch",
+    "yaml": "yaml",
+}
 
 
 def run(config: DoctorConfig, flags: DeviceFlags) -> int:

@@ -87,7 +87,7 @@ def _with_adapters(config: ServeConfig, name: str) -> tuple[ServeConfig, dict[st
             merged.append(text)
         elif not adapter or not directory or adapter in named or adapter == name:
             raise UsageError(
-                f"--adapter {printable(text, 80)}: give each adapter a name of its own, and not {printable(name)}"
+                f"--adapter {printable(text, 80)}: give each adapter a different name, and not {printable(name)}"
             )
         else:
             named[adapter] = directory

@@ -37,7 +37,7 @@ from qwen_dist.tokenizer import StopStrings, StreamDecoder, Tokenizer
 CHUNK_SIZE, MAX_CHUNKS = 32, 16
 # Requests taken in for each that can be answered at a time: enough for the policy to choose from, few enough for memory.
 TAKEN_AHEAD = 8
-# For so many alternatives `Engine.warm_up` compiles the programs that score prompts.
+# The number of alternatives for which `Engine.warm_up` compiles the programs that score prompts.
 _NUM_SCORED = 5
 
 

@@ -1,7 +1,7 @@
 """Which of several low-rank adapters each row of a batch uses.
 
 Their matrices are stacked along the rank, so that a layer computes the low-rank products of all adapters for all rows,
-which is little, and no row needs matrices of its own. Between the two products the ranks of the other adapters become 0.
+which is little, and no row needs separate matrices. Between the two products the ranks of the other adapters become 0.
 
 Letters: B rows, R ranks of all adapters.
 """

@@ -121,7 +121,7 @@ def can_write_rows(pool_DPKSH: jax.Array, new_DXKH: jax.Array, page_DX: jax.Arra
 
 
 def is_shard_by_shard(pool_DPKSH: jax.Array) -> bool:
-    """Return whether the active rules put each data-parallel shard of a pool on devices of its own."""
+    """Return whether the active rules put each data-parallel shard of a pool on different devices."""
     context = active_context()
     return len(pool_DPKSH) == (1 if context is None else context.num_shards("batch"))
 

@@ -369,7 +369,7 @@ def test_what_cannot_be_served_ends_with_one_line(capsys, monkeypatch, server):
     code, message = code_and_message("--model", "/nowhere", "--port", "0")
     assert code == 1 and message.startswith("qwen-dist serve: ") and "/nowhere" in message
     code, message = code_and_message("--adapter", "demo=some/dir")
-    assert code == 2 and "give each adapter a name of its own, and not demo" in message
+    assert code == 2 and "give each adapter a different name, and not demo" in message
     code, message = code_and_message("--adapter", "some/dir", "--adapter", "other/dir")
     assert code == 2 and "only one can be merged; give them names to serve all: --adapter NAME=DIR" in message
     code, message = code_and_message("--port", "70000", "--request-timeout", "0")
