@@ -309,10 +309,23 @@ class ServeEngineOptions(EngineOptions):
 
 
 @dataclasses.dataclass(frozen=True)
+class ServeModelOptions(ModelOptions):
+    """The model that is served. Its adapters are `ServeConfig.adapters`."""
+
+    adapter: str = option("", metavar="DIR", help="a LoRA adapter in PEFT's format, merged into the weights")
+
+
+@dataclasses.dataclass(frozen=True)
 class ServeConfig:
     """`qwen-dist serve`."""
 
-    model: ModelOptions
+    model: ServeModelOptions
+    adapters: tuple[str, ...] = option(
+        (),
+        flag="--adapter",
+        metavar="[NAME=]DIR",
+        help="a LoRA adapter in PEFT's format: with a name for requests to choose, may be repeated; without merged",
+    )
     host: str = option("127.0.0.1", flag="--host", metavar="ADDRESS", help="serve on this address; 0.0.0.0 for all")
     port: int = option(8000, flag="--port", metavar="PORT", help="serve on this port; 0 takes a free one")
     api_key: str = option(
@@ -568,6 +581,15 @@ class PreflightConfig:
 
     model: PreflightModelOptions = PreflightModelOptions()
     mesh: str = _mesh()
+
+
+@dataclasses.dataclass(frozen=True)
+class DoctorConfig:
+    """`qwen-dist doctor`."""
+
+    dtype: Literal["bfloat16", "float32", "float64"] = option(
+        "bfloat16", flag="--dtype", metavar="DTYPE", help="of the computation: some settings depend on it"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from qwen_dist.chat import Message, make_chat
 from qwen_dist.checkpoint.load import ProgressCallback
 from qwen_dist.config import ModelOptions, Quantize, SamplingOptions, parse_bytes
+from qwen_dist.engine.embeddings import embedding_request, unit_vector
 from qwen_dist.engine.open import open_engine
 from qwen_dist.engine.request import Request, RequestOutput, SamplingParams, TokenLogprob
 from qwen_dist.errors import UsageError
@@ -215,6 +217,21 @@ class LLM:
         answers = self._answer(ids, [params] * len(ids))
         return [Score(one.prompt_token_ids, tuple(token.logprob for token in one.prompt_logprobs)) for one in answers]
 
+    def embed(self, texts: Prompt | Sequence[Prompt], dimensions: int | None = None) -> np.ndarray:
+        """Return an embedding of the length 1 for each text (or token ids), as Qwen3-Embedding models make them.
+
+        Args:
+          texts: as they are; a query of Qwen3-Embedding begins with its instruction.
+          dimensions: of the embeddings; None for all that the model has.
+
+        Returns:
+          float32 [texts, dimensions].
+        """
+        ids = [self._encode(text) for text in _as_list(texts)]
+        requests = [embedding_request(index, tokens, self._tokenizer, self.max_context) for index, tokens in enumerate(ids)]
+        vectors = {output.request.key: unit_vector(output.embedding, dimensions) for output in self._checked(requests)}
+        return np.stack([vectors[index] for index in range(len(ids))])
+
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         if not isinstance(prompt, str):
             return tuple(map(int, prompt))
@@ -252,10 +269,15 @@ class LLM:
         return [_completion(updates) for updates in outputs]
 
     def _run(self, prompts: Sequence[tuple[int, ...]], params: Sequence[SamplingParams]) -> Iterator[RequestOutput]:
-        """Answer the prompts; all are checked before the first is run."""
+        """Answer the prompts."""
+        return self._checked(
+            [Request(index, ids, one) for index, (ids, one) in enumerate(zip(prompts, params, strict=True))]
+        )
+
+    def _checked(self, requests: Sequence[Request]) -> Iterator[RequestOutput]:
+        """Run requests; all are checked before the first is run."""
         if not self._engine.is_idle:
             raise UsageError("this LLM is answering another call: finish that one first, or close its stream")
-        requests = [Request(index, ids, one) for index, (ids, one) in enumerate(zip(prompts, params, strict=True))]
         for request in requests:
             self._engine.check(request)
         return self._engine.run(requests)

@@ -15,12 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qwen_dist.chat import make_chat
-from qwen_dist.engine.request import Request, RequestOutput, SamplingParams, TokenLogprob
+from qwen_dist.engine.request import Request, RequestOutput, SamplingParams, StructuredOutputs, TokenLogprob
 from qwen_dist.errors import UserError, printable
 from qwen_dist.tokenizer import Tokenizer
 
 CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
 CHAT_FIELDS = ("tools", "chat_template_kwargs")
+# What a prompt ends with whose answer begins with reasoning, and what ends the reasoning.
+THINK, END_THINK = "<think>", "</think>"
 MAX_CHOICES = 128
 
 
@@ -62,11 +64,11 @@ def parse_body(body: Any, *, is_chat: bool) -> ApiRequest:
     model = body.get("model")
     if not isinstance(model, str | None):
         problems.append(f"model must be a string; got {shortened(model)}")
-    params = parse_params(body, _PARAMS, problems) | contents.pop("params")
+    params = parse_params(body, _PARAMS, problems) | contents.pop("params") | parse_structured_outputs(body, problems)
     num_choices = 1 if body.get("n") is None else body["n"]
     if not is_integer(num_choices) or not 1 <= num_choices <= MAX_CHOICES:
         problems.append(f"n must be a whole number from 1 to {MAX_CHOICES}; got {shortened(num_choices)}")
-    known = {*contents, "model", "n", "logprobs", "top_logprobs"} | _PARAMS.keys() | _IGNORED
+    known = {*contents, *STRUCTURED_FIELDS, "model", "n", "logprobs", "top_logprobs"} | _PARAMS.keys() | _IGNORED
     refused = sorted(
         name
         for name in body.keys() - known
@@ -92,7 +94,7 @@ def _parse_chat(body: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
 def _parse_completion(body: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     """Parse a text to complete. With `echo`, the result's text and log-probabilities include the prompt."""
     prompt, echo, logprobs = body.get("prompt"), body.get("echo") or False, body.get("logprobs")
-    if not isinstance(prompt, str) and not _are_tokens(prompt):
+    if not isinstance(prompt, str) and not are_tokens(prompt):
         problems.append(f"prompt must be a string or a list of token ids; got {shortened(prompt)}")
     if not isinstance(echo, bool):
         problems.append(f"echo must be true or false; got {shortened(echo)}")
@@ -140,6 +142,46 @@ def parse_params(fields: Mapping[str, Any], names: Mapping[str, str], problems: 
     return params
 
 
+def parse_structured_outputs(fields: Mapping[str, Any], problems: list[str]) -> dict[str, StructuredOutputs]:
+    """Return the sampling parameter that `STRUCTURED_FIELDS` ask for, of which one may be given."""
+    given = [name for name in STRUCTURED_FIELDS if fields.get(name) is not None]
+    if "response_format" in given and fields["response_format"] == {"type": "text"}:
+        given.remove("response_format")
+    if not given:
+        return {}
+    name, value = given[0], fields[given[0]]
+    if len(given) > 1:
+        problems.append(f"{name} and {given[1]} are both given; give one of them")
+    if fields.get("tools") and fields.get("tool_choice") != "none":
+        problems.append(f"{name} excludes tools: leave one of them out, or give tool_choice none")
+    forms = _forms(name, value)
+    wanted = {form: text for form, text in forms.items() if text not in (None, False)}
+    if len(wanted) != 1 or not wanted.keys() <= _FORMS.keys():
+        problems.append(f"{name} must be {_FORMS_OF[name]}; got {shortened(value)}")
+        return {}
+    ((form, text),) = wanted.items()
+    is_valid, kind = _FORMS[form]
+    if not is_valid(text):
+        problems.append(f"{name}: {form} must be {kind}; got {shortened(text)}")
+        return {}
+    return {"structured_outputs": StructuredOutputs(**wanted)}
+
+
+def _forms(name: str, value: Any) -> Mapping[str, Any]:
+    """Return what a field asks for, by the names of `StructuredOutputs`; other names where it is not understood."""
+    if name.startswith("guided_"):
+        return {name.removeprefix("guided_"): value}
+    if name == "structured_outputs":
+        return value if isinstance(value, dict) else {}
+    if value == {"type": "json_object"}:
+        return {"json_object": True}
+    is_schema = isinstance(value, dict) and value.get("type") == "json_schema" and len(value) == 2
+    named = value["json_schema"] if is_schema and "json_schema" in value else None
+    if not isinstance(named, dict) or not named.keys() <= {"name", "description", "schema", "strict"}:
+        return {}
+    return {"json": named.get("schema")}
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
@@ -152,7 +194,7 @@ def _is_count(value: Any) -> bool:
     return is_integer(value) and value >= 0
 
 
-def _are_tokens(value: Any) -> bool:
+def are_tokens(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0 and all(map(_is_count, value))
 
 
@@ -171,6 +213,14 @@ def _is_bias(value: Any) -> bool:
 def shortened(value: Any) -> str:
     """Return a value for a message, cut to 80 characters."""
     return f"{value!r:.80}"
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_choice(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(map(_is_text, value))
 
 
 _Check = Callable[[Any], bool]
@@ -194,6 +244,20 @@ SAMPLING_PARAMS: dict[str, tuple[_Check, str]] = {
     "logit_bias": (_is_bias, 'an object of token ids and biases, such as {"50256": -100}'),
     "min_new_tokens": _INTEGER,
 }
+# The forms of `StructuredOutputs`.
+_FORMS: dict[str, tuple[_Check, str]] = {
+    "json": (lambda value: isinstance(value, dict | str | bool), "a JSON schema, as an object or a text"),
+    "json_object": (lambda value: value is True, "true"),
+    "regex": (_is_text, "a regular expression"),
+    "choice": (_is_choice, "a list of non-empty texts"),
+    "grammar": (_is_text, "a grammar in Lark's syntax"),
+}
+# The fields that ask for structured output: OpenAI's, vLLM's, and those that vLLM had before.
+_FORMS_OF = {
+    "response_format": 'of type "text", "json_object", or "json_schema" with "json_schema": {"name": …, "schema": {…}}',
+    "structured_outputs": f"an object with one of {', '.join(_FORMS)}",
+} | {f"guided_{form}": _FORMS[form][1] for form in ("json", "regex", "choice", "grammar")}
+STRUCTURED_FIELDS = tuple(_FORMS_OF)
 _NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
 _PARAMS = {name: name for name in SAMPLING_PARAMS if name not in _NAMES.values() and name != "logprobs"} | _NAMES
 # Fields that do not change the result.
@@ -209,7 +273,6 @@ _IGNORED = {
 # Fields that are not supported, except with these values, which have no effect.
 _NEUTRAL = {
     "best_of": 1,
-    "response_format": {"type": "text"},
     "stream": False,
     "suffix": "",
     "tools": [],
@@ -249,7 +312,16 @@ def make_requests(
         chat = make_chat(request.messages, request.tools, request.chat_template_kwargs, variables)
         prompt = tokenizer.encode_prompt(chat, max_context)
         params = params.override({"stop_token_ids": tokenizer.chat_stop_ids})
+        if params.structured_outputs is not None and begins_with_reasoning(prompt, tokenizer):
+            assert isinstance(params.structured_outputs, StructuredOutputs)
+            structured = dataclasses.replace(params.structured_outputs, after=END_THINK)
+            params = params.override({"structured_outputs": structured})
     return [Request(key(index), tuple(prompt), params.with_seed_of_choice(index)) for index in range(request.num_choices)]
+
+
+def begins_with_reasoning(prompt: Sequence[int], tokenizer: Tokenizer) -> bool:
+    """Return whether the end of a prompt says that its answer begins inside the reasoning."""
+    return tokenizer.decode(prompt[-len(THINK) :], skip_special_tokens=False).rstrip().endswith(THINK)
 
 
 @dataclasses.dataclass(frozen=True)

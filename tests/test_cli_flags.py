@@ -31,8 +31,10 @@ ARGUMENTS = {
         {"raw": True, "engine.policy": "latency", "engine.max_batch_size": 96, "metrics_port": 80, "sampling.top_k": None},
     ),
     "serve": (
-        f"--config {CONFIGS}/serve.py:some/dir --port 0 --config.warm_up=false --max-waiting 3 --drain-timeout 2",
-        {"model.path": "some/dir", "port": 0, "warm_up": False, "engine.policy": "latency", "drain_timeout": 2.0},
+        f"--config {CONFIGS}/serve.py:some/dir --port 0 --config.warm_up=false --max-waiting 3 --drain-timeout 2 "
+        "--adapter a=b --adapter c=d",
+        {"model.path": "some/dir", "port": 0, "warm_up": False, "engine.policy": "latency", "drain_timeout": 2.0}
+        | {"adapters": ["a=b", "c=d"], "model.adapter": ""},
     ),
     "finetune": (
         f"--data a --data b --output o --config {CONFIGS}/finetune_full.py:m --steps 3 "
@@ -44,6 +46,7 @@ ARGUMENTS = {
         "--model m --output o --config.model.dtype=float16 --max-shard-size 2GB",
         {"model.dtype": "float16", "max_shard_size": "2GB", "overwrite": False},
     ),
+    "doctor": ("--dtype float32 --num-cpu-devices 2", {"dtype": "float32"}),
     "quantize": (
         "--model m --output o --quantize int8 --quantize-group-size 64",
         {"model.quantize": "int8", "model.quantize_group_size": 64, "model.dtype": "bfloat16"},

@@ -185,7 +185,8 @@ def test_sampling_options_are_the_sampling_parameters_of_the_engine():
     known = {field.name for field in dataclasses.fields(SamplingParams)}
     of_checkpoint = {"sequence_bias", "begin_suppress_tokens", "no_repeat_ngram_size", "min_length", "max_length"}
     options = {field.name for field in dataclasses.fields(SamplingOptions)}
-    assert options | {"prompt_logprobs", "logit_bias", "stop_token_ids"} | of_checkpoint == known
+    of_requests = {"prompt_logprobs", "logit_bias", "stop_token_ids", "structured_outputs"}
+    assert options | of_requests | of_checkpoint == known
 
 
 @pytest.mark.parametrize(

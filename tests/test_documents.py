@@ -394,7 +394,7 @@ def test_constraints_pin_everything_that_the_project_asks_for():
     extras = PROJECT["optional-dependencies"]
     asked = [
         Requirement(text)
-        for name in ("docs", "dev", "metrics", "parity", "parquet", "remote", "serve")
+        for name in ("docs", "dev", "metrics", "parity", "parquet", "remote", "serve", "structured")
         for text in extras[name]
     ]
     asked += [Requirement(text) for text in PROJECT["dependencies"]]

@@ -1,12 +1,21 @@
 """Bodies and answers of the OpenAI API, without a batch: what a server needs."""
 
+import dataclasses
 import itertools
 
 import pytest
 
-from qwen_dist.engine.request import RequestOutput, SamplingParams, TokenLogprob
+from qwen_dist.engine.request import RequestOutput, SamplingParams, StructuredOutputs, TokenLogprob
 from qwen_dist.errors import UserError
-from qwen_dist.openai_api import ApiRequest, PendingAnswer, completion_body, error_body, make_requests, parse_body
+from qwen_dist.openai_api import (
+    ApiRequest,
+    PendingAnswer,
+    begins_with_reasoning,
+    completion_body,
+    error_body,
+    make_requests,
+    parse_body,
+)
 from qwen_dist.tokenizer import Tokenizer
 
 MESSAGES = [{"role": "user", "content": "the fox"}]
@@ -31,6 +40,65 @@ def test_a_body_is_a_request_or_all_of_its_problems():
     assert error_body("no", "c") == {
         "error": {"message": "no", "type": "invalid_request_error", "param": None, "code": "c"}
     }
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, {"json_object": True}),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}}, {"json": SCHEMA}),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": SCHEMA}}},
+            {"json": SCHEMA},
+        ),
+        ({"structured_outputs": {"json": SCHEMA, "regex": None}}, {"json": SCHEMA}),
+        ({"structured_outputs": {"json_object": True}}, {"json_object": True}),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, {"choice": ["a", "b"]}),
+        ({"guided_json": SCHEMA}, {"json": SCHEMA}),
+        ({"guided_regex": "a+"}, {"regex": "a+"}),
+        ({"guided_choice": ["a"], "response_format": {"type": "text"}}, {"choice": ["a"]}),
+        ({"guided_grammar": 'start: "a"'}, {"grammar": 'start: "a"'}),
+        ({"guided_json": SCHEMA, "tools": [{}], "tool_choice": "none"}, {"json": SCHEMA}),
+    ],
+)
+def test_the_fields_of_structured_output(fields, expected):
+    params = parse_body({"messages": MESSAGES, **fields}, is_chat=True).params
+    assert params == ({} if expected is None else {"structured_outputs": StructuredOutputs(**expected)})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"response_format": 3}, 'response_format must be of type "text", "json_object", or "json_schema" with'),
+        ({"response_format": {"type": "json_schema", "json_schema": SCHEMA}}, "response_format must be of type"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "response_format must be of type"),
+        ({"response_format": {"type": "structural_tag"}}, "response_format must be of type"),
+        ({"structured_outputs": {}}, "structured_outputs must be an object with one of json, json_object, regex"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs must be an object with one of"),
+        ({"structured_outputs": {"regex": "a", "more": 1}}, "structured_outputs must be an object with one of"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs: choice must be a list of non-empty texts; got"),
+        ({"guided_regex": 3}, "guided_regex: regex must be a regular expression; got 3"),
+        ({"guided_regex": "a", "guided_json": {}}, "guided_json and guided_regex are both given; give one of them"),
+        ({"guided_regex": "a", "tools": [{}]}, "guided_regex excludes tools: leave one of them out, or give tool_choice"),
+    ],
+)
+def test_structured_output_that_is_not_understood(fields, message):
+    with pytest.raises(UserError) as error:
+        parse_body({"messages": MESSAGES, **fields}, is_chat=True)
+    assert str(error.value).startswith(message)
+
+
+def test_a_form_begins_after_the_reasoning(tokenizer):
+    request = parse_body({"messages": MESSAGES, "guided_choice": ["a"]}, is_chat=True)
+    assert requests_of(request, tokenizer)[0].params.structured_outputs == StructuredOutputs(choice=("a",))
+    (thinking,) = requests_of(dataclasses.replace(request, messages=None, prompt="a<think>\n"), tokenizer)
+    assert thinking.params.structured_outputs.after == "", "a text is no chat"
+    assert begins_with_reasoning(tokenizer.encode("a <think>\n"), tokenizer)
+    assert not begins_with_reasoning(tokenizer.encode("<think>\n\n</think>\n"), tokenizer)
 
 
 def requests_of(request, tokenizer):

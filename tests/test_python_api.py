@@ -23,6 +23,7 @@ SIGNATURES = {
     "LLM.chat": "self messages sampling_params tools template_variables changes",
     "LLM.stream": "self prompt sampling_params template_variables changes",
     "LLM.score": "self texts",
+    "LLM.embed": "self texts dimensions",
     "LLM.encode": "self text",
     "LLM.decode": "self token_ids",
     "load_model": "model mesh rules dtype load_format ignored_config_keys progress",

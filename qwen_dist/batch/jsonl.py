@@ -20,6 +20,7 @@ from qwen_dist.openai_api import (
     CHAT_FIELDS,
     CHAT_URL,
     SAMPLING_PARAMS,
+    STRUCTURED_FIELDS,
     TEXT_URL,
     ApiRequest,
     Choice,
@@ -29,6 +30,7 @@ from qwen_dist.openai_api import (
     is_integer,
     parse_body,
     parse_params,
+    parse_structured_outputs,
     shortened,
     token_usage,
 )
@@ -126,10 +128,11 @@ def _parse_record(row: Row, number: int, format: LineFormat) -> BatchRecord | In
 
 
 def _parse_plain(fields: Mapping[str, Any], problems: list[str]) -> ApiRequest:
-    allowed = ["prompt", "messages", *CHAT_FIELDS, *SAMPLING_PARAMS]
+    allowed = ["prompt", "messages", *CHAT_FIELDS, *SAMPLING_PARAMS, *STRUCTURED_FIELDS]
     unknown = sorted(fields.keys() - set(allowed))
     if unknown:
-        problems.append(f"unknown {printable(', '.join(unknown), 100)}; allowed are id, {', '.join(allowed)}")
+        shown = [name for name in allowed if not name.startswith("guided_")]  # older names of structured_outputs
+        problems.append(f"unknown {printable(', '.join(unknown), 100)}; allowed are id, {', '.join(shown)}")
     prompt, messages = fields.get("prompt"), fields.get("messages")
     if (prompt is None) == (messages is None):
         problems.append("give either prompt or messages")
@@ -138,6 +141,7 @@ def _parse_plain(fields: Mapping[str, Any], problems: list[str]) -> ApiRequest:
     if messages is not None:
         check_messages(messages, problems)
     params = parse_params(fields, {name: name for name in SAMPLING_PARAMS}, problems)
+    params |= parse_structured_outputs(fields, problems)
     return ApiRequest(params, prompt, messages, fields.get("tools"), fields.get("chat_template_kwargs"))
 
 

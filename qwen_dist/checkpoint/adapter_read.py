@@ -65,7 +65,7 @@ class PeftAdapter:
         for update in self.updates:
             is_plain = update.kind == "lora" and update.layer.startswith("layers.") and not update.names_experts
             if not is_plain:
-                problems.append(f"{update.layer}: {_describe(update)} can only be merged")
+                problems.append(f"{update.layer}: {describe(update)} can only be merged")
             elif update.rank != config.rank or update.tensors["scale"] != scale(config.rank, config.alpha, config.rslora):
                 problems.append(f"{update.layer}: its rank or alpha differs from the others, so it can only be merged")
         if problems:
@@ -77,7 +77,8 @@ class PeftAdapter:
         return Adapter(config.rank, config.alpha, config.rslora, arrays)
 
 
-def _describe(update: Update) -> str:
+def describe(update: Update) -> str:
+    """Return what an update is that can only be merged, for messages."""
     kinds = {
         "weight": "a parameter that was trained whole",
         "rows": "trained token embeddings",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qwen_dist.cli.console import loading
@@ -26,13 +27,16 @@ EXAMPLES = """\
 examples:
   qwen-dist serve                                     the small demonstration model at http://127.0.0.1:8000/v1
   qwen-dist serve --config configs/serve.py --model ~/qwen3-0.6b --port 8080
+  qwen-dist serve --model DIR --adapter law=run/adapter --adapter poems=other/adapter   requests choose by "model"
   QWEN_DIST_API_KEY=secret qwen-dist serve --model Qwen/Qwen3-8B --mesh tensor=4 --host 0.0.0.0
 defaults of the sampling flags come from the checkpoint's generation_config.json; a request can set its own"""
 
 
 def run(config: ServeConfig, flags: DeviceFlags) -> int:
     """Serve until SIGTERM or Ctrl-C."""
-    _check(config)
+    _check()
+    name = _served_name(config)
+    config, adapters = _with_adapters(config, name)
     try:
         from qwen_dist.server.http_server import address_of, bind, note, serve
     except ImportError as error:
@@ -40,7 +44,7 @@ def run(config: ServeConfig, flags: DeviceFlags) -> int:
     listening = bind(config.host, config.port)
     start_jax(flags.num_cpu_devices, config.model.dtype)
     find_devices()
-    url, name = address_of(listening), _served_name(config)
+    url = address_of(listening)
     api_key = config.api_key or os.environ.get(API_KEY) or None
     if api_key is None and config.host not in ("127.0.0.1", "::1", "localhost"):
         note(f"warning: anybody who reaches {url} can use it: set {API_KEY}")
@@ -53,7 +57,7 @@ def run(config: ServeConfig, flags: DeviceFlags) -> int:
     def make(ready: Callable[[], None], failed: Callable[[BaseException], None]) -> tuple[Service, Any]:
         from qwen_dist.server.app import make_app
 
-        service = _make_service(config, name, ready, failed, quiet=flags.json)
+        service = _make_service(config, name, adapters, ready, failed, quiet=flags.json)
         return service, make_app(service, api_key)
 
     note(f"loading {printable(config.model.path)}; {url}/health says when it is ready")
@@ -63,21 +67,37 @@ def run(config: ServeConfig, flags: DeviceFlags) -> int:
     return 0
 
 
-def _check(config: ServeConfig) -> None:
+def _check() -> None:
     from qwen_dist.runtime.cluster import detect_cluster
 
-    adapter_name, equals, _ = config.model.adapter.partition("=")
-    if equals and not os.path.exists(config.model.adapter):
-        raise UsageError(
-            f"--adapter {printable(adapter_name, 60)}=…: adapters by name are not supported; --adapter DIR serves the "
-            "model with one adapter merged into it"
-        )
     cluster = detect_cluster(None, None, None, os.environ)
     if cluster is not None and cluster.num_processes > 1:
         raise UsageError(
             f"serve runs as one process, and this is one of {cluster.num_processes}: start it on one machine, with --mesh "
             "over its devices"
         )
+
+
+def _with_adapters(config: ServeConfig, name: str) -> tuple[ServeConfig, dict[str, str]]:
+    """Return the configuration with the adapter that is merged, and the others by their names."""
+    merged, named = [config.model.adapter] if config.model.adapter else [], dict[str, str]()
+    for text in config.adapters:
+        adapter, equals, directory = text.partition("=")
+        if not equals or os.path.exists(text):
+            merged.append(text)
+        elif not adapter or not directory or adapter in named or adapter == name:
+            raise UsageError(
+                f"--adapter {printable(text, 80)}: give each adapter a different name, and not {printable(name)}"
+            )
+        else:
+            named[adapter] = directory
+    if len(merged) > 1:
+        raise UsageError(
+            f"--adapter {printable(', '.join(merged), 200)}: only one can be merged; give them names to serve all: "
+            "--adapter NAME=DIR"
+        )
+    model = dataclasses.replace(config.model, adapter=merged[0]) if merged else config.model
+    return dataclasses.replace(config, model=model), named
 
 
 def _served_name(config: ServeConfig) -> str:
@@ -93,6 +113,7 @@ def _served_name(config: ServeConfig) -> str:
 def _make_service(
     config: ServeConfig,
     name: str,
+    adapters: Mapping[str, str],
     on_ready: Callable[[], None],
     on_failure: Callable[[BaseException], None],
     *,
@@ -115,6 +136,7 @@ def _make_service(
                 policy=config.engine.policy,
                 prefix_cache=config.engine.prefix_cache,
                 snapshot_fraction=config.engine.snapshot_fraction,
+                adapters=adapters,
                 template_variables=config.chat.variables,
                 progress=progress,
                 announce=note,
@@ -123,7 +145,7 @@ def _make_service(
 
     def prepare(engine: Engine) -> None:
         if config.warm_up:
-            engine.warm_up(lambda done, total: note(f"compiling: {done} of {total} programs"))
+            engine.warm_up(lambda done, total: note(f"compiling: {done} of {total} programs"), for_all=True)
 
     limits = ServiceLimits(
         max_body_bytes=parse_bytes(config.max_body_size),
@@ -134,6 +156,7 @@ def _make_service(
         open_model,
         prepare,
         name=name,
+        adapters=list(adapters),
         limits=limits,
         variables=config.chat.variables,
         has_seed=config.sampling.seed is not None,

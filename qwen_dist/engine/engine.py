@@ -1,15 +1,18 @@
 """From requests to text: requests come and go one by one, and all that are present are answered together.
 
-The host decides and the devices compute: while one step runs, the host turns the tokens of the step before into text.
+The host decides and the devices compute: while one step runs, the host turns the tokens of the step before into text. From
+them it also finds which tokens the answers with structured output may sample next, before the step that runs samples.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,10 +21,11 @@ from qwen_dist.checkpoint.model import LoadedModel
 from qwen_dist.engine.batch import Batch, BatchBuilder
 from qwen_dist.engine.page_allocator import CacheLimits, PagedGroup
 from qwen_dist.engine.request import Request, RequestOutput, TokenLogprob
-from qwen_dist.engine.runner import DecodeState, Runner, SampledTokens, SamplingTable
+from qwen_dist.engine.runner import DecodeState, Runner, SampledTokens, SamplingBatch, SamplingTable, StepLogits
 from qwen_dist.engine.scheduler import POLICIES, Schedule, Scheduler
 from qwen_dist.engine.sequence import Sequence
-from qwen_dist.errors import UsageError, UserError
+from qwen_dist.engine.structured_output import Constraint, Grammars, is_installed
+from qwen_dist.errors import UsageError, UserError, printable
 from qwen_dist.models.state import States, page_bytes, slot_bytes
 from qwen_dist.models.state_spec import LayerStateSpec, cache_groups
 from qwen_dist.ops.paged_cache import MAX_ENTRIES, PAGE
@@ -33,6 +37,8 @@ from qwen_dist.tokenizer import StopStrings, StreamDecoder, Tokenizer
 CHUNK_SIZE, MAX_CHUNKS = 32, 16
 # Requests taken in for each that can be answered at a time: enough for the policy to choose from, few enough for memory.
 TAKEN_AHEAD = 8
+# The number of alternatives for which `Engine.warm_up` compiles the programs that score prompts.
+_NUM_SCORED = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +56,14 @@ class EngineStats:
     held_positions: int
     live_positions: int
     cached_positions: int = 0
+
+
+class _ComputedStep(NamedTuple):
+    """A step whose tokens are still to be sampled."""
+
+    logits: StepLogits
+    sampling: SamplingBatch
+    has_logprobs: bool
 
 
 def cache_limits(
@@ -94,6 +108,7 @@ class Engine:
         sliding windows have no prefix cache.
       snapshot_fraction: the part of the cache that may hold snapshots of recurrent layers' states, which the prefix cache
         of such a model needs.
+      adapters: of a model with stacked adapters, the factors of each by its name (`checkpoint.adapter_layers`).
 
     Raises:
       UsageError: an argument is out of range, or the cache cannot hold a page.
@@ -111,6 +126,7 @@ class Engine:
         policy: str = "throughput",
         prefix_cache: bool = True,
         snapshot_fraction: float = 0.2,
+        adapters: Mapping[str, np.ndarray] = types.MappingProxyType({}),
     ):
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
@@ -154,6 +170,9 @@ class Engine:
         self._num_pages: tuple[int, ...] = ()
         self._in_flight: tuple[Batch, SampledTokens] | None = None
         self._has_delivered = False
+        self._samples_apart = False  # whether what few requests want is sampled by the program that `warm_up` has compiled
+        self._adapters = dict(adapters)
+        self._grammars = Grammars(tokenizer, model.config.vocab_size)
         self._answers: dict[Sequence, Detokenizer] = {}
         self._sequences: dict[int, list[Sequence]] = {}  # by the identity of their request
 
@@ -194,30 +213,47 @@ class Engine:
             raise UserError(f"the prompt has token ids outside the vocabulary of {self._vocab_size}")
         if any(token >= self._vocab_size for token, _ in request.params.logit_bias):
             raise UserError(f"logit_bias has token ids outside the vocabulary of {self._vocab_size}")
+        if request.adapter and request.adapter not in self._adapters:
+            known = ", ".join(self._adapters) or "none"
+            raise UserError(f"there is no adapter {printable(request.adapter, 60)}; there is {printable(known)}")
+        self._grammars.check(request.params)
         if not self._scheduler.fits(self._end(request)):
             raise UserError(
                 f"the prompt has {length} tokens and the answer up to {request.params.max_new_tokens}, more than the cache "
                 f"can hold ({self._scheduler.max_pages * PAGE} in each data-parallel shard); allow it more memory"
             )
 
-    def warm_up(self, report: Callable[[int, int], None] = lambda done, total: None) -> None:
+    def warm_up(self, report: Callable[[int, int], None] = lambda done, total: None, *, for_all: bool = False) -> None:
         """Give the cache all of its memory and compile the programs, so that no request waits for that.
-
-        Programs that return log-probabilities or process logits are compiled when a request first needs one.
 
         Args:
           report: called with the number of programs that are compiled, and of all.
+          for_all: also for requests with log-probabilities, biases, penalties or structured output. Without, their programs
+            are compiled when the first of them comes.
         """
         self._scheduler.reserve()
         batches = list(self._batches.empty_batches(self._scheduler.num_pages))
-        for done, batch in enumerate(batches):
-            report(done, len(batches))
-            jax.block_until_ready(self._dispatch([], batch))
-        report(len(batches), len(batches))
+        scored = [batch for batch in batches if batch.is_prefill]
+        programs: list[Callable[[], Any]] = [functools.partial(self._dispatch, [], batch) for batch in batches]
+        if for_all:
+            programs += [functools.partial(self._dispatch, [], batch, num_scored=_NUM_SCORED) for batch in scored]
+            programs += [functools.partial(self._sample_nothing, batch) for batch in batches]
+        for done, run in enumerate(programs):
+            report(done, len(programs))
+            jax.block_until_ready(run())
+        if for_all and is_installed():
+            self._grammars.prepare()
+        self._samples_apart = for_all
+        report(len(programs), len(programs))
+
+    def _sample_nothing(self, batch: Batch) -> SampledTokens:
+        return self._sample(batch, self._dispatch([], batch, apart=True, known=[(0, [0])]))
 
     def _end(self, request: Request) -> int:
         """Return the last position that a token of the answer may have; a prompt that is only scored has one too."""
         length, params = len(request.prompt), request.params
+        if request.is_embedding:
+            return length
         ends = (length + max(1, params.max_new_tokens), max(params.max_length or self.max_context, length + 1))
         return min(*ends, self.max_context) - 1
 
@@ -225,7 +261,8 @@ class Engine:
         """Queue a request. Raises UserError if it fails `check`."""
         self.check(request)
         sequence = self._scheduler.add(request, self._end(request))
-        self._answers[sequence] = Detokenizer(request, self._tokenizer, sequence.end)
+        constraint = self._grammars.constraint(request.params)
+        self._answers[sequence] = Detokenizer(request, self._tokenizer, sequence.end, constraint)
         self._sequences.setdefault(id(request), []).append(sequence)
 
     def abort(self, request: Request) -> None:
@@ -240,15 +277,18 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Start the next step on the devices, and return the outputs of the step before it."""
-        before, self._in_flight = self._in_flight, None
+        (before, self._in_flight), started = (self._in_flight, None), None
         # The very first output does not wait until the program of the next step has been compiled.
         if before is None or self._has_delivered:
             schedule = self._scheduler.schedule(can_preempt=before is None)
             if schedule:
                 batch = self._batches.build(schedule, self._scheduler.num_pages)
-                self._in_flight = batch, self._dispatch(schedule, batch)
+                started = batch, self._dispatch(schedule, batch)
         self._has_delivered |= before is not None
-        return [] if before is None else list(self._deliver(*before))
+        outputs = [] if before is None else list(self._deliver(*before))
+        if started is not None:
+            self._in_flight = started[0], self._sample(*started)
+        return outputs
 
     def run(self, requests: Iterable[Request]) -> Iterator[RequestOutput]:
         """Answer the requests; outputs come as text becomes final.
@@ -277,14 +317,26 @@ class Engine:
         if not of_request:
             del self._sequences[id(sequence.request)]
 
-    def _dispatch(self, schedule: Schedule, batch: Batch) -> SampledTokens:
+    def _dispatch(
+        self,
+        schedule: Schedule,
+        batch: Batch,
+        *,
+        apart: bool = False,
+        num_scored: int | None = None,
+        known: Iterable[tuple[int, list[int]]] = (),
+    ) -> SampledTokens | _ComputedStep:
+        """Start a step. Nothing is sampled if that must wait for the step before, or `apart` says so.
+
+        `num_scored` and `known` are those of `Runner.compute`, where the batch has no sequences.
+        """
         num_pages = self._scheduler.num_pages
         if self._state is None:
             self._state = self._runner.start(num_pages)
         elif num_pages != self._num_pages:
             self._state = self._runner.resize(self._state, num_pages)
         self._num_pages = num_pages
-        known: list[tuple[int, list[int]]] = []
+        known = list(known)
         if batch.is_prefill:
             for row, sequence in enumerate(batch.sequences):
                 if sequence is None:
@@ -297,17 +349,57 @@ class Engine:
                 assert self._snapshots is not None
                 slot = scheduled.sequence.slot
                 self._state = self._runner.restore(self._state, self._snapshots, slot, scheduled.restored)
-        sampling = self._sampling.look_up(batch.slots_B, self._tokenizer.stop_ids)
         num_top = self._sampling.num_top(batch.slots_B)
-        num_scored = self._sampling.num_scored(batch.slots_B) if batch.is_prefill else None
-        self._state, sampled = self._runner.step(
-            self._state, batch, sampling, num_top=num_top, num_scored=num_scored, known=known
-        )
+        if batch.is_prefill and num_scored is None:
+            num_scored = self._sampling.num_scored(batch.slots_B, at_least=_NUM_SCORED if self._samples_apart else 0)
+        apart = apart or num_scored is not None or self._must_sample_apart(batch, num_top)
+        sampling = self._sampling.look_up(batch.slots_B, self._tokenizer.stop_ids, with_processors=apart)
+        adapters_BR = self._adapters_of_rows(batch)
+        started: SampledTokens | _ComputedStep
+        if apart:
+            self._state, logits = self._runner.compute(
+                self._state, batch, sampling, num_scored=num_scored, known=known, adapters_BR=adapters_BR
+            )
+            started = _ComputedStep(logits, sampling, num_top is not None)
+        else:
+            self._state, started = self._runner.step(
+                self._state, batch, sampling, num_top=num_top, known=known, adapters_BR=adapters_BR
+            )
         for scheduled in schedule:
             if scheduled.saved >= 0:
                 snapshots = self._snapshots or self._runner.start_snapshots(self._num_snapshots)
                 self._snapshots = self._runner.save(self._state, snapshots, scheduled.sequence.slot, scheduled.saved)
-        return sampled
+        return started
+
+    def _adapters_of_rows(self, batch: Batch) -> np.ndarray | None:
+        if not self._adapters:
+            return None
+        none = np.zeros_like(next(iter(self._adapters.values())))
+        names = ["" if sequence is None else sequence.request.adapter for sequence in batch.sequences]
+        return np.stack([self._adapters.get(name, none) for name in names])
+
+    def _must_sample_apart(self, batch: Batch, num_top: int | None) -> bool:
+        requests = [sequence.request for sequence in batch.sequences if sequence is not None]
+        if any(request.is_embedding or request.params.structured_outputs is not None for request in requests):
+            return True
+        is_special = num_top is not None or self._sampling.has_processors(batch.slots_B)
+        return self._samples_apart and is_special and batch.num_steps == 1
+
+    def _sample(self, batch: Batch, started: SampledTokens | _ComputedStep) -> SampledTokens:
+        """Sample the tokens of a step, if it has not done that yet. The tokens of the step before are known."""
+        if isinstance(started, SampledTokens):
+            return started
+        assert self._state is not None
+        logits, sampling, has_logprobs = started
+        constraints: list[Constraint | None] = [None] * len(batch.sequences)
+        for row, sequence in enumerate(batch.sequences):
+            if sequence is not None and not sequence.is_finished and batch.logit_indices_BX[row, 0] >= 0:
+                constraints[row] = self._answers[sequence].constraint
+        self._state, sampled = self._runner.sample(
+            self._state, batch, logits, sampling, self._grammars.allowed(constraints), has_logprobs=has_logprobs
+        )
+        has_embedding = any(sequence is not None and sequence.request.is_embedding for sequence in batch.sequences)
+        return sampled._replace(scores=logits.scores, hidden_BD=logits.hidden_BD if has_embedding else None)
 
     def _deliver(self, batch: Batch, sampled: SampledTokens) -> Iterator[RequestOutput]:
         sampled = jax.device_get(sampled)
@@ -320,9 +412,16 @@ class Engine:
                 answer.score(sampled, index, int(batch.positions_BT[index, 0]))
             if not tokens:
                 continue
+            if sequence.request.is_embedding:
+                assert sampled.hidden_BD is not None
+                self._release(sequence)
+                yield _embedding(sequence, sampled.hidden_BD[index])
+                continue
             logprobs = _logprobs(sampled, index, tokens, sequence.request.params.logprobs)
             output = answer.push(tokens, logprobs, sequence.num_cached_tokens)
             sequence.tokens += output.tokens
+            if answer.constraint is not None:
+                output = _constrained(output, answer.constraint)
             if output.finish_reason is not None:
                 self._release(sequence)
             yield output
@@ -331,8 +430,8 @@ class Engine:
 class Detokenizer:
     """The answer to one request: from tokens to text, and where it ends."""
 
-    def __init__(self, request: Request, tokenizer: Tokenizer, end: int):
-        self.request = request
+    def __init__(self, request: Request, tokenizer: Tokenizer, end: int, constraint: Constraint | None = None):
+        self.request, self.constraint = request, constraint
         self.max_new_tokens = min(end + 1 - len(request.prompt), request.params.max_new_tokens)
         self.num_generated = 0
         self.scores: list[TokenLogprob] = []
@@ -386,6 +485,21 @@ class Detokenizer:
             scores,
             num_cached_tokens,
         )
+
+
+def _embedding(sequence: Sequence, hidden_D: Any) -> RequestOutput:
+    embedding = tuple(np.asarray(hidden_D, np.float32).tolist())
+    return RequestOutput(
+        sequence.request, "", (), 0, "stop", num_cached_tokens=sequence.num_cached_tokens, embedding=embedding
+    )
+
+
+def _constrained(output: RequestOutput, constraint: Constraint) -> RequestOutput:
+    """Show an output to the constraint of the answer. An answer whose parser has given up is cut, and says so."""
+    if output.finish_reason is None:
+        constraint.accept(output.tokens)
+    is_cut = output.finish_reason == "stop" and constraint.has_failed
+    return dataclasses.replace(output, finish_reason="length") if is_cut else output
 
 
 def _logprobs(sampled: SampledTokens, index: int, tokens: list[int], num_top: int | None) -> list[TokenLogprob]:

@@ -73,6 +73,18 @@ class ProcessorArrays(NamedTuple):
         )
 
 
+_NO_PROCESSORS = ProcessorArrays(
+    prompt_length=np.zeros(1, np.int32),
+    min_length=np.zeros(1, np.int32),
+    ngram_size=np.zeros(1, np.int32),
+    frequency_penalty=np.zeros(1, np.float32),
+    presence_penalty=np.zeros(1, np.float32),
+    sequences=np.zeros((1, 0, 1), np.int32),
+    bias=np.zeros((1, 0), np.float32),
+    until=np.zeros((1, 0), np.int32),
+)
+
+
 def _biased_sequences(
     params: SamplingParams, prompt_length: int, min_length: int
 ) -> list[tuple[tuple[int, ...], float, int]]:
@@ -83,11 +95,12 @@ def _biased_sequences(
     return [*((ids, bias, _ALWAYS) for ids, bias in always), *first, *stops]
 
 
-def of_rows(rows: Sequence[ProcessorArrays | None]) -> ProcessorArrays | None:
-    """Return the processors of the rows of a step, of few sizes W and N; None if no row uses any."""
+def of_rows(rows: Sequence[ProcessorArrays | None], *, always: bool = False) -> ProcessorArrays | None:
+    """Return the processors of the rows of a step, of few sizes W and N; None if no row uses any, unless `always`."""
     used = [row for row in rows if row is not None]
-    if not used:
+    if not used and not always:
         return None
+    used = used or [_NO_PROCESSORS]
     width, length = (_round_up(max(row.sequences.shape[axis] for row in used), 4) for axis in (1, 2))
     width = max(width, _MIN_SEQUENCES)
     columns = [np.zeros(len(rows), array.dtype) for array in used[0][:5]]

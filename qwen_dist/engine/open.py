@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import types
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Literal
 
 import jax
 
+from qwen_dist.checkpoint.adapter_layers import stack_adapters, with_adapter
 from qwen_dist.checkpoint.adapter_read import PeftAdapter, read_adapter
 from qwen_dist.checkpoint.load import ProgressCallback
 from qwen_dist.checkpoint.model import LoadedModel, load_model
@@ -17,6 +19,8 @@ from qwen_dist.engine.request import SamplingParams
 from qwen_dist.hf_config import read_model_config
 from qwen_dist.mesh import MeshConfig, default_mesh, make_mesh
 from qwen_dist.models.config import ModelConfig
+from qwen_dist.models.parameters import disk_shapes
+from qwen_dist.models.transformer import Transformer
 from qwen_dist.ops.dispatch import Backend
 from qwen_dist.quantization.options import QuantizeOptions
 from qwen_dist.sharding import INFERENCE, ShardingContext
@@ -35,6 +39,7 @@ def open_engine(
     policy: str = "throughput",
     prefix_cache: bool = True,
     snapshot_fraction: float = 0.2,
+    adapters: Mapping[str, str] = types.MappingProxyType({}),
     template_variables: Collection[str] = (),
     devices: Sequence[jax.Device] | None = None,
     progress: ProgressCallback | None = None,
@@ -46,6 +51,7 @@ def open_engine(
       options, sampling: from the configuration.
       mesh: as `MeshConfig.parse` reads it; empty is `default_mesh`.
       max_batch_size, cache_bytes, steps_per_dispatch, policy, prefix_cache, snapshot_fraction: see `Engine`.
+      adapters: the directories of adapters that requests choose by their name.
       template_variables: names that the chat template must use.
       devices: the devices of the mesh, by default all of this run.
       progress: see `checkpoint.load.load`.
@@ -57,6 +63,7 @@ def open_engine(
     devices = jax.devices() if devices is None else devices
     quantize = QuantizeOptions.of(options.quantize, options.quantize_group_size, has_head=options.quantize_head)
     adapter = read_adapter(options.adapter, options.ignored_keys) if options.adapter else None
+    named = {name: read_adapter(directory, options.ignored_keys) for name, directory in adapters.items()}
     given = make_mesh(MeshConfig.parse(mesh), devices) if mesh else None
     files = ModelFiles.open(options.path)
     tokenizer = Tokenizer.open(files, options.ignored_keys)
@@ -66,8 +73,11 @@ def open_engine(
     sharding_ctx = ShardingContext(given or make_mesh(default_mesh(config, devices), devices), INFERENCE)
     for note in _notes(devices[0], sharding_ctx, config, tokenizer, options.adapter):
         announce(note)
+    shapes = disk_shapes(Transformer(config, dtype=options.dtype)) if named else {}
+    stacked, factors = stack_adapters(named, shapes)
+    model = _load(options, quantize, files, sharding_ctx, adapter, progress)
     engine = Engine(
-        _load(options, quantize, files, sharding_ctx, adapter, progress),
+        with_adapter(model, stacked, dtype=model.dtype)[0] if named else model,
         tokenizer,
         max_batch_size=max_batch_size,
         cache_bytes=cache_bytes,
@@ -75,6 +85,7 @@ def open_engine(
         policy=policy,
         prefix_cache=prefix_cache,
         snapshot_fraction=snapshot_fraction,
+        adapters=factors,
     )
     return engine, tokenizer, defaults
 

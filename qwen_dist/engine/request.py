@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,50 @@ from qwen_dist.errors import UsageError, printable
 MAX_TOP_LOGPROBS = 20
 # Of one request: every step sends them to the devices.
 MAX_BIASED_TOKENS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class StructuredOutputs:
+    """The form that an answer must have, under the names of vLLM: exactly one of the first five.
+
+    Attributes:
+      json: the answer is JSON that has this schema, an object or its JSON text.
+      json_object: the answer is a JSON object.
+      regex: it matches this regular expression, in the syntax of Rust.
+      choice: it is one of these texts.
+      grammar: it is of this grammar, in the Lark syntax of llguidance.
+      after: the text of a token behind which the form begins, such as `</think>`; empty: at the beginning of the answer.
+    """
+
+    json: str | Mapping[str, Any] | bool | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+    grammar: str | None = None
+    after: str = ""
+
+    def __post_init__(self) -> None:
+        forms: dict[str, Any] = {"json": self.json, "json_object": self.json_object or None}
+        forms |= {"regex": self.regex, "choice": self.choice, "grammar": self.grammar}
+        given = [name for name, form in forms.items() if form is not None]
+        if len(given) != 1:
+            raise UsageError(f"structured_outputs must have one of {', '.join(forms)}; it has {', '.join(given) or 'none'}")
+        if self.choice is not None:
+            object.__setattr__(self, "choice", tuple(self.choice))
+            if not self.choice or not all(isinstance(text, str) and text for text in self.choice):
+                raise UsageError("structured_outputs: choice must be a list of non-empty texts")
+        if self.json is not None and not isinstance(self.json, str):
+            object.__setattr__(self, "json", json.dumps(self.json))
+
+    @property
+    def form(self) -> tuple[str, str]:
+        """Which of the forms it is, and its text; that of `choice` is a JSON list."""
+        if self.json_object:
+            return "json", '{"type": "object"}'
+        if self.choice is not None:
+            return "choice", json.dumps(self.choice)
+        name = next(name for name in ("json", "regex", "grammar") if getattr(self, name) is not None)
+        return name, getattr(self, name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +85,8 @@ class SamplingParams:
       prompt_logprobs: return the same for the prompt's tokens from the second on. With it `max_new_tokens` may be 0, which
         only scores the prompt.
       stop_token_ids: tokens that end the answer, besides those of the checkpoint.
+      structured_outputs: the form that the answer must have, or a dictionary of its fields, such as `{"json": schema}`.
+        Tokens that do not fit it are not sampled; biases and bans that leave no other token do not count.
     """
 
     max_new_tokens: int = 512
@@ -62,8 +109,11 @@ class SamplingParams:
     min_new_tokens: int = 0
     min_length: int = 0
     max_length: int | None = None
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.structured_outputs, Mapping):
+            object.__setattr__(self, "structured_outputs", StructuredOutputs(**self.structured_outputs))
         is_scored = self.prompt_logprobs is not None
         checks = {
             "max_new_tokens": (self.max_new_tokens >= (0 if is_scored else 1), "at least 1, or 0 to score the prompt"),
@@ -115,11 +165,20 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One prompt, as token ids, and how to continue it. `key` is the caller's name for it."""
+    """One prompt, as token ids, and how to continue it.
+
+    Attributes:
+      key: the caller's name for it.
+      prompt, params: see above.
+      adapter: the name of the adapter that it uses; empty for none.
+      is_embedding: return the hidden state of the prompt's last token, and no answer.
+    """
 
     key: Any
     prompt: tuple[int, ...]
     params: SamplingParams
+    adapter: str = ""
+    is_embedding: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +201,7 @@ class RequestOutput:
         the text; "length" after max_new_tokens or at the end of the context.
       prompt_logprobs: with the last output, if the request wants them.
       num_cached_tokens: of the prompt, those whose states were in the prefix cache and were not computed again.
+      embedding: the last layer's normalised output at the prompt's last token, if the request is for an embedding.
     """
 
     request: Request
@@ -152,3 +212,4 @@ class RequestOutput:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     num_cached_tokens: int = 0
+    embedding: tuple[float, ...] = ()

@@ -1,7 +1,10 @@
 """Every jitted function of inference.
 
 Letters: B rows of a step, T tokens of a row, X = 1 token of a row after which one is sampled, M slots, V vocab, S steps of
-one dispatch.
+one dispatch, W words of 32 tokens each.
+
+A step is one program, which computes and samples. Where the host must see the tokens of the step before first, or a request
+wants what few do, it is two: `compute` and `sample`. The second is small, and one for all that a request can want.
 """
 
 from __future__ import annotations
@@ -19,16 +22,18 @@ from qwen_dist.engine import logits_processors, token_presence
 from qwen_dist.engine.batch import Batch
 from qwen_dist.engine.logits_processors import ProcessorArrays
 from qwen_dist.engine.request import MAX_TOP_LOGPROBS, Request, SamplingParams
-from qwen_dist.engine.sampling import SamplingArrays, apply_repetition_penalty, log_probabilities, sample
+from qwen_dist.engine.sampling import SamplingArrays, apply_repetition_penalty, log_probabilities, restrict, sample
 from qwen_dist.models.layers import take_positions
 from qwen_dist.models.parameters import with_parameters
 from qwen_dist.models.state import States, StepIndices, constrain_states, empty_states, resized_states, state_axes
 from qwen_dist.models.state_spec import RecurrentSpec
 from qwen_dist.models.transformer import Transformer, state_specs
 from qwen_dist.ops import slots
+from qwen_dist.ops.adapter_rows import adapter_factors
 from qwen_dist.ops.loop import bounded_loop
 from qwen_dist.ops.paged_cache import MAX_ENTRIES, PageIndices
-from qwen_dist.sharding import use_sharding
+from qwen_dist.runtime.settings import compiler_options
+from qwen_dist.sharding import constrain, use_sharding
 
 NUM_STOP_IDS = 16
 NUM_TOPS = (0, 5, MAX_TOP_LOGPROBS)
@@ -69,36 +74,60 @@ class SamplingBatch(NamedTuple):
 
 
 class StepArrays(NamedTuple):
-    """`batch.Batch`, without what only the host needs; for decode without tokens, which the devices have."""
+    """`batch.Batch`, without what only the host needs; for decode without tokens, which the devices have.
+
+    `adapters_BR` has the factors of `ops.adapter_rows`, in an engine with adapters.
+    """
 
     tokens_BT: jax.Array | np.ndarray | None
     positions_BT: jax.Array | np.ndarray
     next_tokens_BT: jax.Array | np.ndarray | None
     num_steps: jax.Array | np.ndarray
     indices: StepIndices
+    adapters_BR: jax.Array | np.ndarray | None = None
 
     @classmethod
-    def of(cls, batch: Batch) -> StepArrays:
+    def of(cls, batch: Batch, adapters_BR: np.ndarray | None = None) -> StepArrays:
         pages = tuple(PageIndices(*arrays) for arrays in batch.pages)
         num_steps = np.array(batch.num_steps, np.int32)
         if not batch.is_prefill:
-            return cls(None, batch.positions_BT, None, num_steps, StepIndices(batch.slots_B, pages))
+            return cls(None, batch.positions_BT, None, num_steps, StepIndices(batch.slots_B, pages), adapters_BR)
         indices = StepIndices(batch.slots_B, pages, batch.logit_indices_BX, batch.continues_B)
-        return cls(batch.tokens_BT, batch.positions_BT, batch.next_tokens_BT, num_steps, indices)
+        return cls(batch.tokens_BT, batch.positions_BT, batch.next_tokens_BT, num_steps, indices, adapters_BR)
 
 
 LogProbs = tuple[jax.Array, jax.Array, jax.Array]
 
 
+class StepLogits(NamedTuple):
+    """What a step has computed before anything is sampled.
+
+    Attributes:
+      logits_BV: of the next token of each row.
+      hidden_BD: the last layer's normalised output at the token before it.
+      next_B: the position of the next token.
+      is_sampled_B: whether there is a next token: the row is no padding, its sequence has not ended, its prompt ends here.
+      scores: see `SampledTokens`.
+    """
+
+    logits_BV: jax.Array
+    hidden_BD: jax.Array
+    next_B: jax.Array
+    is_sampled_B: jax.Array
+    scores: LogProbs | None = None
+
+
 class SampledTokens(NamedTuple):
     """The tokens of each step [S, B], -1 where there is none, and if asked for their `log_probabilities`.
 
-    `scores` are those of the token after each token of a prompt [B, T], if asked for.
+    `scores` are those of the token after each token of a prompt [B, T], `hidden_BD` the hidden states before the tokens, if
+    asked for.
     """
 
     tokens_SB: jax.Array
     logprobs: LogProbs | None
     scores: LogProbs | None = None
+    hidden_BD: jax.Array | None = None
 
 
 class Runner:
@@ -108,13 +137,30 @@ class Runner:
         self._model, self._num_slots, self._max_steps = model, num_slots, max_steps
         self.specs = state_specs(model.config, model.dtype)
         self.num_shards = model.sharding_ctx.batch_multiple()
-        self._prefill = jax.jit(self._run_prefill, donate_argnames="state", static_argnames=("num_top", "num_scored"))
-        self._decode = jax.jit(self._run_decode, donate_argnames="state", static_argnames="num_top")
+        mesh = model.sharding_ctx.mesh
+        options: dict[str, Any] = {
+            "compiler_options": compiler_options(mesh.devices.flat[0].platform, mesh.size, "inference")
+        }
+        self._prefill = jax.jit(self._run_prefill, donate_argnames="state", static_argnames="num_top", **options)
+        self._decode = jax.jit(self._run_decode, donate_argnames="state", static_argnames="num_top", **options)
+        # Arrays that come from several programs have one spelling of their sharding: another one is compiled for again.
+        replicated: Any = model.sharding_ctx.replicated()
+        presence: Any = self._presence_sharding()
+        self._compute = jax.jit(
+            self._run_compute,
+            donate_argnames=("states", "presence_MV"),
+            static_argnames="num_scored",
+            out_shardings=(None, presence, None),
+            **options,
+        )
+        of_slots = DecodeState((), replicated, replicated, presence, replicated)
+        of_sample = (of_slots, None)
+        self._sample_full = jax.jit(self._run_sample, donate_argnames="state", out_shardings=of_sample, **options)
         self._recurrent = [layer for layer, spec in enumerate(self.specs) if isinstance(spec, RecurrentSpec)]
         self._copy_slot = jax.jit(self._slot_copied, donate_argnums=1)
-        self._add_known = jax.jit(self._known_added, donate_argnums=(0, 1))
+        self._add_known = jax.jit(self._known_added, donate_argnums=(0, 1), out_shardings=(presence, replicated))
         self._resize = jax.jit(self._resized, static_argnames="num_pages")
-        self._grow_history = jax.jit(self._grown_history, static_argnames="length")
+        self._grow_history = jax.jit(self._grown_history, static_argnames="length", out_shardings=replicated)
 
     def start(self, num_pages: tuple[int, ...]) -> DecodeState:
         """Return the state before the first step, with this many pages of each cache group in each shard."""
@@ -158,8 +204,8 @@ class Runner:
         sampling: SamplingBatch,
         *,
         num_top: int | None,
-        num_scored: int | None = None,
         known: Collection[tuple[int, list[int]]] = (),
+        adapters_BR: np.ndarray | None = None,
     ) -> tuple[DecodeState, SampledTokens]:
         """Compute a step and sample the tokens that follow.
 
@@ -168,27 +214,85 @@ class Runner:
           batch: from `BatchBuilder`.
           sampling: of each row's sequence.
           num_top: how many alternatives' log-probabilities to return; None for no log-probabilities at all.
-          num_scored: the same for the tokens of the prompts; prefill only.
           known: slots with the tokens before those that prefill computes, because their layers' states exist.
+          adapters_BR: the factors of each row's adapter, in an engine with adapters.
         """
+        state = self._prepare(state, sampling, known)
+        history_ML = state.history_ML if sampling.processors is None else None
+        state = state if history_ML is None else state._replace(history_ML=None)
+        arguments = self._model.parameters, state, StepArrays.of(batch, adapters_BR), sampling
+        if batch.is_prefill:
+            state, sampled = self._prefill(*arguments, num_top=num_top)
+        else:
+            state, sampled = self._decode(*arguments, num_top=num_top)
+        return (state if history_ML is None else state._replace(history_ML=history_ML)), sampled
+
+    def compute(
+        self,
+        state: DecodeState,
+        batch: Batch,
+        sampling: SamplingBatch,
+        *,
+        num_scored: int | None = None,
+        known: Collection[tuple[int, list[int]]] = (),
+        adapters_BR: np.ndarray | None = None,
+    ) -> tuple[DecodeState, StepLogits]:
+        """Compute a step, of which decode has one token, and sample nothing.
+
+        Arguments are those of `step`; `num_scored` is how many alternatives' log-probabilities to return for each token of
+        the prompts, None for none at all.
+        """
+        state = self._prepare(state, sampling, known)
+        presence_MV = state.token_presence_MV if batch.is_prefill else None
+        slots, step = (state.last_tokens_M, state.finished_M), StepArrays.of(batch, adapters_BR)
+        states, presence_MV, logits = self._compute(
+            self._model.parameters, state.states, presence_MV, slots, step, num_scored=num_scored
+        )
+        state = state._replace(states=states)
+        return (state if presence_MV is None else state._replace(token_presence_MV=presence_MV)), logits
+
+    def sample(
+        self,
+        state: DecodeState,
+        batch: Batch,
+        logits: StepLogits,
+        sampling: SamplingBatch,
+        allowed_BW: np.ndarray,
+        *,
+        has_logprobs: bool,
+    ) -> tuple[DecodeState, SampledTokens]:
+        """Sample the tokens that follow a step.
+
+        Args:
+          state: from `compute`; is donated.
+          batch: of the same step.
+          logits: from `compute`.
+          sampling: with processors.
+          allowed_BW: a bit for each token, uint32, the lowest first: whether it may be sampled.
+          has_logprobs: whether any row wants log-probabilities; there are those of `MAX_TOP_LOGPROBS` alternatives.
+        """
+        without = state._replace(states=())  # the layers' states have no part in it
+        arguments = StepArrays.of(batch), logits._replace(scores=None), sampling, allowed_BW, np.array(has_logprobs)
+        sampled_state, sampled = self._sample_full(without, *arguments)
+        if not has_logprobs:
+            sampled = sampled._replace(logprobs=None)
+        return sampled_state._replace(states=state.states), sampled
+
+    def _prepare(
+        self, state: DecodeState, sampling: SamplingBatch, known: Collection[tuple[int, list[int]]]
+    ) -> DecodeState:
+        """Return the state with room for the history that processors need, and with the known tokens of slots."""
         history_ML = state.history_ML
-        state = state._replace(history_ML=None)
         if sampling.processors is not None:
             length = logits_processors.history_length(sampling.processors, np.asarray(sampling.end_B))
             if history_ML is None or history_ML.shape[1] < length:
                 history_ML = self._grow_history(history_ML, length=length)
-            state, history_ML = state._replace(history_ML=history_ML), None
+        presence_MV = state.token_presence_MV
         for slot, tokens in known:
             for start in range(0, len(tokens), KNOWN_AT_A_TIME):
                 chunk = self._known_arrays(slot, tokens[start : start + KNOWN_AT_A_TIME], start)
-                presence_MV, history = self._add_known(state.token_presence_MV, state.history_ML, *chunk)
-                state = state._replace(token_presence_MV=presence_MV, history_ML=history)
-        arguments = self._model.parameters, state, StepArrays.of(batch), sampling
-        if batch.is_prefill:
-            state, sampled = self._prefill(*arguments, num_top=num_top, num_scored=num_scored)
-        else:
-            state, sampled = self._decode(*arguments, num_top=num_top)
-        return (state if history_ML is None else state._replace(history_ML=history_ML)), sampled
+                presence_MV, history_ML = self._add_known(presence_MV, history_ML, *chunk)
+        return state._replace(token_presence_MV=presence_MV, history_ML=history_ML)
 
     def lower_prefill(
         self, num_pages: tuple[int, ...], num_rows: int, chunk_size: int, max_pages_of_row: tuple[int, ...]
@@ -205,7 +309,7 @@ class Runner:
         entries = [num_rows // self.num_shards * most for most in max_pages_of_row]
         step = self._abstract_step(num_rows, chunk_size, 1, entries, is_prefill=True)
         state, sampling = self._abstract_state(num_pages), self._abstract_sampling(num_rows)
-        return self._prefill.lower(self._model.parameters, state, step, sampling, num_top=None, num_scored=None)
+        return self._prefill.lower(self._model.parameters, state, step, sampling, num_top=None)
 
     def lower_decode(self, num_pages: tuple[int, ...]) -> jax.stages.Lowered:
         """Lower the program of decode for all slots; see `lower_prefill`."""
@@ -258,58 +362,95 @@ class Runner:
 
     # --- programs ---
 
-    def _run_prefill(self, parameters, state, step, sampling, *, num_top, num_scored):  # type: ignore[no-untyped-def]
-        with use_sharding(self._model.sharding_ctx):
+    def _run_prefill(self, parameters, state, step, sampling, *, num_top):  # type: ignore[no-untyped-def]
+        with use_sharding(self._model.sharding_ctx), adapter_factors(step.adapters_BR):
             module = with_parameters(self._model.module, parameters)
-            index_BX, slots_B = step.indices.logit_indices_BX, step.indices.slots_B
-            # A scored prompt needs all hidden states; otherwise the last layer leaves most of them out.
-            indices = step.indices if num_scored is None else step.indices._replace(logit_indices_BX=None)
-            x_BTD, states, _ = module(step.tokens_BT, step.positions_BT, state.states, indices)
-            last_BXD = x_BTD if num_scored is None else take_positions(x_BTD, index_BX)
-            logits_BV = module.unembed(last_BXD)[:, 0]
-            next_B = take_positions(step.positions_BT, index_BX)[:, 0] + 1
-            presence_MV = token_presence.add_chunks(state.token_presence_MV, slots_B, step.tokens_BT, step.positions_BT)
-            state = state._replace(states=states, token_presence_MV=presence_MV)
+            state, logits = self._compute_prefill(module, state, step, None)
             if sampling.processors is not None:
-                chunks = slots_B, step.tokens_BT, step.positions_BT
-                state = state._replace(history_ML=logits_processors.add_chunks(state.history_ML, *chunks))
-            has_logits_B = index_BX[:, 0] >= 0
-            state, tokens_B, logprobs = self._sample(state, logits_BV, slots_B, next_B, has_logits_B, sampling, num_top)
-            scores = None if num_scored is None else _scores(module, x_BTD, step.next_tokens_BT, num_scored)
-            sampled = SampledTokens(tokens_B[None], jax.tree.map(lambda x: x[None], logprobs), scores)
+                state = self._with_history(state, step)
+            state, tokens_B, logprobs = self._sample(state, logits, step.indices.slots_B, sampling, num_top)
+            sampled = SampledTokens(tokens_B[None], jax.tree.map(lambda x: x[None], logprobs))
             return state, self._replicated(sampled)
 
     def _run_decode(self, parameters, state, step, sampling, *, num_top):  # type: ignore[no-untyped-def]
-        with use_sharding(self._model.sharding_ctx):
+        with use_sharding(self._model.sharding_ctx), adapter_factors(step.adapters_BR):
             module = with_parameters(self._model.module, parameters)
             slots_B = step.indices.slots_B
-            inside_B = jnp.minimum(slots_B, self._num_slots - 1)
-
-            def is_running(state: DecodeState) -> jax.Array:
-                return (slots_B < self._num_slots) & ~state.finished_M[inside_B]
 
             def decode(carry: tuple[jax.Array, DecodeState, SampledTokens]) -> tuple[jax.Array, DecodeState, SampledTokens]:
                 index, state, sampled = carry
-                is_running_B = is_running(state)
-                positions_B = jnp.where(is_running_B, step.positions_BT[:, 0] + index, -1)
-                tokens_B1 = state.last_tokens_M[inside_B][:, None]
-                running = step.indices._replace(slots_B=jnp.where(is_running_B, slots_B, self._num_slots))
-                x_B1D, states, _ = module(tokens_B1, positions_B[:, None], state.states, running)
-                logits_BV = module.unembed(x_B1D)[:, 0]
-                state = state._replace(states=states)
-                state, tokens_B, logprobs = self._sample(
-                    state, logits_BV, slots_B, positions_B + 1, is_running_B, sampling, num_top
-                )
+                state, logits = self._compute_decode(module, state, step, index)
+                state, tokens_B, logprobs = self._sample(state, logits, slots_B, sampling, num_top)
                 new = SampledTokens(tokens_B, logprobs)
                 return index + 1, state, jax.tree.map(lambda all, one: all.at[index].set(one), sampled, new)
 
             def has_more(carry: tuple[jax.Array, DecodeState, SampledTokens]) -> jax.Array:
                 index, state, _ = carry
-                return (index < step.num_steps) & jnp.any(is_running(state))
+                return (index < step.num_steps) & jnp.any(self._is_running(state, slots_B))
 
             start = (jnp.int32(0), state, self._nothing_sampled(len(slots_B), num_top))
             _, state, sampled = bounded_loop(has_more, decode, start, max_steps=self._max_steps)
             return state, self._replicated(sampled)
+
+    def _run_compute(self, parameters, states, presence_MV, slots, step, *, num_scored):  # type: ignore[no-untyped-def]
+        with use_sharding(self._model.sharding_ctx), adapter_factors(step.adapters_BR):
+            module = with_parameters(self._model.module, parameters)
+            state = DecodeState(states, slots[0], slots[1], presence_MV)
+            if step.tokens_BT is None:
+                state, logits = self._compute_decode(module, state, step, jnp.int32(0))
+            else:
+                state, logits = self._compute_prefill(module, state, step, num_scored)
+            logits_BV, *others = logits
+            replicated = StepLogits(logits_BV, *self._replicated(others))
+            return constrain_states(self.specs, state.states), state.token_presence_MV, replicated
+
+    def _run_sample(self, state, step, logits, sampling, allowed_BW, has_logprobs):  # type: ignore[no-untyped-def]
+        with use_sharding(self._model.sharding_ctx):
+            if step.tokens_BT is not None:
+                state = self._with_history(state, step)
+            allowed_BV = _unpacked(allowed_BW, logits.logits_BV.shape[1])
+            state, tokens_B, _ = self._sample(state, logits, step.indices.slots_B, sampling, None, allowed_BV)
+
+            def logprobs_of_tokens() -> LogProbs:
+                return log_probabilities(logits.logits_BV, tokens_B, MAX_TOP_LOGPROBS)
+
+            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(logprobs_of_tokens))
+            logprobs = jax.lax.cond(has_logprobs, logprobs_of_tokens, lambda: nothing)
+            sampled = SampledTokens(tokens_B[None], jax.tree.map(lambda x: x[None], logprobs))
+            return state, self._replicated(sampled)
+
+    def _compute_prefill(self, module, state, step, num_scored):  # type: ignore[no-untyped-def]
+        """Return the state and the `StepLogits` of chunks of prompts."""
+        index_BX, slots_B = step.indices.logit_indices_BX, step.indices.slots_B
+        # A scored prompt needs all hidden states; otherwise the last layer leaves most of them out.
+        indices = step.indices if num_scored is None else step.indices._replace(logit_indices_BX=None)
+        x_BTD, states, _ = module(step.tokens_BT, step.positions_BT, state.states, indices)
+        last_BXD = x_BTD if num_scored is None else take_positions(x_BTD, index_BX)
+        logits_BV = module.unembed(last_BXD)[:, 0]
+        next_B = take_positions(step.positions_BT, index_BX)[:, 0] + 1
+        presence_MV = token_presence.add_chunks(state.token_presence_MV, slots_B, step.tokens_BT, step.positions_BT)
+        scores = None if num_scored is None else _scores(module, x_BTD, step.next_tokens_BT, num_scored)
+        logits = StepLogits(logits_BV, last_BXD[:, 0], next_B, index_BX[:, 0] >= 0, scores)
+        return state._replace(states=states, token_presence_MV=presence_MV), logits
+
+    def _compute_decode(self, module, state, step, index):  # type: ignore[no-untyped-def]
+        """Return the state and the `StepLogits` of the token number `index` of a dispatch."""
+        slots_B = step.indices.slots_B
+        is_running_B = self._is_running(state, slots_B)
+        positions_B = jnp.where(is_running_B, step.positions_BT[:, 0] + index, -1)
+        tokens_B1 = state.last_tokens_M[jnp.minimum(slots_B, self._num_slots - 1)][:, None]
+        running = step.indices._replace(slots_B=jnp.where(is_running_B, slots_B, self._num_slots))
+        x_B1D, states, _ = module(tokens_B1, positions_B[:, None], state.states, running)
+        logits = StepLogits(module.unembed(x_B1D)[:, 0], x_B1D[:, 0], positions_B + 1, is_running_B)
+        return state._replace(states=states), logits
+
+    def _is_running(self, state: DecodeState, slots_B: jax.Array) -> jax.Array:
+        return (slots_B < self._num_slots) & ~state.finished_M[jnp.minimum(slots_B, self._num_slots - 1)]
+
+    def _with_history(self, state, step):  # type: ignore[no-untyped-def]
+        """Add chunks of prompts to the history."""
+        chunks = step.indices.slots_B, step.tokens_BT, step.positions_BT
+        return state._replace(history_ML=logits_processors.add_chunks(state.history_ML, *chunks))
 
     def _nothing_sampled(self, num_rows: int, num_top: int | None) -> SampledTokens:
         """Return the arrays that the tokens of each step are put into."""
@@ -323,15 +464,18 @@ class Runner:
     def _sample(
         self,
         state: DecodeState,
-        logits_BV: jax.Array,
+        logits: StepLogits,
         slots_B: jax.Array,
-        next_B: jax.Array,
-        is_sampled_B: jax.Array,
         sampling: SamplingBatch,
         num_top: int | None,
+        allowed_BV: jax.Array | None = None,
     ) -> tuple[DecodeState, jax.Array, LogProbs | None]:
-        """Sample a token for position `next_B` of each row, and keep it in the slots of the rows `is_sampled_B`."""
-        tokens_B = sample(self._process(state, logits_BV, slots_B, next_B, sampling), sampling.sampling, next_B)
+        """Sample the next token of each row, of those allowed, and keep it in the slot of the row if it has one."""
+        logits_BV, next_B, is_sampled_B = logits.logits_BV, logits.next_B, logits.is_sampled_B
+        processed_BV = self._process(state, logits_BV, slots_B, next_B, sampling)
+        if allowed_BV is not None:
+            processed_BV = restrict(processed_BV, allowed_BV)
+        tokens_B = sample(processed_BV, sampling.sampling, next_B)
         logprobs = None if num_top is None else log_probabilities(logits_BV, tokens_B, num_top)
         is_finished_B = jnp.any(tokens_B[:, None] == sampling.stop_ids, axis=1) | (next_B >= sampling.end_B)
         to_B = jnp.where(is_sampled_B, slots_B, self._num_slots)
@@ -407,12 +551,15 @@ class Runner:
             copied = jax.tree.map(lambda x, y: slots.copy(x, y, from_D, to_D), source, target)
             return constrain_states(specs, copied)
 
+    def _presence_sharding(self) -> jax.sharding.NamedSharding:
+        shape = self._num_slots, self._model.config.vocab_size
+        return self._model.sharding_ctx.activation("token presence", shape, token_presence.AXES)
+
     def _empty_presence(self) -> jax.Array:
         """Return the table with its sharding as the programs write it: another spelling would compile one of them twice."""
         shape = self._num_slots, self._model.config.vocab_size
-        sharding = self._model.sharding_ctx.activation("token presence", shape, token_presence.AXES)
         with use_sharding(self._model.sharding_ctx):
-            return jax.jit(lambda: token_presence.empty(*shape), out_shardings=sharding)()
+            return jax.jit(lambda: token_presence.empty(*shape), out_shardings=self._presence_sharding())()
 
     def _resized(self, states: States, *, num_pages: tuple[int, ...]) -> States:
         with use_sharding(self._model.sharding_ctx):
@@ -442,12 +589,16 @@ class SamplingTable:
         """Return whether the slot's logits depend on tokens of the prompt other than through the model."""
         return self._processors_M[slot] is not None or bool(self._sampling.repetition_penalty[slot] != 1)
 
-    def look_up(self, slots_B: np.ndarray, stop_ids: Collection[int]) -> SamplingBatch:
-        """Return how these slots sample."""
+    def has_processors(self, slots_B: np.ndarray) -> bool:
+        return any(self._processors_M[slot] is not None for slot in slots_B.tolist())
+
+    def look_up(self, slots_B: np.ndarray, stop_ids: Collection[int], *, with_processors: bool = False) -> SamplingBatch:
+        """Return how these slots sample; `with_processors` also if no slot uses any."""
         padded = np.full(-(-max(len(stop_ids), 1) // NUM_STOP_IDS) * NUM_STOP_IDS, -1, np.int32)
         padded[: len(stop_ids)] = sorted(stop_ids)
         sampling = SamplingArrays(*(column[slots_B] for column in self._sampling))
-        processors = logits_processors.of_rows([self._processors_M[slot] for slot in slots_B.tolist()])
+        rows = [self._processors_M[slot] for slot in slots_B.tolist()]
+        processors = logits_processors.of_rows(rows, always=with_processors)
         return SamplingBatch(sampling, self._end_M[slots_B], padded, processors)
 
     def num_top(self, slots_B: np.ndarray) -> int | None:
@@ -457,14 +608,20 @@ class SamplingTable:
         """
         return _one_of_few(self._num_top_M[slots_B])
 
-    def num_scored(self, slots_B: np.ndarray) -> int | None:
-        """Return the same for the tokens of their prompts."""
-        return _one_of_few(self._num_scored_M[slots_B])
+    def num_scored(self, slots_B: np.ndarray, *, at_least: int = 0) -> int | None:
+        """Return the same for the tokens of their prompts, `at_least` this many if any."""
+        return _one_of_few(self._num_scored_M[slots_B], at_least)
 
 
-def _one_of_few(wanted_B: np.ndarray) -> int | None:
+def _one_of_few(wanted_B: np.ndarray, at_least: int = 0) -> int | None:
     wanted = int(wanted_B.max(initial=-1))
-    return None if wanted < 0 else next(number for number in NUM_TOPS if number >= wanted)
+    return None if wanted < 0 else next(number for number in NUM_TOPS if number >= max(wanted, at_least))
+
+
+def _unpacked(bits_BW: jax.Array, vocab_size: int) -> jax.Array:
+    """Return bits, the lowest of each word first, as bool [B, V]."""
+    bits_BWN = (bits_BW[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return constrain((bits_BWN != 0).reshape(len(bits_BW), -1)[:, :vocab_size], "batch", "vocab")
 
 
 def _scores(module: Transformer, x_BTD: jax.Array, next_tokens_BT: jax.Array, num_top: int) -> LogProbs:

@@ -66,6 +66,16 @@ def apply_repetition_penalty(
     return jax.lax.cond(jnp.any(params.repetition_penalty != 1), penalized, lambda: logits_BV)
 
 
+def restrict(logits_BV: jax.Array, allowed_BV: jax.Array) -> jax.Array:
+    """Return the logits with -inf for tokens that are not allowed.
+
+    Where biases and bans have left none of the allowed tokens, they do not count: an allowed token is sampled in any case.
+    """
+    is_left_BV = allowed_BV & (logits_BV > -jnp.inf)
+    logits_BV = jnp.where(jnp.any(is_left_BV, axis=-1, keepdims=True), logits_BV, 0)
+    return jnp.where(allowed_BV, logits_BV, -jnp.inf)
+
+
 def sample(logits_BV: jax.Array, params: SamplingArrays, positions_B: jax.Array) -> jax.Array:
     """Return the next token of each row, int32 [B].
 

@@ -210,6 +210,8 @@ class Scheduler:
         if not num_ready:
             return []
         steps = min(self._num_decode_steps, max(s.end - s.num_computed_tokens for sequences in ready for s in sequences))
+        if steps > 1 and any(s.is_constrained for sequences in ready for s in sequences):
+            steps = 1
         if not self._ensure_pages(ready, steps, can_preempt):
             return []
         still_ready = (s for sequences in ready for s in sequences if s.slot >= 0)

@@ -85,15 +85,19 @@ class Sequence:
     def page_names(self, page_size: int) -> list[bytes]:
         """Return the names of the whole pages of its tokens: the hash of a page's tokens and of the name before.
 
-        Equal names mean equal tokens from the start on. What else the states depend on is the same for all requests of an
-        engine; where it is not, it must be in the first name.
+        Equal names mean equal tokens from the start on, and the same adapter, on which the states depend too.
         """
         names = self._page_names
         while (len(names) + 1) * page_size <= len(self.tokens):
             tokens = np.array(self.tokens[len(names) * page_size : (len(names) + 1) * page_size], "<i4")
-            before = names[-1] if names else b""
+            before = names[-1] if names else self.request.adapter.encode()
             names.append(hashlib.blake2b(before + tokens.tobytes(), digest_size=16).digest())
         return names
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether the tokens that it may sample depend on the one before, which the host must see first."""
+        return self.request.params.structured_outputs is not None
 
     @property
     def has_begun(self) -> bool:

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from qwen_dist.models.parameters import declare_param
+from qwen_dist.ops.adapter_rows import select_adapter
 from qwen_dist.ops.matmul import accum_dtype, matmul
 from qwen_dist.ops.weight import take_rows
 from qwen_dist.sharding import all_gather_weight
@@ -97,7 +98,7 @@ class Linear(nnx.Module):
         if self.bias is not None:
             y = y + all_gather_weight(self.bias[...], *dict(self.out_sizes)).astype(y.dtype)
         if self.lora_A is not None and self.lora_B is not None:
-            y = y + self.lora_scale * self.lora_B.to_accumulator(self.lora_A(x))
+            y = y + self.lora_scale * self.lora_B.to_accumulator(select_adapter(self.lora_A(x)))
         return y.astype(dtype)
 
 

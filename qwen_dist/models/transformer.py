@@ -147,9 +147,9 @@ class Transformer(nnx.Module):
         x_BTD = constrain(tap("embed_tokens", self.embed_tokens(tokens_BT)), "batch", "length", "embed")
         rope = rope_table(self.config.rope, self.config.rotary_dim, positions_BT, x_BTD.dtype)
         inputs = _inputs_by_layer(self.config, MixerInputs(rope, positions_BT, segments_BT), indices, x_BTD.dtype)
-        run: Any = Block.__call__ if remat is None else jax.checkpoint(Block.__call__, policy=remat)
+        run: Any = Block.__call__ if remat is None else jax.checkpoint(_new_function(Block.__call__), policy=remat)
         if states is not None and not is_capturing():
-            run = _traced_once(run)
+            run = jax.jit(_new_function(run))
         new_states: list[LayerState] = []
         router_logits: list[jax.Array] = []
         for index, block in enumerate(self.layers):
@@ -170,9 +170,9 @@ class Transformer(nnx.Module):
         return all_gather_weight((self.lm_head or self.embed_tokens).weight.get_value(), "vocab", "embed")
 
 
-def _traced_once(run: Any) -> Any:
-    """Trace a block once for all blocks that are alike: a new function, so under the rules of this trace and no other."""
-    return jax.jit(lambda *operands: run(*operands))
+def _new_function(run: Any) -> Any:
+    """Return a new function: jax traces it once for all blocks that are alike, and not under the rules of another trace."""
+    return lambda *operands: run(*operands)
 
 
 def _inputs_by_layer(

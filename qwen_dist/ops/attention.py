@@ -13,9 +13,11 @@ import jax.numpy as jnp
 
 from qwen_dist.capture import scope, tap
 from qwen_dist.ops.cost import F32_BYTES, NOTHING, LayerCost, Passes, Step
+from qwen_dist.ops.cudnn_attention import can_cudnn_attention, cudnn_attention
 from qwen_dist.ops.dispatch import Backend, Implementation, Op
 from qwen_dist.ops.matmul import accum_dtype, batched_matmul, dot, weight_gradient
 from qwen_dist.ops.splash_attention import LANES, can_splash_attention, splash_attention
+from qwen_dist.ops.triton_attention import can_triton_attention, triton_attention
 from qwen_dist.sharding import active_num_shards, constrain
 
 # Queries are taken in blocks: the scores of a block stay in a CPU's cache, and keys after the block are not read. Compile
@@ -154,7 +156,13 @@ _softmax_matmul.defvjp(_softmax_matmul_forward, _softmax_matmul_backward)
 ATTENTION = Op(
     "attention",
     attention_in_blocks,
-    {Backend.TPU: (Implementation("splash", splash_attention, can_splash_attention),)},
+    {
+        Backend.GPU: (
+            Implementation("cudnn", cudnn_attention, can_cudnn_attention),
+            Implementation("triton", triton_attention, can_triton_attention),
+        ),
+        Backend.TPU: (Implementation("splash", splash_attention, can_splash_attention),),
+    },
 )
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 
+from qwen_dist.ops import native_library
 from qwen_dist.sharding import active_context
 
 Phase = Literal["train", "inference"]
@@ -39,13 +40,11 @@ class Backend(enum.Enum):
     @classmethod
     def of_platform(cls, platform: str, num_devices: int, phase: Phase) -> Backend:
         """Return the backend without a mesh. `platform` is "cpu", "tpu" or the name of any GPU platform."""
-        from qwen_dist.ops import native
-
         if platform == "tpu":
             return cls.TPU
         if platform != "cpu":
             return cls.GPU
-        if phase == "train" or not native.is_available():
+        if phase == "train" or not native_library.is_available():
             return cls.CPU
         return cls.CPU_KERNELS if num_devices == 1 else cls.CPU_KERNELS_LOCAL
 

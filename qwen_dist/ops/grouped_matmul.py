@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from qwen_dist.ops import native
+from qwen_dist.ops import native, triton_grouped_matmul
 from qwen_dist.ops.dispatch import Backend, Implementation, Op
 from qwen_dist.ops.matmul import accum_dtype, matmul_weight_major
 from qwen_dist.ops.weight import Weight
@@ -286,11 +286,23 @@ ROWS_BY_WEIGHTS = Op(
     "grouped_matmul: rows x weights",
     _ragged,
     dict.fromkeys(_ON_CPU, (Implementation("blocks", _on_cpu),))
-    | {Backend.TPU: (Implementation("megablox", rows_by_weights_in_tiles, can_tile_weights),)},
+    | {
+        Backend.GPU: (
+            Implementation(
+                "triton", triton_grouped_matmul.rows_by_weights_in_tiles, triton_grouped_matmul.can_tile_weights
+            ),
+        ),
+        Backend.TPU: (Implementation("megablox", rows_by_weights_in_tiles, can_tile_weights),),
+    },
 )
 ROWS_BY_ROWS = Op(
     "grouped_matmul: weight gradient",
     _rows_by_rows_ragged,
     dict.fromkeys(_ON_CPU, (Implementation("blocks", _rows_by_rows_in_blocks),))
-    | {Backend.TPU: (Implementation("megablox", rows_by_rows_in_tiles, can_tile_rows),)},
+    | {
+        Backend.GPU: (
+            Implementation("triton", triton_grouped_matmul.rows_by_rows_in_tiles, triton_grouped_matmul.can_tile_rows),
+        ),
+        Backend.TPU: (Implementation("megablox", rows_by_rows_in_tiles, can_tile_rows),),
+    },
 )

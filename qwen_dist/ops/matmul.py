@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from qwen_dist.ops import native
 from qwen_dist.ops.dispatch import Backend, Implementation, Op
+from qwen_dist.ops.gpu_matmul import can_rounded_matmul, rounded_matmul
 from qwen_dist.ops.weight import Weight, to_array
 
 
@@ -146,5 +147,6 @@ MATMUL = Op(
         Backend.CPU_KERNELS: (Implementation("kernel", native.matmul, native.can_matmul), _TWO_ROWS),
         Backend.CPU_KERNELS_LOCAL: (_TWO_ROWS,),
         Backend.CPU: (_TWO_ROWS,),
+        Backend.GPU: (Implementation("rounded inside", rounded_matmul, can_rounded_matmul),),
     },
 )

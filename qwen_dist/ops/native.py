@@ -25,7 +25,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from qwen_dist.ops import native_library
-from qwen_dist.ops.native_library import BUILDS, PLAIN, active_build
+from qwen_dist.ops.native_library import BUILDS, active_build, is_available
 from qwen_dist.ops.paged_cache import PAGE, PagedState, PageIndices
 from qwen_dist.ops.slots import SlotRows
 from qwen_dist.ops.weight import Weight
@@ -66,15 +66,10 @@ def _register() -> None:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
 
 
-def is_available() -> bool:
-    """Return whether inference on a CPU uses the kernels: they were compiled, for instructions that this processor has."""
-    return active_build() != PLAIN
-
-
 def _kernel(target: str, results: Any, **options: Any) -> Any:
     """Return the kernel as a jax function. The build is part of the program, so a cached program is of the same build."""
+    assert is_available(), "the kernels cannot run here; see `Backend.of`"
     build = active_build()
-    assert build != PLAIN, "the kernels cannot run here; see `Backend.of`"
     _register()
     call = jax.ffi.ffi_call(target, results, **options)
     return functools.partial(call, build=np.int64(BUILDS.index(build)))

@@ -55,6 +55,11 @@ def active_build() -> str:
     raise UsageError(f"{VARIABLE}={name}: {reason}; this machine has {allowed}")
 
 
+def is_available() -> bool:
+    """Return whether inference on a CPU uses the kernels: they were compiled, for instructions that this processor has."""
+    return active_build() != PLAIN
+
+
 def describe_kernels() -> str:
     """Return which kernels inference on this machine's CPU uses, for `--version`."""
     if load() is None:

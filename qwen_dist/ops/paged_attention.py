@@ -17,6 +17,7 @@ from qwen_dist.ops.cost import F32_BYTES, LayerCost, Passes, Step, uncounted_sha
 from qwen_dist.ops.dispatch import Backend, Implementation, Op
 from qwen_dist.ops.matmul import accum_dtype
 from qwen_dist.ops.paged_cache import PAGE, PagedState, PageIndices, entries_at_a_time
+from qwen_dist.ops.triton_paged_attention import can_triton_paged_attention, triton_paged_attention
 
 
 def paged_attention(
@@ -115,7 +116,10 @@ def _attend_shard(
 PAGED_ATTENTION = Op(
     "paged_attention",
     paged_attention_in_groups,
-    {Backend.CPU_KERNELS: (Implementation("kernel", native.paged_attention, native.can_paged_attention),)},
+    {
+        Backend.CPU_KERNELS: (Implementation("kernel", native.paged_attention, native.can_paged_attention),),
+        Backend.GPU: (Implementation("triton", triton_paged_attention, can_triton_paged_attention),),
+    },
 )
 
 

@@ -4,19 +4,20 @@ A sequence has as many pages as its positions need, anywhere in the pool, so mem
 decides which pages belong to whom (`engine.page_allocator`); a step brings `PageIndices` for each cache group.
 
 Letters: D data-parallel shards, P pages of a shard's pool, K key/value heads, S positions of a page, H head_dim, B rows,
-T length, E entries (a row looking at a page).
+T length, X tokens of a shard, E entries (a row looking at a page).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from qwen_dist.sharding import constrain
+from qwen_dist.ops.dispatch import Backend, Implementation, Op
+from qwen_dist.sharding import LocalShard, active_context, constrain, shard_map_op
 
 # Positions of a page. Half a page a sequence is wasted on average; smaller pages make smaller, slower products.
 PAGE = 64
@@ -79,14 +80,52 @@ def write(
     page_DX = jnp.where(page_BT < 0, num_pages, page_BT).reshape(num_shards, -1)
     offset_DX = (positions_BT % PAGE).reshape(num_shards, -1)
 
+    def put_all(pool: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+        new_DXKH = new_BTKH.reshape(num_shards, -1, *new_BTKH.shape[2:]).view(pool.dtype)
+        return WRITE(pool, new_DXKH, page_DX, offset_DX)
+
+    # Otherwise XLA shards them as attention reads them, and all-gathers them after the step.
+    k, v = (constrain(put_all(pool, new), *_POOL) for pool, new in ((state.k, k_BTKH), (state.v, v_BTKH)))
+    return PagedState(k, v)
+
+
+def write_plain(pool_DPKSH: jax.Array, new_DXKH: jax.Array, page_DX: jax.Array, offset_DX: jax.Array) -> jax.Array:
+    """Return the pool with new keys or values in it, those of pages that it does not have left out."""
+
     def put(pool_PKSH: jax.Array, new_XKH: jax.Array, page_X: jax.Array, offset_X: jax.Array) -> jax.Array:
         return pool_PKSH.at[page_X, :, offset_X].set(new_XKH, mode="drop")
 
-    def put_all(pool: jax.Array, new_BTKH: jax.Array) -> jax.Array:
-        new_DXKH = new_BTKH.reshape(num_shards, -1, *new_BTKH.shape[2:]).view(pool.dtype)
-        return jax.vmap(put)(pool, new_DXKH, page_DX, offset_DX)
+    return jax.vmap(put)(pool_DPKSH, new_DXKH, page_DX, offset_DX)
 
-    # Otherwise XLA shards them as attention reads them, and all-gathers them after the step.
-    axes = ("batch", "pages", "kv_heads", "kv_length", "head_dim")
-    k, v = (constrain(put_all(pool, new), *axes) for pool, new in ((state.k, k_BTKH), (state.v, v_BTKH)))
-    return PagedState(k, v)
+
+def write_rows(pool_DPKSH: jax.Array, new_DXKH: jax.Array, page_DX: jax.Array, offset_DX: jax.Array) -> jax.Array:
+    """Write each head's numbers as a row of a matrix, which is what the pool is in memory.
+
+    To write the heads of a position at once, XLA TPU gives the pool another layout: it copies all of it there and back. XLA
+    GPU transposes it for the same reason.
+    """
+
+    def put(_: LocalShard, pool_DPKSH: jax.Array, new_DXKH: jax.Array, page_DX: jax.Array, offset_DX: jax.Array) -> Any:
+        K, S, H = pool_DPKSH.shape[2:]
+        row_XK = (page_DX[0, :, None] * K + jnp.arange(K)) * S + offset_DX[0, :, None]
+        return (pool_DPKSH.reshape(-1, H).at[row_XK].set(new_DXKH[0], mode="drop").reshape(pool_DPKSH.shape),)
+
+    axes = _POOL, ("batch", "slots", "kv_heads", "head_dim"), ("batch", "slots"), ("batch", "slots")
+    (pool_DPKSH,) = shard_map_op(put, (pool_DPKSH, new_DXKH, page_DX, offset_DX), axes, (_POOL,))
+    return pool_DPKSH
+
+
+def can_write_rows(pool_DPKSH: jax.Array, new_DXKH: jax.Array, page_DX: jax.Array, offset_DX: jax.Array) -> bool:
+    """Whether each device has one shard of the batch."""
+    return is_shard_by_shard(pool_DPKSH)
+
+
+def is_shard_by_shard(pool_DPKSH: jax.Array) -> bool:
+    """Return whether the active rules put each data-parallel shard of a pool on different devices."""
+    context = active_context()
+    return len(pool_DPKSH) == (1 if context is None else context.num_shards("batch"))
+
+
+_POOL = ("batch", "pages", "kv_heads", "kv_length", "head_dim")
+_ROWS = (Implementation("rows", write_rows, can_write_rows),)
+WRITE = Op("paged cache: write", write_plain, {Backend.GPU: _ROWS, Backend.TPU: _ROWS})

@@ -10,6 +10,7 @@ from qwen_dist.ops.experts import EXPERTS
 from qwen_dist.ops.grouped_matmul import GROUPED_MATMUL, ROWS_BY_ROWS, ROWS_BY_WEIGHTS
 from qwen_dist.ops.matmul import BATCHED_MATMUL, MATMUL
 from qwen_dist.ops.paged_attention import PAGED_ATTENTION
+from qwen_dist.ops.paged_cache import WRITE
 from qwen_dist.ops.rotary import ROTATE
 from qwen_dist.ops.short_convolution import SHORT_CONVOLUTION
 from qwen_dist.ops.swiglu import SWIGLU
@@ -21,6 +22,7 @@ OPS: tuple[Op, ...] = (
     ROWS_BY_WEIGHTS,
     ROWS_BY_ROWS,
     ATTENTION,
+    WRITE,
     PAGED_ATTENTION,
     ROTATE,
     SWIGLU,

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 import jax
 
+from qwen_dist.checkpoint.adapter_layers import linear_layers
 from qwen_dist.models.config import LayerConfig, ModelConfig
 from qwen_dist.models.layers import Linear
 from qwen_dist.models.parameters import abstract_parameters
@@ -16,7 +17,7 @@ from qwen_dist.ops.cost import LayerCost, Step
 from qwen_dist.ops.grouped_weight import GROUP_INDEX, SCALE, ZERO_POINT
 from qwen_dist.planning.workload import Workload
 from qwen_dist.sharding import ShardingContext
-from qwen_dist.train.lora import attach_lora, linear_layers
+from qwen_dist.train.lora import attach_lora
 
 
 @dataclasses.dataclass(frozen=True)

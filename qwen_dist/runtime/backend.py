@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from qwen_dist.errors import UsageError, UserError, printable
 from qwen_dist.runtime.processors import count_processors
+from qwen_dist.runtime.settings import expected_platform, is_overridden, set_environment, settings
 from qwen_dist.runtime.stderr_filter import dropped_lines
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def start_jax(num_cpu_devices: int | None, dtype: str, *, use_compilation_cache:
     """Configure jax, before any device is used. No other code changes jax's settings.
 
     Compiled programs are cached in JAX_COMPILATION_CACHE_DIR, by default ~/.cache/qwen_dist/compiled, so that the second
-    start of the same model on the same machine compiles nothing.
+    start of the same model on the same machine compiles nothing. `runtime.settings` has what GPUs and TPUs need.
 
     Args:
       num_cpu_devices: use this many CPU devices; None uses the default platform.
@@ -39,6 +40,11 @@ def start_jax(num_cpu_devices: int | None, dtype: str, *, use_compilation_cache:
     # XLA starts a thread for each processor that the process may run on, also where a container may use less of their time.
     if not {"PJRT_NPROC", "NPROC"} & os.environ.keys():
         os.environ["PJRT_NPROC"] = str(count_processors())
+    chosen = settings("cpu" if num_cpu_devices is not None else expected_platform(os.environ), dtype)
+    set_environment(os.environ, chosen)
+    for one in chosen:
+        if one.kind == "jax" and not is_overridden(one, os.environ):
+            jax.config.update(one.name, one.value)
     if num_cpu_devices is not None:
         if num_cpu_devices < 1:
             raise UsageError(f"--num-cpu-devices {num_cpu_devices}: give at least 1")

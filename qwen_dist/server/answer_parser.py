@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from qwen_dist.json_reader import JsonError, parse_json
+from qwen_dist.openai_api import END_THINK, THINK
 
-THINK, END_THINK = "<think>", "</think>"
 CALL, END_CALL = "<tool_call>", "</tool_call>"
 # The schema of each parameter of each tool, by their names.
 ToolParameters = Mapping[str, Mapping[str, Any]]

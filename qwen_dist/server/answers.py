@@ -11,7 +11,7 @@ from typing import Any
 from qwen_dist.engine.request import RequestOutput
 from qwen_dist.openai_api import PendingAnswer, completion_body, completion_logprobs, echoed_text, logprob_json
 from qwen_dist.server.answer_parser import AnswerPart, joined
-from qwen_dist.server.call import Call
+from qwen_dist.server.call import TextCall
 from qwen_dist.tokenizer import Tokenizer
 
 END_OF_STREAM = b"data: [DONE]\n\n"
@@ -33,7 +33,7 @@ def event(value: Any) -> bytes:
 class WholeAnswer:
     """Collects the outputs of a call for one body."""
 
-    def __init__(self, call: Call, tokenizer: Tokenizer):
+    def __init__(self, call: TextCall, tokenizer: Tokenizer):
         self._call = call
         self._answers = [PendingAnswer(api, tokenizer) for api in call.body.requests]
         self._places = _places(call)
@@ -78,7 +78,7 @@ class WholeAnswer:
 class StreamedAnswer:
     """Turns the outputs of a call into the events of a stream."""
 
-    def __init__(self, call: Call, tokenizer: Tokenizer):
+    def __init__(self, call: TextCall, tokenizer: Tokenizer):
         self._call, self._tokenizer = call, tokenizer
         is_chat = call.body.is_chat
         self._head = {
@@ -118,7 +118,7 @@ class StreamedAnswer:
 class _TextChoice:
     """One answer to a text, in chunks."""
 
-    def __init__(self, call: Call, tokenizer: Tokenizer, echo: str):
+    def __init__(self, call: TextCall, tokenizer: Tokenizer, echo: str):
         self._tokenizer, self._echo, self._offset = tokenizer, echo, 0
 
     def add(self, output: RequestOutput) -> Iterator[dict[str, Any]]:
@@ -135,7 +135,7 @@ class _TextChoice:
 class _ChatChoice:
     """One answer to a chat, in chunks."""
 
-    def __init__(self, call: Call, tokenizer: Tokenizer, echo: str):
+    def __init__(self, call: TextCall, tokenizer: Tokenizer, echo: str):
         self._tokenizer, self._parser = tokenizer, call.new_parser()
         self._one_call, self._num_calls, self._has_begun = call.body.one_tool_call, 0, False
 
@@ -189,13 +189,15 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dic
     }
 
 
-def _places(call: Call) -> list[tuple[int, int]]:
+def _places(call: TextCall) -> list[tuple[int, int]]:
     """Return of each answer, by its index, which prompt it is of and its number among the answers to it."""
     return [(prompt, choice) for prompt, api in enumerate(call.body.requests) for choice in range(api.num_choices)]
 
 
-def model_json(name: str, created: int, max_context: int) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": created, "owned_by": "qwen_dist", "max_model_len": max_context}
+def model_json(name: str, created: int, max_context: int, parent: str | None) -> dict[str, Any]:
+    """Return the entry of a model, or of an adapter of the model `parent`."""
+    model = {"id": name, "object": "model", "created": created, "owned_by": "qwen_dist", "max_model_len": max_context}
+    return model | {"root": parent or name, "parent": parent}
 
 
 def model_list(models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import hmac
 import sys
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Generic
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -16,15 +17,18 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from qwen_dist.errors import printable
+from qwen_dist.engine.request import RequestOutput
+from qwen_dist.errors import UserError, printable
 from qwen_dist.failures import describe_failure
 from qwen_dist.openai_api import CHAT_URL, TEXT_URL
 from qwen_dist.server.answers import StreamedAnswer, WholeAnswer, model_json, model_list, to_json
 from qwen_dist.server.answers import event as stream_event
-from qwen_dist.server.call import Call
-from qwen_dist.server.errors import ApiError
+from qwen_dist.server.call import EmbeddingsCall, TextCall, check_model
+from qwen_dist.server.embeddings import EMBEDDINGS_URL, embeddings_body
+from qwen_dist.server.engine_thread import OpenedModel
+from qwen_dist.server.errors import ApiError, invalid_request
 from qwen_dist.server.metrics import CONTENT_TYPE
-from qwen_dist.server.service import Service
+from qwen_dist.server.service import AnyCall, Service
 
 # A stream whose client reads no more is cut so long after its time is over.
 _GRACE_S = 2.0
@@ -38,28 +42,23 @@ def make_app(service: Service, api_key: str | None) -> ASGIApp:
         return _json({"status": "ok", "model": service.name})
 
     async def models(request: Request) -> Response:
-        return _json(model_list([_model(service)]))
+        return _json(model_list([_model(service, name) for name in service.names]))
 
     async def model(request: Request) -> Response:
-        if request.path_params["name"] != service.name:
-            message = f"there is no model {printable(repr(request.path_params['name']), 80)}"
-            raise ApiError(404, message, "model_not_found", param="model")
-        return _json(_model(service))
+        check_model(request.path_params["name"], service.names)
+        return _json(_model(service, request.path_params["name"]))
 
     async def metrics(request: Request) -> Response:
         return Response(service.metrics.page(service.engine.stats), headers={"content-type": CONTENT_TYPE})
-
-    async def embeddings(request: Request) -> Response:
-        raise ApiError(400, "/v1/embeddings is not supported: this server answers chats and texts", "not_supported")
 
     routes = [
         Route("/health", health),
         Route("/metrics", metrics),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
-        Route("/v1/embeddings", embeddings, methods=["POST"]),
-        Route(CHAT_URL, CallEndpoint(service, CHAT_URL, is_chat=True), methods=["POST"]),
-        Route(TEXT_URL, CallEndpoint(service, TEXT_URL, is_chat=False), methods=["POST"]),
+        Route(CHAT_URL, TextEndpoint(service, CHAT_URL, is_chat=True), methods=["POST"]),
+        Route(TEXT_URL, TextEndpoint(service, TEXT_URL, is_chat=False), methods=["POST"]),
+        Route(EMBEDDINGS_URL, EmbeddingsEndpoint(service, EMBEDDINGS_URL), methods=["POST"]),
     ]
     handlers: dict[Any, Callable[[Request, Any], Awaitable[Response]]] = {
         ApiError: _on_error,
@@ -70,8 +69,9 @@ def make_app(service: Service, api_key: str | None) -> ASGIApp:
     return app if api_key is None else KeyCheck(app, api_key)
 
 
-def _model(service: Service) -> dict[str, Any]:
-    return model_json(service.name, service.created, service.check_ready().engine.max_context)
+def _model(service: Service, name: str) -> dict[str, Any]:
+    parent = None if name == service.name else service.name
+    return model_json(name, service.created, service.check_ready().engine.max_context, parent)
 
 
 class KeyCheck:
@@ -91,11 +91,19 @@ class KeyCheck:
         await self._app(scope, receive, send)
 
 
-class CallEndpoint:
-    """Answers chats, or texts to complete."""
+class _CallEndpoint(abc.ABC, Generic[AnyCall]):
+    """Opens a call for each body, and answers it while its client is there and its time is not over."""
 
-    def __init__(self, service: Service, url: str, *, is_chat: bool):
-        self._service, self._url, self._is_chat = service, url, is_chat
+    def __init__(self, service: Service, url: str):
+        self._service, self._url = service, url
+
+    @abc.abstractmethod
+    def _make(self, model: OpenedModel, raw: bytes) -> AnyCall:
+        """Return the call of a body, in another thread. Raises ApiError if it cannot be answered."""
+
+    @abc.abstractmethod
+    async def _send(self, call: AnyCall, answer: HttpAnswer, start: float) -> None:
+        """Send the answer of a call whose request came at `start`."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = HttpAnswer(send)
@@ -116,7 +124,7 @@ class CallEndpoint:
             await answer.send_error(ApiError(500, "the server has failed on this request", "internal_error"))
         self._service.metrics.answers.labels(self._url, answer.status).inc()
 
-    async def _open(self, request: Request, start: float) -> Call:
+    async def _open(self, request: Request, start: float) -> AnyCall:
         limit = self._service.limits.request_s - (time.monotonic() - start)
         try:
             async with asyncio.timeout(limit):
@@ -124,9 +132,9 @@ class CallEndpoint:
                 raw = await _read_body(request, self._service.limits.max_body_bytes)
         except TimeoutError:
             raise ApiError(408, f"the body did not come within {limit:.0f} s", "timeout") from None
-        return await self._service.open_call(raw, is_chat=self._is_chat)
+        return await self._service.open_call(lambda model: self._make(model, raw))
 
-    async def _answer(self, call: Call, receive: Receive, answer: HttpAnswer, start: float) -> None:
+    async def _answer(self, call: AnyCall, receive: Receive, answer: HttpAnswer, start: float) -> None:
         """Answer a call; stop as soon as the client goes away, or after the time of a request."""
         seconds = self._service.limits.request_s
         work = asyncio.ensure_future(self._send(call, answer, start))
@@ -147,15 +155,32 @@ class CallEndpoint:
             await asyncio.gather(work, gone, return_exceptions=True)
         self._service.metrics.request_s.observe(time.monotonic() - start)
 
-    async def _send(self, call: Call, answer: HttpAnswer, start: float) -> None:
-        tokenizer, is_first, num_open = self._service.tokenizer, True, len(call.requests)
-        whole, streamed = WholeAnswer(call, tokenizer), StreamedAnswer(call, tokenizer)
+    async def _outputs(self, call: AnyCall, start: float) -> AsyncIterator[list[tuple[int, RequestOutput]]]:
+        """Yield the outputs of a call as they come, until all of its requests have finished."""
+        is_first, num_open = True, len(call.requests)
         while num_open:
             outputs = await call.outputs()
             if is_first:
                 self._service.metrics.first_token_s.observe(time.monotonic() - start)
                 is_first = False
             num_open -= sum(output.finish_reason is not None for _, output in outputs)
+            yield outputs
+
+
+class TextEndpoint(_CallEndpoint[TextCall]):
+    """Answers chats, or texts to complete."""
+
+    def __init__(self, service: Service, url: str, *, is_chat: bool):
+        super().__init__(service, url)
+        self._is_chat = is_chat
+
+    def _make(self, model: OpenedModel, raw: bytes) -> TextCall:
+        return self._service.make_text_call(model, raw, self._is_chat)
+
+    async def _send(self, call: TextCall, answer: HttpAnswer, start: float) -> None:
+        tokenizer = self._service.tokenizer
+        whole, streamed = WholeAnswer(call, tokenizer), StreamedAnswer(call, tokenizer)
+        async for outputs in self._outputs(call, start):
             if call.body.stream:
                 await answer.send_part(b"".join(streamed.add(index, output) for index, output in outputs))
                 continue
@@ -165,6 +190,24 @@ class CallEndpoint:
             await answer.send_part(streamed.end(), is_last=True)
         else:
             await answer.send_whole(_json(whole.body()))
+
+
+class EmbeddingsEndpoint(_CallEndpoint[EmbeddingsCall]):
+    """Embeds texts."""
+
+    def _make(self, model: OpenedModel, raw: bytes) -> EmbeddingsCall:
+        return self._service.make_embeddings_call(model, raw)
+
+    async def _send(self, call: EmbeddingsCall, answer: HttpAnswer, start: float) -> None:
+        embeddings: list[tuple[float, ...]] = [()] * len(call.requests)
+        async for outputs in self._outputs(call, start):
+            for index, output in outputs:
+                embeddings[index] = output.embedding
+        try:
+            body = embeddings_body(call.body, embeddings, call.prompt_tokens)
+        except UserError as error:
+            raise invalid_request(error, ("dimensions",)) from None
+        await answer.send_whole(_json(body))
 
 
 class HttpAnswer:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwen_dist.chat import make_chat
+from qwen_dist.engine.embeddings import embedding_request
 from qwen_dist.engine.request import Request, RequestOutput, SamplingParams
 from qwen_dist.errors import UserError, printable
 from qwen_dist.json_reader import JsonError, parse_json
-from qwen_dist.openai_api import ApiRequest, make_requests, parse_body, shortened
-from qwen_dist.server.answer_parser import THINK, AnswerParser, ToolParameters, forced_beginning, tool_parameters
+from qwen_dist.openai_api import ApiRequest, begins_with_reasoning, make_requests, parse_body, shortened
+from qwen_dist.server.answer_parser import AnswerParser, ToolParameters, forced_beginning, tool_parameters
+from qwen_dist.server.embeddings import EmbeddingsRequest, parse_embeddings_body
 from qwen_dist.server.errors import ApiError, invalid_request
 from qwen_dist.tokenizer import Tokenizer
 
@@ -27,6 +29,7 @@ class CallBody:
 
     Attributes:
       requests: one for each prompt; a chat is one.
+      adapter: the name of the adapter that they use; empty for none.
       fields: the names that the body has.
       stream: send the answer as it comes.
       include_usage: end the stream with the numbers of tokens.
@@ -35,6 +38,7 @@ class CallBody:
     """
 
     requests: tuple[ApiRequest, ...]
+    adapter: str = ""
     fields: frozenset[str] = frozenset()
     stream: bool = False
     include_usage: bool = False
@@ -50,50 +54,56 @@ class CallBody:
         return sum(request.num_choices for request in self.requests)
 
 
-def parse_call_body(raw: bytes, *, is_chat: bool, model: str) -> CallBody:
+def parse_call_body(raw: bytes, *, is_chat: bool, models: Sequence[str]) -> CallBody:
     """Parse a body strictly: what cannot be honoured is an error.
 
     Args:
       raw: the body.
       is_chat: whether it is one of chats, or of texts to complete.
-      model: the name of the model that is served.
+      models: the names of the model that is served, and of its adapters.
 
     Raises:
       ApiError: it cannot be used.
     """
+    body = _parse_object(raw)
+    name = body.get("model")
+    check_model(name, models)
+    try:
+        return _parse(dict(body), is_chat=is_chat, model=name or models[0], adapter=_adapter(name, models))
+    except UserError as error:
+        raise invalid_request(error, body) from None
+
+
+def _parse_object(raw: bytes) -> dict[str, Any]:
     try:
         body = parse_json(raw)
     except JsonError as error:
         raise ApiError(400, f"the body is not JSON: {error}", "invalid_json") from None
     if not isinstance(body, dict):
         raise ApiError(400, f"the body must be a JSON object; it is {printable(shortened(body), 100)}", "invalid_request")
-    _check_model(body.get("model"), model)
-    _check_response_format(body.get("response_format"))
-    try:
-        return _parse(dict(body), is_chat=is_chat, model=model)
-    except UserError as error:
-        raise invalid_request(error, body) from None
+    return body
 
 
-def _check_model(name: Any, served: str) -> None:
-    if isinstance(name, str) and name != served:
-        message = f"there is no model {printable(repr(name), 80)}; this server has {served!r}"
+def check_model(name: Any, models: Sequence[str]) -> None:
+    """Raise ApiError if a name is given that no model of the server has."""
+    if isinstance(name, str) and name not in models:
+        served = printable(", ".join(map(repr, models)))
+        message = f"there is no model {printable(repr(name), 80)}; this server has {served}"
         raise ApiError(404, message, "model_not_found", param="model")
 
 
-def _check_response_format(given: Any) -> None:
-    if given is not None and given != {"type": "text"}:
-        message = 'response_format: structured output is not supported yet; leave it out, or give {"type": "text"}'
-        raise ApiError(400, message, "not_supported", param="response_format")
+def _adapter(name: str | None, models: Sequence[str]) -> str:
+    """Return the adapter of a body with this model: the first of the models is the one without."""
+    return "" if name is None or name == models[0] else name
 
 
-def _parse(body: dict[str, Any], *, is_chat: bool, model: str) -> CallBody:
+def _parse(body: dict[str, Any], *, is_chat: bool, model: str, adapter: str) -> CallBody:
     fields = frozenset(body)
     stream, include_usage = _parse_stream(body)
     tool_choice, one_call = _parse_tool_choice(body) if is_chat else (None, False)
     prompts = [body] if is_chat else [body | {"prompt": prompt} for prompt in _prompts(body.get("prompt"))]
     requests = tuple(dataclasses.replace(parse_body(one, is_chat=is_chat), model=model) for one in prompts)
-    call = CallBody(requests, fields, stream, include_usage, tool_choice, one_call)
+    call = CallBody(requests, adapter, fields, stream, include_usage, tool_choice, one_call)
     if call.num_answers > MAX_ANSWERS:
         raise UserError(f"n times the number of prompts is {call.num_answers}; it must be at most {MAX_ANSWERS}")
     if stream and requests[0].echo and "logprobs" in requests[0].params:
@@ -158,20 +168,21 @@ class Call:
     """A body that is being answered. Used by the event loop only.
 
     Attributes:
-      body: what is asked for.
       requests: to the engine, in the order of the answers; the key of each is the call and its index.
       prompt_tokens: of all prompts, each counted once.
       num_open: the requests that have not finished.
     """
 
-    def __init__(self, body: CallBody, tools: ToolParameters | None):
-        self.body, self._tools = body, tools
+    def __init__(self) -> None:
         self.requests: list[Request] = []
         self.prompt_tokens = 0
-        self.is_thinking = False
-        self.beginning = ""
         self.num_open = 0
         self._outputs: asyncio.Queue[tuple[int, RequestOutput] | ApiError] = asyncio.Queue()
+
+    def start(self, requests: Sequence[Request], adapter: str) -> None:
+        """Take the requests of the answers, in order."""
+        self.requests = [dataclasses.replace(one, key=(self, index), adapter=adapter) for index, one in enumerate(requests)]
+        self.num_open = len(self.requests)
 
     def deliver(self, index: int, output: RequestOutput) -> None:
         """Take an output of the request with this index."""
@@ -192,11 +203,45 @@ class Call:
                 raise item
         return [item for item in items if not isinstance(item, ApiError)]
 
+
+class TextCall(Call):
+    """A chat, or texts to complete; `body` is what is asked for."""
+
+    def __init__(self, body: CallBody, tools: ToolParameters | None):
+        super().__init__()
+        self.body, self._tools = body, tools
+        self.is_thinking = False
+        self.beginning = ""
+
     def new_parser(self) -> AnswerParser:
         """Return the parser of one answer to a chat."""
         parser = AnswerParser(self._tools, is_thinking=self.is_thinking)
         parser.push(self.beginning)
         return parser
+
+
+class EmbeddingsCall(Call):
+    """Texts to embed; `body` is what is asked for."""
+
+    def __init__(self, body: EmbeddingsRequest):
+        super().__init__()
+        self.body = body
+
+
+def make_embeddings_call(raw: bytes, models: Sequence[str], tokenizer: Tokenizer, max_context: int) -> EmbeddingsCall:
+    """Return the call of a body of embeddings. Raises ApiError if it cannot be used."""
+    body = _parse_object(raw)
+    name = body.get("model")
+    check_model(name, models)
+    try:
+        wanted = parse_embeddings_body(body, name or models[0])
+        requests = [embedding_request(None, text, tokenizer, max_context) for text in wanted.inputs]
+    except UserError as error:
+        raise invalid_request(error, body) from None
+    call = EmbeddingsCall(wanted)
+    call.start(requests, _adapter(name, models))
+    call.prompt_tokens = sum(len(request.prompt) for request in requests)
+    return call
 
 
 def make_call(
@@ -207,7 +252,7 @@ def make_call(
     max_context: int,
     variables: Mapping[str, Any],
     has_seed: bool,
-) -> Call:
+) -> TextCall:
     """Return the call of a body, with its requests to the engine.
 
     Args:
@@ -222,7 +267,7 @@ def make_call(
       UserError: it cannot be answered.
     """
     tools = body.requests[0].tools if body.is_chat else None
-    call = Call(body, tool_parameters(make_chat(body.requests[0].messages, tools).tools or ()) if tools else None)
+    call = TextCall(body, tool_parameters(make_chat(body.requests[0].messages, tools).tools or ()) if tools else None)
     for api in body.requests:
         if "seed" not in api.params and not has_seed:
             api = dataclasses.replace(api, params={**api.params, "seed": secrets.randbelow(2**63)})
@@ -230,17 +275,14 @@ def make_call(
         call.requests += requests
         call.prompt_tokens += len(requests[0].prompt)
     if body.is_chat:
-        # The last tokens of the generation prompt say whether the answer begins inside the reasoning.
-        end = tokenizer.decode(call.requests[0].prompt[-len(THINK) :], skip_special_tokens=False)
-        call.is_thinking = end.rstrip().endswith(THINK)
+        call.is_thinking = begins_with_reasoning(call.requests[0].prompt, tokenizer)
         if body.forced_tool is not None:
             _force_tool(call, body.forced_tool, tokenizer, variables)
-    call.requests = [dataclasses.replace(one, key=(call, index)) for index, one in enumerate(call.requests)]
-    call.num_open = len(call.requests)
+    call.start(call.requests, body.adapter)
     return call
 
 
-def _force_tool(call: Call, tool: str, tokenizer: Tokenizer, variables: Mapping[str, Any]) -> None:
+def _force_tool(call: TextCall, tool: str, tokenizer: Tokenizer, variables: Mapping[str, Any]) -> None:
     """Begin the answer with the call of a tool, as a part of the prompt."""
     api = call.body.requests[0]
     template = tokenizer.chat_template(make_chat(api.messages, api.tools, api.chat_template_kwargs, variables))

@@ -8,17 +8,18 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from qwen_dist.engine.engine import Engine
 from qwen_dist.engine.request import RequestOutput
 from qwen_dist.errors import UserError
-from qwen_dist.server.call import Call, make_call, parse_call_body
+from qwen_dist.server.call import Call, EmbeddingsCall, TextCall, make_call, make_embeddings_call, parse_call_body
 from qwen_dist.server.engine_thread import EngineThread, OpenedModel
 from qwen_dist.server.errors import ApiError, invalid_request, not_ready
 from qwen_dist.server.metrics import ServerMetrics
 from qwen_dist.tokenizer import Tokenizer
 
+AnyCall = TypeVar("AnyCall", bound=Call)
 # Threads that parse bodies, render chats and tokenize.
 _NUM_PARSERS = 4
 
@@ -45,6 +46,7 @@ class Service:
       open_model: loads the model, in the engine's thread.
       prepare: is called with the engine before the first request, in the engine's thread.
       name: of the model.
+      adapters: names of adapters, which requests may give instead.
       limits: of requests.
       variables: of the chat template, for chats that do not set them.
       has_seed: whether the sampling parameters of the server fix the seed.
@@ -57,6 +59,7 @@ class Service:
         prepare: Callable[[Engine], None],
         *,
         name: str,
+        adapters: Sequence[str] = (),
         limits: ServiceLimits,
         variables: Mapping[str, Any],
         has_seed: bool,
@@ -64,6 +67,7 @@ class Service:
         on_failure: Callable[[BaseException], None],
     ):
         self.name, self.limits, self.metrics = name, limits, ServerMetrics()
+        self.names = (name, *adapters)
         self.created = int(time.time())
         self.model: OpenedModel | None = None
         self.is_draining = False
@@ -119,11 +123,11 @@ class Service:
 
     # --- calls ---
 
-    async def open_call(self, raw: bytes, *, is_chat: bool) -> Call:
-        """Parse a body and start to answer it. Raises ApiError if it cannot be answered."""
+    async def open_call(self, make: Callable[[OpenedModel], AnyCall]) -> AnyCall:
+        """Make a call, in another thread, and start to answer it. Raises ApiError if it cannot be answered."""
         model = self.check_ready()
         loop = asyncio.get_running_loop()
-        call = await loop.run_in_executor(self._parsers, self._prepare, model, raw, is_chat)
+        call = await loop.run_in_executor(self._parsers, make, model)
         self.check_room(len(call.requests))
         self._calls[call] = math.nan
         self._num_open += len(call.requests)
@@ -149,9 +153,11 @@ class Service:
             message = f"{self._num_open} answers are computed or wait, of at most {self.limits.max_open}; try again later"
             raise ApiError(429, message, "too_many_requests", headers={"Retry-After": "1"})
 
-    def _prepare(self, model: OpenedModel, raw: bytes, is_chat: bool) -> Call:
-        """Parse, render and tokenize, in another thread."""
-        body, engine = parse_call_body(raw, is_chat=is_chat, model=self.name), model.engine
+    # --- in another thread ---
+
+    def make_text_call(self, model: OpenedModel, raw: bytes, is_chat: bool) -> TextCall:
+        """Parse a body of a chat or of texts, render and tokenize."""
+        body, engine = parse_call_body(raw, is_chat=is_chat, models=self.names), model.engine
         try:
             call = make_call(
                 body,
@@ -161,14 +167,18 @@ class Service:
                 variables=self._variables,
                 has_seed=self._has_seed,
             )
-            for request in call.requests:
-                if len(request.prompt) >= engine.max_context:
-                    message = f"the prompt has {len(request.prompt)} tokens; the context of the model has "
-                    message += f"{engine.max_context}, which must also hold the answer"
-                    raise ApiError(400, message, "context_length_exceeded", param="messages" if is_chat else "prompt")
-                engine.check(request)
+            _check(call, engine, "messages" if is_chat else "prompt")
         except UserError as error:
             raise invalid_request(error, body.fields) from None
+        return call
+
+    def make_embeddings_call(self, model: OpenedModel, raw: bytes) -> EmbeddingsCall:
+        """Parse a body of texts to embed, and tokenize."""
+        call = make_embeddings_call(raw, self.names, model.tokenizer, model.engine.max_context)
+        try:
+            _check(call, model.engine, "input")
+        except UserError as error:
+            raise invalid_request(error, ()) from None
         return call
 
     # --- called by the engine's thread, through the loop ---
@@ -197,3 +207,12 @@ class Service:
         for call in self._calls:
             call.fail(ApiError(500, "the engine has ended with an error, and the server with it", "engine_failed"))
         self._on_failure(error)
+
+
+def _check(call: Call, engine: Engine, param: str) -> None:
+    for request in call.requests:
+        if len(request.prompt) >= engine.max_context:
+            message = f"the prompt has {len(request.prompt)} tokens; the context of the model has "
+            message += f"{engine.max_context}, which must also hold the answer"
+            raise ApiError(400, message, "context_length_exceeded", param=param)
+        engine.check(request)

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from qwen_dist.checkpoint.adapter import Adapter, write_adapter
+from qwen_dist.checkpoint.adapter_layers import with_adapter
 from qwen_dist.checkpoint.adapter_read import read_adapter
 from qwen_dist.checkpoint.load import ProgressCallback
 from qwen_dist.checkpoint.model import LoadedModel, load_model, save_model
@@ -40,7 +41,7 @@ from qwen_dist.tokenizer_files import GENERATION_CONFIG
 from qwen_dist.train.batches import BatchIterator, TrainBatch, evaluation_batches, rows_per_epoch, training_batches
 from qwen_dist.train.checkpoints import Checkpoints
 from qwen_dist.train.examples import Examples, make_examples
-from qwen_dist.train.lora import attach_lora, extract_adapter, new_adapter, with_adapter
+from qwen_dist.train.lora import attach_lora, extract_adapter, new_adapter
 from qwen_dist.train.metrics import MetricsLog
 from qwen_dist.train.optim import make_optimizer, make_schedule, num_warmup_steps
 from qwen_dist.train.records import find_data_files, read_train_records

@@ -19,6 +19,7 @@ from qwen_dist.models.transformer import Remat, Transformer
 from qwen_dist.ops.malloc import drain_tcache
 from qwen_dist.ops.matmul import accum_dtype
 from qwen_dist.ops.weight import to_array
+from qwen_dist.runtime.settings import compiler_options
 from qwen_dist.sharding import ShardingContext, use_sharding
 from qwen_dist.train.batches import TrainBatch
 from qwen_dist.train.loss import next_token_loss
@@ -87,8 +88,12 @@ class Trainer:
         self._optimizer, self._schedule = optimizer, schedule
         self.dtype, self._remat, self._clip_norm = dtype, REMAT_POLICIES[remat], clip_norm
         self._shardings = self._state_shardings()
+        mesh = self._sharding_ctx.mesh
         self._step = jax.jit(
-            self._update, donate_argnums=0, out_shardings=(self._shardings, self._sharding_ctx.replicated())
+            self._update,
+            donate_argnums=0,
+            out_shardings=(self._shardings, self._sharding_ctx.replicated()),
+            compiler_options=compiler_options(mesh.devices.flat[0].platform, mesh.size, "train"),
         )
         self._evaluate = jax.jit(self._sum_losses, out_shardings=self._sharding_ctx.replicated())
 

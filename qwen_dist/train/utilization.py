@@ -8,11 +8,11 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+from qwen_dist.checkpoint.adapter_layers import linear_layers
 from qwen_dist.checkpoint.model import LoadedModel
 from qwen_dist.models.transformer import layer_cost
 from qwen_dist.ops.cost import Step
 from qwen_dist.planning.chips import chip_of_device
-from qwen_dist.train.lora import linear_layers
 
 
 def peak_flops_per_second(devices: Collection[jax.Device], dtype: DTypeLike) -> float | None:

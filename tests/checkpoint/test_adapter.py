@@ -13,13 +13,13 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from qwen_dist.checkpoint.adapter import Adapter, write_adapter
+from qwen_dist.checkpoint.adapter_layers import with_adapter
 from qwen_dist.checkpoint.adapter_read import read_adapter
 from qwen_dist.checkpoint.model import export_model, load_model
 from qwen_dist.errors import CheckpointError
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.parameters import disk_shapes, on_disk, with_parameters
 from qwen_dist.sharding import INFERENCE, ShardingContext
-from qwen_dist.train.lora import with_adapter
 
 ATTENTION = ["q_proj", "o_proj"]
 TOKENS = np.arange(24, dtype=np.int32)[None] % 300

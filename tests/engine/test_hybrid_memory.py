@@ -7,7 +7,7 @@ from native_kernels import needs_kernels
 from qwen_dist.checkpoint.model import load_model
 from qwen_dist.engine.runner import Runner
 from qwen_dist.mesh import MeshConfig, make_mesh
-from qwen_dist.ops import native
+from qwen_dist.ops import native, native_library
 from qwen_dist.sharding import INFERENCE, ShardingContext
 
 SLOTS, PAGES = 1024, 8
@@ -24,7 +24,7 @@ def runner(tiny_checkpoint):
 @pytest.mark.parametrize("form", [pytest.param("kernel", marks=needs_kernels), "plain"])
 def test_a_step_does_not_copy_the_states(phase, form, runner, monkeypatch):
     if form == "plain":
-        monkeypatch.setattr(native, "is_available", lambda: False)
+        monkeypatch.setattr(native_library, "is_available", lambda: False)
     runner = Runner(runner._model, num_slots=SLOTS)  # with no program compiled
     num_rows, num_tokens = (2, 1) if phase == "decode" else (2, 32)
     state = runner._abstract_state((PAGES,))
@@ -33,7 +33,7 @@ def test_a_step_does_not_copy_the_states(phase, form, runner, monkeypatch):
     if phase == "decode":
         lowered = runner._decode.lower(*arguments, num_top=None)
     else:
-        lowered = runner._prefill.lower(*arguments, num_top=None, num_scored=None)
+        lowered = runner._prefill.lower(*arguments, num_top=None)
     assert (native.DELTA_RULE_IN_SLOTS in lowered.as_text()) == (form == "kernel")
     pool_bytes = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.states))
     assert pool_bytes > 16e6

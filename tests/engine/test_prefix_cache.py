@@ -466,6 +466,7 @@ def random_requests(count: int, pages: range, *, has_processors: bool) -> list[R
     [
         ("qwen3", 60, 3, 9, 0, range(4), "data=1"),
         pytest.param("qwen3", 2000, 8, 20, 0, range(4), "data=1", marks=pytest.mark.slow),
+        pytest.param("qwen3", 2000, 8, 12, 0, range(4), "data=2,tensor=2", marks=pytest.mark.slow),
         pytest.param("qwen3_moe", 60, 3, 9, 0, range(4), "data=1", marks=pytest.mark.slow),
         pytest.param("qwen3_moe", 2000, 8, 20, 0, range(4), "data=1", marks=pytest.mark.slow),
         ("qwen3_5", 60, 3, 12, 4, range(3, 6), "data=1"),

@@ -27,7 +27,7 @@ def test_the_table_has_a_plain_form_of_every_operation_for_every_backend(monkeyp
     table = dispatch_table()
     assert table.keys() == {op.name for op in OPS} and len(table) == len(OPS)
     for platform, build in machines:
-        monkeypatch.setattr(native, "active_build", lambda build=build: build)
+        monkeypatch.setattr(native_library, "active_build", lambda build=build: build)
         for phase in ("inference", "train"):
             backend = Backend.of_platform(platform, 1, phase)
             print(f"\n{platform}{f' {build}' if platform == 'cpu' else ''}, {phase}: {backend.value}")
@@ -39,7 +39,7 @@ def test_the_table_has_a_plain_form_of_every_operation_for_every_backend(monkeyp
 
 
 def test_the_backend_is_that_of_the_mesh_and_the_phase(monkeypatch):
-    monkeypatch.setattr(native, "is_available", lambda: True)
+    monkeypatch.setattr(native_library, "is_available", lambda: True)
     found = {}
     for devices in (1, 2):
         mesh = make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
@@ -64,13 +64,13 @@ def test_a_build_can_be_forced(monkeypatch):
     for name in BUILDS:
         monkeypatch.setenv(VARIABLE, name)
         if name in available:
-            assert native_library.active_build() == name and native.is_available()
+            assert native_library.active_build() == name and native_library.is_available()
             continue
         reason = "this processor lacks its instructions" if native_library.load() else "the kernels were not compiled"
         with pytest.raises(UsageError, match=f"^{VARIABLE}={name}: {reason}; this machine has .*{PLAIN}$"):
             native_library.active_build()
     monkeypatch.setenv(VARIABLE, PLAIN)
-    assert not native.is_available()
+    assert not native_library.is_available()
     monkeypatch.setenv(VARIABLE, "")
     with pytest.raises(UsageError, match=f"^{VARIABLE}=: there is no such build"):
         native_library.active_build()

@@ -30,7 +30,7 @@ CLOSE = {"float32": {"rtol": 4e-7, "atol": 1e-6}, "bfloat16": {"rtol": 2**-7, "a
 
 
 def test_they_were_compiled(cpu_build):
-    assert native.is_available() and native_library.active_build() == cpu_build
+    assert native_library.is_available() and native_library.active_build() == cpu_build
     assert native_library.available_builds() == tuple(EXPECTED)
 
 
@@ -230,5 +230,5 @@ def test_where_they_are_used(kernel, monkeypatch):
     assert is_used(1)
     assert not is_used(2), "the compiler cannot divide a kernel among devices"
     assert not is_used(1, TRAIN)
-    monkeypatch.setattr(native, "is_available", lambda: False)
+    monkeypatch.setattr(native_library, "is_available", lambda: False)
     assert not is_used(1)

@@ -9,11 +9,11 @@ import pytest
 from shapes import QWEN3_5_397B, QWEN3_8_27B, QWEN3_NEXT_80B
 from traced_flops import product_flops
 
+from qwen_dist.checkpoint.adapter_layers import linear_layers
 from qwen_dist.hf_config import parse_model_config
 from qwen_dist.models.transformer import Transformer, layer_cost
 from qwen_dist.ops.cost import Step
 from qwen_dist.ops.delta_rule import DeltaInputs, delta_rule, delta_rule_cost
-from qwen_dist.train.lora import linear_layers
 
 # Key heads, value heads of each, channels of keys and values: all different.
 G, R, K, V = 2, 3, 8, 12

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import httpx2 as httpx
 import openai
@@ -69,17 +69,33 @@ class RunningServer:
 
 @contextlib.contextmanager
 def running_server(
-    directory: pathlib.Path, *arguments: str, key: str = "any", **environment: str
+    directory: pathlib.Path,
+    *arguments: str,
+    key: str = "any",
+    program: Sequence[str] = ("-m", "qwen_dist"),
+    wait: bool = True,
+    **environment: str,
 ) -> Iterator[RunningServer]:
+    """Start `qwen-dist serve`, and end it at last.
+
+    Args:
+      directory: for a file with what it writes to stderr.
+      arguments: of the command.
+      key: that clients send.
+      program: of Python, that runs the command line.
+      wait: until it is ready.
+      environment: variables.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("XLA_")}
     environment = kept | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment
-    command = [sys.executable, "-m", "qwen_dist", "serve", "--port", "0", "--json", "--dtype", "float32", *arguments]
+    command = [sys.executable, *program, "serve", "--port", "0", "--json", "--dtype", "float32", *arguments]
     stderr = directory / "stderr"
     with open(stderr, "wb") as file:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, env=environment)
     try:
         server = RunningServer(process, stderr, key)
-        server.wait_until_ready()
+        if wait:
+            server.wait_until_ready()
         yield server
     finally:
         if process.poll() is None:

@@ -3,12 +3,16 @@
 import concurrent.futures
 import contextlib
 import json
+import re
 import socket
 import time
+from typing import Annotated, Literal
 
 import httpx2 as httpx
 import jax
+import numpy as np
 import openai
+import pydantic
 import pytest
 from running_server import RunningServer, running_server
 
@@ -138,6 +142,45 @@ def test_choices_seeds_and_stops(client, expected):
     assert (short.choices[0].finish_reason, short.usage.completion_tokens) == ("length", 2)
 
 
+class Weather(pydantic.BaseModel):
+    city: Literal["Oslo", "Rome"]
+    degrees: Annotated[int, pydantic.Field(ge=-50, le=50)]
+
+
+def test_structured_output(client, expected):
+    wanted = {"model": "demo", "messages": chat(QUESTIONS[0])}
+    parsed = client.chat.completions.parse(**wanted, response_format=Weather).choices[0]
+    assert isinstance(parsed.message.parsed, Weather) and parsed.finish_reason == "stop"
+    chunks = list(client.chat.completions.create(**wanted, stream=True, extra_body={"guided_choice": ["maybe", "no"]}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) in ("maybe", "no")
+    free = {"structured_outputs": {"regex": "(?s:.*)"}}
+    answers = client.chat.completions.create(**wanted, logprobs=True, n=2, extra_body=free).choices
+    assert [choice.message.content for choice in answers] == [expected[0].text] * 2
+    of_text = client.completions.create(model="demo", prompt=["a", "b"], extra_body={"guided_regex": "[xy]{3}"}, n=2)
+    assert all(re.fullmatch("[xy]{3}", choice.text) for choice in of_text.choices) and len(of_text.choices) == 4
+
+
+def test_embeddings(server, client, llm):
+    texts = ["The sky is blue.", "What is 2 plus 3?"]
+    wanted = llm.embed(texts)
+    given = client.embeddings.create(model="demo", input=texts)  # the client asks for base64
+    assert [entry.index for entry in given.data] == [0, 1] and given.usage.prompt_tokens == sum(
+        map(len, map(llm.encode, texts))
+    )
+    np.testing.assert_allclose([entry.embedding for entry in given.data], wanted, atol=1e-5)
+    of_tokens = client.embeddings.create(model="demo", input=llm.encode(texts[1]), encoding_format="float", dimensions=8)
+    np.testing.assert_allclose(of_tokens.data[0].embedding, llm.embed(texts[1], dimensions=8)[0], atol=1e-5)
+    wrong = [({"input": ""}, "input"), ({"input": []}, "input"), ({"input": [[]]}, "input"), ({"input": {}}, "input")]
+    wrong += [({"input": "a", "dimensions": 0}, "dimensions"), ({"input": "a", "dimensions": 10**6}, "dimensions")]
+    wrong += [({"input": "a", "encoding_format": "hex"}, "encoding_format"), ({"input": "a", "model": 3}, "model")]
+    wrong += [({"input": "a", "prompt": "b"}, None), ({"input": [99999]}, None), ({"input": ["a"] * 2049}, "input")]
+    for body, param in wrong:
+        error = check_error(server.post("/v1/embeddings", json.dumps(body).encode()))
+        assert error["param"] == param, (body, error)
+    long = check_error(server.post("/v1/embeddings", json.dumps({"input": [5] * 1024}).encode()))
+    assert (long["code"], long["param"]) == ("context_length_exceeded", "input")
+
+
 def test_a_prompt_that_begins_like_an_earlier_one_is_read_from_the_cache(server, client):
     prompt = [5 + number % 200 for number in range(150)]
     before = server.metric("cached_tokens_total")
@@ -188,7 +231,9 @@ WRONG_CHATS = [
     (OK | {"logit_bias": {"100000": 1}}, "logit_bias"), (OK | {"logprobs": 3}, "logprobs"),
     (OK | {"top_logprobs": 2}, "top_logprobs"), (OK | {"logprobs": True, "top_logprobs": 21}, "logprobs"),
     (OK | {"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
-    (OK | {"response_format": {"type": "json_object"}}, "response_format"),
+    (OK | {"response_format": {"type": "json"}}, "response_format"),
+    (OK | {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, None),
+    (OK | {"structured_outputs": {"regex": 3}}, "structured_outputs"), (OK | {"guided_regex": "("}, None),
     (OK | {"response_format": 3}, "response_format"), (OK | {"tools": 3}, "tools"), (OK | {"tools": [3]}, "tools"),
     (OK | {"tools": [{}]}, "tools"), (OK | {"tool_choice": "required"}, "tool_choice"),
     (OK | {"tool_choice": 3, "tools": [{"function": {"name": "a"}}]}, "tool_choice"),
@@ -243,7 +288,6 @@ def test_wrong_bodies_are_answered_one_by_one_with_what_is_wrong(server):
         assert check_error(web.post("/v1/chat", json=OK), 404)["code"] == "not_found"
         assert check_error(web.get("/v1/models/gpt"), 404)["code"] == "model_not_found"
         assert check_error(web.get(CHAT), 405)["code"] == "method_not_allowed"
-        assert check_error(web.post("/v1/embeddings", json={"input": "a"}))["code"] == "not_supported"
         assert check_error(web.post(CHAT, json={"messages": chat("x" * 200_000)}), 413)["code"] == "body_too_large"
         pieces = (b" " * 50_000 for _ in range(4))  # without a length
         assert check_error(web.post(CHAT, content=pieces), 413)["code"] == "body_too_large"
@@ -253,8 +297,8 @@ def test_wrong_bodies_are_answered_one_by_one_with_what_is_wrong(server):
 
 
 def test_a_client_gets_errors_of_its_own_classes(client):
-    with pytest.raises(openai.BadRequestError, match="response_format: structured output is not supported yet"):
-        client.chat.completions.create(model="demo", messages=chat("a"), response_format={"type": "json_object"})
+    with pytest.raises(openai.BadRequestError, match="the regular expression for structured output cannot be used"):
+        client.chat.completions.create(model="demo", messages=chat("a"), extra_body={"guided_regex": "("})
     with pytest.raises(openai.NotFoundError, match="this server has 'demo'"):
         client.chat.completions.create(model="other", messages=chat("a"))
 
@@ -324,8 +368,10 @@ def test_what_cannot_be_served_ends_with_one_line(capsys, monkeypatch, server):
     )
     code, message = code_and_message("--model", "/nowhere", "--port", "0")
     assert code == 1 and message.startswith("qwen-dist serve: ") and "/nowhere" in message
-    code, message = code_and_message("--adapter", "a=some/dir")
-    assert code == 2 and "adapters by name are not supported" in message
+    code, message = code_and_message("--adapter", "demo=some/dir")
+    assert code == 2 and "give each adapter a different name, and not demo" in message
+    code, message = code_and_message("--adapter", "some/dir", "--adapter", "other/dir")
+    assert code == 2 and "only one can be merged; give them names to serve all: --adapter NAME=DIR" in message
     code, message = code_and_message("--port", "70000", "--request-timeout", "0")
     assert code == 2 and "port is 70000" in message and "request_timeout is 0" in message
     for name, value in {"COORDINATOR": "localhost:1", "NUM_PROCESSES": "2", "PROCESS_ID": "0"}.items():
@@ -338,4 +384,4 @@ def test_the_server_has_written_only_what_it_should(server: RunningServer):
     """The last test of the module: no traceback, no line for each wrong request."""
     lines = server.stderr.read_text().splitlines()
     assert lines[0].startswith("loading ") and lines[-1].startswith("ready: demo at http://127.0.0.1:")
-    assert [line for line in lines if line.startswith("compiling: ")][-1] == "compiling: 7 of 7 programs"
+    assert [line for line in lines if line.startswith("compiling: ")][-1] == "compiling: 17 of 17 programs"

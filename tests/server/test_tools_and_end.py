@@ -1,12 +1,16 @@
 """Tools and reasoning with a model that answers as told; keys; and how a server ends."""
 
 import json
+import pathlib
 import signal
 
+import numpy as np
 import openai
 import pytest
 from running_server import running_server, scripted_model
 
+from qwen_dist import DEMO_MODEL
+from qwen_dist.checkpoint.adapter import Adapter, write_adapter
 from qwen_dist.server.answer_parser import forced_beginning
 
 ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
@@ -34,11 +38,25 @@ CALLS = [("get_weather", {"city": "Oslo", "days": 2}), ("get_weather", {"days": 
 KEY = "a-secret"
 
 
+ADAPTERS = ("law", "poems")
+
+
+def write_random_adapter(directory, seed: int) -> None:
+    config = json.loads((pathlib.Path(DEMO_MODEL) / "config.json").read_text())
+    rng, sizes = np.random.default_rng(seed), {"A": (4, config["hidden_size"]), "B": (config["intermediate_size"], 4)}
+    matrices = {f"layers.0.mlp.up_proj.lora_{side}.weight": rng.normal(0, 1, size) for side, size in sizes.items()}
+    arrays = {name: matrix.astype(np.float32) for name, matrix in matrices.items()}
+    write_adapter(directory, Adapter(4, 8.0, False, arrays), base="demo")
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tools")
     arguments = ["--model", str(scripted_model(directory, ANSWERS)), "--served-name", "scripted"]
     arguments += ["--max-batch-size", "2", "--config.warm_up=false"]
+    for seed, name in enumerate(ADAPTERS):
+        write_random_adapter(directory / name, seed)
+        arguments += ["--adapter", f"{name}={directory / name}"]
     with running_server(directory, *arguments, key=KEY, QWEN_DIST_API_KEY=KEY) as running:
         yield running
 
@@ -100,6 +118,22 @@ def test_reasoning_is_apart_from_the_content(server):
         variables = {"chat_template_kwargs": {"enable_thinking": thinking}}
         assert streamed(server, "Which one?", extra_body=variables) == expected
     assert ask(server, "Which one?").choices[0].message.content == "Four."
+
+
+def test_adapters_are_chosen_by_name(server):
+    client = server.client()
+    assert [(model.id, model.parent) for model in client.models.list().data] == [
+        ("scripted", None),
+        *((name, "scripted") for name in ADAPTERS),
+    ]
+    texts = {}
+    for name in ("scripted", *ADAPTERS):
+        given = client.completions.create(model=name, prompt="One, two,", max_tokens=12, temperature=0)
+        assert given.model == name
+        texts[name] = given.choices[0].text
+    assert len(set(texts.values())) == 3
+    with pytest.raises(openai.NotFoundError, match="this server has 'scripted', 'law', 'poems'"):
+        client.completions.create(model="other", prompt="a")
 
 
 def test_without_the_key_only_health_answers(server):

@@ -12,12 +12,13 @@ from test_step import LOSS, NUMBERS, TORCH, assert_same, load, make_trainer, one
 from torch_step import load_torch, made_examples, torch_steps
 
 from qwen_dist.checkpoint.adapter import write_adapter
+from qwen_dist.checkpoint.adapter_layers import with_adapter
 from qwen_dist.checkpoint.adapter_merge import merge_updates
 from qwen_dist.checkpoint.adapter_read import read_adapter
 from qwen_dist.config import LoraOptions
 from qwen_dist.models.parameters import disk_shapes, with_parameters
 from qwen_dist.parity.reference import UpcastToFloat64
-from qwen_dist.train.lora import attach_lora, extract_adapter, with_adapter
+from qwen_dist.train.lora import attach_lora, extract_adapter
 
 
 def one_step(directory, mesh=""):

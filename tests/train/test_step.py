@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch_step import load_torch, made_examples, torch_steps
 
+from qwen_dist.checkpoint.adapter_layers import with_adapter
 from qwen_dist.checkpoint.adapter_read import read_adapter
 from qwen_dist.checkpoint.model import load_model
 from qwen_dist.config import DataOptions, OptimizerOptions
@@ -22,7 +23,6 @@ from qwen_dist.parity.reference import UpcastToFloat64
 from qwen_dist.planning.compile import parse_collectives
 from qwen_dist.sharding import TRAIN, ShardingContext
 from qwen_dist.train.batches import TrainBatch, evaluation_batches
-from qwen_dist.train.lora import with_adapter
 from qwen_dist.train.optim import make_optimizer, make_schedule
 from qwen_dist.train.step import Trainer
 

@@ -145,7 +145,7 @@ struct Tile {
   int64_t first_row, feature, first_input, num_inputs;
   float* sums;  // between the ranges, if there are several
   bool is_first, is_last;
-  // For each vector of inputs, prefetch so many cache lines.
+  // How many cache lines to prefetch for each vector of inputs.
   const char* prefetch;
   int prefetch_lines;
 };
