@@ -150,8 +150,7 @@ class Transformer(nnx.Module):
         run: Any = Block.__call__ if remat is None else jax.checkpoint(_new_function(Block.__call__), policy=remat)
         if states is not None and not is_capturing():
             run = jax.jit(_new_function(run))
-        new_states: list[LayerState] = []
-        router_logits: list[jax.Array] = []
+        new_states, router_logits = list[LayerState](), list[jax.Array]()
         for index, block in enumerate(self.layers):
             with scope(f"layers.{index}"):
                 block = prefetch_barrier(x_BTD, block)
@@ -195,6 +194,5 @@ def _inputs_by_layer(
 
 
 def logits(x_BTD: jax.Array, head_VD: Weight) -> jax.Array:
-    """Multiply hidden states by the output weights: logits [B, T, V] in at least float32."""
-    # Never rounded to the model's dtype: a bfloat16 logit has 3 digits, too few to choose between tokens.
+    """Return logits [B, T, V], always in at least float32: a bfloat16 has 3 digits, too few to choose between tokens."""
     return constrain(tap("logits", matmul(x_BTD, head_VD)), "batch", "length", "vocab")

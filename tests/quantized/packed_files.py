@@ -13,14 +13,14 @@ def words(values, bits):
     values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % per_word)])
     grouped = values.reshape(*values.shape[:-1], -1, per_word)
     total = sum(grouped[..., place] << np.uint64(bits * place) for place in range(per_word))
-    return total.astype(np.uint32).view(np.int32)
+    return np.ascontiguousarray(total.astype(np.uint32).view(np.int32))
 
 
 def awq_words(values):
     """Pack unsigned 4-bit values [..., N] into words in AutoAWQ's order."""
     grouped = np.asarray(values, np.uint64).reshape(*values.shape[:-1], -1, 8)
     total = sum(grouped[..., column] << np.uint64(4 * place) for place, column in enumerate(AWQ_COLUMNS))
-    return total.astype(np.uint32).view(np.int32)
+    return np.ascontiguousarray(total.astype(np.uint32).view(np.int32))
 
 
 def dequantized(values, zero_points, scales, group_of):

@@ -82,7 +82,7 @@ def test_the_divergence_is_that_of_the_distributions(directory, tmp_path, capsys
 def test_plan_knows_it(directory, capsys):
     plans = {}
     for quantize in ("none", "int4"):
-        arguments = ["plan", "--model", directory, "--topology", "cpu:1", "--batch-size", 2, "--context", 64]
+        arguments = ["plan", "--model", directory, "--topology", "cpu:8", "--batch-size", 2, "--context", 64]
         plans[quantize] = json.loads(run(capsys, *arguments, "--quantize", quantize, "--json"))
     memory = [plan["chosen"]["phases"][-1]["memory"]["parameters"] for plan in plans.values()]
     assert memory[1] < memory[0]

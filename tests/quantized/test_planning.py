@@ -20,7 +20,7 @@ FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128,
 
 def cost_model(hf, mesh, quantize, num_devices=8):
     options = QuantizeOptions.of(quantize)
-    workload = Workload("batch", 32, 1024, quantization=Quantization.of(hf, options))
+    workload = Workload("batch", 8, 1024, quantization=Quantization.of(hf, options))
     context = abstract_sharding_context(MeshConfig.parse(mesh), num_devices, workload)
     return CostModel.of(parse_model_config(hf), context, workload)
 
@@ -35,7 +35,7 @@ def test_parameters_take_their_bits(quantize, bits):
     assert packed.num_parameters == plain.num_parameters
     assert packed.cost("decode").flops == plain.cost("decode").flops
     assert packed.cost("decode").bytes < 0.8 * plain.cost("decode").bytes
-    assert packed.memory("decode")["working set"] > plain.memory("decode")["working set"] or quantize == "none"
+    assert packed.memory("decode")["working set"] > plain.memory("decode")["working set"]
 
 
 def test_published_fp8_is_planned_from_its_configuration():
