@@ -125,7 +125,7 @@ class ModelOptions(TrainedModelOptions):
         "stored",
         flag="--quantize",
         metavar="FORM",
-        help="the weights of linear layers and experts in memory: as they are stored, as floats, or in fewer bits",
+        help="weights in memory: as stored, as floats, or in fewer bits",
     )
     quantize_group_size: int | None = _group_size()
     quantize_head: bool = _quantize_head()

@@ -44,6 +44,11 @@ from qwen_dist.runtime.memory import available_memory, format_gb
 from qwen_dist.sharding import ShardingContext
 from qwen_dist.storage.model_files import ModelFiles, ModelName
 
+_NO_MERGE = (
+    "--adapter is merged into the weights, which are quantised here: give --quantize none, or merge it with "
+    "qwen-dist export and quantise the result"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
@@ -110,16 +115,11 @@ def load_model(
             files.download()
         checkpoint = open_checkpoint(files)
     abstract = _abstract(module, files.config, sharding_ctx, quantize, checkpoint)
-    if updates and abstract.kept:
-        raise UsageError(
-            "--adapter is merged into the weights, which are quantised here: give --quantize none, or merge it with "
-            "qwen-dist export and quantise the result"
-        )
     _check_memory(abstract.target)
+    if updates and abstract.kept:
+        raise UsageError(_NO_MERGE)
     if checkpoint is None:
-        names = abstract.target.keys() - {name for one in abstract.packed for name in one.arrays.values()}
-        parameters = random_parameters(module, sharding_ctx, names=names)
-        parameters |= random_weights(module, abstract.kept, sharding_ctx)
+        parameters = _random(module, abstract, sharding_ctx)
     else:
         parameters = load(
             checkpoint,
@@ -174,6 +174,12 @@ def _abstract(
         declare_weights(module, kept)
     quantized, packed = abstract_parameters(module, sharding_ctx), packed_weights(kept, sharding_ctx)
     return AbstractModel(quantized, shapes, module.config.tie_word_embeddings, kept, packed, target)
+
+
+def _random(module: Transformer, abstract: AbstractModel, sharding_ctx: ShardingContext) -> dict[str, jax.Array]:
+    names = abstract.target.keys() - {name for one in abstract.packed for name in one.arrays.values()}
+    parameters = random_parameters(module, sharding_ctx, names=names)
+    return parameters | random_weights(module, abstract.kept, sharding_ctx)
 
 
 def _is_fp8(hf: Mapping[str, Any]) -> bool:

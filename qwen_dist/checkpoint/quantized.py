@@ -67,8 +67,19 @@ class Quantization:
 
     def check(self, config: ModelConfig, dtype: DTypeLike) -> None:
         """Raise what `declare` raises for this model, from one layer of each kind."""
-        kinds = tuple(dict.fromkeys(config.layers))
-        self.declare(Transformer(dataclasses.replace(config, layers=kinds), dtype=dtype))
+        self.num_units(config, dtype)
+
+    def num_units(self, config: ModelConfig, dtype: DTypeLike) -> dict[str, int]:
+        """Return the parts that the in-features of all weights have in common, by their logical axis.
+
+        A mesh whose shards divide these numbers cuts no group. Raises what `declare` raises.
+        """
+        kinds, units = tuple(dict.fromkeys(config.layers)), dict[str, int]()
+        module = Transformer(dataclasses.replace(config, layers=kinds), dtype=dtype)
+        for one in choose_weights(module, self.config, self.options):
+            axis = one.weight.axes[one.form.out_dims(one.weight.shape)]
+            units[axis] = math.gcd(units.get(axis, 0), one.form.num_units)
+        return units
 
     @classmethod
     def of(cls, config: Mapping[str, Any], quantize: QuantizeOptions | Literal["stored", "none"]) -> Quantization | None:

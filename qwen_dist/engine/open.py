@@ -12,6 +12,7 @@ from qwen_dist.checkpoint.adapter_layers import stack_adapters, with_adapter
 from qwen_dist.checkpoint.adapter_read import PeftAdapter, read_adapter
 from qwen_dist.checkpoint.load import ProgressCallback
 from qwen_dist.checkpoint.model import LoadedModel, load_model
+from qwen_dist.checkpoint.quantized import Quantization
 from qwen_dist.config import ModelOptions, SamplingOptions
 from qwen_dist.engine.engine import Engine
 from qwen_dist.engine.generation_config import read_generation_config
@@ -70,7 +71,9 @@ def open_engine(
     tokenizer.check_template_variables(template_variables)
     defaults = read_generation_config(files, options.ignored_keys).override(vars(sampling))
     config = read_model_config(files, options.ignored_keys)
-    sharding_ctx = ShardingContext(given or make_mesh(default_mesh(config, devices), devices), INFERENCE)
+    quantization = Quantization.of(files.config, quantize)
+    units = {} if quantization is None else quantization.num_units(config, options.dtype)
+    sharding_ctx = ShardingContext(given or make_mesh(default_mesh(config, devices, units), devices), INFERENCE)
     for note in _notes(devices[0], sharding_ctx, config, tokenizer, options.adapter):
         announce(note)
     shapes = disk_shapes(Transformer(config, dtype=options.dtype)) if named else {}

@@ -279,8 +279,11 @@ def _widened(x: jax.Array) -> jax.Array:
 # --- which form runs where ---
 
 _ON_CPU = (Backend.CPU_KERNELS, Backend.CPU_KERNELS_LOCAL, Backend.CPU)
-_KERNEL = Implementation("kernel", native.grouped_matmul, native.can_grouped_matmul)
-GROUPED_MATMUL = Op("grouped_matmul", _plain, dict.fromkeys((Backend.CPU_KERNELS, Backend.CPU_KERNELS_LOCAL), (_KERNEL,)))
+_KERNELS = (
+    Implementation("kernel", native.grouped_matmul, native.can_grouped_matmul),
+    Implementation("quantised kernel", native.quantized_grouped_matmul, native.can_quantized_grouped_matmul),
+)
+GROUPED_MATMUL = Op("grouped_matmul", _plain, dict.fromkeys((Backend.CPU_KERNELS, Backend.CPU_KERNELS_LOCAL), _KERNELS))
 # The plain form's own products: forward and by rows, and by weights.
 ROWS_BY_WEIGHTS = Op(
     "grouped_matmul: rows x weights",

@@ -60,9 +60,13 @@ class GroupedWeight:
         return self.values.dtype == jnp.uint8
 
     @property
+    def run(self) -> int:
+        """The in-features of a run."""
+        return self.values.shape[-1] * (2 if self.is_int4 else 1)
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        *out, runs, width = self.values.shape
-        return (*out, runs * width * (2 if self.is_int4 else 1))
+        return (*self.values.shape[:-2], self.values.shape[-2] * self.run)
 
     @property
     def ndim(self) -> int:
@@ -158,6 +162,11 @@ class GroupedFormat:
     @property
     def num_groups(self) -> int:
         return self.in_features // self.group_size
+
+    @property
+    def num_units(self) -> int:
+        """How many parts the in-features may be divided into: groups, or runs of the only one."""
+        return self.num_groups if self.num_groups > 1 else self.in_features // self.run
 
     @property
     def values_dtype(self) -> str:

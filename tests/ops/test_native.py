@@ -12,6 +12,7 @@ from qwen_dist.models.parameters import with_parameters
 from qwen_dist.ops import native, native_library
 from qwen_dist.ops.delta_rule import DeltaInputs, delta_rule_in_slots
 from qwen_dist.ops.experts import ExpertWeights, can_experts_kernel, experts_kernel, experts_plain
+from qwen_dist.ops.grouped_weight import GroupedFormat
 from qwen_dist.ops.matmul import matmul
 from qwen_dist.ops.paged_attention import paged_attention_in_groups
 from qwen_dist.ops.paged_cache import MAX_ENTRIES, PAGE, PagedState, PageIndices
@@ -197,6 +198,12 @@ def test_attention(heads, width, num_queries, window, dtype):
             np.testing.assert_array_equal(alone[0], out[row, part])
 
 
+def quantized_weight(shape):
+    form = GroupedFormat("int4", shape[-1], 32, "float32", "float32")
+    tensors = form.tensors(shape, "float32", ("mlp", "embed"))
+    return form.assemble({suffix: jnp.ones(spec.shape, spec.dtype) for suffix, spec in tensors.items()})
+
+
 def program_with(kernel):
     """A function of arrays in which inference on one CPU uses the kernel, and the arrays."""
     if kernel == native.EXPERTS:
@@ -214,6 +221,7 @@ def program_with(kernel):
         return lambda *arrays: delta_rule_in_slots(*arrays), arrays
     return {
         native.GROUPED_MATMUL: (lambda x, weight: matmul(x, weight), (jnp.ones((3, 64)), jnp.ones((8, 64)))),
+        native.QUANTIZED_MATMUL: (lambda x, weight: matmul(x, weight), (jnp.ones((3, 64)), quantized_weight((8, 64)))),
         native.SWIGLU: (lambda gate, up: swiglu(gate, up), (jnp.ones((3, 64)),) * 2),
         native.ROTATE: (lambda x, *angles: rotate(x, *angles), (jnp.ones((1, 2, 3, 8)), *(jnp.ones((1, 2, 4)),) * 2)),
     }[kernel]

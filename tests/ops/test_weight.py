@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from native_kernels import needs_kernels
 
 from qwen_dist.errors import UsageError
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models import layers
 from qwen_dist.models.parameters import abstract_parameters, with_parameters
+from qwen_dist.ops import native
 from qwen_dist.ops.experts import ExpertWeights, experts
 from qwen_dist.ops.grouped_matmul import grouped_matmul
 from qwen_dist.ops.grouped_weight import GroupedFormat, GroupedWeight, grouped_format
@@ -159,3 +161,32 @@ def test_equal_formats_are_one_object():
     """So that layers that are alike are compiled once."""
     one, other = (grouped_format(GroupedFormat("int4", IN, 32, "bfloat16", "float32")) for _ in range(2))
     assert one is other and isinstance(one.assemble(make(FORMS[0], OUT)[0]), GroupedWeight)
+
+
+KERNEL_FORMS = [
+    GroupedFormat(encoding, 128, group, scale, dtype, has_zero_point=has_zero_point)
+    for encoding, group, scale, dtype, has_zero_point in (
+        ("int4", 32, "bfloat16", "bfloat16", False),
+        ("int4", 64, "float16", "bfloat16", True),
+        ("int4", 128, "float32", "float32", True),
+        ("int8", 32, "bfloat16", "bfloat16", False),
+        ("int8", 128, "float16", "float32", True),
+    )
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize("form", KERNEL_FORMS, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 4, 5, 60])
+def test_the_kernel_gives_the_bits_of_the_dequantised_weight(form, num_rows, cpu_build):
+    """However many rows there are; alone and in groups."""
+    arrays, _ = make(form, 3, 70)
+    weight, x = form.assemble(arrays), jax.random.normal(jax.random.key(0), (num_rows, 128), form.dtype)
+    sizes = jnp.array([num_rows // 2, 0, num_rows - num_rows // 2])
+    assert native.can_quantized_grouped_matmul(x, weight, sizes, "float32")
+    found = native.quantized_grouped_matmul(x, weight, sizes, "float32")
+    expected = native.grouped_matmul(x, jax.jit(to_array)(weight), sizes, "float32")
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+    one = weight.take(jnp.int32(1))
+    found, expected = native.quantized_matmul(x, one, form.dtype), native.matmul(x, jax.jit(to_array)(one), form.dtype)
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))

@@ -73,6 +73,41 @@ ffi::Error GroupedMatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuf
   return ffi::Error::Success();
 }
 
+ffi::Error QuantizedMatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values, ffi::AnyBuffer scales,
+                               ffi::Buffer<ffi::S8> zero_points, ffi::Buffer<ffi::S32> sizes, ffi::Result<ffi::AnyBuffer> y,
+                               ffi::Result<ffi::AnyBuffer> scratch, int64_t build) {
+  const Kernels* kernels = Build(build);
+  if (kernels == nullptr) return NoBuild();
+  const auto dtype = x.element_type(), result = y->element_type(), scale = scales.element_type();
+  const auto rows = x.dimensions(), shape = values.dimensions(), groups = scales.dimensions();
+  const bool is_int4 = values.element_type() == ffi::U8;
+  Scratch rows_scratch;
+  // The values are [E, O, runs, width], the scales [E, O, groups, 1].
+  if (rows.size() != 2 || shape.size() != 4 || groups.size() != 4 || rows[1] != shape[2] * kRun ||
+      shape[3] != (is_int4 ? kRun / 2 : kRun) || shape[1] < kTileFeatures || groups[0] != shape[0] ||
+      groups[1] != shape[1] || groups[2] == 0 || shape[2] % groups[2] != 0 || groups[3] != 1 ||
+      (Count(zero_points) != 0 && Count(zero_points) != Count(scales)) || Count(sizes) != shape[0] ||
+      Count(*y) != rows[0] * shape[1] || !(is_int4 || values.element_type() == ffi::S8) ||
+      !(scale == ffi::F32 || scale == ffi::BF16 || scale == ffi::F16) ||
+      !GetScratch(*kernels, dtype, rows[0], rows[1], *scratch, &rows_scratch)) {
+    return ffi::Error::InvalidArgument(
+        "quantized_matmul takes rows [R, C], values [E, O, C / 32, 32] in int8 or [E, O, C / 32, 16] bytes with O >= 4, "
+        "scales [E, O, G, 1], zero points of their shape or none, and sizes [E]");
+  }
+  if (!IsFloat(dtype) || !IsFloat(result) || (dtype == ffi::F32 && result != ffi::F32)) {
+    return ffi::Error::InvalidArgument("quantized_matmul takes float32 to float32, or bfloat16 to float32 or bfloat16");
+  }
+  const ScaleType scale_type = scale == ffi::F32    ? ScaleType::kFloat32
+                               : scale == ffi::BF16 ? ScaleType::kBFloat16
+                                                    : ScaleType::kFloat16;
+  kernels->quantized_matmul(
+      PoolOf(pool), {FloatOf(dtype), FloatOf(result), is_int4 ? Encoding::kInt4 : Encoding::kInt8, scale_type, rows[0],
+                     shape[0], shape[1], rows[1], rows[1] / groups[2], x.untyped_data(), values.untyped_data(),
+                     scales.untyped_data(), Count(zero_points) == 0 ? nullptr : zero_points.typed_data(),
+                     sizes.typed_data(), y->untyped_data(), rows_scratch});
+  return ffi::Error::Success();
+}
+
 ffi::Error ExpertsImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> chosen, ffi::Buffer<ffi::F32> scores,
                        ffi::AnyBuffer gate_up, ffi::AnyBuffer down, ffi::Result<ffi::AnyBuffer> mixed,
                        ffi::Result<ffi::AnyBuffer> outputs, ffi::Result<ffi::AnyBuffer> hidden,
@@ -224,6 +259,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedMatmul, GroupedMatmulImpl,
                                   .Ret<Any>()
                                   .Attr<int64_t>("build"));
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(QuantizedMatmul, QuantizedMatmulImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Any>()
+                                  .Arg<Any>()
+                                  .Arg<Any>()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<S32>()
+                                  .Ret<Any>()
+                                  .Ret<Any>()
+                                  .Attr<int64_t>("build"));
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Experts, ExpertsImpl,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
@@ -289,7 +336,7 @@ extern "C" int ProcessorBuilds() {
 #if defined(__x86_64__) && defined(__GNUC__)
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   return (has_avx512 && __builtin_cpu_supports("avx512bf16")) | has_avx512 << 1 | has_avx2 << 2;
 #elif defined(__aarch64__) && defined(__GNUC__)
   return 1 << 3;

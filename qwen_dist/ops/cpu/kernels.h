@@ -9,6 +9,8 @@
 #include <functional>
 
 enum class Float { kFloat32, kBFloat16 };
+enum class ScaleType { kFloat32, kBFloat16, kFloat16 };
+enum class Encoding { kInt8, kInt4 };
 
 // XLA's thread pool.
 struct Pool {
@@ -27,6 +29,18 @@ struct GroupedMatmulArguments {  // see grouped_matmul.h
   Float dtype, result;
   int64_t num_rows, num_groups, num_features, num_inputs;  // R, E, O, C
   const void *x, *weights;
+  const int32_t* sizes;
+  void* y;
+  Scratch rows;
+};
+
+struct QuantizedMatmulArguments {  // see quantized_matmul.h
+  Float dtype, result;
+  Encoding encoding;
+  ScaleType scale;
+  int64_t num_rows, num_groups, num_features, num_inputs, group_size;  // R, E, O, C
+  const void *x, *values, *scales;
+  const int8_t* zero_points;  // null for none
   const int32_t* sizes;
   void* y;
   Scratch rows;
@@ -88,6 +102,7 @@ struct Kernels {
   // Whether 16-bit floats are widened to float32 to be multiplied: rows are then in Scratch, see PrepareRows.
   bool widens;
   void (*grouped_matmul)(const Pool&, const GroupedMatmulArguments&);
+  void (*quantized_matmul)(const Pool&, const QuantizedMatmulArguments&);
   void (*experts)(const Pool&, const ExpertsArguments&);
   void (*swiglu)(const Pool&, const SwiGluArguments&);
   void (*rotate)(const Pool&, const RotateArguments&);
@@ -104,6 +119,7 @@ extern const Kernels kNeon;
 
 // The least out-features of a matmul.
 constexpr int kTileFeatures = 4;
+constexpr int kRun = 32;  // inputs of a run of a quantised weight
 constexpr int kMaxTaps = 8;    // of the short convolution
 constexpr int kPageSize = 64;  // positions of a page of keys and values
 constexpr int kHeadMultiple = 16;  // the head_dim of attention is a multiple of it
