@@ -125,7 +125,7 @@ class ModelOptions(TrainedModelOptions):
         "stored",
         flag="--quantize",
         metavar="FORM",
-        help="weights in memory: as stored, as floats, or in fewer bits",
+        help="the weights in memory (none: floats)",
     )
     quantize_group_size: int | None = _group_size()
     quantize_head: bool = _quantize_head()
@@ -264,7 +264,7 @@ class BatchConfig:
     input: str = option(
         flag="--input",
         metavar="FILE",
-        help='lines {"id","prompt"}, {"id","messages"} or of OpenAI\'s API; also a directory, a pattern or an address',
+        help='lines with "prompt" or "messages", or OpenAI\'s; or a directory, pattern or address',
     )
     output: str = option(flag="--output", metavar="FILE", help="in the same formats; an interrupted run is resumed")
     mesh: str = _mesh()

@@ -142,8 +142,12 @@ CASES = [
     (native.can_matmul, native.matmul, matmul_arguments, FLOATS, FLOATS, FLOATS, (3, 4)),
     (native.can_grouped_matmul, native.grouped_matmul, grouped_matmul_arguments, FLOATS, FLOATS, FLOATS, (3, 4)),
     (native.can_quantized_matmul, native.quantized_matmul, quantized_matmul_arguments, *QUANTIZED),
-    (native.can_quantized_grouped_matmul, native.quantized_grouped_matmul, quantized_grouped_matmul_arguments)
-    + QUANTIZED_GROUPS,
+    (
+        native.can_quantized_grouped_matmul,
+        native.quantized_grouped_matmul,
+        quantized_grouped_matmul_arguments,
+        *QUANTIZED_GROUPS,
+    ),
     (native.can_swiglu, native.swiglu, swiglu_arguments, FLOATS, FLOATS),
     (native.can_rotate, native.rotate, rotate_arguments, FLOATS, FLOATS),
     (native.can_paged_attention, native.paged_attention, attention_arguments, FLOATS[:2], (8, 16, 24, 32), (1, 2)),
