@@ -264,7 +264,7 @@ class BatchConfig:
     input: str = option(
         flag="--input",
         metavar="FILE",
-        help='lines with "prompt" or "messages", or OpenAI\'s; or a directory, pattern or address',
+        help='lines with "prompt" or "messages", or OpenAI\'s; a directory, pattern or address',
     )
     output: str = option(flag="--output", metavar="FILE", help="in the same formats; an interrupted run is resumed")
     mesh: str = _mesh()
