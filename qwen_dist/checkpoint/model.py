@@ -109,11 +109,7 @@ def load_model(
     abstract_parameters(module, sharding_ctx)  # raises UsageError before anything is read
     updates, shapes = () if adapter is None else adapter.updates, disk_shapes(module)
     fit_updates(updates, shapes)
-    checkpoint = None
-    if load_format != "dummy":
-        if jax.process_count() == 1:
-            files.download()
-        checkpoint = open_checkpoint(files)
+    checkpoint = None if load_format == "dummy" else _open(files)
     abstract = _abstract(module, files.config, sharding_ctx, quantize, checkpoint)
     _check_memory(abstract.target)
     if updates and abstract.kept:
@@ -174,6 +170,12 @@ def _abstract(
         declare_weights(module, kept)
     quantized, packed = abstract_parameters(module, sharding_ctx), packed_weights(kept, sharding_ctx)
     return AbstractModel(quantized, shapes, module.config.tie_word_embeddings, kept, packed, target)
+
+
+def _open(files: ModelFiles) -> Checkpoint:
+    if jax.process_count() == 1:
+        files.download()
+    return open_checkpoint(files)
 
 
 def _random(module: Transformer, abstract: AbstractModel, sharding_ctx: ShardingContext) -> dict[str, jax.Array]:

@@ -71,9 +71,7 @@ def open_engine(
     tokenizer.check_template_variables(template_variables)
     defaults = read_generation_config(files, options.ignored_keys).override(vars(sampling))
     config = read_model_config(files, options.ignored_keys)
-    quantization = Quantization.of(files.config, quantize)
-    units = {} if quantization is None else quantization.num_units(config, options.dtype)
-    sharding_ctx = ShardingContext(given or make_mesh(default_mesh(config, devices, units), devices), INFERENCE)
+    sharding_ctx = ShardingContext(given or _make_default_mesh(options, quantize, files, config, devices), INFERENCE)
     for note in _notes(devices[0], sharding_ctx, config, tokenizer, options.adapter):
         announce(note)
     shapes = disk_shapes(Transformer(config, dtype=options.dtype)) if named else {}
@@ -91,6 +89,18 @@ def open_engine(
         adapters=factors,
     )
     return engine, tokenizer, defaults
+
+
+def _make_default_mesh(
+    options: ModelOptions,
+    quantize: QuantizeOptions | Literal["stored", "none"],
+    files: ModelFiles,
+    config: ModelConfig,
+    devices: Sequence[jax.Device],
+) -> jax.sharding.Mesh:
+    quantization = Quantization.of(files.config, quantize)
+    units = {} if quantization is None else quantization.num_units(config, options.dtype)
+    return make_mesh(default_mesh(config, devices, units), devices)
 
 
 def _load(
