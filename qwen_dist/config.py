@@ -25,6 +25,7 @@ from qwen_dist.json_reader import JsonError, parse_json
 
 T = TypeVar("T")
 Quantize = Literal["stored", "none", "int8", "int4", "fp8"]
+KvCacheDtype = Literal["auto", "int8", "fp8"]
 
 
 def _mesh() -> Any:
@@ -117,6 +118,10 @@ def _quantize_head() -> Any:
     )
 
 
+def _kv_cache_dtype(help: str = "keys and values in the cache (auto: as computed)") -> Any:
+    return option("auto", flag="--kv-cache-dtype", metavar="FORM", help=help)
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelOptions(TrainedModelOptions):
     """A model that is run, whose weights may be kept in fewer bits."""
@@ -129,6 +134,7 @@ class ModelOptions(TrainedModelOptions):
     )
     quantize_group_size: int | None = _group_size()
     quantize_head: bool = _quantize_head()
+    kv_cache_dtype: Literal["auto", "int8", "fp8"] = _kv_cache_dtype()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -607,6 +613,7 @@ class ParityModelOptions(CheckpointOptions):
     )
     quantize_group_size: int | None = _group_size()
     quantize_head: bool = _quantize_head()
+    kv_cache_dtype: Literal["auto", "int8", "fp8"] = _kv_cache_dtype("for --kl: keys and values in the cache")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -630,13 +637,15 @@ class ParityConfig:
     kl_tokens: int = option(4096, metavar="N", help="the most tokens of the text that --kl compares")
 
     def __post_init__(self) -> None:
-        quantize = self.model.quantize
-        if not self.kl and (self.kl_reference or quantize != "none"):
-            raise UsageError("--kl-reference and --quantize are for --kl TEXT_FILE")
+        is_quantized = self.model.quantize != "none" or self.model.kv_cache_dtype != "auto"
+        if not self.kl and (self.kl_reference or is_quantized):
+            raise UsageError("--kl-reference, --quantize and --kv-cache-dtype are for --kl TEXT_FILE")
         if self.kl and (self.prompts or self.tokens is not None or self.report):
             raise UsageError("--kl TEXT_FILE is a comparison of its own: leave out --prompt, --tokens and --report")
-        if self.kl and quantize == "none" and self.kl_reference in ("", self.model.path):
-            raise UsageError("--kl compares two models: give --quantize, or another one with --kl-reference")
+        if self.kl and not is_quantized and self.kl_reference in ("", self.model.path):
+            raise UsageError(
+                "--kl compares two models: give --quantize, --kv-cache-dtype, or another one with --kl-reference"
+            )
         if self.kl_tokens < 2:
             raise UsageError(f"kl_tokens is {self.kl_tokens}; it must be at least 2")
 
@@ -653,6 +662,7 @@ class PlanModelOptions(CheckpointOptions):
     )
     quantize_group_size: int | None = _group_size()
     quantize_head: bool = _quantize_head()
+    kv_cache_dtype: Literal["auto", "int8", "fp8"] = _kv_cache_dtype()
 
 
 @dataclasses.dataclass(frozen=True)

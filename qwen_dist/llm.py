@@ -12,7 +12,7 @@ import numpy as np
 
 from qwen_dist.chat import Message, make_chat
 from qwen_dist.checkpoint.load import ProgressCallback
-from qwen_dist.config import ModelOptions, Quantize, SamplingOptions, parse_bytes
+from qwen_dist.config import KvCacheDtype, ModelOptions, Quantize, SamplingOptions, parse_bytes
 from qwen_dist.engine.embeddings import embedding_request, unit_vector
 from qwen_dist.engine.open import open_engine
 from qwen_dist.engine.request import Request, RequestOutput, SamplingParams, TokenLogprob
@@ -68,6 +68,7 @@ class LLM:
         ("none"), or quantise them to "int8", "int4" or "fp8" while they load.
       quantize_group_size: in-features with one scale, 0 for all of a row; by default 32 for int4, 128 for int8, 0 for fp8.
       quantize_head: also the output weights, and so the embedding of a tied model, in int8.
+      kv_cache_dtype: keys and values in the cache: as computed ("auto"), or "int8" or "fp8" with a scale for each head.
       load_format: "dummy" makes random weights and reads none.
       ignored_config_keys: unknown keys of the checkpoint's JSON files that do not change the computation.
       max_batch_size: the most prompts that are answered at the same time.
@@ -92,6 +93,7 @@ class LLM:
         quantize: Quantize = "stored",
         quantize_group_size: int | None = None,
         quantize_head: bool = False,
+        kv_cache_dtype: KvCacheDtype = "auto",
         load_format: Literal["safetensors", "dummy"] = "safetensors",
         ignored_config_keys: Iterable[str] = (),
         max_batch_size: int = 32,
@@ -112,6 +114,7 @@ class LLM:
             quantize=quantize,
             quantize_group_size=quantize_group_size,
             quantize_head=quantize_head,
+            kv_cache_dtype=kv_cache_dtype,
         )
         self._engine, self._tokenizer, self._defaults = open_engine(
             options,

@@ -71,6 +71,7 @@ def _compare_distributions(config: ParityConfig, flags: DeviceFlags) -> int:
         quantize=model.quantize,
         group_size=model.quantize_group_size,
         has_head=model.quantize_head,
+        kv_cache=model.kv_cache_dtype,
         max_tokens=config.kl_tokens,
         mesh=config.mesh,
         ignored_keys=tuple(model.ignored_keys),

@@ -32,7 +32,7 @@ def run(config: PlanConfig, flags: Flags) -> int:
     from qwen_dist.planning.plan import compile_plan, make_capacity_plan, parse_layers
     from qwen_dist.planning.report import print_plan, to_json, write_chart
     from qwen_dist.planning.workload import Workload
-    from qwen_dist.quantization.options import QuantizeOptions
+    from qwen_dist.quantization.options import CACHE_DTYPES, QuantizeOptions
     from qwen_dist.storage.model_files import ModelFiles
 
     files = ModelFiles.open(config.model.path)
@@ -45,7 +45,14 @@ def run(config: PlanConfig, flags: Flags) -> int:
     if quantization is not None:
         quantization.check(model, config.model.dtype)
     workload = Workload(
-        config.command, config.batch_size, config.context, config.model.dtype, config.remat, lora, quantization
+        config.command,
+        config.batch_size,
+        config.context,
+        config.model.dtype,
+        config.remat,
+        lora,
+        quantization,
+        CACHE_DTYPES[given.kv_cache_dtype],
     )
     plan = make_capacity_plan(config.model.path, model, topology, workload, config.mesh or None)
     if config.compile is not None:

@@ -23,7 +23,7 @@ from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.parameters import disk_shapes
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.ops.dispatch import Backend
-from qwen_dist.quantization.options import QuantizeOptions
+from qwen_dist.quantization.options import CACHE_DTYPES, QuantizeOptions
 from qwen_dist.sharding import INFERENCE, ShardingContext
 from qwen_dist.storage.model_files import ModelFiles
 from qwen_dist.tokenizer import Tokenizer
@@ -82,6 +82,7 @@ def open_engine(
         tokenizer,
         max_batch_size=max_batch_size,
         cache_bytes=cache_bytes,
+        cache_dtype=CACHE_DTYPES[options.kv_cache_dtype],
         steps_per_dispatch=steps_per_dispatch,
         policy=policy,
         prefix_cache=prefix_cache,

@@ -5,6 +5,7 @@ Letters: B batch, T length, X tokens whose hidden states are wanted, D embed, V 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -23,7 +24,7 @@ from qwen_dist.models.mlp import MLP
 from qwen_dist.models.moe import MoE
 from qwen_dist.models.rope import rope_table
 from qwen_dist.models.state import LayerState, MixerInputs, States, StepIndices, page_of_tokens
-from qwen_dist.models.state_spec import LayerStateSpec, cache_groups
+from qwen_dist.models.state_spec import AttentionSpec, CacheDtype, LayerStateSpec, cache_groups
 from qwen_dist.ops.cost import LayerCost, Step
 from qwen_dist.ops.matmul import matmul
 from qwen_dist.ops.weight import Weight
@@ -51,9 +52,10 @@ class Mixer(Protocol):
 MIXERS: dict[str, Any] = {"attention": Attention, "delta_net": GatedDeltaNet}
 
 
-def state_specs(config: ModelConfig, dtype: DTypeLike) -> tuple[LayerStateSpec, ...]:
-    """Return what each layer of a model that computes in `dtype` keeps between steps."""
-    return tuple(MIXERS[layer.mixer].state_spec(config, layer, dtype) for layer in config.layers)
+def state_specs(config: ModelConfig, dtype: DTypeLike, cache_dtype: CacheDtype | None = None) -> tuple[LayerStateSpec, ...]:
+    """Return what each layer of a model that computes in `dtype` keeps between steps; keys and values in `cache_dtype`."""
+    specs: list[LayerStateSpec] = [MIXERS[layer.mixer].state_spec(config, layer, dtype) for layer in config.layers]
+    return tuple(dataclasses.replace(x, cache_dtype=cache_dtype) if isinstance(x, AttentionSpec) else x for x in specs)
 
 
 class Block(nnx.Module):

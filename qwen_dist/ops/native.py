@@ -217,7 +217,7 @@ def can_paged_attention(
     q_BTNH: jax.Array, state: PagedState, positions_BT: jax.Array, pages: PageIndices, sliding_window: int | None
 ) -> bool:
     is_form = q_BTNH.dtype in (jnp.float32, jnp.bfloat16) and state.k.shape[0] == 1 and PAGE == KERNEL_PAGE
-    return is_form and q_BTNH.shape[-1] % LANES == 0 and q_BTNH.size > 0
+    return is_form and state.k_scale is None and q_BTNH.shape[-1] % LANES == 0 and q_BTNH.size > 0
 
 
 def paged_attention(
@@ -230,7 +230,7 @@ def paged_attention(
     call = _kernel(PAGED_ATTENTION, jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype))
     scale = np.float32(q_BTNH.shape[-1] ** -0.5)
     # The pools go in as they are: XLA would copy them to reshape them.
-    return call(q_BTNH, *state, *numbers, scale=scale, window=np.int64(sliding_window or 0))
+    return call(q_BTNH, state.k, state.v, *numbers, scale=scale, window=np.int64(sliding_window or 0))
 
 
 def can_short_convolution(

@@ -28,14 +28,19 @@ NOWHERE = np.int32(2**30)
 
 
 class PagedState(NamedTuple):
-    """The rotated keys and the values of one layer, [D, P, K, S, H] each; 16-bit floats are stored as their bits.
+    """The rotated keys and the values of one layer, [D, P, K, S, H] each; floats of 16 and 8 bits are stored as their bits.
 
     The batch is split over D data-parallel shards, each with P pages. To change a few elements of a 16-bit float array, XLA
     CPU widens all of it to float32 and back; it changes integers in place, 1,000 times faster. Other backends do not mind.
+
+    Values of 8 bits have a scale for each position and head, [D, P, K, S, 1] in float32. One for each page would be smaller
+    by a thirtieth, but each token with a larger value would have to change all of its page.
     """
 
     k: jax.Array
     v: jax.Array
+    k_scale: jax.Array | None = None
+    v_scale: jax.Array | None = None
 
 
 class PageIndices(NamedTuple):
@@ -69,13 +74,43 @@ def pages_for(num_positions: int) -> int:
 
 def stored_dtype(dtype: DTypeLike) -> jnp.dtype:
     """Return the type in which keys and values of this type are stored: see `PagedState`."""
-    return jnp.dtype(jnp.uint16) if jnp.dtype(dtype).itemsize == 2 else jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return jnp.dtype(dtype)
+    return jnp.dtype({1: jnp.uint8, 2: jnp.uint16}.get(jnp.dtype(dtype).itemsize, dtype))
+
+
+def quantize(x_BTKH: jax.Array, stored: DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """Return keys or values in 8 bits, int8 or the bits of float8_e4m3fn, and the scales [B, T, K, 1] in float32.
+
+    The scale makes the largest |value| of a head the largest number of the type; the others are rounded to the nearest.
+    """
+    wide = x_BTKH.astype(jnp.float32)
+    limit = 127.0 if stored == jnp.int8 else 448.0
+    largest = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
+    scale_BTK1 = jnp.where(largest == 0, 1, largest / limit)
+    scaled = wide / scale_BTK1
+    if stored == jnp.int8:
+        return jnp.round(scaled).astype(jnp.int8), scale_BTK1
+    return scaled.clip(-limit, limit).astype(jnp.float8_e4m3fn).view(jnp.uint8), scale_BTK1
+
+
+def read_pages(pool_PKSH: jax.Array, scale_PKS1: jax.Array | None, page_E: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Return the keys or values of pages [E, K, S, H] in the type that attention computes in."""
+    stored = pool_PKSH.at[page_E].get(mode="promise_in_bounds")
+    if scale_PKS1 is None:
+        return stored.view(dtype)
+    values = stored if stored.dtype == jnp.int8 else stored.view(jnp.float8_e4m3fn)
+    return (values.astype(jnp.float32) * scale_PKS1.at[page_E].get(mode="promise_in_bounds")).astype(dtype)
 
 
 def write(
     state: PagedState, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array, page_BT: jax.Array
 ) -> PagedState:
     """Put the key and the value of each token into its page, at its position modulo PAGE; drop tokens of negative pages."""
+    new: tuple[jax.Array, ...] = k_BTKH, v_BTKH
+    if state.k_scale is not None:
+        (k, k_scale), (v, v_scale) = quantize(k_BTKH, state.k.dtype), quantize(v_BTKH, state.v.dtype)
+        new = (k, v, k_scale, v_scale)
     num_shards, num_pages = state.k.shape[:2]
     page_DX = jnp.where(page_BT < 0, num_pages, page_BT).reshape(num_shards, -1)
     offset_DX = (positions_BT % PAGE).reshape(num_shards, -1)
@@ -85,8 +120,8 @@ def write(
         return WRITE(pool, new_DXKH, page_DX, offset_DX)
 
     # Otherwise XLA shards them as attention reads them, and all-gathers them after the step.
-    k, v = (constrain(put_all(pool, new), *_POOL) for pool, new in ((state.k, k_BTKH), (state.v, v_BTKH)))
-    return PagedState(k, v)
+    pools = zip(jax.tree.leaves(state), new, strict=True)
+    return PagedState(*(constrain(put_all(pool, one), *_POOL) for pool, one in pools))
 
 
 def write_plain(pool_DPKSH: jax.Array, new_DXKH: jax.Array, page_DX: jax.Array, offset_DX: jax.Array) -> jax.Array:

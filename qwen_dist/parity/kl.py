@@ -14,11 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_dist.checkpoint.model import LoadedModel, load_model
-from qwen_dist.config import Quantize
+from qwen_dist.config import KvCacheDtype, Quantize
 from qwen_dist.errors import UserError
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.parameters import with_parameters
-from qwen_dist.quantization.options import QuantizeOptions
+from qwen_dist.models.state import constrain_states, empty_states, indices_in_order
+from qwen_dist.models.state_spec import CacheDtype, cache_groups
+from qwen_dist.models.transformer import state_specs
+from qwen_dist.ops.paged_cache import pages_for
+from qwen_dist.quantization.options import CACHE_DTYPES, QuantizeOptions
 from qwen_dist.sharding import INFERENCE, ShardingContext, use_sharding
 from qwen_dist.storage.model_files import ModelFiles
 from qwen_dist.tokenizer import Tokenizer
@@ -38,6 +42,7 @@ class KlOptions:
     quantize: Quantize
     group_size: int | None = None
     has_head: bool = False
+    kv_cache: KvCacheDtype = "auto"
     max_tokens: int = 4096
     mesh: str = ""
     ignored_keys: tuple[str, ...] = ()
@@ -79,12 +84,12 @@ def compare_distributions(options: KlOptions, progress: Callable[[str], None] = 
     context = ShardingContext(make_mesh(MeshConfig.parse(options.mesh)), INFERENCE)
     files = ModelFiles.open(options.model)
     tokens = _tokens(options, Tokenizer.open(files, options.ignored_keys))
-    sides = []
+    sides: list[_Side] = []
     forms: tuple[QuantizeOptions | Literal["stored", "none"], ...] = "none", quantize
     for path, form in zip((options.reference or options.model, options.model), forms, strict=True):
         progress(f"loading {path}")
         loaded = load_model(path, context, dtype=options.dtype, quantize=form, ignored_config_keys=options.ignored_keys)
-        sides.append(_Side(loaded))
+        sides.append(_Side(loaded, CACHE_DTYPES[options.kv_cache] if sides else None))
     if (sizes := [side.model.config.vocab_size for side in sides])[0] != sizes[1]:
         raise UserError(f"the vocabularies have {sizes[1]} and {sizes[0]} tokens: only distributions of the same compare")
     progress(f"comparing {len(tokens)} tokens")
@@ -129,10 +134,10 @@ def _windows(tokens: list[int], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Side:
-    """One of the two models."""
+    """One of the two models; with `cache_dtype` attention reads keys and values from a cache of that type."""
 
-    def __init__(self, model: LoadedModel):
-        self.model = model
+    def __init__(self, model: LoadedModel, cache_dtype: CacheDtype | None):
+        self.model, self._cache_dtype = model, cache_dtype
         self._hidden, self._logits = jax.jit(self._run_blocks), jax.jit(self._unembed)
 
     def hidden(self, tokens_BT: np.ndarray, positions_BT: np.ndarray) -> jax.Array:
@@ -143,7 +148,15 @@ class _Side:
 
     def _run_blocks(self, parameters: Mapping[str, jax.Array], tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         with use_sharding(self.model.sharding_ctx):
-            return with_parameters(self.model.module, parameters)(tokens_BT, positions_BT)[0]
+            model = with_parameters(self.model.module, parameters)
+            if self._cache_dtype is None:
+                return model(tokens_BT, positions_BT)[0]
+            specs = state_specs(self.model.config, self.model.dtype, self._cache_dtype)
+            num_shards, pages = self.model.sharding_ctx.batch_multiple(), pages_for(WINDOW)
+            rows = len(tokens_BT) // num_shards
+            states = empty_states(specs, num_shards, [rows * pages] * len(cache_groups(specs)), rows)
+            indices = indices_in_order(specs, positions_BT, num_shards, pages)
+            return model(tokens_BT, positions_BT, constrain_states(specs, states), indices)[0]
 
     def _unembed(self, parameters: Mapping[str, jax.Array], hidden_BCD: jax.Array) -> jax.Array:
         with use_sharding(self.model.sharding_ctx):

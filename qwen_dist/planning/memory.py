@@ -338,7 +338,7 @@ class CostModel:
     @functools.cached_property
     def _states(self) -> Mapping[LayerConfig, RowState]:
         """What a layer of each kind keeps of one row."""
-        specs = state_specs(self.config, self.workload.dtype)
+        specs = state_specs(self.config, self.workload.dtype, self.workload.cache_dtype)
         windows = [group.window for group in cache_groups(specs)]
         pages = dict(zip(windows, self.workload.pages(specs, self.sharding_ctx), strict=True))
 

@@ -6,12 +6,14 @@ import dataclasses
 import re
 from typing import Literal
 
-from qwen_dist.config import Quantize
+from qwen_dist.config import KvCacheDtype, Quantize
 from qwen_dist.errors import UsageError
+from qwen_dist.models.state_spec import CacheDtype
 from qwen_dist.ops.grouped_weight import Encoding, GroupedFormat
 
 # What --quantize quantises to; "stored" is as the checkpoint has the weights, "none" is not at all.
 ENCODINGS: dict[str, Encoding] = {"int8": "int8", "int4": "int4", "fp8": "float8_e4m3fn"}
+CACHE_DTYPES: dict[KvCacheDtype, CacheDtype | None] = {"auto": None, "int8": "int8", "fp8": "float8_e4m3fn"}
 # In-features with one scale where none are given; 0 is all of a row.
 DEFAULT_GROUPS: dict[Encoding, int] = {"int8": 128, "int4": 32, "float8_e4m3fn": 0}
 # Layers that published quantised checkpoints leave in 16 bits: embedding, head, routers, and the gates of delta nets.
