@@ -99,7 +99,8 @@ def _make_default_mesh(
     config: ModelConfig,
     devices: Sequence[jax.Device],
 ) -> jax.sharding.Mesh:
-    quantization = Quantization.of(files.config, quantize)
+    # Weights that are packed on disk are dequantised, if they are, once they have been read.
+    quantization = Quantization.of(files.config, "stored" if quantize == "none" else quantize)
     units = {} if quantization is None else quantization.num_units(config, options.dtype)
     return make_mesh(default_mesh(config, devices, units), devices)
 

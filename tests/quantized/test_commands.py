@@ -35,8 +35,8 @@ def test_a_quantised_checkpoint_answers_as_the_quantised_model(directory, tmp_pa
     widened = json.loads(run(capsys, *generate, "--model", tmp_path / "int4", "--quantize", "none"))
     assert ours["token_ids"] == theirs["token_ids"] == widened["token_ids"]
     assert (tmp_path / "int4/tokenizer.json").exists()
-    report = json.loads(run(capsys, "inspect", tmp_path / "int4", "--json"))
-    original = json.loads(run(capsys, "inspect", directory, "--json"))
+    report = json.loads(run(capsys, "inspect", tmp_path / "int4", "--mesh", "data=8", "--json"))
+    original = json.loads(run(capsys, "inspect", directory, "--mesh", "data=8", "--json"))
     assert report["parameters"] == original["parameters"] and report["bytes"] < original["bytes"]
     assert not report["problems"]
     exported = tmp_path / "exported"
@@ -82,7 +82,8 @@ def test_the_divergence_is_that_of_the_distributions(directory, tmp_path, capsys
 def test_plan_knows_it(directory, capsys):
     plans = {}
     for quantize in ("none", "int4"):
-        arguments = ["plan", "--model", directory, "--topology", "cpu:8", "--batch-size", 2, "--context", 64]
+        arguments = ["plan", "--model", directory, "--topology", "cpu:8", "--mesh", "data=8"]
+        arguments += ["--batch-size", 8, "--context", 64]
         plans[quantize] = json.loads(run(capsys, *arguments, "--quantize", quantize, "--json"))
     memory = [plan["chosen"]["phases"][-1]["memory"]["parameters"] for plan in plans.values()]
     assert memory[1] < memory[0]
