@@ -217,7 +217,8 @@ def can_paged_attention(
     q_BTNH: jax.Array, state: PagedState, positions_BT: jax.Array, pages: PageIndices, sliding_window: int | None
 ) -> bool:
     is_form = q_BTNH.dtype in (jnp.float32, jnp.bfloat16) and state.k.shape[0] == 1 and PAGE == KERNEL_PAGE
-    return is_form and state.k_scale is None and q_BTNH.shape[-1] % LANES == 0 and q_BTNH.size > 0
+    is_form = is_form and (state.k_scale is None or state.k.dtype == jnp.int8)
+    return is_form and q_BTNH.shape[-1] % LANES == 0 and q_BTNH.size > 0
 
 
 def paged_attention(
@@ -230,7 +231,8 @@ def paged_attention(
     call = _kernel(PAGED_ATTENTION, jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype))
     scale = np.float32(q_BTNH.shape[-1] ** -0.5)
     # The pools go in as they are: XLA would copy them to reshape them.
-    return call(q_BTNH, state.k, state.v, *numbers, scale=scale, window=np.int64(sliding_window or 0))
+    scales = [np.zeros(0, np.float32) if x is None else x for x in (state.k_scale, state.v_scale)]
+    return call(q_BTNH, state.k, state.v, *scales, *numbers, scale=scale, window=np.int64(sliding_window or 0))
 
 
 def can_short_convolution(

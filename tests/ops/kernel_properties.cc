@@ -350,10 +350,29 @@ void CheckPagedAttention(const Kernels& kernels) {
   Array out(dtype, q.size);
   q.Fill(), keys.Fill(), values.Fill();
   const auto scale = static_cast<float>(1 / std::sqrt(head_dim));
-  kernels.paged_attention(kPool, {dtype, rows, tokens, key_heads, group, head_dim, num_entries, num_entries, q.Data(),
-                                  keys.Data(), values.Data(), positions.data(), entry_rows.data(), pages.data(),
-                                  starts.data(), scale, window, out.Data()});
-  out.ExpectGuards(name);
+  const auto attend = [&](const void* k, const void* v, const float* k_scales, const float* v_scales, Array& to) {
+    kernels.paged_attention(kPool, {dtype, rows, tokens, key_heads, group, head_dim, num_entries, num_entries, q.Data(), k, v,
+                                    k_scales, v_scales, positions.data(), entry_rows.data(), pages.data(), starts.data(),
+                                    scale, window, to.Data()});
+    to.ExpectGuards(name);
+  };
+  std::vector<int8_t> small_keys(keys.size), small_values(keys.size);
+  std::vector<float> key_scales(keys.size / head_dim), value_scales(keys.size / head_dim);
+  const auto quantize = [&](std::vector<int8_t>& small, std::vector<float>& scales, Array& wide) {
+    for (float& x : scales) x = static_cast<float>(std::abs(Normal())) / 127;
+    for (int64_t i = 0; i < wide.size; ++i) {
+      small[i] = static_cast<int8_t>(Random(-127, 127));
+      wide.Set(i, static_cast<double>(small[i]) * scales[i / head_dim]);
+    }
+  };
+  const bool is_int8 = Random(0, 3) == 0;
+  if (is_int8) quantize(small_keys, key_scales, keys), quantize(small_values, value_scales, values);
+  attend(keys.Data(), values.Data(), nullptr, nullptr, out);
+  if (is_int8) {
+    Array same(dtype, q.size);
+    attend(small_keys.data(), small_values.data(), key_scales.data(), value_scales.data(), same);
+    Expect(same.SameBits(0, out, 0, q.size), name + ": the bits of attention to the dequantised pages");
+  }
   const double error = dtype == Float::kFloat32 ? 3e-6 : 1.6e-2;
   for (int64_t row = 0, first_entry = 0; row < rows; first_entry += (lengths[row++] + kPageSize - 1) / kPageSize) {
     for (int64_t index = 0; index < tokens * heads; index += Random(1, 5)) {

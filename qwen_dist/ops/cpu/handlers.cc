@@ -186,6 +186,7 @@ ffi::Error ShortConvolutionImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Any
 }
 
 ffi::Error PagedAttentionImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                              ffi::Buffer<ffi::F32> key_scales, ffi::Buffer<ffi::F32> value_scales,
                               ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> rows, ffi::Buffer<ffi::S32> pages,
                               ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::S32> num_entries,
                               ffi::Result<ffi::AnyBuffer> out, float scale, int64_t window, int64_t build) {
@@ -197,14 +198,21 @@ ffi::Error PagedAttentionImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBu
     return ffi::Error::InvalidArgument(
         "paged_attention takes queries [B, T, N, H] and pages [1, P, K, 64, H]; N is a multiple of K, and H of 16");
   }
-  const bool is_wide = q.element_type() == ffi::F32 && keys.element_type() == ffi::F32;
-  if (!is_wide && !(q.element_type() == ffi::BF16 && keys.element_type() == ffi::U16)) {
-    return ffi::Error::InvalidArgument("paged_attention takes float32, or bfloat16 queries and pages of their bits (uint16)");
+  const bool is_wide = q.element_type() == ffi::F32, is_int8 = keys.element_type() == ffi::S8;
+  const int64_t num_scales = is_int8 ? Count(keys) / shape[4] : 0;
+  if ((!is_wide && q.element_type() != ffi::BF16) || keys.element_type() != values.element_type() ||
+      (!is_int8 && keys.element_type() != (is_wide ? ffi::F32 : ffi::U16)) || Count(key_scales) != num_scales ||
+      Count(value_scales) != num_scales) {
+    return ffi::Error::InvalidArgument(
+        "paged_attention takes float32 or bfloat16 queries, and pages of their type (the bits of bfloat16 in uint16) or int8 "
+        "with a scale for each position");
   }
   const int64_t count = std::min<int64_t>(num_entries.typed_data()[0], Count(rows));
   kernels->paged_attention(PoolOf(pool), {FloatOf(q.element_type()), q_shape[0], q_shape[1], shape[2],
                                           q_shape[2] / shape[2], q_shape[3], shape[1], count, q.untyped_data(),
-                                          keys.untyped_data(), values.untyped_data(), positions.typed_data(),
+                                          keys.untyped_data(), values.untyped_data(),
+                                          is_int8 ? key_scales.typed_data() : nullptr,
+                                          is_int8 ? value_scales.typed_data() : nullptr, positions.typed_data(),
                                           rows.typed_data(), pages.typed_data(), starts.typed_data(), scale, window,
                                           out->untyped_data()});
   return ffi::Error::Success();
@@ -304,6 +312,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(PagedAttention, PagedAttentionImpl,
                                   .Arg<Any>()
                                   .Arg<Any>()
                                   .Arg<Any>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
                                   .Arg<S32>()
                                   .Arg<S32>()
                                   .Arg<S32>()

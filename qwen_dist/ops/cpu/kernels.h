@@ -82,6 +82,7 @@ struct PagedAttentionArguments {  // see attention.h
   Float dtype;
   int64_t num_rows, num_tokens, num_key_heads, group_size, head_dim, num_pages, num_entries;
   const void *q, *keys, *values;
+  const float *key_scales, *value_scales;  // of pages in int8, for each position; else null
   const int32_t *positions, *rows, *pages, *starts;
   float scale;
   int64_t window;  // 0 for none
