@@ -2,8 +2,17 @@
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word is this column
+
+
+def mostly_slow(cases, default):
+    """Return parameters of a test, of which the default tests run only some."""
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=() if case in default else pytest.mark.slow)
+        for case in cases
+    ]
 
 
 def words(values, bits):

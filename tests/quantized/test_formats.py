@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from packed_files import Packer
+from packed_files import Packer, mostly_slow
 
 from qwen_dist.checkpoint.load import make_load_plan
 from qwen_dist.checkpoint.model import abstract_model, load_model
@@ -50,7 +50,10 @@ def same(one, other):
         np.testing.assert_array_equal(np.asarray(one[name]), np.asarray(other[name]), err_msg=name, strict=True)
 
 
-@pytest.mark.parametrize("form", FORMS)
+DEFAULT = ("gptq 4", "gptq v2 zeros", "gptq desc_act", "awq", "pack 4 zeros", "int 8 zeros", "float 8")
+
+
+@pytest.mark.parametrize("form", mostly_slow(FORMS, DEFAULT))
 def test_dequantised_bit_for_bit(packed_checkpoint, form):
     """In chunks of a few rows; kept packed and dequantised for use, or dequantised after the load."""
     directory, plain = packed_checkpoint("qwen3", FORMS[form])
@@ -70,18 +73,18 @@ def test_dequantised_bit_for_bit(packed_checkpoint, form):
 
 SHARDED = [
     ("qwen3_moe", "gptq 4", "expert=2,tensor=2"),
+    ("qwen3_5", "pack 4", "fsdp=2,tensor=2"),
+    ("qwen3", "awq", "fsdp=2"),
     ("qwen3_moe", "awq", "fsdp=2"),
     ("qwen3_moe", "pack 4 zeros", "tensor=2"),
-]
-SHARDED += [
     ("qwen3_moe", "float 8", "expert=2,fsdp=2"),
-    ("qwen3_5", "pack 4", "fsdp=2,tensor=2"),
     ("qwen3_5", "int 8", "tensor=2"),
+    ("qwen3", "gptq desc_act", "fsdp=2"),
+    ("qwen3", "gptq v2 zeros", "tensor=2"),
 ]
-SHARDED += [("qwen3", "gptq desc_act", "fsdp=2"), ("qwen3", "gptq v2 zeros", "tensor=2"), ("qwen3", "awq", "fsdp=2")]
 
 
-@pytest.mark.parametrize(("family", "form", "mesh"), SHARDED)
+@pytest.mark.parametrize(("family", "form", "mesh"), mostly_slow(SHARDED, SHARDED[:3]))
 def test_sharded_is_one_device(packed_checkpoint, family, form, mesh):
     """The arrays are the same, no process reads more than its share, and the logits are those of the dequantised model."""
     directory, plain = packed_checkpoint(family, FORMS[form])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from packed_files import mostly_slow
 from test_formats import context, logits, same
 
 from qwen_dist import LLM
@@ -57,8 +58,11 @@ def test_what_is_not_finite_is_refused():
         quantize(np.array([[1.0, np.inf]]), "int8", np.dtype("float32"))
 
 
-@pytest.mark.parametrize("form", OPTIONS)
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "qwen3_5"])
+FAMILIES = [(family, form) for family in ("qwen3", "qwen3_moe", "qwen3_5") for form in OPTIONS]
+DEFAULT = [("qwen3", "int4"), ("qwen3_moe", "int8"), ("qwen3_5", "fp8 row")]
+
+
+@pytest.mark.parametrize(("family", "form"), mostly_slow(FAMILIES, DEFAULT))
 def test_weights_of_layers_and_experts_are_quantised_and_no_others(small, family, form):
     options = OPTIONS[form]
     plain = load_model(small(family), context(), dtype="float32").parameters
@@ -93,15 +97,15 @@ def test_weights_of_layers_and_experts_are_quantised_and_no_others(small, family
         np.testing.assert_array_equal(of_scale.reshape(scale.shape), scale)
 
 
-@pytest.mark.parametrize(
-    ("family", "form", "mesh"),
-    [
-        ("qwen3", "int4", "fsdp=2"),
-        ("qwen3", "int8 row", "fsdp=2"),
-        ("qwen3_moe", "int4", "expert=2,tensor=2"),
-        ("qwen3_5", "int8", "tensor=2"),
-    ],
-)
+SHARDED = [
+    ("qwen3_moe", "int4", "expert=2,tensor=2"),
+    ("qwen3_5", "int8", "tensor=2"),
+    ("qwen3", "int4", "fsdp=2"),
+    ("qwen3", "int8 row", "fsdp=2"),
+]
+
+
+@pytest.mark.parametrize(("family", "form", "mesh"), mostly_slow(SHARDED, SHARDED[:2]))
 def test_sharded_is_one_device(small, family, form, mesh):
     with jax.enable_x64(True):
         one, sharded = (
@@ -192,7 +196,7 @@ def test_group_sizes_that_do_not_divide_are_refused(small):
         QuantizeOptions.of("stored", 32)
 
 
-@pytest.mark.parametrize("quantize", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("quantize", mostly_slow(["int8", "int4", "fp8"], ["int4"]))
 def test_a_quantised_model_answers(tiny_directory, quantize):
     directory = tiny_directory("qwen3", hidden_size=64, intermediate_size=96, num_attention_heads=4, num_hidden_layers=2)
     group = None if quantize == "fp8" else 32

@@ -9,7 +9,7 @@ import pathlib
 
 import numpy as np
 import pytest
-from packed_files import Packer
+from packed_files import Packer, mostly_slow
 from test_formats import context, logits
 
 from qwen_dist.checkpoint.compressed import quantize_checkpoint
@@ -96,8 +96,11 @@ def test_autoawq_unpacks_the_same():
 FORMS = {"int4": ("int4", 32), "int8": ("int8", 32), "int8 row": ("int8", 0), "fp8": ("float8_e4m3fn", 0)}
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "qwen3_5"])
+FAMILIES = [(family, form) for family in ("qwen3", "qwen3_moe", "qwen3_5") for form in FORMS]
+DEFAULT = [("qwen3", "int4"), ("qwen3_moe", "int8"), ("qwen3_5", "fp8")]
+
+
+@pytest.mark.parametrize(("family", "form"), mostly_slow(FAMILIES, DEFAULT))
 def test_what_is_written_is_read_again(small, family, form, tmp_path):
     """Values, scales and everything else are equal; on the way in on two devices."""
     options, output = QuantizeOptions(*FORMS[form]), tmp_path / "quantised"
