@@ -53,7 +53,8 @@ class Attention(nnx.Module):
     @staticmethod
     def state_spec(config: ModelConfig, layer: LayerConfig, dtype: DTypeLike) -> AttentionSpec:
         sizes = config.num_key_value_heads, config.head_dim, jnp.dtype(dtype).name
-        return AttentionSpec(*sizes, window=layer.sliding_window)
+        num_scales = paged_cache.scales_for(config.head_dim)
+        return AttentionSpec(*sizes, window=layer.sliding_window, num_scales=num_scales)
 
     def cost(self, step: Step) -> LayerCost:
         projected = step.outputs(**dict(self.q_proj.out_sizes)) * step.itemsize  # with gates

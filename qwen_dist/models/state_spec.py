@@ -27,7 +27,7 @@ class StateArray:
 class AttentionSpec:
     """Keys and values in pages: of all positions of a sequence, or of the last `window` in a ring of pages.
 
-    With `cache_dtype` they are kept in 8 bits, with a scale for each position and head.
+    With `cache_dtype` they are kept in 8 bits with bfloat16 scales, `num_scales` for each position and head.
     """
 
     num_kv_heads: int
@@ -35,12 +35,13 @@ class AttentionSpec:
     dtype: str
     window: int | None = None
     cache_dtype: CacheDtype | None = None
+    num_scales: int = 0
 
     def page_arrays(self, page_size: int) -> tuple[StateArray, ...]:
         shape, axes = (self.num_kv_heads, page_size, self.head_dim), ("kv_heads", "kv_length", "head_dim")
         if self.cache_dtype is None:
             return (StateArray(shape, self.dtype, axes),) * 2
-        scale = StateArray((*shape[:2], 1), "float32", (*axes[:2], "group"))
+        scale = StateArray((*shape[:2], self.num_scales), "bfloat16", (*axes[:2], "group"))
         return (StateArray(shape, self.cache_dtype, axes),) * 2 + (scale,) * 2
 
 

@@ -27,7 +27,7 @@ from jax.typing import DTypeLike
 from qwen_dist.ops import native_library
 from qwen_dist.ops.grouped_weight import RUN, GroupedWeight
 from qwen_dist.ops.native_library import BUILDS, active_build, is_available
-from qwen_dist.ops.paged_cache import PAGE, PagedState, PageIndices
+from qwen_dist.ops.paged_cache import PAGE, SCALED, PagedState, PageIndices
 from qwen_dist.ops.slots import SlotRows
 from qwen_dist.ops.weight import Weight
 
@@ -217,7 +217,7 @@ def can_paged_attention(
     q_BTNH: jax.Array, state: PagedState, positions_BT: jax.Array, pages: PageIndices, sliding_window: int | None
 ) -> bool:
     is_form = q_BTNH.dtype in (jnp.float32, jnp.bfloat16) and state.k.shape[0] == 1 and PAGE == KERNEL_PAGE
-    is_form = is_form and (state.k_scale is None or state.k.dtype == jnp.int8)
+    is_form = is_form and (state.k_scale is None or (state.k.dtype == jnp.int8 and SCALED == LANES))
     return is_form and q_BTNH.shape[-1] % LANES == 0 and q_BTNH.size > 0
 
 
@@ -231,7 +231,7 @@ def paged_attention(
     call = _kernel(PAGED_ATTENTION, jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype))
     scale = np.float32(q_BTNH.shape[-1] ** -0.5)
     # The pools go in as they are: XLA would copy them to reshape them.
-    scales = [np.zeros(0, np.float32) if x is None else x for x in (state.k_scale, state.v_scale)]
+    scales = [np.zeros(0, np.uint16) if x is None else x for x in (state.k_scale, state.v_scale)]
     return call(q_BTNH, state.k, state.v, *scales, *numbers, scale=scale, window=np.int64(sliding_window or 0))
 
 

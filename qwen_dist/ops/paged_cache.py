@@ -9,6 +9,7 @@ T length, X tokens of a shard, E entries (a row looking at a page).
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,8 @@ from qwen_dist.sharding import LocalShard, active_context, constrain, shard_map_
 
 # Positions of a page. Half a page a sequence is wasted on average; smaller pages make smaller, slower products.
 PAGE = 64
+# Channels with one scale, of keys and values in 8 bits.
+SCALED = 16
 # Pages that attention reads at a time, at most, for rows of one query and of many: their scores fit into a CPU's cache.
 MAX_ENTRIES, MAX_ENTRIES_OF_MANY = 64, 8
 # The first position of a page that no query may see: it is after every query.
@@ -33,8 +36,9 @@ class PagedState(NamedTuple):
     The batch is split over D data-parallel shards, each with P pages. To change a few elements of a 16-bit float array, XLA
     CPU widens all of it to float32 and back; it changes integers in place, 1,000 times faster. Other backends do not mind.
 
-    Values of 8 bits have a scale for each position and head, [D, P, K, S, 1] in float32. One for each page would be smaller
-    by a thirtieth, but each token with a larger value would have to change all of its page.
+    Values of 8 bits have bfloat16 scales, [D, P, K, S, groups of SCALED channels]. One scale for each page would have to
+    change, and all of the page with it, with each token that has a larger value. One for each head is not enough: Qwen's
+    keys have a few channels that are far larger than the others, and the queries are small just there.
     """
 
     k: jax.Array
@@ -79,28 +83,34 @@ def stored_dtype(dtype: DTypeLike) -> jnp.dtype:
     return jnp.dtype({1: jnp.uint8, 2: jnp.uint16}.get(jnp.dtype(dtype).itemsize, dtype))
 
 
+def scales_for(head_dim: int) -> int:
+    """Return how many scales a key or a value in 8 bits has."""
+    return head_dim // math.gcd(head_dim, SCALED)
+
+
 def quantize(x_BTKH: jax.Array, stored: DTypeLike) -> tuple[jax.Array, jax.Array]:
-    """Return keys or values in 8 bits, int8 or the bits of float8_e4m3fn, and the scales [B, T, K, 1] in float32.
+    """Return keys or values in 8 bits, int8 or the bits of float8_e4m3fn, and their scales as they are stored.
 
-    The scale makes the largest |value| of a head the largest number of the type; the others are rounded to the nearest.
+    The scale makes the largest |value| of a group the largest number of the type; the others are rounded to the nearest.
     """
-    wide = x_BTKH.astype(jnp.float32)
+    groups = x_BTKH.astype(jnp.float32).reshape(*x_BTKH.shape[:-1], scales_for(x_BTKH.shape[-1]), -1)
     limit = 127.0 if stored == jnp.int8 else 448.0
-    largest = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
-    scale_BTK1 = jnp.where(largest == 0, 1, largest / limit)
-    scaled = wide / scale_BTK1
-    if stored == jnp.int8:
-        return jnp.round(scaled).astype(jnp.int8), scale_BTK1
-    return scaled.clip(-limit, limit).astype(jnp.float8_e4m3fn).view(jnp.uint8), scale_BTK1
+    largest = jnp.max(jnp.abs(groups), axis=-1, keepdims=True)
+    scale = jnp.where(largest == 0, 1, largest / limit).astype(jnp.bfloat16)
+    scaled = (groups / scale.astype(jnp.float32)).clip(-limit, limit).reshape(x_BTKH.shape)
+    values = jnp.round(scaled).astype(jnp.int8) if stored == jnp.int8 else scaled.astype(jnp.float8_e4m3fn).view(jnp.uint8)
+    return values, scale[..., 0].view(jnp.uint16)
 
 
-def read_pages(pool_PKSH: jax.Array, scale_PKS1: jax.Array | None, page_E: jax.Array, dtype: DTypeLike) -> jax.Array:
+def read_pages(pool_PKSH: jax.Array, scale_PKSG: jax.Array | None, page_E: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Return the keys or values of pages [E, K, S, H] in the type that attention computes in."""
     stored = pool_PKSH.at[page_E].get(mode="promise_in_bounds")
-    if scale_PKS1 is None:
+    if scale_PKSG is None:
         return stored.view(dtype)
     values = stored if stored.dtype == jnp.int8 else stored.view(jnp.float8_e4m3fn)
-    return (values.astype(jnp.float32) * scale_PKS1.at[page_E].get(mode="promise_in_bounds")).astype(dtype)
+    scale = scale_PKSG.at[page_E].get(mode="promise_in_bounds").view(jnp.bfloat16).astype(jnp.float32)
+    groups = values.astype(jnp.float32).reshape(*scale.shape, -1) * scale[..., None]
+    return groups.astype(dtype).reshape(values.shape)
 
 
 def write(

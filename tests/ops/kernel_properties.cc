@@ -350,19 +350,19 @@ void CheckPagedAttention(const Kernels& kernels) {
   Array out(dtype, q.size);
   q.Fill(), keys.Fill(), values.Fill();
   const auto scale = static_cast<float>(1 / std::sqrt(head_dim));
-  const auto attend = [&](const void* k, const void* v, const float* k_scales, const float* v_scales, Array& to) {
+  const auto attend = [&](const void* k, const void* v, const uint16_t* k_scales, const uint16_t* v_scales, Array& to) {
     kernels.paged_attention(kPool, {dtype, rows, tokens, key_heads, group, head_dim, num_entries, num_entries, q.Data(), k, v,
                                     k_scales, v_scales, positions.data(), entry_rows.data(), pages.data(), starts.data(),
                                     scale, window, to.Data()});
     to.ExpectGuards(name);
   };
   std::vector<int8_t> small_keys(keys.size), small_values(keys.size);
-  std::vector<float> key_scales(keys.size / head_dim), value_scales(keys.size / head_dim);
-  const auto quantize = [&](std::vector<int8_t>& small, std::vector<float>& scales, Array& wide) {
-    for (float& x : scales) x = static_cast<float>(std::abs(Normal())) / 127;
+  std::vector<uint16_t> key_scales(keys.size / kScaled), value_scales(keys.size / kScaled);
+  const auto quantize = [&](std::vector<int8_t>& small, std::vector<uint16_t>& scales, Array& wide) {
+    for (uint16_t& x : scales) x = ToBits(static_cast<float>(std::abs(Normal())) / 127);
     for (int64_t i = 0; i < wide.size; ++i) {
       small[i] = static_cast<int8_t>(Random(-127, 127));
-      wide.Set(i, static_cast<double>(small[i]) * scales[i / head_dim]);
+      wide.Set(i, static_cast<double>(small[i]) * FromBits(scales[i / kScaled]));
     }
   };
   const bool is_int8 = Random(0, 3) == 0;

@@ -25,28 +25,37 @@ GREEDY = SamplingParams(max_new_tokens=12, temperature=0.0)
 def empty(cache_dtype, num_pages, heads, width):
     shape = (1, num_pages, heads, PAGE)
     values = [jnp.zeros((*shape, width), STORED[cache_dtype])] * 2
-    return PagedState(*values, *[jnp.zeros((*shape, 1), jnp.float32)] * 2)
+    return PagedState(*values, *[jnp.zeros((*shape, paged_cache.scales_for(width)), jnp.uint16)] * 2)
+
+
+def dequantized(x, stored):
+    """The values that a cache of this type gives back for keys or values, and their scales."""
+    values, scale = paged_cache.quantize(x, stored)
+    values = np.asarray(values).view(np.int8 if stored == jnp.int8 else ml_dtypes.float8_e4m3fn).astype(np.float32)
+    scale = np.asarray(scale).view(ml_dtypes.bfloat16).astype(np.float32)
+    scale = np.repeat(scale, x.shape[-1] // scale.shape[-1], axis=-1)
+    return values * scale, scale
 
 
 @pytest.mark.parametrize("cache_dtype", STORED)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_value_is_the_nearest_of_its_scale(cache_dtype, dtype):
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((2, 3, 4, 16)) * rng.uniform(1e-3, 50, (2, 3, 4, 1))
+    x = rng.standard_normal((2, 3, 4, 48)) * rng.uniform(1e-3, 50, (2, 3, 4, 1))
     x[0, 0, 0] = 0
     x = jnp.asarray(x, dtype)
-    values, scale = paged_cache.quantize(x, STORED[cache_dtype])
+    found, scale = dequantized(x, STORED[cache_dtype])
     if cache_dtype == "int8":
         allowed = np.arange(-127, 128, dtype=np.float32)
     else:
         allowed = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
         allowed = allowed[np.isfinite(allowed)]
-    values = np.asarray(values).view(ml_dtypes.float8_e4m3fn if cache_dtype != "int8" else np.int8).astype(np.float32)
-    scale, wide = np.asarray(scale), np.asarray(x, np.float32)
+    wide = np.asarray(x, np.float32)
     nearest = np.abs(wide[..., None] - allowed * scale[..., None]).min(axis=-1)
-    np.testing.assert_allclose(np.abs(wide - values * scale), nearest, rtol=1e-4, atol=1e-6 * np.abs(wide).max())
-    largest = np.abs(values).max(axis=-1)
-    assert (largest[np.abs(wide).max(axis=-1) > 0] == allowed.max()).all() and (values[0, 0, 0] == 0).all()
+    np.testing.assert_allclose(np.abs(wide - found), nearest, rtol=1e-4, atol=1e-6 * np.abs(wide).max())
+    largest = np.abs(wide).reshape(2, 3, 4, 3, 16).max(axis=-1)
+    expected = np.where(largest == 0, 1, largest / allowed.max())
+    np.testing.assert_allclose(scale[..., ::16], expected, rtol=2**-8)
 
 
 @pytest.mark.parametrize("cache_dtype", STORED)
@@ -65,9 +74,7 @@ def test_attention_is_that_to_the_dequantised_keys(cache_dtype, window):
     ))  # fmt: skip
     pages = PageIndices(order[None], np.zeros(1, np.int32), *entries, np.int32(num_pages))
     mixed = paged_attention_in_groups(q, state, positions, pages, window)
-    stored = STORED[cache_dtype]
-    read = (values.view(jnp.int8 if stored == jnp.int8 else jnp.float8_e4m3fn).astype(jnp.float32) * scale
-            for values, scale in (paged_cache.quantize(x, stored) for x in (k, v)))  # fmt: skip
+    read = (jnp.asarray(dequantized(x, STORED[cache_dtype])[0]) for x in (k, v))
     expected = attention(q, *(x.swapaxes(1, 2) for x in read), positions, window, None)
     np.testing.assert_allclose(mixed, expected, atol=2e-6)
 
@@ -98,10 +105,10 @@ def test_a_small_cache_preempts_and_changes_nothing(tiny_directory):
 
 def test_a_page_takes_its_bits():
     def num_bytes(form):
-        arrays = AttentionSpec(8, 128, "bfloat16", None, form).page_arrays(PAGE)
+        arrays = AttentionSpec(8, 128, "bfloat16", None, form, 128 // 16).page_arrays(PAGE)
         return sum(np.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
 
-    assert num_bytes("int8") / num_bytes(None) == (128 + 4) / 256
+    assert num_bytes("int8") / num_bytes(None) == (128 + 2 * 8) / 256
 
 
 def test_commands_take_it(tiny_directory, tmp_path, capsys):
@@ -119,7 +126,7 @@ def test_commands_take_it(tiny_directory, tmp_path, capsys):
         plan = ["plan", "--model", path, "--topology", "cpu:8", "--kv-cache-dtype", form, "--json"]
         assert main(plan) == 0
         memory[form] = json.loads(capsys.readouterr().out)
-    assert _cache_bytes(memory["int8"]) == pytest.approx(_cache_bytes(memory["auto"]) * (1 + 4 / 16) / 2, rel=0.1)
+    assert _cache_bytes(memory["int8"]) == pytest.approx(_cache_bytes(memory["auto"]) * (16 + 2) / 32, rel=0.1)
 
 
 def _cache_bytes(plan):

@@ -75,13 +75,15 @@ SIMD void PackValues(const typename Type::Element* values, int64_t head_dim, int
   }
 }
 
-// Multiply values [kPageSize][head_dim] by the scale of their position.
+// Multiply values by their scales, of which every kScaled of them share one.
 template <class Element>
-SIMD void DequantizePage(const int8_t* values, const float* scales, int64_t head_dim, Element* page) {
-  for (int64_t position = 0; position < kPageSize; ++position) {
-    const Floats scale = Set(scales[position]);
-    for (int64_t i = position * head_dim; i < (position + 1) * head_dim; i += kFloatLanes) {
-      Store(LoadBytes(values + i) * scale, page + i);
+SIMD void DequantizePage(const int8_t* values, const uint16_t* scales, int64_t count, Element* page) {
+  for (int64_t i = 0; i < count; i += kScaled) {
+    const uint32_t bits = static_cast<uint32_t>(scales[i / kScaled]) << 16;
+    float scale;
+    std::memcpy(&scale, &bits, sizeof(scale));
+    UNROLL for (int lane = 0; lane < kScaled; lane += kFloatLanes) {
+      Store(LoadBytes(values + i + lane) * Set(scale), page + i + lane);
     }
   }
 }
@@ -245,11 +247,12 @@ struct Attention {
 
  private:
   // Return the page [kPageSize][head_dim] of a head; one in int8 is dequantised into `page`.
-  SIMD const Element* Page(const void* pool, const float* scales, int64_t first_position, std::vector<Element>& page) const {
+  SIMD const Element* Page(const void* pool, const uint16_t* scales, int64_t first_position,
+                           std::vector<Element>& page) const {
     const int64_t offset = first_position * shape.head_dim;
     if (scales == nullptr) return static_cast<const Element*>(pool) + offset;
     page.resize(kPageSize * shape.head_dim);
-    DequantizePage(static_cast<const int8_t*>(pool) + offset, scales + first_position, shape.head_dim, page.data());
+    DequantizePage(static_cast<const int8_t*>(pool) + offset, scales + offset / kScaled, page.size(), page.data());
     return page.data();
   }
 

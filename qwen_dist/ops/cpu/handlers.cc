@@ -186,7 +186,7 @@ ffi::Error ShortConvolutionImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Any
 }
 
 ffi::Error PagedAttentionImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
-                              ffi::Buffer<ffi::F32> key_scales, ffi::Buffer<ffi::F32> value_scales,
+                              ffi::Buffer<ffi::U16> key_scales, ffi::Buffer<ffi::U16> value_scales,
                               ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> rows, ffi::Buffer<ffi::S32> pages,
                               ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::S32> num_entries,
                               ffi::Result<ffi::AnyBuffer> out, float scale, int64_t window, int64_t build) {
@@ -199,13 +199,13 @@ ffi::Error PagedAttentionImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBu
         "paged_attention takes queries [B, T, N, H] and pages [1, P, K, 64, H]; N is a multiple of K, and H of 16");
   }
   const bool is_wide = q.element_type() == ffi::F32, is_int8 = keys.element_type() == ffi::S8;
-  const int64_t num_scales = is_int8 ? Count(keys) / shape[4] : 0;
+  const int64_t num_scales = is_int8 ? Count(keys) / kScaled : 0;
   if ((!is_wide && q.element_type() != ffi::BF16) || keys.element_type() != values.element_type() ||
       (!is_int8 && keys.element_type() != (is_wide ? ffi::F32 : ffi::U16)) || Count(key_scales) != num_scales ||
       Count(value_scales) != num_scales) {
     return ffi::Error::InvalidArgument(
         "paged_attention takes float32 or bfloat16 queries, and pages of their type (the bits of bfloat16 in uint16) or int8 "
-        "with a scale for each position");
+        "with a scale, the bits of bfloat16, for every 16 values");
   }
   const int64_t count = std::min<int64_t>(num_entries.typed_data()[0], Count(rows));
   kernels->paged_attention(PoolOf(pool), {FloatOf(q.element_type()), q_shape[0], q_shape[1], shape[2],
@@ -253,6 +253,7 @@ ffi::Error DeltaRuleImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer 
 using Any = ffi::AnyBuffer;
 using F32 = ffi::Buffer<ffi::F32>;
 using S32 = ffi::Buffer<ffi::S32>;
+using U16 = ffi::Buffer<ffi::U16>;
 using Pred = ffi::Buffer<ffi::PRED>;
 
 }  // namespace
@@ -312,8 +313,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(PagedAttention, PagedAttentionImpl,
                                   .Arg<Any>()
                                   .Arg<Any>()
                                   .Arg<Any>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
+                                  .Arg<U16>()
+                                  .Arg<U16>()
                                   .Arg<S32>()
                                   .Arg<S32>()
                                   .Arg<S32>()

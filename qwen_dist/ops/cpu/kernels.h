@@ -82,7 +82,7 @@ struct PagedAttentionArguments {  // see attention.h
   Float dtype;
   int64_t num_rows, num_tokens, num_key_heads, group_size, head_dim, num_pages, num_entries;
   const void *q, *keys, *values;
-  const float *key_scales, *value_scales;  // of pages in int8, for each position; else null
+  const uint16_t *key_scales, *value_scales;  // of pages in int8: bits of bfloat16, one for kScaled values; else null
   const int32_t *positions, *rows, *pages, *starts;
   float scale;
   int64_t window;  // 0 for none
@@ -124,6 +124,7 @@ constexpr int kRun = 32;  // inputs of a run of a quantised weight
 constexpr int kMaxTaps = 8;    // of the short convolution
 constexpr int kPageSize = 64;  // positions of a page of keys and values
 constexpr int kHeadMultiple = 16;  // the head_dim of attention is a multiple of it
+constexpr int kScaled = 16;  // keys and values in int8 with one scale
 // Rows of a widened matrix are padded with zeros to a multiple of this many elements.
 constexpr int kWideMultiple = 32;
 // Numbers per key of `prepared` of the delta rule, for keys of `size` channels.
