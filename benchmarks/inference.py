@@ -20,9 +20,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import processor
 
+# A system: (prompts as token ids, or None for the question; tokens per prompt) -> (time, number of tokens so far) after
+# each step, from the step in which every prompt has its first token.
+Generate = Callable[[list[list[int]] | None, int], list[tuple[float, int]]]
 QUESTION = "Write a Python function that checks whether a number is prime."
 UNITS = {"load": "s", "first token": "s", "peak memory": "GB"}  # lower is better; all others are tokens per second
 
@@ -69,9 +73,14 @@ def run_worker(options: argparse.Namespace, system: str, dtype: str) -> dict[str
 def work(options: argparse.Namespace) -> dict[str, float]:
     """Return the measurements of one system in this process, by name."""
     system, dtype = options.worker
-    started = float(os.environ["BENCHMARK_STARTED"])
     open_system = {"qwen_dist": open_qwen_dist, "transformers": open_transformers, "llama.cpp": open_llama_cpp}[system]
-    generate, load_seconds = open_system(options.model, dtype)
+    return measure(options, lambda: open_system(options.model, dtype))
+
+
+def measure(options: argparse.Namespace, open_system: Callable[[], tuple[Generate, float]]) -> dict[str, float]:
+    """Return the measurements of a system that is opened in this process, by name."""
+    started = float(os.environ["BENCHMARK_STARTED"])
+    generate, load_seconds = open_system()
     result = {"load": load_seconds}
     generate(None, 1)
     result["first token"] = time.time() - started
@@ -89,12 +98,7 @@ def work(options: argparse.Namespace) -> dict[str, float]:
     return result
 
 
-# A system: (prompts as token ids, or None for the question; tokens per prompt) -> (time, number of tokens so far) after
-# each step, from the step in which every prompt has its first token.
-Generate = Callable[[list[list[int]] | None, int], list[tuple[float, int]]]
-
-
-def open_qwen_dist(path: str, dtype: str) -> tuple[Generate, float]:
+def open_qwen_dist(path: str, dtype: str, **options: Any) -> tuple[Generate, float]:
     from qwen_dist.config import ModelOptions, SamplingOptions
     from qwen_dist.engine.open import open_engine
     from qwen_dist.engine.request import Request, SamplingParams
@@ -102,7 +106,7 @@ def open_qwen_dist(path: str, dtype: str) -> tuple[Generate, float]:
 
     start_jax(None, dtype)
     begin = time.perf_counter()
-    engine, tokenizer, _ = open_engine(ModelOptions(path, dtype), "", SamplingOptions())
+    engine, tokenizer, _ = open_engine(ModelOptions(path, dtype, **options), "", SamplingOptions())
     seconds = time.perf_counter() - begin
     tokenizer.stop_ids = frozenset()
 

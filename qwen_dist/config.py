@@ -24,6 +24,8 @@ from qwen_dist.errors import UsageError, printable, problem_list
 from qwen_dist.json_reader import JsonError, parse_json
 
 T = TypeVar("T")
+Quantize = Literal["stored", "none", "int8", "int4", "fp8"]
+KvCacheDtype = Literal["auto", "int8", "fp8"]
 
 
 def _mesh() -> Any:
@@ -85,8 +87,8 @@ class LoadOptions(CheckpointOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelOptions(LoadOptions):
-    """A model that is run or trained."""
+class TrainedModelOptions(LoadOptions):
+    """A model whose weights are loaded, to be trained."""
 
     load_format: Literal["safetensors", "dummy"] = option(
         "safetensors", flag="--load-format", metavar="FORMAT", help="weight files, or random weights"
@@ -96,6 +98,43 @@ class ModelOptions(LoadOptions):
     @property
     def needs_weights(self) -> bool:
         return self.load_format != "dummy"
+
+
+def _group_size() -> Any:
+    return option(
+        None,
+        flag="--quantize-group-size",
+        metavar="N",
+        help="in-features with one scale; 0: all of a row (int4: 32, int8: 128, fp8: 0)",
+    )
+
+
+def _quantize_head() -> Any:
+    return option(
+        False,
+        flag="--quantize-head",
+        metavar="on|off",
+        help="also the output weights, and so the embedding of a tied model, in int8",
+    )
+
+
+def _kv_cache_dtype(help: str = "keys and values in the cache (auto: as computed)") -> Any:
+    return option("auto", flag="--kv-cache-dtype", metavar="FORM", help=help)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions(TrainedModelOptions):
+    """A model that is run, whose weights may be kept in fewer bits."""
+
+    quantize: Literal["stored", "none", "int8", "int4", "fp8"] = option(
+        "stored",
+        flag="--quantize",
+        metavar="FORM",
+        help="the weights in memory (none: floats)",
+    )
+    quantize_group_size: int | None = _group_size()
+    quantize_head: bool = _quantize_head()
+    kv_cache_dtype: Literal["auto", "int8", "fp8"] = _kv_cache_dtype()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +270,7 @@ class BatchConfig:
     input: str = option(
         flag="--input",
         metavar="FILE",
-        help='lines {"id","prompt"}, {"id","messages"} or of OpenAI\'s API; also a directory, a pattern or an address',
+        help='lines with "prompt" or "messages", or OpenAI\'s; a directory, pattern or address',
     )
     output: str = option(flag="--output", metavar="FILE", help="in the same formats; an interrupted run is resumed")
     mesh: str = _mesh()
@@ -394,7 +433,7 @@ class OptimizerOptions:
 class FinetuneConfig:
     """`qwen-dist finetune`."""
 
-    model: ModelOptions
+    model: TrainedModelOptions
     data: DataOptions
     output: str = option(
         flag="--output", metavar="DIR", help="for checkpoints, metrics and the result; an existing run is resumed"
@@ -515,6 +554,27 @@ class ExportConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class QuantizeModelOptions(LoadOptions):
+    """The model to quantise."""
+
+    quantize: Literal["int8", "int4", "fp8"] = option(
+        "int4", flag="--quantize", metavar="FORM", help="the weights of linear layers and experts as"
+    )
+    quantize_group_size: int | None = _group_size()
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeConfig:
+    """`qwen-dist quantize`."""
+
+    model: QuantizeModelOptions
+    output: str = option(flag="--output", metavar="DIR", help="the new checkpoint; written whole or not at all")
+    mesh: str = _mesh()
+    max_shard_size: str = option("5GB", flag="--max-shard-size", metavar="SIZE", help="the most bytes of a weight file")
+    overwrite: bool = option(False, flag="--overwrite", help="replace an existing checkpoint")
+
+
+@dataclasses.dataclass(frozen=True)
 class PreflightModelOptions(LoadOptions):
     """The checkpoint that all hosts must have; empty for none."""
 
@@ -545,6 +605,15 @@ class ParityModelOptions(CheckpointOptions):
     dtype: Literal["bfloat16", "float32", "float64"] = option(
         "float32", flag="--dtype", metavar="DTYPE", help="of parameters and computation on both sides"
     )
+    quantize: Literal["stored", "none", "int8", "int4", "fp8"] = option(
+        "none",
+        flag="--quantize",
+        metavar="FORM",
+        help="for --kl: the weights that are compared with the original ones",
+    )
+    quantize_group_size: int | None = _group_size()
+    quantize_head: bool = _quantize_head()
+    kv_cache_dtype: Literal["auto", "int8", "fp8"] = _kv_cache_dtype("for --kl: keys and values in the cache")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -556,13 +625,51 @@ class ParityConfig:
     prompts: tuple[str, ...] = option((), flag="--prompt", metavar="TEXT", help="a text to compare on; may be repeated")
     tokens: int | None = option(None, flag="--tokens", metavar="N", help="use N random tokens instead of prompts")
     report: str = option("", flag="--report", metavar="FILE", help="also write an HTML page")
+    kl: str = option(
+        "", flag="--kl", metavar="TEXT_FILE", help="compare the next-token distributions of two models over this text"
+    )
+    kl_reference: str = option(
+        "",
+        flag="--kl-reference",
+        metavar="DIR_OR_HUB_ID",
+        help="the model that --kl compares with; default: --model itself, dequantised",
+    )
+    kl_tokens: int = option(4096, metavar="N", help="the most tokens of the text that --kl compares")
+
+    def __post_init__(self) -> None:
+        is_quantized = self.model.quantize != "none" or self.model.kv_cache_dtype != "auto"
+        if not self.kl and (self.kl_reference or is_quantized):
+            raise UsageError("--kl-reference, --quantize and --kv-cache-dtype are for --kl TEXT_FILE")
+        if self.kl and (self.prompts or self.tokens is not None or self.report):
+            raise UsageError("--kl TEXT_FILE is a comparison of its own: leave out --prompt, --tokens and --report")
+        if self.kl and not is_quantized and self.kl_reference in ("", self.model.path):
+            raise UsageError(
+                "--kl compares two models: give --quantize, --kv-cache-dtype, or another one with --kl-reference"
+            )
+        if self.kl_tokens < 2:
+            raise UsageError(f"kl_tokens is {self.kl_tokens}; it must be at least 2")
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanModelOptions(CheckpointOptions):
+    """The model to plan for."""
+
+    quantize: Literal["stored", "none", "int8", "int4", "fp8"] = option(
+        "stored",
+        flag="--quantize",
+        metavar="FORM",
+        help="the weights of linear layers and experts in batch inference",
+    )
+    quantize_group_size: int | None = _group_size()
+    quantize_head: bool = _quantize_head()
+    kv_cache_dtype: Literal["auto", "int8", "fp8"] = _kv_cache_dtype()
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig:
     """`qwen-dist plan`."""
 
-    model: CheckpointOptions
+    model: PlanModelOptions
     topology: str = option(flag="--topology", metavar="KIND:SIZES", help="such as v5e:8x8, v5p:4x4x4 or cpu:8")
     command: Literal["batch", "finetune"] = option("batch", flag="--command", help="what to run")
     mesh: str = _mesh()

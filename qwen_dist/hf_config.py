@@ -93,10 +93,20 @@ _ROPE_OF_IMAGES = frozenset({"mrope_section", "mrope_interleaved"})
 _OUTER_HARMLESS = frozenset(
     "vision_config image_token_id video_token_id vision_start_token_id vision_end_token_id language_model_only".split()
 )
-# Of FP8; the weights are dequantised, so what concerns activations changes nothing.
-_QUANTIZATION_KEYS = set(
-    "quant_method weight_block_size fmt scale_fmt modules_to_not_convert ignored_layers activation_scheme".split()
-)
+# By quant_method. `quantization.stored` reads what says how weights are packed; the others change nothing: they concern the
+# tool, its search, its kernels, or activations, which are never quantised here.
+_QUANTIZATION_KEYS = {
+    "fp8": "weight_block_size fmt scale_fmt modules_to_not_convert ignored_layers activation_scheme",
+    "gptq": "bits group_size sym desc_act dynamic checkpoint_format meta lm_head pack_dtype format method true_sequential "
+    "damp_percent damp_auto_increment static_groups mse act_group_aware model_name_or_path model_file_base_name dataset "
+    "tokenizer batch_size block_name_to_quantize module_name_preceding_first_block modules_in_block_to_quantize "
+    "exllama_config use_exllama use_cuda_fp16 max_input_length model_seqlen pad_token_id cache_block_outputs backend "
+    "disable_exllama is_marlin_format rotation adapter offload_to_disk offload_to_disk_path hessian fallback",
+    "awq": "bits w_bit group_size q_group_size zero_point version modules_to_not_convert backend do_fuse modules_to_fuse "
+    "fuse_max_seq_len exllama_config",
+    "compressed-tensors": "config_groups format ignore quantization_status kv_cache_scheme sparsity_config "
+    "transform_config global_compression_ratio version run_compressed",
+}
 # Why model types are not supported, by a part of their names; the first match counts.
 _UNSUPPORTED = {
     **dict.fromkeys(("vl", "omni", "audio", "asr"), "it reads images or audio; only text models are"),
@@ -351,14 +361,17 @@ class _Reader(KeyReader):
         return _rope_config(kind, numbers, truncate, max_positions)
 
     def quantization(self) -> None:
-        """Refuse what the loader would not see; it checks the method itself."""
+        """Refuse what the loader would not see; it checks the method and how the weights are packed."""
         name = "quantization_config"
         given: Any = self.left.get(name)
         if self.left.pop("quantization", None) is not None:
-            self.problems.append("quantization (of MLX) is not supported; use the original checkpoint or its FP8 release")
-        is_fp8 = isinstance(given, dict) and given.get("quant_method") == "fp8"
-        if is_fp8 and (unknown := sorted(set(given) - _QUANTIZATION_KEYS - keys_within(name, self.ignored))):
-            self.problems.append(f"{name} has unknown keys {how_to_ignore(unknown, name)}")
+            self.problems.append("quantization (of MLX) is not supported; use the original checkpoint with --quantize int4")
+        method = given.get("quant_method") if isinstance(given, dict) else None
+        known = _QUANTIZATION_KEYS.get(method) if isinstance(method, str) else None
+        if known is not None:
+            allowed = {"quant_method", *known.split()} | keys_within(name, self.ignored)
+            if unknown := sorted(set(given) - allowed):
+                self.problems.append(f"{name} has unknown keys {how_to_ignore(unknown, name)}")
 
     def leftovers(self, harmless: frozenset[str], neutral: Mapping[str, Any]) -> None:
         neutral = _NEUTRAL | dict(neutral)

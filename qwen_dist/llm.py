@@ -12,7 +12,7 @@ import numpy as np
 
 from qwen_dist.chat import Message, make_chat
 from qwen_dist.checkpoint.load import ProgressCallback
-from qwen_dist.config import ModelOptions, SamplingOptions, parse_bytes
+from qwen_dist.config import KvCacheDtype, ModelOptions, Quantize, SamplingOptions, parse_bytes
 from qwen_dist.engine.embeddings import embedding_request, unit_vector
 from qwen_dist.engine.open import open_engine
 from qwen_dist.engine.request import Request, RequestOutput, SamplingParams, TokenLogprob
@@ -64,6 +64,11 @@ class LLM:
       mesh: devices per axis, such as `fsdp=2,tensor=4`; empty chooses for the model.
       dtype: of parameters and activations.
       adapter: a LoRA adapter in PEFT's format, merged into the weights.
+      quantize: keep the weights of linear layers and experts as the checkpoint has packed them ("stored"), dequantise them
+        ("none"), or quantise them to "int8", "int4" or "fp8" while they load.
+      quantize_group_size: in-features with one scale, 0 for all of a row; by default 32 for int4, 128 for int8, 0 for fp8.
+      quantize_head: also the output weights, and so the embedding of a tied model, in int8.
+      kv_cache_dtype: keys and values in the cache: as computed ("auto"), or "int8" or "fp8" with a scale for each head.
       load_format: "dummy" makes random weights and reads none.
       ignored_config_keys: unknown keys of the checkpoint's JSON files that do not change the computation.
       max_batch_size: the most prompts that are answered at the same time.
@@ -85,6 +90,10 @@ class LLM:
         mesh: str = "",
         dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16",
         adapter: str = "",
+        quantize: Quantize = "stored",
+        quantize_group_size: int | None = None,
+        quantize_head: bool = False,
+        kv_cache_dtype: KvCacheDtype = "auto",
         load_format: Literal["safetensors", "dummy"] = "safetensors",
         ignored_config_keys: Iterable[str] = (),
         max_batch_size: int = 32,
@@ -96,7 +105,17 @@ class LLM:
         progress: ProgressCallback | None = None,
     ):
         check_dtype(dtype)
-        options = ModelOptions(str(model), dtype, load_format, ",".join(ignored_config_keys), adapter=str(adapter))
+        options = ModelOptions(
+            str(model),
+            dtype,
+            ",".join(ignored_config_keys),
+            load_format=load_format,
+            adapter=str(adapter),
+            quantize=quantize,
+            quantize_group_size=quantize_group_size,
+            quantize_head=quantize_head,
+            kv_cache_dtype=kv_cache_dtype,
+        )
         self._engine, self._tokenizer, self._defaults = open_engine(
             options,
             mesh,

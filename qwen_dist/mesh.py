@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -145,22 +146,27 @@ def sum_over_devices(mesh: jax.sharding.Mesh) -> int:
     return int(jax.jit(jnp.sum, out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))(ones))
 
 
-def default_mesh(model: ModelConfig, devices: Sequence[jax.Device]) -> MeshConfig:
+def default_mesh(
+    model: ModelConfig, devices: Sequence[jax.Device], num_units: Mapping[str, int] = types.MappingProxyType({})
+) -> MeshConfig:
     """Return the default mesh for inference. It shards the weights as far as possible, `tensor` within a process.
 
     `tensor` is the largest size that divides the devices of a process, the heads, the MLP channels and the vocabulary.
     `expert` takes the remaining devices of a slice as far as they divide the experts, `fsdp` then as far as they divide the
     hidden size. `data`, which replicates the weights, takes the rest: each slice has a copy.
+
+    `num_units` are the parts by logical axis that the in-features of quantised weights may be divided into.
     """
     granules = len({_slice(device) for device in devices})
     per_granule = len(devices) // granules
     local = sum(device.process_index == devices[0].process_index for device in devices)
     key_heads = () if model.delta_net is None else (model.delta_net.num_key_heads,)
-    split = math.gcd(local, model.num_attention_heads, model.vocab_size, *model.channels, *key_heads)
+    units = (number for axis, number in num_units.items() if axis != "embed")
+    split = math.gcd(local, model.num_attention_heads, model.vocab_size, *model.channels, *key_heads, *units)
     kv_heads = model.num_key_value_heads
     tensor = max(n for n in range(1, MAX_DEFAULT_TENSOR + 1) if split % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0))
     expert = math.gcd(per_granule // tensor, model.moe.num_experts) if model.moe else 1
-    fsdp = math.gcd(per_granule // (tensor * expert), model.hidden_size)
+    fsdp = math.gcd(per_granule // (tensor * expert), model.hidden_size, num_units.get("embed", 0))
     data = len(devices) // (fsdp * expert * tensor)
     return MeshConfig(data=data, fsdp=fsdp, expert=expert, tensor=tensor, dcn=(("data", granules),) if granules > 1 else ())
 

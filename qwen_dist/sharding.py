@@ -25,7 +25,7 @@ Axes = tuple[str, ...]
 
 LOGICAL_AXES = frozenset(
     "batch length pages slots kv_length embed vocab q_heads kv_heads head_dim mlp experts lora_rank router top_k "
-    "gate_up key_heads value_heads head_blocks head_channels taps query_gate scan_length scan_heads".split()
+    "gate_up key_heads value_heads head_blocks head_channels taps query_gate scan_length scan_heads group".split()
 )
 
 
@@ -131,7 +131,7 @@ class ShardingContext:
         problems = []
         spec: list[tuple[str, ...] | None] = []
         used: dict[str, str] = {}
-        for size, axis in zip(shape, axes, strict=True):
+        for size, axis, inner in zip(shape, axes, [*axes[1:], ""], strict=True):
             if axis not in LOGICAL_AXES:
                 problems.append(f"{axis!r} is not a logical axis; there are {', '.join(sorted(LOGICAL_AXES))}")
                 continue
@@ -153,18 +153,19 @@ class ShardingContext:
                 elif axis == "vocab" or (axis == "kv_heads" and num_shards % size == 0):
                     mesh_axes = ()  # fewer key/value heads than devices, or an uneven vocabulary: each device has it whole
                 else:
-                    problems.append(_does_not_divide(axis, size, mesh_axes, num_shards))
+                    problems.append(_does_not_divide(axis, size, mesh_axes, num_shards, is_grouped=inner == "group"))
             spec.append(mesh_axes or None)
         if problems:
             raise UsageError(f"{what} {tuple(shape)} does not fit mesh {_sizes(self.mesh)}: {'; '.join(problems)}")
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
 
-def _does_not_divide(axis: str, size: int, mesh_axes: tuple[str, ...], num_shards: int) -> str:
+def _does_not_divide(axis: str, size: int, mesh_axes: tuple[str, ...], num_shards: int, *, is_grouped: bool) -> str:
     legal = [n for n in range(1, size + 1) if size % n == 0 and n <= 4096]
     also = f", or a multiple of {size}" if axis == "kv_heads" else ""
+    what = f"{axis} has {size} groups of quantised weights" if is_grouped else f"{axis} is {size}"
     return (
-        f"{axis} is {size}, which the {num_shards} shards of {'×'.join(mesh_axes)} do not divide "
+        f"{what}, which the {num_shards} shards of {'×'.join(mesh_axes)} do not divide "
         f"(legal: {', '.join(map(str, legal))}{also})"
     )
 
@@ -297,7 +298,8 @@ def shard_map_op(body: Callable[..., Any], arguments: Sequence[Any], axes: Seque
     sizes: dict[str, int] = {}
 
     def spec(x: jax.Array, names: Axes) -> PartitionSpec:
-        sizes.update(zip(names, x.shape, strict=True))
+        for name, size in zip(names, x.shape, strict=True):
+            sizes.setdefault(name, size)  # of a quantised weight a dimension may be counted in groups
         return context.activation("array", x.shape, names).spec
 
     in_specs = jax.tree.map(spec, tuple(arguments), tuple(axes))

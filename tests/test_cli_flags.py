@@ -47,6 +47,10 @@ ARGUMENTS = {
         {"model.dtype": "float16", "max_shard_size": "2GB", "overwrite": False},
     ),
     "doctor": ("--dtype float32 --num-cpu-devices 2", {"dtype": "float32"}),
+    "quantize": (
+        "--model m --output o --quantize int8 --quantize-group-size 64",
+        {"model.quantize": "int8", "model.quantize_group_size": 64, "model.dtype": "bfloat16"},
+    ),
     "preflight": ("--mesh fsdp=2 --num-processes 2", {"model.path": "", "mesh": "fsdp=2"}),
     "parity": ("--model m --prompt a --prompt b", {"model.dtype": "float32", "prompts": ["a", "b"], "tokens": None}),
     "plan": (

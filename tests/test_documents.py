@@ -206,6 +206,7 @@ RUN = {
     "docs/parity.md": r"within bounds",
     "docs/plan.md": r"fits: .* per device",
     "docs/python.md": r"run/adapter",
+    "docs/quantize.md": r"KL over \d+ tokens[\s\S]*saved: NEW_DIR",
     "docs/scaling.md": r"fits: .* per device",
 }
 # Pages of which it does not, and why.
@@ -293,6 +294,7 @@ def page_place(tmp_path, tiny_directory):
     prompts = ["What is the capital of France?", "What is the opposite of hot?"]
     records = "".join(json.dumps({"id": str(number), "prompt": text}) + "\n" for number, text in enumerate(prompts))
     chat = [{"role": "user", "content": prompts[0]}, {"role": "assistant", "content": "Paris."}]
+    (tmp_path / "text.txt").write_text(" ".join(prompts))
     for name, text in {"in": records, "questions": records, "chats": json.dumps({"messages": chat}) + "\n"}.items():
         (tmp_path / f"{name}.jsonl").write_text(text * (8 if name == "chats" else 1))
     return tmp_path

@@ -68,6 +68,7 @@ LEVELS = {
     "sharding": 2,
     "tokenizer": 5,
     "ops": 3,
+    "quantization": 4,
     "models": 4,
     "checkpoint": 5,
     "engine": 6,

@@ -12,7 +12,8 @@ import pytest
 from accelerators import devices_of, kernels_in, lowered_text
 
 from qwen_dist.checkpoint.model import LoadedModel
-from qwen_dist.config import LoraOptions, OptimizerOptions
+from qwen_dist.checkpoint.quantized import Quantization
+from qwen_dist.config import LoraOptions, OptimizerOptions, Quantize
 from qwen_dist.engine.logits_processors import ProcessorArrays, of_rows
 from qwen_dist.engine.request import Request, SamplingParams
 from qwen_dist.engine.runner import KNOWN_AT_A_TIME, Runner
@@ -20,6 +21,7 @@ from qwen_dist.hf_config import parse_model_config
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.parameters import abstract_parameters, disk_shapes
 from qwen_dist.models.transformer import Transformer
+from qwen_dist.quantization.options import QuantizeOptions
 from qwen_dist.sharding import INFERENCE, TRAIN, ShardingContext
 from qwen_dist.train.batches import TrainBatch
 from qwen_dist.train.lora import attach_lora
@@ -73,8 +75,10 @@ def declared(module, sharding_ctx) -> LoadedModel:
 class Inference:
     """The jitted programs of a `Runner`, each with abstract arguments."""
 
-    def __init__(self, family: str):
+    def __init__(self, family: str, quantize: Quantize = "none"):
         module = Transformer(parse_model_config(FAMILIES[family]), dtype="bfloat16")
+        if (quantization := Quantization.of(FAMILIES[family], QuantizeOptions.of(quantize))) is not None:
+            quantization.declare(module)
         model = declared(module, one_device(INFERENCE))
         self.runner, self.parameters = Runner(model, SLOTS, STEPS), model.parameters
         self.state = self.runner._abstract_state((PAGES,))
@@ -145,6 +149,23 @@ def test_inference_lowers(family, program, platform):
     is_model = "prefill" in program or "decode" in program
     expected = {("cuda", True): {"triton"}, ("tpu", True): {"mosaic"} if family == "experts" else set()}
     assert kernels_in(text) == expected.get((platform, is_model), set())
+
+
+QUANTIZED = [("dense", name, "int4") for name in PROGRAMS]
+QUANTIZED += [("dense", "decode", "fp8"), ("experts", "decode", "int8"), ("hybrid", "prefill", "int4")]
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize(("family", "program", "quantize"), QUANTIZED)
+def test_inference_with_quantised_weights_lowers(family, program, quantize, platform):
+    """The kernels of attention stay; a product takes its weight widened, so experts have no kernel."""
+    with devices_of(platform):
+        function, arguments, options = PROGRAMS[program](Inference(family, quantize))
+        text = lowered_text(platform, function, *arguments, **options)
+    is_model = "prefill" in program or "decode" in program
+    assert kernels_in(text) == ({"triton"} if is_model and platform == "cuda" else set())
+    stored = {"int4": "xui8>", "int8": "xi8>", "fp8": "xf8E4M3FN>"}[quantize]
+    assert (stored in text) == is_model
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])

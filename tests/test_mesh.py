@@ -123,3 +123,11 @@ def model(heads, kv_heads, channels, vocab, hidden):
 def test_the_default_fits_the_model(sizes, expected):
     assert default_mesh(model(*sizes), jax.devices()) == expected
     assert default_mesh(model(*sizes), jax.devices()[:1]) == MeshConfig()
+
+
+def test_the_default_cuts_no_group_of_quantised_weights():
+    """Of the MLP's 128 channels in groups of 32, and the hidden size in two groups."""
+    sizes = model(16, 8, 128, 512, 64)
+    units = {"mlp": 4, "q_heads": 16, "embed": 2}
+    assert default_mesh(sizes, jax.devices(), units) == MeshConfig(fsdp=2, tensor=4)
+    assert default_mesh(sizes, jax.devices(), {"mlp": 3, "embed": 2}) == MeshConfig(data=4, fsdp=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -102,20 +102,21 @@ def widen_box(box: Box, shape: tuple[int, ...], max_gap: int) -> Box:
     return box
 
 
-def split_box(box: Box, limit: int, first_dim: int) -> Iterator[Box]:
+def split_box(box: Box, limit: int, first_dim: int, whole: Collection[int] = ()) -> Iterator[Box]:
     """Yield boxes of at most `limit` elements (at least one) that together make up a box, in row-major order.
 
-    Dimensions before `first_dim` are always split into single indices.
+    Dimensions before `first_dim` are always split into single indices, those in `whole` never, even beyond the limit.
     """
-    extents = box_shape(box)
-    dim = first_dim
-    while dim < len(box) - 1 and math.prod(extents[dim + 1 :]) > limit:
-        dim += 1
-    if not box:
+    dims, extents = range(first_dim, len(box)), box_shape(box)
+    if not (free := [dim for dim in dims if dim not in whole]):
         yield box
         return
-    rows = max(1, limit // max(1, math.prod(extents[dim + 1 :])))
-    for index in itertools.product(*(range(start, stop) for start, stop in box[:dim])):
-        fixed = tuple((i, i + 1) for i in index)
+    sizes = {dim: math.prod(extents[other] for other in dims if other > dim or other in whole) for dim in free}
+    dim = next((dim for dim in free if sizes[dim] <= limit), free[-1])
+    rows = max(1, limit // max(1, sizes[dim]))
+    single = [other for other in range(dim) if other < first_dim or other in free]
+    for index in itertools.product(*(range(*box[other]) for other in single)):
+        fixed = {other: (i, i + 1) for other, i in zip(single, index, strict=True)}
         for start in range(box[dim][0], box[dim][1], rows):
-            yield (*fixed, (start, min(start + rows, box[dim][1])), *box[dim + 1 :])
+            fixed[dim] = (start, min(start + rows, box[dim][1]))
+            yield tuple(fixed.get(other, whole_range) for other, whole_range in enumerate(box))

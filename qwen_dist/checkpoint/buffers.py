@@ -10,28 +10,22 @@ from __future__ import annotations
 import math
 import mmap
 import threading
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_dist.checkpoint.boxes import Box, box_from_slices, box_shape, contains, relative_slices
-from qwen_dist.checkpoint.fp8 import dequantize
+from qwen_dist.checkpoint.boxes import Box, box_from_slices, box_shape, contains, intersect, relative_slices
+from qwen_dist.checkpoint.fp8 import BlockScales, dequantize
 from qwen_dist.checkpoint.plan import Chunk, Parameter, Shard
+from qwen_dist.errors import CheckpointError
 
 # XLA adopts a host buffer without a copy only if its address is a multiple of this.
 BUFFER_ALIGNMENT = 64
 _LARGE_BYTES = 2**20
-
-
-class BlockScales(NamedTuple):
-    """Scales of a quantised box [row blocks, column blocks], and the block index of each row [R] and column [C]."""
-
-    scale: np.ndarray
-    row_blocks: np.ndarray
-    column_blocks: np.ndarray
 
 
 class ShardBuffer(Protocol):
@@ -170,6 +164,34 @@ class DeviceArrayBuilder:
     def build(self) -> jax.Array:
         arrays = [array for buffer in self.buffers for array in buffer.arrays()]
         return jax.make_array_from_single_device_arrays(self._parameter.shape, self._parameter.sharding, arrays)
+
+
+class EncodingBuffer:
+    """Encodes the chunks of a source (see `packed`) and writes them to the arrays of its weight.
+
+    Values that contradict the configuration are noted in `problems`, so that one error can list them all.
+    """
+
+    def __init__(
+        self, parameter: Parameter, shard: Shard, buffers: Mapping[str, Sequence[ShardBuffer]], problems: set[str]
+    ):
+        self.parameter, self.shard, self._buffers, self._problems = parameter, shard, buffers, problems
+
+    def view_for(self, chunk: Chunk) -> None:
+        return None
+
+    def write(self, box: Box, values: np.ndarray, blocks: BlockScales | None, *, in_place: bool) -> None:
+        assert self.parameter.source is not None
+        try:
+            encoded = self.parameter.source.encode_box(box, values, blocks)
+        except CheckpointError as error:
+            self._problems.add(str(error))
+            return
+        for suffix, of_array, array in encoded:
+            for buffer in self._buffers[suffix]:
+                common = intersect(of_array, buffer.shard.box)
+                if common is not None:
+                    buffer.write(common, array[relative_slices(common, of_array)], None, in_place=False)
 
 
 def make_array_builder(parameter: Parameter) -> HostArrayBuilder | DeviceArrayBuilder:

@@ -5,8 +5,6 @@ They are loaded like parameters, under their names on disk: sharded over the dev
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,35 +12,27 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qwen_dist.checkpoint.fp8 import FP8_DTYPES
 from qwen_dist.checkpoint.load import load
-from qwen_dist.checkpoint.names import map_names, name_alone
+from qwen_dist.checkpoint.names import carried_names, name_alone
 from qwen_dist.checkpoint.safetensors import TensorInfo
 from qwen_dist.checkpoint.source import Checkpoint
-from qwen_dist.models.parameters import DiskShape
 from qwen_dist.sharding import ShardingContext
 
 
 def load_carried(
-    checkpoint: Checkpoint,
-    disk_shapes: Mapping[str, DiskShape],
-    sharding_ctx: ShardingContext,
-    *,
-    tied: bool,
-    host_memory_budget: int | None = None,
+    checkpoint: Checkpoint, sharding_ctx: ShardingContext, *, host_memory_budget: int | None = None
 ) -> dict[str, jax.Array]:
     """Return the tensors of a checkpoint that belong to no parameter, by their names on disk.
 
     Args:
       checkpoint: an opened checkpoint.
-      disk_shapes: of the model's parameters.
       sharding_ctx: the mesh.
-      tied: see `load`.
       host_memory_budget: see `load`.
 
     Raises:
       CheckpointError: as `load`.
     """
     tensors = checkpoint.tensors
-    carried = [tensors[name] for name in map_names(disk_shapes, tensors, tied=tied).carried]
+    carried = [tensors[name] for name in carried_names(tensors)]
     if not carried:
         return {}
     target = {one.name: _target(one, sharding_ctx) for one in carried}

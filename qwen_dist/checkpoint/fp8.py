@@ -10,37 +10,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from qwen_dist.errors import CheckpointError, printable
+from qwen_dist.quantization.stored import read_stored
 
 FP8_DTYPES = frozenset({"F8_E4M3", "F8_E5M2"})
 SCALE_DTYPES = frozenset({"F32", "BF16", "F16"})
 
 
 def read_block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return the block size (rows, columns) of an FP8 checkpoint, or None if the checkpoint is not quantised.
+    """Return the block size (rows, columns) of an FP8 checkpoint, or None if it is none.
 
     Raises:
-      CheckpointError: the quantisation is not supported (GPTQ, AWQ, per-tensor FP8 and all others).
+      CheckpointError: the quantisation is not supported.
     """
-    quantization = config.get("quantization_config")
-    if quantization is None:
-        return None
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
-    if method != "fp8":
-        raise CheckpointError(
-            f"config.json: quantization {printable(repr(method), 80)} is not supported; use the original checkpoint or its "
-            "FP8 release."
-        )
-    if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
-        raise CheckpointError(
-            f"config.json: FP8 needs weight_block_size as two positive integers, found {printable(repr(block), 80)}."
-        )
-    return block[0], block[1]
+    stored = read_stored(config)
+    scheme = None if stored is None or stored.method != "fp8" else stored.scheme_of("")
+    return None if scheme is None else scheme.block
+
+
+class BlockScales(NamedTuple):
+    """Scales of a quantised box [row blocks, column blocks], and the block index of each row [R] and column [C]."""
+
+    scale: np.ndarray
+    row_blocks: np.ndarray
+    column_blocks: np.ndarray
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from qwen_dist.checkpoint.names import SCALE_SUFFIX, group_names
+from qwen_dist.checkpoint.names import group_names
 from qwen_dist.checkpoint.safetensors import TensorInfo
 from qwen_dist.checkpoint.source import Checkpoint, open_checkpoint
-from qwen_dist.errors import UserError, printable
+from qwen_dist.errors import CheckpointError, UserError, printable
+from qwen_dist.quantization.stored import StoredQuantization, count_values, read_stored
 from qwen_dist.storage.model_files import ModelName
 
 # What is printed of an unusual checkpoint; Qwen's have fewer than 50 groups and 6 levels.
@@ -19,12 +21,12 @@ _MAX_PRINTED_GROUPS = 500
 _MAX_DEPTH = 12
 
 if TYPE_CHECKING:
-    import jax
     from rich.console import Console
 
-# From the content of config.json to three arguments of `load`: the abstract model, the shapes on disk, and whether the
-# head is tied.
-MakeTarget = Callable[[Mapping[str, Any]], tuple[Mapping[str, "jax.ShapeDtypeStruct"], Mapping[str, tuple[int, ...]], bool]]
+    from qwen_dist.checkpoint.model import AbstractModel
+
+# From a checkpoint to the arguments of `load`.
+MakeTarget = Callable[[Checkpoint], "AbstractModel"]
 
 
 @dataclass(frozen=True)
@@ -165,24 +167,34 @@ def _describe(report: CheckpointReport, checkpoint: Checkpoint) -> None:
     for tensor in checkpoint.tensors.values():
         report.dtypes[tensor.dtype.name] = report.dtypes.get(tensor.dtype.name, 0) + tensor.nbytes
         report.files[tensor.file] = report.files.get(tensor.file, 0) + tensor.nbytes
+    stored = None
+    with contextlib.suppress(CheckpointError):  # which is a problem of loading
+        stored = read_stored(checkpoint.config)
     report.groups = [
-        _make_group(label, [checkpoint.tensors[name] for name in names])
+        _make_group(label, [checkpoint.tensors[name] for name in names], stored)
         for label, names in group_names(checkpoint.tensors).items()
     ]
-    report.parameters = sum(group.parameters for group in report.groups if not group.name.endswith(SCALE_SUFFIX))
+    report.parameters = sum(group.parameters for group in report.groups)
 
 
-def _make_group(label: str, tensors: list[TensorInfo]) -> TensorGroup:
+def _make_group(label: str, tensors: list[TensorInfo], stored: StoredQuantization | None) -> TensorGroup:
     dtypes = "/".join(sorted({tensor.dtype.name for tensor in tensors}))
-    parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+    parameters = sum(count_values(stored, tensor.name, math.prod(tensor.shape)) for tensor in tensors)
     return TensorGroup(label, len(tensors), dtypes, tensors[0].shape, parameters, sum(tensor.nbytes for tensor in tensors))
 
 
 def _summarize_load(checkpoint: Checkpoint, make_target: MakeTarget, budget: int | None) -> LoadSummary:
     from qwen_dist.checkpoint.load import make_load_plan
 
-    target, disk_shapes, tied = make_target(checkpoint.config)
-    plan = make_load_plan(checkpoint, target, disk_shapes=disk_shapes, tied=tied, host_memory_budget=budget)
+    model = make_target(checkpoint)
+    plan = make_load_plan(
+        checkpoint,
+        model.target,
+        disk_shapes=model.disk_shapes,
+        tied=model.is_tied,
+        packed=model.packed,
+        host_memory_budget=budget,
+    )
     return LoadSummary(
         text=str(plan),
         bytes_read=plan.bytes_read,

@@ -16,9 +16,10 @@ import jax
 import numpy as np
 
 from qwen_dist.checkpoint.boxes import Box, intersect, relative_slices
-from qwen_dist.checkpoint.buffers import BlockScales, ShardBuffer, aligned_empty, is_on_host, make_array_builder
-from qwen_dist.checkpoint.fp8 import read_block_size
+from qwen_dist.checkpoint.buffers import EncodingBuffer, ShardBuffer, aligned_empty, is_on_host, make_array_builder
+from qwen_dist.checkpoint.fp8 import BlockScales, read_block_size
 from qwen_dist.checkpoint.names import NameMap, map_names
+from qwen_dist.checkpoint.packed import PackedWeight
 from qwen_dist.checkpoint.plan import (
     COPIES_PER_CHUNK,
     Chunk,
@@ -28,10 +29,11 @@ from qwen_dist.checkpoint.plan import (
     make_digest,
     make_parameters,
     make_read_requests,
+    make_result,
 )
 from qwen_dist.checkpoint.source import Checkpoint
 from qwen_dist.checkpoint.sync import sync_processes
-from qwen_dist.errors import CheckpointError
+from qwen_dist.errors import CheckpointError, problem_list
 from qwen_dist.storage.files import ReadOptions
 
 T = TypeVar("T")
@@ -52,6 +54,7 @@ def load(
     disk_shapes: Mapping[str, tuple[int, ...]] | None = None,
     tied: bool = False,
     names: NameMap | None = None,
+    packed: Sequence[PackedWeight] = (),
     host_memory_budget: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> dict[str, jax.Array]:
@@ -67,6 +70,7 @@ def load(
         `q_proj.weight` [N, H, D]. Other parameters have their target shape on disk.
       tied: the model's output head is its embedding.
       names: where each parameter is on disk; by default found by `names.map_names`, which wants the whole model.
+      packed: the weights of the target that are kept quantised, and what their arrays are made of.
       host_memory_budget: bytes of host memory for buffers, not counting arrays that are in host memory themselves; by
         default a sixteenth of the machine's memory.
       progress: called with (bytes done, total bytes), from any thread, one call at a time.
@@ -85,6 +89,7 @@ def load(
             disk_shapes=disk_shapes,
             tied=tied,
             names=names,
+            packed=packed,
             host_memory_budget=host_memory_budget,
         )
         sync_point.digest = plan.digest
@@ -99,21 +104,32 @@ def make_load_plan(
     disk_shapes: Mapping[str, tuple[int, ...]] | None = None,
     tied: bool = False,
     names: NameMap | None = None,
+    packed: Sequence[PackedWeight] = (),
     host_memory_budget: int | None = None,
 ) -> LoadPlan:
     """Return the plan that `load` executes on this process, without reading any data. Arguments and errors as in `load`."""
-    tensors = checkpoint.tensors
-    shapes = {name: tuple(struct.shape) for name, struct in target.items()} | dict(disk_shapes or {})
-    block = read_block_size(checkpoint.config)
-    names = names or map_names(shapes, tensors, tied=tied)
-    parameters = make_parameters(target, names, tensors, block)
+    tensors, block = checkpoint.tensors, read_block_size(checkpoint.config)
+    packed_arrays = {name for weight in packed for name in weight.arrays.values()}
+    read = {name: struct for name, struct in target.items() if name not in packed_arrays}
+    shapes = {name: tuple(struct.shape) for name, struct in read.items()}
+    shapes |= {name: shape for name, shape in (disk_shapes or {}).items() if name not in packed_arrays}
+    sources = {source.name: source for weight in packed for source, _ in weight.sources}
+    shapes |= {name: source.disk_shape for name, source in sources.items()}
+    read |= {source.name: struct for weight in packed for source, struct in weight.sources}
+    unread = {name for weight in packed for name in weight.unread}
+    names = names or map_names(shapes, tensors, tied=tied, unread=unread)
+    parameters = make_parameters(read, names, tensors, block, sources)
+    results = {
+        weight.name: {suffix: make_result(name, target[name]) for suffix, name in weight.arrays.items()}
+        for weight in packed
+    }
     num_threads, chunk_bytes = fit_to_budget(checkpoint.read_options, parameters, host_memory_budget)
     requests = make_read_requests(
         parameters, names, tensors, chunk_bytes=chunk_bytes, max_gap=checkpoint.read_options.max_gap
     )
     tied_head_bytes = sum(tensors[name].nbytes for name in names.tied_head or ()) if jax.process_index() == 0 else 0
-    digest = make_digest(parameters, tensors)
-    return LoadPlan(parameters, requests, names, chunk_bytes, num_threads, tied_head_bytes, digest)
+    digest = make_digest((*parameters, *(one for of_weight in results.values() for one in of_weight.values())), tensors)
+    return LoadPlan(parameters, results, requests, names, chunk_bytes, num_threads, tied_head_bytes, digest)
 
 
 def fit_to_budget(read_options: ReadOptions, parameters: Iterable[Parameter], budget: int | None) -> tuple[int, int]:
@@ -133,18 +149,40 @@ def execute_plan(plan: LoadPlan, checkpoint: Checkpoint, progress: ProgressCallb
     """Read everything in the plan and return the arrays by parameter name."""
     if plan.tied_head_bytes:
         _check_tied_head(plan, checkpoint)
-    builders = {parameter.name: make_array_builder(parameter) for parameter in plan.parameters}
-    buffers = {name: builder.buffers for name, builder in builders.items()}
+    builders = {parameter.name: make_array_builder(parameter) for parameter in plan.arrays}
+    buffers: dict[str, Sequence[ShardBuffer]] = {name: builder.buffers for name, builder in builders.items()}
+    problems: set[str] = set()
+    buffers |= _encoding_buffers(plan, buffers, problems)
     counter, scratch = ByteCounter(plan.bytes_read, progress, plan.tied_head_bytes), threading.local()
+    # One unit of a source may be larger than a chunk.
+    scratch_bytes = max([plan.chunk_bytes, *(request.nbytes for request in plan.requests)])
 
     def run(request: ReadRequest) -> None:
         if not hasattr(scratch, "buffer"):
-            scratch.buffer = aligned_empty(plan.chunk_bytes)
+            scratch.buffer = aligned_empty(scratch_bytes)
         _execute_request(request, checkpoint, buffers, scratch.buffer)
         counter.add(request.nbytes)
 
     run_in_threads(run, plan.requests, plan.num_threads)
+    if problems:
+        raise CheckpointError("Weights that contradict config.json:\n" + problem_list(sorted(problems)))
     return {name: builder.build() for name, builder in builders.items()}
+
+
+def _encoding_buffers(
+    plan: LoadPlan, buffers: Mapping[str, Sequence[ShardBuffer]], problems: set[str]
+) -> dict[str, Sequence[ShardBuffer]]:
+    """Return the buffers of each source, which write to those of the arrays of its weight."""
+    of_weight = {
+        weight: {suffix: buffers[array.name] for suffix, array in arrays.items()} for weight, arrays in plan.packed.items()
+    }
+    return {
+        parameter.name: [
+            EncodingBuffer(parameter, shard, of_weight[parameter.source.weight], problems) for shard in parameter.shards
+        ]
+        for parameter in plan.parameters
+        if parameter.source is not None
+    }
 
 
 class ByteCounter:

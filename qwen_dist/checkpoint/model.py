@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -18,8 +18,17 @@ from qwen_dist.checkpoint.adapter_read import PeftAdapter, read_adapter
 from qwen_dist.checkpoint.carried import load_carried
 from qwen_dist.checkpoint.fp8 import FP8_DTYPES
 from qwen_dist.checkpoint.load import ProgressCallback, load
-from qwen_dist.checkpoint.names import find_layout, map_names
+from qwen_dist.checkpoint.names import find_layout, name_tensors
+from qwen_dist.checkpoint.packed import PackedWeight
 from qwen_dist.checkpoint.plan import FLOAT_DTYPES
+from qwen_dist.checkpoint.quantized import (
+    KeptWeight,
+    choose_weights,
+    declare_weights,
+    dequantize_weights,
+    packed_weights,
+    random_weights,
+)
 from qwen_dist.checkpoint.safetensors import TensorInfo
 from qwen_dist.checkpoint.save import check_output, export, read_extra_files, save
 from qwen_dist.checkpoint.source import Checkpoint, open_checkpoint
@@ -29,9 +38,16 @@ from qwen_dist.hf_config import parse_model_config, read_model_config
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.parameters import DiskShape, abstract_parameters, disk_shapes, random_parameters
 from qwen_dist.models.transformer import Transformer
+from qwen_dist.quantization.options import QuantizeOptions
+from qwen_dist.quantization.stored import read_stored
 from qwen_dist.runtime.memory import available_memory, format_gb
 from qwen_dist.sharding import ShardingContext
 from qwen_dist.storage.model_files import ModelFiles, ModelName
+
+_NO_MERGE = (
+    "--adapter is merged into the weights, which are quantised here: give --quantize none, or merge it with "
+    "qwen-dist export and quantise the result"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +57,7 @@ class LoadedModel:
     Attributes:
       files: those it was loaded from; None for a model that was only declared.
       checkpoint: the opened weights; None where they are random.
+      kept: the weights that are kept in fewer bits. The arrays of each have its name and a suffix.
     """
 
     config: ModelConfig
@@ -49,10 +66,11 @@ class LoadedModel:
     sharding_ctx: ShardingContext
     files: ModelFiles | None = None
     checkpoint: Checkpoint | None = None
+    kept: tuple[KeptWeight, ...] = ()
 
     @property
     def dtype(self) -> jax.numpy.dtype:
-        return self.parameters["embed_tokens.weight"].dtype
+        return self.parameters["norm.weight"].dtype
 
 
 def load_model(
@@ -63,6 +81,7 @@ def load_model(
     load_format: Literal["safetensors", "dummy"] = "safetensors",
     ignored_config_keys: Iterable[str] = (),
     adapter: PeftAdapter | None = None,
+    quantize: QuantizeOptions | Literal["stored", "none"] = "none",
     host_memory_budget: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> LoadedModel:
@@ -76,6 +95,7 @@ def load_model(
       load_format: "dummy" makes random weights on the devices instead of reading any.
       ignored_config_keys: unknown keys of config.json that the user allows.
       adapter: is merged into the weights. That it fits them is checked before they are read.
+      quantize: weights are kept as the checkpoint has packed them ("stored"), dequantised ("none"), or quantised so.
       host_memory_budget: see `checkpoint.load.load`.
       progress: see `checkpoint.load.load`.
 
@@ -86,27 +106,87 @@ def load_model(
     files = ModelFiles.open(model)
     config = read_model_config(files, ignored_config_keys)
     module = Transformer(config, dtype=dtype)
-    target = abstract_parameters(module, sharding_ctx)  # raises UsageError before anything is read
+    abstract_parameters(module, sharding_ctx)  # raises UsageError before anything is read
     updates, shapes = () if adapter is None else adapter.updates, disk_shapes(module)
     fit_updates(updates, shapes)
-    _check_memory(target)
-    checkpoint = None
-    if load_format == "dummy":
-        parameters = random_parameters(module, sharding_ctx)
+    checkpoint = None if load_format == "dummy" else _open(files)
+    abstract = _abstract(module, files.config, sharding_ctx, quantize, checkpoint)
+    _check_memory(abstract.target)
+    if updates and abstract.kept:
+        raise UsageError(_NO_MERGE)
+    if checkpoint is None:
+        parameters = _random(module, abstract, sharding_ctx)
     else:
-        if jax.process_count() == 1:
-            files.download()
-        checkpoint = open_checkpoint(files)
         parameters = load(
             checkpoint,
-            target,
+            abstract.target,
             disk_shapes=shapes,
             tied=config.tie_word_embeddings,
+            packed=abstract.packed,
             host_memory_budget=host_memory_budget,
             progress=progress,
         )
+    if quantize == "none" and abstract.kept:
+        parameters = dequantize_weights(parameters, abstract.kept, abstract.dequantized)
+        return LoadedModel(config, Transformer(config, dtype=dtype), parameters, sharding_ctx, files, checkpoint)
     parameters = merge_updates(parameters, updates, shapes, sharding_ctx)
-    return LoadedModel(config, module, parameters, sharding_ctx, files, checkpoint)
+    return LoadedModel(config, module, parameters, sharding_ctx, files, checkpoint, tuple(abstract.kept))
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractModel:
+    """What `load` needs of a model.
+
+    Attributes:
+      target: shape, dtype and sharding of every array.
+      disk_shapes: the shape on disk of each parameter.
+      is_tied: whether the head is the embedding.
+      kept, packed: the weights that are kept in fewer bits.
+      dequantized: the target without quantisation.
+    """
+
+    target: dict[str, jax.ShapeDtypeStruct]
+    disk_shapes: dict[str, DiskShape]
+    is_tied: bool
+    kept: Sequence[KeptWeight] = ()
+    packed: Sequence[PackedWeight] = ()
+    dequantized: Mapping[str, jax.ShapeDtypeStruct] = dataclasses.field(default_factory=dict)
+
+
+def _abstract(
+    module: Transformer,
+    hf: Mapping[str, Any],
+    sharding_ctx: ShardingContext,
+    quantize: QuantizeOptions | Literal["stored", "none"],
+    checkpoint: Checkpoint | None,
+) -> AbstractModel:
+    """Declare in a module how its weights are kept, and return what `load` needs of it. Raises as `load_model` does."""
+    target, shapes = abstract_parameters(module, sharding_ctx), disk_shapes(module)
+    kept: list[KeptWeight] = []
+    # FP8 is dequantised while it is read, every other packing after it.
+    if quantize != "none" or not _is_fp8(hf):
+        options = quantize if isinstance(quantize, QuantizeOptions) else None
+        kept = choose_weights(module, hf, options, None if checkpoint is None else checkpoint.tensors)
+        declare_weights(module, kept)
+    quantized, packed = abstract_parameters(module, sharding_ctx), packed_weights(kept, sharding_ctx)
+    return AbstractModel(quantized, shapes, module.config.tie_word_embeddings, kept, packed, target)
+
+
+def _open(files: ModelFiles) -> Checkpoint:
+    if jax.process_count() == 1:
+        files.download()
+    return open_checkpoint(files)
+
+
+def _random(module: Transformer, abstract: AbstractModel, sharding_ctx: ShardingContext) -> dict[str, jax.Array]:
+    names = abstract.target.keys() - {name for one in abstract.packed for name in one.arrays.values()}
+    parameters = random_parameters(module, sharding_ctx, names=names)
+    return parameters | random_weights(module, abstract.kept, sharding_ctx)
+
+
+def _is_fp8(hf: Mapping[str, Any]) -> bool:
+    stored = read_stored(hf)
+    return stored is not None and stored.method == "fp8"
 
 
 def _check_memory(target: Mapping[str, jax.ShapeDtypeStruct]) -> None:
@@ -151,7 +231,7 @@ def save_model(
     shapes, carried, layout = disk_shapes(model.module), None, None
     if model.checkpoint is not None:
         layout = find_layout(parameters, model.checkpoint.tensors)
-        carried = load_carried(model.checkpoint, shapes, model.sharding_ctx, tied=model.config.tie_word_embeddings)
+        carried = load_carried(model.checkpoint, model.sharding_ctx)
     save(
         parameters,
         output,
@@ -165,19 +245,16 @@ def save_model(
     )
 
 
-AbstractModel = tuple[dict[str, jax.ShapeDtypeStruct], dict[str, DiskShape], bool]
-
-
 def abstract_model(
-    hf: Mapping[str, Any], sharding_ctx: ShardingContext, dtype: DTypeLike, ignored_config_keys: Iterable[str] = ()
+    checkpoint: Checkpoint,
+    sharding_ctx: ShardingContext,
+    dtype: DTypeLike,
+    ignored_config_keys: Iterable[str] = (),
+    quantize: QuantizeOptions | Literal["stored", "none"] = "none",
 ) -> AbstractModel:
-    """Return what `load` needs of the model in a `config.json`: target, shapes on disk, and whether the head is tied.
-
-    Raises CheckpointError and UsageError as `load_model` does.
-    """
-    config = parse_model_config(hf, ignored_config_keys)
-    module = Transformer(config, dtype=dtype)
-    return abstract_parameters(module, sharding_ctx), disk_shapes(module), config.tie_word_embeddings
+    """Return what `load` needs of the model of a checkpoint. Raises CheckpointError and UsageError as `load_model` does."""
+    config = parse_model_config(checkpoint.config, ignored_config_keys)
+    return _abstract(Transformer(config, dtype=dtype), checkpoint.config, sharding_ctx, quantize, checkpoint)
 
 
 def export_model(
@@ -204,12 +281,22 @@ def export_model(
             check_output(output, overwrite=overwrite)
     updates = read_adapter(adapter, ignored_config_keys).updates if adapter else ()
     checkpoint = open_checkpoint(model)
-    target, shapes, is_tied = abstract_model(checkpoint.config, sharding_ctx, dtype or "float32", ignored_config_keys)
+    abstract = abstract_model(checkpoint, sharding_ctx, dtype or "float32", ignored_config_keys)
+    shapes, is_tied = abstract.disk_shapes, abstract.is_tied
     fit_updates(updates, shapes)
-    target = _with_stored_dtypes(target, shapes, checkpoint, is_tied=is_tied, dtype=dtype)
-    arrays = load(checkpoint, target, disk_shapes=shapes, tied=is_tied, host_memory_budget=host_memory_budget)
+    target = _with_stored_dtypes(abstract, checkpoint, dtype=dtype)
+    arrays = load(
+        checkpoint,
+        target,
+        disk_shapes=shapes,
+        tied=is_tied,
+        packed=abstract.packed,
+        host_memory_budget=host_memory_budget,
+    )
+    if abstract.kept:
+        arrays = dequantize_weights(arrays, abstract.kept, _dequantized_target(abstract, dtype))
     arrays = merge_updates(arrays, updates, shapes, sharding_ctx)
-    carried = load_carried(checkpoint, shapes, sharding_ctx, tied=is_tied, host_memory_budget=host_memory_budget)
+    carried = load_carried(checkpoint, sharding_ctx, host_memory_budget=host_memory_budget)
     export(
         checkpoint,
         arrays,
@@ -224,25 +311,37 @@ def export_model(
 
 
 def _with_stored_dtypes(
-    target: Mapping[str, jax.ShapeDtypeStruct],
-    shapes: Mapping[str, DiskShape],
-    checkpoint: Checkpoint,
-    *,
-    is_tied: bool,
-    dtype: DTypeLike | None,
+    model: AbstractModel, checkpoint: Checkpoint, *, dtype: DTypeLike | None
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the target with the dtype of each parameter on disk; `dtype` replaces it, but for parameters kept wider.
 
-    What the model keeps wider than `dtype`, such as a delta net's `A_log`, is not widened beyond what is stored.
+    What the model keeps wider than `dtype`, such as a delta net's `A_log`, is not widened beyond what is stored. The arrays
+    of quantised weights stay as they are.
     """
-    names = map_names(shapes, checkpoint.tensors, tied=is_tied)
-    result = {}
-    for name, leaf in target.items():
-        stored = _stored_dtype(checkpoint.tensors[names.segments[name][0].tensor])
+    packed = {name for one in model.packed for name in one.arrays.values()}
+    plain = {name: leaf for name, leaf in model.target.items() if name not in packed}
+    shapes = {name: model.disk_shapes[name] for name in plain}
+    layout = find_layout(model.disk_shapes, checkpoint.tensors)
+    segments = name_tensors(shapes, layout=layout).segments
+    result = {name: leaf for name, leaf in model.target.items() if name in packed}
+    for name, leaf in plain.items():
+        if (tensor := checkpoint.tensors.get(segments[name][0].tensor)) is None:
+            result[name] = leaf  # which is an error of `load`, with all others
+            continue
+        stored = _stored_dtype(tensor)
         is_wide = dtype is not None and leaf.dtype != jnp.dtype(dtype)
         kept = min(leaf.dtype, stored, key=lambda one: one.itemsize) if is_wide else leaf.dtype
         result[name] = jax.ShapeDtypeStruct(leaf.shape, stored if dtype is None else kept, sharding=leaf.sharding)
     return result
+
+
+def _dequantized_target(model: AbstractModel, dtype: DTypeLike | None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the target of quantised weights that are exported: in `dtype`, by default bfloat16."""
+    leaves = {one.weight.name: model.dequantized[one.weight.name] for one in model.kept}
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype or jnp.bfloat16), sharding=leaf.sharding)
+        for name, leaf in leaves.items()
+    }
 
 
 def _stored_dtype(tensor: TensorInfo) -> np.dtype:

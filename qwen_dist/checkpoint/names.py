@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from qwen_dist.checkpoint.safetensors import TensorInfo
@@ -25,7 +25,7 @@ SCALE_SUFFIX = "_scale_inv"
 # Tensors outside the text model (vision tower, multi-token prediction), and a buffer that old checkpoints contain.
 _SKIPPED = re.compile(r"(model\.)?visual\.|mtp\.|.*\.rotary_emb\.inv_freq$")
 _NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.)")
-_EXPERTS = re.compile(r"(.*\.experts\.)(gate_up_proj|gate_proj|up_proj|down_proj)(?:\.weight)?$")
+_EXPERTS = re.compile(r"(.*\.experts\.)(gate_up_proj|gate_proj|up_proj|down_proj)(?:\.(\w+))?$")
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,6 @@ class NameMap:
     skipped: tuple[str, ...] = ()
     tied_head: tuple[str, str] | None = None
 
-    @property
-    def carried(self) -> tuple[str, ...]:
-        """The skipped tensors that a saved checkpoint should also have, such as the layers of multi-token prediction."""
-        return tuple(name for name in self.skipped if not name.endswith((SCALE_SUFFIX, ".inv_freq")))
-
 
 def name_tensors(disk_shapes: Mapping[str, tuple[int, ...]], *, layout: Layout | None = None) -> NameMap:
     """Return the names of a model's tensors on disk by convention, without looking at a checkpoint.
@@ -92,7 +87,11 @@ def name_alone(shapes: Mapping[str, tuple[int, ...]], stored: Container[str] = (
 
 
 def map_names(
-    disk_shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorInfo], *, tied: bool = False
+    disk_shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, TensorInfo],
+    *,
+    tied: bool = False,
+    unread: Collection[str] = (),
 ) -> NameMap:
     """Find the tensors of every parameter in a checkpoint.
 
@@ -100,6 +99,7 @@ def map_names(
       disk_shapes: as in `name_tensors`.
       tensors: the tensors of the checkpoint.
       tied: the model's head is its embedding; a stored `lm_head.weight` is recorded as `tied_head`.
+      unread: tensors that may be there and are not needed, such as the shapes of packed weights.
 
     Raises:
       CheckpointError: tensors are missing, unexpected, or of another shape; one message lists them all.
@@ -111,7 +111,7 @@ def map_names(
     skipped = {name for name in tensors if _SKIPPED.match(name)}
     head, embedding = prefix[1] + HEAD, prefix[0] + EMBEDDING
     tied_head = (head, embedding) if tied and HEAD not in disk_shapes and {head, embedding} <= set(tensors) else None
-    known = {*used, *scales.values(), *skipped, *(tied_head or ())}
+    known = {*used, *scales.values(), *skipped, *unread, *(tied_head or ())}
     problems = [f"missing: {line}" for line in summarize_names(name for name in used if name not in tensors)]
     problems += [f"unexpected: {line}" for line in summarize_names(name for name in tensors if name not in known)]
     problems += [
@@ -136,19 +136,19 @@ def find_layout(parameters: Iterable[str], tensors: Iterable[str]) -> Layout:
 
 
 def _segments(parameter_name: str, shape: tuple[int, ...], layout: Layout) -> tuple[Segment, ...]:
-    name = layout.prefix[parameter_name == HEAD] + parameter_name
+    name = layout.prefix[parameter_name.startswith("lm_head.")] + parameter_name
     experts = _EXPERTS.match(name)
     if experts is None:
         sections = getattr(shape, "sections", ())
         return tuple(_section_segments(name, shape, sections)) if sections else (Segment(name, shape, 0, math.prod(shape)),)
-    prefix, parameter = experts.groups()
+    prefix, parameter, leaf = experts.groups()
     num_experts, rows, columns = shape
-    if prefix.removeprefix(layout.prefix[0]) in layout.fused_experts:
+    if leaf in (None, "weight") and prefix.removeprefix(layout.prefix[0]) in layout.fused_experts:
         return tuple(_fused_expert_segments(prefix, parameter, num_experts, rows, columns))
     projections = ("gate_proj", "up_proj") if parameter == "gate_up_proj" else (parameter,)
     disk_shape = (rows // len(projections), columns)
     return tuple(
-        Segment(f"{prefix}{expert}.{projection}.weight", disk_shape, 0, math.prod(disk_shape))
+        Segment(f"{prefix}{expert}.{projection}.{leaf or 'weight'}", disk_shape, 0, math.prod(disk_shape))
         for expert in range(num_experts)
         for projection in projections
     )
@@ -174,6 +174,11 @@ def _fused_expert_segments(prefix: str, parameter: str, num_experts: int, rows: 
     offset = rows * columns if parameter == "up_proj" else 0
     for expert in range(num_experts):
         yield Segment(tensor, shape, expert * math.prod(shape[1:]) + offset, rows * columns)
+
+
+def carried_names(tensors: Iterable[str]) -> list[str]:
+    """Return the tensors outside the text model that a saved checkpoint should also have, such as a vision tower."""
+    return sorted(name for name in tensors if _SKIPPED.match(name) and not name.endswith((SCALE_SUFFIX, ".inv_freq")))
 
 
 def summarize_names(names: Iterable[str]) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import types
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from qwen_dist.checkpoint.boxes import (
 )
 from qwen_dist.checkpoint.fp8 import FP8_DTYPES, SCALE_DTYPES, scale_shape
 from qwen_dist.checkpoint.names import NameMap, Segment
+from qwen_dist.checkpoint.packed import Source
 from qwen_dist.checkpoint.safetensors import DTYPES, TensorInfo
 from qwen_dist.errors import CheckpointError, problem_list
 
@@ -68,6 +70,7 @@ class Parameter:
       num_stack_dims: number of leading dimensions that enumerate the segments; 0 for a view.
       shards: its shards on the devices of this process.
       block: block size (rows, columns) of quantised weights, else None.
+      source: how its values become arrays of a weight that is kept quantised; None: it is itself an array.
     """
 
     name: str
@@ -79,6 +82,16 @@ class Parameter:
     num_stack_dims: int
     shards: tuple[Shard, ...]
     block: tuple[int, int] | None = None
+    source: Source | None = None
+
+    @property
+    def expansion(self) -> int:
+        """Into how much smaller chunks it is cut, because of the memory that a chunk takes until it is written.
+
+        Dequantising takes 14 bytes per FP8 byte: float32 values, scales and product, and the rounded result. Quantising
+        takes as much again.
+        """
+        return (1 if self.block is None else 8) * (1 if self.source is None else 8 if self.block is None else 2)
 
     @property
     def nbytes_on_disk(self) -> int:
@@ -172,7 +185,8 @@ class LoadPlan:
     """Everything that one process does to load a checkpoint.
 
     Attributes:
-      parameters: the arrays to load, sorted by name.
+      parameters: what is read, sorted by name: arrays, and sources of arrays that are kept quantised.
+      packed: the arrays of each weight that is kept quantised, by their suffix; they are made of sources.
       requests: what to read, in file order.
       names: the tensors of each parameter, and the tensors that are skipped.
       chunk_bytes: maximum size of a chunk.
@@ -182,12 +196,19 @@ class LoadPlan:
     """
 
     parameters: tuple[Parameter, ...]
+    packed: Mapping[str, Mapping[str, Parameter]]
     requests: tuple[ReadRequest, ...]
     names: NameMap
     chunk_bytes: int
     num_threads: int
     tied_head_bytes: int
     digest: str
+
+    @property
+    def arrays(self) -> tuple[Parameter, ...]:
+        """The arrays that are made."""
+        packed = (array for of_weight in self.packed.values() for array in of_weight.values())
+        return (*(parameter for parameter in self.parameters if parameter.source is None), *packed)
 
     @property
     def bytes_read(self) -> int:
@@ -210,7 +231,7 @@ class LoadPlan:
     def bytes_per_device(self) -> dict[jax.Device, int]:
         """Return the bytes that each local device holds after the load."""
         totals: dict[jax.Device, int] = defaultdict(int)
-        for parameter in self.parameters:
+        for parameter in self.arrays:
             for shard in parameter.shards:
                 for device in shard.devices:
                     totals[device] += math.prod(box_shape(shard.box)) * parameter.dtype.itemsize
@@ -220,7 +241,7 @@ class LoadPlan:
         per_device = self.bytes_per_device().values()
         files = {request.file for request in self.requests}
         return (
-            f"{len(self.parameters)} parameters from {len(files)} files in {len(self.requests)} reads: "
+            f"{len(self.arrays)} parameters from {len(files)} files in {len(self.requests)} reads: "
             f"{self.bytes_read / 1e9:.3f} GB read ({self.over_read:.3f} x the minimum), "
             f"{min(per_device) / 1e9:.3f}-{max(per_device) / 1e9:.3f} GB on each of {len(per_device)} local devices, "
             f"at most {self.host_memory_bytes / 1e6:.0f} MB of host buffers, {len(self.names.skipped)} tensors skipped, "
@@ -233,8 +254,9 @@ def make_parameters(
     names: NameMap,
     tensors: Mapping[str, TensorInfo],
     block: tuple[int, int] | None,
+    sources: Mapping[str, Source] = types.MappingProxyType({}),
 ) -> tuple[Parameter, ...]:
-    """Combine the target with its tensors on disk, sorted by name.
+    """Combine the target with its tensors on disk, sorted by name. `sources` has those parameters that are sources.
 
     Raises:
       CheckpointError: a tensor's dtype cannot be converted to the parameter's, a scale does not fit its weight, or a
@@ -265,11 +287,18 @@ def make_parameters(
                 count_stack_dims(name, struct.shape, len(segments)),
                 shards,
                 block if scales[0] is not None else None,
+                sources.get(name),
             )
         )
     if problems:
         raise CheckpointError("Parameters that cannot be loaded:\n" + problem_list(problems))
     return tuple(parameters)
+
+
+def make_result(name: str, struct: jax.ShapeDtypeStruct) -> Parameter:
+    """Return an array that is made of sources: it has shards, and no bytes on disk of its own."""
+    dtype, shards = np.dtype(struct.dtype), make_shards(struct.shape, struct.sharding)
+    return Parameter(name, tuple(struct.shape), dtype, struct.sharding, dtype, (), 0, shards)
 
 
 def _dtype_problem(
@@ -286,7 +315,8 @@ def _dtype_problem(
     if disk.numpy is None:
         return f"dtype {disk.name} is known, but loading it is not supported"
     if any(scale is not None for scale in scales):
-        return _scale_problem(stored, scales, block) if is_float else f"FP8 cannot be converted to {target}"
+        is_kept = disk.numpy == target
+        return _scale_problem(stored, scales, block) if is_float or is_kept else f"FP8 cannot be converted to {target}"
     if disk.numpy == target or (disk.name in FLOAT_DTYPES and is_float):
         return None
     hint = "; its weight_scale_inv is missing" if disk.name in FP8_DTYPES else ""
@@ -341,8 +371,7 @@ def make_read_requests(
     """
     chunks = []
     for parameter in parameters:
-        # Dequantising takes 14 bytes per FP8 byte: float32 values, scales and product, and the rounded result.
-        limit = chunk_bytes if parameter.block is None else chunk_bytes // 8
+        limit = chunk_bytes // parameter.expansion
         for box in chunk_boxes(parameter, chunk_bytes=limit, max_gap=max_gap):
             tensor = parameter.segments[parameter.segment_index(box)].tensor
             scale = tensors[names.scales[tensor]] if parameter.block is not None else None
@@ -378,7 +407,8 @@ def chunk_boxes(parameter: Parameter, *, chunk_bytes: int, max_gap: int) -> Iter
     if any(run_length(box, parameter.shape) * itemsize < LONG_RUN_BYTES for box in boxes):
         boxes = [widen_box(box, parameter.shape, max_gap // itemsize) for box in merge_boxes(boxes)]
     for box in boxes:
-        yield from split_box(box, chunk_bytes // itemsize, parameter.num_stack_dims)
+        whole = () if parameter.source is None else parameter.source.whole
+        yield from split_box(box, chunk_bytes // itemsize, parameter.num_stack_dims, whole)
 
 
 def make_digest(parameters: Iterable[Parameter], tensors: Mapping[str, TensorInfo]) -> str:

@@ -95,6 +95,7 @@ def save(
     output: str | os.PathLike[str],
     *,
     config: Mapping[str, Any],
+    quantization: Mapping[str, Any] | None = None,
     disk_shapes: Mapping[str, tuple[int, ...]] | None = None,
     layout: Layout | None = None,
     carried: Mapping[str, jax.Array] | None = None,
@@ -111,6 +112,7 @@ def save(
       arrays: parameters by name, in the shapes of the model.
       output: the directory; it is created or replaced atomically.
       config: the content of `config.json`; its dtype and quantisation are updated.
+      quantization: the new `quantization_config`; None: the arrays are not quantised.
       disk_shapes: shapes on disk of parameters whose shape is a reshape of it, as in `load`.
       layout: naming of the tensors, as in `names.name_tensors`.
       carried: further arrays by their names on disk; they keep their dtypes.
@@ -126,7 +128,7 @@ def save(
     staging = StagingDirectory(output)
     shapes = {name: array.shape for name, array in arrays.items()} | dict(disk_shapes or {})
     dtypes = {name: np.dtype((dtypes or {}).get(name, array.dtype)) for name, array in arrays.items()}
-    saved_config = _saved_config(config, dtypes)
+    saved_config = _saved_config(config, dtypes, quantization)
     names = name_tensors(shapes, layout=layout)
     if carried:
         alone = name_alone({name: array.shape for name, array in carried.items()})
@@ -332,11 +334,14 @@ def _encode_json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _saved_config(config: Mapping[str, Any], dtypes: Mapping[str, np.dtype]) -> dict[str, Any]:
-    """Return the configuration with the dtype of most weights and without quantisation; that of the text model, too."""
-    names = [dtype.name for dtype in dtypes.values()]
+def _saved_config(
+    config: Mapping[str, Any], dtypes: Mapping[str, np.dtype], quantization: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return the configuration with the dtype of most weights and this quantisation; that of the text model, too."""
+    names = [dtype.name for dtype in dtypes.values() if dtype.itemsize > 1 and dtype.kind not in "iu"] or ["bfloat16"]
     most = max(sorted(set(names)), key=names.count)
     saved = {key: value for key, value in config.items() if key not in ("quantization_config", "torch_dtype")}
+    saved |= {} if quantization is None else {"quantization_config": dict(quantization)}
     saved["dtype" if "dtype" in config else "torch_dtype"] = most
     if isinstance(text := config.get("text_config"), dict):
         saved["text_config"] = text | {key: most for key in ("dtype", "torch_dtype") if text.get(key)}

@@ -34,7 +34,9 @@ def run(config: InspectConfig, flags: DeviceFlags) -> int:
     sharding_ctx = ShardingContext(make_mesh(mesh), INFERENCE)
     report = inspect(
         config.model.path,
-        lambda hf: abstract_model(hf, sharding_ctx, config.model.dtype, config.model.ignored_keys),
+        lambda checkpoint: abstract_model(
+            checkpoint, sharding_ctx, config.model.dtype, config.model.ignored_keys, quantize="stored"
+        ),
         host_memory_budget=config.model.host_memory_bytes,
     )
     if flags.json:

@@ -12,16 +12,15 @@ import os
 import sys
 from collections.abc import Sequence
 
-from qwen_dist.cli import batch, doctor, export, finetune, generate, inspect, parity, plan, preflight, serve
+from qwen_dist.cli import batch, doctor, export, finetune, generate, inspect, parity, plan, preflight, quantize, serve
 from qwen_dist.cli.command_parser import check_command, describe_unknown
 from qwen_dist.cli.flags import build_parser
 from qwen_dist.cli.session import EXIT_INTERRUPTED
 from qwen_dist.errors import UsageError, UserError, printable_lines
 from qwen_dist.failures import describe_failure
 
-VERBS = tuple(
-    module.VERB for module in (generate, batch, serve, finetune, inspect, doctor, export, preflight, parity, plan)
-)
+_VERB_MODULES = (generate, batch, serve, finetune, inspect, doctor, export, quantize, preflight, parity, plan)
+VERBS = tuple(module.VERB for module in _VERB_MODULES)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

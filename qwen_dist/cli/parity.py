@@ -17,11 +17,14 @@ EXAMPLES = """\
 examples:
   qwen-dist parity --model ~/qwen3-0.6b --dtype float32
   qwen-dist parity --model ~/qwen3-0.6b --dtype bfloat16 --prompt "Why is the sky blue?" --report parity.html
+  qwen-dist parity --model ~/qwen3-0.6b --dtype bfloat16 --quantize int4 --kl text.txt
 exit code 1 if a component differs by more than its bound; needs the extra: pip install 'qwen-dist[parity]'"""
 
 
 def run(config: ParityConfig, flags: DeviceFlags) -> int:
     """Print the comparison, and write its page."""
+    if config.kl:
+        return _compare_distributions(config, flags)
     read = paths_read(config.model.path, flags.config)
     check_paths(read, [Written("--report", config.report, is_page=True)])
     start_jax(flags.num_cpu_devices, config.model.dtype)
@@ -51,6 +54,31 @@ def run(config: ParityConfig, flags: DeviceFlags) -> int:
     if config.report:
         write_html(report, config.report)
     return 0 if report.ok else 1
+
+
+def _compare_distributions(config: ParityConfig, flags: DeviceFlags) -> int:
+    """Print how far the distributions of two models are apart."""
+    start_jax(flags.num_cpu_devices, config.model.dtype)
+    find_devices()
+    from qwen_dist.parity.kl import KlOptions, compare_distributions
+
+    model = config.model
+    options = KlOptions(
+        model=model.path,
+        reference=config.kl_reference,
+        text=config.kl,
+        dtype=model.dtype,
+        quantize=model.quantize,
+        group_size=model.quantize_group_size,
+        has_head=model.quantize_head,
+        kv_cache=model.kv_cache_dtype,
+        max_tokens=config.kl_tokens,
+        mesh=config.mesh,
+        ignored_keys=tuple(model.ignored_keys),
+    )
+    report = compare_distributions(options, progress=lambda stage: print(stage, file=sys.stderr))
+    print(json.dumps(report.to_json()) if flags.json else report)
+    return 0
 
 
 VERB = Verb("parity", "compare with PyTorch, component by component", ParityConfig, DeviceFlags, run, EXAMPLES)

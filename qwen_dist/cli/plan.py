@@ -28,13 +28,32 @@ def run(config: PlanConfig, flags: Flags) -> int:
     check_paths(read, [Written("--chart", config.chart, is_page=True)])
     start_jax(topology.num_devices if topology.is_cpu else 1, config.model.dtype, use_compilation_cache=topology.is_cpu)
     find_devices()
+    from qwen_dist.checkpoint.quantized import Quantization
     from qwen_dist.planning.plan import compile_plan, make_capacity_plan, parse_layers
     from qwen_dist.planning.report import print_plan, to_json, write_chart
     from qwen_dist.planning.workload import Workload
+    from qwen_dist.quantization.options import CACHE_DTYPES, QuantizeOptions
+    from qwen_dist.storage.model_files import ModelFiles
 
-    model = read_model_config(config.model.path, config.model.ignored_keys)
+    files = ModelFiles.open(config.model.path)
+    model = read_model_config(files, config.model.ignored_keys)
     lora = config.lora if config.command == "finetune" and config.method == "lora" else None
-    workload = Workload(config.command, config.batch_size, config.context, config.model.dtype, config.remat, lora)
+    # Training dequantises the weights.
+    given = config.model
+    quantize = QuantizeOptions.of(given.quantize, given.quantize_group_size, has_head=given.quantize_head)
+    quantization = Quantization.of(files.config, quantize) if config.command == "batch" else None
+    if quantization is not None:
+        quantization.check(model, config.model.dtype)
+    workload = Workload(
+        config.command,
+        config.batch_size,
+        config.context,
+        config.model.dtype,
+        config.remat,
+        lora,
+        quantization,
+        CACHE_DTYPES[given.kv_cache_dtype],
+    )
     plan = make_capacity_plan(config.model.path, model, topology, workload, config.mesh or None)
     if config.compile is not None:
         plan = compile_plan(plan, model, parse_layers(config.compile, model.layers))

@@ -27,7 +27,7 @@ from qwen_dist.engine.sequence import Sequence
 from qwen_dist.engine.structured_output import Constraint, Grammars, is_installed
 from qwen_dist.errors import UsageError, UserError, printable
 from qwen_dist.models.state import States, page_bytes, slot_bytes
-from qwen_dist.models.state_spec import LayerStateSpec, cache_groups
+from qwen_dist.models.state_spec import CacheDtype, LayerStateSpec, cache_groups
 from qwen_dist.ops.paged_cache import MAX_ENTRIES, PAGE
 from qwen_dist.sharding import ShardingContext
 from qwen_dist.tokenizer import StopStrings, StreamDecoder, Tokenizer
@@ -100,6 +100,7 @@ class Engine:
       model, tokenizer: of one checkpoint.
       max_batch_size: requests at a time.
       cache_bytes: what the layers' states may grow to on each device.
+      cache_dtype: of keys and values in the cache; None: the model's.
       steps_per_dispatch: tokens of a request before the host sees them, up to a page: more keep a fast device busy,
         fewer let requests that end make room sooner.
       policy: the order in which waiting requests are admitted: "throughput" (the longest prompt first) or "latency" (the
@@ -122,6 +123,7 @@ class Engine:
         *,
         max_batch_size: int = 32,
         cache_bytes: int = 4 * 10**9,
+        cache_dtype: CacheDtype | None = None,
         steps_per_dispatch: int = 1,
         policy: str = "throughput",
         prefix_cache: bool = True,
@@ -144,7 +146,8 @@ class Engine:
         self.max_context = model.config.max_position_embeddings
         self._tokenizer = tokenizer
         self._vocab_size = model.config.vocab_size
-        self._runner, self._sampling = Runner(model, num_slots, steps_per_dispatch), SamplingTable(num_slots)
+        self._runner = Runner(model, num_slots, steps_per_dispatch, cache_dtype=cache_dtype)
+        self._sampling = SamplingTable(num_slots)
         specs = self._runner.specs
         self._limits = cache_limits(
             specs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Literal
 
 import jax
 
@@ -11,6 +12,7 @@ from qwen_dist.checkpoint.adapter_layers import stack_adapters, with_adapter
 from qwen_dist.checkpoint.adapter_read import PeftAdapter, read_adapter
 from qwen_dist.checkpoint.load import ProgressCallback
 from qwen_dist.checkpoint.model import LoadedModel, load_model
+from qwen_dist.checkpoint.quantized import Quantization
 from qwen_dist.config import ModelOptions, SamplingOptions
 from qwen_dist.engine.engine import Engine
 from qwen_dist.engine.generation_config import read_generation_config
@@ -21,6 +23,7 @@ from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.parameters import disk_shapes
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.ops.dispatch import Backend
+from qwen_dist.quantization.options import CACHE_DTYPES, QuantizeOptions
 from qwen_dist.sharding import INFERENCE, ShardingContext
 from qwen_dist.storage.model_files import ModelFiles
 from qwen_dist.tokenizer import Tokenizer
@@ -59,6 +62,7 @@ def open_engine(
       UserError: the mesh, the checkpoint or a sampling parameter cannot be used. Cheap checks run before the weights load.
     """
     devices = jax.devices() if devices is None else devices
+    quantize = QuantizeOptions.of(options.quantize, options.quantize_group_size, has_head=options.quantize_head)
     adapter = read_adapter(options.adapter, options.ignored_keys) if options.adapter else None
     named = {name: read_adapter(directory, options.ignored_keys) for name, directory in adapters.items()}
     given = make_mesh(MeshConfig.parse(mesh), devices) if mesh else None
@@ -67,17 +71,18 @@ def open_engine(
     tokenizer.check_template_variables(template_variables)
     defaults = read_generation_config(files, options.ignored_keys).override(vars(sampling))
     config = read_model_config(files, options.ignored_keys)
-    sharding_ctx = ShardingContext(given or make_mesh(default_mesh(config, devices), devices), INFERENCE)
+    sharding_ctx = ShardingContext(given or _make_default_mesh(options, quantize, files, config, devices), INFERENCE)
     for note in _notes(devices[0], sharding_ctx, config, tokenizer, options.adapter):
         announce(note)
     shapes = disk_shapes(Transformer(config, dtype=options.dtype)) if named else {}
     stacked, factors = stack_adapters(named, shapes)
-    model = _load(options, files, sharding_ctx, adapter, progress)
+    model = _load(options, quantize, files, sharding_ctx, adapter, progress)
     engine = Engine(
         with_adapter(model, stacked, dtype=model.dtype)[0] if named else model,
         tokenizer,
         max_batch_size=max_batch_size,
         cache_bytes=cache_bytes,
+        cache_dtype=CACHE_DTYPES[options.kv_cache_dtype],
         steps_per_dispatch=steps_per_dispatch,
         policy=policy,
         prefix_cache=prefix_cache,
@@ -87,8 +92,22 @@ def open_engine(
     return engine, tokenizer, defaults
 
 
+def _make_default_mesh(
+    options: ModelOptions,
+    quantize: QuantizeOptions | Literal["stored", "none"],
+    files: ModelFiles,
+    config: ModelConfig,
+    devices: Sequence[jax.Device],
+) -> jax.sharding.Mesh:
+    # Weights that are packed on disk are dequantised, if they are, once they have been read.
+    quantization = Quantization.of(files.config, "stored" if quantize == "none" else quantize)
+    units = {} if quantization is None else quantization.num_units(config, options.dtype)
+    return make_mesh(default_mesh(config, devices, units), devices)
+
+
 def _load(
     options: ModelOptions,
+    quantize: QuantizeOptions | Literal["stored", "none"],
     files: ModelFiles,
     sharding_ctx: ShardingContext,
     adapter: PeftAdapter | None,
@@ -101,6 +120,7 @@ def _load(
         load_format=options.load_format,
         ignored_config_keys=options.ignored_keys,
         adapter=adapter,
+        quantize=quantize,
         host_memory_budget=options.host_memory_bytes,
         progress=progress,
     )

@@ -26,7 +26,7 @@ from qwen_dist.engine.sampling import SamplingArrays, apply_repetition_penalty, 
 from qwen_dist.models.layers import take_positions
 from qwen_dist.models.parameters import with_parameters
 from qwen_dist.models.state import States, StepIndices, constrain_states, empty_states, resized_states, state_axes
-from qwen_dist.models.state_spec import RecurrentSpec
+from qwen_dist.models.state_spec import CacheDtype, RecurrentSpec
 from qwen_dist.models.transformer import Transformer, state_specs
 from qwen_dist.ops import slots
 from qwen_dist.ops.adapter_rows import adapter_factors
@@ -133,9 +133,9 @@ class SampledTokens(NamedTuple):
 class Runner:
     """The compiled programs for one model on one mesh: prefill, decode, and the state between them."""
 
-    def __init__(self, model: LoadedModel, num_slots: int, max_steps: int = 1):
+    def __init__(self, model: LoadedModel, num_slots: int, max_steps: int = 1, *, cache_dtype: CacheDtype | None = None):
         self._model, self._num_slots, self._max_steps = model, num_slots, max_steps
-        self.specs = state_specs(model.config, model.dtype)
+        self.specs = state_specs(model.config, model.dtype, cache_dtype)
         self.num_shards = model.sharding_ctx.batch_multiple()
         mesh = model.sharding_ctx.mesh
         options: dict[str, Any] = {

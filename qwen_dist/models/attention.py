@@ -17,7 +17,7 @@ from qwen_dist.capture import tap
 from qwen_dist.models.config import LayerConfig, ModelConfig
 from qwen_dist.models.layers import Linear, RMSNorm, take_positions
 from qwen_dist.models.state import LayerState, MixerInputs
-from qwen_dist.models.state_spec import FullAttentionSpec, PagedSpec, SlidingWindowSpec
+from qwen_dist.models.state_spec import AttentionSpec
 from qwen_dist.ops import paged_cache
 from qwen_dist.ops.attention import attention, attention_cost
 from qwen_dist.ops.cost import LayerCost, Step
@@ -51,11 +51,10 @@ class Attention(nnx.Module):
         self.sliding_window, self.has_gate = layer.sliding_window, config.attention_gate
 
     @staticmethod
-    def state_spec(config: ModelConfig, layer: LayerConfig, dtype: DTypeLike) -> PagedSpec:
+    def state_spec(config: ModelConfig, layer: LayerConfig, dtype: DTypeLike) -> AttentionSpec:
         sizes = config.num_key_value_heads, config.head_dim, jnp.dtype(dtype).name
-        if layer.sliding_window is None:
-            return FullAttentionSpec(*sizes)
-        return SlidingWindowSpec(*sizes, window=layer.sliding_window)
+        num_scales = paged_cache.scales_for(config.head_dim)
+        return AttentionSpec(*sizes, window=layer.sliding_window, num_scales=num_scales)
 
     def cost(self, step: Step) -> LayerCost:
         projected = step.outputs(**dict(self.q_proj.out_sizes)) * step.itemsize  # with gates

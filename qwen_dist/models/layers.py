@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from qwen_dist.models.parameters import declare_param
 from qwen_dist.ops.adapter_rows import select_adapter
 from qwen_dist.ops.matmul import accum_dtype, matmul
+from qwen_dist.ops.weight import take_rows
 from qwen_dist.sharding import all_gather_weight
 
 
@@ -109,7 +110,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         # The table stays sharded: the rows that tokens find are smaller than the table, and travel instead.
-        return jnp.take(self.weight[...], tokens_BT, axis=0, mode="clip")
+        return take_rows(self.weight.get_value(), tokens_BT)
 
 
 class RMSNorm(nnx.Module):

@@ -90,7 +90,7 @@ def resized_states(specs: Sequence[LayerStateSpec], states: States, num_pages: S
         if isinstance(spec, RecurrentSpec):
             return state
         widths = [(0, 0), (0, pages - state.k.shape[1]), (0, 0), (0, 0), (0, 0)]
-        return PagedState(*(jnp.pad(x, widths) for x in state))
+        return jax.tree.map(lambda x: jnp.pad(x, widths), state)
 
     return tuple(map(layer, specs, states, _pages_by_layer(specs, num_pages)))
 
@@ -114,7 +114,7 @@ def constrain_states(specs: Sequence[LayerStateSpec], states: States) -> States:
     """Shard the states as the active rules say."""
 
     def layer(spec: LayerStateSpec, state: LayerState) -> LayerState:
-        arrays = [constrain(x, *axes) for x, axes in zip(state, state_axes(spec), strict=True)]
+        arrays = [constrain(x, *axes) for x, axes in zip(jax.tree.leaves(state), state_axes(spec), strict=True)]
         return tuple(arrays) if isinstance(spec, RecurrentSpec) else PagedState(*arrays)
 
     return tuple(map(layer, specs, states))

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
+
+CacheDtype = Literal["int8", "float8_e4m3fn"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,32 +24,25 @@ class StateArray:
 
 
 @dataclasses.dataclass(frozen=True)
-class FullAttentionSpec:
-    """Keys and values of all positions of a sequence, in pages."""
+class AttentionSpec:
+    """Keys and values in pages: of all positions of a sequence, or of the last `window` in a ring of pages.
+
+    With `cache_dtype` they are kept in 8 bits with bfloat16 scales, `num_scales` for each position and head.
+    """
 
     num_kv_heads: int
     head_dim: int
     dtype: str
-
-    @property
-    def window(self) -> None:
-        return None
-
-    def page_arrays(self, page_size: int) -> tuple[StateArray, ...]:
-        return _keys_and_values(self.num_kv_heads, page_size, self.head_dim, self.dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class SlidingWindowSpec:
-    """Keys and values of the last `window` positions of a sequence, in a ring of pages."""
-
-    num_kv_heads: int
-    head_dim: int
-    dtype: str
-    window: int
+    window: int | None = None
+    cache_dtype: CacheDtype | None = None
+    num_scales: int = 0
 
     def page_arrays(self, page_size: int) -> tuple[StateArray, ...]:
-        return _keys_and_values(self.num_kv_heads, page_size, self.head_dim, self.dtype)
+        shape, axes = (self.num_kv_heads, page_size, self.head_dim), ("kv_heads", "kv_length", "head_dim")
+        if self.cache_dtype is None:
+            return (StateArray(shape, self.dtype, axes),) * 2
+        scale = StateArray((*shape[:2], self.num_scales), "bfloat16", (*axes[:2], "group"))
+        return (StateArray(shape, self.cache_dtype, axes),) * 2 + (scale,) * 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +55,7 @@ class RecurrentSpec:
     slot_arrays: tuple[StateArray, ...]
 
 
-PagedSpec = FullAttentionSpec | SlidingWindowSpec
-LayerStateSpec = PagedSpec | RecurrentSpec
-
-
-def _keys_and_values(num_kv_heads: int, page_size: int, head_dim: int, dtype: str) -> tuple[StateArray, ...]:
-    return (StateArray((num_kv_heads, page_size, head_dim), dtype, ("kv_heads", "kv_length", "head_dim")),) * 2
+LayerStateSpec = AttentionSpec | RecurrentSpec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ Letters: B batch, T length, X tokens whose hidden states are wanted, D embed, V 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -23,9 +24,10 @@ from qwen_dist.models.mlp import MLP
 from qwen_dist.models.moe import MoE
 from qwen_dist.models.rope import rope_table
 from qwen_dist.models.state import LayerState, MixerInputs, States, StepIndices, page_of_tokens
-from qwen_dist.models.state_spec import LayerStateSpec, cache_groups
+from qwen_dist.models.state_spec import AttentionSpec, CacheDtype, LayerStateSpec, cache_groups
 from qwen_dist.ops.cost import LayerCost, Step
 from qwen_dist.ops.matmul import matmul
+from qwen_dist.ops.weight import Weight
 from qwen_dist.sharding import all_gather_weight, constrain, prefetch_barrier
 
 # A policy of `jax.checkpoint`, such as `jax.checkpoint_policies.nothing_saveable`.
@@ -50,9 +52,10 @@ class Mixer(Protocol):
 MIXERS: dict[str, Any] = {"attention": Attention, "delta_net": GatedDeltaNet}
 
 
-def state_specs(config: ModelConfig, dtype: DTypeLike) -> tuple[LayerStateSpec, ...]:
-    """Return what each layer of a model that computes in `dtype` keeps between steps."""
-    return tuple(MIXERS[layer.mixer].state_spec(config, layer, dtype) for layer in config.layers)
+def state_specs(config: ModelConfig, dtype: DTypeLike, cache_dtype: CacheDtype | None = None) -> tuple[LayerStateSpec, ...]:
+    """Return what each layer of a model that computes in `dtype` keeps between steps; keys and values in `cache_dtype`."""
+    specs: list[LayerStateSpec] = [MIXERS[layer.mixer].state_spec(config, layer, dtype) for layer in config.layers]
+    return tuple(dataclasses.replace(x, cache_dtype=cache_dtype) if isinstance(x, AttentionSpec) else x for x in specs)
 
 
 class Block(nnx.Module):
@@ -149,8 +152,7 @@ class Transformer(nnx.Module):
         run: Any = Block.__call__ if remat is None else jax.checkpoint(_new_function(Block.__call__), policy=remat)
         if states is not None and not is_capturing():
             run = jax.jit(_new_function(run))
-        new_states: list[LayerState] = []
-        router_logits: list[jax.Array] = []
+        new_states, router_logits = list[LayerState](), list[jax.Array]()
         for index, block in enumerate(self.layers):
             with scope(f"layers.{index}"):
                 block = prefetch_barrier(x_BTD, block)
@@ -164,9 +166,9 @@ class Transformer(nnx.Module):
         """Return the next token's logits [B, T, V] from hidden states, in at least float32."""
         return logits(x_BTD, self.head())
 
-    def head(self) -> jax.Array:
+    def head(self) -> Weight:
         """Return the output weights [V, D], sharded as activations are; a tied model's are its embedding's."""
-        return all_gather_weight((self.lm_head or self.embed_tokens).weight[...], "vocab", "embed")
+        return all_gather_weight((self.lm_head or self.embed_tokens).weight.get_value(), "vocab", "embed")
 
 
 def _new_function(run: Any) -> Any:
@@ -193,7 +195,6 @@ def _inputs_by_layer(
     return inputs
 
 
-def logits(x_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
-    """Multiply hidden states by the output weights: logits [B, T, V] in at least float32."""
-    # Never rounded to the model's dtype: a bfloat16 logit has 3 digits, too few to choose between tokens.
+def logits(x_BTD: jax.Array, head_VD: Weight) -> jax.Array:
+    """Return logits [B, T, V], always in at least float32: a bfloat16 has 3 digits, too few to choose between tokens."""
     return constrain(tap("logits", matmul(x_BTD, head_VD)), "batch", "length", "vocab")

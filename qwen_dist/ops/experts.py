@@ -22,7 +22,7 @@ from qwen_dist.ops.expert_parallel import expert_capacity, expert_parallel
 from qwen_dist.ops.grouped_matmul import ROWS_BY_WEIGHTS, grouped_matmul, num_tiled_rows
 from qwen_dist.ops.matmul import accum_dtype
 from qwen_dist.ops.swiglu import swiglu
-from qwen_dist.ops.weight import Weight
+from qwen_dist.ops.weight import Weight, axes_of
 from qwen_dist.sharding import LocalShard, shard_map_op
 
 
@@ -41,6 +41,10 @@ class ExpertWeights:
 
     def __len__(self) -> int:
         return self.weight.shape[0]
+
+    def of_arrays(self, weights: ExpertWeights) -> ExpertWeights:
+        """Return these axes for the arrays that the weight consists of, where it is quantised."""
+        return dataclasses.replace(self, weight=axes_of(weights.weight, self.weight))
 
     def matrix(self) -> Weight:
         """Return the weight [E, O, I], its out-dimensions flattened."""
@@ -82,6 +86,7 @@ def experts(
     """
     tokens, choices = ("batch", "length", "embed"), ("batch", "length", "top_k")
     arguments = (x_BTD, chosen_BTK, scores_BTK, gate_up, down)
+    axes = axes[0].of_arrays(gate_up), axes[1].of_arrays(down)
     return shard_map_op(EXPERTS, arguments, (tokens, choices, choices, *axes), (tokens, (*choices, "embed")))
 
 

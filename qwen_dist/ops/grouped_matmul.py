@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from qwen_dist.ops import native, triton_grouped_matmul
 from qwen_dist.ops.dispatch import Backend, Implementation, Op
 from qwen_dist.ops.matmul import accum_dtype, matmul_weight_major
-from qwen_dist.ops.weight import Weight, to_array
+from qwen_dist.ops.weight import Weight
 
 # Rows multiplied at a time on a CPU, where XLA's product of two rows takes as long as that of eight. SMALL_BLOCKS: the size
 # of a small block → the most rows that a group may have on average for it.
@@ -69,7 +69,9 @@ _with_gradient.defvjp(_forward, _backward)
 
 
 def _plain(rows_RC: jax.Array, weights_EOC: Weight, sizes_E: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return _with_gradient(rows_RC, to_array(weights_EOC), sizes_E, dtype)
+    if isinstance(weights_EOC, jax.Array):
+        return _with_gradient(rows_RC, weights_EOC, sizes_E, dtype)
+    return _in_blocks(rows_RC, weights_EOC, sizes_E, dim=2, dtype=dtype)
 
 
 # --- TPU ---
@@ -178,11 +180,12 @@ def _on_cpu(x_RI: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Array, *, dim:
 
 
 def _in_blocks(
-    x_RI: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Array, skipped: jax.Array | int = 0, *, dim: int, dtype: jnp.dtype
+    x_RI: jax.Array, weights_EOC: Weight, sizes_E: jax.Array, skipped: jax.Array | int = 0, *, dim: int, dtype: jnp.dtype
 ) -> jax.Array:
     """Multiply group after group, each without its first `skipped` rows: in large blocks, and small ones for the rest.
 
-    A group's last block reaches into the rows of the next group, which then overwrites their results.
+    A group's last block reaches into the rows of the next group, which then overwrites their results. Of quantised weights
+    one at a time is an array, and those of groups without rows never are.
     """
     small, num_out = _small_block(len(x_RI), len(sizes_E)), weights_EOC.shape[3 - dim]
     padded = _bits(jnp.pad(x_RI, ((0, LARGE_BLOCK), (0, 0))))
@@ -194,7 +197,7 @@ def _in_blocks(
         # The barrier ties the weights to this iteration; without it XLA widens or copies all of them before the loop.
         weights, index = jax.lax.optimization_barrier((weights_EOC, index))
         group = with_rows_first_E[index]
-        weight_OC = jax.lax.dynamic_index_in_dim(_bits(weights), group, keepdims=False).view(weights.dtype)
+        weight_OC = _weight_of_group(weights, group)
 
         def rows(block: int, first: jax.Array, index: jax.Array, out: jax.Array) -> jax.Array:
             start = first + index * block
@@ -211,6 +214,12 @@ def _in_blocks(
 
     out = _bits(jnp.zeros((len(padded), num_out), dtype))
     return jax.lax.fori_loop(0, (sizes_E > 0).sum(), group, out).view(dtype)[: len(x_RI)]
+
+
+def _weight_of_group(weights_EOC: Weight, group: jax.Array) -> jax.Array:
+    if not isinstance(weights_EOC, jax.Array):
+        return weights_EOC.take(group).dequantize()
+    return jax.lax.dynamic_index_in_dim(_bits(weights_EOC), group, keepdims=False).view(weights_EOC.dtype)
 
 
 def _by_weight(x_RI: jax.Array, weight_OC: jax.Array, dim: int) -> jax.Array:
@@ -270,8 +279,11 @@ def _widened(x: jax.Array) -> jax.Array:
 # --- which form runs where ---
 
 _ON_CPU = (Backend.CPU_KERNELS, Backend.CPU_KERNELS_LOCAL, Backend.CPU)
-_KERNEL = Implementation("kernel", native.grouped_matmul, native.can_grouped_matmul)
-GROUPED_MATMUL = Op("grouped_matmul", _plain, dict.fromkeys((Backend.CPU_KERNELS, Backend.CPU_KERNELS_LOCAL), (_KERNEL,)))
+_KERNELS = (
+    Implementation("kernel", native.grouped_matmul, native.can_grouped_matmul),
+    Implementation("quantised kernel", native.quantized_grouped_matmul, native.can_quantized_grouped_matmul),
+)
+GROUPED_MATMUL = Op("grouped_matmul", _plain, dict.fromkeys((Backend.CPU_KERNELS, Backend.CPU_KERNELS_LOCAL), _KERNELS))
 # The plain form's own products: forward and by rows, and by weights.
 ROWS_BY_WEIGHTS = Op(
     "grouped_matmul: rows x weights",

@@ -144,7 +144,11 @@ MATMUL = Op(
     "matmul",
     _plain,
     {
-        Backend.CPU_KERNELS: (Implementation("kernel", native.matmul, native.can_matmul), _TWO_ROWS),
+        Backend.CPU_KERNELS: (
+            Implementation("kernel", native.matmul, native.can_matmul),
+            Implementation("quantised kernel", native.quantized_matmul, native.can_quantized_matmul),
+            _TWO_ROWS,
+        ),
         Backend.CPU_KERNELS_LOCAL: (_TWO_ROWS,),
         Backend.CPU: (_TWO_ROWS,),
         Backend.GPU: (Implementation("rounded inside", rounded_matmul, can_rounded_matmul),),

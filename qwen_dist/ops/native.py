@@ -25,8 +25,9 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from qwen_dist.ops import native_library
+from qwen_dist.ops.grouped_weight import RUN, GroupedWeight
 from qwen_dist.ops.native_library import BUILDS, active_build, is_available
-from qwen_dist.ops.paged_cache import PAGE, PagedState, PageIndices
+from qwen_dist.ops.paged_cache import PAGE, SCALED, PagedState, PageIndices
 from qwen_dist.ops.slots import SlotRows
 from qwen_dist.ops.weight import Weight
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 # jax's names for the functions of the library.
 TARGETS = {
     "qwen_dist_grouped_matmul": "GroupedMatmul",
+    "qwen_dist_quantized_matmul": "QuantizedMatmul",
     "qwen_dist_experts": "Experts",
     "qwen_dist_swiglu": "SwiGlu",
     "qwen_dist_rotate": "Rotate",
@@ -43,7 +45,7 @@ TARGETS = {
     "qwen_dist_short_convolution": "ShortConvolution",
     "qwen_dist_delta_rule_in_slots": "DeltaRuleInSlots",
 }
-GROUPED_MATMUL, EXPERTS, SWIGLU, ROTATE, PAGED_ATTENTION, SHORT_CONVOLUTION, DELTA_RULE_IN_SLOTS = TARGETS
+GROUPED_MATMUL, QUANTIZED_MATMUL, EXPERTS, SWIGLU, ROTATE, PAGED_ATTENTION, SHORT_CONVOLUTION, DELTA_RULE_IN_SLOTS = TARGETS
 # The builds that multiply 16-bit floats as they are. The others widen rows to float32, in scratch memory, padded to a
 # multiple of WIDE elements.
 WITHOUT_WIDENING, WIDE = ("avx512_bf16",), 32
@@ -129,6 +131,42 @@ def matmul(x: jax.Array, weight_OC: jax.Array, dtype: DTypeLike) -> jax.Array:
     return out_RO.reshape(*x.shape[:-1], -1)
 
 
+def can_quantized_grouped_matmul(rows_RC: jax.Array, weights_EOC: Weight, sizes_E: jax.Array, dtype: DTypeLike) -> bool:
+    return _can_multiply_quantized(rows_RC, weights_EOC, dtype)
+
+
+def can_quantized_matmul(x: jax.Array, weight_OC: Weight, dtype: DTypeLike) -> bool:
+    return _can_multiply_quantized(x, weight_OC, dtype)
+
+
+def _can_multiply_quantized(x: jax.Array, weight: Weight, dtype: DTypeLike) -> bool:
+    if not isinstance(weight, GroupedWeight) or weight.group_index is not None:
+        return False
+    is_form = weight.values.dtype in (jnp.int8, jnp.uint8) and weight.run == RUN and x.dtype == weight.dtype
+    is_form &= weight.scale.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
+    dtypes = x.dtype.name, jnp.dtype(dtype).name
+    is_form &= dtypes in (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"))
+    return is_form and weight.shape[-2] >= MIN_FEATURES and x.size > 0
+
+
+def quantized_grouped_matmul(
+    rows_RC: jax.Array, weights_EOC: GroupedWeight, sizes_E: jax.Array, dtype: DTypeLike
+) -> jax.Array:
+    """Compute what `grouped_matmul` does of the dequantised weights, bit for bit, without making arrays of them."""
+    result = jax.ShapeDtypeStruct((len(rows_RC), weights_EOC.shape[1]), dtype)
+    call = _kernel(QUANTIZED_MATMUL, (result, _scratch_shape(rows_RC.shape, rows_RC.dtype)))
+    zero_point = jnp.zeros(0, jnp.int8) if weights_EOC.zero_point is None else weights_EOC.zero_point
+    return call(rows_RC, weights_EOC.values, weights_EOC.scale, zero_point, sizes_E.astype(jnp.int32))[0]
+
+
+def quantized_matmul(x: jax.Array, weight_OC: GroupedWeight, dtype: DTypeLike) -> jax.Array:
+    """Multiply [..., C] with [O, C]: [..., O]; `quantized_grouped_matmul` with a single group."""
+    rows_RC = x.reshape(-1, x.shape[-1])
+    weight_EOC = weight_OC.reshape(1, *weight_OC.shape)
+    out_RO = quantized_grouped_matmul(rows_RC, weight_EOC, jnp.full(1, len(rows_RC)), dtype)
+    return out_RO.reshape(*x.shape[:-1], -1)
+
+
 def can_experts(x: jax.Array, gate_up: Weight, down: Weight) -> bool:
     """Return whether `experts` takes tokens [..., D] and experts [E, 2F, D] and [E, D, F] of these types and sizes."""
     if not (isinstance(gate_up, jax.Array) and isinstance(down, jax.Array)):
@@ -179,6 +217,7 @@ def can_paged_attention(
     q_BTNH: jax.Array, state: PagedState, positions_BT: jax.Array, pages: PageIndices, sliding_window: int | None
 ) -> bool:
     is_form = q_BTNH.dtype in (jnp.float32, jnp.bfloat16) and state.k.shape[0] == 1 and PAGE == KERNEL_PAGE
+    is_form = is_form and (state.k_scale is None or (state.k.dtype == jnp.int8 and SCALED == LANES))
     return is_form and q_BTNH.shape[-1] % LANES == 0 and q_BTNH.size > 0
 
 
@@ -192,7 +231,8 @@ def paged_attention(
     call = _kernel(PAGED_ATTENTION, jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype))
     scale = np.float32(q_BTNH.shape[-1] ** -0.5)
     # The pools go in as they are: XLA would copy them to reshape them.
-    return call(q_BTNH, *state, *numbers, scale=scale, window=np.int64(sliding_window or 0))
+    scales = [np.zeros(0, np.uint16) if x is None else x for x in (state.k_scale, state.v_scale)]
+    return call(q_BTNH, state.k, state.v, *scales, *numbers, scale=scale, window=np.int64(sliding_window or 0))
 
 
 def can_short_convolution(

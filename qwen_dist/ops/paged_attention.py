@@ -16,7 +16,7 @@ from qwen_dist.ops.attention import is_visible
 from qwen_dist.ops.cost import F32_BYTES, LayerCost, Passes, Step, uncounted_share
 from qwen_dist.ops.dispatch import Backend, Implementation, Op
 from qwen_dist.ops.matmul import accum_dtype
-from qwen_dist.ops.paged_cache import PAGE, PagedState, PageIndices, entries_at_a_time
+from qwen_dist.ops.paged_cache import PAGE, PagedState, PageIndices, entries_at_a_time, read_pages
 from qwen_dist.ops.triton_paged_attention import can_triton_paged_attention, triton_paged_attention
 
 
@@ -58,13 +58,12 @@ def paged_attention_in_groups(
     positions_DBT = positions_BT.reshape(num_shards, *q_DBTKGH.shape[1:3])
     attend = functools.partial(_attend_shard, num_entries=jnp.asarray(pages.num_entries), sliding_window=sliding_window)
     entries = tuple(map(jnp.asarray, (pages.row_DE, pages.page_DE, pages.start_DE)))
-    return jax.vmap(attend)(q_DBTKGH, *state, positions_DBT, *entries).reshape(q_BTNH.shape)
+    return jax.vmap(attend)(q_DBTKGH, state, positions_DBT, *entries).reshape(q_BTNH.shape)
 
 
 def _attend_shard(
     q_BTKGH: jax.Array,
-    k_PKSH: jax.Array,
-    v_PKSH: jax.Array,
+    state: PagedState,
     positions_BT: jax.Array,
     row_E: jax.Array,
     page_E: jax.Array,
@@ -74,7 +73,7 @@ def _attend_shard(
     sliding_window: int | None,
 ) -> jax.Array:
     B, T, K, G, H = q_BTKGH.shape
-    S, dtype = k_PKSH.shape[2], q_BTKGH.dtype
+    S, dtype = state.k.shape[2], q_BTKGH.dtype
     wide = accum_dtype(dtype)
     lowest = jnp.finfo(wide).min
     group = entries_at_a_time(B, T)
@@ -87,7 +86,8 @@ def _attend_shard(
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         highest_BKR, total_BKR, mixed_BKRH = sums
         row, page, start = (jax.lax.dynamic_slice_in_dim(x, index * group, group) for x in (row_E, page_E, start_E))
-        k_EKSH, v_EKSH = (x.at[page].get(mode="promise_in_bounds").view(dtype) for x in (k_PKSH, v_PKSH))
+        k_EKSH = read_pages(state.k, state.k_scale, page, dtype)
+        v_EKSH = read_pages(state.v, state.v_scale, page, dtype)
         scores_EKRS = jax.lax.dot_general(q_BKRH[row], k_EKSH, (((3,), (3,)), batch), preferred_element_type=wide)
         distance_ETS = positions_BT[row][:, :, None] - (start[:, None] + jnp.arange(S))[:, None]
         seen_ETS = is_visible(distance_ETS, sliding_window)

@@ -9,6 +9,7 @@ T length, X tokens of a shard, E entries (a row looking at a page).
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,8 @@ from qwen_dist.sharding import LocalShard, active_context, constrain, shard_map_
 
 # Positions of a page. Half a page a sequence is wasted on average; smaller pages make smaller, slower products.
 PAGE = 64
+# Channels with one scale, of keys and values in 8 bits.
+SCALED = 16
 # Pages that attention reads at a time, at most, for rows of one query and of many: their scores fit into a CPU's cache.
 MAX_ENTRIES, MAX_ENTRIES_OF_MANY = 64, 8
 # The first position of a page that no query may see: it is after every query.
@@ -28,14 +31,20 @@ NOWHERE = np.int32(2**30)
 
 
 class PagedState(NamedTuple):
-    """The rotated keys and the values of one layer, [D, P, K, S, H] each; 16-bit floats are stored as their bits.
+    """The rotated keys and the values of one layer, [D, P, K, S, H] each; floats of 16 and 8 bits are stored as their bits.
 
     The batch is split over D data-parallel shards, each with P pages. To change a few elements of a 16-bit float array, XLA
     CPU widens all of it to float32 and back; it changes integers in place, 1,000 times faster. Other backends do not mind.
+
+    Values of 8 bits have bfloat16 scales, [D, P, K, S, groups of SCALED channels]. One scale for each page would have to
+    change, and all of the page with it, with each token that has a larger value. One for each head is not enough: Qwen's
+    keys have a few channels that are far larger than the others, and the queries are small just there.
     """
 
     k: jax.Array
     v: jax.Array
+    k_scale: jax.Array | None = None
+    v_scale: jax.Array | None = None
 
 
 class PageIndices(NamedTuple):
@@ -69,13 +78,49 @@ def pages_for(num_positions: int) -> int:
 
 def stored_dtype(dtype: DTypeLike) -> jnp.dtype:
     """Return the type in which keys and values of this type are stored: see `PagedState`."""
-    return jnp.dtype(jnp.uint16) if jnp.dtype(dtype).itemsize == 2 else jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return jnp.dtype(dtype)
+    return jnp.dtype({1: jnp.uint8, 2: jnp.uint16}.get(jnp.dtype(dtype).itemsize, dtype))
+
+
+def scales_for(head_dim: int) -> int:
+    """Return how many scales a key or a value in 8 bits has."""
+    return head_dim // math.gcd(head_dim, SCALED)
+
+
+def quantize(x_BTKH: jax.Array, stored: DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """Return keys or values in 8 bits, int8 or the bits of float8_e4m3fn, and their scales as they are stored.
+
+    The scale makes the largest |value| of a group the largest number of the type; the others are rounded to the nearest.
+    """
+    groups = x_BTKH.astype(jnp.float32).reshape(*x_BTKH.shape[:-1], scales_for(x_BTKH.shape[-1]), -1)
+    limit = 127.0 if stored == jnp.int8 else 448.0
+    largest = jnp.max(jnp.abs(groups), axis=-1, keepdims=True)
+    scale = jnp.where(largest == 0, 1, largest / limit).astype(jnp.bfloat16)
+    scaled = (groups / scale.astype(jnp.float32)).clip(-limit, limit).reshape(x_BTKH.shape)
+    values = jnp.round(scaled).astype(jnp.int8) if stored == jnp.int8 else scaled.astype(jnp.float8_e4m3fn).view(jnp.uint8)
+    return values, scale[..., 0].view(jnp.uint16)
+
+
+def read_pages(pool_PKSH: jax.Array, scale_PKSG: jax.Array | None, page_E: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Return the keys or values of pages [E, K, S, H] in the type that attention computes in."""
+    stored = pool_PKSH.at[page_E].get(mode="promise_in_bounds")
+    if scale_PKSG is None:
+        return stored.view(dtype)
+    values = stored if stored.dtype == jnp.int8 else stored.view(jnp.float8_e4m3fn)
+    scale = scale_PKSG.at[page_E].get(mode="promise_in_bounds").view(jnp.bfloat16).astype(jnp.float32)
+    groups = values.astype(jnp.float32).reshape(*scale.shape, -1) * scale[..., None]
+    return groups.astype(dtype).reshape(values.shape)
 
 
 def write(
     state: PagedState, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array, page_BT: jax.Array
 ) -> PagedState:
     """Put the key and the value of each token into its page, at its position modulo PAGE; drop tokens of negative pages."""
+    new: tuple[jax.Array, ...] = k_BTKH, v_BTKH
+    if state.k_scale is not None:
+        (k, k_scale), (v, v_scale) = quantize(k_BTKH, state.k.dtype), quantize(v_BTKH, state.v.dtype)
+        new = (k, v, k_scale, v_scale)
     num_shards, num_pages = state.k.shape[:2]
     page_DX = jnp.where(page_BT < 0, num_pages, page_BT).reshape(num_shards, -1)
     offset_DX = (positions_BT % PAGE).reshape(num_shards, -1)
@@ -85,8 +130,8 @@ def write(
         return WRITE(pool, new_DXKH, page_DX, offset_DX)
 
     # Otherwise XLA shards them as attention reads them, and all-gathers them after the step.
-    k, v = (constrain(put_all(pool, new), *_POOL) for pool, new in ((state.k, k_BTKH), (state.v, v_BTKH)))
-    return PagedState(k, v)
+    pools = zip(jax.tree.leaves(state), new, strict=True)
+    return PagedState(*(constrain(put_all(pool, one), *_POOL) for pool, one in pools))
 
 
 def write_plain(pool_DPKSH: jax.Array, new_DXKH: jax.Array, page_DX: jax.Array, offset_DX: jax.Array) -> jax.Array:

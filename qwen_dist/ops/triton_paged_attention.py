@@ -36,7 +36,7 @@ def can_triton_paged_attention(
     """Whether the kernel takes these: it rounds wider floats, and each device needs the keys of its queries' heads."""
     N, H = q_BTNH.shape[2:]
     is_form = q_BTNH.dtype.itemsize == 2 and H in HEAD_DIMS and active_num_shards("q_heads", N) <= state.k.shape[2]
-    return is_form and is_shard_by_shard(state.k) and gpu.gpu_features().can_run_triton
+    return is_form and state.k_scale is None and is_shard_by_shard(state.k) and gpu.gpu_features().can_run_triton
 
 
 def triton_paged_attention(
@@ -53,7 +53,7 @@ def triton_paged_attention(
     entries = tuple(jnp.asarray(x) for x in (pages.row_DE, pages.page_DE, pages.start_DE))
     axes = queries, pool, pool, ("batch", "length"), *(("batch", "pages"),) * 3
     body = functools.partial(_local_attention, sliding_window=sliding_window, interpret=interpret)
-    (mixed_BTNH,) = shard_map_op(body, (q_BTNH, *state, positions_BT, *entries), axes, (queries,))
+    (mixed_BTNH,) = shard_map_op(body, (q_BTNH, state.k, state.v, positions_BT, *entries), axes, (queries,))
     return mixed_BTNH
 
 

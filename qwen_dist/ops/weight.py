@@ -1,7 +1,7 @@
 """What a matrix product may take as its weight: an array, or a weight that is stored in fewer bits.
 
 A quantised weight is a pytree of arrays, so it is sharded, donated and passed to jitted functions like any parameter.
-Only `ops.matmul` and `ops.grouped_matmul` look inside it.
+Only `ops.matmul` and `ops.grouped_matmul` look inside it. `ops.grouped_weight` has the form that checkpoints are loaded in.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 
@@ -34,6 +35,15 @@ class QuantizedWeight(Protocol):
     def reshape(self, *shape: int) -> QuantizedWeight:
         """Return the same weight with other dimensions, as `jax.Array.reshape`."""
 
+    def take(self, index: jax.Array) -> QuantizedWeight:
+        """Return the weight at indices of the first dimension, such as that of one expert, or the rows of tokens."""
+
+    def with_axes(self, axes: tuple[str, ...]) -> Any:
+        """Return the same pytree with the logical names of each array's dimensions in place of the arrays.
+
+        `axes` are those of the array that it stands for.
+        """
+
 
 Weight = jax.Array | QuantizedWeight
 
@@ -41,6 +51,18 @@ Weight = jax.Array | QuantizedWeight
 def to_array(weight: Weight) -> jax.Array:
     """Return the weight as an array: the plain form of every quantised product."""
     return weight if isinstance(weight, jax.Array) else weight.dequantize()
+
+
+def take_rows(weight: Weight, index: jax.Array) -> jax.Array:
+    """Return rows of a weight [V, C] as an array [*index, C]."""
+    if isinstance(weight, jax.Array):
+        return jnp.take(weight, index, axis=0, mode="clip")
+    return weight.take(index).dequantize()
+
+
+def axes_of(weight: Any, axes: tuple[str, ...]) -> Any:
+    """Return the logical names of the dimensions of a weight, as a tuple, or of each array of a quantised one."""
+    return weight.with_axes(axes) if isinstance(weight, QuantizedWeight) else axes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -137,8 +137,10 @@ def lower(config: ModelConfig, sharding_ctx: ShardingContext, workload: Workload
     if phase == "train":
         return _lower_training(config, sharding_ctx, workload)
     module = Transformer(config, dtype=workload.dtype)
+    if workload.quantization is not None:
+        workload.quantization.declare(module)
     model = LoadedModel(config, module, abstract_parameters(module, sharding_ctx), sharding_ctx)  # type: ignore[arg-type]
-    runner = Runner(model, workload.batch)
+    runner = Runner(model, workload.batch, cache_dtype=workload.cache_dtype)
     of_sequence = workload.pages(runner.specs, sharding_ctx)
     num_pages = tuple(workload.batch // runner.num_shards * number for number in of_sequence)
     if phase == "decode":

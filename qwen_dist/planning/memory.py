@@ -338,7 +338,7 @@ class CostModel:
     @functools.cached_property
     def _states(self) -> Mapping[LayerConfig, RowState]:
         """What a layer of each kind keeps of one row."""
-        specs = state_specs(self.config, self.workload.dtype)
+        specs = state_specs(self.config, self.workload.dtype, self.workload.cache_dtype)
         windows = [group.window for group in cache_groups(specs)]
         pages = dict(zip(windows, self.workload.pages(specs, self.sharding_ctx), strict=True))
 
@@ -360,6 +360,8 @@ class CostModel:
 
     def _inference_workspace_bytes(self, phase: Phase) -> int:
         largest = max(cost.workspace_bytes for same in self._layers(phase) for cost in same.costs)
+        # A quantised weight is an array while it is used.
+        largest += max(one.dequantized for _, one in self.sizes.all()) * self._itemsize
         # The sampler holds the logits raw, penalised, scaled, as probabilities and with Gumbel noise.
         logits = 5 * self._logit_size(self._tokens_of(phase)[0]) * F32_BYTES
         return max(2 * self._stream_bytes(phase) + largest, logits)

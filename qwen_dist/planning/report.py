@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 def to_json(plan: CapacityPlan) -> str:
     """Return the whole plan as JSON, with sums and totals added; in bytes and seconds."""
     content = dataclasses.asdict(plan)
+    plans = zip((plan.chosen, *plan.proposals), (content["chosen"], *content["proposals"]), strict=True)
+    for one, given in plans:
+        quantization = one.workload.quantization
+        given["workload"]["quantization"] = None if quantization is None else str(quantization)
     for phase, given in zip(plan.chosen.phases, content["chosen"]["phases"], strict=True):
         given["device_bytes"] = phase.device_bytes
         for name, step in (("step", phase.step), ("compiled_step", phase.compiled_step)):
@@ -31,7 +35,8 @@ def print_plan(plan: CapacityPlan, console: Console) -> None:
     chosen, chip = plan.chosen, plan.topology.chip
     work, num_devices = chosen.workload, plan.topology.num_devices
     console.print(
-        f"[bold]{_escape(plan.model)}[/]  {format_count(chosen.num_parameters)} parameters, {work.dtype}; "
+        f"[bold]{_escape(plan.model)}[/]  {format_count(chosen.num_parameters)} parameters, {work.dtype}"
+        f"{'' if work.quantization is None else f', {work.quantization}'}; "
         f"{num_devices} {'device' if num_devices == 1 else 'devices'} of {plan.topology.name}, "
         f"{_gb(chip.memory_bytes)} each; mesh "
         f"[bold]{chosen.mesh or 'data=1'}[/]; {work.command}, {work.batch} sequences of {work.context} tokens",

@@ -6,12 +6,15 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 
+import jax
+
 from qwen_dist.checkpoint.adapter_layers import linear_layers
 from qwen_dist.models.config import LayerConfig, ModelConfig
 from qwen_dist.models.layers import Linear
 from qwen_dist.models.parameters import abstract_parameters
 from qwen_dist.models.transformer import Block, Transformer, layer_cost
 from qwen_dist.ops.cost import LayerCost, Step
+from qwen_dist.ops.grouped_weight import GROUP_INDEX, SCALE, ZERO_POINT
 from qwen_dist.planning.workload import Workload
 from qwen_dist.sharding import ShardingContext
 from qwen_dist.train.lora import attach_lora
@@ -27,6 +30,7 @@ class ParameterSizes:
       local, local_bytes: on one device.
       used: elements on one device while it is used: sharded as activations are.
       is_trained: whether it changes in training.
+      dequantized: elements that are an array while it is used; 0 if it is not quantised.
     """
 
     name: str
@@ -35,6 +39,7 @@ class ParameterSizes:
     local_bytes: int
     used: int
     is_trained: bool
+    dequantized: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,20 +135,23 @@ class ModelSizes:
         rules = dataclasses.replace(sharding_ctx.rules, parameters=sharding_ctx.rules.activations)
         kept = abstract_parameters(module, sharding_ctx)
         used = abstract_parameters(module, dataclasses.replace(sharding_ctx, rules=rules))
+        local_bytes = _local_bytes(module, kept, sharding_ctx, workload)
 
         def parameters(prefix: str, names: Iterable[str]) -> tuple[ParameterSizes, ...]:
             found = []
             for name in names:
-                leaf = kept[name]
-                local = math.prod(leaf.sharding.shard_shape(leaf.shape))
+                leaf, local_used = kept[name], used[name].sharding.shard_shape(kept[name].shape)
+                # Of experts, one at a time is an array.
+                at_a_time = math.prod(local_used[1:] if ".experts." in name else local_used)
                 found.append(
                     ParameterSizes(
                         name=name.removeprefix(prefix),
                         size=math.prod(leaf.shape),
-                        local=local,
-                        local_bytes=local * leaf.dtype.itemsize,
-                        used=math.prod(used[name].sharding.shard_shape(leaf.shape)),
+                        local=math.prod(leaf.sharding.shard_shape(leaf.shape)),
+                        local_bytes=local_bytes[name],
+                        used=math.prod(local_used),
                         is_trained=name in adapters or workload.lora is None,
+                        dequantized=at_a_time if name + SCALE in local_bytes else 0,
                     )
                 )
             return tuple(found)
@@ -168,3 +176,20 @@ class ModelSizes:
         yield from ((1, parameter) for parameter in self.outside)
         for kind, block in self.blocks.items():
             yield from ((self.counts[kind], parameter) for parameter in block.parameters)
+
+
+def _local_bytes(
+    module: Transformer, kept: Mapping[str, jax.ShapeDtypeStruct], sharding_ctx: ShardingContext, workload: Workload
+) -> dict[str, int]:
+    """Return the bytes of each parameter on one device. That of a quantised weight has all its arrays, which follow."""
+    if workload.quantization is None:
+        return {name: _bytes_of(leaf) for name, leaf in kept.items()}
+    workload.quantization.declare(module)
+    arrays, suffixes = abstract_parameters(module, sharding_ctx), ("", SCALE, ZERO_POINT, GROUP_INDEX)
+    sums = {name: sum(_bytes_of(arrays[name + one]) for one in suffixes if name + one in arrays) for name in kept}
+    return sums | {name: _bytes_of(leaf) for name, leaf in arrays.items() if name not in kept}
+
+
+def _bytes_of(leaf: jax.ShapeDtypeStruct) -> int:
+    assert leaf.sharding is not None
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
+from qwen_dist.checkpoint.quantized import Quantization
 from qwen_dist.config import LoraOptions
 from qwen_dist.engine.engine import CHUNK_SIZE, MAX_CHUNKS, cache_limits
 from qwen_dist.errors import UsageError
-from qwen_dist.models.state_spec import LayerStateSpec
+from qwen_dist.models.state_spec import CacheDtype, LayerStateSpec
 from qwen_dist.sharding import INFERENCE, TRAIN, RuleSet, ShardingContext
 
 Phase = Literal["prefill", "decode", "train"]
@@ -26,6 +27,8 @@ class Workload:
       dtype: of parameters, activations and KV cache.
       remat: what the backward pass of finetune recomputes, see `config.FinetuneConfig`.
       lora: the adapters that finetune trains; None trains all parameters.
+      quantization: which weights are kept in fewer bits; None: none.
+      cache_dtype: of keys and values in the cache; None: `dtype`.
     """
 
     command: Literal["batch", "finetune"]
@@ -34,6 +37,8 @@ class Workload:
     dtype: str = "bfloat16"
     remat: Literal["none", "selective", "full"] = "full"
     lora: LoraOptions | None = None
+    quantization: Quantization | None = None
+    cache_dtype: CacheDtype | None = None
 
     def __post_init__(self) -> None:
         sizes = {"batch-size": self.batch, "context": self.context}

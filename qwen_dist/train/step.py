@@ -18,6 +18,7 @@ from qwen_dist.models.parameters import with_parameters
 from qwen_dist.models.transformer import Remat, Transformer
 from qwen_dist.ops.malloc import drain_tcache
 from qwen_dist.ops.matmul import accum_dtype
+from qwen_dist.ops.weight import to_array
 from qwen_dist.runtime.settings import compiler_options
 from qwen_dist.sharding import ShardingContext, use_sharding
 from qwen_dist.train.batches import TrainBatch
@@ -209,7 +210,7 @@ def batch_loss(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the sum of the target tokens' losses, their number, and the experts' auxiliary loss per token."""
     x_BTD, _, router_logits = module(batch.tokens, batch.positions, segments_BT=batch.segments, remat=remat)
-    loss = next_token_loss(x_BTD, module.head(), batch.targets, batch.loss_mask, sharding_ctx.batch_multiple())
+    loss = next_token_loss(x_BTD, to_array(module.head()), batch.targets, batch.loss_mask, sharding_ctx.batch_multiple())
     aux_loss = jnp.zeros((), loss.dtype)
     if (moe := module.config.moe) is not None:
         is_real_BT = batch.positions >= 0

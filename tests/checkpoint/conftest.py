@@ -6,10 +6,6 @@ import pytest
 import safetensors.numpy
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "fault: one way a checkpoint, a disk, a network or a process can fail")
-
-
 def pytest_terminal_summary(terminalreporter):
     reports = terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", [])
     cases = [report for report in reports if report.when == "call" and "fault" in report.keywords]

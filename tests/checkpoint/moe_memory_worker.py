@@ -25,13 +25,13 @@ def main():
     jax.distributed.initialize(address, num_processes=2, process_id=int(index))
     sharding_ctx = ShardingContext(make_mesh(MeshConfig.parse("expert=8")), INFERENCE)
     checkpoint = open_checkpoint(folder)
-    target, disk_shapes, tied = abstract_model(checkpoint.config, sharding_ctx, "bfloat16")
-    options = {"disk_shapes": disk_shapes, "tied": tied, "host_memory_budget": int(budget)}
-    plan = make_load_plan(checkpoint, target, **options)
+    model = abstract_model(checkpoint, sharding_ctx, "bfloat16")
+    options = {"disk_shapes": model.disk_shapes, "tied": model.is_tied, "host_memory_budget": int(budget)}
+    plan = make_load_plan(checkpoint, model.target, **options)
     with open("/proc/self/clear_refs", "w") as refs:
         refs.write("5")  # resets the peak
     before, read = number_in("/proc/self/status", "VmRSS"), number_in("/proc/self/io", "rchar")
-    arrays = load(checkpoint, target, **options)
+    arrays = load(checkpoint, model.target, **options)
     read = number_in("/proc/self/io", "rchar") - read
     growth = 1024 * (number_in("/proc/self/status", "VmHWM") - before)
     distinct = {

@@ -155,8 +155,7 @@ W, S = np.ones((20, 20), ml_dtypes.float8_e4m3fn), np.ones((2, 3), "float32")
 @pytest.mark.parametrize(
     ("config", "tensors", "message"),
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, {"w": W}, "quantization 'gptq' is not supported"),
-        ({"quantization_config": {"quant_method": "awq"}}, {"w": W}, "quantization 'awq' is not supported"),
+        ({"quantization_config": {"quant_method": "hqq"}}, {"w": W}, "quantization 'hqq' is not supported"),
         (
             {"quantization_config": {"quant_method": "fp8"}},
             {"w": W},

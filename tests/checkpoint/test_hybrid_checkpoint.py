@@ -183,7 +183,7 @@ def test_no_process_reads_more_than_its_share(published):
     from qwen_dist.checkpoint.load import make_load_plan
 
     checkpoint = open_checkpoint(published(False))
-    target, shapes, tied = abstract_model(checkpoint.config, context("tensor=2"), "bfloat16")
-    plan = make_load_plan(checkpoint, target, disk_shapes=shapes, tied=tied)
+    model = abstract_model(checkpoint, context("tensor=2"), "bfloat16")
+    plan = make_load_plan(checkpoint, model.target, disk_shapes=model.disk_shapes, tied=model.is_tied)
     assert plan.bytes_read == plan.bytes_needed
-    assert set(load(checkpoint, target, disk_shapes=shapes, tied=tied)) == set(target)
+    assert set(load(checkpoint, model.target, disk_shapes=model.disk_shapes, tied=model.is_tied)) == set(model.target)

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rich.console import Console
 
 from qwen_dist.checkpoint.inspect import inspect
+from qwen_dist.checkpoint.model import AbstractModel
 from qwen_dist.errors import UsageError
 
 
@@ -22,13 +23,14 @@ def folder(write_checkpoint):
     )
 
 
-def make_target(config):
+def make_target(checkpoint):
     """Return the abstract model of the checkpoint above on eight devices."""
-    assert config["model_type"] == "qwen3"
+    assert checkpoint.config["model_type"] == "qwen3"
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), (AxisType.Auto,) * 2)
     shapes = {f"layers.{i}.mlp.up_proj.weight": (8, 4) for i in range(3)} | {"embed_tokens.weight": (100, 4)}
     sharding = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
-    return {name: jax.ShapeDtypeStruct(shape, "float16", sharding=sharding) for name, shape in shapes.items()}, {}, False
+    target = {name: jax.ShapeDtypeStruct(shape, "float16", sharding=sharding) for name, shape in shapes.items()}
+    return AbstractModel(target, {}, is_tied=False)
 
 
 def printed(report):
@@ -86,15 +88,15 @@ def test_all_problems_are_listed(folder):
 
 
 def test_a_model_that_does_not_fit_is_a_problem(folder):
-    def too_small(config):
-        target, shapes, tied = make_target(config)
-        del target["layers.1.mlp.up_proj.weight"]
-        return target, shapes, tied
+    def too_small(checkpoint):
+        model = make_target(checkpoint)
+        del model.target["layers.1.mlp.up_proj.weight"]
+        return model
 
     report = inspect(str(folder), too_small)
     assert report.problems == ["unexpected: model.layers.1.mlp.up_proj.weight"] and report.parameters == 499
 
-    def refuse(config):
+    def refuse(checkpoint):
         raise UsageError("tensor=3 does not divide 8 heads")
 
     assert inspect(str(folder), refuse).problems == ["tensor=3 does not divide 8 heads"]

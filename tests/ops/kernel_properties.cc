@@ -151,6 +151,79 @@ void CheckGroupedMatmul(const Kernels& kernels) {
   }
 }
 
+// The number of the bits of a scale, and a random scale's bits.
+double ScaleOf(ScaleType type, const void* scales, int64_t i) {
+  if (type == ScaleType::kFloat32) return static_cast<const float*>(scales)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(scales)[i];
+  if (type == ScaleType::kBFloat16) return FromBits(bits);
+  return std::ldexp(1024 + (bits & 1023), (bits >> 10) - 25);  // normal and positive
+}
+// The nearest number of a type of scales; of float16 above its least normal one or a multiple of 2^-24.
+double RoundedTo(ScaleType type, double x) {
+  if (type == ScaleType::kFloat32) return static_cast<float>(x);
+  if (type == ScaleType::kBFloat16) return FromBits(ToBits(static_cast<float>(x)));
+  int exponent;
+  std::frexp(x, &exponent);
+  const double unit = std::ldexp(1.0, std::max(exponent - 11, -24));
+  return std::nearbyint(x / unit) * unit;
+}
+
+void CheckQuantizedMatmul(const Kernels& kernels) {
+  const Float dtype = RandomType(), result = dtype == Float::kFloat32 ? dtype : RandomType();
+  const Encoding encoding = Random(0, 1) ? Encoding::kInt4 : Encoding::kInt8;
+  const auto scale_type = static_cast<ScaleType>(Random(0, 2));
+  const int64_t experts = Random(1, 3), group_runs = OneOf({1, 2, 4}), groups = OneOf({1, 2, 3, 7});
+  const int64_t inputs = groups * group_runs * kRun, features = OneOf({4, 5, 6, 7, 8, 13, 66, 70});
+  std::vector<int32_t> sizes(experts);
+  int64_t rows = Random(0, 2);  // of no group
+  for (int32_t& size : sizes) rows += size = static_cast<int32_t>(OneOf({0, 1, 2, 3, 4, 5, 7, 12, 50}));
+  if (rows == 0) return;
+  const std::string name = Name(encoding == Encoding::kInt4 ? "quantized_matmul int4" : "quantized_matmul int8", dtype);
+  const int half = encoding == Encoding::kInt4 ? 8 : 128;
+  const bool has_zero = Random(0, 1);
+  const int64_t num_weights = experts * features * inputs, num_scales = experts * features * groups;
+  std::vector<int> weights(num_weights);
+  for (int& w : weights) w = static_cast<int>(Random(-half, half - 1));
+  std::vector<uint8_t> values(encoding == Encoding::kInt4 ? num_weights / 2 : num_weights);
+  for (int64_t i = 0; i < num_weights; ++i) {
+    if (encoding == Encoding::kInt8) {
+      values[i] = static_cast<uint8_t>(weights[i]);
+    } else {
+      const int64_t run = i / kRun, place = i % kRun;
+      values[run * kRun / 2 + place % (kRun / 2)] |= (weights[i] + 8) << (place < kRun / 2 ? 0 : 4);
+    }
+  }
+  std::vector<uint32_t> scales(num_scales);  // more than enough memory
+  for (int64_t i = 0; i < num_scales; ++i) {
+    if (scale_type == ScaleType::kFloat32) {
+      reinterpret_cast<float*>(scales.data())[i] = static_cast<float>(Random(1, 1 << 20)) * 0x1p-24f;
+    } else {
+      const auto bits = scale_type == ScaleType::kBFloat16 ? ToBits(static_cast<float>(Random(1, 255)) * 0x1p-12f)
+                                                           : static_cast<uint16_t>(Random(1 << 10, 9 << 10));
+      reinterpret_cast<uint16_t*>(scales.data())[i] = bits;
+    }
+  }
+  std::vector<int8_t> zero_points(num_scales);
+  for (int8_t& zero : zero_points) zero = static_cast<int8_t>(has_zero ? Random(-half, half - 1) : 0);
+  Array x(dtype, rows * inputs), y(result, rows * features), plain(result, rows * features), wide(dtype, num_weights);
+  x.Fill();
+  for (int64_t i = 0; i < num_weights; ++i) {
+    const int64_t group = i / (group_runs * kRun);
+    const double exact = (weights[i] - zero_points[group]) * ScaleOf(scale_type, scales.data(), group);
+    wide.Set(i, RoundedTo(scale_type, exact));
+  }
+  const Rows scratch(kernels, dtype, rows, inputs);
+  kernels.quantized_matmul(kPool, {dtype, result, encoding, scale_type, rows, experts, features, inputs, group_runs * kRun,
+                                   x.Data(), values.data(), scales.data(), has_zero ? zero_points.data() : nullptr,
+                                   sizes.data(), y.Data(), scratch.scratch});
+  y.ExpectGuards(name);
+  kernels.grouped_matmul(kPool, {dtype, result, rows, experts, features, inputs, x.Data(), wide.Data(), sizes.data(),
+                                 plain.Data(), scratch.scratch});
+  int64_t num_used = 0;
+  for (int32_t size : sizes) num_used += size;
+  Expect(y.SameBits(0, plain, 0, num_used * features), name + ": the bits of the dequantised weight's product");
+}
+
 void CheckExperts(const Kernels& kernels) {
   const Float dtype = RandomType();
   const int64_t tokens = Random(1, 30), top_k = Random(1, 3), experts = Random(1, 5);
@@ -277,10 +350,29 @@ void CheckPagedAttention(const Kernels& kernels) {
   Array out(dtype, q.size);
   q.Fill(), keys.Fill(), values.Fill();
   const auto scale = static_cast<float>(1 / std::sqrt(head_dim));
-  kernels.paged_attention(kPool, {dtype, rows, tokens, key_heads, group, head_dim, num_entries, num_entries, q.Data(),
-                                  keys.Data(), values.Data(), positions.data(), entry_rows.data(), pages.data(),
-                                  starts.data(), scale, window, out.Data()});
-  out.ExpectGuards(name);
+  const auto attend = [&](const void* k, const void* v, const uint16_t* k_scales, const uint16_t* v_scales, Array& to) {
+    kernels.paged_attention(kPool, {dtype, rows, tokens, key_heads, group, head_dim, num_entries, num_entries, q.Data(), k, v,
+                                    k_scales, v_scales, positions.data(), entry_rows.data(), pages.data(), starts.data(),
+                                    scale, window, to.Data()});
+    to.ExpectGuards(name);
+  };
+  std::vector<int8_t> small_keys(keys.size), small_values(keys.size);
+  std::vector<uint16_t> key_scales(keys.size / kScaled), value_scales(keys.size / kScaled);
+  const auto quantize = [&](std::vector<int8_t>& small, std::vector<uint16_t>& scales, Array& wide) {
+    for (uint16_t& x : scales) x = ToBits(static_cast<float>(std::abs(Normal())) / 127);
+    for (int64_t i = 0; i < wide.size; ++i) {
+      small[i] = static_cast<int8_t>(Random(-127, 127));
+      wide.Set(i, static_cast<double>(small[i]) * FromBits(scales[i / kScaled]));
+    }
+  };
+  const bool is_int8 = Random(0, 3) == 0;
+  if (is_int8) quantize(small_keys, key_scales, keys), quantize(small_values, value_scales, values);
+  attend(keys.Data(), values.Data(), nullptr, nullptr, out);
+  if (is_int8) {
+    Array same(dtype, q.size);
+    attend(small_keys.data(), small_values.data(), key_scales.data(), value_scales.data(), same);
+    Expect(same.SameBits(0, out, 0, q.size), name + ": the bits of attention to the dequantised pages");
+  }
   const double error = dtype == Float::kFloat32 ? 3e-6 : 1.6e-2;
   for (int64_t row = 0, first_entry = 0; row < rows; first_entry += (lengths[row++] + kPageSize - 1) / kPageSize) {
     for (int64_t index = 0; index < tokens * heads; index += Random(1, 5)) {
@@ -377,7 +469,7 @@ int main(int, char** arguments) {
   const Kernels* kernels = Find(arguments[1]);
   if (kernels == nullptr) return 2;
   for (int round = 0; round < std::atoi(arguments[2]); ++round) {
-    for (auto* check : {CheckGroupedMatmul, CheckExperts, CheckSwiGlu, CheckRotate, CheckShortConvolution,
+    for (auto* check : {CheckGroupedMatmul, CheckQuantizedMatmul, CheckExperts, CheckSwiGlu, CheckRotate, CheckShortConvolution,
                         CheckPagedAttention, CheckDeltaRule}) {
       check(*kernels);
     }

@@ -13,6 +13,7 @@ from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.ops import native, native_library
 from qwen_dist.ops.delta_rule import DeltaInputs
 from qwen_dist.ops.dispatch import Backend, active_backend
+from qwen_dist.ops.grouped_weight import GroupedFormat
 from qwen_dist.ops.matmul import MATMUL
 from qwen_dist.ops.native_library import BUILDS, PLAIN, VARIABLE
 from qwen_dist.ops.paged_cache import MAX_ENTRIES, PAGE, PagedState, PageIndices
@@ -100,6 +101,21 @@ def grouped_matmul_arguments(x, weight, result, num_out):
     return random((2, 8), x), random((2, num_out, 8), weight), jnp.array([1, 1]), result
 
 
+def quantized_weight(dtype, scale, encoding, run, *shape):
+    form = GroupedFormat(encoding, 64, 32 if run == 32 else run, scale, dtype)
+    tensors = form.tensors((*shape, 64), dtype, ("a",) * len(shape) + ("b",))
+    return form.assemble({suffix: random(spec.shape, spec.dtype) for suffix, spec in tensors.items()})
+
+
+def quantized_matmul_arguments(x, scale, encoding, run, result, num_out):
+    return random((2, 64), x), quantized_weight(x, scale, encoding, run, num_out), result
+
+
+def quantized_grouped_matmul_arguments(x, encoding, num_out):
+    weight = quantized_weight(x, "bfloat16", encoding, 32, 2, num_out)
+    return random((2, 64), x), weight, jnp.array([1, 1]), "float32"
+
+
 def swiglu_arguments(gate, up):
     return random((3, 5), gate), random((3, 5), up)
 
@@ -120,9 +136,18 @@ def convolution_arguments(dtype, weight_dtype, num_taps):
 
 
 # Of each kernel the predicate, the function, and arguments at the edge of what it takes.
+QUANTIZED = FLOATS, ("bfloat16", "float16"), ("int4",), (16, 32), FLOATS, (3, 4)
+QUANTIZED_GROUPS = FLOATS, ("int8", "int4", "float8_e4m3fn"), (3, 4)
 CASES = [
     (native.can_matmul, native.matmul, matmul_arguments, FLOATS, FLOATS, FLOATS, (3, 4)),
     (native.can_grouped_matmul, native.grouped_matmul, grouped_matmul_arguments, FLOATS, FLOATS, FLOATS, (3, 4)),
+    (native.can_quantized_matmul, native.quantized_matmul, quantized_matmul_arguments, *QUANTIZED),
+    (
+        native.can_quantized_grouped_matmul,
+        native.quantized_grouped_matmul,
+        quantized_grouped_matmul_arguments,
+        *QUANTIZED_GROUPS,
+    ),
     (native.can_swiglu, native.swiglu, swiglu_arguments, FLOATS, FLOATS),
     (native.can_rotate, native.rotate, rotate_arguments, FLOATS, FLOATS),
     (native.can_paged_attention, native.paged_attention, attention_arguments, FLOATS[:2], (8, 16, 24, 32), (1, 2)),

@@ -12,9 +12,10 @@ from qwen_dist.models.parameters import with_parameters
 from qwen_dist.ops import native, native_library
 from qwen_dist.ops.delta_rule import DeltaInputs, delta_rule_in_slots
 from qwen_dist.ops.experts import ExpertWeights, can_experts_kernel, experts_kernel, experts_plain
+from qwen_dist.ops.grouped_weight import GroupedFormat
 from qwen_dist.ops.matmul import matmul
 from qwen_dist.ops.paged_attention import paged_attention_in_groups
-from qwen_dist.ops.paged_cache import MAX_ENTRIES, PAGE, PagedState, PageIndices
+from qwen_dist.ops.paged_cache import MAX_ENTRIES, PAGE, PagedState, PageIndices, quantize
 from qwen_dist.ops.rotary import rotate, rotate_plain
 from qwen_dist.ops.short_convolution import SHORT_CONVOLUTION, short_convolution
 from qwen_dist.ops.slots import SlotRows
@@ -172,12 +173,16 @@ def pages_of(lengths, num_queries, window, seed=0):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("window", [None, 70])
 @pytest.mark.parametrize("num_queries", [1, 32])
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
 @pytest.mark.parametrize(("heads", "width"), [((14, 2), 64), ((4, 4), 128), ((6, 1), 16), ((8, 2), 80)])
-def test_attention(heads, width, num_queries, window, dtype):
+def test_attention(heads, width, cache_dtype, num_queries, window, dtype):
     pages, positions, num_pages = pages_of([1, 64, 65, 300, 5], num_queries, window)
     q = normal((len(positions), num_queries, heads[0], width), dtype)
-    pools = (normal((1, num_pages, heads[1], PAGE, width), dtype, seed) for seed in (1, 2))
+    pools = [normal((1, num_pages, heads[1], PAGE, width), dtype, seed) for seed in (1, 2)]
     cache = PagedState(*(pool.view(jnp.uint16) if dtype == "bfloat16" else pool for pool in pools))
+    if cache_dtype == "int8":
+        (k, k_scale), (v, v_scale) = (quantize(pool, jnp.int8) for pool in pools)
+        cache = PagedState(k, v, k_scale, v_scale)
     arguments = q, cache, jnp.asarray(positions), pages, window
     assert native.can_paged_attention(*arguments)
     out, plain = native.paged_attention(*arguments), paged_attention_in_groups(*arguments)
@@ -197,6 +202,12 @@ def test_attention(heads, width, num_queries, window, dtype):
             np.testing.assert_array_equal(alone[0], out[row, part])
 
 
+def quantized_weight(shape):
+    form = GroupedFormat("int4", shape[-1], 32, "float32", "float32")
+    tensors = form.tensors(shape, "float32", ("mlp", "embed"))
+    return form.assemble({suffix: jnp.ones(spec.shape, spec.dtype) for suffix, spec in tensors.items()})
+
+
 def program_with(kernel):
     """A function of arrays in which inference on one CPU uses the kernel, and the arrays."""
     if kernel == native.EXPERTS:
@@ -214,6 +225,7 @@ def program_with(kernel):
         return lambda *arrays: delta_rule_in_slots(*arrays), arrays
     return {
         native.GROUPED_MATMUL: (lambda x, weight: matmul(x, weight), (jnp.ones((3, 64)), jnp.ones((8, 64)))),
+        native.QUANTIZED_MATMUL: (lambda x, weight: matmul(x, weight), (jnp.ones((3, 64)), quantized_weight((8, 64)))),
         native.SWIGLU: (lambda gate, up: swiglu(gate, up), (jnp.ones((3, 64)),) * 2),
         native.ROTATE: (lambda x, *angles: rotate(x, *angles), (jnp.ones((1, 2, 3, 8)), *(jnp.ones((1, 2, 4)),) * 2)),
     }[kernel]

@@ -1,108 +1,192 @@
-"""A weight that is not one array: declared, sharded, loaded, multiplied and saved like any other parameter."""
+"""A weight in 8 or 4 bits: its values, its products, and how a layer declares, shards and uses it."""
 
-import dataclasses
 import functools
-import json
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from native_kernels import needs_kernels
 
-from qwen_dist.checkpoint.load import load
-from qwen_dist.checkpoint.save import save
-from qwen_dist.checkpoint.source import open_checkpoint
+from qwen_dist.errors import UsageError
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models import layers
-from qwen_dist.models.parameters import abstract_parameters, declare_param, disk_shapes, with_parameters
+from qwen_dist.models.parameters import abstract_parameters, with_parameters
+from qwen_dist.ops import native
+from qwen_dist.ops.experts import ExpertWeights, experts
 from qwen_dist.ops.grouped_matmul import grouped_matmul
+from qwen_dist.ops.grouped_weight import GroupedFormat, GroupedWeight, grouped_format
 from qwen_dist.ops.matmul import matmul
-from qwen_dist.ops.weight import QuantizedWeight, TensorSpec, WeightFormat, to_array
+from qwen_dist.ops.weight import QuantizedWeight, to_array
 from qwen_dist.sharding import INFERENCE, ShardingContext, use_sharding
 
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class ScaledWeight:
-    """A toy: `values` of 16 bits, and a scale of 32 bits for each element of the first dimension."""
-
-    values: jax.Array
-    scale: jax.Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.values.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.values.ndim
-
-    @property
-    def dtype(self) -> Any:
-        return jnp.dtype("float32")
-
-    def dequantize(self) -> jax.Array:
-        return self.values.astype(jnp.float32) * self.scale.reshape(-1, *(1,) * (self.ndim - 1))
-
-    def reshape(self, *shape: int) -> "ScaledWeight":
-        return ScaledWeight(self.values.reshape(*shape), self.scale)
+OUT, IN = 24, 64
+FORMS = [
+    GroupedFormat("int4", IN, 32, "bfloat16", "float32"),
+    GroupedFormat("int4", IN, 8, "float16", "bfloat16", has_zero_point=True),
+    GroupedFormat("int4", IN, 16, "float16", "float32", has_zero_point=True, has_group_index=True),
+    GroupedFormat("int8", IN, IN, "float32", "float32"),
+    GroupedFormat("int8", IN, 16, "bfloat16", "float64", has_zero_point=True),
+    GroupedFormat("float8_e4m3fn", IN, 32, "float32", "bfloat16"),
+]
 
 
-SCALED = WeightFormat(
-    "scaled",
-    lambda shape, dtype, axes: {
-        "": TensorSpec(shape, "bfloat16", axes),
-        "_scale": TensorSpec(shape[:1], "float32", axes[:1]),
-    },
-    lambda tensors: ScaledWeight(tensors[""], tensors["_scale"]),
-)
-OUT, IN = 24, 16
+def make(form, *out, seed=0):
+    """Return the arrays of a weight [*out, IN] by suffix, and its values element by element, in float32."""
+    rng, half = np.random.default_rng(seed), 8 if form.encoding == "int4" else 128
+    groups, runs = form.num_groups, form.in_features // form.run
+    scale = rng.uniform(1e-6, 0.02, (*out, groups)).astype(form.scale_dtype)
+    zero = rng.integers(-half, half, (*out, groups)) if form.has_zero_point else np.zeros((*out, groups), int)
+    index = np.arange(form.in_features) // form.group_size
+    index = rng.permutation(index) if form.has_group_index else index
+    if form.encoding.startswith("float8"):
+        values = rng.standard_normal((*out, form.in_features)).astype(form.encoding)
+        stored = values
+    else:
+        values = rng.integers(-half, half, (*out, form.in_features))
+        stored = values.astype(np.int8)
+    stored = stored.reshape(*out, runs, form.run)
+    if form.encoding == "int4":
+        low, high = np.split((stored + 8).astype(np.uint8), 2, axis=-1)
+        stored = low + 16 * high
+    expected = np.empty(values.shape, np.float32)
+    for place in np.ndindex(values.shape):
+        group = (*place[:-1], index[place[-1]])
+        exact = (np.float32(values[place]) - np.float32(zero[group])) * np.float32(scale[group])
+        expected[place] = np.float32(scale.dtype.type(exact))
+    arrays = {"": stored, "_scale": scale[..., None]}
+    if form.has_zero_point:
+        arrays["_zero_point"] = zero.astype(np.int8)[..., None]
+    if form.has_group_index:
+        arrays["_group_index"] = index.astype(np.int32).reshape(runs, form.run)
+    return jax.tree.map(jnp.asarray, arrays), expected.astype(form.dtype)
 
 
-def weight() -> ScaledWeight:
-    values, scale = jax.random.normal(jax.random.key(0), (OUT, IN)), jax.random.uniform(jax.random.key(1), (OUT,))
-    return ScaledWeight(values.astype("bfloat16"), scale)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_values_are_bit_for_bit_those_written_out(form):
+    with jax.enable_x64(form.dtype == "float64"):
+        arrays, expected = make(form, 3, OUT)
+        weight = form.assemble(arrays)
+        assert isinstance(weight, QuantizedWeight) and weight.shape == (3, OUT, IN) and weight.ndim == 3
+        found = jax.jit(to_array)(weight)
+        assert found.dtype == form.dtype
+        np.testing.assert_array_equal(np.asarray(found), expected)
+        np.testing.assert_array_equal(np.asarray(to_array(weight.reshape(-1, IN))), expected.reshape(-1, IN))
+        declared = {suffix: spec.shape for suffix, spec in form.tensors((3, OUT, IN), form.dtype, ("a", "b", "c")).items()}
+        assert declared == {suffix: array.shape for suffix, array in arrays.items()}
 
 
-def test_products_take_it():
-    x = jax.random.normal(jax.random.key(2), (5, IN))
-    assert isinstance(weight(), QuantizedWeight)
-    np.testing.assert_array_equal(matmul(x, weight()), matmul(x, to_array(weight())))
-    experts, sizes = jax.tree.map(lambda leaf: leaf.reshape(3, 8, *leaf.shape[1:]), weight()), jnp.array([2, 0, 3])
-    experts = ScaledWeight(experts.values, jnp.ones(3))
-    found, expected = (grouped_matmul(x, w, sizes, "float32") for w in (experts, to_array(experts)))
-    np.testing.assert_array_equal(found, expected)
+@pytest.mark.parametrize("form", FORMS[:4], ids=str)
+def test_products_are_those_of_the_dequantised_weight(form):
+    arrays, _ = make(form, OUT)
+    weight, x = form.assemble(arrays), jax.random.normal(jax.random.key(2), (5, IN), form.dtype)
+    np.testing.assert_array_equal(matmul(x, weight), matmul(x, to_array(weight)))
+    if not form.has_group_index:
+        stacked, sizes = form.assemble(make(form, 3, OUT)[0]), jnp.array([2, 0, 3])
+        found, expected = (grouped_matmul(x, w, sizes, "float32") for w in (stacked, to_array(stacked)))
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.fixture
-def linear(monkeypatch):
-    monkeypatch.setattr(layers, "declare_param", functools.partial(declare_param, weight_format=SCALED))
-    return layers.Linear({"mlp": OUT}, {"embed": IN}, bias=False, dtype="float32", std=0.02)
+def test_only_weights_of_groups_with_rows_become_arrays():
+    """The program has an array of one group's weight, not of all."""
+    form = GroupedFormat("int4", IN, 32, "float32", "float32")
+    stacked, x = form.assemble(make(form, 48, OUT)[0]), jnp.ones((5, IN))
+    run = jax.jit(functools.partial(grouped_matmul, dtype=jnp.dtype("float32")))
+    memory = run.lower(x, stacked, jnp.zeros(48, jnp.int32).at[7].set(5)).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 48 * OUT * IN * 4 / 3
 
 
-@pytest.mark.parametrize("mesh", ["data=1", "fsdp=2,tensor=4"])
-def test_a_layer_declares_loads_and_saves_it(linear, mesh, tmp_path):
+def context(mesh):
     config = MeshConfig.parse(mesh)
-    sharding_ctx = ShardingContext(make_mesh(config, jax.devices()[: config.num_devices]), INFERENCE)
+    return ShardingContext(make_mesh(config, jax.devices()[: config.num_devices]), INFERENCE)
+
+
+def quantized_linear(form, out, inp):
+    linear = layers.Linear(out, inp, bias=False, dtype=form.dtype, std=0.02)
+    linear.weight.set_metadata(weight_format=grouped_format(form))
+    return linear
+
+
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[2], FORMS[3]], ids=str)
+@pytest.mark.parametrize("mesh", ["data=1", "fsdp=2,tensor=2"])
+def test_a_layer_declares_and_uses_it(form, mesh):
+    sharding_ctx, linear = context(mesh), quantized_linear(form, {"embed": OUT}, {"q_heads": 4, "head_dim": 16})
     target = abstract_parameters(linear, sharding_ctx)
-    assert {name: (leaf.shape, leaf.dtype.name) for name, leaf in target.items()} == {
-        "weight": ((OUT, IN), "bfloat16"),
-        "weight_scale": ((OUT,), "float32"),
+    arrays, expected = make(form, OUT)
+    assert {name: (leaf.shape, leaf.dtype) for name, leaf in target.items()} == {
+        "weight" + suffix: (array.shape, array.dtype) for suffix, array in arrays.items()
     }
-    assert tuple(target["weight_scale"].sharding.spec) == tuple(target["weight"].sharding.spec)[:1]
-    original = {"weight": weight().values, "weight_scale": weight().scale}
-    save(original, tmp_path / "saved", config={"model_type": "qwen3"}, disk_shapes=disk_shapes(linear))
-    assert json.loads((tmp_path / "saved/config.json").read_text())["model_type"] == "qwen3"
-    loaded = load(open_checkpoint(tmp_path / "saved"), target, disk_shapes=disk_shapes(linear), tied=False)
-    for name, array in original.items():
-        np.testing.assert_array_equal(np.asarray(loaded[name]), np.asarray(array))
-        assert loaded[name].sharding == target[name].sharding
+    parameters = {
+        "weight" + suffix: jax.device_put(array, target["weight" + suffix].sharding) for suffix, array in arrays.items()
+    }
 
     @jax.jit
     def run(parameters, x):
         with use_sharding(sharding_ctx):
             return with_parameters(linear, parameters)(x)
 
-    x = jax.random.normal(jax.random.key(3), (4, IN))
-    np.testing.assert_allclose(run(loaded, x), x @ to_array(weight()).T, rtol=1e-5, atol=1e-5)
+    x = jax.random.normal(jax.random.key(3), (4, 4, 16))
+    np.testing.assert_allclose(run(parameters, x), np.asarray(x).reshape(4, IN) @ expected.T, rtol=1e-5, atol=1e-5)
+
+
+def test_a_shard_boundary_cuts_no_group():
+    linear = quantized_linear(FORMS[0], {"embed": OUT}, {"mlp": IN})
+    with pytest.raises(
+        UsageError, match="mlp has 2 groups of quantised weights, which the 4 shards of tensor do not divide"
+    ):
+        abstract_parameters(linear, context("tensor=4"))
+
+
+@pytest.mark.parametrize("mesh", ["data=1", "expert=2,tensor=2"])
+def test_experts_are_sharded_by_their_arrays(mesh):
+    """Of gate and up the in-features are `embed`, of down they are `mlp`, in groups."""
+    sharding_ctx, num_experts = context(mesh), 4
+    of_up, of_down = (GroupedFormat("int4", IN, 32, "float32", "float32") for _ in range(2))
+    (up, up_values), (down, down_values) = make(of_up, num_experts, 2, IN), make(of_down, num_experts, IN, seed=1)
+    axes = ExpertWeights(("experts", "gate_up", "mlp", "embed")), ExpertWeights(("experts", "embed", "mlp"))
+    x = jax.random.normal(jax.random.key(1), (4, 2, IN))
+    chosen = jax.random.randint(jax.random.key(2), (4, 2, 2), 0, num_experts)
+    scores = jnp.full((4, 2, 2), 0.5)
+
+    def run(gate_up, down):
+        with use_sharding(sharding_ctx):
+            return experts(x, chosen, scores, ExpertWeights(gate_up), ExpertWeights(down), axes)[0]
+
+    found = jax.jit(run)(of_up.assemble(up), of_down.assemble({suffix: array for suffix, array in down.items()}))
+    expected = jax.jit(run)(jnp.asarray(up_values), jnp.asarray(down_values))
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_equal_formats_are_one_object():
+    """So that layers that are alike are compiled once."""
+    one, other = (grouped_format(GroupedFormat("int4", IN, 32, "bfloat16", "float32")) for _ in range(2))
+    assert one is other and isinstance(one.assemble(make(FORMS[0], OUT)[0]), GroupedWeight)
+
+
+KERNEL_FORMS = [
+    GroupedFormat(encoding, 128, group, scale, dtype, has_zero_point=has_zero_point)
+    for encoding, group, scale, dtype, has_zero_point in (
+        ("int4", 32, "bfloat16", "bfloat16", False),
+        ("int4", 64, "float16", "bfloat16", True),
+        ("int4", 128, "float32", "float32", True),
+        ("int8", 32, "bfloat16", "bfloat16", False),
+        ("int8", 128, "float16", "float32", True),
+    )
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize("form", KERNEL_FORMS, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 4, 5, 60])
+def test_the_kernel_gives_the_bits_of_the_dequantised_weight(form, num_rows, cpu_build):
+    """However many rows there are; alone and in groups."""
+    arrays, _ = make(form, 3, 70)
+    weight, x = form.assemble(arrays), jax.random.normal(jax.random.key(0), (num_rows, 128), form.dtype)
+    sizes = jnp.array([num_rows // 2, 0, num_rows - num_rows // 2])
+    assert native.can_quantized_grouped_matmul(x, weight, sizes, "float32")
+    found = native.quantized_grouped_matmul(x, weight, sizes, "float32")
+    expected = native.grouped_matmul(x, jax.jit(to_array)(weight), sizes, "float32")
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+    one = weight.take(jnp.int32(1))
+    found, expected = native.quantized_matmul(x, one, form.dtype), native.matmul(x, jax.jit(to_array)(one), form.dtype)
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))

@@ -4,7 +4,8 @@
 // positions, with a running softmax (arXiv:2205.14135). The keys of a page are transposed once, so that a row's 64 scores
 // are a few registers. Where the processor multiplies pairs of 16-bit floats, values of two positions are interleaved;
 // elsewhere both are widened. As many scores as there are registers are computed at a time. A row's result is computed in
-// the same order whatever the other rows are.
+// the same order whatever the other rows are. A page in int8 is dequantised to the queries' type first, into memory that
+// the first caches hold.
 
 #pragma once
 
@@ -70,6 +71,19 @@ SIMD void PackValues(const typename Type::Element* values, int64_t head_dim, int
         }
       }
       Store(words, packed + position / kPerWord<Type> * num_columns + column);
+    }
+  }
+}
+
+// Multiply values by their scales, of which every kScaled of them share one.
+template <class Element>
+SIMD void DequantizePage(const int8_t* values, const uint16_t* scales, int64_t count, Element* page) {
+  for (int64_t i = 0; i < count; i += kScaled) {
+    const uint32_t bits = static_cast<uint32_t>(scales[i / kScaled]) << 16;
+    float scale;
+    std::memcpy(&scale, &bits, sizeof(scale));
+    UNROLL for (int lane = 0; lane < kScaled; lane += kFloatLanes) {
+      Store(LoadBytes(values + i + lane) * Set(scale), page + i + lane);
     }
   }
 }
@@ -176,8 +190,6 @@ template <class Type>
 struct Attention {
   using Element = typename Type::Element;
   const PagedAttentionArguments& shape;
-  const Element *q, *keys, *values;
-  Element* out;
 
   // Compute rows [first, last) of a sequence and a key head: row t · G + g is query head g of token t.
   SIMD void operator()(int64_t sequence, int64_t head, int64_t first, int64_t last,
@@ -187,6 +199,9 @@ struct Attention {
     std::vector<RunningSoftmax> softmax(num_rows, RunningSoftmax{std::numeric_limits<float>::lowest(), {}});
     std::vector<float> accumulator(num_rows * num_columns);
     std::vector<float> queries(num_rows * num_words), transposed(num_words * kPageSize), packed(num_columns * kPageSize);
+    std::vector<Element> page_keys, page_values;  // of pages in int8
+    const auto* const q = static_cast<const Element*>(shape.q);
+    auto* const out = static_cast<Element*>(shape.out);
     std::vector<int32_t> begin(num_rows), end(num_rows);
     std::vector<int64_t> position(num_rows), row_offset(num_rows);
     for (int64_t row = 0; row < num_rows; ++row) {
@@ -208,9 +223,11 @@ struct Attention {
         is_visible |= begin[row] < end[row];
       }
       if (!is_visible) continue;
-      const int64_t page_offset = (entry.page * shape.num_key_heads + head) * kPageSize * head_dim;
-      TransposeKeys<Type>(keys + page_offset, num_words, transposed.data());
-      PackValues<Type>(values + page_offset, head_dim, num_columns, packed.data());
+      const int64_t first_position = (entry.page * shape.num_key_heads + head) * kPageSize;
+      const Element* const keys = Page(shape.keys, shape.key_scales, first_position, page_keys);
+      const Element* const values = Page(shape.values, shape.value_scales, first_position, page_values);
+      TransposeKeys<Type>(keys, num_words, transposed.data());
+      PackValues<Type>(values, head_dim, num_columns, packed.data());
       const int64_t num_tiles = (num_rows + kAttendRows - 1) / kAttendRows;
       for (int64_t tile = 0; tile < num_tiles; ++tile) {
         const int64_t row = num_rows * tile / num_tiles, tile_rows = num_rows * (tile + 1) / num_tiles - row;
@@ -229,6 +246,16 @@ struct Attention {
   }
 
  private:
+  // Return the page [kPageSize][head_dim] of a head; one in int8 is dequantised into `page`.
+  SIMD const Element* Page(const void* pool, const uint16_t* scales, int64_t first_position,
+                           std::vector<Element>& page) const {
+    const int64_t offset = first_position * shape.head_dim;
+    if (scales == nullptr) return static_cast<const Element*>(pool) + offset;
+    page.resize(kPageSize * shape.head_dim);
+    DequantizePage(static_cast<const int8_t*>(pool) + offset, scales + offset / kScaled, page.size(), page.data());
+    return page.data();
+  }
+
   SIMD static void CopyQuery(const Element* from, int64_t num_words, float* to) {
     for (int64_t word = 0; word < num_words; word += kFloatLanes) {
       const Lanes lanes = FirstLanes(num_words - word);
@@ -248,10 +275,7 @@ void PagedAttention(const Pool& pool, const PagedAttentionArguments& a) {
     std::sort(of_sequence.begin(), of_sequence.end(), [](const Entry& a, const Entry& b) { return a.start < b.start; });
   }
   WithType(a.dtype, [&](auto float_type) {
-    using Type = decltype(float_type);
-    using Element = typename Type::Element;
-    const Attention<Type> attention{a, static_cast<const Element*>(a.q), static_cast<const Element*>(a.keys),
-                                    static_cast<const Element*>(a.values), static_cast<Element*>(a.out)};
+    const Attention<decltype(float_type)> attention{a};
     const int64_t num_rows = a.num_tokens * a.group_size;
     const int64_t jobs_per_head = (num_rows + kRowsPerJob - 1) / kRowsPerJob;
     ParallelFor(pool, a.num_rows * a.num_key_heads * jobs_per_head, [&](int64_t job) {

@@ -7,10 +7,11 @@
 #include "elementwise.h"
 #include "experts.h"
 #include "grouped_matmul.h"
+#include "quantized_matmul.h"
 
 namespace {
 
-constexpr Kernels kBuild{BFloat16::kWidens, GroupedMatmul,  Experts,     SwiGlu, Rotate,
-                         ShortConvolution,  PagedAttention, RunDeltaRule};
+constexpr Kernels kBuild{BFloat16::kWidens, GroupedMatmul,    QuantizedMatmul, Experts,     SwiGlu,
+                         Rotate,            ShortConvolution, PagedAttention,  RunDeltaRule};
 
 }  // namespace

@@ -73,6 +73,41 @@ ffi::Error GroupedMatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuf
   return ffi::Error::Success();
 }
 
+ffi::Error QuantizedMatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values, ffi::AnyBuffer scales,
+                               ffi::Buffer<ffi::S8> zero_points, ffi::Buffer<ffi::S32> sizes, ffi::Result<ffi::AnyBuffer> y,
+                               ffi::Result<ffi::AnyBuffer> scratch, int64_t build) {
+  const Kernels* kernels = Build(build);
+  if (kernels == nullptr) return NoBuild();
+  const auto dtype = x.element_type(), result = y->element_type(), scale = scales.element_type();
+  const auto rows = x.dimensions(), shape = values.dimensions(), groups = scales.dimensions();
+  const bool is_int4 = values.element_type() == ffi::U8;
+  Scratch rows_scratch;
+  // The values are [E, O, runs, width], the scales [E, O, groups, 1].
+  if (rows.size() != 2 || shape.size() != 4 || groups.size() != 4 || rows[1] != shape[2] * kRun ||
+      shape[3] != (is_int4 ? kRun / 2 : kRun) || shape[1] < kTileFeatures || groups[0] != shape[0] ||
+      groups[1] != shape[1] || groups[2] == 0 || shape[2] % groups[2] != 0 || groups[3] != 1 ||
+      (Count(zero_points) != 0 && Count(zero_points) != Count(scales)) || Count(sizes) != shape[0] ||
+      Count(*y) != rows[0] * shape[1] || !(is_int4 || values.element_type() == ffi::S8) ||
+      !(scale == ffi::F32 || scale == ffi::BF16 || scale == ffi::F16) ||
+      !GetScratch(*kernels, dtype, rows[0], rows[1], *scratch, &rows_scratch)) {
+    return ffi::Error::InvalidArgument(
+        "quantized_matmul takes rows [R, C], values [E, O, C / 32, 32] in int8 or [E, O, C / 32, 16] bytes with O >= 4, "
+        "scales [E, O, G, 1], zero points of their shape or none, and sizes [E]");
+  }
+  if (!IsFloat(dtype) || !IsFloat(result) || (dtype == ffi::F32 && result != ffi::F32)) {
+    return ffi::Error::InvalidArgument("quantized_matmul takes float32 to float32, or bfloat16 to float32 or bfloat16");
+  }
+  const ScaleType scale_type = scale == ffi::F32    ? ScaleType::kFloat32
+                               : scale == ffi::BF16 ? ScaleType::kBFloat16
+                                                    : ScaleType::kFloat16;
+  kernels->quantized_matmul(
+      PoolOf(pool), {FloatOf(dtype), FloatOf(result), is_int4 ? Encoding::kInt4 : Encoding::kInt8, scale_type, rows[0],
+                     shape[0], shape[1], rows[1], rows[1] / groups[2], x.untyped_data(), values.untyped_data(),
+                     scales.untyped_data(), Count(zero_points) == 0 ? nullptr : zero_points.typed_data(),
+                     sizes.typed_data(), y->untyped_data(), rows_scratch});
+  return ffi::Error::Success();
+}
+
 ffi::Error ExpertsImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> chosen, ffi::Buffer<ffi::F32> scores,
                        ffi::AnyBuffer gate_up, ffi::AnyBuffer down, ffi::Result<ffi::AnyBuffer> mixed,
                        ffi::Result<ffi::AnyBuffer> outputs, ffi::Result<ffi::AnyBuffer> hidden,
@@ -151,6 +186,7 @@ ffi::Error ShortConvolutionImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Any
 }
 
 ffi::Error PagedAttentionImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                              ffi::Buffer<ffi::U16> key_scales, ffi::Buffer<ffi::U16> value_scales,
                               ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> rows, ffi::Buffer<ffi::S32> pages,
                               ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::S32> num_entries,
                               ffi::Result<ffi::AnyBuffer> out, float scale, int64_t window, int64_t build) {
@@ -162,14 +198,21 @@ ffi::Error PagedAttentionImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBu
     return ffi::Error::InvalidArgument(
         "paged_attention takes queries [B, T, N, H] and pages [1, P, K, 64, H]; N is a multiple of K, and H of 16");
   }
-  const bool is_wide = q.element_type() == ffi::F32 && keys.element_type() == ffi::F32;
-  if (!is_wide && !(q.element_type() == ffi::BF16 && keys.element_type() == ffi::U16)) {
-    return ffi::Error::InvalidArgument("paged_attention takes float32, or bfloat16 queries and pages of their bits (uint16)");
+  const bool is_wide = q.element_type() == ffi::F32, is_int8 = keys.element_type() == ffi::S8;
+  const int64_t num_scales = is_int8 ? Count(keys) / kScaled : 0;
+  if ((!is_wide && q.element_type() != ffi::BF16) || keys.element_type() != values.element_type() ||
+      (!is_int8 && keys.element_type() != (is_wide ? ffi::F32 : ffi::U16)) || Count(key_scales) != num_scales ||
+      Count(value_scales) != num_scales) {
+    return ffi::Error::InvalidArgument(
+        "paged_attention takes float32 or bfloat16 queries, and pages of their type (the bits of bfloat16 in uint16) or int8 "
+        "with a scale, the bits of bfloat16, for every 16 values");
   }
   const int64_t count = std::min<int64_t>(num_entries.typed_data()[0], Count(rows));
   kernels->paged_attention(PoolOf(pool), {FloatOf(q.element_type()), q_shape[0], q_shape[1], shape[2],
                                           q_shape[2] / shape[2], q_shape[3], shape[1], count, q.untyped_data(),
-                                          keys.untyped_data(), values.untyped_data(), positions.typed_data(),
+                                          keys.untyped_data(), values.untyped_data(),
+                                          is_int8 ? key_scales.typed_data() : nullptr,
+                                          is_int8 ? value_scales.typed_data() : nullptr, positions.typed_data(),
                                           rows.typed_data(), pages.typed_data(), starts.typed_data(), scale, window,
                                           out->untyped_data()});
   return ffi::Error::Success();
@@ -210,6 +253,7 @@ ffi::Error DeltaRuleImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer 
 using Any = ffi::AnyBuffer;
 using F32 = ffi::Buffer<ffi::F32>;
 using S32 = ffi::Buffer<ffi::S32>;
+using U16 = ffi::Buffer<ffi::U16>;
 using Pred = ffi::Buffer<ffi::PRED>;
 
 }  // namespace
@@ -219,6 +263,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedMatmul, GroupedMatmulImpl,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Any>()
                                   .Arg<Any>()
+                                  .Arg<S32>()
+                                  .Ret<Any>()
+                                  .Ret<Any>()
+                                  .Attr<int64_t>("build"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(QuantizedMatmul, QuantizedMatmulImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Any>()
+                                  .Arg<Any>()
+                                  .Arg<Any>()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
                                   .Arg<S32>()
                                   .Ret<Any>()
                                   .Ret<Any>()
@@ -257,6 +313,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(PagedAttention, PagedAttentionImpl,
                                   .Arg<Any>()
                                   .Arg<Any>()
                                   .Arg<Any>()
+                                  .Arg<U16>()
+                                  .Arg<U16>()
                                   .Arg<S32>()
                                   .Arg<S32>()
                                   .Arg<S32>()
@@ -289,7 +347,7 @@ extern "C" int ProcessorBuilds() {
 #if defined(__x86_64__) && defined(__GNUC__)
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   return (has_avx512 && __builtin_cpu_supports("avx512bf16")) | has_avx512 << 1 | has_avx2 << 2;
 #elif defined(__aarch64__) && defined(__GNUC__)
   return 1 << 3;

@@ -9,6 +9,8 @@
 #include <functional>
 
 enum class Float { kFloat32, kBFloat16 };
+enum class ScaleType { kFloat32, kBFloat16, kFloat16 };
+enum class Encoding { kInt8, kInt4 };
 
 // XLA's thread pool.
 struct Pool {
@@ -27,6 +29,18 @@ struct GroupedMatmulArguments {  // see grouped_matmul.h
   Float dtype, result;
   int64_t num_rows, num_groups, num_features, num_inputs;  // R, E, O, C
   const void *x, *weights;
+  const int32_t* sizes;
+  void* y;
+  Scratch rows;
+};
+
+struct QuantizedMatmulArguments {  // see quantized_matmul.h
+  Float dtype, result;
+  Encoding encoding;
+  ScaleType scale;
+  int64_t num_rows, num_groups, num_features, num_inputs, group_size;  // R, E, O, C
+  const void *x, *values, *scales;
+  const int8_t* zero_points;  // null for none
   const int32_t* sizes;
   void* y;
   Scratch rows;
@@ -68,6 +82,7 @@ struct PagedAttentionArguments {  // see attention.h
   Float dtype;
   int64_t num_rows, num_tokens, num_key_heads, group_size, head_dim, num_pages, num_entries;
   const void *q, *keys, *values;
+  const uint16_t *key_scales, *value_scales;  // of pages in int8: bits of bfloat16, one for kScaled values; else null
   const int32_t *positions, *rows, *pages, *starts;
   float scale;
   int64_t window;  // 0 for none
@@ -88,6 +103,7 @@ struct Kernels {
   // Whether 16-bit floats are widened to float32 to be multiplied: rows are then in Scratch, see PrepareRows.
   bool widens;
   void (*grouped_matmul)(const Pool&, const GroupedMatmulArguments&);
+  void (*quantized_matmul)(const Pool&, const QuantizedMatmulArguments&);
   void (*experts)(const Pool&, const ExpertsArguments&);
   void (*swiglu)(const Pool&, const SwiGluArguments&);
   void (*rotate)(const Pool&, const RotateArguments&);
@@ -104,9 +120,11 @@ extern const Kernels kNeon;
 
 // The least out-features of a matmul.
 constexpr int kTileFeatures = 4;
+constexpr int kRun = 32;  // inputs of a run of a quantised weight
 constexpr int kMaxTaps = 8;    // of the short convolution
 constexpr int kPageSize = 64;  // positions of a page of keys and values
 constexpr int kHeadMultiple = 16;  // the head_dim of attention is a multiple of it
+constexpr int kScaled = 16;  // keys and values in int8 with one scale
 // Rows of a widened matrix are padded with zeros to a multiple of this many elements.
 constexpr int kWideMultiple = 32;
 // Numbers per key of `prepared` of the delta rule, for keys of `size` channels.

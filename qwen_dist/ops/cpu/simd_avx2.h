@@ -81,6 +81,20 @@ SIMD INLINE void Store(Floats x, Element* to, Lanes lanes) {
   for (int i = 0; i < lanes.count; ++i) to[i] = elements[i];
 }
 
+// 8 bytes, or the low or the high halves of 8 bytes, as numbers.
+SIMD INLINE __m128i Load8(const void* from) { return _mm_loadl_epi64(static_cast<const __m128i*>(from)); }
+SIMD INLINE Floats LoadBytes(const int8_t* from) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(Load8(from))); }
+SIMD INLINE Floats LoadLowNibbles(const uint8_t* from) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(Load8(from), _mm_set1_epi8(15))));
+}
+SIMD INLINE Floats LoadHighNibbles(const uint8_t* from) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16(Load8(from), 4), _mm_set1_epi8(15))));
+}
+SIMD INLINE Floats SetFloat16(uint16_t bits) { return _mm256_cvtph_ps(_mm_set1_epi16(static_cast<int16_t>(bits))); }
+SIMD INLINE Floats RoundedToFloat16(Floats x) {
+  return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
 // The even and the odd ones of 16 bfloat16, of which the first `count` are loaded.
 SIMD INLINE __m256i LoadPairs(const uint16_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
 SIMD INLINE __m256i LoadPairs(const uint16_t* from, int count) {

@@ -60,6 +60,20 @@ SIMD INLINE void Store(Floats x, float* to, Lanes lanes) { _mm512_mask_storeu_ps
 SIMD INLINE void Store(Floats x, uint16_t* to, Lanes lanes) { _mm256_mask_storeu_epi16(to, lanes.mask, RoundedBits(x)); }
 SIMD INLINE Floats Rounded(Floats x) { return Widened(RoundedBits(x)); }
 
+// 16 bytes, or the low or the high halves of 16 bytes, as numbers.
+SIMD INLINE __m128i Load16(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
+SIMD INLINE Floats LoadBytes(const int8_t* from) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(Load16(from))); }
+SIMD INLINE Floats LoadLowNibbles(const uint8_t* from) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(Load16(from), _mm_set1_epi8(15))));
+}
+SIMD INLINE Floats LoadHighNibbles(const uint8_t* from) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16(Load16(from), 4), _mm_set1_epi8(15))));
+}
+SIMD INLINE Floats SetFloat16(uint16_t bits) { return _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<int16_t>(bits))); }
+SIMD INLINE Floats RoundedToFloat16(Floats x) {
+  return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
 // The even and the odd ones of 32 bfloat16, of which the first `count` are loaded.
 SIMD INLINE __m512i LoadPairs(const uint16_t* from) { return _mm512_loadu_si512(from); }
 SIMD INLINE __m512i LoadPairs(const uint16_t* from, int count) {
@@ -76,6 +90,10 @@ SIMD INLINE Floats LoadInterleaved(const uint16_t* even, const uint16_t* odd) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   };
   return _mm512_castsi512_ps(_mm512_or_si512(load(even), _mm512_slli_epi32(load(odd), 16)));
+}
+// 32 numbers, rounded to bfloat16, as pairs in their order.
+SIMD INLINE Floats RoundedPairs(Floats first, Floats second) {
+  return reinterpret_cast<Floats>(_mm512_cvtne2ps_pbh(second, first));
 }
 // Add the products of 16 pairs, viewed as float32.
 SIMD INLINE Floats MultiplyAddPairs(Floats x, Floats y, Floats sum) {

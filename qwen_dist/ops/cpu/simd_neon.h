@@ -58,6 +58,21 @@ INLINE void Store(Floats x, Element* to, Lanes lanes) {
   for (int i = 0; i < lanes.count; ++i) to[i] = elements[i];
 }
 
+// 4 bytes, or the low or the high halves of 4 bytes, as numbers.
+INLINE uint8x8_t Load4(const void* from) {
+  uint32_t word;
+  std::memcpy(&word, from, sizeof(word));
+  return vreinterpret_u8_u32(vdup_n_u32(word));
+}
+INLINE Floats FromBytes(uint8x8_t bytes) { return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(bytes)))); }
+INLINE Floats LoadBytes(const int8_t* from) {
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(Load4(from))))));
+}
+INLINE Floats LoadLowNibbles(const uint8_t* from) { return FromBytes(vand_u8(Load4(from), vdup_n_u8(15))); }
+INLINE Floats LoadHighNibbles(const uint8_t* from) { return FromBytes(vshr_n_u8(Load4(from), 4)); }
+INLINE Floats SetFloat16(uint16_t bits) { return vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(bits))); }
+INLINE Floats RoundedToFloat16(Floats x) { return vcvt_f32_f16(vcvt_f16_f32(x)); }
+
 // The even and the odd ones of 8 bfloat16, of which the first `count` are loaded.
 INLINE uint32x4_t LoadPairs(const uint16_t* from) { return vreinterpretq_u32_u16(vld1q_u16(from)); }
 INLINE uint32x4_t LoadPairs(const uint16_t* from, int count) {
