@@ -189,11 +189,12 @@ def _parse_xml_call(body: str, tools: ToolParameters) -> AnswerPart | None:
 def _parameter_value(text: str, schema: Any) -> Any:
     """Return the value of a parameter: JSON where the tool's schema has another type than a string."""
     text = text.removeprefix("\n").removesuffix("\n")  # the model writes a value on lines of its own
-    kind = schema.get("type") if isinstance(schema, Mapping) else None
-    kinds = kind if isinstance(kind, list) else [kind]
-    if not isinstance(schema, Mapping) or (kind is None and not {"anyOf", "oneOf", "$ref"} & schema.keys()):
-        return text
-    if "string" in kinds and not (text == "null" and "null" in kinds):
+    options = schema.get("enum", [schema["const"]] if "const" in schema else []) if isinstance(schema, Mapping) else []
+    for option in options if isinstance(options, list) else []:
+        if text == (option if isinstance(option, str) else json.dumps(option, ensure_ascii=False)):
+            return option
+    kinds = _kinds(schema)
+    if is_text(schema) and not (text == "null" and "null" in kinds):
         return text
     if "boolean" in kinds and text.strip() in ("True", "False"):
         return text.strip() == "True"
@@ -205,26 +206,37 @@ def _parameter_value(text: str, schema: Any) -> Any:
         return text
 
 
+def _kinds(schema: Any) -> list[Any]:
+    """Return the types that a schema allows, `[None]` if it names none."""
+    kind = schema.get("type") if isinstance(schema, Mapping) else None
+    return kind if isinstance(kind, list) else [kind]
+
+
+def is_text(schema: Any) -> bool:
+    """Return whether the XML form writes a value of this schema as it is, and not as JSON."""
+    if not isinstance(schema, Mapping):
+        return True
+    kinds = _kinds(schema)
+    return "string" in kinds or (kinds == [None] and not {"anyOf", "oneOf", "allOf", "$ref"} & schema.keys())
+
+
+def tool_schemas(tools: Iterable[Any]) -> dict[str, Any]:
+    """Return the schemas of the tools' arguments by their names, None without one; not of what is no tool."""
+    functions = [tool.get("function", tool) for tool in tools if isinstance(tool, Mapping)]
+    return {
+        function["name"]: function.get("parameters")
+        for function in functions
+        if isinstance(function, Mapping) and isinstance(function.get("name"), str)
+    }
+
+
 def tool_parameters(tools: Iterable[Any]) -> ToolParameters:
-    """Return the schemas of the tools' parameters; of what is not of OpenAI's form, none."""
-    found: dict[str, Mapping[str, Any]] = {}
-    for tool in tools:
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else {}
-        schema = function.get("parameters") if isinstance(function, Mapping) else None
-        properties = schema.get("properties") if isinstance(schema, Mapping) else None
-        if isinstance(function, Mapping) and isinstance(function.get("name"), str):
-            found[function["name"]] = properties if isinstance(properties, Mapping) else {}
-    return found
-
-
-def forced_beginning(tool: str | None, *, is_xml: bool, is_thinking: bool) -> str:
-    """Return the text with which an answer begins that calls a tool: this one, or if it is None any."""
-    begin = f"\n{END_THINK}\n\n{CALL}\n" if is_thinking else f"{CALL}\n"
-    if tool is None:
-        return begin
-    return begin + (
-        f"<function={tool}>\n" if is_xml else f'{{"name": {json.dumps(tool, ensure_ascii=False)}, "arguments": '
-    )
+    """Return the schemas of each parameter of the tools."""
+    properties = {
+        name: schema.get("properties") if isinstance(schema, Mapping) else None
+        for name, schema in tool_schemas(tools).items()
+    }
+    return {name: found if isinstance(found, Mapping) else {} for name, found in properties.items()}
 
 
 def joined(parts: Sequence[AnswerPart], kind: str) -> str:

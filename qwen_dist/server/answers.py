@@ -125,7 +125,8 @@ class _TextChoice:
         text, self._echo = self._echo + output.text, ""
         logprobs = None
         if output.request.params.logprobs is not None:
-            entries = [logprob_json(token, self._tokenizer) for token in output.logprobs]
+            end = () if output.end_logprob is None else (output.end_logprob,)
+            entries = [logprob_json(token, self._tokenizer) for token in (*output.logprobs, *end)]
             logprobs = completion_logprobs(entries, self._offset)
         self._offset += len(text)
         if text or logprobs or output.finish_reason is not None:

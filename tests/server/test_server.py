@@ -113,6 +113,26 @@ def test_texts_are_continued_and_scored(client, llm):
     assert text == llm.generate("The sky", max_new_tokens=8)[0].text
 
 
+def test_log_probabilities_of_a_text_have_the_token_that_ends_it(client, llm, expected):
+    """As clients such as lm-eval expect: an entry for each token that `usage` counts."""
+    prompt = expected[0].prompt_token_ids
+    wanted = {"model": "demo", "prompt": list(prompt), "max_tokens": 40, "logprobs": 1, "temperature": 0}
+    given = client.completions.create(**wanted)
+    (choice,) = given.choices
+    assert choice.finish_reason == "stop" and len(choice.logprobs.tokens) == given.usage.completion_tokens
+    assert "".join(choice.logprobs.tokens[:-1]) == choice.text == expected[0].text
+    assert (choice.logprobs.tokens[-1], choice.logprobs.text_offset[-1]) == ("<|im_end|>", len(choice.text))
+    scored = llm.score([[*prompt, *expected[0].token_ids]])[0].logprobs[-len(expected[0].token_ids) :]
+    assert choice.logprobs.token_logprobs == pytest.approx(scored, abs=1e-4)
+    chunks = [chunk.choices[0].logprobs for chunk in client.completions.create(**wanted, stream=True)]
+    streamed = [value for logprobs in chunks if logprobs for value in logprobs.token_logprobs]
+    assert streamed == pytest.approx(choice.logprobs.token_logprobs, abs=1e-5)
+    echoed = client.completions.create(
+        **wanted | {"max_tokens": 1, "prompt": [*prompt, *expected[0].token_ids[:-1]]}, echo=True
+    )
+    assert len(echoed.choices[0].logprobs.tokens) == len(prompt) + len(expected[0].token_ids)
+
+
 def test_logprobs_of_a_stream_are_those_of_the_whole_answer(client):
     wanted = {"model": "demo", "messages": chat(QUESTIONS[0]), "logprobs": True, "top_logprobs": 2}
     whole = client.chat.completions.create(**wanted).choices[0].logprobs.content
