@@ -453,12 +453,17 @@ def completion_logprobs(logprobs: Sequence[Mapping[str, Any]], offset: int = 0) 
     return {
         "tokens": [entry["token"] for entry in logprobs],
         "token_logprobs": [entry["logprob"] for entry in logprobs],
-        "top_logprobs": [
-            None if entry["logprob"] is None else {top["token"]: top["logprob"] for top in entry["top_logprobs"]}
-            for entry in logprobs
-        ],
+        "top_logprobs": [None if entry["logprob"] is None else _top_by_text(entry) for entry in logprobs],
         "text_offset": offsets,
     }
+
+
+def _top_by_text(entry: Mapping[str, Any]) -> dict[str, float]:
+    """Return the best alternatives by their texts, and the token itself, which may be one more. Of equal texts the best."""
+    found: dict[str, float] = {}
+    for one in (*entry["top_logprobs"], entry):
+        found.setdefault(one["token"], one["logprob"])
+    return found
 
 
 def error_body(message: str, code: str = "invalid_request") -> dict[str, Any]:

@@ -47,10 +47,11 @@ class AnswerParser:
     Args:
       tools: the tools of the chat; None does not look for calls.
       is_thinking: the prompt ends with `<think>`, so that the answer begins with reasoning.
+      is_forced: the answer must call a tool, and so ends in a call only if it is cut; that call is left out.
     """
 
-    def __init__(self, tools: ToolParameters | None, *, is_thinking: bool = False):
-        self._tools = tools
+    def __init__(self, tools: ToolParameters | None, *, is_thinking: bool = False, is_forced: bool = False):
+        self._tools, self._is_forced = tools, is_forced
         self._mode: Literal["start", "reasoning", "space", "content", "call"] = "reasoning" if is_thinking else "start"
         self._buffer = ""
         self._has_reasoning = False
@@ -72,7 +73,8 @@ class AnswerParser:
         if self._mode == "reasoning":
             self._add_reasoning(rest.rstrip(), parts)
         elif self._mode == "call":
-            self._add_call(rest, "", parts)
+            if not self._is_forced:
+                self._add_call(rest, "", parts)
         elif self._mode in ("start", "content") and rest:
             parts.append(AnswerPart("content", rest))
         return parts

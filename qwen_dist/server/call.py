@@ -216,7 +216,8 @@ class TextCall(Call):
 
     def new_parser(self) -> AnswerParser:
         """Return the parser of one answer to a chat."""
-        parser = AnswerParser(self._tools, is_thinking=self.is_thinking)
+        is_forced = self.body.forced_tool is not None
+        parser = AnswerParser(self._tools, is_thinking=self.is_thinking, is_forced=is_forced)
         parser.push(self.beginning)
         return parser
 

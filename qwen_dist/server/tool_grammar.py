@@ -20,18 +20,10 @@ from qwen_dist.server.answer_parser import CALL, END_CALL, is_text, tool_schemas
 _TAGS = ("<parameter=", "</parameter>", END_CALL)
 _LINE_BREAK = r'"\n"'
 _HAS_TAG = "/(?s:.*)(?:{})(?s:.*)/".format("|".join(tag.replace("/", r"\/") for tag in _TAGS))
-# The keys of a schema of all parameters that say nothing but what they are.
-_KNOWN = {
-    "type",
-    "properties",
-    "required",
-    "additionalProperties",
-    "$defs",
-    "definitions",
-    "title",
-    "description",
-    "$schema",
-}
+# The keys of a schema of all parameters that do not hold where these are written one by one.
+_NOT_OF_ALL = {"not", "if", "allOf", "anyOf", "oneOf", "$ref", "$dynamicRef", "const", "enum"}
+_NOT_OF_ALL |= {"minProperties", "maxProperties", "patternProperties", "propertyNames"}
+_NOT_OF_ALL |= {"dependencies", "dependentRequired", "dependentSchemas"}
 # The keys of a schema of a text that do not hold where it is written as it is.
 _NOT_OF_TEXT = {"not", "if", "allOf", "anyOf", "oneOf", "$ref"}
 
@@ -89,7 +81,7 @@ class _XmlForm:
     def __init__(self, tool: str, schema: Any, name: str):
         self._schema, self._tool, self.name = _object_schema(tool, schema), tool, name
         self.head = f"<function={_tag_name(tool, f'the tool {tool!r}')}>\n"
-        if unknown := sorted(self._schema.keys() - _KNOWN):
+        if unknown := sorted(self._schema.keys() & _NOT_OF_ALL):
             raise _refused(tool, f"{', '.join(unknown)} cannot be held where parameters are written one by one")
 
     def rules(self) -> Iterator[str]:

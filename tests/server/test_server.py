@@ -127,6 +127,10 @@ def test_log_probabilities_of_a_text_have_the_token_that_ends_it(client, llm, ex
     chunks = [chunk.choices[0].logprobs for chunk in client.completions.create(**wanted, stream=True)]
     streamed = [value for logprobs in chunks if logprobs for value in logprobs.token_logprobs]
     assert streamed == pytest.approx(choice.logprobs.token_logprobs, abs=1e-5)
+    for number in (0, 3):  # the token itself is among the best, or one more
+        tops = client.completions.create(**wanted | {"logprobs": number, "temperature": 1.5, "seed": 1}).choices[0].logprobs
+        for token, value, top in zip(tops.tokens, tops.token_logprobs, tops.top_logprobs, strict=True):
+            assert max(number, 1) <= len(top) <= number + 1 and top[token] == value
     echoed = client.completions.create(
         **wanted | {"max_tokens": 1, "prompt": [*prompt, *expected[0].token_ids[:-1]]}, echo=True
     )
@@ -149,6 +153,11 @@ def test_choices_seeds_and_stops(client, expected):
     texts = [choice.message.content for choice in first.choices]
     assert texts == [choice.message.content for choice in again.choices] and len(set(texts)) == 4
     assert [choice.index for choice in first.choices] == [0, 1, 2, 3]
+    streamed = ["", "", "", ""]
+    for chunk in client.chat.completions.create(**wanted, seed=3, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert streamed == texts
     # Without a seed every request has its own.
     unseeded = {
         tuple(choice.message.content for choice in client.chat.completions.create(**wanted).choices) for _ in range(2)

@@ -83,6 +83,22 @@ def test_a_parameter_has_its_schema_in_both_forms(is_xml, schema, is_valid):
 
 
 @pytest.mark.parametrize("is_xml", [False, True])
+def test_what_says_nothing_of_the_value_is_passed_over(is_xml):
+    size = {"type": "object", "title": "Size", "additionalProperties": False, "properties": {"n": {"type": "boolean"}}}
+    parameters = {"size": {"$ref": "#/$defs/Size", "description": "a"}, "day": {"type": "string", "format": "date", "maxLength": 12}}
+    parameters |= {"unit": {"type": "string", "enum": ["kg", "lb"], "default": "kg", "title": "Unit"}}
+    schema = {"type": "object", "strict": True, "properties": parameters, "required": ["unit"], "$defs": {"Size": size}}
+    schema |= {"additionalProperties": False}
+    seen = set()
+    for seed in range(20):
+        ((_, arguments),) = calls_of([tool("weigh", schema)], seed, is_xml=is_xml)
+        assert arguments["unit"] in ("kg", "lb") and arguments.keys() <= {"size", "day", "unit"}
+        assert arguments.get("size", {}).keys() <= {"n"}
+        seen |= arguments.keys()
+    assert seen == {"size", "day", "unit"}
+
+
+@pytest.mark.parametrize("is_xml", [False, True])
 def test_any_tool_and_several_calls(is_xml):
     tools = [tool("now"), tool("ask", of_parameters({"n": {"type": "integer", "minimum": 0, "maximum": 9}}))]
     several = [calls_of(tools, seed, is_xml=is_xml, one_call=False) for seed in range(12)]

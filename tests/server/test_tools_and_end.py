@@ -108,6 +108,7 @@ def test_tool_calls_of_both_forms(server):
 def test_a_conversation_with_a_result_of_a_tool(server):
     message = ask(server, QUESTION, tools=TOOLS).choices[0].message
     results = [{"role": "tool", "tool_call_id": call.id, "content": "sun"} for call in message.tool_calls]
+    message.tool_calls[0].function.arguments = ""  # as clients send it for a tool without parameters
     messages = [{"role": "user", "content": QUESTION}, message, *results, {"role": "user", "content": "Which one?"}]
     given = server.client().chat.completions.create(model="scripted", messages=messages, tools=TOOLS)
     assert given.choices[0].message.content == "Four."
@@ -131,6 +132,9 @@ def test_the_arguments_of_a_forced_call_have_the_schema(server):
             assert (choice.message.content, choice.finish_reason, len(choice.message.tool_calls)) == (None, "tool_calls", 1)
         content, calls, reasoning, reason = streamed(server, "Hello.", **named, seed=seed)
         assert (content, calls, reasoning, reason) == ("", calls_of(given.choices[0].message), "", "tool_calls")
+    (cut,) = ask(server, "Hello.", **named, max_completion_tokens=1).choices
+    assert (cut.message.tool_calls, cut.message.content, cut.finish_reason) == (None, "", "length")
+    assert streamed(server, "Hello.", **named, max_completion_tokens=1) == ("", [], "", "length")
     thinking = {"chat_template_kwargs": {"enable_thinking": True}}
     check_visit(calls_of(ask(server, "Hello.", **named, extra_body=thinking).choices[0].message))
     only = {"tools": TOOLS[-1:], "tool_choice": "required", "parallel_tool_calls": False, "temperature": 1.0}
