@@ -432,7 +432,7 @@ def _choice_json(index: int, choice: Choice, *, is_chat: bool) -> dict[str, Any]
     logprobs, entry = choice.logprobs, {"index": index, "finish_reason": choice.finish_reason}
     if not is_chat:
         end = [] if choice.end_logprob is None else [choice.end_logprob]
-        columns = None if logprobs is None else completion_logprobs([*logprobs, *end])
+        columns = None if logprobs is None else completion_logprobs([*logprobs, *end], TextOffsets())
         return entry | {"text": choice.text, "logprobs": columns}
     return entry | {
         "message": {"role": "assistant", "content": choice.text, "refusal": None},
@@ -440,21 +440,29 @@ def _choice_json(index: int, choice: Choice, *, is_chat: bool) -> dict[str, Any]
     }
 
 
-def completion_logprobs(logprobs: Sequence[Mapping[str, Any]], offset: int = 0) -> dict[str, list[Any]]:
+class TextOffsets:
+    """Where in a text its tokens begin, as they come. It may be ahead of a streamed text, which waits for stop strings."""
+
+    def __init__(self) -> None:
+        self._decoder, self._end = codecs.getincrementaldecoder("utf-8")("replace"), 0
+
+    def push(self, raw: bytes) -> int:
+        """Return where the next token begins, which has these bytes."""
+        begin = self._end
+        self._end += len(self._decoder.decode(raw))
+        return begin
+
+
+def completion_logprobs(logprobs: Sequence[Mapping[str, Any]], offsets: TextOffsets) -> dict[str, list[Any]]:
     """Return log-probabilities in the column format of `/v1/completions`, with the text offset of each token.
 
-    `offset` is that of the first one. The token that ended the text is among them, because clients such as lm-eval count on
-    one entry for each generated token.
+    The token that ended the text is among them, because clients such as lm-eval expect an entry for each generated token.
     """
-    decoder, offsets = codecs.getincrementaldecoder("utf-8")("replace"), []
-    for entry in logprobs:
-        offsets.append(offset)
-        offset += len(decoder.decode(bytes(entry["bytes"])))
     return {
         "tokens": [entry["token"] for entry in logprobs],
         "token_logprobs": [entry["logprob"] for entry in logprobs],
         "top_logprobs": [None if entry["logprob"] is None else _top_by_text(entry) for entry in logprobs],
-        "text_offset": offsets,
+        "text_offset": [offsets.push(bytes(entry["bytes"])) for entry in logprobs],
     }
 
 

@@ -85,7 +85,10 @@ def test_a_parameter_has_its_schema_in_both_forms(is_xml, schema, is_valid):
 @pytest.mark.parametrize("is_xml", [False, True])
 def test_what_says_nothing_of_the_value_is_passed_over(is_xml):
     size = {"type": "object", "title": "Size", "additionalProperties": False, "properties": {"n": {"type": "boolean"}}}
-    parameters = {"size": {"$ref": "#/$defs/Size", "description": "a"}, "day": {"type": "string", "format": "date", "maxLength": 12}}
+    parameters = {
+        "size": {"$ref": "#/$defs/Size", "description": "a"},
+        "day": {"type": "string", "format": "date", "maxLength": 12},
+    }
     parameters |= {"unit": {"type": "string", "enum": ["kg", "lb"], "default": "kg", "title": "Unit"}}
     schema = {"type": "object", "strict": True, "properties": parameters, "required": ["unit"], "$defs": {"Size": size}}
     schema |= {"additionalProperties": False}

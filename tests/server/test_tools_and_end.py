@@ -147,7 +147,7 @@ def test_the_arguments_of_a_forced_call_have_the_schema(server):
 
 def test_forced_calls_in_the_form_of_qwen3_coder(tmp_path):
     """Its template has the XML form, and so the calls."""
-    model = scripted_model(tmp_path, {})
+    model = scripted_model(tmp_path, {"Never asked?": "No."})
     settings = json.loads((model / "tokenizer_config.json").read_text())
     template = settings["chat_template"].replace("{%- if tools %}", "{%- if tools %}{{- '<function=name>' }}")
     (model / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
@@ -157,6 +157,7 @@ def test_forced_calls_in_the_form_of_qwen3_coder(tmp_path):
         (choice,) = ask(server, "Hello.", **named, logprobs=True, temperature=1.0).choices
         text = "".join(token.token for token in choice.logprobs.content)
         assert text.startswith("<parameter=place>\n") and text.endswith("</parameter>\n</function>\n</tool_call>")
+        assert all(token.top_logprobs == [] for token in choice.logprobs.content)
         check_visit(calls_of(choice.message))
         assert streamed(server, "Hello.", **named, temperature=1.0)[1] == calls_of(choice.message)
 
