@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from qwen_dist.json_reader import JsonError, parse_json
 from qwen_dist.openai_api import END_THINK, THINK
 
 CALL, END_CALL = "<tool_call>", "</tool_call>"
@@ -202,10 +201,8 @@ def _parameter_value(text: str, schema: Any) -> Any:
         return text.strip() == "True"
     if text.strip() == "None":
         return None
-    try:
-        return parse_json(text.strip().encode())
-    except JsonError:
-        return text
+    value = _json_or_none(text)
+    return text if value is None and text.strip() != "null" else value
 
 
 def _kinds(schema: Any) -> list[Any]:
@@ -247,10 +244,13 @@ def joined(parts: Sequence[AnswerPart], kind: str) -> str:
 
 
 def _json_or_none(text: str) -> Any:
+    """Parse JSON as a model may write it: of a key that occurs twice the last counts."""
     try:
-        return parse_json(text.encode("utf-8", "surrogatepass"))
-    except JsonError:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # no NaN, and no half of a surrogate pair
+    except (ValueError, RecursionError):
         return None
+    return value
 
 
 def _is_in_string(body: str) -> bool:

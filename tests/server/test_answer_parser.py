@@ -67,6 +67,12 @@ OSLO = ("get_weather", {"city": "Oslo"})
         ('<tool_call>{"name": "now"}</tool_call>', ("", "", [("now", {})])),
         ('<tool_call>{"name": "now", "parameters": {"a": 1}}</tool_call>', ("", "", [("now", {"a": 1})])),
         ('<tool_call>{"name": "now", "arguments": "{\\"a\\": 1}"}</tool_call>', ("", "", [("now", {"a": 1})])),
+        ('<tool_call>{"name": "now", "arguments": {"a": 1, "a": 2}}</tool_call>', ("", "", [("now", {"a": 2})])),
+        ('<tool_call>{"name": "\\ud800"}</tool_call>', ("", '<tool_call>{"name": "\\ud800"}</tool_call>', [])),
+        (
+            '<tool_call>{"name": "a", "arguments": {"b": NaN}}',
+            ("", '<tool_call>{"name": "a", "arguments": {"b": NaN}}', []),
+        ),
         ("<tool_call><function=now></function></tool_call>", ("", "", [("now", {})])),
         ('a \n<tool_call>{"name": "no</tool_call> b', ("", 'a \n<tool_call>{"name": "no</tool_call> b', [])),
         ("a\n<tool_call>{]</tool_call>\nb", ("", "a\n<tool_call>{]</tool_call>\nb", [])),
