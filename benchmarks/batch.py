@@ -1,13 +1,14 @@
 """A file of prompts of mixed lengths: this project's engine compared with transformers' `generate` (PyTorch).
 
     python benchmarks/batch.py --model CHECKPOINT_DIR [--prompts 200] [--dtype bfloat16] [--max-new-tokens 128]
-        [--systems qwen_dist,transformers,continuous] [--instructions avx2]
+        [--systems qwen_dist,transformers,continuous,llama.cpp] [--instructions avx2]
 
 Each system answers the same prompts greedily in a separate process, after a warm-up. transformers gets them sorted by
 length, in left-padded batches of 32; a batch takes as long as its longest answer. "continuous" (only on request) is
-transformers' continuous batching with its defaults. Tokens count up to each answer's end. "device busy" is the fraction of
-time in which the devices run a compiled step, measured by jax's profiler over ten seconds of a second run; "host waiting"
-is the fraction of the whole run in which the host only waits for a step.
+transformers' continuous batching with its defaults, "llama.cpp" its server with 32 slots (benchmarks/llama_cpp.py).
+Tokens count up to each answer's end. "device busy" is the fraction of time in which the devices run a compiled step,
+measured by jax's profiler over ten seconds of a second run; "host waiting" is the fraction of the whole run in which the
+host only waits for a step.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from typing import Any
 
 import processor
 
-SYSTEMS = ("qwen_dist", "transformers", "continuous")
+SYSTEMS = ("qwen_dist", "transformers", "continuous", "llama.cpp")
+LLAMA_CPP_SLOTS = 32
 BEFORE_TRACE = 15.0  # seconds, after which most slots are in use
 TASKS = (
     "What is {a} plus {b}? Answer with the number only.",
@@ -225,6 +227,25 @@ def answer_with_continuous_batching(options: argparse.Namespace) -> dict[str, fl
     return timed_answers(answer, options.prompts)
 
 
+def answer_with_llama_cpp(options: argparse.Namespace) -> dict[str, float]:
+    import concurrent.futures
+
+    import llama_cpp
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
+    form = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[options.dtype]
+    server = llama_cpp.LlamaCpp(llama_cpp.gguf_file(options.model, form), LLAMA_CPP_SLOTS, 1024)
+
+    def answer(texts: list[str]) -> tuple[int, int]:
+        chats = chat_ids(tokenizer, texts)
+        with concurrent.futures.ThreadPoolExecutor(LLAMA_CPP_SLOTS) as pool:
+            work = [pool.submit(server.complete, chat, options.max_new_tokens, lambda: None, ends=True) for chat in chats]
+            return sum(map(len, chats)), sum(one.result() for one in work)
+
+    return timed_answers(answer, options.prompts)
+
+
 def chat_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     chats = [[{"role": "user", "content": text}] for text in texts]
     return [tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in chats]
@@ -248,7 +269,7 @@ def timed_answers(answer: Callable[[list[str]], tuple[int, int]], number: int) -
     }
 
 
-ANSWERS = (answer_with_qwen_dist, answer_with_transformers, answer_with_continuous_batching)
+ANSWERS = (answer_with_qwen_dist, answer_with_transformers, answer_with_continuous_batching, answer_with_llama_cpp)
 SYSTEM = dict(zip(SYSTEMS, ANSWERS, strict=True))
 
 

@@ -1,6 +1,7 @@
-"""Compare with transformers (PyTorch): loading, first token, prefill, decode, memory; one table, one run.
+"""Compare with transformers (PyTorch) or llama.cpp: loading, first token, prefill, decode, memory; one table, one run.
 
     python benchmarks/inference.py --model CHECKPOINT_DIR [--dtypes bfloat16,float32] [--rounds 3] [--instructions avx2]
+        [--peer llama.cpp]
 
 Every measurement runs in a fresh process, the two systems in turn, `--rounds` times; the table has medians. An extra
 first round warms the page cache and the compilation cache and is discarded. "first token" is the time from the start of
@@ -22,7 +23,6 @@ from collections.abc import Callable
 
 import processor
 
-SYSTEMS = ("qwen_dist", "transformers")
 QUESTION = "Write a Python function that checks whether a number is prime."
 UNITS = {"load": "s", "first token": "s", "peak memory": "GB"}  # lower is better; all others are tokens per second
 
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--prefill", default="512", help="prompt lengths, separated by commas")
     parser.add_argument("--decode", default="1,8,32", help="batch sizes, separated by commas")
     parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--peer", default="transformers", choices=["transformers", "llama.cpp"])
     parser.add_argument("--json", help="also write every measurement to this file")
     parser.add_argument("--worker", nargs=2, metavar=("SYSTEM", "DTYPE"), help=argparse.SUPPRESS)
     processor.add_flag(parser)
@@ -43,7 +44,7 @@ def main() -> None:
     if options.worker:
         print(json.dumps(work(options)))
         return
-    measured = {dtype: {system: [] for system in SYSTEMS} for dtype in options.dtypes.split(",")}
+    measured = {dtype: {system: [] for system in ("qwen_dist", options.peer)} for dtype in options.dtypes.split(",")}
     for dtype, systems in measured.items():
         for round_number in range(options.rounds + 1):
             for system, rounds in systems.items():
@@ -69,7 +70,7 @@ def work(options: argparse.Namespace) -> dict[str, float]:
     """Return the measurements of one system in this process, by name."""
     system, dtype = options.worker
     started = float(os.environ["BENCHMARK_STARTED"])
-    open_system = open_qwen_dist if system == "qwen_dist" else open_transformers
+    open_system = {"qwen_dist": open_qwen_dist, "transformers": open_transformers, "llama.cpp": open_llama_cpp}[system]
     generate, load_seconds = open_system(options.model, dtype)
     result = {"load": load_seconds}
     generate(None, 1)
@@ -158,12 +159,35 @@ def open_transformers(path: str, dtype: str, **options: str) -> tuple[Generate, 
     return generate, seconds
 
 
+def open_llama_cpp(path: str, dtype: str) -> tuple[Generate, float]:
+    """Open llama.cpp on a GGUF file of the same weights; a round with another number of sequences opens it again."""
+    import llama_cpp
+    import transformers
+
+    file = llama_cpp.gguf_file(path, {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype])
+    begin = time.perf_counter()
+    opened = {1: llama_cpp.LlamaCpp(file, 1, 4096)}
+    seconds = time.perf_counter() - begin
+
+    def generate(prompts: list[list[int]] | None, num_tokens: int) -> list[tuple[float, int]]:
+        if prompts is None:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+            prompts = [tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True)]
+        if len(prompts) not in opened:
+            opened.clear()
+            opened[len(prompts)] = llama_cpp.LlamaCpp(file, len(prompts), 256)
+        return opened[len(prompts)].generate(prompts, num_tokens)
+
+    return generate, seconds
+
+
 def print_table(measured: dict[str, dict[str, list[dict[str, float]]]]) -> None:
-    print(processor.describe("jax", "flax", "torch", "transformers"))
-    print(f"{'':24}{'qwen_dist':>12}{'transformers':>14}{'ratio':>8}")
+    peer = list(next(iter(measured.values())))[1]
+    print(processor.describe("jax", "flax", "torch", {"llama.cpp": "xllamacpp"}.get(peer, peer)))
+    print(f"{'':24}{'qwen_dist':>12}{peer:>14}{'ratio':>8}")
     for dtype, systems in measured.items():
-        for name in systems[SYSTEMS[0]][0]:
-            ours, theirs = (statistics.median(result[name] for result in systems[system]) for system in SYSTEMS)
+        for name in systems[peer][0]:
+            ours, theirs = (statistics.median(result[name] for result in rounds) for rounds in systems.values())
             ratio = theirs / ours if name in UNITS else ours / theirs
             print(f"{dtype:10}{name:14}{ours:12.2f}{theirs:14.2f}{ratio:7.2f}×  {UNITS.get(name, 'tokens/s')}")
 

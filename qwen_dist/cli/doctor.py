@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -78,6 +77,8 @@ def examine(devices: Sequence[jax.Device], dtype: str, *, is_cpu_asked: bool = F
 
 
 def _versions() -> dict[str, str]:
+    import importlib.metadata
+
     installed = {one.metadata["Name"].lower().replace("_", "-"): one.version for one in importlib.metadata.distributions()}
     return {name: installed[name] for name in _PACKAGES if name in installed}
 

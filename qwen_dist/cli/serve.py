@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 import os
@@ -34,6 +33,8 @@ defaults of the sampling flags come from the checkpoint's generation_config.json
 
 def run(config: ServeConfig, flags: DeviceFlags) -> int:
     """Serve until SIGTERM or Ctrl-C."""
+    import asyncio
+
     _check()
     name = _served_name(config)
     config, adapters = _with_adapters(config, name)
