@@ -335,6 +335,7 @@ class Choice:
       logprobs: `{"token", "logprob", "bytes", "top_logprobs"}` for each token of the text, as in the OpenAI API; the
         log-probability of the first token of an echoed prompt is None.
       num_cached_tokens: of the prompt, those that were read from the prefix cache.
+      end_logprob: the same of the token that ended the answer, if one did.
     """
 
     text: str
@@ -342,6 +343,7 @@ class Choice:
     num_tokens: int
     logprobs: Sequence[Mapping[str, Any]] | None = None
     num_cached_tokens: int = 0
+    end_logprob: Mapping[str, Any] | None = None
 
 
 class PendingAnswer:
@@ -369,7 +371,8 @@ class PendingAnswer:
         text = echoed_text(self._request, self._tokenizer) + self._texts[index]
         logprobs = self._all_logprobs(index, output)
         num_generated, num_cached = output.num_generated, output.num_cached_tokens
-        self.choices[index] = Choice(text, output.finish_reason, num_generated, logprobs, num_cached)
+        end = None if output.end_logprob is None else logprob_json(output.end_logprob, self._tokenizer)
+        self.choices[index] = Choice(text, output.finish_reason, num_generated, logprobs, num_cached, end)
         return len(self.choices) == self._request.num_choices
 
     def _all_logprobs(self, index: int, output: RequestOutput) -> list[dict[str, Any]] | None:
@@ -428,31 +431,47 @@ def completion_body(
 def _choice_json(index: int, choice: Choice, *, is_chat: bool) -> dict[str, Any]:
     logprobs, entry = choice.logprobs, {"index": index, "finish_reason": choice.finish_reason}
     if not is_chat:
-        return entry | {"text": choice.text, "logprobs": None if logprobs is None else completion_logprobs(logprobs)}
+        end = [] if choice.end_logprob is None else [choice.end_logprob]
+        columns = None if logprobs is None else completion_logprobs([*logprobs, *end], TextOffsets())
+        return entry | {"text": choice.text, "logprobs": columns}
     return entry | {
         "message": {"role": "assistant", "content": choice.text, "refusal": None},
         "logprobs": None if logprobs is None else {"content": list(logprobs), "refusal": None},
     }
 
 
-def completion_logprobs(logprobs: Sequence[Mapping[str, Any]], offset: int = 0) -> dict[str, list[Any]]:
+class TextOffsets:
+    """Where in a text its tokens begin, as they come. It may be ahead of a streamed text, which waits for stop strings."""
+
+    def __init__(self) -> None:
+        self._decoder, self._end = codecs.getincrementaldecoder("utf-8")("replace"), 0
+
+    def push(self, raw: bytes) -> int:
+        """Return where the next token begins, which has these bytes."""
+        begin = self._end
+        self._end += len(self._decoder.decode(raw))
+        return begin
+
+
+def completion_logprobs(logprobs: Sequence[Mapping[str, Any]], offsets: TextOffsets) -> dict[str, list[Any]]:
     """Return log-probabilities in the column format of `/v1/completions`, with the text offset of each token.
 
-    `offset` is that of the first one.
+    The token that ended the text is among them, because clients such as lm-eval expect an entry for each generated token.
     """
-    decoder, offsets = codecs.getincrementaldecoder("utf-8")("replace"), []
-    for entry in logprobs:
-        offsets.append(offset)
-        offset += len(decoder.decode(bytes(entry["bytes"])))
     return {
         "tokens": [entry["token"] for entry in logprobs],
         "token_logprobs": [entry["logprob"] for entry in logprobs],
-        "top_logprobs": [
-            None if entry["logprob"] is None else {top["token"]: top["logprob"] for top in entry["top_logprobs"]}
-            for entry in logprobs
-        ],
-        "text_offset": offsets,
+        "top_logprobs": [None if entry["logprob"] is None else _top_by_text(entry) for entry in logprobs],
+        "text_offset": [offsets.push(bytes(entry["bytes"])) for entry in logprobs],
     }
+
+
+def _top_by_text(entry: Mapping[str, Any]) -> dict[str, float]:
+    """Return the best alternatives by their texts, and the token itself, which may be one more. Of equal texts the best."""
+    found: dict[str, float] = {}
+    for one in (*entry["top_logprobs"], entry):
+        found.setdefault(one["token"], one["logprob"])
+    return found
 
 
 def error_body(message: str, code: str = "invalid_request") -> dict[str, Any]:

@@ -62,6 +62,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
         ({"guided_regex": "a+"}, {"regex": "a+"}),
         ({"guided_choice": ["a"], "response_format": {"type": "text"}}, {"choice": ["a"]}),
         ({"guided_grammar": 'start: "a"'}, {"grammar": 'start: "a"'}),
+        ({"guided_json": SCHEMA, "tool_choice": None}, {"json": SCHEMA}),
         ({"guided_json": SCHEMA, "tools": [{}], "tool_choice": "none"}, {"json": SCHEMA}),
     ],
 )

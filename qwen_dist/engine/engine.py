@@ -458,7 +458,7 @@ class Detokenizer:
         """Take sampled tokens up to the end; return the text that has become final, and why the answer ended if it did."""
         if self.max_new_tokens == 0:
             return RequestOutput(self.request, "", (), 0, "length", prompt_logprobs=tuple(self.scores))
-        text, finish_reason = "", None
+        text, finish_reason, end_logprob = "", None, None
         for taken, token in enumerate(tokens, 1):
             self.num_generated += 1
             is_end = token in self._stop_ids
@@ -468,6 +468,7 @@ class Detokenizer:
             elif self.num_generated == self.max_new_tokens:
                 finish_reason = "length"
             if finish_reason is not None:
+                end_logprob = logprobs[taken - 1] if is_end and logprobs else None
                 logprobs = logprobs[: taken - is_end]
                 tokens = tokens[:taken]
                 break
@@ -487,6 +488,7 @@ class Detokenizer:
             tuple(logprobs),
             scores,
             num_cached_tokens,
+            end_logprob=end_logprob,
         )
 
 

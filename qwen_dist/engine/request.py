@@ -200,6 +200,7 @@ class RequestOutput:
       finish_reason: None while more may follow; "stop" after an end-of-text token or a stop string, neither of which is in
         the text; "length" after max_new_tokens or at the end of the context.
       prompt_logprobs: with the last output, if the request wants them.
+      end_logprob: of the token that ended the answer, which `logprobs` does not have; None if there is none.
       num_cached_tokens: of the prompt, those whose states were in the prefix cache and were not computed again.
       embedding: the last layer's normalised output at the prompt's last token, if the request is for an embedding.
     """
@@ -213,3 +214,4 @@ class RequestOutput:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     num_cached_tokens: int = 0
     embedding: tuple[float, ...] = ()
+    end_logprob: TokenLogprob | None = None

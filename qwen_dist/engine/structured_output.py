@@ -22,9 +22,13 @@ from qwen_dist.tokenizer import Tokenizer
 
 PACKAGE = "llguidance"
 # Between the parts of JSON: small models write white space without end where they may.
-_WHITE_SPACE = r" |\r?\n[ \t]{0,40}"
+JSON_WHITE_SPACE = r" |\r?\n[ \t]{0,40}"
 # Grammars that are kept, because many requests have the same one.
 _MAX_KEPT = 128
+
+
+class FormError(UserError):
+    """The form that an answer must have cannot be used."""
 
 
 def is_installed() -> bool:
@@ -126,7 +130,9 @@ class Grammars:
         library = _llguidance()
         try:
             if kind == "json":
-                grammar = library.LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _WHITE_SPACE})
+                grammar = library.LLMatcher.grammar_from_json_schema(
+                    text, defaults={"whitespace_pattern": JSON_WHITE_SPACE}
+                )
             else:
                 grammar = library.grammar_from(kind, text)
             limits = library.LLParserLimits(verbose_errors=False)
@@ -135,7 +141,7 @@ class Grammars:
         except ValueError as error:
             problem = str(error)
         if problem:
-            raise UserError(f"the {_NAMES[kind]} for structured output cannot be used: {printable(problem)}")
+            raise FormError(f"the {_NAMES[kind]} for structured output cannot be used: {printable(problem)}")
         return matcher
 
 

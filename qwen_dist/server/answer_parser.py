@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from qwen_dist.json_reader import JsonError, parse_json
 from qwen_dist.openai_api import END_THINK, THINK
 
 CALL, END_CALL = "<tool_call>", "</tool_call>"
@@ -47,10 +46,11 @@ class AnswerParser:
     Args:
       tools: the tools of the chat; None does not look for calls.
       is_thinking: the prompt ends with `<think>`, so that the answer begins with reasoning.
+      is_forced: the answer must call a tool, and so ends in a call only if it is cut; that call is left out.
     """
 
-    def __init__(self, tools: ToolParameters | None, *, is_thinking: bool = False):
-        self._tools = tools
+    def __init__(self, tools: ToolParameters | None, *, is_thinking: bool = False, is_forced: bool = False):
+        self._tools, self._is_forced = tools, is_forced
         self._mode: Literal["start", "reasoning", "space", "content", "call"] = "reasoning" if is_thinking else "start"
         self._buffer = ""
         self._has_reasoning = False
@@ -72,7 +72,8 @@ class AnswerParser:
         if self._mode == "reasoning":
             self._add_reasoning(rest.rstrip(), parts)
         elif self._mode == "call":
-            self._add_call(rest, "", parts)
+            if not self._is_forced:
+                self._add_call(rest, "", parts)
         elif self._mode in ("start", "content") and rest:
             parts.append(AnswerPart("content", rest))
         return parts
@@ -189,42 +190,52 @@ def _parse_xml_call(body: str, tools: ToolParameters) -> AnswerPart | None:
 def _parameter_value(text: str, schema: Any) -> Any:
     """Return the value of a parameter: JSON where the tool's schema has another type than a string."""
     text = text.removeprefix("\n").removesuffix("\n")  # the model writes a value on lines of its own
-    kind = schema.get("type") if isinstance(schema, Mapping) else None
-    kinds = kind if isinstance(kind, list) else [kind]
-    if not isinstance(schema, Mapping) or (kind is None and not {"anyOf", "oneOf", "$ref"} & schema.keys()):
-        return text
-    if "string" in kinds and not (text == "null" and "null" in kinds):
+    options = schema.get("enum", [schema["const"]] if "const" in schema else []) if isinstance(schema, Mapping) else []
+    for option in options if isinstance(options, list) else []:
+        if text == (option if isinstance(option, str) else json.dumps(option, ensure_ascii=False)):
+            return option
+    kinds = _kinds(schema)
+    if is_text(schema) and not (text == "null" and "null" in kinds):
         return text
     if "boolean" in kinds and text.strip() in ("True", "False"):
         return text.strip() == "True"
     if text.strip() == "None":
         return None
-    try:
-        return parse_json(text.strip().encode())
-    except JsonError:
-        return text
+    value = _json_or_none(text)
+    return text if value is None and text.strip() != "null" else value
+
+
+def _kinds(schema: Any) -> list[Any]:
+    """Return the types that a schema allows, `[None]` if it names none."""
+    kind = schema.get("type") if isinstance(schema, Mapping) else None
+    return kind if isinstance(kind, list) else [kind]
+
+
+def is_text(schema: Any) -> bool:
+    """Return whether the XML form writes a value of this schema as it is, and not as JSON."""
+    if not isinstance(schema, Mapping):
+        return True
+    kinds = _kinds(schema)
+    return "string" in kinds or (kinds == [None] and not {"anyOf", "oneOf", "allOf", "$ref"} & schema.keys())
+
+
+def tool_schemas(tools: Iterable[Any]) -> dict[str, Any]:
+    """Return the schemas of the tools' arguments by their names, None without one; not of what is no tool."""
+    functions = [tool.get("function", tool) for tool in tools if isinstance(tool, Mapping)]
+    return {
+        function["name"]: function.get("parameters")
+        for function in functions
+        if isinstance(function, Mapping) and isinstance(function.get("name"), str)
+    }
 
 
 def tool_parameters(tools: Iterable[Any]) -> ToolParameters:
-    """Return the schemas of the tools' parameters; of what is not of OpenAI's form, none."""
-    found: dict[str, Mapping[str, Any]] = {}
-    for tool in tools:
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else {}
-        schema = function.get("parameters") if isinstance(function, Mapping) else None
-        properties = schema.get("properties") if isinstance(schema, Mapping) else None
-        if isinstance(function, Mapping) and isinstance(function.get("name"), str):
-            found[function["name"]] = properties if isinstance(properties, Mapping) else {}
-    return found
-
-
-def forced_beginning(tool: str | None, *, is_xml: bool, is_thinking: bool) -> str:
-    """Return the text with which an answer begins that calls a tool: this one, or if it is None any."""
-    begin = f"\n{END_THINK}\n\n{CALL}\n" if is_thinking else f"{CALL}\n"
-    if tool is None:
-        return begin
-    return begin + (
-        f"<function={tool}>\n" if is_xml else f'{{"name": {json.dumps(tool, ensure_ascii=False)}, "arguments": '
-    )
+    """Return the schemas of each parameter of the tools."""
+    properties = {
+        name: schema.get("properties") if isinstance(schema, Mapping) else None
+        for name, schema in tool_schemas(tools).items()
+    }
+    return {name: found if isinstance(found, Mapping) else {} for name, found in properties.items()}
 
 
 def joined(parts: Sequence[AnswerPart], kind: str) -> str:
@@ -233,10 +244,13 @@ def joined(parts: Sequence[AnswerPart], kind: str) -> str:
 
 
 def _json_or_none(text: str) -> Any:
+    """Parse JSON as a model may write it: of a key that occurs twice the last counts."""
     try:
-        return parse_json(text.encode("utf-8", "surrogatepass"))
-    except JsonError:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # no NaN, and no half of a surrogate pair
+    except (ValueError, RecursionError):
         return None
+    return value
 
 
 def _is_in_string(body: str) -> bool:

@@ -9,7 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qwen_dist.engine.request import RequestOutput
-from qwen_dist.openai_api import PendingAnswer, completion_body, completion_logprobs, echoed_text, logprob_json
+from qwen_dist.openai_api import (
+    PendingAnswer,
+    TextOffsets,
+    completion_body,
+    completion_logprobs,
+    echoed_text,
+    logprob_json,
+)
 from qwen_dist.server.answer_parser import AnswerPart, joined
 from qwen_dist.server.call import TextCall
 from qwen_dist.tokenizer import Tokenizer
@@ -119,15 +126,15 @@ class _TextChoice:
     """One answer to a text, in chunks."""
 
     def __init__(self, call: TextCall, tokenizer: Tokenizer, echo: str):
-        self._tokenizer, self._echo, self._offset = tokenizer, echo, 0
+        self._tokenizer, self._echo, self._offsets = tokenizer, echo, TextOffsets()
 
     def add(self, output: RequestOutput) -> Iterator[dict[str, Any]]:
         text, self._echo = self._echo + output.text, ""
         logprobs = None
         if output.request.params.logprobs is not None:
-            entries = [logprob_json(token, self._tokenizer) for token in output.logprobs]
-            logprobs = completion_logprobs(entries, self._offset)
-        self._offset += len(text)
+            end = () if output.end_logprob is None else (output.end_logprob,)
+            entries = [logprob_json(token, self._tokenizer) for token in (*output.logprobs, *end)]
+            logprobs = completion_logprobs(entries, self._offsets)
         if text or logprobs or output.finish_reason is not None:
             yield {"text": text, "logprobs": logprobs, "finish_reason": output.finish_reason}
 

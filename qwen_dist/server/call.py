@@ -10,13 +10,14 @@ from typing import Any
 
 from qwen_dist.chat import make_chat
 from qwen_dist.engine.embeddings import embedding_request
-from qwen_dist.engine.request import Request, RequestOutput, SamplingParams
+from qwen_dist.engine.request import Request, RequestOutput, SamplingParams, StructuredOutputs
 from qwen_dist.errors import UserError, printable
 from qwen_dist.json_reader import JsonError, parse_json
 from qwen_dist.openai_api import ApiRequest, begins_with_reasoning, make_requests, parse_body, shortened
-from qwen_dist.server.answer_parser import AnswerParser, ToolParameters, forced_beginning, tool_parameters
+from qwen_dist.server.answer_parser import AnswerParser, ToolParameters, tool_parameters
 from qwen_dist.server.embeddings import EmbeddingsRequest, parse_embeddings_body
 from qwen_dist.server.errors import ApiError, invalid_request
+from qwen_dist.server.tool_grammar import forced_call
 from qwen_dist.tokenizer import Tokenizer
 
 # Of one body: prompts times answers to each.
@@ -215,7 +216,8 @@ class TextCall(Call):
 
     def new_parser(self) -> AnswerParser:
         """Return the parser of one answer to a chat."""
-        parser = AnswerParser(self._tools, is_thinking=self.is_thinking)
+        is_forced = self.body.forced_tool is not None
+        parser = AnswerParser(self._tools, is_thinking=self.is_thinking, is_forced=is_forced)
         parser.push(self.beginning)
         return parser
 
@@ -283,10 +285,23 @@ def make_call(
 
 
 def _force_tool(call: TextCall, tool: str, tokenizer: Tokenizer, variables: Mapping[str, Any]) -> None:
-    """Begin the answer with the call of a tool, as a part of the prompt."""
+    """Begin the answer with the call of a tool, as a part of the prompt, and hold the rest to the schema of the tool."""
     api = call.body.requests[0]
-    template = tokenizer.chat_template(make_chat(api.messages, api.tools, api.chat_template_kwargs, variables))
-    call.beginning = forced_beginning(tool or None, is_xml=template.mentions("<function="), is_thinking=call.is_thinking)
-    ids = tuple(tokenizer.encode(call.beginning, add_special_tokens=False))
-    call.requests = [dataclasses.replace(request, prompt=request.prompt + ids) for request in call.requests]
+    chat = make_chat(api.messages, api.tools, api.chat_template_kwargs, variables)
+    forced = forced_call(
+        chat.tools or (),
+        tool or None,
+        is_xml=tokenizer.chat_template(chat).mentions("<function="),
+        is_thinking=call.is_thinking,
+        one_call=call.body.one_tool_call,
+    )
+    call.beginning = forced.beginning
+    ids = tuple(tokenizer.encode(forced.beginning, add_special_tokens=False))
+    form = StructuredOutputs(grammar=forced.grammar)
+    call.requests = [
+        dataclasses.replace(
+            request, prompt=request.prompt + ids, params=request.params.override({"structured_outputs": form})
+        )
+        for request in call.requests
+    ]
     call.prompt_tokens += len(ids)

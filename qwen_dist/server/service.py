@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from qwen_dist.engine.engine import Engine
 from qwen_dist.engine.request import RequestOutput
+from qwen_dist.engine.structured_output import FormError
 from qwen_dist.errors import UserError
 from qwen_dist.server.call import Call, EmbeddingsCall, TextCall, make_call, make_embeddings_call, parse_call_body
 from qwen_dist.server.engine_thread import EngineThread, OpenedModel
@@ -168,6 +169,9 @@ class Service:
                 has_seed=self._has_seed,
             )
             _check(call, engine, "messages" if is_chat else "prompt")
+        except FormError as error:
+            reason = error if body.forced_tool is None else UserError(f"tool_choice: {error}")
+            raise invalid_request(reason, body.fields) from None
         except UserError as error:
             raise invalid_request(error, body.fields) from None
         return call

@@ -1,5 +1,6 @@
 """Reasoning, content and tool calls of an answer, however the text comes in pieces."""
 
+import itertools
 import json
 
 import pytest
@@ -11,11 +12,11 @@ from qwen_dist.server.answer_parser import (
     END_CALL,
     AnswerParser,
     AnswerPart,
-    forced_beginning,
     joined,
     parse_answer,
     tool_parameters,
 )
+from qwen_dist.server.tool_grammar import forced_call
 
 TOOLS = [
     {
@@ -66,6 +67,12 @@ OSLO = ("get_weather", {"city": "Oslo"})
         ('<tool_call>{"name": "now"}</tool_call>', ("", "", [("now", {})])),
         ('<tool_call>{"name": "now", "parameters": {"a": 1}}</tool_call>', ("", "", [("now", {"a": 1})])),
         ('<tool_call>{"name": "now", "arguments": "{\\"a\\": 1}"}</tool_call>', ("", "", [("now", {"a": 1})])),
+        ('<tool_call>{"name": "now", "arguments": {"a": 1, "a": 2}}</tool_call>', ("", "", [("now", {"a": 2})])),
+        ('<tool_call>{"name": "\\ud800"}</tool_call>', ("", '<tool_call>{"name": "\\ud800"}</tool_call>', [])),
+        (
+            '<tool_call>{"name": "a", "arguments": {"b": NaN}}',
+            ("", '<tool_call>{"name": "a", "arguments": {"b": NaN}}', []),
+        ),
         ("<tool_call><function=now></function></tool_call>", ("", "", [("now", {})])),
         ('a \n<tool_call>{"name": "no</tool_call> b', ("", 'a \n<tool_call>{"name": "no</tool_call> b', [])),
         ("a\n<tool_call>{]</tool_call>\nb", ("", "a\n<tool_call>{]</tool_call>\nb", [])),
@@ -115,12 +122,13 @@ def test_without_tools_calls_are_content():
 
 def test_an_answer_may_begin_inside_the_reasoning():
     assert summary(parse_answer("\nhm\n</think>\n\nYes", None, is_thinking=True)) == ("hm", "Yes", [])
-    for is_xml, rest in ((False, '{"city": "Oslo"}}\n</tool_call>'), (True, XML.partition(">\n<parameter")[0])):
-        begin = forced_beginning("get_weather", is_xml=is_xml, is_thinking=True)
-        rest = rest if not is_xml else XML.partition("<function=get_weather>\n")[2]
-        assert summary(parse_answer(begin + rest, PARAMETERS, is_thinking=True)) == ("", "", [OSLO])
-    begin = forced_beginning(None, is_xml=False, is_thinking=False)
-    assert summary(parse_answer(begin + HERMES.removeprefix(begin), PARAMETERS)) == ("", "", [OSLO])
+    for is_xml, whole in ((False, HERMES), (True, XML)):
+        for name, is_thinking in itertools.product(("get_weather", None), (False, True)):
+            begin = forced_call(TOOLS, name, is_xml=is_xml, is_thinking=is_thinking, one_call=True).beginning
+            written = begin.removeprefix("\n</think>\n\n")
+            assert whole.startswith(written) and (written != begin) == is_thinking
+            text = begin + whole.removeprefix(written)
+            assert summary(parse_answer(text, PARAMETERS, is_thinking=is_thinking)) == ("", "", [OSLO])
 
 
 PIECES = st.sampled_from(

@@ -66,7 +66,9 @@ def test_answers_are_those_of_the_library(client, expected):
         given = client.chat.completions.create(model="demo", messages=chat(question))
         (choice,) = given.choices
         assert (choice.message.content, choice.finish_reason) == (answer.text, answer.finish_reason)
-        assert choice.message.role == "assistant" and choice.message.tool_calls is None
+        parts = [{"role": "user", "content": [{"type": "text", "text": question}]}]
+        assert client.chat.completions.create(model="demo", messages=parts).choices[0].message == choice.message
+        assert choice.message.role == "assistant" and choice.message.tool_calls is None and choice.logprobs is None
         assert given.usage.prompt_tokens == len(answer.prompt_token_ids)
         assert given.usage.completion_tokens == len(answer.token_ids)
         assert given.id.startswith("chatcmpl-") and given.model == "demo" and given.object == "chat.completion"
@@ -103,14 +105,42 @@ def test_texts_are_continued_and_scored(client, llm):
         assert choice.text == prompt + answer.text
         assert choice.logprobs.token_logprobs[0] is None
         known = [token.logprob for token in answer.prompt_logprobs + answer.logprobs]
-        assert choice.logprobs.token_logprobs[1:] == pytest.approx(known, abs=1e-5)
+        assert choice.logprobs.token_logprobs[1 : 1 + len(known)] == pytest.approx(known, abs=1e-5)
+        assert len(choice.logprobs.tokens) == len(answer.prompt_token_ids) + len(answer.token_ids)
         assert choice.logprobs.text_offset[:2] == [0, len(choice.logprobs.tokens[0])]
     assert given.usage.prompt_tokens == sum(len(answer.prompt_token_ids) for answer in answers)
-    text = "".join(
-        chunk.choices[0].text
-        for chunk in client.completions.create(model="demo", prompt="The sky", max_tokens=8, stream=True)
-    )
+    wanted = {"model": "demo", "prompt": "The sky", "max_tokens": 8, "stream": True}
+    chunks = list(client.completions.create(**wanted, stream_options={"include_usage": False}))
+    assert all(chunk.usage is None and chunk.choices[0].logprobs is None for chunk in chunks)
+    text = "".join(chunk.choices[0].text for chunk in chunks)
     assert text == llm.generate("The sky", max_new_tokens=8)[0].text
+
+
+def test_log_probabilities_of_a_text_have_the_token_that_ends_it(client, llm, expected):
+    """As clients such as lm-eval expect: an entry for each token that `usage` counts."""
+    prompt = expected[0].prompt_token_ids
+    wanted = {"model": "demo", "prompt": list(prompt), "max_tokens": 300, "logprobs": 1, "temperature": 0}
+    given = client.completions.create(**wanted)
+    (choice,) = given.choices
+    assert choice.finish_reason == "stop" and len(choice.logprobs.tokens) == given.usage.completion_tokens
+    assert "".join(choice.logprobs.tokens[:-1]) == choice.text == expected[0].text
+    assert (choice.logprobs.tokens[-1], choice.logprobs.text_offset[-1]) == ("<|im_end|>", len(choice.text))
+    scored = llm.score([[*prompt, *expected[0].token_ids]])[0].logprobs[-len(expected[0].token_ids) :]
+    assert choice.logprobs.token_logprobs == pytest.approx(scored, abs=1e-4)
+    held = [choice.text[5:8] + "\x01"]  # a stop string that begins in the text and does not come, so the text waits
+    chunks = [one.choices[0].logprobs for one in client.completions.create(**wanted, stop=held, stream=True)]
+    streamed = [value for logprobs in chunks if logprobs for value in logprobs.token_logprobs]
+    assert streamed == pytest.approx(choice.logprobs.token_logprobs, abs=1e-5)
+    offsets = [offset for logprobs in chunks if logprobs for offset in logprobs.text_offset]
+    assert offsets == choice.logprobs.text_offset
+    for number in (0, 3):  # the token itself is among the best, or one more
+        tops = client.completions.create(**wanted | {"logprobs": number, "temperature": 1.5, "seed": 1}).choices[0].logprobs
+        for token, value, top in zip(tops.tokens, tops.token_logprobs, tops.top_logprobs, strict=True):
+            assert max(number, 1) <= len(top) <= number + 1 and top[token] == value
+    echoed = client.completions.create(
+        **wanted | {"max_tokens": 1, "prompt": [*prompt, *expected[0].token_ids[:-1]]}, echo=True
+    )
+    assert len(echoed.choices[0].logprobs.tokens) == len(prompt) + len(expected[0].token_ids)
 
 
 def test_logprobs_of_a_stream_are_those_of_the_whole_answer(client):
@@ -123,17 +153,25 @@ def test_logprobs_of_a_stream_are_those_of_the_whole_answer(client):
     assert all(len(token.top_logprobs) == 2 and token.top_logprobs[0].logprob >= token.logprob for token in whole)
 
 
-def test_choices_seeds_and_stops(client, expected):
+def test_choices_seeds_and_stops(client, llm, expected):
     wanted = {"model": "demo", "messages": chat("Tell me something new."), "n": 4, "temperature": 2.0, "max_tokens": 12}
     first, again = (client.chat.completions.create(**wanted, seed=3) for _ in range(2))
     texts = [choice.message.content for choice in first.choices]
     assert texts == [choice.message.content for choice in again.choices] and len(set(texts)) == 4
     assert [choice.index for choice in first.choices] == [0, 1, 2, 3]
+    streamed = ["", "", "", ""]
+    for chunk in client.chat.completions.create(**wanted, seed=3, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert streamed == texts
     # Without a seed every request has its own.
     unseeded = {
         tuple(choice.message.content for choice in client.chat.completions.create(**wanted).choices) for _ in range(2)
     }
     assert len(unseeded) == 2
+    (token,) = llm.encode("a")
+    biased = {"model": "demo", "prompt": "Say:", "max_tokens": 3, "logit_bias": {str(token): 100}, "temperature": 0}
+    assert client.completions.create(**biased).choices[0].text == "aaa"
     answer = expected[0].text
     stopped = client.chat.completions.create(model="demo", messages=chat(QUESTIONS[0]), stop=[answer[4:7]])
     assert stopped.choices[0].message.content == answer[: answer.find(answer[4:7])]
@@ -153,6 +191,11 @@ def test_structured_output(client, expected):
     assert isinstance(parsed.message.parsed, Weather) and parsed.finish_reason == "stop"
     chunks = list(client.chat.completions.create(**wanted, stream=True, extra_body={"guided_choice": ["maybe", "no"]}))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) in ("maybe", "no")
+    chosen = client.chat.completions.create(**wanted, logprobs=True, top_logprobs=5, extra_body={"guided_choice": ["no"]})
+    tops = [top for token in chosen.choices[0].logprobs.content for top in token.top_logprobs]
+    assert tops and all(top.logprob > -9999 for top in tops)  # those of the model, also of what may not be sampled
+    loose = client.chat.completions.create(**wanted, max_tokens=20, response_format={"type": "json_object"}).choices[0]
+    assert loose.message.content.startswith("{") and (loose.finish_reason == "length" or json.loads(loose.message.content))
     free = {"structured_outputs": {"regex": "(?s:.*)"}}
     answers = client.chat.completions.create(**wanted, logprobs=True, n=2, extra_body=free).choices
     assert [choice.message.content for choice in answers] == [expected[0].text] * 2

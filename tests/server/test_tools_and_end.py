@@ -11,28 +11,32 @@ from running_server import running_server, scripted_model
 
 from qwen_dist import DEMO_MODEL
 from qwen_dist.checkpoint.adapter import Adapter, write_adapter
-from qwen_dist.server.answer_parser import forced_beginning
 
 ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo", "days": 2}}\n</tool_call>'
 XML = "<tool_call>\n<function=get_weather>\n<parameter=days>\n2\n</parameter>\n</function>\n</tool_call>"
 QUESTION = "Weather in Oslo and Bergen?"
-FORCED = forced_beginning("tell", is_xml=False, is_thinking=False)
+FORCED = '<tool_call>\n{"name": "tell", "arguments":'
 ANSWERS = {
     f"{QUESTION}{ASSISTANT}": f"Let me see.\n{CALL}\n{XML}",
     f"Which one, think?{ASSISTANT}": "<think>\nHard.\n</think>\n\nOne.",
     f"Which one?{ASSISTANT}<think>\n": "Easy.\n</think>\n\nTwo.",
     f"Which one?{ASSISTANT}<think>\n\n</think>\n\n": "Three.",
     f"Which one?{ASSISTANT}": "Four.",
-    FORCED: '{"city": "Rome"}}\n</tool_call>',
+    FORCED: ' {"city": "Rome"}}\n</tool_call>',
     # Other tools than above: an answer is told from the 24 tokens before it, and the call above is followed by more.
     f"Anything?{ASSISTANT}<tool_call>\n": '{"name": "ask", "arguments": {}}\n</tool_call>',
 }
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
+PLACES = {"enum": ["Oslo", "Rome"]}
+TIMES = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 9}, "minItems": 1, "maxItems": 2}
+VISIT = {"type": "object", "properties": {"place": PLACES, "times": TIMES}, "required": ["place", "times"]}
+VISIT |= {"additionalProperties": False}
 TOOLS = [
     {"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}},
     {"type": "function", "function": {"name": "ask", "parameters": {"type": "object", "properties": {}}}},
     {"type": "function", "function": {"name": "tell", "parameters": PARAMETERS}},
+    {"type": "function", "function": {"name": "visit", "parameters": VISIT}},
 ]
 CALLS = [("get_weather", {"city": "Oslo", "days": 2}), ("get_weather", {"days": 2})]
 KEY = "a-secret"
@@ -69,6 +73,14 @@ def calls_of(message) -> list:
     return [(call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls or []]
 
 
+def check_visit(calls: list) -> None:
+    """The model knows nothing of this tool, so only the grammar makes the arguments what they must be."""
+    assert calls and all(name == "visit" and arguments.keys() == {"place", "times"} for name, arguments in calls)
+    for _, arguments in calls:
+        assert arguments["place"] in PLACES["enum"] and 1 <= len(arguments["times"]) <= 2
+        assert all(type(time) is int and 0 <= time <= 9 for time in arguments["times"])
+
+
 def streamed(server, text: str, **more) -> tuple[str, list, str, str]:
     """Return content, calls, reasoning and why the answer ended, from a stream."""
     content, reasoning, calls, reason = "", "", {}, None
@@ -96,6 +108,7 @@ def test_tool_calls_of_both_forms(server):
 def test_a_conversation_with_a_result_of_a_tool(server):
     message = ask(server, QUESTION, tools=TOOLS).choices[0].message
     results = [{"role": "tool", "tool_call_id": call.id, "content": "sun"} for call in message.tool_calls]
+    message.tool_calls[0].function.arguments = ""  # as clients send it for a tool without parameters
     messages = [{"role": "user", "content": QUESTION}, message, *results, {"role": "user", "content": "Which one?"}]
     given = server.client().chat.completions.create(model="scripted", messages=messages, tools=TOOLS)
     assert given.choices[0].message.content == "Four."
@@ -108,6 +121,45 @@ def test_the_choice_of_a_tool(server):
     forced = ask(server, "Hello.", tools=TOOLS, tool_choice=named).choices[0]
     assert calls_of(forced.message) == [("tell", {"city": "Rome"})]
     assert streamed(server, "Anything?", tools=TOOLS, tool_choice="required")[1:] == ([("ask", {})], "", "tool_calls")
+
+
+def test_the_arguments_of_a_forced_call_have_the_schema(server):
+    named = {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "visit"}}, "temperature": 1.5}
+    for seed in range(3):
+        given = ask(server, "Hello.", **named, seed=seed, n=2)
+        for choice in given.choices:
+            check_visit(calls_of(choice.message))
+            assert (choice.message.content, choice.finish_reason, len(choice.message.tool_calls)) == (None, "tool_calls", 1)
+        content, calls, reasoning, reason = streamed(server, "Hello.", **named, seed=seed)
+        assert (content, calls, reasoning, reason) == ("", calls_of(given.choices[0].message), "", "tool_calls")
+    (cut,) = ask(server, "Hello.", **named, max_completion_tokens=1).choices
+    assert (cut.message.tool_calls, cut.message.content, cut.finish_reason) == (None, "", "length")
+    assert streamed(server, "Hello.", **named, max_completion_tokens=1) == ("", [], "", "length")
+    thinking = {"chat_template_kwargs": {"enable_thinking": True}}
+    check_visit(calls_of(ask(server, "Hello.", **named, extra_body=thinking).choices[0].message))
+    only = {"tools": TOOLS[-1:], "tool_choice": "required", "parallel_tool_calls": False, "temperature": 1.0}
+    check_visit(streamed(server, "Hello.", **only)[1])
+    wrong = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": 3}}}}]
+    with pytest.raises(openai.BadRequestError, match="tool_choice: ") as error:
+        ask(server, "Hello.", tools=wrong, tool_choice="required")
+    assert error.value.param == "tool_choice"
+
+
+def test_forced_calls_in_the_form_of_qwen3_coder(tmp_path):
+    """Its template has the XML form, and so the calls."""
+    model = scripted_model(tmp_path, {"Never asked?": "No."})
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    template = settings["chat_template"].replace("{%- if tools %}", "{%- if tools %}{{- '<function=name>' }}")
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    arguments = ("--model", str(model), "--served-name", "scripted", "--max-batch-size", "2", "--config.warm_up=false")
+    with running_server(tmp_path, *arguments) as server:
+        named = {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "visit"}}, "seed": 1}
+        (choice,) = ask(server, "Hello.", **named, logprobs=True, temperature=1.0).choices
+        text = "".join(token.token for token in choice.logprobs.content)
+        assert text.startswith("<parameter=place>\n") and text.endswith("</parameter>\n</function>\n</tool_call>")
+        assert all(token.top_logprobs == [] for token in choice.logprobs.content)
+        check_visit(calls_of(choice.message))
+        assert streamed(server, "Hello.", **named, temperature=1.0)[1] == calls_of(choice.message)
 
 
 def test_reasoning_is_apart_from_the_content(server):
