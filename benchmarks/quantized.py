@@ -116,7 +116,7 @@ def divergence(options: argparse.Namespace, form: str) -> dict[str, float]:
     if "quantize_group_size" in given:
         command += ["--quantize-group-size", str(given["quantize_group_size"])]
     if given.get("quantize_head"):
-        command += ["--quantize-head", "on"]
+        command += ["--config.model.quantize_head=True"]
     result = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
     print(f"{form}: {result}", file=sys.stderr)
     return result

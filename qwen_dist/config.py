@@ -112,8 +112,6 @@ def _group_size() -> Any:
 def _quantize_head() -> Any:
     return option(
         False,
-        flag="--quantize-head",
-        metavar="on|off",
         help="also the output weights, and so the embedding of a tied model, in int8",
     )
 
@@ -290,7 +288,7 @@ class BatchConfig:
     metrics_port: int | None = option(
         None, flag="--metrics-port", metavar="PORT", help="serve Prometheus metrics during the run"
     )
-    metrics_host: str = option("127.0.0.1", flag="--metrics-host", metavar="ADDRESS", help="serve them on this address")
+    metrics_host: str = option("127.0.0.1", metavar="ADDRESS", help="serve them on this address")
     profile: str = option(
         "", flag="--profile", metavar="DIR", help="write a trace of the first seconds, for TensorBoard or XProf"
     )

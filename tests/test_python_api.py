@@ -17,8 +17,8 @@ from qwen_dist import DEMO_MODEL, LLM, LoraOptions, SamplingParams, Tokenizer, T
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 # The arguments of every public function, in order: a change breaks programs of users.
 SIGNATURES = {
-    "LLM": "model mesh dtype adapter quantize quantize_group_size quantize_head load_format ignored_config_keys "
-    "max_batch_size kv_cache_memory policy steps_per_dispatch prefix_cache devices progress",
+    "LLM": "model mesh dtype adapter quantize quantize_group_size quantize_head kv_cache_dtype load_format "
+    "ignored_config_keys max_batch_size kv_cache_memory policy steps_per_dispatch prefix_cache devices progress",
     "LLM.generate": "self prompts sampling_params changes",
     "LLM.chat": "self messages sampling_params tools template_variables changes",
     "LLM.stream": "self prompt sampling_params template_variables changes",

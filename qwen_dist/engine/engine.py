@@ -93,6 +93,18 @@ def _num_snapshots(limits: CacheLimits, cache_bytes: int, of_slot: int, fraction
     return min(int(fraction * cache_bytes) // of_slot, limits.largest(cache_bytes))
 
 
+def _check_arguments(model: LoadedModel, tokenizer: Tokenizer, steps_per_dispatch: int, policy: str) -> None:
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer knows ids up to {tokenizer.vocab_size - 1} and the model only {model.config.vocab_size}; "
+            "tokenizer.json and config.json are not of the same checkpoint."
+        )
+    if not 1 <= steps_per_dispatch <= PAGE:
+        raise UsageError(f"steps_per_dispatch is {steps_per_dispatch}; it must be from 1 to {PAGE}")
+    if policy not in POLICIES:
+        raise UsageError(f"engine.policy is {policy!r}; it must be one of {', '.join(POLICIES)}")
+
+
 class Engine:
     """Answers requests, many at a time.
 
@@ -130,15 +142,7 @@ class Engine:
         snapshot_fraction: float = 0.2,
         adapters: Mapping[str, np.ndarray] = types.MappingProxyType({}),
     ):
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise UserError(
-                f"the tokenizer knows ids up to {tokenizer.vocab_size - 1} and the model only {model.config.vocab_size}; "
-                "tokenizer.json and config.json are not of the same checkpoint."
-            )
-        if not 1 <= steps_per_dispatch <= PAGE:
-            raise UsageError(f"steps_per_dispatch is {steps_per_dispatch}; it must be from 1 to {PAGE}")
-        if policy not in POLICIES:
-            raise UsageError(f"engine.policy is {policy!r}; it must be one of {', '.join(POLICIES)}")
+        _check_arguments(model, tokenizer, steps_per_dispatch, policy)
         num_shards = model.sharding_ctx.batch_multiple()
         slots_per_shard = -(-max_batch_size // num_shards)
         num_slots = slots_per_shard * num_shards

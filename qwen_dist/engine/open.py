@@ -74,8 +74,7 @@ def open_engine(
     sharding_ctx = ShardingContext(given or _make_default_mesh(options, quantize, files, config, devices), INFERENCE)
     for note in _notes(devices[0], sharding_ctx, config, tokenizer, options.adapter):
         announce(note)
-    shapes = disk_shapes(Transformer(config, dtype=options.dtype)) if named else {}
-    stacked, factors = stack_adapters(named, shapes)
+    stacked, factors = stack_adapters(named, disk_shapes(Transformer(config, dtype=options.dtype)) if named else {})
     model = _load(options, quantize, files, sharding_ctx, adapter, progress)
     engine = Engine(
         with_adapter(model, stacked, dtype=model.dtype)[0] if named else model,

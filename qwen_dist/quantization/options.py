@@ -41,7 +41,7 @@ class QuantizeOptions:
         """Return the options that `--quantize` and the flags after it give. Raises UsageError."""
         if quantize == "stored" or quantize == "none":
             given = [] if group_size is None else [f"--quantize-group-size {group_size}"]
-            if given := given + ["--quantize-head"] * has_head:
+            if given := given + ["model.quantize_head"] * has_head:
                 forms = ", ".join(ENCODINGS)
                 raise UsageError(f"{' and '.join(given)} needs --quantize {forms}; it is {quantize}")
             return quantize

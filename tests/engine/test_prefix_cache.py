@@ -509,7 +509,7 @@ def test_a_chat_computes_only_what_is_new_and_finished_pages_never_change(open_m
         list(engine.step())  # what was in flight when the answer ended
         before, pages = pages, {}
         for name, page in engine._scheduler._shards[0].allocators[0]._pages.items():
-            arrays = [x for state in engine._state.states if isinstance(state, PagedState) for x in state]
+            arrays = [x for state in engine._state.states if isinstance(state, PagedState) for x in (state.k, state.v)]
             pages[name] = [np.asarray(x[0, page]).copy() for x in arrays]
             if name in before:
                 assert all(map(np.array_equal, pages[name], before[name])), "a page changed"

@@ -273,13 +273,15 @@ MUTATIONS = [
         "self.head()[:, ::-1]",
         named="logits",
     ),
-    _mutation("token ids off by one", LAYERS + "Embedding.__call__", "tokens_BT,", "tokens_BT + 1,", named="embed_tokens"),
+    _mutation(
+        "token ids off by one", LAYERS + "Embedding.__call__", "(), tokens_BT)", "(), tokens_BT + 1)", named="embed_tokens"
+    ),
     _mutation(
         "a loaded weight is rounded",
         "checkpoint.model:load_model",
-        "return LoadedModel(config, module, parameters, sharding_ctx, files, checkpoint)",
+        "return LoadedModel(config, module, parameters, sharding_ctx, files, checkpoint, tuple(abstract.kept))",
         "bits = {n: p.astype('bfloat16').astype(dtype) for n, p in parameters.items()}\n"
-        "    return LoadedModel(config, module, bits, sharding_ctx, files, checkpoint)",
+        "    return LoadedModel(config, module, bits, sharding_ctx, files, checkpoint, tuple(abstract.kept))",
         named="embed_tokens.weight",
     ),
     _mutation(

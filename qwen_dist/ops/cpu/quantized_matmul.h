@@ -52,10 +52,13 @@ struct GroupScale {
     return {LoadScale<type>(weight.scales, index), Set(offset + zero)};
   }
   SIMD INLINE Floats operator()(Floats values) const {
+    const Floats product = BeforeBFloat16(values);
+    return type == ScaleType::kBFloat16 ? Rounded(product) : product;
+  }
+  // The same, for a number that is rounded to bfloat16 in any case.
+  SIMD INLINE Floats BeforeBFloat16(Floats values) const {
     const Floats product = (values - zero) * scale;
-    if constexpr (type == ScaleType::kFloat32) return product;
-    if constexpr (type == ScaleType::kFloat16) return RoundedToFloat16(product);
-    return Rounded(product);
+    return type == ScaleType::kFloat16 ? RoundedToFloat16(product) : product;
   }
 };
 
@@ -87,7 +90,8 @@ struct RunReader<BFloat16, Encoding::kInt8, type> {
 
   SIMD INLINE void StartGroup(const PackedWeight& weight, int64_t index) { scale = Scale::Load(weight, index); }
   SIMD INLINE Floats Vector(const uint8_t* run, int) const {
-    return RoundedPairs(scale(LoadValues<Encoding::kInt8>(run, 0)), scale(LoadValues<Encoding::kInt8>(run, 1)));
+    return RoundedPairs(scale.BeforeBFloat16(LoadValues<Encoding::kInt8>(run, 0)),
+                        scale.BeforeBFloat16(LoadValues<Encoding::kInt8>(run, 1)));
   }
 };
 
@@ -154,14 +158,24 @@ INLINE void MultiplyRuns(int64_t num_rows, Rows<const typename Type::Row> x, con
 }
 
 // Widen features [begin, end) of a weight.
-template <class Element, Encoding encoding, ScaleType type>
-SIMD void WidenFeatures(const PackedWeight& weight, int64_t begin, int64_t end, Element* to) {
+template <class Type, Encoding encoding, ScaleType type>
+SIMD void WidenFeatures(const PackedWeight& weight, int64_t begin, int64_t end, typename Type::Element* to) {
   const uint8_t* run = weight.values + begin * weight.num_runs() * RunBytes(encoding);
   for (int64_t group = begin * weight.num_groups(); group < end * weight.num_groups(); ++group) {
-    const auto scale = GroupScale<encoding, type>::Load(weight, group);
-    for (int64_t i = 0; i < weight.group_runs; ++i, run += RunBytes(encoding), to += kRun) {
-      UNROLL for (int part = 0; part < kRun / kFloatLanes; ++part) {
-        Store(scale(LoadValues<encoding>(run, part)), to + part * kFloatLanes);
+    if constexpr (Type::kWidens) {
+      const auto scale = GroupScale<encoding, type>::Load(weight, group);
+      for (int64_t i = 0; i < weight.group_runs; ++i, run += RunBytes(encoding), to += kRun) {
+        UNROLL for (int part = 0; part < kRun / kFloatLanes; ++part) {
+          Store(scale.BeforeBFloat16(LoadValues<encoding>(run, part)), to + part * kFloatLanes);
+        }
+      }
+    } else {
+      RunReader<Type, encoding, type> reader;
+      reader.StartGroup(weight, group);
+      for (int64_t i = 0; i < weight.group_runs; ++i, run += RunBytes(encoding)) {
+        UNROLL for (int part = 0; part < reader.kParts; ++part, to += Type::kLanes) {
+          Store(reader.Vector(run, part), reinterpret_cast<float*>(to));
+        }
       }
     }
   }
@@ -196,7 +210,7 @@ void MultiplyPacked(const Pool& pool, const QuantizedMatmulArguments& a) {
     const int64_t begin = std::min(block.begin, block.end - kTileFeatures), num_features = block.end - begin;
     auto* const memory = reinterpret_cast<Element*>(
         ThreadMemory<2>(CeilDivide(num_features * a.num_inputs * sizeof(Element), sizeof(float))));
-    WidenFeatures<Element, encoding, type>(weight, begin, block.end, memory);
+    WidenFeatures<Type, encoding, type>(weight, begin, block.end, memory);
     MultiplyBlock<Type, Result>(rows, group.num_rows, memory, a.num_inputs, {y.data + begin, y.stride}, num_features,
                                 nullptr);
   });
