@@ -176,7 +176,8 @@ def open_llama_cpp(path: str, dtype: str) -> tuple[Generate, float]:
     def generate(prompts: list[list[int]] | None, num_tokens: int) -> list[tuple[float, int]]:
         if prompts is None:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-            prompts = [tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True)]
+            chat = [{"role": "user", "content": QUESTION}]
+            prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]]
         if len(prompts) not in opened:
             opened.clear()
             opened[len(prompts)] = llama_cpp.LlamaCpp(file, len(prompts), 256)

@@ -177,5 +177,6 @@ class LlamaCpp:
             thread.start()
         for thread in threads:
             thread.join()
-        # A piece of text can hold several tokens, those of one character.
-        return [*times[:-1], (times[-1][0], len(prompts) * num_tokens)]
+        # A piece of text can hold several tokens, those of one character, or end before the last.
+        last = times[-1][0] if times else time.perf_counter()
+        return [*times[:-1], (last, len(prompts) * num_tokens)]
