@@ -1,4 +1,4 @@
-"""llama.cpp beside this project: writes a checkpoint as GGUF, and answers through llama.cpp's server in this process.
+"""llama.cpp as a peer of the benchmarks: a checkpoint as GGUF, and llama.cpp's server in this process.
 
 `benchmarks/inference.py --peer llama.cpp` and `benchmarks/batch.py --systems qwen_dist,llama.cpp` use it:
 `pip install xllamacpp gguf`.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pathlib
 import threading
 import time
@@ -34,7 +35,9 @@ OUTSIDE |= {"lm_head.weight": "output.weight"}
 
 def gguf_file(model: str, form: str, directory: str = "~/.cache/qwen_dist/gguf") -> pathlib.Path:
     """Return the GGUF file of a checkpoint, written if it is not there; `form` is BF16, F16, F32, Q8_0 or Q4_0."""
-    name = hashlib.sha256(str(pathlib.Path(model).expanduser().resolve()).encode()).hexdigest()[:12]
+    # Other weights at the same place get another file.
+    weights = [(str(one.resolve()), one.stat().st_mtime_ns) for one in sorted(pathlib.Path(model).expanduser().iterdir())]
+    name = hashlib.sha256(repr(weights).encode()).hexdigest()[:12]
     path = pathlib.Path(directory).expanduser() / f"{name}-{form}.gguf"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,8 +127,6 @@ class LlamaCpp:
     """
 
     def __init__(self, path: pathlib.Path, slots: int, context: int):
-        import os
-
         import xllamacpp
 
         params = xllamacpp.CommonParams()

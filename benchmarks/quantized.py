@@ -109,7 +109,7 @@ def resident_bytes() -> int:
 
 
 def divergence(options: argparse.Namespace, form: str) -> dict[str, float]:
-    """Return what `qwen-dist parity --kl` prints, from a process of its own."""
+    """Return what `qwen-dist parity --kl` prints, from a new process."""
     given = FORMS[form]
     command = [sys.executable, "-m", "qwen_dist", "parity", "--model", options.model, "--dtype", DTYPE, "--json"]
     command += ["--kl", options.text, f"--config.kl_tokens={options.tokens}", "--quantize", given["quantize"]]

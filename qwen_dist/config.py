@@ -109,30 +109,21 @@ def _group_size() -> Any:
     )
 
 
-def _quantize_head() -> Any:
-    return option(
-        False,
-        help="also the output weights, and so the embedding of a tied model, in int8",
+@dataclasses.dataclass(frozen=True)
+class QuantizedOptions:
+    """What is kept in fewer bits in memory."""
+
+    quantize: Quantize = option("stored", flag="--quantize", metavar="FORM", help="the weights in memory (none: floats)")
+    quantize_group_size: int | None = _group_size()
+    quantize_head: bool = option(False, help="also the output weights, and so the embedding of a tied model, in int8")
+    kv_cache_dtype: KvCacheDtype = option(
+        "auto", flag="--kv-cache-dtype", metavar="FORM", help="keys and values in the cache (auto: as computed)"
     )
-
-
-def _kv_cache_dtype(help: str = "keys and values in the cache (auto: as computed)") -> Any:
-    return option("auto", flag="--kv-cache-dtype", metavar="FORM", help=help)
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelOptions(TrainedModelOptions):
+class ModelOptions(QuantizedOptions, TrainedModelOptions):
     """A model that is run, whose weights may be kept in fewer bits."""
-
-    quantize: Literal["stored", "none", "int8", "int4", "fp8"] = option(
-        "stored",
-        flag="--quantize",
-        metavar="FORM",
-        help="the weights in memory (none: floats)",
-    )
-    quantize_group_size: int | None = _group_size()
-    quantize_head: bool = _quantize_head()
-    kv_cache_dtype: Literal["auto", "int8", "fp8"] = _kv_cache_dtype()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -597,21 +588,21 @@ class DoctorConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ParityModelOptions(CheckpointOptions):
+class ParityModelOptions(QuantizedOptions, CheckpointOptions):
     """The checkpoint to compare."""
 
     dtype: Literal["bfloat16", "float32", "float64"] = option(
         "float32", flag="--dtype", metavar="DTYPE", help="of parameters and computation on both sides"
     )
-    quantize: Literal["stored", "none", "int8", "int4", "fp8"] = option(
+    quantize: Quantize = option(
         "none",
         flag="--quantize",
         metavar="FORM",
         help="for --kl: the weights that are compared with the original ones",
     )
-    quantize_group_size: int | None = _group_size()
-    quantize_head: bool = _quantize_head()
-    kv_cache_dtype: Literal["auto", "int8", "fp8"] = _kv_cache_dtype("for --kl: keys and values in the cache")
+    kv_cache_dtype: KvCacheDtype = option(
+        "auto", flag="--kv-cache-dtype", metavar="FORM", help="for --kl: keys and values in the cache"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -639,7 +630,7 @@ class ParityConfig:
         if not self.kl and (self.kl_reference or is_quantized):
             raise UsageError("--kl-reference, --quantize and --kv-cache-dtype are for --kl TEXT_FILE")
         if self.kl and (self.prompts or self.tokens is not None or self.report):
-            raise UsageError("--kl TEXT_FILE is a comparison of its own: leave out --prompt, --tokens and --report")
+            raise UsageError("--prompt, --tokens and --report cannot be used with --kl TEXT_FILE: leave them out")
         if self.kl and not is_quantized and self.kl_reference in ("", self.model.path):
             raise UsageError(
                 "--kl compares two models: give --quantize, --kv-cache-dtype, or another one with --kl-reference"
@@ -649,18 +640,15 @@ class ParityConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class PlanModelOptions(CheckpointOptions):
+class PlanModelOptions(QuantizedOptions, CheckpointOptions):
     """The model to plan for."""
 
-    quantize: Literal["stored", "none", "int8", "int4", "fp8"] = option(
+    quantize: Quantize = option(
         "stored",
         flag="--quantize",
         metavar="FORM",
         help="the weights of linear layers and experts in batch inference",
     )
-    quantize_group_size: int | None = _group_size()
-    quantize_head: bool = _quantize_head()
-    kv_cache_dtype: Literal["auto", "int8", "fp8"] = _kv_cache_dtype()
 
 
 @dataclasses.dataclass(frozen=True)

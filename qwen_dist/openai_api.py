@@ -441,7 +441,10 @@ def _choice_json(index: int, choice: Choice, *, is_chat: bool) -> dict[str, Any]
 
 
 class TextOffsets:
-    """Where in a text its tokens begin, as they come. It may be ahead of a streamed text, which waits for stop strings."""
+    """The offset in the text at which each token begins.
+
+    It may be ahead of the text that was streamed, which is held back while it may be the start of a stop string.
+    """
 
     def __init__(self) -> None:
         self._decoder, self._end = codecs.getincrementaldecoder("utf-8")("replace"), 0

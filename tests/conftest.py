@@ -21,13 +21,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache/d/compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-# Most programs of the tests run once: they are compiled with less optimisation, which takes less than half the time.
+# Most programs of the tests run once, so they are compiled with less optimisation, which takes less time.
 # `XLA_FLAGS= pytest` compiles them as users' are; .ci/run does so for some rooms, the nightly run for all.
-# The flag of the second part is gone in jax 0.11.
+# jax 0.12 does not know the second flag.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0"
-    + " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jax").startswith("0.10."),
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    if importlib.metadata.version("jax").startswith("0.10.")
+    else "--xla_backend_optimization_level=0",
 )
 # Few arenas of malloc: memory that one thread frees serves the others.
 os.environ.setdefault("MALLOC_ARENA_MAX", "2")

@@ -21,7 +21,7 @@ SCALE_DTYPES = frozenset({"F32", "BF16", "F16"})
 
 
 def read_block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return the block size (rows, columns) of an FP8 checkpoint, or None if it is none.
+    """Return the block size (rows, columns) of an FP8 checkpoint; None for any other.
 
     Raises:
       CheckpointError: the quantisation is not supported.

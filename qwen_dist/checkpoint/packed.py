@@ -53,7 +53,7 @@ class WeightInfo:
         return len(self.disk_shape) == 3
 
     def leaf(self, name: str) -> str:
-        """Return the name of another tensor beside the weight, such as `qweight`."""
+        """Return the name of another tensor of the same layer, such as `qweight`."""
         base = self.name.removesuffix(".weight")
         return self.name if name == "weight" else f"{base}.{name}"
 
@@ -130,7 +130,7 @@ class _SourceMaker:
         """Return a source of `units` times `width` elements along the in-features.
 
         Args:
-          leaf: the tensor's name beside the weight.
+          leaf: the last part of the tensor's name.
           dtype: on disk.
           units: into how many parts the in-features may be cut; `width`: elements on disk of each.
           encode: see `Encode`.
@@ -194,7 +194,7 @@ def packed_sources(weight: WeightInfo, form: GroupedFormat, scheme: Scheme) -> t
 
 
 def unread_leaves(scheme: Scheme) -> tuple[str, ...]:
-    """Return the tensors beside a packed weight that may be there and are not needed."""
+    """Return the tensors of a packed weight that a checkpoint may have and that are not needed."""
     return {
         "gptq": ("g_idx",),
         "pack-quantized": ("weight_shape", "input_scale"),
@@ -215,17 +215,22 @@ def _fp8_sources(maker: _SourceMaker, scheme: Scheme) -> tuple[Source, ...]:
     return (maker.make("weight", form.values_dtype, form.num_groups, form.group_size, encode),)
 
 
-def _gptq_sources(maker: _SourceMaker, scheme: Scheme) -> tuple[Source, ...]:
-    form, bits, per_word = maker.form, scheme.bits, WORD_BITS // scheme.bits
+def _values_source(maker: _SourceMaker, leaf: str, bits: int, *, is_in_first: bool = False) -> Source:
+    """Return the source of values that are packed in words along the in-features."""
+    form, per_word = maker.form, WORD_BITS // bits
 
-    def encode_values(words: np.ndarray, _: object, __: int) -> Mapping[str, np.ndarray]:
+    def encode(words: np.ndarray, _: object, __: int) -> Mapping[str, np.ndarray]:
         return {"": _stored_runs(unpack_words(words, bits), form)}
 
     if form.run % per_word:
         raise CheckpointError(f"{maker.weight.name}: groups of {form.group_size} do not fill words of {per_word} values")
     num_runs = form.in_features // form.run
+    return maker.make(leaf, "int32", num_runs, form.run // per_word, encode, is_in_first=is_in_first)
+
+
+def _gptq_sources(maker: _SourceMaker, scheme: Scheme) -> tuple[Source, ...]:
     sources = [
-        maker.make("qweight", "int32", num_runs, form.run // per_word, encode_values, is_in_first=True),
+        _values_source(maker, "qweight", scheme.bits, is_in_first=True),
         _scale_source(maker, "scales", is_in_first=True),
         _zero_point_source(maker, "qzeros", scheme, is_in_first=True),
     ]
@@ -250,16 +255,8 @@ def _awq_sources(maker: _SourceMaker, scheme: Scheme) -> tuple[Source, ...]:
 
 def _word_sources(maker: _SourceMaker, scheme: Scheme) -> tuple[Source, ...]:
     """Return the sources of pack-quantized weights."""
-    form, bits, per_word = maker.form, scheme.bits, WORD_BITS // scheme.bits
-
-    def encode_values(words: np.ndarray, _: object, __: int) -> Mapping[str, np.ndarray]:
-        return {"": _stored_runs(unpack_words(words, bits), form)}
-
-    if form.run % per_word:
-        raise CheckpointError(f"{maker.weight.name}: groups of {form.group_size} do not fill words of {per_word} values")
-    num_runs = form.in_features // form.run
     sources = [
-        maker.make("weight_packed", "int32", num_runs, form.run // per_word, encode_values),
+        _values_source(maker, "weight_packed", scheme.bits),
         _scale_source(maker, "weight_scale"),
     ]
     if not scheme.is_symmetric:

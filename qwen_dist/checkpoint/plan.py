@@ -296,7 +296,7 @@ def make_parameters(
 
 
 def make_result(name: str, struct: jax.ShapeDtypeStruct) -> Parameter:
-    """Return an array that is made of sources: it has shards, and no bytes on disk of its own."""
+    """Return an array that is computed from sources: it has shards, and no tensor on disk."""
     dtype, shards = np.dtype(struct.dtype), make_shards(struct.shape, struct.sharding)
     return Parameter(name, tuple(struct.shape), dtype, struct.sharding, dtype, (), 0, shards)
 

@@ -28,11 +28,11 @@ from qwen_dist.models.parameters import abstract_parameters, disk_shapes
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.ops.grouped_weight import SCALE, ZERO_POINT, Encoding, GroupedFormat, grouped_format
 from qwen_dist.ops.weight import WeightFormat
-from qwen_dist.quantization.options import QuantizeOptions, is_kept
+from qwen_dist.quantization.options import QuantizeOptions, is_not_converted
 from qwen_dist.quantization.stored import Scheme, StoredQuantization, is_packed_by_rule, read_stored
 from qwen_dist.sharding import ShardingContext
 
-# A tensor beside a weight of each packing, by which it is recognised.
+# The last part of the name of a tensor by which the weights of each packing are recognised.
 _MARKS: dict[str, str] = {
     "fp8": "weight_scale_inv",
     "gptq": "qweight",
@@ -132,7 +132,7 @@ def _quantized(module: Transformer, options: QuantizeOptions) -> list[KeptWeight
         if weight.name == head and options.has_head:
             form = options.head_form(weight.in_features, weight.dtype)
             kept.append(KeptWeight(weight, form, quantizing_source(weight, form, "float32"), ()))
-        if is_kept(weight.name.removesuffix(".weight")):
+        if is_not_converted(weight.name.removesuffix(".weight")):
             continue
         group = options.group_size or weight.in_features
         if weight.in_features % group or group % 2:

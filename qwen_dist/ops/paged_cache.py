@@ -37,8 +37,8 @@ class PagedState(NamedTuple):
     CPU widens all of it to float32 and back; it changes integers in place, 1,000 times faster. Other backends do not mind.
 
     Values of 8 bits have bfloat16 scales, [D, P, K, S, groups of SCALED channels]. One scale for each page would have to
-    change, and all of the page with it, with each token that has a larger value. One for each head is not enough: Qwen's
-    keys have a few channels that are far larger than the others, and the queries are small just there.
+    change, and all of the page with it, with each token that has a larger value. One for each head is not enough:
+    Qwen2's keys have a few channels that are far larger than the others, and would make these coarse.
     """
 
     k: jax.Array
@@ -96,7 +96,8 @@ def quantize(x_BTKH: jax.Array, stored: DTypeLike) -> tuple[jax.Array, jax.Array
     groups = x_BTKH.astype(jnp.float32).reshape(*x_BTKH.shape[:-1], scales_for(x_BTKH.shape[-1]), -1)
     limit = 127.0 if stored == jnp.int8 else 448.0
     largest = jnp.max(jnp.abs(groups), axis=-1, keepdims=True)
-    scale = jnp.where(largest == 0, 1, largest / limit).astype(jnp.bfloat16)
+    scale = (largest / limit).astype(jnp.bfloat16)
+    scale = jnp.where(scale == 0, 1, scale)  # of zeros, or of numbers too small for the type
     scaled = (groups / scale.astype(jnp.float32)).clip(-limit, limit).reshape(x_BTKH.shape)
     values = jnp.round(scaled).astype(jnp.int8) if stored == jnp.int8 else scaled.astype(jnp.float8_e4m3fn).view(jnp.uint8)
     return values, scale[..., 0].view(jnp.uint16)

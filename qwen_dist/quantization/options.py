@@ -16,8 +16,9 @@ ENCODINGS: dict[str, Encoding] = {"int8": "int8", "int4": "int4", "fp8": "float8
 CACHE_DTYPES: dict[KvCacheDtype, CacheDtype | None] = {"auto": None, "int8": "int8", "fp8": "float8_e4m3fn"}
 # In-features with one scale where none are given; 0 is all of a row.
 DEFAULT_GROUPS: dict[Encoding, int] = {"int8": 128, "int4": 32, "float8_e4m3fn": 0}
-# Layers that published quantised checkpoints leave in 16 bits: embedding, head, routers, and the gates of delta nets.
-KEPT = re.compile(r"(^|\.)(embed_tokens|lm_head|gate|shared_expert_gate|in_proj_a|in_proj_b|in_proj_ba)$")
+# Layers that published quantised checkpoints leave in 16 bits, transformers' `modules_to_not_convert`: embedding, head,
+# routers, and the gates of delta nets.
+NOT_CONVERTED = re.compile(r"(^|\.)(embed_tokens|lm_head|gate|shared_expert_gate|in_proj_a|in_proj_b|in_proj_ba)$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,6 @@ class QuantizeOptions:
         return options.form(in_features, dtype)
 
 
-def is_kept(layer: str) -> bool:
+def is_not_converted(layer: str) -> bool:
     """Return whether a linear layer stays as it is, by its name."""
-    return KEPT.search(layer) is not None
+    return NOT_CONVERTED.search(layer) is not None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from qwen_dist.errors import CheckpointError, printable, problem_list
-from qwen_dist.quantization.options import is_kept
+from qwen_dist.quantization.options import is_not_converted
 
 Packing = Literal["fp8", "gptq", "awq", "pack-quantized", "int-quantized", "float-quantized"]
 SUPPORTED = (
@@ -209,7 +209,7 @@ def _compressed_tensors(reader: _Problems) -> SchemeOf:
     reader.value("quantization_status", "compressed", ("compressed",))
     for key, why in {
         "transform_config": "the weights are rotated",
-        "kv_cache_scheme": "the cache has scales of its own; a checkpoint without them can be used",
+        "kv_cache_scheme": "scales of the KV cache are not supported; use a checkpoint without them",
     }.items():
         if given.get(key):
             reader.problems.append(f"{key} is set: {why}")
@@ -265,10 +265,10 @@ def _ct_scheme(reader: _Problems, default_format: Any) -> Scheme:
 
 def is_packed_by_rule(stored: StoredQuantization, layer: str) -> bool:
     """Return whether a checkpoint with this configuration has the weight of a layer packed, without looking at it."""
-    return not is_kept(layer) and stored.scheme_of(layer) is not None
+    return not is_not_converted(layer) and stored.scheme_of(layer) is not None
 
 
-# Tensors beside packed values, which are no parameters.
+# Tensors of packed weights that are not parameters.
 _BESIDE = re.compile(
     r"(^|\.)(scales|qzeros|g_idx|input_scale|weight_(scale|scale_inv|zero_point|shape|g_idx))$|_scale_inv$"
 )

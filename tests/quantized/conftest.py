@@ -14,7 +14,7 @@ SIZES = {
     "qwen3_5": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
     | {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
 }
-KEPT = ("lm_head", "mlp.gate", "shared_expert_gate", "in_proj_a", "in_proj_b", "embed_tokens", "conv1d")
+NOT_CONVERTED = ("lm_head", "mlp.gate", "shared_expert_gate", "in_proj_a", "in_proj_b", "embed_tokens", "conv1d")
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +42,7 @@ def packed_checkpoint(small, tmp_path_factory):
                         leaves, expected = packer.tensors(rng, *of_part.shape[1:])
                         packed |= {f"{one}.{leaf}": value for leaf, value in leaves.items()}
                         plain[f"{one}.weight"] = expected
-            elif array.ndim == 2 and not layer.endswith(KEPT):
+            elif array.ndim == 2 and not layer.endswith(NOT_CONVERTED):
                 leaves, plain[name] = packer.tensors(rng, *array.shape)
                 packed |= {f"{layer}.{leaf}": value for leaf, value in leaves.items()}
             else:
