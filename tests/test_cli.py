@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from qwen_dist.cli import main
-from qwen_dist.cli.main import VERBS
+from qwen_dist.cli.commands import COMMANDS
 from qwen_dist.config import BatchConfig
 from qwen_dist.tokenizer import Tokenizer
 
@@ -474,7 +474,7 @@ def test_debug_shows_the_traceback(model):
 # --- help ---
 
 
-@pytest.mark.parametrize("command", [verb.name for verb in VERBS])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_fits_a_screen_and_shows_an_example(run, command):
     result = run(command, "--help")
     assert result.code == 0

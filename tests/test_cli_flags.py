@@ -7,13 +7,14 @@ import pathlib
 import shlex
 import subprocess
 import sys
+import types
 from typing import Literal
 
 import pytest
 
 from qwen_dist.cli import main
-from qwen_dist.cli.flags import ProcessFlags, Verb, build_parser
-from qwen_dist.cli.main import VERBS
+from qwen_dist.cli.commands import COMMANDS, build_parser, load_verb
+from qwen_dist.cli.flags import ProcessFlags, Verb
 from qwen_dist.config import BatchConfig, EngineOptions, load_config
 from qwen_dist.config_fields import config_fields, option
 from qwen_dist.errors import UsageError
@@ -58,6 +59,7 @@ ARGUMENTS = {
         {"topology": "v5e:2x2", "compile": "all", "lora.rank": 4, "command": "finetune", "remat": "full"},
     ),
 }
+VERBS = [load_verb(name) for name in COMMANDS]
 BY_NAME = {verb.name: verb for verb in VERBS}
 
 
@@ -72,7 +74,7 @@ class _SomeConfig:
 
 
 def read(verb: Verb, *arguments: str):
-    parser, _ = build_parser([verb])
+    parser, _ = build_parser([verb.name])
     options, overrides = parser.parse_known_args([verb.name, *arguments])
     return verb.read(options, overrides)[0]
 
@@ -82,8 +84,9 @@ def read(verb: Verb, *arguments: str):
 
 def test_a_new_field_is_a_flag_a_key_and_a_line_of_the_reference(monkeypatch, capsys, tmp_path):
     """With metadata in one place it is in --help, in --print-config, in configuration files and in `config_fields`."""
-    verb = Verb("paint", "paint the answers", _SomeConfig, ProcessFlags, lambda config, flags: 7, "an example")
-    monkeypatch.setitem(main.__globals__, "VERBS", (verb,))
+    verb = Verb("paint", _SomeConfig, ProcessFlags, lambda config, flags: 7, "an example")
+    monkeypatch.setitem(sys.modules, "qwen_dist.cli.paint", types.SimpleNamespace(VERB=verb))
+    monkeypatch.setitem(COMMANDS, "paint", "paint the answers")
     with pytest.raises(SystemExit):
         main(["paint", "--help"])
     shown = capsys.readouterr().out
@@ -113,7 +116,7 @@ def test_every_key_has_a_help_and_every_flag_is_one_key(verb):
     assert not [field.key for field in fields if not field.help or "\n" in field.help]
     flags = [field.flag for field in fields if field.flag]
     assert len(flags) == len(set(flags))
-    _, commands = build_parser([verb])
+    _, commands = build_parser([verb.name])
     assert {*flags, "--help", "-h"} == {
         name for action in commands[verb.name]._actions for name in action.option_strings or [action.metavar]
     }
@@ -195,7 +198,7 @@ def test_the_time_to_wait_for_other_processes(monkeypatch, capsys):
     monkeypatch.setenv("QWEN_DIST_START_TIMEOUT", "soon")
     assert main(["preflight"]) == 2
     assert "QWEN_DIST_START_TIMEOUT is 'soon'; it must be seconds, such as 60" in capsys.readouterr().err
-    options = build_parser(VERBS)[0].parse_args(["preflight", "--start-timeout", "2.5"])
+    options = build_parser(["preflight"])[0].parse_args(["preflight", "--start-timeout", "2.5"])
     assert BY_NAME["preflight"].read(options, [])[1].start_timeout == 2.5
 
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import textwrap
 import tomllib
+import types
 
 import pytest
 import yaml
@@ -25,8 +26,8 @@ from packaging.utils import canonicalize_name
 
 import qwen_dist
 from qwen_dist.cli import main
-from qwen_dist.cli.flags import Flags, Verb, build_parser
-from qwen_dist.cli.main import VERBS
+from qwen_dist.cli.commands import COMMANDS, build_parser, load_verb
+from qwen_dist.cli.flags import Flags, Verb
 from qwen_dist.config_fields import config_fields, option
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -103,7 +104,7 @@ def shown_commands() -> list[tuple[str, str]]:
 
 
 def test_shown_commands_have_known_flags_and_keys():
-    parser, parsers = build_parser(VERBS)
+    parser, parsers = build_parser()
     commands = shown_commands()
     assert len(commands) > 40 and {page for page, _ in commands} >= {"README.md", "docs/batch.md", "docs/scaling.md"}
     for page, command in commands:
@@ -112,7 +113,7 @@ def test_shown_commands_have_known_flags_and_keys():
         words = [word for word in shlex.split(command, comments=True) if word not in ("…", "2>&1")]
         if words and words[0] in parsers:
             options, unknown = parser.parse_known_args(words)
-            verb = next(verb for verb in VERBS if verb.name == options.verb)
+            verb = load_verb(options.verb)
             keys = {f"--config.{field.key}" for field in config_fields(verb.config)}
             assert {word.partition("=")[0] for word in unknown if word.startswith("-")} <= keys, f"{page}: {command}"
         else:
@@ -348,16 +349,18 @@ class _PaintConfig:
     colour: str = option("red", flag="--colour", metavar="COLOUR", help="of the answers | <b>")
 
 
-def test_a_new_field_is_in_the_reference():
-    verb = Verb("paint", "paint the answers", _PaintConfig, Flags, lambda config, flags: 0, "an example")
+def test_a_new_field_is_in_the_reference(monkeypatch):
+    verb = Verb("paint", _PaintConfig, Flags, lambda config, flags: 0, "an example")
+    monkeypatch.setitem(sys.modules, "qwen_dist.cli.paint", types.SimpleNamespace(VERB=verb))
+    monkeypatch.setitem(COMMANDS, "paint", "paint the answers")
     line = "| `colour`<br>`--colour` | str | `red` | of the answers &#124; &lt;b> |"
-    assert line in SITE_PAGES["configuration_page"]((verb,)).splitlines()
-    assert "--colour COLOUR" in SITE_PAGES["commands_page"]((verb,))
+    assert line in SITE_PAGES["configuration_page"](["paint"]).splitlines()
+    assert "--colour COLOUR" in SITE_PAGES["commands_page"](["paint"])
 
 
 def test_the_reference_has_every_key_and_command():
     page = SITE_PAGES["configuration_page"]()
-    for verb in VERBS:
+    for verb in map(load_verb, COMMANDS):
         section = page.partition(f"## {verb.name}\n")[2].partition("\n## ")[0]
         assert section.count("\n| `") == len(config_fields(verb.config))
         assert f"## {verb.name}\n" in SITE_PAGES["commands_page"]()

@@ -86,6 +86,7 @@ LEVELS = {
     "evaluation": 8,
     "cli": 8,
     "cli.command_parser": 8,
+    "cli.commands": 8,
     "cli.flags": 8,
     "__main__": 9,
 }
@@ -93,6 +94,7 @@ WITHOUT_JAX = {
     "errors",
     "charts",
     "cli.command_parser",
+    "cli.commands",
     "cli.flags",
     "config",
     "config_fields",

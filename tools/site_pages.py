@@ -12,12 +12,12 @@ import inspect
 import pathlib
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import qwen_dist
-from qwen_dist.cli.flags import Verb, build_parser, help_text
-from qwen_dist.cli.main import VERBS
+from qwen_dist.cli.commands import COMMANDS, build_parser, load_verb
+from qwen_dist.cli.flags import help_text
 from qwen_dist.config_fields import ConfigField, config_fields
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -62,15 +62,15 @@ _REMOTE = re.compile(
 # --- generated pages ---
 
 
-def commands_page(verbs: Iterable[Verb] = VERBS) -> str:
+def commands_page(names: Collection[str] = COMMANDS) -> str:
     """Return the help of every command, as it is printed."""
-    _, parsers = build_parser(verbs)
+    _, parsers = build_parser(names)
     sections = [f"## {name}\n\n```text\n{parser.format_help().rstrip()}\n```\n" for name, parser in parsers.items()]
     intro = "What `qwen-dist COMMAND --help` prints. [Configuration](configuration.md) has the keys without a flag, too.\n"
     return "\n".join(["# Commands\n", intro, *sections])
 
 
-def configuration_page(verbs: Iterable[Verb] = VERBS) -> str:
+def configuration_page(names: Collection[str] = COMMANDS) -> str:
     """Return a table of all configuration keys of every command."""
     intro = """# Configuration
 
@@ -79,7 +79,7 @@ A key is set by its flag, by `--config.KEY=VALUE`, or in a file that `--config` 
 their values. A key that does not exist is an error.
 """
     tables = []
-    for verb in verbs:
+    for verb in map(load_verb, names):
         rows = "\n".join(_row(field) for field in config_fields(verb.config))
         table = f"| key, and its flag | type | default | meaning |\n|---|---|---|---|\n{rows}\n"
         tables.append(f'## {verb.name}\n\n<div class="meanings" markdown>\n\n{table}\n</div>\n')

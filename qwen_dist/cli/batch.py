@@ -7,9 +7,10 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from qwen_dist.cli.commands import EXIT_INTERRUPTED
 from qwen_dist.cli.console import announcer, loading, make_console, print_batch
 from qwen_dist.cli.flags import ProcessFlags, Verb
-from qwen_dist.cli.session import DEMO_MODEL, EXIT_INTERRUPTED, catch_interrupt, joined, paths_read
+from qwen_dist.cli.session import DEMO_MODEL, catch_interrupt, joined, paths_read
 from qwen_dist.config import BatchConfig, parse_bytes
 from qwen_dist.outputs import Written, check_paths
 from qwen_dist.runtime.backend import start_jax
@@ -158,4 +159,4 @@ def _monitors(
             make_console(stderr=True, quiet=quiet).print(series_table(series))
 
 
-VERB = Verb("batch", "answer every line of a file", BatchConfig, ProcessFlags, run, EXAMPLES, defaults=DEMO_MODEL)
+VERB = Verb("batch", BatchConfig, ProcessFlags, run, EXAMPLES, defaults=DEMO_MODEL)

@@ -53,7 +53,7 @@ def check_command(given: Sequence[str], commands: Collection[str]) -> None:
         return
     known = {"chat": "generate", "run": "generate", "server": "serve", "train": "finetune", "sft": "finetune"}
     close = known.get(name) or next(iter(difflib.get_close_matches(name, commands, n=1)), None)
-    meant = f"; did you mean {close}?" if close else ""
+    meant = f"; did you mean {close}?" if close else "."
     raise UsageError(f"{printable(name, 60)!r} is not a command{meant} The commands are {', '.join(commands)}.")
 
 

@@ -180,7 +180,6 @@ def _print(report: dict[str, Any]) -> None:
 
 VERB = Verb(
     "doctor",
-    "show what a run on this machine would use, and what is missing",
     DoctorConfig,
     DeviceFlags,
     run,

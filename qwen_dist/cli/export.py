@@ -46,6 +46,4 @@ def run(config: ExportConfig, flags: ProcessFlags) -> int:
     return 0
 
 
-VERB = Verb(
-    "export", "load a checkpoint and save it in the format of transformers", ExportConfig, ProcessFlags, run, EXAMPLES
-)
+VERB = Verb("export", ExportConfig, ProcessFlags, run, EXAMPLES)

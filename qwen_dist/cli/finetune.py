@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from qwen_dist.cli.commands import EXIT_SIGTERM
 from qwen_dist.cli.console import make_console, print_training
 from qwen_dist.cli.flags import ProcessFlags, Verb
-from qwen_dist.cli.session import EXIT_SIGTERM, joined
+from qwen_dist.cli.session import joined
 from qwen_dist.config import FinetuneConfig
 from qwen_dist.config_fields import option
 from qwen_dist.runtime.backend import start_jax
@@ -62,4 +63,4 @@ def run(config: FinetuneConfig, flags: FinetuneFlags) -> int:
     return EXIT_SIGTERM if summary.is_stopped else 0
 
 
-VERB = Verb("finetune", "train a model or an adapter on your data", FinetuneConfig, FinetuneFlags, run, EXAMPLES)
+VERB = Verb("finetune", FinetuneConfig, FinetuneFlags, run, EXAMPLES)

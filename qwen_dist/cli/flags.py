@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qwen_dist.cli.command_parser import CommandParser
-from qwen_dist.cli.version import VersionAction
 from qwen_dist.config import load_config
 from qwen_dist.config_fields import DEVICES, GENERAL, ConfigField, config_fields, option
 
@@ -75,7 +74,6 @@ class Verb:
 
     Attributes:
       name: of the command.
-      help: one line for `qwen-dist --help`.
       config: the dataclass of its configuration; a field with a flag is a flag of the command.
       flags: the dataclass of its other flags.
       run: called with an instance of each; returns the exit code.
@@ -85,7 +83,6 @@ class Verb:
     """
 
     name: str
-    help: str
     config: type
     flags: type[Flags]
     run: Callable[[Any, Any], int]
@@ -105,42 +102,24 @@ class Verb:
         values = {name.removeprefix(_CONFIG): value for name, value in given.items() if name.startswith(_CONFIG)}
         return load_config(self.config, flags.config, overrides, values, self.defaults), flags
 
-
-def build_parser(verbs: Iterable[Verb]) -> tuple[CommandParser, dict[str, CommandParser]]:
-    """Return the parser of the command line, and the parser of each command."""
-    parser = CommandParser(prog="qwen-dist", description="Run and fine-tune Qwen text models in JAX.", allow_abbrev=False)
-    parser.add_argument("--version", action=VersionAction)
-    commands = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True)
-    for verb in verbs:
-        command = commands.add_parser(
-            verb.name,
-            help=verb.help,
-            description=verb.help,
-            epilog=verb.examples,
-            allow_abbrev=False,
-            add_help=False,
-            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110),
-            usage=verb.usage or f"qwen-dist {verb.name} --model DIR_OR_HUB_ID [flags]",
-        )
-        _add_flags(command, verb)
-    return parser, dict(commands.choices)
-
-
-def _add_flags(command: CommandParser, verb: Verb) -> None:
-    """Add the flags by topic: those of the command itself, of nested dataclasses, of devices, and the general ones."""
-    config = [(_CONFIG + field.key, field) for field in config_fields(verb.config)]
-    other = [(field.key, field) for field in config_fields(verb.flags)]
-    topics: dict[str, list[tuple[str, ConfigField]]] = {verb.name: []}
-    for dest, field in config + other:
-        if field.flag:
-            topics.setdefault(field.group or verb.name, []).append((dest, field))
-    for topic in (DEVICES, GENERAL):
-        topics[topic] = topics.pop(topic, [])
-    for topic, fields in topics.items():
-        group = command.add_argument_group(topic)
-        for dest, field in fields:
-            _add_flag(group, dest, field)
-    group.add_argument("-h", "--help", action="help", help="show this help and exit")
+    def add_flags(self, parser: argparse.ArgumentParser) -> None:
+        """Add the flags by topic: those of the command itself, of nested dataclasses, of devices, and the general ones."""
+        parser.usage = self.usage or f"qwen-dist {self.name} --model DIR_OR_HUB_ID [flags]"
+        parser.epilog = self.examples
+        parser.formatter_class = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=110)
+        config = [(_CONFIG + field.key, field) for field in config_fields(self.config)]
+        other = [(field.key, field) for field in config_fields(self.flags)]
+        topics: dict[str, list[tuple[str, ConfigField]]] = {self.name: []}
+        for dest, field in config + other:
+            if field.flag:
+                topics.setdefault(field.group or self.name, []).append((dest, field))
+        for topic in (DEVICES, GENERAL):
+            topics[topic] = topics.pop(topic, [])
+        for topic, fields in topics.items():
+            group = parser.add_argument_group(topic)
+            for dest, field in fields:
+                _add_flag(group, dest, field)
+        group.add_argument("-h", "--help", action="help", help="show this help and exit")
 
 
 def _add_flag(group: Any, dest: str, field: ConfigField) -> None:

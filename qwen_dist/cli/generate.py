@@ -127,4 +127,4 @@ def _respond(engine: Engine, tokenizer: Tokenizer, sampling: SamplingParams, ids
     return text
 
 
-VERB = Verb("generate", "answer a prompt, or chat", GenerateConfig, ProcessFlags, run, EXAMPLES, defaults=DEMO_MODEL)
+VERB = Verb("generate", GenerateConfig, ProcessFlags, run, EXAMPLES, defaults=DEMO_MODEL)

@@ -48,7 +48,6 @@ def run(config: InspectConfig, flags: DeviceFlags) -> int:
 
 VERB = Verb(
     "inspect",
-    "show what a checkpoint holds and what loading costs",
     InspectConfig,
     DeviceFlags,
     run,

@@ -12,34 +12,29 @@ import os
 import sys
 from collections.abc import Sequence
 
-from qwen_dist.cli import batch, doctor, export, finetune, generate, inspect, parity, plan, preflight, quantize, serve
 from qwen_dist.cli.command_parser import check_command, describe_unknown
-from qwen_dist.cli.flags import build_parser
-from qwen_dist.cli.session import EXIT_INTERRUPTED
+from qwen_dist.cli.commands import COMMANDS, EXIT_INTERRUPTED, build_parser, load_verb
 from qwen_dist.errors import UsageError, UserError, printable_lines
 from qwen_dist.failures import describe_failure
-
-_VERB_MODULES = (generate, batch, serve, finetune, inspect, doctor, export, quantize, preflight, parity, plan)
-VERBS = tuple(module.VERB for module in _VERB_MODULES)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser, commands = build_parser(VERBS)
     if "_ARGCOMPLETE" in os.environ:
         import argcomplete
 
-        argcomplete.autocomplete(parser)
+        argcomplete.autocomplete(build_parser()[0])
     name = "qwen-dist"
     try:
-        check_command(given, commands)
+        check_command(given, COMMANDS)
+        parser, parsers = build_parser(COMMANDS.keys() & given)
         options, unknown = parser.parse_known_args(given)
         name = f"qwen-dist {options.verb}"
         overrides = [argument for argument in unknown if argument.startswith("--config.")]
         if wrong := [argument for argument in unknown if argument not in overrides]:
-            raise UsageError(describe_unknown(wrong, commands[options.verb].flags, options.verb))
-        verb = next(verb for verb in VERBS if verb.name == options.verb)
+            raise UsageError(describe_unknown(wrong, parsers[options.verb].flags, options.verb))
+        verb = load_verb(options.verb)
         config, flags = verb.read(options, overrides)
         if flags.print_config:
             print(json.dumps(dataclasses.asdict(config), indent=2))

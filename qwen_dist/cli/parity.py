@@ -81,4 +81,4 @@ def _compare_distributions(config: ParityConfig, flags: DeviceFlags) -> int:
     return 0
 
 
-VERB = Verb("parity", "compare with PyTorch, component by component", ParityConfig, DeviceFlags, run, EXAMPLES)
+VERB = Verb("parity", ParityConfig, DeviceFlags, run, EXAMPLES)

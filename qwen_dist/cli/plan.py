@@ -68,7 +68,6 @@ def run(config: PlanConfig, flags: Flags) -> int:
 
 VERB = Verb(
     "plan",
-    "estimate memory and speed of a model on any devices",
     PlanConfig,
     Flags,
     run,

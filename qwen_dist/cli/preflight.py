@@ -37,4 +37,4 @@ def run(config: PreflightConfig, flags: ProcessFlags) -> int:
     return 0
 
 
-VERB = Verb("preflight", "check processes and devices before a run", PreflightConfig, ProcessFlags, run, EXAMPLES)
+VERB = Verb("preflight", PreflightConfig, ProcessFlags, run, EXAMPLES)

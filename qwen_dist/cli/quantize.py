@@ -50,4 +50,4 @@ def run(config: QuantizeConfig, flags: ProcessFlags) -> int:
     return 0
 
 
-VERB = Verb("quantize", "save a checkpoint with its weights in fewer bits", QuantizeConfig, ProcessFlags, run, EXAMPLES)
+VERB = Verb("quantize", QuantizeConfig, ProcessFlags, run, EXAMPLES)

@@ -166,6 +166,4 @@ def _make_service(
     )
 
 
-VERB = Verb(
-    "serve", "answer requests of the OpenAI API over HTTP", ServeConfig, DeviceFlags, run, EXAMPLES, defaults=DEMO_MODEL
-)
+VERB = Verb("serve", ServeConfig, DeviceFlags, run, EXAMPLES, defaults=DEMO_MODEL)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import qwen_dist
+from qwen_dist.cli.commands import EXIT_INTERRUPTED
 from qwen_dist.cli.flags import ProcessFlags
 from qwen_dist.config import LoadOptions
 from qwen_dist.errors import UsageError, printable
@@ -18,9 +19,6 @@ from qwen_dist.runtime.backend import COMPILATION_CACHE
 
 if TYPE_CHECKING:
     from qwen_dist.runtime.distributed import Processes
-
-EXIT_SIGTERM = 75  # EX_TEMPFAIL: the same command resumes the run
-EXIT_INTERRUPTED = 130
 
 # The small model in the package, for when no other is given.
 DEMO_MODEL = {"model.path": qwen_dist.DEMO_MODEL}
