@@ -83,9 +83,9 @@ class Inference:
         self.runner, self.parameters = Runner(model, SLOTS, STEPS), model.parameters
         self.state = self.runner._abstract_state((PAGES,))
 
-    def prefill(self, num_top=None, processors=None):
+    def prefill(self, num_top=None, processors=None, greedy=False):
         step = self.runner._abstract_step(ROWS, CHUNK, 1, (PAGES,), is_prefill=True)
-        state, sampling = self.sampled(ROWS, processors)
+        state, sampling = self.greedy(ROWS) if greedy else self.sampled(ROWS, processors)
         return self.runner._prefill, (self.parameters, state, step, sampling), {"num_top": num_top}
 
     def score(self, num_scored=5):
@@ -96,9 +96,9 @@ class Inference:
         arguments = self.parameters, state.states, state.token_presence_MV, slots, step
         return self.runner._compute, arguments, {"num_scored": num_scored}
 
-    def decode(self, num_top=None, processors=None):
+    def decode(self, num_top=None, processors=None, greedy=False):
         step = self.runner._abstract_step(SLOTS, 1, 2, (PAGES,), is_prefill=False)
-        state, sampling = self.sampled(SLOTS, processors)
+        state, sampling = self.greedy(SLOTS) if greedy else self.sampled(SLOTS, processors)
         return self.runner._decode, (self.parameters, state, step, sampling), {"num_top": num_top}
 
     def sampled(self, num_rows, processors):
@@ -110,6 +110,10 @@ class Inference:
         arrays = of_rows([ProcessorArrays.from_request(Request(0, (1, 2), params))] * num_rows)
         processors = jax.tree.map(lambda x: self.runner._abstract(x.shape, x.dtype), arrays)
         return self.state._replace(history_ML=self.history()), sampling._replace(processors=processors)
+
+    def greedy(self, num_rows):
+        """The state, and rows that take the best token."""
+        return self.state._replace(token_presence_MV=None), self.sampled(num_rows, None)[1]._replace(sampling=None)
 
     def history(self):
         return self.runner._abstract((SLOTS, 1024), np.int32)
@@ -131,6 +135,8 @@ class Inference:
 PROGRAMS = {
     "prefill": Inference.prefill,
     "decode": Inference.decode,
+    "prefill of greedy requests": functools.partial(Inference.prefill, greedy=True),
+    "decode of greedy requests": functools.partial(Inference.decode, greedy=True),
     "prefill with scores": Inference.score,
     "decode with log-probabilities and processors": functools.partial(Inference.decode, num_top=5, processors=True),
     "known tokens": Inference.known,

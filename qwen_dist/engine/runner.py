@@ -3,7 +3,7 @@
 Letters: B rows of a step, T tokens of a row, X = 1 token of a row after which one is sampled, M slots, V vocab, S steps of
 one dispatch, W words of 32 tokens each.
 
-A step is one program, which computes and samples. Where the host must see the tokens of the step before first, or a request
+A step is one program, which computes and samples; while every request takes the best token, it is a smaller one. Where the host must see the tokens of the step before first, or a request
 wants what few do, it is two: `compute` and `sample`. The second is small, and one for all that a request can want.
 """
 
@@ -30,6 +30,7 @@ from qwen_dist.models.state_spec import CacheDtype, RecurrentSpec
 from qwen_dist.models.transformer import Transformer, state_specs
 from qwen_dist.ops import slots
 from qwen_dist.ops.adapter_rows import adapter_factors
+from qwen_dist.ops.argmax import argmax
 from qwen_dist.ops.loop import bounded_loop
 from qwen_dist.ops.paged_cache import MAX_ENTRIES, PageIndices
 from qwen_dist.runtime.settings import compiler_options
@@ -50,24 +51,25 @@ class DecodeState(NamedTuple):
       states: what each layer keeps.
       last_tokens_M: the token that was sampled last in each slot; the layers' states do not include it yet.
       finished_M: whether the slot's sequence has sampled a stop token or reached its last position.
-      token_presence_MV: the table of `engine.token_presence`.
+      token_presence_MV: the table of `engine.token_presence`; None in programs that take the best token.
       history_ML: the tokens of slots whose requests use `engine.logits_processors`; None in programs without them.
     """
 
     states: States
     last_tokens_M: jax.Array
     finished_M: jax.Array
-    token_presence_MV: jax.Array
+    token_presence_MV: jax.Array | None
     history_ML: jax.Array | None = None
 
 
 class SamplingBatch(NamedTuple):
     """How B rows sample and when they end: `end_B` the last position a token may have, `stop_ids` padded with -1.
 
-    `processors` is None if no row uses any, and then the program has none.
+    `processors` is None if no row uses any, `sampling` if moreover every row takes the best token; then the program has no
+    such part.
     """
 
-    sampling: SamplingArrays
+    sampling: SamplingArrays | None
     end_B: jax.Array | np.ndarray
     stop_ids: jax.Array | np.ndarray
     processors: ProcessorArrays | None = None
@@ -218,14 +220,14 @@ class Runner:
           adapters_BR: the factors of each row's adapter, in an engine with adapters.
         """
         state = self._prepare(state, sampling, known)
-        history_ML = state.history_ML if sampling.processors is None else None
-        state = state if history_ML is None else state._replace(history_ML=None)
-        arguments = self._model.parameters, state, StepArrays.of(batch, adapters_BR), sampling
-        if batch.is_prefill:
-            state, sampled = self._prefill(*arguments, num_top=num_top)
-        else:
-            state, sampled = self._decode(*arguments, num_top=num_top)
-        return (state if history_ML is None else state._replace(history_ML=history_ML)), sampled
+        # What the program does not use stays out of it.
+        unused = {"history_ML": state.history_ML} if sampling.processors is None else {}
+        unused |= {"token_presence_MV": state.token_presence_MV} if sampling.sampling is None else {}
+        state = state._replace(**dict.fromkeys(unused))
+        program = self._prefill if batch.is_prefill else self._decode
+        step = StepArrays.of(batch, adapters_BR)
+        state, sampled = program(self._model.parameters, state, step, sampling, num_top=num_top)
+        return state._replace(**unused), sampled
 
     def compute(
         self,
@@ -366,6 +368,8 @@ class Runner:
         with use_sharding(self._model.sharding_ctx), adapter_factors(step.adapters_BR):
             module = with_parameters(self._model.module, parameters)
             state, logits = self._compute_prefill(module, state, step, None)
+            if sampling.sampling is not None:
+                state = self._with_presence(state, step)
             if sampling.processors is not None:
                 state = self._with_history(state, step)
             state, tokens_B, logprobs = self._sample(state, logits, step.indices.slots_B, sampling, num_top)
@@ -400,6 +404,7 @@ class Runner:
                 state, logits = self._compute_decode(module, state, step, jnp.int32(0))
             else:
                 state, logits = self._compute_prefill(module, state, step, num_scored)
+                state = self._with_presence(state, step)
             logits_BV, *others = logits
             replicated = StepLogits(logits_BV, *self._replicated(others))
             return constrain_states(self.specs, state.states), state.token_presence_MV, replicated
@@ -421,17 +426,16 @@ class Runner:
 
     def _compute_prefill(self, module, state, step, num_scored):  # type: ignore[no-untyped-def]
         """Return the state and the `StepLogits` of chunks of prompts."""
-        index_BX, slots_B = step.indices.logit_indices_BX, step.indices.slots_B
+        index_BX = step.indices.logit_indices_BX
         # A scored prompt needs all hidden states; otherwise the last layer leaves most of them out.
         indices = step.indices if num_scored is None else step.indices._replace(logit_indices_BX=None)
         x_BTD, states, _ = module(step.tokens_BT, step.positions_BT, state.states, indices)
         last_BXD = x_BTD if num_scored is None else take_positions(x_BTD, index_BX)
         logits_BV = module.unembed(last_BXD)[:, 0]
         next_B = take_positions(step.positions_BT, index_BX)[:, 0] + 1
-        presence_MV = token_presence.add_chunks(state.token_presence_MV, slots_B, step.tokens_BT, step.positions_BT)
         scores = None if num_scored is None else _scores(module, x_BTD, step.next_tokens_BT, num_scored)
         logits = StepLogits(logits_BV, last_BXD[:, 0], next_B, index_BX[:, 0] >= 0, scores)
-        return state._replace(states=states, token_presence_MV=presence_MV), logits
+        return state._replace(states=states), logits
 
     def _compute_decode(self, module, state, step, index):  # type: ignore[no-untyped-def]
         """Return the state and the `StepLogits` of the token number `index` of a dispatch."""
@@ -446,6 +450,11 @@ class Runner:
 
     def _is_running(self, state: DecodeState, slots_B: jax.Array) -> jax.Array:
         return (slots_B < self._num_slots) & ~state.finished_M[jnp.minimum(slots_B, self._num_slots - 1)]
+
+    def _with_presence(self, state, step):  # type: ignore[no-untyped-def]
+        """Add chunks of prompts to the table of tokens that slots have met."""
+        chunks = step.indices.slots_B, step.tokens_BT, step.positions_BT
+        return state._replace(token_presence_MV=token_presence.add_chunks(state.token_presence_MV, *chunks))
 
     def _with_history(self, state, step):  # type: ignore[no-untyped-def]
         """Add chunks of prompts to the history."""
@@ -475,7 +484,7 @@ class Runner:
         processed_BV = self._process(state, logits_BV, slots_B, next_B, sampling)
         if allowed_BV is not None:
             processed_BV = restrict(processed_BV, allowed_BV)
-        tokens_B = sample(processed_BV, sampling.sampling, next_B)
+        tokens_B = argmax(processed_BV) if sampling.sampling is None else sample(processed_BV, sampling.sampling, next_B)
         logprobs = None if num_top is None else log_probabilities(logits_BV, tokens_B, num_top)
         is_finished_B = jnp.any(tokens_B[:, None] == sampling.stop_ids, axis=1) | (next_B >= sampling.end_B)
         to_B = jnp.where(is_sampled_B, slots_B, self._num_slots)
@@ -485,8 +494,9 @@ class Runner:
                 state.finished_M.at[to_B].set(is_finished_B, mode="drop"),
             )
         )
-        presence_MV = token_presence.add_tokens(state.token_presence_MV, to_B, tokens_B)
-        history_ML = state.history_ML
+        presence_MV, history_ML = state.token_presence_MV, state.history_ML
+        if presence_MV is not None:
+            presence_MV = token_presence.add_tokens(presence_MV, to_B, tokens_B)
         if history_ML is not None:
             history_ML = self._replicated(logits_processors.add_tokens(history_ML, to_B, tokens_B, next_B))
         states = constrain_states(self.specs, state.states)
@@ -497,13 +507,15 @@ class Runner:
         self, state: DecodeState, logits_BV: jax.Array, slots_B: jax.Array, next_B: jax.Array, sampling: SamplingBatch
     ) -> jax.Array:
         """Return the logits after biases, bans and penalties."""
-        processors = sampling.processors
+        processors, presence_MV = sampling.processors, state.token_presence_MV
+        if sampling.sampling is None or presence_MV is None:
+            return logits_BV
         if processors is None or state.history_ML is None:
-            return apply_repetition_penalty(logits_BV, sampling.sampling, state.token_presence_MV, slots_B)
+            return apply_repetition_penalty(logits_BV, sampling.sampling, presence_MV, slots_B)
         history_BL = state.history_ML[jnp.minimum(slots_B, self._num_slots - 1)]
         stop_ids = jnp.asarray(sampling.stop_ids)
         logits_BV = logits_processors.apply_biases(logits_BV, processors, stop_ids, history_BL, next_B)
-        logits_BV = apply_repetition_penalty(logits_BV, sampling.sampling, state.token_presence_MV, slots_B)
+        logits_BV = apply_repetition_penalty(logits_BV, sampling.sampling, presence_MV, slots_B)
         return logits_processors.subtract_penalties(logits_BV, processors, history_BL, next_B)
 
     def _known_arrays(self, slot: int, tokens: list[int], start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -591,6 +603,11 @@ class SamplingTable:
 
     def has_processors(self, slots_B: np.ndarray) -> bool:
         return any(self._processors_M[slot] is not None for slot in slots_B.tolist())
+
+    def are_greedy(self, slots_B: np.ndarray) -> bool:
+        """Return whether each of these slots takes the token with the highest logit."""
+        sampling = self._sampling
+        return not np.any(sampling.temperature[slots_B]) and bool(np.all(sampling.repetition_penalty[slots_B] == 1))
 
     def look_up(self, slots_B: np.ndarray, stop_ids: Collection[int], *, with_processors: bool = False) -> SamplingBatch:
         """Return how these slots sample; `with_processors` also if no slot uses any."""

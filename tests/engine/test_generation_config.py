@@ -212,6 +212,25 @@ def test_steps_without_processors_run_the_program_that_has_none(directory):
     assert runner._decode._cache_size() == after
 
 
+def test_the_programs_of_greedy_requests_sample_nothing_and_answer_the_same(directory):
+    engine = make_engine(directory, "data=1")
+    greedy = SamplingParams(max_new_tokens=6)
+    answers = ours(engine, PROMPTS, greedy)
+    assert not engine._has_sampled
+    before = engine._runner._decode._cache_size()
+    sampled = SamplingParams(max_new_tokens=6, temperature=1.0, seed=3)
+    first, other = ours(engine, [PROMPTS[0]] * 2, [greedy, sampled])
+    assert first == answers[0] != other
+    after = engine._runner._decode._cache_size()
+    assert engine._has_sampled and after > before
+    assert ours(engine, PROMPTS, greedy) == answers
+    penalised = SamplingParams(max_new_tokens=6, repetition_penalty=1.3)
+    fresh = make_engine(directory, "data=1")
+    assert ours(fresh, PROMPTS, greedy) == answers
+    # A program of greedy requests keeps no table of tokens: a slot that it used before has none of them.
+    assert ours(fresh, PROMPTS, penalised) == ours(make_engine(directory, "data=1"), PROMPTS, penalised)
+
+
 # --- reading ---
 
 

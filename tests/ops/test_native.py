@@ -1,5 +1,8 @@
 """The C++ kernels against the plain forms of their operations."""
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +39,18 @@ def test_they_were_compiled(cpu_build):
 
 
 def normal(shape, dtype, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+    """Return an array of NumPy, of which arithmetic compiles nothing."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(jnp.dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def product(x, weight, dtype):
+    return native.matmul(x, weight, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def product_wide_and_rounded(x, weight, dtype):
+    return native.matmul(x, weight, jnp.float32), native.matmul(x, weight, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -44,25 +58,23 @@ def normal(shape, dtype, seed=0):
 @pytest.mark.parametrize("outputs", [4, 7, 130])
 @pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 13, 150])
 def test_matmul(rows, outputs, inputs, dtype):
-    x, weight = normal((rows, inputs), dtype), normal((outputs, inputs), dtype, 1) * inputs**-0.5
+    x, weight = normal((rows, inputs), dtype), normal((outputs, inputs), dtype, 1) * np.asarray(inputs**-0.5, dtype)
     expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
-    wide = native.matmul(x, weight.astype(dtype), jnp.float32)
-    assert wide.dtype == jnp.float32
+    wide, rounded = map(np.asarray, product_wide_and_rounded(x, weight, dtype))
+    assert (wide.dtype, rounded.dtype) == (np.float32, jnp.dtype(dtype))
     np.testing.assert_allclose(wide, expected, atol=3e-6, rtol=0)
-    rounded = native.matmul(x, weight.astype(dtype), dtype)
-    assert rounded.dtype == dtype
-    np.testing.assert_array_equal(rounded, wide.astype(dtype))  # once, as XLA rounds
+    np.testing.assert_array_equal(rounded, wide.astype(rounded.dtype))  # once, as XLA rounds
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_groups(dtype):
     sizes = [0, 7, 1, 0, 64, 3]
     rows, weights = normal((sum(sizes) + 2, 40), dtype), normal((len(sizes), 12, 40), dtype, 1)
-    out = native.grouped_matmul(rows, weights, jnp.asarray(sizes), jnp.float32)
+    out = np.asarray(native.grouped_matmul(rows, weights, jnp.asarray(sizes), jnp.float32))
     ends = np.cumsum(sizes)
     for weight, size, end in zip(weights, sizes, ends, strict=True):
         np.testing.assert_array_equal(
-            out[end - size : end], native.matmul(rows[end - size : end], weight, jnp.float32) if size else out[:0]
+            out[end - size : end], product(rows[end - size : end], weight, jnp.float32) if size else out[:0]
         )
 
 
@@ -70,9 +82,9 @@ def test_groups(dtype):
 @pytest.mark.parametrize("inputs", [200, 2048])  # of the latter many rows are put further apart
 def test_a_row_does_not_depend_on_its_neighbours(inputs, dtype):
     x, weight = normal((40, inputs), dtype), normal((33, inputs), dtype, 1)
-    together = native.matmul(x, weight, jnp.float32)
+    together = product(x, weight, jnp.float32)
     for rows in (1, 3, 11):
-        alone = jnp.concatenate([native.matmul(x[i : i + rows], weight, jnp.float32) for i in range(0, 40, rows)])
+        alone = np.concatenate([product(x[i : i + rows], weight, jnp.float32) for i in range(0, 40, rows)])
         np.testing.assert_array_equal(alone, together)
 
 
@@ -88,7 +100,8 @@ def layer_of_experts(dtype, num_experts=5, embed=20, mlp=12, tokens=50, choices=
         normal((num_experts, *shape), dtype, seed) * np.asarray(shape[1] ** -0.5, dtype)
         for seed, shape in ((2, (2 * mlp, embed)), (3, (embed, mlp)))
     ]
-    return x, jnp.asarray(chosen.reshape(scores.shape)), scores, *map(ExpertWeights, weights)
+    arrays = x, chosen.reshape(scores.shape), scores
+    return *map(jnp.asarray, arrays), *(ExpertWeights(jnp.asarray(weight)) for weight in weights)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -97,8 +110,9 @@ def test_experts(sizes, dtype):
     operands = layer_of_experts(dtype, **sizes)
     shard = LocalShard()
     assert can_experts_kernel(shard, *operands)
-    mixed, each = experts_kernel(shard, *operands)
-    plain_mixed, plain_each = experts_plain(shard, *operands)
+    kernel, plain = (jax.jit(functools.partial(run, shard)) for run in (experts_kernel, experts_plain))
+    mixed, each = kernel(*operands)
+    plain_mixed, plain_each = plain(*operands)
     assert mixed.dtype == each.dtype == dtype
     for out, plain in ((mixed, plain_mixed), (each, plain_each)):
         out, plain = (np.asarray(y, np.float32) for y in (out, plain))
@@ -107,16 +121,16 @@ def test_experts(sizes, dtype):
     assert (np.asarray(each, np.float32)[is_none] == 0).all()
     for first in (0, 7 % operands[0][..., 0].size):  # alone it is the same
         some = [x.reshape(-1, x.shape[-1])[None, first : first + 3] for x in operands[:3]]
-        alone, each_alone = experts_kernel(shard, *some, *operands[3:])
+        alone, each_alone = kernel(*some, *operands[3:])
         np.testing.assert_array_equal(alone[0], mixed.reshape(-1, mixed.shape[-1])[first : first + 3])
         np.testing.assert_array_equal(each_alone[0], each.reshape(-1, *each.shape[-2:])[first : first + 3])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_swiglu(dtype):
-    gate, up = normal((3, 5, 1337), dtype) * 8, normal((3, 5, 1337), dtype, 1)
-    gate = gate.at[0, 0, :4].set(jnp.asarray([-1e4, -89, 89, 1e4], dtype))
-    out, plain = native.swiglu(gate, up), SWIGLU.plain.run(gate, up)
+    gate, up = normal((3, 5, 1337), dtype) * np.asarray(8, dtype), normal((3, 5, 1337), dtype, 1)
+    gate[0, 0, :4] = [-1e4, -89, 89, 1e4]
+    out, plain = native.swiglu(jnp.asarray(gate), jnp.asarray(up)), SWIGLU.plain.run(gate, up)
     assert out.dtype == dtype
     np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (out, plain)), **CLOSE[dtype])
 
@@ -170,35 +184,43 @@ def pages_of(lengths, num_queries, window, seed=0):
     return pages, np.where(positions < 0, -1, positions), len(entries) + 3
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("window", [None, 70])
-@pytest.mark.parametrize("num_queries", [1, 32])
-@pytest.mark.parametrize("cache_dtype", [None, "int8"])
-@pytest.mark.parametrize(("heads", "width"), [((14, 2), 64), ((4, 4), 128), ((6, 1), 16), ((8, 2), 80)])
+HEADS = [((14, 2), 64), ((4, 4), 128), ((6, 1), 16), ((8, 2), 80)]
+
+
+def _attention_cases():
+    for case in itertools.product(HEADS, (None, "int8"), (1, 32), (None, 70), ("float32", "bfloat16")):
+        (heads, width), cache_dtype, num_queries, window, dtype = case
+        is_usual = (heads, width) == HEADS[0] or (num_queries, window) == (32, 70)
+        yield pytest.param(heads, width, cache_dtype, num_queries, window, dtype, marks=() if is_usual else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("heads", "width", "cache_dtype", "num_queries", "window", "dtype"), _attention_cases())
 def test_attention(heads, width, cache_dtype, num_queries, window, dtype):
     pages, positions, num_pages = pages_of([1, 64, 65, 300, 5], num_queries, window)
     q = normal((len(positions), num_queries, heads[0], width), dtype)
     pools = [normal((1, num_pages, heads[1], PAGE, width), dtype, seed) for seed in (1, 2)]
     cache = PagedState(*(pool.view(jnp.uint16) if dtype == "bfloat16" else pool for pool in pools))
     if cache_dtype == "int8":
-        (k, k_scale), (v, v_scale) = (quantize(pool, jnp.int8) for pool in pools)
+        (k, k_scale), (v, v_scale) = (jax.jit(quantize, static_argnums=1)(pool, jnp.int8) for pool in pools)
         cache = PagedState(k, v, k_scale, v_scale)
     arguments = q, cache, jnp.asarray(positions), pages, window
     assert native.can_paged_attention(*arguments)
-    out, plain = native.paged_attention(*arguments), paged_attention_in_groups(*arguments)
+    attention = jax.jit(native.paged_attention, static_argnums=4)
+    out = np.asarray(attention(*arguments))
+    plain = jax.jit(paged_attention_in_groups, static_argnums=4)(*arguments)
     is_real = positions >= 0  # the others are padding, of which nobody looks at what comes out
     out_of_real, plain_of_real = (np.asarray(x, np.float32)[is_real] for x in (out, plain))
     np.testing.assert_allclose(out_of_real, plain_of_real, atol=TOLERANCE[dtype], rtol=0)
-    for row in range(len(positions)):
+    for row in (0, 3):
         mine = np.flatnonzero(pages.row_DE[0, : int(pages.num_entries)] == row)
         one = pages._replace(
             row_DE=np.zeros((1, len(mine)), np.int32), page_DE=pages.page_DE[:, mine], start_DE=pages.start_DE[:, mine],
             num_entries=np.int32(len(mine)),
         )  # fmt: skip
-        for first in range(0, num_queries, 11):
+        for first in sorted({0, num_queries // 11 * 11}):
             part = slice(first, first + 11)
             query, position = q[row : row + 1, part], jnp.asarray(positions[row : row + 1, part])
-            alone = native.paged_attention(query, cache, position, one, window)
+            alone = attention(query, cache, position, one, window)
             np.testing.assert_array_equal(alone[0], out[row, part])
 
 
