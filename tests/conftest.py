@@ -127,6 +127,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if is_kept(item)]
 
 
+def pytest_collection_finish() -> None:
+    """Keep what has been imported out of garbage collections, each of which would look through a million objects."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _free_programs():
     """Drop the compiled programs of a module after it: otherwise those of the whole run stay in memory."""
