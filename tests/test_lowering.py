@@ -157,8 +157,11 @@ def test_inference_lowers(family, program, platform):
     assert kernels_in(text) == expected.get((platform, is_model), set())
 
 
-QUANTIZED = [("dense", name, "int4") for name in PROGRAMS]
-QUANTIZED += [("dense", "decode", "fp8"), ("experts", "decode", "int8"), ("hybrid", "prefill", "int4")]
+QUANTIZED = [("dense", "prefill", "int4"), ("dense", "decode", "fp8"), ("experts", "decode", "int8")]
+QUANTIZED += [("hybrid", "prefill", "int4")]
+# Programs that differ in other things than the model, or have no part of it.
+OTHERS = [("dense", name, "int4") for name in PROGRAMS if name != "prefill"]
+QUANTIZED += [pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS]
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])

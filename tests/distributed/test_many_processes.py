@@ -75,7 +75,8 @@ def test_eight_devices_of_one_process_match_one_device(one_process, mesh):
     assert len(np.unique(one_process["data=1 tokens"])) > 8
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("family", ["qwen3", SLOW_HYBRID], indirect=True)
 def test_several_processes_match_one_process(start, directory, one_process, mesh, tmp_path, port, processes):
     meshes = (mesh, TWO_NETWORKS.format(processes=processes))

@@ -111,7 +111,7 @@ def test_moe_in_float64_equals_one_device(run, mesh, rules):
     check(run, mesh, rules, "float64", 1e-12, "qwen2_moe")
 
 
-@pytest.mark.parametrize("rules", ["train", pytest.param("inference", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rules", ["inference", pytest.param("train", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mesh", [QUICK_HYBRID, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in HYBRID_MESHES)])
 def test_hybrids_in_float64_equal_one_device(run, mesh, rules):
     check(run, mesh, rules, "float64", 1e-12, "qwen3_next" if "expert" in mesh else "qwen3_5")
