@@ -3,8 +3,9 @@
 Letters: B rows of a step, T tokens of a row, X = 1 token of a row after which one is sampled, M slots, V vocab, S steps of
 one dispatch, W words of 32 tokens each.
 
-A step is one program, which computes and samples; while every request takes the best token, it is a smaller one. Where the host must see the tokens of the step before first, or a request
-wants what few do, it is two: `compute` and `sample`. The second is small, and one for all that a request can want.
+A step is one program, which computes and samples; while every request takes the best token, it is a smaller one. Where the
+host must see the tokens of the step before first, or a request wants what few do, it is two: `compute` and `sample`. The
+second is small, and one for all that a request can want.
 """
 
 from __future__ import annotations
@@ -221,7 +222,7 @@ class Runner:
         """
         state = self._prepare(state, sampling, known)
         # What the program does not use stays out of it.
-        unused = {"history_ML": state.history_ML} if sampling.processors is None else {}
+        unused: dict[str, Any] = {"history_ML": state.history_ML} if sampling.processors is None else {}
         unused |= {"token_presence_MV": state.token_presence_MV} if sampling.sampling is None else {}
         state = state._replace(**dict.fromkeys(unused))
         program = self._prefill if batch.is_prefill else self._decode

@@ -191,7 +191,8 @@ def _attention_cases():
     for case in itertools.product(HEADS, (None, "int8"), (1, 32), (None, 70), ("float32", "bfloat16")):
         (heads, width), cache_dtype, num_queries, window, dtype = case
         is_usual = (heads, width) == HEADS[0] or (num_queries, window) == (32, 70)
-        yield pytest.param(heads, width, cache_dtype, num_queries, window, dtype, marks=() if is_usual else pytest.mark.slow)
+        marks = () if is_usual else pytest.mark.slow
+        yield pytest.param(heads, width, cache_dtype, num_queries, window, dtype, marks=marks)
 
 
 @pytest.mark.parametrize(("heads", "width", "cache_dtype", "num_queries", "window", "dtype"), _attention_cases())
