@@ -224,7 +224,8 @@ class Runner:
         # What the program does not use stays out of it.
         unused: dict[str, Any] = {"history_ML": state.history_ML} if sampling.processors is None else {}
         unused |= {"token_presence_MV": state.token_presence_MV} if sampling.sampling is None else {}
-        state = state._replace(**dict.fromkeys(unused))
+        nothing: dict[str, Any] = dict.fromkeys(unused)
+        state = state._replace(**nothing)
         program = self._prefill if batch.is_prefill else self._decode
         step = StepArrays.of(batch, adapters_BR)
         state, sampled = program(self._model.parameters, state, step, sampling, num_top=num_top)
