@@ -14,7 +14,7 @@ SIZES = {
     "qwen3": {"num_hidden_layers": 1, "num_attention_heads": 8, "head_dim": 10},
     "qwen3_next": {"num_hidden_layers": 2, "num_attention_heads": 8},
 }
-KILLS = [("qwen3", 3), *(pytest.param(family, 20, marks=pytest.mark.slow) for family in SIZES)]
+KILLS = [("qwen3", 2), *(pytest.param(family, 20, marks=pytest.mark.slow) for family in SIZES)]
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,7 @@ def test_killed_at_random_moments(command, undisturbed, tmp_path, kills):
     assert num_running >= kills - 1 and len(set(written)) > kills // 2
 
 
+@pytest.mark.parametrize("family", ["qwen3"], indirect=True)
 def test_ctrl_c_finishes_running_requests_and_twice_stops_at_once(command, undisturbed, tmp_path):
     output = tmp_path / "out.jsonl"
     process = subprocess.Popen(command(output), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

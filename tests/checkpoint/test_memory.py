@@ -62,6 +62,7 @@ def test_600_megabytes_within_32(write_zeros, kind):
     check(write_zeros(600 * MB, vocab=50_000), 32 * MB, kind, "host")
 
 
+@pytest.mark.slow
 def test_600_megabytes_within_32_through_transfers(write_zeros, monkeypatch):
     """As for accelerators, in chunks. Here "device" memory is host memory, so malloc must not keep what is freed."""
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")

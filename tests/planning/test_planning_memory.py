@@ -45,7 +45,7 @@ def test_parameters_of_released_models():
 
 
 @pytest.mark.parametrize(
-    "mesh", ["data=2,fsdp=2,tensor=2", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("", "tensor=8", "fsdp=8"))]
+    "mesh", ["tensor=8", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("", "data=2,fsdp=2,tensor=2", "fsdp=8"))]
 )
 def test_parameters_and_cache_match_real_arrays(mesh):
     """With and without a sliding window: both kinds of layers must be counted."""
@@ -70,9 +70,9 @@ def on_first_device(tree) -> int:
 @pytest.mark.parametrize(
     ("mesh", "phase"),
     [
-        ("data=2,fsdp=2,tensor=2", "prefill"),
+        pytest.param("data=2,fsdp=2,tensor=2", "prefill", marks=pytest.mark.slow),
         pytest.param("tensor=8", "prefill", marks=pytest.mark.slow),
-        pytest.param("data=4,tensor=2", "decode", marks=pytest.mark.slow),
+        ("data=4,tensor=2", "decode"),
     ],
 )
 def test_inference_memory_is_within_10_percent_of_the_compiler(mesh, phase):

@@ -8,14 +8,14 @@ from running_server import running_server
 
 FEW = ("--max-batch-size", "2", "--config.warm_up=false")
 LONG = {"model": "demo", "prompt": "Count:", "max_tokens": 900, "extra_body": {"min_tokens": 900}}
-# The command line with an engine whose 200th step fails.
+# The command line with an engine whose 40th step fails.
 FAILING = """
 import itertools, sys
 from qwen_dist.cli import main
 from qwen_dist.engine.engine import Engine
 step, numbers = Engine.step, itertools.count(1)
 def failing_step(engine):
-    if next(numbers) == 200:
+    if next(numbers) == 40:
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
     return step(engine)
 Engine.step = failing_step

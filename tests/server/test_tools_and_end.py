@@ -145,6 +145,7 @@ def test_the_arguments_of_a_forced_call_have_the_schema(server):
     assert error.value.param == "tool_choice"
 
 
+@pytest.mark.slow
 def test_forced_calls_in_the_form_of_qwen3_coder(tmp_path):
     """Its template has the XML form, and so the calls."""
     model = scripted_model(tmp_path, {"Never asked?": "No."})
