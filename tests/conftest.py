@@ -70,8 +70,12 @@ TEXT_TYPES = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 
 
 # Where the tests are that take longest. They run first: a worker that begins one at the end leaves the others without work.
-LONGEST = ("real", "server", "train", "test_cli.py", "test_outputs.py", "test_examples.py", "batch", "distributed", "engine")
-LONGEST = tuple(f"tests/{name}" for name in LONGEST)
+LONGEST = tuple(
+    f"tests/{name}"
+    for name in ("real", "server", "train", "test_cli", "test_outputs", "test_examples", "batch", "distributed", "engine")
+)
+
+
 TOKEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
