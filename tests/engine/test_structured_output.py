@@ -158,6 +158,7 @@ def test_what_forbids_nothing_changes_nothing(llm):
             assert [entry.top[0][0] for entry in one.logprobs] == [entry.top[0][0] for entry in other.logprobs]
 
 
+@pytest.mark.slow
 def test_a_warm_engine_compiles_nothing_for_any_kind_of_request(make_engine):
     engine = make_engine(max_batch_size=2)
     engine.warm_up(for_all=True)

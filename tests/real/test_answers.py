@@ -15,7 +15,7 @@ from qwen_dist.engine.request import Request, SamplingParams
 pytestmark = pytest.mark.real
 
 QUESTION = "Write a Python function that checks whether a number is prime."
-NUM_NEW = 40
+NUM_NEW = 24
 
 
 def question_ids(tokenizer) -> tuple[int, ...]:

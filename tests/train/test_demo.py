@@ -65,6 +65,7 @@ def answers(tmp_path_factory):
 COUNTED = ("comparison", "sorted list")
 
 
+@pytest.mark.slow
 def test_it_compares_and_sorts_unseen_numbers(answers):
     """The counts of all kinds are in docs/finetune.md, printed by `python benchmarks/demo.py`."""
     questions = [question for kind in COUNTED for question in held_out_questions(12)[kind]]
