@@ -106,11 +106,11 @@ def load_model(
     files = ModelFiles.open(model)
     config = read_model_config(files, ignored_config_keys)
     module = Transformer(config, dtype=dtype)
-    abstract_parameters(module, sharding_ctx)  # raises UsageError before anything is read
-    updates, shapes = () if adapter is None else adapter.updates, disk_shapes(module)
+    declared = _declared(module, sharding_ctx)  # raises UsageError before anything is read
+    updates, shapes = () if adapter is None else adapter.updates, declared.disk_shapes
     fit_updates(updates, shapes)
     checkpoint = None if load_format == "dummy" else _open(files)
-    abstract = _abstract(module, files.config, sharding_ctx, quantize, checkpoint)
+    abstract = _quantized(declared, module, files.config, sharding_ctx, quantize, checkpoint)
     _check_memory(abstract.target)
     if updates and abstract.kept:
         raise UsageError(_NO_MERGE)
@@ -153,7 +153,14 @@ class AbstractModel:
     dequantized: Mapping[str, jax.ShapeDtypeStruct] = dataclasses.field(default_factory=dict)
 
 
-def _abstract(
+def _declared(module: Transformer, sharding_ctx: ShardingContext) -> AbstractModel:
+    """Return what `load` needs of a module without quantisation. Raises UsageError if it does not fit the mesh."""
+    target = abstract_parameters(module, sharding_ctx)
+    return AbstractModel(target, disk_shapes(module), module.config.tie_word_embeddings, dequantized=target)
+
+
+def _quantized(
+    declared: AbstractModel,
     module: Transformer,
     hf: Mapping[str, Any],
     sharding_ctx: ShardingContext,
@@ -161,15 +168,16 @@ def _abstract(
     checkpoint: Checkpoint | None,
 ) -> AbstractModel:
     """Declare in a module how its weights are kept, and return what `load` needs of it. Raises as `load_model` does."""
-    target, shapes = abstract_parameters(module, sharding_ctx), disk_shapes(module)
-    kept: list[KeptWeight] = []
     # FP8 is dequantised while it is read, every other packing after it.
-    if quantize != "none" or not _is_fp8(hf):
-        options = quantize if isinstance(quantize, QuantizeOptions) else None
-        kept = choose_weights(module, hf, options, None if checkpoint is None else checkpoint.tensors)
-        declare_weights(module, kept)
-    quantized, packed = abstract_parameters(module, sharding_ctx), packed_weights(kept, sharding_ctx)
-    return AbstractModel(quantized, shapes, module.config.tie_word_embeddings, kept, packed, target)
+    if quantize == "none" and _is_fp8(hf):
+        return declared
+    options = quantize if isinstance(quantize, QuantizeOptions) else None
+    kept = choose_weights(module, hf, options, None if checkpoint is None else checkpoint.tensors)
+    if not kept:
+        return declared
+    declare_weights(module, kept)
+    target, packed = abstract_parameters(module, sharding_ctx), packed_weights(kept, sharding_ctx)
+    return dataclasses.replace(declared, target=target, kept=kept, packed=packed)
 
 
 def _open(files: ModelFiles) -> Checkpoint:
@@ -254,7 +262,9 @@ def abstract_model(
 ) -> AbstractModel:
     """Return what `load` needs of the model of a checkpoint. Raises CheckpointError and UsageError as `load_model` does."""
     config = parse_model_config(checkpoint.config, ignored_config_keys)
-    return _abstract(Transformer(config, dtype=dtype), checkpoint.config, sharding_ctx, quantize, checkpoint)
+    module = Transformer(config, dtype=dtype)
+    declared = _declared(module, sharding_ctx)
+    return _quantized(declared, module, checkpoint.config, sharding_ctx, quantize, checkpoint)
 
 
 def export_model(
