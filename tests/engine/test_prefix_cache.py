@@ -471,7 +471,7 @@ def random_requests(count: int, pages: range, *, has_processors: bool) -> list[R
         pytest.param("qwen3_moe", 2000, 8, 20, 0, range(4), "data=1", marks=pytest.mark.slow),
         ("qwen3_5", 60, 3, 12, 4, range(3, 6), "data=1"),
         pytest.param("qwen3_5", 2000, 8, 26, 4, range(3, 7), "data=1", marks=pytest.mark.slow),
-        pytest.param("qwen3_5", 60, 6, 10, 3, range(3, 6), "data=2,tensor=2", marks=pytest.mark.slow),
+        pytest.param("qwen3_5", 120, 6, 12, 4, range(3, 6), "data=2,tensor=2", marks=pytest.mark.slow),
     ],
 )
 def test_answers_are_the_same_without_a_prefix_cache(

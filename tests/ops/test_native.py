@@ -195,7 +195,7 @@ def _attention_cases():
         yield pytest.param(heads, width, cache_dtype, num_queries, window, dtype, marks=marks)
 
 
-@pytest.mark.parametrize(("heads", "width", "cache_dtype", "num_queries", "window", "dtype"), _attention_cases())
+@pytest.mark.parametrize(("heads", "width", "cache_dtype", "num_queries", "window", "dtype"), list(_attention_cases()))
 def test_attention(heads, width, cache_dtype, num_queries, window, dtype):
     pages, positions, num_pages = pages_of([1, 64, 65, 300, 5], num_queries, window)
     q = normal((len(positions), num_queries, heads[0], width), dtype)
