@@ -131,4 +131,7 @@ class RMSNorm(nnx.Module):
         weight = jnp.broadcast_to(all_gather_weight(self.weight[...], self.axis).astype(wide.dtype), x.shape)
         if self.offset:
             return (normed * (1 + weight)).astype(x.dtype)
+        # A compiler that multiplies in float32 may leave out a mere cast before the product.
+        float_info = jnp.finfo(x.dtype)
+        normed = jax.lax.reduce_precision(normed, float_info.nexp, float_info.nmant)
         return weight.astype(x.dtype) * normed.astype(x.dtype)

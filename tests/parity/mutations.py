@@ -168,7 +168,7 @@ MUTATIONS = [
     _mutation(
         "norm weight before the cast back",
         LAYERS + "RMSNorm.__call__",
-        "return weight.astype(x.dtype) * normed.astype(x.dtype)",
+        "normed = jax.lax.reduce_precision(normed, float_info.nexp, float_info.nmant)",
         "return (weight * normed).astype(x.dtype)",
         named="layers.0.input_layernorm",
         scenario="bfloat16",
