@@ -520,11 +520,10 @@ PERTURBED = {
     "model.load_format": "dummy",
     "model.ignored_config_keys": None,
     "model.host_memory_budget": "1B",
-    # Fewer bits change log-probabilities, and here no token: see tests/quantized.
-    "model.quantize": None,
+    "model.quantize": None,  # below, in groups that divide this model's weights
     "model.quantize_group_size": None,
     "model.quantize_head": None,
-    "model.kv_cache_dtype": None,
+    "model.kv_cache_dtype": "int8",
     "model.adapter": "no-such-directory",
     "input": None,
     "output": None,
@@ -538,7 +537,7 @@ PERTURBED = {
     "sampling.repetition_penalty": "0.01",
     "sampling.seed": "1",
     "sampling.stop": None,
-    "sampling.logprobs": "0",
+    "sampling.logprobs": "1",
     "chat.thinking": "off",
     "chat.template_args": "('enable_thinking=false',)",
     "sampling.presence_penalty": "-2",
@@ -570,7 +569,8 @@ def test_every_field_of_the_configuration_changes_something(run, model, tiny_dir
     records = [{"id": 1, "prompt": PROMPT, "max_new_tokens": 7}, {"id": 2, "prompt": PROMPT + "."}]
     input.write_text("\n".join(map(json.dumps, records)))
     base = {"model.path": model, "model.dtype": "float32", "input": input, "output": output}
-    base |= {"sampling.max_new_tokens": 12, "sampling.temperature": 1}
+    # Log-probabilities show changes that are too small to change a token.
+    base |= {"sampling.max_new_tokens": 12, "sampling.temperature": 1, "sampling.logprobs": 0}
 
     def outcome(**changes) -> tuple[int, str, str]:
         for file in tmp_path.glob("out.jsonl*"):
@@ -590,6 +590,10 @@ def test_every_field_of_the_configuration_changes_something(run, model, tiny_dir
     assert outcome(**{"engine.max_batch_size": "1", "engine.policy": "latency"}) != outcome(
         **{"engine.max_batch_size": "1"}
     )
+    in_int4 = {"model.quantize": "int4", "model.quantize_group_size": "8"}
+    outcomes = [before, *(outcome(**in_int4 | more) for more in ({}, {"model.quantize_group_size": "0"}))]
+    outcomes.append(outcome(**in_int4, **{"model.quantize_head": "true"}))
+    assert len(set(outcomes)) == 4 and all(code == 0 for code, *_ in outcomes), outcomes
     other = tiny_directory("qwen3", **SIZES, initializer_range=0.3)
     assert outcome(**{"model.path": other}) != before
     odd = tiny_directory("qwen3", {"repetition_penalty": 1.1}, **SIZES)

@@ -46,11 +46,17 @@ class CommandParser(argparse.ArgumentParser):
         return [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
 
 
-def check_command(given: Sequence[str], commands: Collection[str]) -> None:
-    """Raise UsageError if the command, the first argument that is no flag, does not exist."""
+def find_command(given: Sequence[str], commands: Collection[str]) -> str | None:
+    """Return the command, the first argument that is no flag; None where there is none, or a flag before it needs none.
+
+    Raises:
+      UsageError: there is no such command.
+    """
     name = next((argument for argument in given if not argument.startswith("-")), None)
-    if name is None or name in commands or {"-h", "--help", "--version"} & set(given[: given.index(name)]):
-        return
+    if name is None or {"-h", "--help", "--version"} & set(given[: given.index(name)]):
+        return None
+    if name in commands:
+        return name
     known = {"chat": "generate", "run": "generate", "server": "serve", "train": "finetune", "sft": "finetune"}
     close = known.get(name) or next(iter(difflib.get_close_matches(name, commands, n=1)), None)
     meant = f"; did you mean {close}?" if close else "."

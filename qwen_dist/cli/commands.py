@@ -1,4 +1,4 @@
-"""The commands: their names and one line about each. The module of a command is imported when the command runs."""
+"""The commands: their names, one line about each, and exit codes. A command's module is imported when the command runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ COMMANDS = {
     "parity": "compare with PyTorch, component by component",
     "plan": "estimate memory and speed of a model on any devices",
 }
-
 
 # Exit codes of commands besides 0 (done), 1 (failed) and 2 (wrong usage).
 EXIT_SIGTERM = 75  # EX_TEMPFAIL: the same command resumes the run

@@ -103,7 +103,10 @@ class Verb:
         return load_config(self.config, flags.config, overrides, values, self.defaults), flags
 
     def add_flags(self, parser: argparse.ArgumentParser) -> None:
-        """Add the flags by topic: those of the command itself, of nested dataclasses, of devices, and the general ones."""
+        """Add the command's flags and its help to a parser.
+
+        The flags are in groups: those of the command itself, of nested dataclasses, of devices, and the general ones.
+        """
         parser.usage = self.usage or f"qwen-dist {self.name} --model DIR_OR_HUB_ID [flags]"
         parser.epilog = self.examples
         parser.formatter_class = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=110)

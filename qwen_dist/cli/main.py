@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from qwen_dist.cli.command_parser import check_command, describe_unknown
+from qwen_dist.cli.command_parser import describe_unknown, find_command
 from qwen_dist.cli.commands import COMMANDS, EXIT_INTERRUPTED, build_parser, load_verb
 from qwen_dist.errors import UsageError, UserError, printable_lines
 from qwen_dist.failures import describe_failure
@@ -27,8 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         argcomplete.autocomplete(build_parser()[0])
     name = "qwen-dist"
     try:
-        check_command(given, COMMANDS)
-        parser, parsers = build_parser(COMMANDS.keys() & given)
+        command = find_command(given, COMMANDS)
+        parser, parsers = build_parser([command] if command else [])
         options, unknown = parser.parse_known_args(given)
         name = f"qwen-dist {options.verb}"
         overrides = [argument for argument in unknown if argument.startswith("--config.")]

@@ -177,7 +177,7 @@ class Engine:
         self._num_pages: tuple[int, ...] = ()
         self._in_flight: tuple[Batch, SampledTokens] | None = None
         self._has_delivered = False
-        self._has_sampled = False  # whether the programs sample; those that take the best token are smaller
+        self._programs_sample = False  # the programs of greedy requests are smaller
         self._samples_apart = False  # whether what few requests want is sampled by the program that `warm_up` has compiled
         self._adapters = dict(adapters)
         self._grammars = Grammars(tokenizer, model.config.vocab_size)
@@ -239,7 +239,7 @@ class Engine:
           for_all: also for requests with log-probabilities, biases, penalties or structured output. Without, their programs
             are compiled when the first of them comes.
         """
-        self._has_sampled = True
+        self._programs_sample = True
         self._scheduler.reserve()
         batches = list(self._batches.empty_batches(self._scheduler.num_pages))
         scored = [batch for batch in batches if batch.is_prefill]
@@ -364,8 +364,8 @@ class Engine:
         apart = apart or num_scored is not None or self._must_sample_apart(batch, num_top)
         sampling = self._sampling.look_up(batch.slots_B, self._tokenizer.stop_ids, with_processors=apart)
         # Once a program has sampled, the next ones do too: otherwise two programs would be compiled for each size.
-        self._has_sampled |= not self._sampling.are_greedy(batch.slots_B)
-        if sampling.processors is None and not self._has_sampled:
+        self._programs_sample |= not self._sampling.are_greedy(batch.slots_B)
+        if sampling.processors is None and not self._programs_sample:
             sampling = sampling._replace(sampling=None)
         adapters_BR = self._adapters_of_rows(batch)
         started: SampledTokens | _ComputedStep

@@ -3,9 +3,9 @@
 Letters: B rows of a step, T tokens of a row, X = 1 token of a row after which one is sampled, M slots, V vocab, S steps of
 one dispatch, W words of 32 tokens each.
 
-A step is one program, which computes and samples; while every request takes the best token, it is a smaller one. Where the
-host must see the tokens of the step before first, or a request wants what few do, it is two: `compute` and `sample`. The
-second is small, and one for all that a request can want.
+A step is one program, which computes and samples; if every request is greedy, a smaller one. Where the host must see the
+tokens of the step before first, or a request wants what few do, it is two: `compute` and `sample`. The second is small, and
+one for all that a request can want.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class DecodeState(NamedTuple):
       states: what each layer keeps.
       last_tokens_M: the token that was sampled last in each slot; the layers' states do not include it yet.
       finished_M: whether the slot's sequence has sampled a stop token or reached its last position.
-      token_presence_MV: the table of `engine.token_presence`; None in programs that take the best token.
+      token_presence_MV: the table of `engine.token_presence`; None in programs of greedy requests.
       history_ML: the tokens of slots whose requests use `engine.logits_processors`; None in programs without them.
     """
 
@@ -66,7 +66,7 @@ class DecodeState(NamedTuple):
 class SamplingBatch(NamedTuple):
     """How B rows sample and when they end: `end_B` the last position a token may have, `stop_ids` padded with -1.
 
-    `processors` is None if no row uses any, `sampling` if moreover every row takes the best token; then the program has no
+    `processors` is None if no row uses any; `sampling` is None if, moreover, every row is greedy. The program then has no
     such part.
     """
 
@@ -221,15 +221,16 @@ class Runner:
           adapters_BR: the factors of each row's adapter, in an engine with adapters.
         """
         state = self._prepare(state, sampling, known)
-        # What the program does not use stays out of it.
-        unused: dict[str, Any] = {"history_ML": state.history_ML} if sampling.processors is None else {}
-        unused |= {"token_presence_MV": state.token_presence_MV} if sampling.sampling is None else {}
-        nothing: dict[str, Any] = dict.fromkeys(unused)
-        state = state._replace(**nothing)
+        # Tables that the program does not use are not among its arguments.
+        presence_MV = state.token_presence_MV if sampling.sampling is None else None
+        history_ML = state.history_ML if sampling.processors is None else None
+        used = state if presence_MV is None else state._replace(token_presence_MV=None)
+        used = used if history_ML is None else used._replace(history_ML=None)
         program = self._prefill if batch.is_prefill else self._decode
         step = StepArrays.of(batch, adapters_BR)
-        state, sampled = program(self._model.parameters, state, step, sampling, num_top=num_top)
-        return state._replace(**unused), sampled
+        state, sampled = program(self._model.parameters, used, step, sampling, num_top=num_top)
+        state = state if presence_MV is None else state._replace(token_presence_MV=presence_MV)
+        return (state if history_ML is None else state._replace(history_ML=history_ML)), sampled
 
     def compute(
         self,
@@ -510,8 +511,10 @@ class Runner:
     ) -> jax.Array:
         """Return the logits after biases, bans and penalties."""
         processors, presence_MV = sampling.processors, state.token_presence_MV
-        if sampling.sampling is None or presence_MV is None:
+        if sampling.sampling is None:
+            assert processors is None
             return logits_BV
+        assert presence_MV is not None
         if processors is None or state.history_ML is None:
             return apply_repetition_penalty(logits_BV, sampling.sampling, presence_MV, slots_B)
         history_BL = state.history_ML[jnp.minimum(slots_B, self._num_slots - 1)]

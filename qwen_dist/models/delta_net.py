@@ -24,6 +24,7 @@ from qwen_dist.ops import slots
 from qwen_dist.ops.cost import LayerCost, Step
 from qwen_dist.ops.delta_rule import DeltaInputs, delta_rule, delta_rule_cost, delta_rule_in_slots
 from qwen_dist.ops.matmul import accum_dtype
+from qwen_dist.ops.rounding import rounded
 from qwen_dist.ops.short_convolution import short_convolution, short_convolution_flops
 from qwen_dist.sharding import all_gather_weight, constrain
 
@@ -197,9 +198,9 @@ class GatedRMSNorm(nnx.Module):
     def __call__(self, x: jax.Array, z: jax.Array) -> jax.Array:
         wide = accum_dtype(x.dtype)
         variance = jnp.mean(jnp.square(x.astype(wide)), axis=-1, keepdims=True)
-        normed = (x.astype(wide) * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype).astype(wide)
-        weighted = (all_gather_weight(self.weight[...], "head_dim").astype(wide) * normed).astype(x.dtype)
-        return (weighted.astype(wide) * jax.nn.silu(z.astype(wide))).astype(x.dtype)
+        normed = rounded(x.astype(wide) * jax.lax.rsqrt(variance + self.eps), x.dtype)
+        weighted = rounded(all_gather_weight(self.weight[...], "head_dim").astype(wide) * normed, x.dtype)
+        return (weighted * jax.nn.silu(z.astype(wide))).astype(x.dtype)
 
 
 def state_ends(num_tokens: int) -> list[int]:

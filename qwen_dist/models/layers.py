@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from qwen_dist.models.parameters import declare_param
 from qwen_dist.ops.adapter_rows import select_adapter
 from qwen_dist.ops.matmul import accum_dtype, matmul
+from qwen_dist.ops.rounding import rounded
 from qwen_dist.ops.weight import take_rows
 from qwen_dist.sharding import all_gather_weight
 
@@ -131,7 +132,4 @@ class RMSNorm(nnx.Module):
         weight = jnp.broadcast_to(all_gather_weight(self.weight[...], self.axis).astype(wide.dtype), x.shape)
         if self.offset:
             return (normed * (1 + weight)).astype(x.dtype)
-        # A compiler that multiplies in float32 may leave out a mere cast before the product.
-        float_info = jnp.finfo(x.dtype)
-        normed = jax.lax.reduce_precision(normed, float_info.nexp, float_info.nmant)
-        return weight.astype(x.dtype) * normed.astype(x.dtype)
+        return weight.astype(x.dtype) * rounded(normed, x.dtype).astype(x.dtype)

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from qwen_dist.ops.rounding import rounded
 from qwen_dist.ops.weight import TensorSpec, WeightFormat
 
 Encoding = Literal["int8", "int4", "float8_e4m3fn", "float8_e5m2"]
@@ -36,8 +37,6 @@ RUN = 32
 # What is added to a signed 4-bit value to store it.
 INT4_OFFSET = 8
 SCALE, ZERO_POINT, GROUP_INDEX = "_scale", "_zero_point", "_group_index"
-# The least normal number of float16.
-_FLOAT16_TINY = 2.0**-14
 
 
 @functools.partial(
@@ -82,7 +81,7 @@ class GroupedWeight:
         values = values.reshape(*out, scale.shape[-2], -1).astype(jnp.float32)
         if zero_point is not None:
             values = values - zero_point.astype(jnp.float32)
-        product = _rounded(values * scale.astype(jnp.float32), scale.dtype)
+        product = rounded(values * scale.astype(jnp.float32), scale.dtype)
         return product.astype(self.dtype).reshape(*out, num_in)
 
     def reshape(self, *shape: int) -> GroupedWeight:
@@ -113,16 +112,6 @@ def unpack_runs(packed: Any) -> Any:
     """Return the signed values of packed runs of 4 bits: [..., R / 2] bytes to [..., R] int8. Takes jax or NumPy arrays."""
     both = [(packed & 15).astype(jnp.int8), (packed >> 4).astype(jnp.int8)]
     return jnp.concatenate(both, axis=-1) - jnp.int8(INT4_OFFSET)
-
-
-def _rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Round float32 to a dtype and keep it in float32. The compiler may leave out a conversion there and back."""
-    if dtype == jnp.bfloat16:
-        return jax.lax.reduce_precision(x, 8, 7)
-    if dtype == jnp.float16:
-        # Below the normal numbers a product is exact: a whole number times the scale. reduce_precision makes it 0.
-        return jnp.where(jnp.abs(x) < _FLOAT16_TINY, x, jax.lax.reduce_precision(x, 5, 10))
-    return x
 
 
 @dataclasses.dataclass(frozen=True)

@@ -216,13 +216,13 @@ def test_the_programs_of_greedy_requests_sample_nothing_and_answer_the_same(dire
     engine = make_engine(directory, "data=1")
     greedy = SamplingParams(max_new_tokens=6)
     answers = ours(engine, PROMPTS, greedy)
-    assert not engine._has_sampled
+    assert not engine._programs_sample
     before = engine._runner._decode._cache_size()
     sampled = SamplingParams(max_new_tokens=6, temperature=1.0, seed=3)
     first, other = ours(engine, [PROMPTS[0]] * 2, [greedy, sampled])
     assert first == answers[0] != other
     after = engine._runner._decode._cache_size()
-    assert engine._has_sampled and after > before
+    assert engine._programs_sample and after > before
     assert ours(engine, PROMPTS, greedy) == answers
     penalised = SamplingParams(max_new_tokens=6, repetition_penalty=1.3)
     fresh = make_engine(directory, "data=1")

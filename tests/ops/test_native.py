@@ -39,7 +39,7 @@ def test_they_were_compiled(cpu_build):
 
 
 def normal(shape, dtype, seed=0):
-    """Return an array of NumPy, of which arithmetic compiles nothing."""
+    """Return a NumPy array: arithmetic with it compiles nothing."""
     return np.random.default_rng(seed).standard_normal(shape).astype(jnp.dtype(dtype))
 
 
@@ -212,7 +212,7 @@ def test_attention(heads, width, cache_dtype, num_queries, window, dtype):
     is_real = positions >= 0  # the others are padding, of which nobody looks at what comes out
     out_of_real, plain_of_real = (np.asarray(x, np.float32)[is_real] for x in (out, plain))
     np.testing.assert_allclose(out_of_real, plain_of_real, atol=TOLERANCE[dtype], rtol=0)
-    for row in (0, 3):
+    for row in (0, 2, 3):  # one token, a page and one token, several pages
         mine = np.flatnonzero(pages.row_DE[0, : int(pages.num_entries)] == row)
         one = pages._replace(
             row_DE=np.zeros((1, len(mine)), np.int32), page_DE=pages.page_DE[:, mine], start_DE=pages.start_DE[:, mine],

@@ -168,7 +168,7 @@ MUTATIONS = [
     _mutation(
         "norm weight before the cast back",
         LAYERS + "RMSNorm.__call__",
-        "normed = jax.lax.reduce_precision(normed, float_info.nexp, float_info.nmant)",
+        "return weight.astype(x.dtype) * rounded(normed, x.dtype).astype(x.dtype)",
         "return (weight * normed).astype(x.dtype)",
         named="layers.0.input_layernorm",
         scenario="bfloat16",
@@ -601,8 +601,8 @@ MUTATIONS = [
     _mutation(
         "gated norm with 1 + weight",
         NET + "GatedRMSNorm.__call__",
-        '(all_gather_weight(self.weight[...], "head_dim").astype(wide) * normed)',
-        '((1 + all_gather_weight(self.weight[...], "head_dim").astype(wide)) * normed)',
+        'all_gather_weight(self.weight[...], "head_dim").astype(wide) * normed',
+        '(1 + all_gather_weight(self.weight[...], "head_dim").astype(wide)) * normed',
         named=LINEAR + "norm",
         scenario="hybrid",
     ),

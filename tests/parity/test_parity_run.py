@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from qwen_dist import DEMO_MODEL
 from qwen_dist.errors import CheckpointError, UserError
 from qwen_dist.families import FAMILIES
 from qwen_dist.parity.page import to_html, write_html
@@ -130,6 +134,14 @@ def test_bfloat16_errors_are_not_larger_than_pytorchs(tiny_checkpoint, family):
     assert report.ok, report.verdict()
     judged = {check.name for check in report.checks if check.limit is not None and check.metric in ("ratio", "kl")}
     assert judged == {"logits", "next token", "decode.all_steps"}
+
+
+def test_programs_of_users_round_as_pytorchs():
+    """The demonstration model, compiled with optimisation as a user's programs are: it may leave out a rounding."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "qwen_dist", "parity", "--model", DEMO_MODEL, "--dtype", "bfloat16"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "within bounds: " in done.stdout, done.stdout[-2000:] + done.stderr
 
 
 VARIANTS = {
