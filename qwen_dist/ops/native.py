@@ -49,6 +49,8 @@ GROUPED_MATMUL, QUANTIZED_MATMUL, EXPERTS, SWIGLU, ROTATE, PAGED_ATTENTION, SHOR
 # The builds that multiply 16-bit floats as they are. The others widen rows to float32, in scratch memory, padded to a
 # multiple of WIDE elements.
 WITHOUT_WIDENING, WIDE = ("avx512_bf16",), 32
+# Rows in bfloat16 are put into the order of a quantised weight's values, padded to a multiple of STEP_INPUTS.
+STEP_INPUTS = 128
 # The least out-features of a matrix product, and the rows of one of its tiles.
 MIN_FEATURES, MAX_ROWS = 4, 6
 # Attention: head_dim is a multiple of LANES, and pages have KERNEL_PAGE positions.
@@ -103,16 +105,19 @@ def grouped_matmul(rows_RC: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Arra
     return call(rows_RC, weights_EOC, sizes_E.astype(jnp.int32))[0]
 
 
-def _scratch_shape(shape: tuple[int, ...], dtype: DTypeLike, *, is_padded: bool = False) -> jax.ShapeDtypeStruct:
+def _scratch_shape(
+    shape: tuple[int, ...], dtype: DTypeLike, *, is_padded: bool = False, is_quantized: bool = False
+) -> jax.ShapeDtypeStruct:
     """Return the scratch space for the rows [R, C] of a product.
 
-    They are put there to be widened, or if they are more than one tile and would compete for the same cache lines, which
-    rows that are padded already do not.
+    They are put there to be widened, to be in the order of a quantised weight, or if they are more than one tile and would
+    compete for the same cache lines, which rows that are padded already do not.
     """
     num_rows, size = shape
-    if dtype == jnp.bfloat16 and active_build() not in WITHOUT_WIDENING:
-        stride = _padded_stride(-(-size // WIDE) * WIDE, jnp.float32)
-        return jax.ShapeDtypeStruct((num_rows, stride), jnp.float32)
+    is_wide = dtype == jnp.bfloat16 and active_build() not in WITHOUT_WIDENING
+    if is_wide or (is_quantized and dtype == jnp.bfloat16):
+        multiple, dtype = STEP_INPUTS if is_quantized else WIDE, jnp.float32 if is_wide else dtype
+        return jax.ShapeDtypeStruct((num_rows, _padded_stride(-(-size // multiple) * multiple, dtype)), dtype)
     stride = _padded_stride(size, dtype)
     is_needed = not is_padded and num_rows > MAX_ROWS and stride > size
     return jax.ShapeDtypeStruct((num_rows if is_needed else 0, stride), dtype)
@@ -152,19 +157,25 @@ def _can_multiply_quantized(x: jax.Array, weight: Weight, dtype: DTypeLike) -> b
 def quantized_grouped_matmul(
     rows_RC: jax.Array, weights_EOC: GroupedWeight, sizes_E: jax.Array, dtype: DTypeLike
 ) -> jax.Array:
-    """Compute what `grouped_matmul` does of the dequantised weights, bit for bit, without making arrays of them."""
-    result = jax.ShapeDtypeStruct((len(rows_RC), weights_EOC.shape[1]), dtype)
-    call = _kernel(QUANTIZED_MATMUL, (result, _scratch_shape(rows_RC.shape, rows_RC.dtype)))
-    zero_point = jnp.zeros(0, jnp.int8) if weights_EOC.zero_point is None else weights_EOC.zero_point
-    return call(rows_RC, weights_EOC.values, weights_EOC.scale, zero_point, sizes_E.astype(jnp.int32))[0]
+    """Compute what `grouped_matmul` does of the dequantised weights, without making arrays of them.
+
+    If there are at most 8 rows in bfloat16 for each group, in static shapes, sums are scaled and no element of a weight is
+    rounded. Otherwise the bits are those of the dequantised weights.
+    """
+    return _multiply_quantized(rows_RC, weights_EOC, sizes_E, dtype)
 
 
 def quantized_matmul(x: jax.Array, weight_OC: GroupedWeight, dtype: DTypeLike) -> jax.Array:
     """Multiply [..., C] with [O, C]: [..., O]; `quantized_grouped_matmul` with a single group."""
     rows_RC = x.reshape(-1, x.shape[-1])
-    weight_EOC = weight_OC.reshape(1, *weight_OC.shape)
-    out_RO = quantized_grouped_matmul(rows_RC, weight_EOC, jnp.full(1, len(rows_RC)), dtype)
-    return out_RO.reshape(*x.shape[:-1], -1)
+    return _multiply_quantized(rows_RC, weight_OC, jnp.full(1, len(rows_RC)), dtype).reshape(*x.shape[:-1], -1)
+
+
+def _multiply_quantized(rows_RC: jax.Array, weight: GroupedWeight, sizes_E: jax.Array, dtype: DTypeLike) -> jax.Array:
+    result = jax.ShapeDtypeStruct((len(rows_RC), weight.shape[-2]), dtype)
+    call = _kernel(QUANTIZED_MATMUL, (result, _scratch_shape(rows_RC.shape, rows_RC.dtype, is_quantized=True)))
+    zero_point = jnp.zeros(0, jnp.int8) if weight.zero_point is None else weight.zero_point
+    return call(rows_RC, weight.values, weight.scale, zero_point, sizes_E.astype(jnp.int32))[0]
 
 
 def can_experts(x: jax.Array, gate_up: Weight, down: Weight) -> bool:

@@ -102,9 +102,10 @@ Float RandomType() { return Random(0, 1) ? Float::kFloat32 : Float::kBFloat16; }
 struct Rows {
   std::vector<float> memory;
   Scratch scratch{nullptr, 0};
-  Rows(const Kernels& kernels, Float dtype, int64_t rows, int64_t inputs) {
-    scratch.stride = (inputs + kWideMultiple - 1) / kWideMultiple * kWideMultiple + 16;
-    if (!(kernels.widens && dtype == Float::kBFloat16) && Random(0, 1)) return;
+  Rows(const Kernels& kernels, Float dtype, int64_t rows, int64_t inputs, bool is_quantized = false) {
+    const int64_t multiple = is_quantized ? kStepInputs : kWideMultiple;
+    scratch.stride = (inputs + multiple - 1) / multiple * multiple + 16;
+    if (!((kernels.widens || is_quantized) && dtype == Float::kBFloat16) && Random(0, 1)) return;
     memory.assign(rows * scratch.stride + 1, std::nanf(""));
     scratch.data = memory.data();
   }
@@ -172,7 +173,7 @@ void CheckQuantizedMatmul(const Kernels& kernels) {
   const Float dtype = RandomType(), result = dtype == Float::kFloat32 ? dtype : RandomType();
   const Encoding encoding = Random(0, 1) ? Encoding::kInt4 : Encoding::kInt8;
   const auto scale_type = static_cast<ScaleType>(Random(0, 2));
-  const int64_t experts = Random(1, 3), group_runs = OneOf({1, 2, 4}), groups = OneOf({1, 2, 3, 7});
+  const int64_t experts = Random(1, 3), group_runs = OneOf({1, 2, 3, 4, 8}), groups = OneOf({1, 2, 3, 7});
   const int64_t inputs = groups * group_runs * kRun, features = OneOf({4, 5, 6, 7, 8, 13, 66, 70});
   std::vector<int32_t> sizes(experts);
   int64_t rows = Random(0, 2);  // of no group
@@ -212,11 +213,28 @@ void CheckQuantizedMatmul(const Kernels& kernels) {
     const double exact = (weights[i] - zero_points[group]) * ScaleOf(scale_type, scales.data(), group);
     wide.Set(i, RoundedTo(scale_type, exact));
   }
-  const Rows scratch(kernels, dtype, rows, inputs);
+  const Rows scratch(kernels, dtype, rows, inputs, true);
   kernels.quantized_matmul(kPool, {dtype, result, encoding, scale_type, rows, experts, features, inputs, group_runs * kRun,
                                    x.Data(), values.data(), scales.data(), has_zero ? zero_points.data() : nullptr,
                                    sizes.data(), y.Data(), scratch.scratch});
   y.ExpectGuards(name);
+  if (dtype == Float::kBFloat16 && rows <= kFewRows * experts) {
+    for (int64_t expert = 0, row = 0; expert < experts; row += sizes[expert++]) {
+      for (int64_t r = row; r < row + sizes[expert]; ++r) {
+        for (int64_t f = 0; f < features; ++f) {
+          double sum = 0, size = 0;
+          for (int64_t i = 0; i < inputs; ++i) {
+            const int64_t at = (expert * features + f) * inputs + i, group = at / (group_runs * kRun);
+            const double scaled = x[r * inputs + i] * ScaleOf(scale_type, scales.data(), group);
+            sum += scaled * (weights[at] - zero_points[group]);
+            size += std::abs(scaled) * (std::abs(weights[at]) + std::abs(zero_points[group]));
+          }
+          Expect(y.IsNear(r * features + f, sum, 1e-6 * size), name + ": sums of few rows are scaled");
+        }
+      }
+    }
+    return;
+  }
   kernels.grouped_matmul(kPool, {dtype, result, rows, experts, features, inputs, x.Data(), wide.Data(), sizes.data(),
                                  plain.Data(), scratch.scratch});
   int64_t num_used = 0;

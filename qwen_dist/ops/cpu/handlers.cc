@@ -35,15 +35,16 @@ template <class Buffer>
 int64_t Count(const Buffer& buffer) { return static_cast<int64_t>(buffer.element_count()); }
 
 // The scratch for the rows of a product, if it is what the build needs for [num_rows, num_inputs] of a type: it may be
-// empty, unless 16-bit floats are widened.
+// empty, unless 16-bit floats are widened, or reordered because the weight is quantised.
 bool GetScratch(const Kernels& kernels, ffi::DataType dtype, int64_t num_rows, int64_t num_inputs, ffi::AnyBuffer buffer,
-                Scratch* scratch) {
-  const bool is_wide = kernels.widens && dtype == ffi::BF16;
+                Scratch* scratch, bool is_quantized = false) {
+  const bool is_wide = kernels.widens && dtype == ffi::BF16, is_needed = is_wide || (is_quantized && dtype == ffi::BF16);
   const auto shape = buffer.dimensions();
-  const int64_t least = is_wide ? (num_inputs + kWideMultiple - 1) / kWideMultiple * kWideMultiple : num_inputs;
+  const int64_t multiple = !is_needed ? 1 : is_quantized ? kStepInputs : kWideMultiple;
+  const int64_t least = (num_inputs + multiple - 1) / multiple * multiple;
   if (shape.size() != 2 || shape[1] < least || buffer.element_type() != (is_wide ? ffi::F32 : dtype)) return false;
   const bool is_empty = shape[0] == 0;
-  if (is_empty ? is_wide && num_rows > 0 : shape[0] != num_rows) return false;
+  if (is_empty ? is_needed && num_rows > 0 : shape[0] != num_rows) return false;
   *scratch = {is_empty ? nullptr : buffer.untyped_data(), shape[1]};
   return true;
 }
@@ -73,6 +74,12 @@ ffi::Error GroupedMatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuf
   return ffi::Error::Success();
 }
 
+ffi::Error QuantizedShapes() {
+  return ffi::Error::InvalidArgument(
+      "quantized_matmul takes rows [R, C], values [E, O, C / 32, 32] in int8 or [E, O, C / 32, 16] bytes with O >= 4, scales "
+      "[E, O, G, 1], zero points of their shape or none, and sizes [E]; E may be left out for one weight");
+}
+
 ffi::Error QuantizedMatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values, ffi::AnyBuffer scales,
                                ffi::Buffer<ffi::S8> zero_points, ffi::Buffer<ffi::S32> sizes, ffi::Result<ffi::AnyBuffer> y,
                                ffi::Result<ffi::AnyBuffer> scratch, int64_t build) {
@@ -82,17 +89,22 @@ ffi::Error QuantizedMatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyB
   const auto rows = x.dimensions(), shape = values.dimensions(), groups = scales.dimensions();
   const bool is_int4 = values.element_type() == ffi::U8;
   Scratch rows_scratch;
-  // The values are [E, O, runs, width], the scales [E, O, groups, 1].
-  if (rows.size() != 2 || shape.size() != 4 || groups.size() != 4 || rows[1] != shape[2] * kRun ||
-      shape[3] != (is_int4 ? kRun / 2 : kRun) || shape[1] < kTileFeatures || groups[0] != shape[0] ||
-      groups[1] != shape[1] || groups[2] == 0 || shape[2] % groups[2] != 0 || groups[3] != 1 ||
-      (Count(zero_points) != 0 && Count(zero_points) != Count(scales)) || Count(sizes) != shape[0] ||
-      Count(*y) != rows[0] * shape[1] || !(is_int4 || values.element_type() == ffi::S8) ||
+  // The values are [E, O, runs, width] or, of one weight, [O, runs, width]; the scales [E, O, groups, 1] or [O, groups, 1].
+  // With a reshape to E = 1 XLA would copy the scales.
+  const size_t first = shape.size() == 4 ? 1 : 0;
+  if (rows.size() != 2 || shape.size() != 3 + first || groups.size() != shape.size() ||
+      !std::equal(shape.begin(), shape.begin() + first + 1, groups.begin())) {
+    return QuantizedShapes();
+  }
+  const int64_t num_weights = first == 1 ? shape[0] : 1, num_features = shape[first], num_runs = shape[first + 1];
+  const int64_t width = shape[first + 2], num_groups = groups[first + 1];
+  if (rows[1] != num_runs * kRun || width != (is_int4 ? kRun / 2 : kRun) || num_features < kTileFeatures ||
+      num_groups == 0 || num_runs % num_groups != 0 || groups[first + 2] != 1 ||
+      (Count(zero_points) != 0 && Count(zero_points) != Count(scales)) || Count(sizes) != num_weights ||
+      Count(*y) != rows[0] * num_features || !(is_int4 || values.element_type() == ffi::S8) ||
       !(scale == ffi::F32 || scale == ffi::BF16 || scale == ffi::F16) ||
-      !GetScratch(*kernels, dtype, rows[0], rows[1], *scratch, &rows_scratch)) {
-    return ffi::Error::InvalidArgument(
-        "quantized_matmul takes rows [R, C], values [E, O, C / 32, 32] in int8 or [E, O, C / 32, 16] bytes with O >= 4, "
-        "scales [E, O, G, 1], zero points of their shape or none, and sizes [E]");
+      !GetScratch(*kernels, dtype, rows[0], rows[1], *scratch, &rows_scratch, true)) {
+    return QuantizedShapes();
   }
   if (!IsFloat(dtype) || !IsFloat(result) || (dtype == ffi::F32 && result != ffi::F32)) {
     return ffi::Error::InvalidArgument("quantized_matmul takes float32 to float32, or bfloat16 to float32 or bfloat16");
@@ -102,7 +114,7 @@ ffi::Error QuantizedMatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyB
                                                     : ScaleType::kFloat16;
   kernels->quantized_matmul(
       PoolOf(pool), {FloatOf(dtype), FloatOf(result), is_int4 ? Encoding::kInt4 : Encoding::kInt8, scale_type, rows[0],
-                     shape[0], shape[1], rows[1], rows[1] / groups[2], x.untyped_data(), values.untyped_data(),
+                     num_weights, num_features, rows[1], rows[1] / num_groups, x.untyped_data(), values.untyped_data(),
                      scales.untyped_data(), Count(zero_points) == 0 ? nullptr : zero_points.typed_data(),
                      sizes.typed_data(), y->untyped_data(), rows_scratch});
   return ffi::Error::Success();

@@ -125,6 +125,10 @@ constexpr int kMaxTaps = 8;    // of the short convolution
 constexpr int kPageSize = 64;  // positions of a page of keys and values
 constexpr int kHeadMultiple = 16;  // the head_dim of attention is a multiple of it
 constexpr int kScaled = 16;  // keys and values in int8 with one scale
+// Rows of a group, on average, up to which a quantised product in bfloat16 scales sums.
+constexpr int64_t kFewRows = 8;
+// Rows of a quantised product in bfloat16 have scratch memory for a multiple of this many inputs.
+constexpr int kStepInputs = 128;
 // Rows of a widened matrix are padded with zeros to a multiple of this many elements.
 constexpr int kWideMultiple = 32;
 // Numbers per key of `prepared` of the delta rule, for keys of `size` channels.

@@ -1,21 +1,26 @@
 // Products of rows and weights in 8 or 4 bits.
 //
-// Values are in runs of 32 inputs, as ../grouped_weight.py says. An element of the weight is (value - zero point) · scale,
-// rounded to the type of the scale and then to that of the rows, so a product has the same bits as grouped_matmul.h gives
-// for the dequantised weight, whichever way it is computed:
+// Values are in runs of 32 inputs, as ../grouped_weight.py says. An element of the weight is (value - zero point) · scale.
+// The shapes alone choose the way to multiply, so a result has the same bits whatever the other rows are:
 //
-// - Few rows wait for the memory. A tile widens its features in registers, run by run; the packed values are all that is
-//   read. Sixteen values of 4 bits are looked up in a table, which is made once for each group.
-// - Many rows have a block of the weight widened into memory that stays in the L2 cache, and are multiplied with that.
+// - Few rows in bfloat16 wait for the memory, and the instructions that widen a value count. Values are whole numbers,
+//   which bfloat16 holds exactly. Rows are multiplied with them, and each group's sum with its scale, in float32: no element
+//   of the weight is computed, or rounded.
+// - Otherwise an element is rounded to the type of the scale and then to that of the rows, and the product has the same
+//   bits as grouped_matmul.h gives for the dequantised weight. Few rows in float32 dequantise it in registers. Many rows
+//   have a block of it in memory that stays in the L2 cache.
 
 #pragma once
+
+#include <numeric>
 
 #include "grouped_matmul.h"
 
 namespace {
 
-constexpr int64_t kFewRows = 4;
-constexpr int64_t kPrefetchBytes = 4096;  // ahead of the values that are read
+constexpr int kFewFloatRows = 4;          // of a group, in float32
+constexpr int kBlockRuns = 4;             // whose sum is scaled, if their group has so many
+constexpr int64_t kPrefetchBytes = 8192;  // the least distance to the values that are read
 
 // Where the values, scales and zero points of a weight [O, C] are.
 struct PackedWeight {
@@ -103,7 +108,7 @@ struct RunReader<BFloat16, Encoding::kInt4, type> {
   SIMD INLINE void StartGroup(const PackedWeight& weight, int64_t index) {
     const auto scale = GroupScale<Encoding::kInt4, type>::Load(weight, index);
     const Floats values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    table = _mm512_castsi256_si512(RoundedBits(scale(values)));
+    table = _mm512_castsi256_si512(RoundedBits(scale.BeforeBFloat16(values)));
   }
   SIMD INLINE Floats Vector(const uint8_t* run, int) const {
     const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(run)));
@@ -114,7 +119,305 @@ struct RunReader<BFloat16, Encoding::kInt4, type> {
 };
 #endif
 
-// Multiply rows with four features, from `feature` on, widened in registers.
+// --- Few rows in bfloat16 ---
+
+// How a tile reads the values of a weight. A step is kStepRuns runs and has kVectors vectors of values for each feature,
+// and the rows are prepared in the same order. Sums are scaled after each block, of one step or several. A tile has up to
+// kRows rows, as many as there are registers for.
+
+// Vectors of float32, in the order of the inputs.
+template <Encoding encoding>
+struct FloatValues {
+  using Type = Float32;
+  static constexpr int kStepRuns = 1, kVectors = kRun / kFloatLanes, kRows = kRegisters == 32 ? 4 : 2;
+  SIMD static INLINE Floats Vector(const uint8_t* step, int vector) {
+    return encoding == Encoding::kInt4 ? LoadInt4(step, vector) : LoadValues<encoding>(step, vector);
+  }
+  SIMD static void PrepareRow(const uint16_t* from, int64_t num_inputs, float* to) {
+    for (int64_t i = 0; i < num_inputs; i += kFloatLanes) Store(Load(from + i), to + i);
+  }
+};
+
+#ifdef HAS_BF16_DOT
+// Pairs of bfloat16, of input i and input i + 16 of a run.
+struct PairsOfInt8 {
+  using Type = BFloat16;
+  static constexpr int kStepRuns = 1, kVectors = 1, kRows = 4;
+  SIMD static INLINE Floats Vector(const uint8_t* step, int) {
+    const __m512i low = _mm512_castps_si512(LoadValues<Encoding::kInt8>(step, 0));
+    const __m512i high = _mm512_castps_si512(LoadValues<Encoding::kInt8>(step, 1));
+    // (low >> 16) | (high & 0xffff0000): no bit that is left out is set.
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_srli_epi32(low, 16), high, upper, 0xf8));
+  }
+  SIMD static void PrepareRow(const uint16_t* from, int64_t num_inputs, uint16_t* to) {
+    for (int64_t i = 0; i < num_inputs; i += kRun) {
+      Store(LoadInterleaved(from + i, from + i + 16), reinterpret_cast<float*>(to + i));
+    }
+  }
+};
+
+// Four runs at once: vector n has the n-th 4 bits of each 16, so of each run 8 inputs: the even ones of its first half, of
+// its second half, and the odd ones. Each run has 4 lanes of the sums.
+struct PlanesOfInt4 {
+  using Type = BFloat16;
+  static constexpr int kStepRuns = 4, kVectors = 4, kRows = 2;
+  SIMD static INLINE Floats Vector(const uint8_t* step, int vector) {
+    // -8 to 7, twice, as the lowest of the other bits is in the index, too.
+    const __m512i numbers = _mm512_broadcast_i64x4(_mm256_set_epi64x(
+        0x40e040c040a04080, 0x404040003f800000, static_cast<int64_t>(0xbf80c000c040c080),
+        static_cast<int64_t>(0xc0a0c0c0c0e0c100)));
+    const __m512i bits = _mm512_srli_epi16(_mm512_loadu_si512(step), 4 * vector);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(bits, numbers));
+  }
+  // Four numbers, one for the lanes of each run.
+  SIMD static INLINE Floats Lanes(const float (&numbers)[4]) { return Lanes(_mm_loadu_ps(numbers)); }
+  SIMD static INLINE Floats Lanes(__m128 numbers) {
+    const __m512i run = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_permutexvar_ps(run, _mm512_castps128_ps512(numbers));
+  }
+  template <ScaleType type>
+  SIMD static INLINE __m128 LoadFour(const void* scales, int64_t index) {
+    if constexpr (type == ScaleType::kFloat32) return _mm_loadu_ps(static_cast<const float*>(scales) + index);
+    const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(scales) + index));
+    if constexpr (type == ScaleType::kFloat16) return _mm512_castps512_ps128(_mm512_cvtph_ps(_mm256_castsi128_si256(bits)));
+    return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(bits), 16));
+  }
+  // The last step's rows are filled up with zeros.
+  SIMD static void PrepareRow(const uint16_t* from, int64_t num_inputs, uint16_t* to) {
+    const __m512i order = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 30, 28, 26, 24, 22, 20,
+                                           18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    for (int64_t i = 0; i < num_inputs; to += kRun * kStepRuns) {
+      for (int run = 0; run < kStepRuns; ++run, i += kRun) {
+        const __m512i inputs = i < num_inputs ? LoadPairs(from + i) : _mm512_setzero_si512();
+        __m128i parts[kVectors];
+        const __m512i ordered = _mm512_permutexvar_epi16(order, inputs);
+        std::memcpy(parts, &ordered, sizeof(parts));
+        for (int vector = 0; vector < kVectors; ++vector) {
+          std::memcpy(to + vector * kRun + run * 8, &parts[vector], sizeof(parts[vector]));
+        }
+      }
+    }
+  }
+};
+
+template <Encoding encoding>
+using Values = std::conditional_t<encoding == Encoding::kInt4, PlanesOfInt4, PairsOfInt8>;
+#else
+template <Encoding encoding>
+using Values = FloatValues<encoding>;
+#endif
+
+// How many blocks a feature of a weight has, and steps a block. A block is in one group, unless a step has several.
+template <class Values>
+struct Blocks {
+  int64_t num, steps, per_group;
+
+  explicit Blocks(const PackedWeight& weight) {
+    steps = Values::kStepRuns == 1 ? std::gcd(weight.group_runs, kBlockRuns) : 1;
+    num = CeilDivide(weight.num_runs(), Values::kStepRuns * steps);
+    per_group = std::max<int64_t>(1, weight.group_runs / (Values::kStepRuns * steps));
+  }
+  int64_t Group(int64_t block) const { return static_cast<uint32_t>(block) / static_cast<uint32_t>(per_group); }
+};
+
+// Reads the values of four features, step by step: those of a weight, which it widens in registers.
+template <class Values_, Encoding encoding, ScaleType type>
+class PackedReader {
+ public:
+  using Values = Values_;
+  using Type = typename Values::Type;
+  static constexpr int kVectors = Values::kVectors;
+  static constexpr int64_t kStepBytes = Values::kStepRuns * RunBytes(encoding);
+  // Where a step is a block: features one after the other leave registers for more rows.
+  static constexpr bool kByFeature = Values::kStepRuns > 1;
+
+  // A last step that is not full is copied to `last_step`, kTileFeatures * kStepBytes bytes. What a later tile reads is
+  // prefetched from `prefetch` on, unless it is null.
+  SIMD INLINE PackedReader(const PackedWeight& weight, const Blocks<Values>& blocks, int64_t feature, uint8_t* last_step,
+                           const uint8_t* prefetch)
+      : weight_(weight), blocks_(blocks), first_group_(feature * weight.num_groups()), runs_left_(weight.num_runs()),
+        stride_(weight.num_runs() * RunBytes(encoding)), step_(weight.values + feature * stride_), last_step_(last_step),
+        prefetch_(reinterpret_cast<const char*>(prefetch)) {
+    StartStep();
+  }
+  SIMD INLINE Floats Vector(int feature, int vector) const { return Values::Vector(step_ + feature * stride_, vector); }
+  SIMD INLINE void NextStep() {
+    step_ += kStepBytes;
+    runs_left_ -= Values::kStepRuns;
+    StartStep();
+  }
+  // The scale and the zero point of each lane of a block's sums.
+  SIMD INLINE Floats Scale(int feature, int64_t block) const {
+    const int64_t first = first_group_ + feature * weight_.num_groups();
+    if constexpr (Values::kStepRuns > 1) {
+      const int64_t run = block * Values::kStepRuns;
+      if (weight_.group_runs == 1 && run + Values::kStepRuns <= weight_.num_groups()) {
+        return Values::Lanes(Values::template LoadFour<type>(weight_.scales, first + run));
+      }
+      if (weight_.group_runs % Values::kStepRuns != 0) {
+        return OfLanes([&](int64_t group) SIMD { return ::First(LoadScale<type>(weight_.scales, first + group)); }, run);
+      }
+    }
+    return LoadScale<type>(weight_.scales, first + blocks_.Group(block));
+  }
+  SIMD INLINE Floats ZeroPoint(int feature, int64_t block) const {
+    const int8_t* const first = weight_.zero_points + first_group_ + feature * weight_.num_groups();
+    if constexpr (Values::kStepRuns > 1) {
+      if (weight_.group_runs % Values::kStepRuns != 0) {
+        return OfLanes([&](int64_t group) { return static_cast<float>(first[group]); }, block * Values::kStepRuns);
+      }
+    }
+    return Set(first[blocks_.Group(block)]);
+  }
+
+ private:
+  SIMD INLINE void StartStep() {
+    if (prefetch_ != nullptr) {
+      UNROLL for (int64_t line = 0; line < kTileFeatures * kStepBytes; line += kCacheLine, prefetch_ += kCacheLine) {
+        Prefetch(prefetch_);
+      }
+    }
+    if (Values::kStepRuns > 1 && runs_left_ > 0 && runs_left_ < Values::kStepRuns) {
+      std::memset(last_step_, 0, kTileFeatures * kStepBytes);
+      for (int f = 0; f < kTileFeatures; ++f) {
+        std::memcpy(last_step_ + f * kStepBytes, step_ + f * stride_, runs_left_ * RunBytes(encoding));
+      }
+      step_ = last_step_;
+      stride_ = kStepBytes;
+    }
+  }
+  // What `load` gives for the group of each of four runs.
+  template <class Load>
+  SIMD INLINE Floats OfLanes(const Load& load, int64_t run) const {
+    float numbers[4];
+    for (int n = 0; n < 4; ++n) numbers[n] = load(std::min(run + n, weight_.num_runs() - 1) / weight_.group_runs);
+    return Values::Lanes(numbers);
+  }
+
+  const PackedWeight& weight_;
+  const Blocks<Values>& blocks_;
+  const int64_t first_group_;
+  int64_t runs_left_, stride_;
+  const uint8_t* step_;
+  uint8_t* last_step_;
+  const char* prefetch_;
+};
+
+// Add a block's products with the values of a feature to the sums.
+template <int rows, bool has_zero_points, class Reader>
+SIMD INLINE void AddScaled(const Reader& reader, int f, int64_t block, const Floats (&inputs)[rows],
+                           const Floats (&products)[rows], Floats (&sums)[rows][kTileFeatures]) {
+  const Floats scale = reader.Scale(f, block);
+  UNROLL for (int r = 0; r < rows; ++r) {
+    Floats product = products[r];
+    if constexpr (has_zero_points) product = NegatedMultiplyAdd(reader.ZeroPoint(f, block), inputs[r], product);
+    sums[r][f] = MultiplyAdd(product, scale, sums[r][f]);
+  }
+}
+
+// Multiply rows with four features of a weight.
+template <int rows, bool has_zero_points, class Reader, class Row, class Result>
+SIMD void MultiplyValues(Rows<const Row> x, const Blocks<typename Reader::Values>& blocks, Reader reader, Rows<Result> y) {
+  using Type = typename Reader::Type;
+  constexpr int kVectors = Reader::kVectors, kLanes = Type::kLanes;
+  Floats sums[rows][kTileFeatures];
+  UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int f = 0; f < kTileFeatures; ++f) sums[r][f] = Set(0.0f);
+  const Row* at[rows];
+  UNROLL for (int r = 0; r < rows; ++r) at[r] = x[r];
+  for (int64_t block = 0; block < blocks.num; ++block) {
+    Floats inputs[rows], products[kTileFeatures][rows];
+    UNROLL for (int r = 0; r < rows; ++r) inputs[r] = Set(0.0f);
+    if constexpr (!Reader::kByFeature) {
+      UNROLL for (int f = 0; f < kTileFeatures; ++f) UNROLL for (int r = 0; r < rows; ++r) products[f][r] = Set(0.0f);
+    }
+    for (int64_t step = 0; step < blocks.steps; ++step) {
+      if constexpr (has_zero_points) {
+        UNROLL for (int vector = 0; vector < kVectors; ++vector) UNROLL for (int r = 0; r < rows; ++r) {
+          inputs[r] = Type::MultiplyAdd(Type::LoadVector(at[r] + vector * kLanes), Type::Ones(), inputs[r]);
+        }
+      }
+      if constexpr (Reader::kByFeature) {
+        UNROLL for (int f = 0; f < kTileFeatures; ++f) {
+          Floats of_feature[rows];
+          UNROLL for (int r = 0; r < rows; ++r) of_feature[r] = Set(0.0f);
+          UNROLL for (int vector = 0; vector < kVectors; ++vector) {
+            const Floats values = reader.Vector(f, vector);
+            UNROLL for (int r = 0; r < rows; ++r) {
+              of_feature[r] = Type::MultiplyAdd(Type::LoadVector(at[r] + vector * kLanes), values, of_feature[r]);
+            }
+          }
+          AddScaled<rows, has_zero_points>(reader, f, block, inputs, of_feature, sums);
+        }
+      } else {
+        UNROLL for (int vector = 0; vector < kVectors; ++vector) {
+          Floats row[rows];
+          UNROLL for (int r = 0; r < rows; ++r) row[r] = Type::LoadVector(at[r] + vector * kLanes);
+          UNROLL for (int f = 0; f < kTileFeatures; ++f) {
+            const Floats values = reader.Vector(f, vector);
+            UNROLL for (int r = 0; r < rows; ++r) products[f][r] = Type::MultiplyAdd(row[r], values, products[f][r]);
+          }
+        }
+      }
+      UNROLL for (int r = 0; r < rows; ++r) at[r] += kVectors * kLanes;
+      reader.NextStep();
+    }
+    if constexpr (!Reader::kByFeature) {
+      UNROLL for (int f = 0; f < kTileFeatures; ++f) {
+        AddScaled<rows, has_zero_points>(reader, f, block, inputs, products[f], sums);
+      }
+    }
+  }
+  UNROLL for (int r = 0; r < rows; ++r) StoreSums(sums[r], y[r]);
+}
+
+// Call MultiplyValues for a number of rows.
+template <int max_rows, bool has_zero_points, class Reader, class Row, class Result>
+INLINE void MultiplyValues(int64_t num_rows, Rows<const Row> x, const Blocks<typename Reader::Values>& blocks,
+                           const Reader& reader, Rows<Result> y) {
+  if (num_rows == max_rows) {
+    MultiplyValues<max_rows, has_zero_points>(x, blocks, reader, y);
+  } else if constexpr (max_rows > 1) {
+    MultiplyValues<max_rows - 1, has_zero_points>(num_rows, x, blocks, reader, y);
+  }
+}
+
+// Multiply rows with features [begin, end) of a weight.
+template <class Values, Encoding encoding, ScaleType type, bool has_zero_points, class Row, class Result>
+SIMD void MultiplyFewRows(Rows<const Row> x, int64_t num_rows, const PackedWeight& weight, int64_t begin, int64_t end,
+                          Rows<Result> y) {
+  using Reader = PackedReader<Values, encoding, type>;
+  const Blocks<Values> blocks(weight);
+  const int64_t feature_bytes = weight.num_runs() * RunBytes(encoding);
+  const int64_t distance = RoundUp(kPrefetchBytes, kTileFeatures * feature_bytes);
+  const int64_t num_tiles = CeilDivide(num_rows, Values::kRows);
+  uint8_t last_step[kTileFeatures * Reader::kStepBytes];
+  for (int64_t tile = begin; tile < end; tile += kTileFeatures) {
+    const int64_t feature = std::min(tile, end - kTileFeatures);
+    const uint8_t* const later = weight.values + feature * feature_bytes + distance;
+    for (int64_t n = 0; n < num_tiles; ++n) {
+      const int64_t row = num_rows * n / num_tiles, rows = num_rows * (n + 1) / num_tiles - row;
+      const Reader reader(weight, blocks, feature, last_step, n == 0 ? later : nullptr);
+      MultiplyValues<Values::kRows, has_zero_points>(rows, Rows<const Row>{x[row], x.stride}, blocks, reader,
+                                                     Rows<Result>{y[row] + feature, y.stride});
+    }
+  }
+}
+
+template <class Values>
+void PrepareValueRows(const Pool& pool, const QuantizedMatmulArguments& a) {
+  using Row = typename Values::Type::Row;
+  ParallelFor(pool, CeilDivide(a.num_rows, kCopyRowsPerJob), [&](int64_t job) {
+    for (int64_t row = job * kCopyRowsPerJob; row < std::min(a.num_rows, (job + 1) * kCopyRowsPerJob); ++row) {
+      Values::PrepareRow(static_cast<const uint16_t*>(a.x) + row * a.num_inputs, a.num_inputs,
+                         static_cast<Row*>(a.rows.data) + row * a.rows.stride);
+    }
+  });
+}
+
+// --- Many rows, and float32 ---
+
+// Multiply rows with four features, from `feature` on, dequantised in registers.
 template <class Type, class Result, Encoding encoding, ScaleType type, int rows>
 SIMD void MultiplyRuns(Rows<const typename Type::Row> x, const PackedWeight& weight, int64_t feature, Rows<Result> y) {
   using Reader = RunReader<Type, encoding, type>;
@@ -124,7 +427,7 @@ SIMD void MultiplyRuns(Rows<const typename Type::Row> x, const PackedWeight& wei
   UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int f = 0; f < kTileFeatures; ++f) sums[r][f] = Set(0.0f);
   const typename Type::Row* at[rows];
   UNROLL for (int r = 0; r < rows; ++r) at[r] = x[r];
-  const char* prefetch = reinterpret_cast<const char*>(values) + kPrefetchBytes;
+  const char* prefetch = reinterpret_cast<const char*>(values) + RoundUp(kPrefetchBytes, kTileFeatures * feature_bytes);
   for (int64_t group = 0; group < num_groups; ++group) {
     Reader reader[kTileFeatures];
     UNROLL for (int f = 0; f < kTileFeatures; ++f) reader[f].StartGroup(weight, (feature + f) * num_groups + group);
@@ -181,39 +484,64 @@ SIMD void WidenFeatures(const PackedWeight& weight, int64_t begin, int64_t end, 
   }
 }
 
-template <class Type, class Result, Encoding encoding, ScaleType type>
-void MultiplyPacked(const Pool& pool, const QuantizedMatmulArguments& a) {
-  using Element = typename Type::Element;
-  const auto x = PrepareRows<Type>(pool, a.x, a.num_rows, a.num_inputs, a.rows);
-  const auto groups = NonEmptyGroups(a.sizes, a.num_groups, a.num_rows);
+// --- All ---
+
+// Call job(rows of the group, their number, weight, begin, end, results of the group) for blocks of features.
+template <class Type, class Result, Encoding encoding, ScaleType type, class Row, class Job>
+void ForPackedBlocks(const Pool& pool, const QuantizedMatmulArguments& a, Rows<const Row> x, const Job& job) {
   constexpr int64_t kScaleBytes = type == ScaleType::kFloat32 ? 4 : 2;
+  const auto groups = NonEmptyGroups(a.sizes, a.num_groups, a.num_rows);
   const int64_t num_scales = a.num_features * (a.num_inputs / a.group_size);
   const int64_t num_bytes = a.num_features * (a.num_inputs / kRun) * RunBytes(encoding);
+  using Element = typename Type::Element;
   ParallelForBlocks<Element>(pool, groups, a.num_features, a.num_inputs, [&](const Block& block, const Block*) {
     const Group& group = block.group;
     const PackedWeight weight{static_cast<const uint8_t*>(a.values) + group.index * num_bytes,
                               static_cast<const char*>(a.scales) + group.index * num_scales * kScaleBytes,
                               a.zero_points == nullptr ? nullptr : a.zero_points + group.index * num_scales, a.num_inputs,
                               a.group_size / kRun};
-    const Rows<const typename Type::Row> rows{x[group.first_row], x.stride};
     const Rows<Result> y{static_cast<Result*>(a.y) + group.first_row * a.num_features, a.num_features};
-    if constexpr (!Type::kWidens) {
-      if (group.num_rows <= kFewRows) {
-        for (int64_t feature = block.begin; feature < block.end; feature += kTileFeatures) {
-          MultiplyRuns<Type, Result, encoding, type, kFewRows>(group.num_rows, rows, weight,
-                                                               std::min(feature, block.end - kTileFeatures), y);
+    job(Rows<const Row>{x[group.first_row], x.stride}, group.num_rows, weight, block.begin, block.end, y);
+  });
+}
+
+template <class Type, class Result, Encoding encoding, ScaleType type>
+void MultiplyPacked(const Pool& pool, const QuantizedMatmulArguments& a) {
+  using Element = typename Type::Element;
+  using Row = typename Type::Row;
+  if constexpr (std::is_same_v<Type, BFloat16>) {
+    if (a.num_rows <= kFewRows * a.num_groups) {
+      PrepareValueRows<Values<encoding>>(pool, a);
+      const Rows<const Row> x{static_cast<const Row*>(a.rows.data), a.rows.stride};
+      const auto multiply = [](auto rows, int64_t num_rows, const PackedWeight& weight, int64_t begin, int64_t end, auto y) {
+        if (weight.zero_points == nullptr) {
+          MultiplyFewRows<Values<encoding>, encoding, type, false>(rows, num_rows, weight, begin, end, y);
+        } else {
+          MultiplyFewRows<Values<encoding>, encoding, type, true>(rows, num_rows, weight, begin, end, y);
+        }
+      };
+      return ForPackedBlocks<Type, Result, encoding, type>(pool, a, x, multiply);
+    }
+  }
+  const auto x = PrepareRows<Type>(pool, a.x, a.num_rows, a.num_inputs, a.rows);
+  const auto multiply = [&](auto rows, int64_t num_rows, const PackedWeight& weight, int64_t begin, int64_t end, auto y) {
+    if constexpr (std::is_same_v<Type, Float32>) {
+      if (num_rows <= kFewFloatRows) {
+        for (int64_t tile = begin; tile < end; tile += kTileFeatures) {
+          const int64_t feature = std::min(tile, end - kTileFeatures);
+          MultiplyRuns<Type, Result, encoding, type, kFewFloatRows>(num_rows, rows, weight, feature, y);
         }
         return;
       }
     }
     // The last tile of a block may start before it, if it has too few features.
-    const int64_t begin = std::min(block.begin, block.end - kTileFeatures), num_features = block.end - begin;
+    const int64_t first = std::min(begin, end - kTileFeatures), num_features = end - first;
     auto* const memory = reinterpret_cast<Element*>(
         ThreadMemory<2>(CeilDivide(num_features * a.num_inputs * sizeof(Element), sizeof(float))));
-    WidenFeatures<Type, encoding, type>(weight, begin, block.end, memory);
-    MultiplyBlock<Type, Result>(rows, group.num_rows, memory, a.num_inputs, {y.data + begin, y.stride}, num_features,
-                                nullptr);
-  });
+    WidenFeatures<Type, encoding, type>(weight, first, end, memory);
+    MultiplyBlock<Type, Result>(rows, num_rows, memory, a.num_inputs, {y.data + first, y.stride}, num_features, nullptr);
+  };
+  ForPackedBlocks<Type, Result, encoding, type>(pool, a, x, multiply);
 }
 
 template <class Type, class Result, Encoding encoding>

@@ -90,6 +90,13 @@ SIMD INLINE Floats LoadLowNibbles(const uint8_t* from) {
 SIMD INLINE Floats LoadHighNibbles(const uint8_t* from) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16(Load8(from), 4), _mm_set1_epi8(15))));
 }
+// Part `part` of a run of 32 values of 4 bits: 8 of those in the low halves of 16 bytes, then of those in the high halves.
+SIMD INLINE Floats LoadInt4(const uint8_t* run, int part) {
+  const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(run));
+  const __m128i halves = _mm_and_si128(part < 2 ? both : _mm_srli_epi16(both, 4), _mm_set1_epi8(15));
+  const __m128i values = _mm_sub_epi8(halves, _mm_set1_epi8(8));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(part % 2 == 0 ? values : _mm_srli_si128(values, 8)));
+}
 SIMD INLINE Floats SetFloat16(uint16_t bits) { return _mm256_cvtph_ps(_mm_set1_epi16(static_cast<int16_t>(bits))); }
 SIMD INLINE Floats RoundedToFloat16(Floats x) {
   return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

@@ -69,6 +69,10 @@ SIMD INLINE Floats LoadLowNibbles(const uint8_t* from) {
 SIMD INLINE Floats LoadHighNibbles(const uint8_t* from) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16(Load16(from), 4), _mm_set1_epi8(15))));
 }
+// The values of 4 bits in the low halves of a run's 16 bytes, or part 1, in the high halves.
+SIMD INLINE Floats LoadInt4(const uint8_t* run, int part) {
+  return (part == 0 ? LoadLowNibbles(run) : LoadHighNibbles(run)) - Set(8.0f);
+}
 SIMD INLINE Floats SetFloat16(uint16_t bits) { return _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<int16_t>(bits))); }
 SIMD INLINE Floats RoundedToFloat16(Floats x) {
   return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

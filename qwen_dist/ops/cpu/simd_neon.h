@@ -70,6 +70,10 @@ INLINE Floats LoadBytes(const int8_t* from) {
 }
 INLINE Floats LoadLowNibbles(const uint8_t* from) { return FromBytes(vand_u8(Load4(from), vdup_n_u8(15))); }
 INLINE Floats LoadHighNibbles(const uint8_t* from) { return FromBytes(vshr_n_u8(Load4(from), 4)); }
+// Part `part` of a run of 32 values of 4 bits: 4 of those in the low halves of 16 bytes, then of those in the high halves.
+INLINE Floats LoadInt4(const uint8_t* run, int part) {
+  return (part < 4 ? LoadLowNibbles(run + 4 * part) : LoadHighNibbles(run + 4 * part - 16)) - Set(8.0f);
+}
 INLINE Floats SetFloat16(uint16_t bits) { return vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(bits))); }
 INLINE Floats RoundedToFloat16(Floats x) { return vcvt_f32_f16(vcvt_f16_f32(x)); }
 
