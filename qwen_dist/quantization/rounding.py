@@ -7,9 +7,11 @@ import numpy as np
 
 from qwen_dist.ops.grouped_weight import Encoding
 
-# A scale is the largest |value| of the group divided by one of these, whichever gives the least squared error. The
-# largest positive value of 4 bits is 7, the largest negative one -8: some groups gain by cutting one, others by using both.
-DIVISORS: dict[Encoding, tuple[float, ...]] = {"int8": (127,), "int4": (7, 7.5, 8), "float8_e4m3fn": (448,)}
+# A scale is the largest value of the group by magnitude, divided by one of these, whichever gives the least squared error.
+# With 4 bits its sign counts: the values are -8 to 7, and a scale of the other sign turns them round. By -8.5 it is cut a
+# little, for the sake of the others. On the weights of a 0.5B model the error is 0.86 times that of the best positive scale
+# for 7, 7.5 and 8.
+DIVISORS: dict[Encoding, tuple[float, ...]] = {"int8": (127,), "int4": (-8, -8.5, 7), "float8_e4m3fn": (448,)}
 LIMITS: dict[Encoding, tuple[float, float]] = {"int8": (-128, 127), "int4": (-8, 7), "float8_e4m3fn": (-448, 448)}
 
 
@@ -23,9 +25,12 @@ def quantize(values: np.ndarray, encoding: Encoding, scale_dtype: np.dtype) -> t
       ValueError: a value is infinite or not a number.
     """
     wide = values.astype(np.float32)
-    largest = np.abs(wide).max(axis=-1, keepdims=True)
+    magnitude = np.abs(wide)
+    largest = magnitude.max(axis=-1, keepdims=True)
     if not np.isfinite(largest).all():
         raise ValueError("it has values that are not finite")
+    if encoding == "int4":
+        largest = np.take_along_axis(wide, magnitude.argmax(axis=-1, keepdims=True), axis=-1)
     best, *others = (_with_divisor(wide, largest, divisor, encoding, scale_dtype) for divisor in DIVISORS[encoding])
     if others:
         least = _squared_error(wide, *best)

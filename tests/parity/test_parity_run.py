@@ -136,6 +136,7 @@ def test_bfloat16_errors_are_not_larger_than_pytorchs(tiny_checkpoint, family):
     assert judged == {"logits", "next token", "decode.all_steps"}
 
 
+@pytest.mark.slow
 def test_programs_of_users_round_as_pytorchs():
     """The demonstration model, compiled with optimisation as a user's programs are: it may leave out a rounding."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}

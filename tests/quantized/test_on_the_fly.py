@@ -44,7 +44,8 @@ def test_every_value_is_the_nearest_of_the_best_scale(encoding, scale_dtype):
     for group, found, one_scale in zip(groups, values.astype(np.float32), scale.astype(np.float32)[:, 0], strict=True):
         errors = []
         for divisor in DIVISORS[encoding]:
-            candidate = np.float32((np.abs(group).max() / np.float32(divisor)).astype(scale_dtype)) or np.float32(1)
+            largest = group[np.abs(group).argmax()] if encoding == "int4" else np.abs(group).max()
+            candidate = np.float32((largest / np.float32(divisor)).astype(scale_dtype)) or np.float32(1)
             error = np.abs(allowed[None] * candidate - group[:, None]).min(axis=1)
             errors.append(np.square(error).sum())
         mine = np.abs(found * one_scale - group)
