@@ -49,7 +49,7 @@ GROUPED_MATMUL, QUANTIZED_MATMUL, EXPERTS, SWIGLU, ROTATE, PAGED_ATTENTION, SHOR
 # The builds that multiply 16-bit floats as they are. The others widen rows to float32, in scratch memory, padded to a
 # multiple of WIDE elements.
 WITHOUT_WIDENING, WIDE = ("avx512_bf16",), 32
-# Rows in bfloat16 are put into the order of a quantised weight's values, padded to a multiple of STEP_INPUTS.
+# For a quantised weight, rows in bfloat16 are put into the order of its values, padded to a multiple of STEP_INPUTS.
 STEP_INPUTS = 128
 # The least out-features of a matrix product, and the rows of one of its tiles.
 MIN_FEATURES, MAX_ROWS = 4, 6
@@ -159,23 +159,23 @@ def quantized_grouped_matmul(
 ) -> jax.Array:
     """Compute what `grouped_matmul` does of the dequantised weights, without making arrays of them.
 
-    If there are at most 8 rows in bfloat16 for each group, in static shapes, sums are scaled and no element of a weight is
-    rounded. Otherwise the bits are those of the dequantised weights.
+    Up to 8 rows in bfloat16 for each group, on average over the static shapes, are multiplied with the integer values, and
+    the sums are scaled: no element of a weight is rounded. Otherwise the bits are those of the dequantised weights.
+
+    Args:
+      weights_EOC: a single weight may also be [O, C].
     """
-    return _multiply_quantized(rows_RC, weights_EOC, sizes_E, dtype)
+    result = jax.ShapeDtypeStruct((len(rows_RC), weights_EOC.shape[-2]), dtype)
+    call = _kernel(QUANTIZED_MATMUL, (result, _scratch_shape(rows_RC.shape, rows_RC.dtype, is_quantized=True)))
+    zero_point = jnp.zeros(0, jnp.int8) if weights_EOC.zero_point is None else weights_EOC.zero_point
+    return call(rows_RC, weights_EOC.values, weights_EOC.scale, zero_point, sizes_E.astype(jnp.int32))[0]
 
 
 def quantized_matmul(x: jax.Array, weight_OC: GroupedWeight, dtype: DTypeLike) -> jax.Array:
     """Multiply [..., C] with [O, C]: [..., O]; `quantized_grouped_matmul` with a single group."""
     rows_RC = x.reshape(-1, x.shape[-1])
-    return _multiply_quantized(rows_RC, weight_OC, jnp.full(1, len(rows_RC)), dtype).reshape(*x.shape[:-1], -1)
-
-
-def _multiply_quantized(rows_RC: jax.Array, weight: GroupedWeight, sizes_E: jax.Array, dtype: DTypeLike) -> jax.Array:
-    result = jax.ShapeDtypeStruct((len(rows_RC), weight.shape[-2]), dtype)
-    call = _kernel(QUANTIZED_MATMUL, (result, _scratch_shape(rows_RC.shape, rows_RC.dtype, is_quantized=True)))
-    zero_point = jnp.zeros(0, jnp.int8) if weight.zero_point is None else weight.zero_point
-    return call(rows_RC, weight.values, weight.scale, zero_point, sizes_E.astype(jnp.int32))[0]
+    out_RO = quantized_grouped_matmul(rows_RC, weight_OC, jnp.full(1, len(rows_RC)), dtype)
+    return out_RO.reshape(*x.shape[:-1], -1)
 
 
 def can_experts(x: jax.Array, gate_up: Weight, down: Weight) -> bool:

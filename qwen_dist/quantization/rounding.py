@@ -7,9 +7,9 @@ import numpy as np
 
 from qwen_dist.ops.grouped_weight import Encoding
 
-# A scale is the largest value of the group by magnitude, divided by one of these, whichever gives the least squared error.
-# With 4 bits its sign counts: the values are -8 to 7, and a scale of the other sign turns them round. To cut the largest
-# values (-8.5, 7.5) lowers the squared error further, and raises the divergence of the model's answers.
+# A scale is the group's value of the largest magnitude divided by one of these, whichever gives the least squared error.
+# With 4 bits the sign counts: values are -8 to 7, so -8 can stand for the largest one only if the scale has the other sign.
+# Divisors that clip more (-8.5, 7.5) have a smaller squared error, but a larger divergence of the model's answers.
 DIVISORS: dict[Encoding, tuple[float, ...]] = {"int8": (127,), "int4": (-8, 7, 7.25), "float8_e4m3fn": (448,)}
 LIMITS: dict[Encoding, tuple[float, float]] = {"int8": (-128, 127), "int4": (-8, 7), "float8_e4m3fn": (-448, 448)}
 
@@ -24,12 +24,11 @@ def quantize(values: np.ndarray, encoding: Encoding, scale_dtype: np.dtype) -> t
       ValueError: a value is infinite or not a number.
     """
     wide = values.astype(np.float32)
-    magnitude = np.abs(wide)
-    largest = magnitude.max(axis=-1, keepdims=True)
+    largest = np.take_along_axis(wide, np.abs(wide).argmax(axis=-1, keepdims=True), axis=-1)
     if not np.isfinite(largest).all():
         raise ValueError("it has values that are not finite")
-    if encoding == "int4":
-        largest = np.take_along_axis(wide, magnitude.argmax(axis=-1, keepdims=True), axis=-1)
+    if encoding != "int4":
+        largest = np.abs(largest)
     best, *others = (_with_divisor(wide, largest, divisor, encoding, scale_dtype) for divisor in DIVISORS[encoding])
     if others:
         least = _squared_error(wide, *best)

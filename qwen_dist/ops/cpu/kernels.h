@@ -125,7 +125,7 @@ constexpr int kMaxTaps = 8;    // of the short convolution
 constexpr int kPageSize = 64;  // positions of a page of keys and values
 constexpr int kHeadMultiple = 16;  // the head_dim of attention is a multiple of it
 constexpr int kScaled = 16;  // keys and values in int8 with one scale
-// Rows of a group, on average, up to which a quantised product in bfloat16 scales sums.
+// The most bfloat16 rows, on average over the groups, for which a quantised product scales sums.
 constexpr int64_t kFewRows = 8;
 // Rows of a quantised product in bfloat16 have scratch memory for a multiple of this many inputs.
 constexpr int kStepInputs = 128;

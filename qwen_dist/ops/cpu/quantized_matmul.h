@@ -1,14 +1,14 @@
 // Products of rows and weights in 8 or 4 bits.
 //
 // Values are in runs of 32 inputs, as ../grouped_weight.py says. An element of the weight is (value - zero point) · scale.
-// The shapes alone choose the way to multiply, so a result has the same bits whatever the other rows are:
+// There are two ways to multiply. Shapes alone choose one, so a result has the same bits whatever the other rows are:
 //
-// - Few rows in bfloat16 wait for the memory, and the instructions that widen a value count. Values are whole numbers,
-//   which bfloat16 holds exactly. Rows are multiplied with them, and each group's sum with its scale, in float32: no element
-//   of the weight is computed, or rounded.
-// - Otherwise an element is rounded to the type of the scale and then to that of the rows, and the product has the same
-//   bits as grouped_matmul.h gives for the dequantised weight. Few rows in float32 dequantise it in registers. Many rows
-//   have a block of it in memory that stays in the L2 cache.
+// - Scaled sums, for few rows in bfloat16. Such a product is limited by the memory, unless widening a value takes too many
+//   instructions. Values are integers, which bfloat16 holds exactly: rows are multiplied with them, and the sum over a group
+//   is multiplied with its scale, in float32. No element of the weight is computed or rounded.
+// - Dequantised elements, otherwise. They are rounded to the type of the scale and then to that of the rows, so the product
+//   has the same bits as grouped_matmul.h gives for the dequantised weight. Few rows in float32 dequantise in registers;
+//   many rows dequantise a block of the weight at a time, which stays in the L2 cache.
 
 #pragma once
 
@@ -18,9 +18,9 @@
 
 namespace {
 
-constexpr int kFewFloatRows = 4;          // of a group, in float32
-constexpr int kBlockRuns = 4;             // whose sum is scaled, if their group has so many
-constexpr int64_t kPrefetchBytes = 8192;  // the least distance to the values that are read
+constexpr int kFewFloatRows = 4;          // float32 rows of a group up to which they dequantise in registers
+constexpr int kBlockRuns = 4;             // the most runs of a block, whose sum is scaled once
+constexpr int64_t kPrefetchBytes = 8192;  // values are prefetched at least this far ahead
 
 // Where the values, scales and zero points of a weight [O, C] are.
 struct PackedWeight {
@@ -46,7 +46,7 @@ SIMD INLINE Floats LoadScale(const void* scales, int64_t index) {
   return Set(scale);
 }
 
-// Scale and zero point of a group. Values of 4 bits are stored plus 8, and so are their zero points not.
+// Scale and zero point of a group. Values of 4 bits are stored with 8 added, their zero points are not.
 template <Encoding encoding, ScaleType type>
 struct GroupScale {
   Floats scale, zero;
@@ -70,9 +70,8 @@ struct GroupScale {
 // The stored values of part `part` of a run: kFloatLanes of them.
 template <Encoding encoding>
 SIMD INLINE Floats LoadValues(const uint8_t* run, int part) {
-  const int first = part * kFloatLanes;
-  if constexpr (encoding == Encoding::kInt8) return LoadBytes(reinterpret_cast<const int8_t*>(run) + first);
-  return first < kRun / 2 ? LoadLowNibbles(run + first) : LoadHighNibbles(run + first - kRun / 2);
+  if constexpr (encoding == Encoding::kInt4) return LoadNibbles(run, part);
+  return LoadBytes(reinterpret_cast<const int8_t*>(run) + part * kFloatLanes);
 }
 
 // The runs of one feature, widened one after the other to vectors of a type.
@@ -119,11 +118,10 @@ struct RunReader<BFloat16, Encoding::kInt4, type> {
 };
 #endif
 
-// --- Few rows in bfloat16 ---
+// --- Scaled sums ---
 
-// How a tile reads the values of a weight. A step is kStepRuns runs and has kVectors vectors of values for each feature,
-// and the rows are prepared in the same order. Sums are scaled after each block, of one step or several. A tile has up to
-// kRows rows, as many as there are registers for.
+// How a tile reads values. A step is kStepRuns runs, and has kVectors vectors of values for each feature; PrepareRow puts a
+// row into the same order. A tile has up to kRows rows, as many as there are registers for their sums.
 
 // Vectors of float32, in the order of the inputs.
 template <Encoding encoding>
@@ -131,7 +129,8 @@ struct FloatValues {
   using Type = Float32;
   static constexpr int kStepRuns = 1, kVectors = kRun / kFloatLanes, kRows = kRegisters == 32 ? 4 : 2;
   SIMD static INLINE Floats Vector(const uint8_t* step, int vector) {
-    return encoding == Encoding::kInt4 ? LoadInt4(step, vector) : LoadValues<encoding>(step, vector);
+    const Floats values = LoadValues<encoding>(step, vector);
+    return encoding == Encoding::kInt4 ? values - Set(8.0f) : values;
   }
   SIMD static void PrepareRow(const uint16_t* from, int64_t num_inputs, float* to) {
     for (int64_t i = 0; i < num_inputs; i += kFloatLanes) Store(Load(from + i), to + i);
@@ -146,7 +145,7 @@ struct PairsOfInt8 {
   SIMD static INLINE Floats Vector(const uint8_t* step, int) {
     const __m512i low = _mm512_castps_si512(LoadValues<Encoding::kInt8>(step, 0));
     const __m512i high = _mm512_castps_si512(LoadValues<Encoding::kInt8>(step, 1));
-    // (low >> 16) | (high & 0xffff0000): no bit that is left out is set.
+    // (low >> 16) | (high & 0xffff0000). The bits that this drops are 0.
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
     return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_srli_epi32(low, 16), high, upper, 0xf8));
   }
@@ -157,20 +156,20 @@ struct PairsOfInt8 {
   }
 };
 
-// Four runs at once: vector n has the n-th 4 bits of each 16, so of each run 8 inputs: the even ones of its first half, of
-// its second half, and the odd ones. Each run has 4 lanes of the sums.
+// Four runs at once, as 32 words of 16 bits. Vector n has bits 4n to 4n + 3 of each word: of each run the even inputs of its
+// first half, those of its second half, the odd inputs of its first half, those of its second. A run has 4 lanes of a sum.
 struct PlanesOfInt4 {
   using Type = BFloat16;
   static constexpr int kStepRuns = 4, kVectors = 4, kRows = 2;
   SIMD static INLINE Floats Vector(const uint8_t* step, int vector) {
-    // -8 to 7, twice, as the lowest of the other bits is in the index, too.
+    // The index has 5 bits. The fifth belongs to another value, so the 16 numbers, -8 to 7, are in the table twice.
     const __m512i numbers = _mm512_broadcast_i64x4(_mm256_set_epi64x(
         0x40e040c040a04080, 0x404040003f800000, static_cast<int64_t>(0xbf80c000c040c080),
         static_cast<int64_t>(0xc0a0c0c0c0e0c100)));
     const __m512i bits = _mm512_srli_epi16(_mm512_loadu_si512(step), 4 * vector);
     return _mm512_castsi512_ps(_mm512_permutexvar_epi16(bits, numbers));
   }
-  // Four numbers, one for the lanes of each run.
+  // Spread four numbers, one for each run, over the lanes of the runs.
   SIMD static INLINE Floats Lanes(const float (&numbers)[4]) { return Lanes(_mm_loadu_ps(numbers)); }
   SIMD static INLINE Floats Lanes(__m128 numbers) {
     const __m512i run = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
@@ -183,15 +182,15 @@ struct PlanesOfInt4 {
     if constexpr (type == ScaleType::kFloat16) return _mm512_castps512_ps128(_mm512_cvtph_ps(_mm256_castsi128_si256(bits)));
     return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(bits), 16));
   }
-  // The last step's rows are filled up with zeros.
+  // The last step is padded with zeros.
   SIMD static void PrepareRow(const uint16_t* from, int64_t num_inputs, uint16_t* to) {
     const __m512i order = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 30, 28, 26, 24, 22, 20,
                                            18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
     for (int64_t i = 0; i < num_inputs; to += kRun * kStepRuns) {
       for (int run = 0; run < kStepRuns; ++run, i += kRun) {
         const __m512i inputs = i < num_inputs ? LoadPairs(from + i) : _mm512_setzero_si512();
-        __m128i parts[kVectors];
         const __m512i ordered = _mm512_permutexvar_epi16(order, inputs);
+        __m128i parts[kVectors];
         std::memcpy(parts, &ordered, sizeof(parts));
         for (int vector = 0; vector < kVectors; ++vector) {
           std::memcpy(to + vector * kRun + run * 8, &parts[vector], sizeof(parts[vector]));
@@ -202,13 +201,14 @@ struct PlanesOfInt4 {
 };
 
 template <Encoding encoding>
-using Values = std::conditional_t<encoding == Encoding::kInt4, PlanesOfInt4, PairsOfInt8>;
+using ValuesOf = std::conditional_t<encoding == Encoding::kInt4, PlanesOfInt4, PairsOfInt8>;
 #else
 template <Encoding encoding>
-using Values = FloatValues<encoding>;
+using ValuesOf = FloatValues<encoding>;
 #endif
 
-// How many blocks a feature of a weight has, and steps a block. A block is in one group, unless a step has several.
+// Blocks are the inputs whose sum is scaled once: up to kBlockRuns runs of one group, or one step where steps have several
+// groups. `num` blocks of a feature, `steps` of a block, `per_group` blocks of a group.
 template <class Values>
 struct Blocks {
   int64_t num, steps, per_group;
@@ -221,19 +221,15 @@ struct Blocks {
   int64_t Group(int64_t block) const { return static_cast<uint32_t>(block) / static_cast<uint32_t>(per_group); }
 };
 
-// Reads the values of four features, step by step: those of a weight, which it widens in registers.
-template <class Values_, Encoding encoding, ScaleType type>
+// Reads the packed values of four features step by step, and widens them in registers.
+template <Encoding encoding, ScaleType type>
 class PackedReader {
  public:
-  using Values = Values_;
-  using Type = typename Values::Type;
-  static constexpr int kVectors = Values::kVectors;
+  using Values = ValuesOf<encoding>;
   static constexpr int64_t kStepBytes = Values::kStepRuns * RunBytes(encoding);
-  // Where a step is a block: features one after the other leave registers for more rows.
-  static constexpr bool kByFeature = Values::kStepRuns > 1;
 
-  // A last step that is not full is copied to `last_step`, kTileFeatures * kStepBytes bytes. What a later tile reads is
-  // prefetched from `prefetch` on, unless it is null.
+  // `last_step`: kTileFeatures * kStepBytes bytes, where a last step of fewer runs is padded. `prefetch`: where the values of
+  // a later tile begin, which are prefetched; may be null.
   SIMD INLINE PackedReader(const PackedWeight& weight, const Blocks<Values>& blocks, int64_t feature, uint8_t* last_step,
                            const uint8_t* prefetch)
       : weight_(weight), blocks_(blocks), first_group_(feature * weight.num_groups()), runs_left_(weight.num_runs()),
@@ -287,7 +283,7 @@ class PackedReader {
       stride_ = kStepBytes;
     }
   }
-  // What `load` gives for the group of each of four runs.
+  // What `load` gives for the groups of four runs, of which the last ones may not exist.
   template <class Load>
   SIMD INLINE Floats OfLanes(const Load& load, int64_t run) const {
     float numbers[4];
@@ -304,67 +300,43 @@ class PackedReader {
   const char* prefetch_;
 };
 
-// Add a block's products with the values of a feature to the sums.
-template <int rows, bool has_zero_points, class Reader>
-SIMD INLINE void AddScaled(const Reader& reader, int f, int64_t block, const Floats (&inputs)[rows],
-                           const Floats (&products)[rows], Floats (&sums)[rows][kTileFeatures]) {
-  const Floats scale = reader.Scale(f, block);
-  UNROLL for (int r = 0; r < rows; ++r) {
-    Floats product = products[r];
-    if constexpr (has_zero_points) product = NegatedMultiplyAdd(reader.ZeroPoint(f, block), inputs[r], product);
-    sums[r][f] = MultiplyAdd(product, scale, sums[r][f]);
-  }
-}
-
 // Multiply rows with four features of a weight.
 template <int rows, bool has_zero_points, class Reader, class Row, class Result>
 SIMD void MultiplyValues(Rows<const Row> x, const Blocks<typename Reader::Values>& blocks, Reader reader, Rows<Result> y) {
-  using Type = typename Reader::Type;
-  constexpr int kVectors = Reader::kVectors, kLanes = Type::kLanes;
+  using Type = typename Reader::Values::Type;
+  constexpr int kVectors = Reader::Values::kVectors;
   Floats sums[rows][kTileFeatures];
   UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int f = 0; f < kTileFeatures; ++f) sums[r][f] = Set(0.0f);
   const Row* at[rows];
   UNROLL for (int r = 0; r < rows; ++r) at[r] = x[r];
   for (int64_t block = 0; block < blocks.num; ++block) {
-    Floats inputs[rows], products[kTileFeatures][rows];
-    UNROLL for (int r = 0; r < rows; ++r) inputs[r] = Set(0.0f);
-    if constexpr (!Reader::kByFeature) {
-      UNROLL for (int f = 0; f < kTileFeatures; ++f) UNROLL for (int r = 0; r < rows; ++r) products[f][r] = Set(0.0f);
+    Floats row_sums[rows], products[rows][kTileFeatures];
+    UNROLL for (int r = 0; r < rows; ++r) {
+      row_sums[r] = Set(0.0f);
+      UNROLL for (int f = 0; f < kTileFeatures; ++f) products[r][f] = Set(0.0f);
     }
     for (int64_t step = 0; step < blocks.steps; ++step) {
-      if constexpr (has_zero_points) {
-        UNROLL for (int vector = 0; vector < kVectors; ++vector) UNROLL for (int r = 0; r < rows; ++r) {
-          inputs[r] = Type::MultiplyAdd(Type::LoadVector(at[r] + vector * kLanes), Type::Ones(), inputs[r]);
+      UNROLL for (int vector = 0; vector < kVectors; ++vector) {
+        Floats row[rows];
+        UNROLL for (int r = 0; r < rows; ++r) {
+          row[r] = Type::LoadVector(at[r] + vector * Type::kLanes);
+          if constexpr (has_zero_points) row_sums[r] = Type::MultiplyAdd(row[r], Type::Ones(), row_sums[r]);
         }
-      }
-      if constexpr (Reader::kByFeature) {
         UNROLL for (int f = 0; f < kTileFeatures; ++f) {
-          Floats of_feature[rows];
-          UNROLL for (int r = 0; r < rows; ++r) of_feature[r] = Set(0.0f);
-          UNROLL for (int vector = 0; vector < kVectors; ++vector) {
-            const Floats values = reader.Vector(f, vector);
-            UNROLL for (int r = 0; r < rows; ++r) {
-              of_feature[r] = Type::MultiplyAdd(Type::LoadVector(at[r] + vector * kLanes), values, of_feature[r]);
-            }
-          }
-          AddScaled<rows, has_zero_points>(reader, f, block, inputs, of_feature, sums);
-        }
-      } else {
-        UNROLL for (int vector = 0; vector < kVectors; ++vector) {
-          Floats row[rows];
-          UNROLL for (int r = 0; r < rows; ++r) row[r] = Type::LoadVector(at[r] + vector * kLanes);
-          UNROLL for (int f = 0; f < kTileFeatures; ++f) {
-            const Floats values = reader.Vector(f, vector);
-            UNROLL for (int r = 0; r < rows; ++r) products[f][r] = Type::MultiplyAdd(row[r], values, products[f][r]);
-          }
+          const Floats values = reader.Vector(f, vector);
+          UNROLL for (int r = 0; r < rows; ++r) products[r][f] = Type::MultiplyAdd(row[r], values, products[r][f]);
         }
       }
-      UNROLL for (int r = 0; r < rows; ++r) at[r] += kVectors * kLanes;
+      UNROLL for (int r = 0; r < rows; ++r) at[r] += kVectors * Type::kLanes;
       reader.NextStep();
     }
-    if constexpr (!Reader::kByFeature) {
-      UNROLL for (int f = 0; f < kTileFeatures; ++f) {
-        AddScaled<rows, has_zero_points>(reader, f, block, inputs, products[f], sums);
+    UNROLL for (int f = 0; f < kTileFeatures; ++f) {
+      const Floats scale = reader.Scale(f, block);
+      UNROLL for (int r = 0; r < rows; ++r) {
+        if constexpr (has_zero_points) {
+          products[r][f] = NegatedMultiplyAdd(reader.ZeroPoint(f, block), row_sums[r], products[r][f]);
+        }
+        sums[r][f] = MultiplyAdd(products[r][f], scale, sums[r][f]);
       }
     }
   }
@@ -383,14 +355,14 @@ INLINE void MultiplyValues(int64_t num_rows, Rows<const Row> x, const Blocks<typ
 }
 
 // Multiply rows with features [begin, end) of a weight.
-template <class Values, Encoding encoding, ScaleType type, bool has_zero_points, class Row, class Result>
+template <Encoding encoding, ScaleType type, bool has_zero_points, class Row, class Result>
 SIMD void MultiplyFewRows(Rows<const Row> x, int64_t num_rows, const PackedWeight& weight, int64_t begin, int64_t end,
                           Rows<Result> y) {
-  using Reader = PackedReader<Values, encoding, type>;
-  const Blocks<Values> blocks(weight);
-  const int64_t feature_bytes = weight.num_runs() * RunBytes(encoding);
+  using Reader = PackedReader<encoding, type>;
+  constexpr int kRows = Reader::Values::kRows;
+  const Blocks<typename Reader::Values> blocks(weight);
+  const int64_t feature_bytes = weight.num_runs() * RunBytes(encoding), num_tiles = CeilDivide(num_rows, kRows);
   const int64_t distance = RoundUp(kPrefetchBytes, kTileFeatures * feature_bytes);
-  const int64_t num_tiles = CeilDivide(num_rows, Values::kRows);
   uint8_t last_step[kTileFeatures * Reader::kStepBytes];
   for (int64_t tile = begin; tile < end; tile += kTileFeatures) {
     const int64_t feature = std::min(tile, end - kTileFeatures);
@@ -398,12 +370,13 @@ SIMD void MultiplyFewRows(Rows<const Row> x, int64_t num_rows, const PackedWeigh
     for (int64_t n = 0; n < num_tiles; ++n) {
       const int64_t row = num_rows * n / num_tiles, rows = num_rows * (n + 1) / num_tiles - row;
       const Reader reader(weight, blocks, feature, last_step, n == 0 ? later : nullptr);
-      MultiplyValues<Values::kRows, has_zero_points>(rows, Rows<const Row>{x[row], x.stride}, blocks, reader,
-                                                     Rows<Result>{y[row] + feature, y.stride});
+      MultiplyValues<kRows, has_zero_points>(rows, Rows<const Row>{x[row], x.stride}, blocks, reader,
+                                             Rows<Result>{y[row] + feature, y.stride});
     }
   }
 }
 
+// Put the rows into the order of the values.
 template <class Values>
 void PrepareValueRows(const Pool& pool, const QuantizedMatmulArguments& a) {
   using Row = typename Values::Type::Row;
@@ -415,17 +388,17 @@ void PrepareValueRows(const Pool& pool, const QuantizedMatmulArguments& a) {
   });
 }
 
-// --- Many rows, and float32 ---
+// --- Dequantised elements ---
 
 // Multiply rows with four features, from `feature` on, dequantised in registers.
-template <class Type, class Result, Encoding encoding, ScaleType type, int rows>
-SIMD void MultiplyRuns(Rows<const typename Type::Row> x, const PackedWeight& weight, int64_t feature, Rows<Result> y) {
-  using Reader = RunReader<Type, encoding, type>;
+template <Encoding encoding, ScaleType type, int rows>
+SIMD void MultiplyRuns(Rows<const float> x, const PackedWeight& weight, int64_t feature, Rows<float> y) {
+  using Reader = RunReader<Float32, encoding, type>;
   const int64_t feature_bytes = weight.num_runs() * RunBytes(encoding), num_groups = weight.num_groups();
   const uint8_t* values = weight.values + feature * feature_bytes;
   Floats sums[rows][kTileFeatures];
   UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int f = 0; f < kTileFeatures; ++f) sums[r][f] = Set(0.0f);
-  const typename Type::Row* at[rows];
+  const float* at[rows];
   UNROLL for (int r = 0; r < rows; ++r) at[r] = x[r];
   const char* prefetch = reinterpret_cast<const char*>(values) + RoundUp(kPrefetchBytes, kTileFeatures * feature_bytes);
   for (int64_t group = 0; group < num_groups; ++group) {
@@ -437,10 +410,10 @@ SIMD void MultiplyRuns(Rows<const typename Type::Row> x, const PackedWeight& wei
       }
       UNROLL for (int part = 0; part < Reader::kParts; ++part) {
         Floats row[rows];
-        UNROLL for (int r = 0; r < rows; ++r) row[r] = Type::LoadVector(at[r] + part * Type::kLanes);
+        UNROLL for (int r = 0; r < rows; ++r) row[r] = Load(at[r] + part * kFloatLanes);
         UNROLL for (int f = 0; f < kTileFeatures; ++f) {
           const Floats w = reader[f].Vector(values + f * feature_bytes, part);
-          UNROLL for (int r = 0; r < rows; ++r) sums[r][f] = Type::MultiplyAdd(row[r], w, sums[r][f]);
+          UNROLL for (int r = 0; r < rows; ++r) sums[r][f] = MultiplyAdd(row[r], w, sums[r][f]);
         }
       }
       UNROLL for (int r = 0; r < rows; ++r) at[r] += kRun;
@@ -450,13 +423,13 @@ SIMD void MultiplyRuns(Rows<const typename Type::Row> x, const PackedWeight& wei
 }
 
 // Call MultiplyRuns for a number of rows.
-template <class Type, class Result, Encoding encoding, ScaleType type, int max_rows>
-INLINE void MultiplyRuns(int64_t num_rows, Rows<const typename Type::Row> x, const PackedWeight& weight, int64_t feature,
-                         Rows<Result> y) {
+template <Encoding encoding, ScaleType type, int max_rows>
+INLINE void MultiplyRuns(int64_t num_rows, Rows<const float> x, const PackedWeight& weight, int64_t feature,
+                         Rows<float> y) {
   if (num_rows == max_rows) {
-    MultiplyRuns<Type, Result, encoding, type, max_rows>(x, weight, feature, y);
+    MultiplyRuns<encoding, type, max_rows>(x, weight, feature, y);
   } else if constexpr (max_rows > 1) {
-    MultiplyRuns<Type, Result, encoding, type, max_rows - 1>(num_rows, x, weight, feature, y);
+    MultiplyRuns<encoding, type, max_rows - 1>(num_rows, x, weight, feature, y);
   }
 }
 
@@ -484,16 +457,16 @@ SIMD void WidenFeatures(const PackedWeight& weight, int64_t begin, int64_t end, 
   }
 }
 
-// --- All ---
+// --- Both ---
 
-// Call job(rows of the group, their number, weight, begin, end, results of the group) for blocks of features.
+// Call job(x, num_rows, weight, begin, end, y) for blocks of features of each group, with the group's rows and results.
 template <class Type, class Result, Encoding encoding, ScaleType type, class Row, class Job>
 void ForPackedBlocks(const Pool& pool, const QuantizedMatmulArguments& a, Rows<const Row> x, const Job& job) {
+  using Element = typename Type::Element;
   constexpr int64_t kScaleBytes = type == ScaleType::kFloat32 ? 4 : 2;
   const auto groups = NonEmptyGroups(a.sizes, a.num_groups, a.num_rows);
   const int64_t num_scales = a.num_features * (a.num_inputs / a.group_size);
   const int64_t num_bytes = a.num_features * (a.num_inputs / kRun) * RunBytes(encoding);
-  using Element = typename Type::Element;
   ParallelForBlocks<Element>(pool, groups, a.num_features, a.num_inputs, [&](const Block& block, const Block*) {
     const Group& group = block.group;
     const PackedWeight weight{static_cast<const uint8_t*>(a.values) + group.index * num_bytes,
@@ -511,13 +484,13 @@ void MultiplyPacked(const Pool& pool, const QuantizedMatmulArguments& a) {
   using Row = typename Type::Row;
   if constexpr (std::is_same_v<Type, BFloat16>) {
     if (a.num_rows <= kFewRows * a.num_groups) {
-      PrepareValueRows<Values<encoding>>(pool, a);
+      PrepareValueRows<ValuesOf<encoding>>(pool, a);
       const Rows<const Row> x{static_cast<const Row*>(a.rows.data), a.rows.stride};
       const auto multiply = [](auto rows, int64_t num_rows, const PackedWeight& weight, int64_t begin, int64_t end, auto y) {
         if (weight.zero_points == nullptr) {
-          MultiplyFewRows<Values<encoding>, encoding, type, false>(rows, num_rows, weight, begin, end, y);
+          MultiplyFewRows<encoding, type, false>(rows, num_rows, weight, begin, end, y);
         } else {
-          MultiplyFewRows<Values<encoding>, encoding, type, true>(rows, num_rows, weight, begin, end, y);
+          MultiplyFewRows<encoding, type, true>(rows, num_rows, weight, begin, end, y);
         }
       };
       return ForPackedBlocks<Type, Result, encoding, type>(pool, a, x, multiply);
@@ -529,7 +502,7 @@ void MultiplyPacked(const Pool& pool, const QuantizedMatmulArguments& a) {
       if (num_rows <= kFewFloatRows) {
         for (int64_t tile = begin; tile < end; tile += kTileFeatures) {
           const int64_t feature = std::min(tile, end - kTileFeatures);
-          MultiplyRuns<Type, Result, encoding, type, kFewFloatRows>(num_rows, rows, weight, feature, y);
+          MultiplyRuns<encoding, type, kFewFloatRows>(num_rows, rows, weight, feature, y);
         }
         return;
       }

@@ -81,21 +81,14 @@ SIMD INLINE void Store(Floats x, Element* to, Lanes lanes) {
   for (int i = 0; i < lanes.count; ++i) to[i] = elements[i];
 }
 
-// 8 bytes, or the low or the high halves of 8 bytes, as numbers.
+// 8 bytes as numbers.
 SIMD INLINE __m128i Load8(const void* from) { return _mm_loadl_epi64(static_cast<const __m128i*>(from)); }
 SIMD INLINE Floats LoadBytes(const int8_t* from) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(Load8(from))); }
-SIMD INLINE Floats LoadLowNibbles(const uint8_t* from) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(Load8(from), _mm_set1_epi8(15))));
-}
-SIMD INLINE Floats LoadHighNibbles(const uint8_t* from) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16(Load8(from), 4), _mm_set1_epi8(15))));
-}
-// Part `part` of a run of 32 values of 4 bits: 8 of those in the low halves of 16 bytes, then of those in the high halves.
-SIMD INLINE Floats LoadInt4(const uint8_t* run, int part) {
+// Part `part` of a run of 32 values of 4 bits: those in the low halves of its 16 bytes come first.
+SIMD INLINE Floats LoadNibbles(const uint8_t* run, int part) {
   const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(run));
-  const __m128i halves = _mm_and_si128(part < 2 ? both : _mm_srli_epi16(both, 4), _mm_set1_epi8(15));
-  const __m128i values = _mm_sub_epi8(halves, _mm_set1_epi8(8));
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(part % 2 == 0 ? values : _mm_srli_si128(values, 8)));
+  const __m128i values = _mm_and_si128(part < 2 ? both : _mm_srli_epi16(both, 4), _mm_set1_epi8(15));
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(part % 2 == 0 ? values : _mm_srli_si128(values, 8)));
 }
 SIMD INLINE Floats SetFloat16(uint16_t bits) { return _mm256_cvtph_ps(_mm_set1_epi16(static_cast<int16_t>(bits))); }
 SIMD INLINE Floats RoundedToFloat16(Floats x) {

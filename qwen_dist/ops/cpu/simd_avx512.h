@@ -60,18 +60,13 @@ SIMD INLINE void Store(Floats x, float* to, Lanes lanes) { _mm512_mask_storeu_ps
 SIMD INLINE void Store(Floats x, uint16_t* to, Lanes lanes) { _mm256_mask_storeu_epi16(to, lanes.mask, RoundedBits(x)); }
 SIMD INLINE Floats Rounded(Floats x) { return Widened(RoundedBits(x)); }
 
-// 16 bytes, or the low or the high halves of 16 bytes, as numbers.
+// 16 bytes as numbers.
 SIMD INLINE __m128i Load16(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
 SIMD INLINE Floats LoadBytes(const int8_t* from) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(Load16(from))); }
-SIMD INLINE Floats LoadLowNibbles(const uint8_t* from) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(Load16(from), _mm_set1_epi8(15))));
-}
-SIMD INLINE Floats LoadHighNibbles(const uint8_t* from) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16(Load16(from), 4), _mm_set1_epi8(15))));
-}
-// The values of 4 bits in the low halves of a run's 16 bytes, or part 1, in the high halves.
-SIMD INLINE Floats LoadInt4(const uint8_t* run, int part) {
-  return (part == 0 ? LoadLowNibbles(run) : LoadHighNibbles(run)) - Set(8.0f);
+// Part `part` of a run of 32 values of 4 bits: those in the low halves of its 16 bytes come first.
+SIMD INLINE Floats LoadNibbles(const uint8_t* run, int part) {
+  const __m128i halves = part == 0 ? Load16(run) : _mm_srli_epi16(Load16(run), 4);
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(halves, _mm_set1_epi8(15))));
 }
 SIMD INLINE Floats SetFloat16(uint16_t bits) { return _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<int16_t>(bits))); }
 SIMD INLINE Floats RoundedToFloat16(Floats x) {

@@ -58,7 +58,7 @@ INLINE void Store(Floats x, Element* to, Lanes lanes) {
   for (int i = 0; i < lanes.count; ++i) to[i] = elements[i];
 }
 
-// 4 bytes, or the low or the high halves of 4 bytes, as numbers.
+// 4 bytes as numbers.
 INLINE uint8x8_t Load4(const void* from) {
   uint32_t word;
   std::memcpy(&word, from, sizeof(word));
@@ -68,11 +68,10 @@ INLINE Floats FromBytes(uint8x8_t bytes) { return vcvtq_f32_u32(vmovl_u16(vget_l
 INLINE Floats LoadBytes(const int8_t* from) {
   return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(Load4(from))))));
 }
-INLINE Floats LoadLowNibbles(const uint8_t* from) { return FromBytes(vand_u8(Load4(from), vdup_n_u8(15))); }
-INLINE Floats LoadHighNibbles(const uint8_t* from) { return FromBytes(vshr_n_u8(Load4(from), 4)); }
-// Part `part` of a run of 32 values of 4 bits: 4 of those in the low halves of 16 bytes, then of those in the high halves.
-INLINE Floats LoadInt4(const uint8_t* run, int part) {
-  return (part < 4 ? LoadLowNibbles(run + 4 * part) : LoadHighNibbles(run + 4 * part - 16)) - Set(8.0f);
+// Part `part` of a run of 32 values of 4 bits: those in the low halves of its 16 bytes come first.
+INLINE Floats LoadNibbles(const uint8_t* run, int part) {
+  const uint8x8_t bytes = Load4(run + part % 4 * kFloatLanes);
+  return FromBytes(part < 4 ? vand_u8(bytes, vdup_n_u8(15)) : vshr_n_u8(bytes, 4));
 }
 INLINE Floats SetFloat16(uint16_t bits) { return vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(bits))); }
 INLINE Floats RoundedToFloat16(Floats x) { return vcvt_f32_f16(vcvt_f16_f32(x)); }
