@@ -6,20 +6,24 @@ import dataclasses
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qwen_dist.cli.console import loading
-from qwen_dist.cli.flags import DeviceFlags, Verb
-from qwen_dist.cli.session import DEMO_MODEL
+from qwen_dist.cli.flags import ProcessFlags, Verb
+from qwen_dist.cli.session import DEMO_MODEL, joined
 from qwen_dist.config import ServeConfig, parse_bytes
 from qwen_dist.errors import UsageError, UserError, printable
-from qwen_dist.runtime.backend import find_devices, start_jax
+from qwen_dist.runtime.backend import start_jax
 
 if TYPE_CHECKING:
     from qwen_dist.engine.engine import Engine
+    from qwen_dist.engine.request import SamplingParams
+    from qwen_dist.runtime.distributed import Processes
     from qwen_dist.server.engine_thread import OpenedModel
     from qwen_dist.server.service import Service
+    from qwen_dist.tokenizer import Tokenizer
 
 API_KEY = "QWEN_DIST_API_KEY"
 EXAMPLES = """\
@@ -31,20 +35,33 @@ examples:
 defaults of the sampling flags come from the checkpoint's generation_config.json; a request can set its own"""
 
 
-def run(config: ServeConfig, flags: DeviceFlags) -> int:
-    """Serve until SIGTERM or Ctrl-C."""
-    import asyncio
-
-    _check()
+def run(config: ServeConfig, flags: ProcessFlags) -> int:
+    """Serve until SIGTERM or Ctrl-C. Of several processes, process 0 has the clients; the others run the same steps."""
     name = _served_name(config)
     config, adapters = _with_adapters(config, name)
     try:
-        from qwen_dist.server.http_server import address_of, bind, note, serve
+        import qwen_dist.server.http_server  # noqa: F401
     except ImportError as error:
         raise UserError(f"serve needs {error.name}: pip install 'qwen-dist[serve]'") from None
+    # The key stays out of what the processes compare.
+    with joined("serve", dataclasses.replace(config, api_key=""), flags, adapters=adapters) as processes:
+        if processes.is_main:
+            _serve(config, flags, name, adapters, processes)
+        else:
+            _follow(config, flags, adapters, processes)
+    return 0
+
+
+def _serve(config: ServeConfig, flags: ProcessFlags, name: str, adapters: Mapping[str, str], processes: Processes) -> None:
+    import asyncio
+
+    from qwen_dist.server.engine_thread import OpenedModel
+    from qwen_dist.server.followers import LeadingEngine, dismiss, on_stop_asked
+    from qwen_dist.server.http_server import address_of, bind, note, serve
+
     listening = bind(config.host, config.port)
     start_jax(flags.num_cpu_devices, config.model.dtype)
-    find_devices()
+    processes.check_devices()
     url = address_of(listening)
     api_key = config.api_key or os.environ.get(API_KEY) or None
     if api_key is None and config.host not in ("127.0.0.1", "::1", "localhost"):
@@ -58,25 +75,35 @@ def run(config: ServeConfig, flags: DeviceFlags) -> int:
     def make(ready: Callable[[], None], failed: Callable[[BaseException], None]) -> tuple[Service, Any]:
         from qwen_dist.server.app import make_app
 
-        service = _make_service(config, name, adapters, ready, failed, quiet=flags.json)
+        def open_model() -> OpenedModel:
+            engine, tokenizer, sampling = _open_engine(config, adapters, note, quiet=flags.json)
+            return OpenedModel(LeadingEngine(engine, control) if control is not None else engine, tokenizer, sampling)
+
+        service = _make_service(config, name, adapters, open_model, ready, failed)
         return service, make_app(service, api_key)
 
+    def on_start(stop: Callable[[], object]) -> None:
+        if control is not None:
+            threading.Thread(target=on_stop_asked, args=(control, stop), daemon=True, name="stop").start()
+
+    control = processes.control
     note(f"loading {printable(config.model.path)}; {url}/health says when it is ready")
-    asyncio.run(serve(make, listening, on_ready, header_s=config.header_timeout, drain_s=config.drain_timeout))
+    limits = {"header_s": config.header_timeout, "drain_s": config.drain_timeout}
+    asyncio.run(serve(make, listening, on_ready, on_start, **limits))
+    if control is not None:
+        dismiss(control)
     sys.stdout.flush()
     note("stopped")
-    return 0
 
 
-def _check() -> None:
-    from qwen_dist.runtime.cluster import detect_cluster
+def _follow(config: ServeConfig, flags: ProcessFlags, adapters: Mapping[str, str], processes: Processes) -> None:
+    from qwen_dist.server.followers import follow
 
-    cluster = detect_cluster(None, None, None, os.environ)
-    if cluster is not None and cluster.num_processes > 1:
-        raise UsageError(
-            f"serve runs as one process, and this is one of {cluster.num_processes}: start it on one machine, with --mesh "
-            "over its devices"
-        )
+    assert processes.control is not None
+    start_jax(flags.num_cpu_devices, config.model.dtype)
+    processes.check_devices()
+    engine, *_ = _open_engine(config, adapters, lambda text: None, quiet=True)
+    follow(engine, processes.control)
 
 
 def _with_adapters(config: ServeConfig, name: str) -> tuple[ServeConfig, dict[str, str]]:
@@ -111,42 +138,42 @@ def _served_name(config: ServeConfig) -> str:
     return os.path.basename(os.path.abspath(path)) if os.path.isdir(path) else path
 
 
+def _open_engine(
+    config: ServeConfig, adapters: Mapping[str, str], note: Callable[[str], None], *, quiet: bool
+) -> tuple[Engine, Tokenizer, SamplingParams]:
+    """Load the model and compile its programs; returns what `open_engine` does."""
+    from qwen_dist.engine.open import open_engine
+
+    with loading(quiet=quiet) as progress:
+        engine, tokenizer, sampling = open_engine(
+            config.model,
+            config.mesh,
+            config.sampling,
+            max_batch_size=config.engine.max_batch_size,
+            cache_bytes=parse_bytes(config.engine.kv_cache_memory),
+            steps_per_dispatch=config.engine.steps_per_dispatch,
+            policy=config.engine.policy,
+            prefix_cache=config.engine.prefix_cache,
+            snapshot_fraction=config.engine.snapshot_fraction,
+            adapters=adapters,
+            template_variables=config.chat.variables,
+            progress=progress,
+            announce=note,
+        )
+    if config.warm_up:
+        engine.warm_up(lambda done, total: note(f"compiling: {done} of {total} programs"), for_all=True)
+    return engine, tokenizer, sampling
+
+
 def _make_service(
     config: ServeConfig,
     name: str,
     adapters: Mapping[str, str],
+    open_model: Callable[[], OpenedModel],
     on_ready: Callable[[], None],
     on_failure: Callable[[BaseException], None],
-    *,
-    quiet: bool,
 ) -> Service:
-    from qwen_dist.engine.open import open_engine
-    from qwen_dist.server.engine_thread import OpenedModel
-    from qwen_dist.server.http_server import note
     from qwen_dist.server.service import Service, ServiceLimits
-
-    def open_model() -> OpenedModel:
-        with loading(quiet=quiet) as progress:
-            opened = open_engine(
-                config.model,
-                config.mesh,
-                config.sampling,
-                max_batch_size=config.engine.max_batch_size,
-                cache_bytes=parse_bytes(config.engine.kv_cache_memory),
-                steps_per_dispatch=config.engine.steps_per_dispatch,
-                policy=config.engine.policy,
-                prefix_cache=config.engine.prefix_cache,
-                snapshot_fraction=config.engine.snapshot_fraction,
-                adapters=adapters,
-                template_variables=config.chat.variables,
-                progress=progress,
-                announce=note,
-            )
-        return OpenedModel(*opened)
-
-    def prepare(engine: Engine) -> None:
-        if config.warm_up:
-            engine.warm_up(lambda done, total: note(f"compiling: {done} of {total} programs"), for_all=True)
 
     limits = ServiceLimits(
         max_body_bytes=parse_bytes(config.max_body_size),
@@ -155,7 +182,6 @@ def _make_service(
     )
     return Service(
         open_model,
-        prepare,
         name=name,
         adapters=list(adapters),
         limits=limits,
@@ -166,4 +192,4 @@ def _make_service(
     )
 
 
-VERB = Verb("serve", ServeConfig, DeviceFlags, run, EXAMPLES, defaults=DEMO_MODEL)
+VERB = Verb("serve", ServeConfig, ProcessFlags, run, EXAMPLES, defaults=DEMO_MODEL)

@@ -10,9 +10,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
-from qwen_dist.engine.engine import Engine, EngineStats
+from qwen_dist.engine.engine import EngineStats
 from qwen_dist.engine.request import Request, RequestOutput, SamplingParams
 from qwen_dist.tokenizer import Tokenizer
 
@@ -20,10 +20,25 @@ from qwen_dist.tokenizer import Tokenizer
 _STATS_EVERY_S = 0.1
 
 
-class OpenedModel(NamedTuple):
-    """What `engine.open.open_engine` returns."""
+class ServedEngine(Protocol):
+    """What a server needs of an `Engine`, or of a `followers.LeadingEngine`."""
 
-    engine: Engine
+    @property
+    def is_idle(self) -> bool: ...
+    @property
+    def stats(self) -> EngineStats: ...
+    @property
+    def max_context(self) -> int: ...
+    def check(self, request: Request) -> None: ...
+    def add_request(self, request: Request) -> None: ...
+    def abort(self, request: Request) -> None: ...
+    def step(self) -> list[RequestOutput]: ...
+
+
+class OpenedModel(NamedTuple):
+    """An engine that is ready for requests, and with it what `engine.open.open_engine` returns."""
+
+    engine: ServedEngine
     tokenizer: Tokenizer
     defaults: SamplingParams
 
@@ -32,8 +47,7 @@ class EngineThread(threading.Thread):
     """Runs the engine.
 
     Args:
-      open_model: loads the model.
-      prepare: is called with the engine before the first request.
+      open_model: loads the model and compiles its programs.
       loop: runs the callbacks.
       on_ready: called with the model when requests can come.
       on_outputs: called with the outputs of each step.
@@ -46,7 +60,6 @@ class EngineThread(threading.Thread):
     def __init__(
         self,
         open_model: Callable[[], OpenedModel],
-        prepare: Callable[[Engine], None],
         loop: asyncio.AbstractEventLoop,
         *,
         on_ready: Callable[[OpenedModel], None],
@@ -54,7 +67,7 @@ class EngineThread(threading.Thread):
         on_failure: Callable[[BaseException], None],
     ):
         super().__init__(name="engine", daemon=True)
-        self._open_model, self._prepare, self._loop = open_model, prepare, loop
+        self._open_model, self._loop = open_model, loop
         self._on_ready, self._on_outputs, self._on_failure = on_ready, on_outputs, on_failure
         self._commands: queue.SimpleQueue[tuple[Literal["add", "abort", "stop"], Sequence[Request]]] = queue.SimpleQueue()
         self._is_stopping = False
@@ -77,7 +90,6 @@ class EngineThread(threading.Thread):
     def run(self) -> None:
         try:
             model = self._open_model()
-            self._prepare(model.engine)
             self._publish_stats(model.engine)
             self._call(self._on_ready, model)
             while not self._is_stopping:
@@ -86,7 +98,7 @@ class EngineThread(threading.Thread):
         except BaseException as error:
             self._call(self._on_failure, error)
 
-    def _take_commands(self, engine: Engine) -> None:
+    def _take_commands(self, engine: ServedEngine) -> None:
         """Take all commands, and wait for one if there is nothing to compute."""
         while not self._is_stopping:
             try:
@@ -101,7 +113,7 @@ class EngineThread(threading.Thread):
             if engine.is_idle:
                 self._publish_stats(engine)
 
-    def _run_step(self, engine: Engine) -> None:
+    def _run_step(self, engine: ServedEngine) -> None:
         if self._is_stopping:
             return
         outputs = engine.step()
@@ -110,7 +122,7 @@ class EngineThread(threading.Thread):
         if engine.is_idle or time.monotonic() - self._stats_time > _STATS_EVERY_S:
             self._publish_stats(engine)
 
-    def _publish_stats(self, engine: Engine) -> None:
+    def _publish_stats(self, engine: ServedEngine) -> None:
         self.stats, self._stats_time = engine.stats, time.monotonic()
 
     def _call(self, function: Callable, *arguments: object) -> None:

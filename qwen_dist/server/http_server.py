@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -127,11 +128,16 @@ class HttpServer:
         """Close all connections after what they are being sent."""
         self._server.should_exit = True
 
+    def drain(self) -> None:
+        """Finish the answers that run, then stop."""
+        if self._stopping is None:
+            self._stopping = asyncio.ensure_future(self._drain())
+
     def _on_signal(self, number: int) -> None:
         if self._stopping is not None:
             os.write(2, b"stopped\n")
             os._exit(128 + number)
-        self._stopping = asyncio.ensure_future(self._drain())
+        self.drain()
 
     async def _drain(self) -> None:
         note(f"stopping: at most {self._drain_s:g} s for the answers that run; another signal stops at once")
@@ -149,6 +155,7 @@ async def serve(
     make: Callable[[Callable[[], None], Callable[[BaseException], None]], tuple[Service, ASGIApp]],
     listening: socket.socket,
     on_ready: Callable[[], None],
+    on_start: Callable[[Callable[[], object]], None],
     *,
     header_s: float,
     drain_s: float,
@@ -159,6 +166,7 @@ async def serve(
       make: returns the service and its application from what is called when the engine is ready and when it has failed.
       listening: from `bind`.
       on_ready: called when requests are answered.
+      on_start: called with a function that any thread can call: it stops the server as SIGTERM does.
       header_s, drain_s: see `HttpServer`.
     """
     failures: list[BaseException] = []
@@ -170,6 +178,7 @@ async def serve(
     service, app = make(on_ready, on_failure)
     server = HttpServer(app, service, listening, header_s=header_s, drain_s=drain_s)
     service.engine.start()
+    on_start(functools.partial(asyncio.get_running_loop().call_soon_threadsafe, server.drain))
     try:
         await server.run()
     finally:

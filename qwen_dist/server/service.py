@@ -10,12 +10,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from qwen_dist.engine.engine import Engine
 from qwen_dist.engine.request import RequestOutput
 from qwen_dist.engine.structured_output import FormError
 from qwen_dist.errors import UserError
 from qwen_dist.server.call import Call, EmbeddingsCall, TextCall, make_call, make_embeddings_call, parse_call_body
-from qwen_dist.server.engine_thread import EngineThread, OpenedModel
+from qwen_dist.server.engine_thread import EngineThread, OpenedModel, ServedEngine
 from qwen_dist.server.errors import ApiError, invalid_request, not_ready
 from qwen_dist.server.metrics import ServerMetrics
 from qwen_dist.tokenizer import Tokenizer
@@ -44,8 +43,7 @@ class Service:
     """Answers calls with the engine. Used by the event loop only.
 
     Args:
-      open_model: loads the model, in the engine's thread.
-      prepare: is called with the engine before the first request, in the engine's thread.
+      open_model: loads the model and compiles its programs, in the engine's thread.
       name: of the model.
       adapters: names of adapters, which requests may give instead.
       limits: of requests.
@@ -57,7 +55,6 @@ class Service:
     def __init__(
         self,
         open_model: Callable[[], OpenedModel],
-        prepare: Callable[[Engine], None],
         *,
         name: str,
         adapters: Sequence[str] = (),
@@ -82,7 +79,6 @@ class Service:
         self._parsers = concurrent.futures.ThreadPoolExecutor(_NUM_PARSERS, "parser")
         self.engine = EngineThread(
             open_model,
-            prepare,
             asyncio.get_running_loop(),
             on_ready=self._ready,
             on_outputs=self._deliver,
@@ -213,7 +209,7 @@ class Service:
         self._on_failure(error)
 
 
-def _check(call: Call, engine: Engine, param: str) -> None:
+def _check(call: Call, engine: ServedEngine, param: str) -> None:
     for request in call.requests:
         if len(request.prompt) >= engine.max_context:
             message = f"the prompt has {len(request.prompt)} tokens; the context of the model has "

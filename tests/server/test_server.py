@@ -398,7 +398,7 @@ def test_a_head_that_does_not_come_ends_the_connection(server):
 # --- the command ---
 
 
-def test_what_cannot_be_served_ends_with_one_line(capsys, monkeypatch, server):
+def test_what_cannot_be_served_ends_with_one_line(capsys, server):
     def code_and_message(*arguments: str) -> tuple[int, str]:
         code = main(["serve", *arguments])
         return code, capsys.readouterr().err.splitlines()[-1]
@@ -417,10 +417,6 @@ def test_what_cannot_be_served_ends_with_one_line(capsys, monkeypatch, server):
     assert code == 2 and "only one can be merged; give them names to serve all: --adapter NAME=DIR" in message
     code, message = code_and_message("--port", "70000", "--request-timeout", "0")
     assert code == 2 and "port is 70000" in message and "request_timeout is 0" in message
-    for name, value in {"COORDINATOR": "localhost:1", "NUM_PROCESSES": "2", "PROCESS_ID": "0"}.items():
-        monkeypatch.setenv(f"QWEN_DIST_{name}", value)
-    code, message = code_and_message()
-    assert code == 2 and "serve runs as one process" in message
 
 
 def test_the_server_has_written_only_what_it_should(server: RunningServer):

@@ -36,7 +36,8 @@ constexpr int64_t kMinClaimsPerGroup = 4;  // groups may have very different num
 constexpr int64_t kCopyRowsPerJob = 16;
 constexpr int kCacheLine = 64;  // bytes
 
-constexpr int64_t CeilDivide(int64_t x, int64_t y) { return (x + y - 1) / y; }
+// With few rows most divisors are 1, and the division would take longer than the branch.
+constexpr int64_t CeilDivide(int64_t x, int64_t y) { return y == 1 ? x : (x + y - 1) / y; }
 constexpr int64_t RoundUp(int64_t x, int64_t multiple) { return CeilDivide(x, multiple) * multiple; }
 
 // Rows of a matrix, `stride` elements apart; with `index`, row r is the matrix's row index[r].
@@ -226,54 +227,62 @@ void MultiplyBlock(Rows<const typename Type::Row> x, int64_t num_rows, const typ
   using Row = typename Type::Row;
   constexpr int64_t kMaxRange = kRangeBytes / ((kTileRows + kTileFeatures) * sizeof(Row));
   const bool has_panel = Type::kWidens && num_rows >= kMinPanelRows;
-  const int64_t lanes = has_panel ? kFloatLanes : Type::kLanes;
   // A tile's features stay in the L1 cache while all rows pass, or if these are more, its rows while all features pass.
   const bool features_stay = has_panel || kTileFeatures > kTileRows;
   const int64_t num_ranges = features_stay && num_rows > kTileRows ? CeilDivide(num_inputs, kMaxRange) : 1;
   const int64_t range = RoundUp(CeilDivide(num_inputs, num_ranges), Type::kLanes);
   const int64_t feature_tiles = CeilDivide(num_features, kTileFeatures);
   const int64_t block_bytes = num_features * num_inputs * sizeof(*weight);
-  const int64_t num_steps = CeilDivide(num_rows, kTileRows) * feature_tiles * std::max<int64_t>(1, num_inputs / lanes);
-  const int lines = next_weight == nullptr ? 0 : static_cast<int>(CeilDivide(block_bytes, num_steps * kCacheLine));
+  constexpr int64_t kFeatureBytes = kTileFeatures * sizeof(*weight);
+  const int64_t lines_of_step = CeilDivide(kFeatureBytes * (has_panel ? kFloatLanes : Type::kLanes), kCacheLine);
+  const int64_t lines = next_weight == nullptr ? 0 : CeilDivide(lines_of_step, CeilDivide(num_rows, kTileRows));
   const char* prefetch = reinterpret_cast<const char*>(next_weight);
   const char* const prefetch_end = prefetch + block_bytes;
   constexpr int64_t kSumsSize = kTileRows * kTileFeatures * kFloatLanes;
   float* const sums = num_ranges == 1 ? nullptr : ThreadMemory<0>(feature_tiles * kGroupRows * kSumsSize / kTileRows);
   float* const panel = Type::kWidens ? ThreadMemory<1>(kTileFeatures * range) : nullptr;
   const int64_t max_group_rows = RoundUp(CeilDivide(num_rows, CeilDivide(num_rows, kGroupRows)), kTileRows);
+  int64_t tile_begin[kGroupRows / kTileRows + 1];
   for (int64_t group_row = 0; group_row < num_rows; group_row += max_group_rows) {
     const int64_t group_rows = std::min(max_group_rows, num_rows - group_row);
     const int64_t num_tiles = CeilDivide(group_rows, kTileRows);
+    // The tiles with more rows come first: their products hide the memory, from which the first tile reads the block.
+    for (int64_t tile = tile_begin[0] = 0; tile < num_tiles; ++tile) {
+      tile_begin[tile + 1] = tile_begin[tile] + CeilDivide(group_rows - tile_begin[tile], num_tiles - tile);
+    }
     for (int64_t input = 0; input < num_inputs; input += range) {
       const int64_t inputs = std::min(range, num_inputs - input);
-      for (int64_t index = 0; index < feature_tiles * num_tiles; ++index) {
-        const int64_t feature_tile = features_stay ? index / num_tiles : index % feature_tiles;
-        const int64_t row_tile = features_stay ? index % num_tiles : index / feature_tiles;
-        const int64_t row = group_rows * row_tile / num_tiles;
-        const int64_t tile_rows = group_rows * (row_tile + 1) / num_tiles - row;
-        Tile<Row, Result> tile;
-        tile.x = x;
-        tile.y = y;
-        tile.first_row = group_row + row;
+      const int64_t prefetch_bytes = lines * kCacheLine * (has_panel ? inputs / kFloatLanes : inputs / Type::kLanes);
+      Tile<Row, Result> tile;
+      tile.x = x;
+      tile.y = y;
+      tile.first_input = input;
+      tile.num_inputs = has_panel ? RoundUp(inputs, Type::kLanes) : inputs;
+      tile.is_first = input == 0;
+      tile.is_last = input + inputs == num_inputs;
+      const auto multiply = [&](int64_t feature_tile, int64_t row_tile) {
+        tile.first_row = group_row + tile_begin[row_tile];
         tile.feature = std::min(feature_tile * kTileFeatures, num_features - kTileFeatures);
-        tile.first_input = input;
-        tile.num_inputs = has_panel ? RoundUp(inputs, Type::kLanes) : inputs;
         tile.sums = sums + (feature_tile * num_tiles + row_tile) * kSumsSize;
-        tile.is_first = input == 0;
-        tile.is_last = input + inputs == num_inputs;
         tile.prefetch = prefetch;
         tile.prefetch_lines = prefetch < prefetch_end ? lines : 0;
-        prefetch += lines * (inputs / lanes) * kCacheLine;
+        prefetch += prefetch_bytes;
+        const int64_t tile_rows = tile_begin[row_tile + 1] - tile_begin[row_tile];
         const auto* const tile_weight = weight + tile.feature * num_inputs + input;
         if constexpr (Type::kWidens) {
           if (has_panel) {
             if (row_tile == 0) WidenPanel(tile_weight, num_inputs, inputs, panel);
             MultiplyTile<Float32, Result, kTileRows>(tile_rows, tile, InPanel{panel});
-            continue;
+            return;
           }
         }
         MultiplyTile<Type, Result, kTileRows>(tile_rows, tile,
                                               InMatrix<typename Type::Element>{tile_weight, num_inputs});
+      };
+      if (features_stay) {
+        for (int64_t f = 0; f < feature_tiles; ++f) for (int64_t r = 0; r < num_tiles; ++r) multiply(f, r);
+      } else {
+        for (int64_t r = 0; r < num_tiles; ++r) for (int64_t f = 0; f < feature_tiles; ++f) multiply(f, r);
       }
     }
   }
