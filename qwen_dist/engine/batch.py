@@ -72,15 +72,25 @@ class BatchBuilder:
       chunk_size: tokens of a row of prefill.
       max_chunks: rows of prefill in each shard.
       entry_multiple: E is a multiple of it.
+      has_snapshots: prefill stops at the last whole page of each prompt, so that many steps have at most a page of tokens.
     """
 
     def __init__(
-        self, limits: CacheLimits, *, num_slots: int, num_shards: int, chunk_size: int, max_chunks: int, entry_multiple: int
+        self,
+        limits: CacheLimits,
+        *,
+        num_slots: int,
+        num_shards: int,
+        chunk_size: int,
+        max_chunks: int,
+        entry_multiple: int,
+        has_snapshots: bool = False,
     ):
         self._limits, self._num_slots, self._num_shards = limits, num_slots, num_shards
         self._chunk_size, self._entry_multiple = chunk_size, entry_multiple
         # A single prompt that somebody waits for gets one size more, so that it is padded less.
-        self._prefill_widths = sorted({max(1, max_chunks >> halvings) for halvings in range(4 if num_slots == 1 else 3)})
+        widths = {max(1, max_chunks >> halvings) for halvings in range(4 if num_slots == 1 else 3)}
+        self._prefill_widths = sorted(widths | ({limits.page_size // chunk_size} if has_snapshots else set()))
         self._decode_widths = _decode_widths(num_slots // num_shards)
 
     def build(self, schedule: Schedule, num_pages: tuple[int, ...]) -> Batch:

@@ -162,10 +162,11 @@ class Engine:
         )
         sizes: dict[str, Any] = {"num_slots": num_slots, "num_shards": num_shards}
         sizes |= {"chunk_size": CHUNK_SIZE, "max_chunks": MAX_CHUNKS}
-        self._batches = BatchBuilder(self._limits, entry_multiple=MAX_ENTRIES, **sizes)
         of_slot = slot_bytes(specs, model.sharding_ctx)
         left = cache_bytes - slots_per_shard * of_slot
         self._num_snapshots = _num_snapshots(self._limits, left, of_slot, snapshot_fraction * prefix_cache)
+        has_snapshots = self._num_snapshots > 0
+        self._batches = BatchBuilder(self._limits, entry_multiple=MAX_ENTRIES, has_snapshots=has_snapshots, **sizes)
         max_pages = self._limits.largest(left - of_slot * self._num_snapshots)
         if max_pages < 1:
             raise UsageError(f"a cache of {cache_bytes} bytes on each device is less than one page; give more")
