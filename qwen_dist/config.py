@@ -319,7 +319,7 @@ class ServeConfig:
         (),
         flag="--adapter",
         metavar="[NAME=]DIR",
-        help="a LoRA adapter in PEFT's format: with a name for requests to choose, may be repeated; without merged",
+        help="a LoRA adapter: with a name, for requests to choose (repeatable); without, merged",
     )
     host: str = option("127.0.0.1", flag="--host", metavar="ADDRESS", help="serve on this address; 0.0.0.0 for all")
     port: int = option(8000, flag="--port", metavar="PORT", help="serve on this port; 0 takes a free one")

@@ -29,7 +29,6 @@ API_KEY = "QWEN_DIST_API_KEY"
 EXAMPLES = """\
 examples:
   qwen-dist serve                                     the small demonstration model at http://127.0.0.1:8000/v1
-  qwen-dist serve --config configs/serve.py --model ~/qwen3-0.6b --port 8080
   qwen-dist serve --model DIR --adapter law=run/adapter --adapter poems=other/adapter   requests choose by "model"
   QWEN_DIST_API_KEY=secret qwen-dist serve --model Qwen/Qwen3-8B --mesh tensor=4 --host 0.0.0.0
 defaults of the sampling flags come from the checkpoint's generation_config.json; a request can set its own"""

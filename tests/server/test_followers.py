@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import json
+import os
 import random
 import signal
 import socket
@@ -30,6 +31,7 @@ def processes(directory, *arguments):
         probe.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
     variables = {"QWEN_DIST_COORDINATOR": coordinator, "QWEN_DIST_NUM_PROCESSES": "2", "JAX_NUM_CPU_DEVICES": "1"}
+    variables |= {name: value for name, value in os.environ.items() if name.startswith("XLA_")}  # that of the tests
     with running_server(directory, *arguments, wait=False, **variables, QWEN_DIST_PROCESS_ID="0") as server:
         environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"} | variables
         with open(directory / "follower", "wb") as log:
@@ -75,6 +77,19 @@ def test_two_processes_answer_as_one_and_stop_when_either_is_told_to(tmp_path):
             answers = [pool.submit(ask, question) for question in QUESTIONS]
             stream.close()  # its slot is free for the others, on both processes
             assert [answer.result() for answer in answers] == [(one.text, len(one.token_ids)) for one in expected]
+        stream = client.completions.create(stream=True, **LONG | {"max_tokens": 200, "extra_body": {"min_tokens": 200}})
+        next(iter(stream))
+        follower.send_signal(signal.SIGTERM)
+        server.wait_for_line("stopping: ")
+        assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
+        assert (server.process.wait(60), follower.wait(60)) == (0, 0), (tmp_path / "follower").read_text()
+
+
+@pytest.mark.slow
+def test_scores_forms_and_embeddings_of_two_processes_are_those_of_one(tmp_path):
+    llm = LLM(qwen_dist.DEMO_MODEL, dtype="float32", max_batch_size=4, devices=jax.devices()[:1])
+    with processes(tmp_path, *MESH) as (server, _):
+        client = server.client()
         form = {"structured_outputs": {"choice": ["fox", "dog"]}, "seed": 3, "temperature": 1.0}
         chosen = client.completions.create(model="demo", prompt="The quick brown", n=3, extra_body=form)
         assert {choice.text for choice in chosen.choices} <= {"fox", "dog"} and len(chosen.choices) == 3
@@ -84,13 +99,6 @@ def test_two_processes_answer_as_one_and_stop_when_either_is_told_to(tmp_path):
         assert scored.choices[0].logprobs.token_logprobs[1 : 1 + len(known)] == pytest.approx(known, abs=1e-4)
         vector = client.embeddings.create(model="demo", input="One, two").data[0].embedding
         assert vector == pytest.approx(llm.embed("One, two")[0].tolist(), abs=1e-5)
-
-        stream = client.completions.create(stream=True, **LONG | {"max_tokens": 200, "extra_body": {"min_tokens": 200}})
-        next(iter(stream))
-        follower.send_signal(signal.SIGTERM)
-        server.wait_for_line("stopping: ")
-        assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
-        assert (server.process.wait(60), follower.wait(60)) == (0, 0), (tmp_path / "follower").read_text()
 
 
 @pytest.mark.slow
