@@ -87,7 +87,7 @@ def measure(options: argparse.Namespace, open_system: Callable[[], tuple[Generat
     for length in map(int, options.prefill.split(",")):
         generate([list(range(1000 + length, 1000 + 2 * length))], 1)
         begin = time.perf_counter()
-        generate([list(range(2000 + length, 2000 + 2 * length))], 1)  # begins as no prompt before: nothing is in a cache
+        generate([list(range(2000 + length, 2000 + 2 * length))], 1)  # no prefix of it is in the cache
         result[f"prefill {length}"] = length / (time.perf_counter() - begin)
     for batch in map(int, options.decode.split(",")):
         prompts = [list(range(1000 + 50 * row, 1032 + 50 * row)) for row in range(batch)]

@@ -247,6 +247,11 @@ class EngineOptions:
         if not 1 <= self.max_batch_size <= MAX_BATCH_SIZE:
             raise UsageError(f"engine.max_batch_size is {self.max_batch_size}; it must be from 1 to {MAX_BATCH_SIZE}")
 
+    def arguments(self) -> dict[str, Any]:
+        """Return the options as arguments of `engine.open.open_engine`."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {"cache_bytes": parse_bytes(fields.pop("kv_cache_memory")), **fields}
+
 
 @dataclasses.dataclass(frozen=True)
 class BatchConfig:

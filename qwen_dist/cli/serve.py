@@ -55,7 +55,7 @@ def _serve(config: ServeConfig, flags: ProcessFlags, name: str, adapters: Mappin
     import asyncio
 
     from qwen_dist.server.engine_thread import OpenedModel
-    from qwen_dist.server.followers import LeadingEngine, dismiss, on_stop_asked
+    from qwen_dist.server.followers import LeadingEngine, handle_stop_requests, stop_followers
     from qwen_dist.server.http_server import address_of, bind, note, serve
 
     listening = bind(config.host, config.port)
@@ -83,14 +83,14 @@ def _serve(config: ServeConfig, flags: ProcessFlags, name: str, adapters: Mappin
 
     def on_start(stop: Callable[[], object]) -> None:
         if control is not None:
-            threading.Thread(target=on_stop_asked, args=(control, stop), daemon=True, name="stop").start()
+            threading.Thread(target=handle_stop_requests, args=(control, stop), daemon=True, name="stop-requests").start()
 
     control = processes.control
     note(f"loading {printable(config.model.path)}; {url}/health says when it is ready")
     limits = {"header_s": config.header_timeout, "drain_s": config.drain_timeout}
     asyncio.run(serve(make, listening, on_ready, on_start, **limits))
     if control is not None:
-        dismiss(control)
+        stop_followers(control)
     sys.stdout.flush()
     note("stopped")
 
@@ -148,12 +148,7 @@ def _open_engine(
             config.model,
             config.mesh,
             config.sampling,
-            max_batch_size=config.engine.max_batch_size,
-            cache_bytes=parse_bytes(config.engine.kv_cache_memory),
-            steps_per_dispatch=config.engine.steps_per_dispatch,
-            policy=config.engine.policy,
-            prefix_cache=config.engine.prefix_cache,
-            snapshot_fraction=config.engine.snapshot_fraction,
+            **config.engine.arguments(),
             adapters=adapters,
             template_variables=config.chat.variables,
             progress=progress,

@@ -72,7 +72,7 @@ class BatchBuilder:
       chunk_size: tokens of a row of prefill.
       max_chunks: rows of prefill in each shard.
       entry_multiple: E is a multiple of it.
-      has_snapshots: prefill stops at the last whole page of each prompt, so that many steps have at most a page of tokens.
+      has_snapshots: prefill stops at the last whole page of a prompt, so that its last step has at most a page of tokens.
     """
 
     def __init__(
@@ -90,7 +90,9 @@ class BatchBuilder:
         self._chunk_size, self._entry_multiple = chunk_size, entry_multiple
         # A single prompt that somebody waits for gets one size more, so that it is padded less.
         widths = {max(1, max_chunks >> halvings) for halvings in range(4 if num_slots == 1 else 3)}
-        self._prefill_widths = sorted(widths | ({limits.page_size // chunk_size} if has_snapshots else set()))
+        if has_snapshots:
+            widths.add(limits.page_size // chunk_size)
+        self._prefill_widths = sorted(widths)
         self._decode_widths = _decode_widths(num_slots // num_shards)
 
     def build(self, schedule: Schedule, num_pages: tuple[int, ...]) -> Batch:

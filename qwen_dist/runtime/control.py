@@ -339,7 +339,7 @@ class ControlChannel:
       names: of all processes, such as "process 3 on host-b (pid 7)".
 
     Attributes:
-      messages: on process 0, what other processes have sent with `send`; on the others, what it has with `send_to_all`.
+      messages: on process 0, what others have sent with `send`; on the others, what process 0 has sent with `broadcast`.
     """
 
     def __init__(self, process_id: int, connections: Mapping[int, Connection], names: Sequence[str]):
@@ -355,7 +355,7 @@ class ControlChannel:
         """Put a message into the `messages` of process 0. Raises OSError when process 0 is gone."""
         self._connections[0].send({"message": message})
 
-    def send_to_all(self, message: Message) -> None:
+    def broadcast(self, message: Message) -> None:
         """On process 0, put a message into the `messages` of all other processes."""
         broadcast(self._connections, {"message": message})
 

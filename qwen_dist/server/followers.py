@@ -1,8 +1,8 @@
 """Serving as several processes: process 0 has the clients, and the others follow it, so that all run the same steps.
 
-What a step computes depends only on the requests that the engine has been given before it. Before each step process 0
-sends these through the control channel; the followers give them to their engines and drop the outputs. So every process
-runs the same programs in the same order, as their collectives need.
+A step depends only on the requests that were added and aborted before it. Before each step process 0 sends these commands
+through the control channel. The followers apply them to their own engines, run the step and drop its outputs. So all
+processes run the same programs in the same order, which collectives require.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qwen_dist.runtime.control import ControlChannel
 
 
 class LeadingEngine:
-    """The engine of process 0, with the methods that a server needs: what it is told, the followers are told.
+    """An engine on process 0 that repeats every command to the followers. It has the methods of `ServedEngine`.
 
     Args:
       engine: computes the answers.
@@ -61,7 +61,7 @@ class LeadingEngine:
             self._commands.append({"abort": number})
 
     def step(self) -> list[RequestOutput]:
-        self._control.send_to_all({"step": self._commands})
+        self._control.broadcast({"step": self._commands})
         self._commands = []
         outputs = self._engine.step()
         for output in outputs:
@@ -71,9 +71,9 @@ class LeadingEngine:
 
 
 def follow(engine: Engine, control: ControlChannel) -> None:
-    """Run the steps of process 0 until it stops. SIGTERM and Ctrl-C ask it to stop; the second ends this process."""
+    """Run the steps of process 0 until it stops. SIGTERM or Ctrl-C requests that; a second one ends this process."""
     requests: dict[int, Request] = {}
-    _ask_on_signals(control)
+    _request_stop_on_signals(control)
     while "stop" not in (message := control.messages.get()):
         for command in message["step"]:
             if "add" in command:
@@ -87,42 +87,43 @@ def follow(engine: Engine, control: ControlChannel) -> None:
                 del requests[output.request.key]
 
 
-def dismiss(control: ControlChannel) -> None:
-    """On process 0, after its last step: end `follow` on the others."""
-    control.send_to_all({"stop": True})
+def stop_followers(control: ControlChannel) -> None:
+    """End `follow` on the other processes. Called on process 0 after its last step."""
+    control.broadcast({"stop": True})
 
 
-def on_stop_asked(control: ControlChannel, stop: Callable[[], object]) -> None:
-    """On process 0, in a thread of its own: call `stop` whenever a follower asks for it."""
-    while "ask to stop" in control.messages.get():
+def handle_stop_requests(control: ControlChannel, stop: Callable[[], object]) -> None:
+    """Call `stop` whenever a follower asks process 0 to stop. Does not return, so run it in a daemon thread."""
+    while "request_stop" in control.messages.get():
         with contextlib.suppress(RuntimeError):  # the server's loop has ended
             stop()
 
 
-def _ask_on_signals(control: ControlChannel) -> None:
-    has_asked = False
+def _request_stop_on_signals(control: ControlChannel) -> None:
+    has_requested = False
 
-    def ask(number: int, frame: object) -> None:
-        nonlocal has_asked
-        if has_asked:
+    def request_stop(number: int, frame: object) -> None:
+        nonlocal has_requested
+        if has_requested:
             os.write(2, b"stopped\n")
             os._exit(128 + number)
-        has_asked = True
-        control.send({"ask to stop": True})
+        has_requested = True
+        with contextlib.suppress(OSError):  # process 0 is gone, and the channel ends this process
+            control.send({"request_stop": True})
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ask)
+        signal.signal(number, request_stop)
 
 
 def request_fields(request: Request) -> dict[str, Any]:
-    """Return what a request consists of besides its key, as JSON can say it."""
+    """Return the fields of a request, except its key, as values that JSON has."""
     params = {name: value for name, value in dataclasses.asdict(request.params).items() if value is not None}
     fields = {"prompt": request.prompt, "params": params}
     return fields | {"adapter": request.adapter, "is_embedding": request.is_embedding}
 
 
 def make_request(key: Any, fields: Mapping[str, Any]) -> Request:
-    """Return the request with the given key and `request_fields`, which may have been JSON."""
+    """Return the request with this key and the fields of `request_fields`, also after a round trip through JSON."""
     fields = {name: _with_tuples(value) for name, value in fields.items()}
     return Request(key, **fields | {"params": SamplingParams(**fields["params"])})
 

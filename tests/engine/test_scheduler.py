@@ -314,3 +314,12 @@ def test_releasing_a_waiting_request_does_not_search_the_queue():
             assert scheduler._waiting == before, "entries are not searched or moved"
     assert scheduler.num_waiting == 1 and len(scheduler._waiting) < 200, "most entries of released requests are gone"
     assert scheduled(scheduler) == [(999, 0, 3)]
+
+
+@pytest.mark.parametrize(("has_snapshots", "rows"), [(False, 4), (True, 2)])
+def test_what_follows_a_snapshot_is_padded_to_a_page(has_snapshots, rows):
+    limits = limits_of({None: 1}, num_slots=4, max_length=8 * PAGE, max_step_tokens=16 * PAGE // 2)
+    sizes = {"num_slots": 4, "num_shards": 1, "chunk_size": PAGE // 2, "max_chunks": 16}
+    batches = BatchBuilder(limits, entry_multiple=4, has_snapshots=has_snapshots, **sizes)
+    smallest = next(batch for batch in batches.empty_batches((8,)) if batch.is_prefill)
+    assert smallest.tokens_BT.shape == (rows, PAGE // 2)

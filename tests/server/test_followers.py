@@ -31,12 +31,12 @@ def processes(directory, *arguments):
         probe.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
     variables = {"QWEN_DIST_COORDINATOR": coordinator, "QWEN_DIST_NUM_PROCESSES": "2", "JAX_NUM_CPU_DEVICES": "1"}
-    variables |= {name: value for name, value in os.environ.items() if name.startswith("XLA_")}  # that of the tests
+    variables |= {name: value for name, value in os.environ.items() if name.startswith("XLA_")}  # compile as tests do
     with running_server(directory, *arguments, wait=False, **variables, QWEN_DIST_PROCESS_ID="0") as server:
         environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"} | variables
         with open(directory / "follower", "wb") as log:
             follower = subprocess.Popen(
-                [*server.process.args, "--dtype", "float32"],
+                server.process.args,
                 stdout=log,
                 stderr=log,
                 env=environment | {"QWEN_DIST_PROCESS_ID": "1", "HOME": str(directory)},
@@ -50,7 +50,7 @@ def processes(directory, *arguments):
             follower.wait(30)
 
 
-def test_requests_survive_the_way_to_another_process():
+def test_requests_round_trip_through_json():
     sampling = {"temperature": 0.1, "top_k": 5, "min_p": 1 / 3, "seed": -(2**63), "stop": ("a", "\x00é😀")}
     sampling |= {"logit_bias": ((1, -100.0), (2, 1e-30)), "sequence_bias": (((1, 2), 3.5),), "begin_suppress_tokens": (7,)}
     forms = [None, {"json": {"type": "object"}}, {"choice": ("a", "b"), "after": "</think>"}, {"json_object": True}]

@@ -233,8 +233,9 @@ void MultiplyBlock(Rows<const typename Type::Row> x, int64_t num_rows, const typ
   const int64_t range = RoundUp(CeilDivide(num_inputs, num_ranges), Type::kLanes);
   const int64_t feature_tiles = CeilDivide(num_features, kTileFeatures);
   const int64_t block_bytes = num_features * num_inputs * sizeof(*weight);
-  constexpr int64_t kFeatureBytes = kTileFeatures * sizeof(*weight);
-  const int64_t lines_of_step = CeilDivide(kFeatureBytes * (has_panel ? kFloatLanes : Type::kLanes), kCacheLine);
+  // A tile prefetches a few cache lines for each vector of inputs, so that all row tiles together prefetch a block.
+  const int64_t lanes = has_panel ? kFloatLanes : Type::kLanes;
+  const int64_t lines_of_step = CeilDivide(kTileFeatures * lanes * sizeof(*weight), kCacheLine);
   const int64_t lines = next_weight == nullptr ? 0 : CeilDivide(lines_of_step, CeilDivide(num_rows, kTileRows));
   const char* prefetch = reinterpret_cast<const char*>(next_weight);
   const char* const prefetch_end = prefetch + block_bytes;
@@ -246,7 +247,7 @@ void MultiplyBlock(Rows<const typename Type::Row> x, int64_t num_rows, const typ
   for (int64_t group_row = 0; group_row < num_rows; group_row += max_group_rows) {
     const int64_t group_rows = std::min(max_group_rows, num_rows - group_row);
     const int64_t num_tiles = CeilDivide(group_rows, kTileRows);
-    // The tiles with more rows come first: their products hide the memory, from which the first tile reads the block.
+    // Tiles with more rows come first: the first tile waits for the block, and more products hide more of that time.
     for (int64_t tile = tile_begin[0] = 0; tile < num_tiles; ++tile) {
       tile_begin[tile + 1] = tile_begin[tile] + CeilDivide(group_rows - tile_begin[tile], num_tiles - tile);
     }
