@@ -10,7 +10,7 @@ from qwen_dist.ops.native_library import BUILDS, PLAIN, VARIABLE
 
 CPU_INFO = pathlib.Path("/proc/cpuinfo")
 # What the processor says of itself: kernels that were not compiled fail instead of being skipped.
-NEEDS = {"avx512_bf16": "avx512_bf16", "avx512": "avx512vl", "avx2": "avx2", "neon": "asimd"}
+NEEDS = {"amx_bf16": "amx_bf16", "avx512_bf16": "avx512_bf16", "avx512": "avx512vl", "avx2": "avx2", "neon": "asimd"}
 FEATURES = set(CPU_INFO.read_text().split()) if CPU_INFO.exists() else set()
 EXPECTED = [build for build in BUILDS if NEEDS[build] in FEATURES]
 CAN_RUN = EXPECTED and os.environ.get(VARIABLE) != PLAIN and shutil.which("c++")

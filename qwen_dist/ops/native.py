@@ -46,9 +46,9 @@ TARGETS = {
     "qwen_dist_delta_rule_in_slots": "DeltaRuleInSlots",
 }
 GROUPED_MATMUL, QUANTIZED_MATMUL, EXPERTS, SWIGLU, ROTATE, PAGED_ATTENTION, SHORT_CONVOLUTION, DELTA_RULE_IN_SLOTS = TARGETS
-# The builds that multiply 16-bit floats as they are. The others widen rows to float32, in scratch memory, padded to a
-# multiple of WIDE elements.
-WITHOUT_WIDENING, WIDE = ("avx512_bf16",), 32
+# The build that multiplies rows of 16-bit floats as they are. Another packs them into tiles, and the others widen them to
+# float32: in scratch memory, padded to a multiple of WIDE elements.
+AS_THEY_ARE, PACKED, WIDE = "avx512_bf16", "amx_bf16", 32
 # For a quantised weight, rows in bfloat16 are put into the order of its values, padded to a multiple of STEP_INPUTS.
 STEP_INPUTS = 128
 # The least out-features of a matrix product, and the rows of one of its tiles.
@@ -110,17 +110,24 @@ def _scratch_shape(
 ) -> jax.ShapeDtypeStruct:
     """Return the scratch space for the rows [R, C] of a product.
 
-    They are put there to be widened, to be in the order of a quantised weight, or if they are more than one tile and would
-    compete for the same cache lines, which rows that are padded already do not.
+    They are put there to be widened or packed, to be in the order of a quantised weight, or if they are more than one tile
+    and would compete for the same cache lines, which rows that are padded already do not. A single row of full tiles is its
+    own packed form.
     """
     num_rows, size = shape
-    is_wide = dtype == jnp.bfloat16 and active_build() not in WITHOUT_WIDENING
-    if is_wide or (is_quantized and dtype == jnp.bfloat16):
+    is_wide = dtype == jnp.bfloat16 and active_build() not in (AS_THEY_ARE, PACKED)
+    is_packed = _packs(dtype) and (num_rows > 1 or size % WIDE != 0)
+    if is_wide or is_packed or (is_quantized and dtype == jnp.bfloat16):
         multiple, dtype = STEP_INPUTS if is_quantized else WIDE, jnp.float32 if is_wide else dtype
         return jax.ShapeDtypeStruct((num_rows, _padded_stride(-(-size // multiple) * multiple, dtype)), dtype)
     stride = _padded_stride(size, dtype)
     is_needed = not is_padded and num_rows > MAX_ROWS and stride > size
     return jax.ShapeDtypeStruct((num_rows if is_needed else 0, stride), dtype)
+
+
+def _packs(dtype: DTypeLike) -> bool:
+    """Return whether rows of a type are packed into tiles."""
+    return dtype == jnp.bfloat16 and active_build() == PACKED
 
 
 def _padded_stride(size: int, dtype: DTypeLike) -> int:
@@ -199,7 +206,9 @@ def experts(
     shapes = x_TD.shape, (*chosen_TK.shape, x_TD.shape[1]), hidden
     results = [jax.ShapeDtypeStruct(shape, x_TD.dtype) for shape in shapes]
     hidden_scratch = _scratch_shape((chosen_TK.size, down_EDF.shape[2]), x_TD.dtype, is_padded=True)
-    scratch = _scratch_shape(x_TD.shape, x_TD.dtype), hidden_scratch
+    # Tokens are packed once for each of their experts.
+    num_rows = chosen_TK.size if _packs(x_TD.dtype) else len(x_TD)
+    scratch = _scratch_shape((num_rows, x_TD.shape[1]), x_TD.dtype), hidden_scratch
     mixed_TD, each_TKD, *_ = _kernel(EXPERTS, [*results, *scratch])(
         x_TD, chosen_TK.astype(jnp.int32), scores_TK.astype(jnp.float32), gate_up_EOD, down_EDF
     )

@@ -14,7 +14,7 @@ import pathlib
 from qwen_dist.errors import UsageError
 
 # The builds of the kernels, the best first, in the order of the bits that the library reports.
-BUILDS = ("avx512_bf16", "avx512", "avx2", "neon")
+BUILDS = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "neon")
 # The name for none of them: XLA does the work.
 PLAIN = "plain"
 # The environment variable that forces a build.

@@ -15,6 +15,8 @@
 
 #include "../../qwen_dist/ops/cpu/kernels.h"
 
+extern "C" int ProcessorBuilds();  // also asks Linux for the registers of AMX
+
 namespace {
 
 int failures = 0;
@@ -105,7 +107,8 @@ struct Rows {
   Rows(const Kernels& kernels, Float dtype, int64_t rows, int64_t inputs, bool is_quantized = false) {
     const int64_t multiple = is_quantized ? kStepInputs : kWideMultiple;
     scratch.stride = (inputs + multiple - 1) / multiple * multiple + 16;
-    if (!((kernels.widens || is_quantized) && dtype == Float::kBFloat16) && Random(0, 1)) return;
+    const bool is_packed = kernels.packs && (rows > 1 || inputs % kWideMultiple != 0);
+    if (!((kernels.widens || is_packed || is_quantized) && dtype == Float::kBFloat16) && Random(0, 1)) return;
     memory.assign(rows * scratch.stride + 1, std::nanf(""));
     scratch.data = memory.data();
   }
@@ -254,7 +257,8 @@ void CheckExperts(const Kernels& kernels) {
   std::vector<float> scores(choices);
   for (int32_t& expert : chosen) expert = static_cast<int32_t>(Random(0, experts));  // the last is none
   for (float& score : scores) score = static_cast<float>(Normal());
-  const Rows rows(kernels, dtype, tokens, embed), hidden_rows(kernels, dtype, choices, mlp);
+  const int64_t num_rows = kernels.packs && dtype == Float::kBFloat16 ? choices : tokens;
+  const Rows rows(kernels, dtype, num_rows, embed), hidden_rows(kernels, dtype, choices, mlp);
   kernels.experts(kPool, {dtype, tokens, top_k, experts, embed, mlp, x.Data(), gate_up.Data(), down.Data(), chosen.data(),
                           scores.data(), mixed.Data(), outputs.Data(), {hidden.Data(), mlp}, rows.scratch,
                           hidden_rows.scratch});
@@ -472,6 +476,9 @@ void CheckDeltaRule(const Kernels& kernels) {
 
 const Kernels* Find(const std::string& name) {
 #if defined(__x86_64__)
+#ifdef HAS_AMX_COMPILER
+  if (name == "amx_bf16" && ProcessorBuilds() & 1) return &kAmxBf16;
+#endif
   if (name == "avx512_bf16") return &kAvx512Bf16;
   if (name == "avx512") return &kAvx512;
   if (name == "avx2") return &kAvx2;

@@ -43,6 +43,7 @@ def test_a_build(build, program, request):
     reason="no compiler and emulator of 64-bit ARM (apt install g++-aarch64-linux-gnu qemu-user-static)",
 )
 def test_neon_in_an_emulator(tmp_path):
-    command = ["aarch64-linux-gnu-g++", *FLAGS, "-O3", "-static", KERNELS / "neon.cc", SOURCE, "-o", tmp_path / "neon"]
-    subprocess.run([*command, "-pthread"], check=True)
+    sources = KERNELS / "neon.cc", KERNELS / "processor.cc", SOURCE
+    command = ["aarch64-linux-gnu-g++", *FLAGS, "-O3", "-static", *sources, "-o", tmp_path / "neon", "-pthread"]
+    subprocess.run(command, check=True)
     check(["qemu-aarch64-static", tmp_path / "neon", "neon", 60])

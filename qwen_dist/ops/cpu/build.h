@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr Kernels kBuild{BFloat16::kWidens, GroupedMatmul,    QuantizedMatmul, Experts,     SwiGlu,
-                         Rotate,            ShortConvolution, PagedAttention,  RunDeltaRule};
+constexpr Kernels kBuild{BFloat16::kWidens, BFloat16::kPacks, GroupedMatmul,    QuantizedMatmul, Experts,
+                         SwiGlu,            Rotate,           ShortConvolution, PagedAttention,  RunDeltaRule};
 
 }  // namespace

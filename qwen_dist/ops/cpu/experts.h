@@ -30,12 +30,13 @@ template <class Type>
 struct ExpertLayer {
   using Element = typename Type::Element;
   int64_t num_tokens, top_k, num_experts, embed, mlp;  // T, K, E, D, F
-  Rows<const typename Type::Row> x;
+  Rows<const Element> x;
+  Scratch rows;  // the tokens to multiply, see PrepareRows
   const Element *gate_up, *down;
   const int32_t* chosen;
   const float* scores;
   Rows<Element> hidden;  // one row per choice, sorted by expert
-  Scratch hidden_rows;   // the same, to multiply
+  Scratch hidden_rows;   // the same to multiply
   Element *outputs, *mixed;
 
   void Run(const Pool& pool) const {
@@ -58,29 +59,31 @@ struct ExpertLayer {
     }
     const auto groups = NonEmptyGroups(sizes.data(), num_experts, num_choices);
 
+    const auto tokens = PrepareRows<Type>(pool, {x.data, x.stride, sorted_token.data()}, num_tokens, embed, groups, rows);
     const auto gate_of = [&](const Block& block) { return gate_up + (block.group.index * 2 * mlp + block.begin) * embed; };
-    ParallelForBlocks<Element>(pool, groups, mlp, embed, [&](const Block& block, const Block* next) {
+    ParallelForBlocks<Type>(pool, groups, mlp, embed, [&](const Block& block, const Block* next) {
       const Group& group = block.group;
       const int64_t num_features = block.end - block.begin, up_offset = mlp * embed;
       std::vector<Element> gate(group.num_rows * num_features), up(group.num_rows * num_features);
-      const Rows<const typename Type::Row> rows{x.data, x.stride, &sorted_token[group.first_row]};
+      const auto group_tokens = tokens.From(group.first_row);
       const Element *weight = gate_of(block), *next_weight = next == nullptr ? nullptr : gate_of(*next);
-      MultiplyBlock<Type, Element>(rows, group.num_rows, weight, embed, {gate.data(), num_features}, num_features,
+      MultiplyBlock<Type, Element>(group_tokens, group.num_rows, weight, embed, {gate.data(), num_features}, num_features,
                                    next_weight);
-      MultiplyBlock<Type, Element>(rows, group.num_rows, weight + up_offset, embed, {up.data(), num_features}, num_features,
-                                   next == nullptr ? nullptr : next_weight + up_offset);
+      MultiplyBlock<Type, Element>(group_tokens, group.num_rows, weight + up_offset, embed, {up.data(), num_features},
+                                   num_features, next == nullptr ? nullptr : next_weight + up_offset);
       for (int64_t row = 0; row < group.num_rows; ++row) {
         SiluAndMul(&gate[row * num_features], &up[row * num_features], num_features,
                    hidden[group.first_row + row] + block.begin);
       }
     });
-    const auto hidden_to_multiply = HiddenToMultiply(pool, num_choices);
+    const auto inner =
+        PrepareRows<Type>(pool, {hidden.data, hidden.stride}, num_choices, mlp, groups, hidden_rows);
     const auto down_of = [&](const Block& block) { return down + (block.group.index * embed + block.begin) * mlp; };
-    ParallelForBlocks<Element>(pool, groups, embed, mlp, [&](const Block& block, const Block* next) {
+    ParallelForBlocks<Type>(pool, groups, embed, mlp, [&](const Block& block, const Block* next) {
       const Group& group = block.group;
-      MultiplyBlock<Type, Element>({hidden_to_multiply[group.first_row], hidden_to_multiply.stride}, group.num_rows,
-                                   down_of(block), mlp, {outputs + block.begin, embed, &sorted_choice[group.first_row]},
-                                   block.end - block.begin, next == nullptr ? nullptr : down_of(*next));
+      MultiplyBlock<Type, Element>(inner.From(group.first_row), group.num_rows, down_of(block), mlp,
+                                   {outputs + block.begin, embed, &sorted_choice[group.first_row]}, block.end - block.begin,
+                                   next == nullptr ? nullptr : down_of(*next));
     });
     ParallelFor(pool, (num_tokens + kTokensPerJob - 1) / kTokensPerJob, [&](int64_t job) {
       for (int64_t t = job * kTokensPerJob; t < std::min(num_tokens, (job + 1) * kTokensPerJob); ++t) {
@@ -90,21 +93,6 @@ struct ExpertLayer {
         WeightedSum(outputs + t * top_k * embed, scores + t * top_k, top_k, embed, mixed + t * embed);
       }
     });
-  }
-
- private:
-  Rows<const typename Type::Row> HiddenToMultiply(const Pool& pool, int64_t num_choices) const {
-    if constexpr (Type::kWidens) {
-      const Rows<float> to{static_cast<float*>(hidden_rows.data), hidden_rows.stride};
-      ParallelFor(pool, CeilDivide(num_choices, kCopyRowsPerJob), [&](int64_t job) {
-        for (int64_t row = job * kCopyRowsPerJob; row < std::min(num_choices, (job + 1) * kCopyRowsPerJob); ++row) {
-          CopyRow<Type>(hidden[row], mlp, to[row]);
-        }
-      });
-      return {to.data, to.stride};
-    } else {
-      return {hidden.data, hidden.stride};
-    }
   }
 };
 
@@ -117,7 +105,8 @@ void Experts(const Pool& pool, const ExpertsArguments& a) {
                       a.num_experts,
                       a.embed,
                       a.mlp,
-                      PrepareRows<Type>(pool, a.x, a.num_tokens, a.embed, a.rows),
+                      {static_cast<const Element*>(a.x), a.embed},
+                      a.rows,
                       static_cast<const Element*>(a.gate_up),
                       static_cast<const Element*>(a.down),
                       a.chosen,

@@ -18,7 +18,9 @@
 #include <type_traits>
 #include <vector>
 
+#include "amx_matmul.h"
 #include "parallel.h"
+#include "rows.h"
 #include "simd.h"
 
 namespace {
@@ -33,22 +35,6 @@ constexpr int64_t kRangeBytes = 28 << 10;  // of a tile's rows and features in a
 constexpr int64_t kMinPanelRows = kTileRows / 2 + 2;  // for which a weight is widened once
 constexpr int64_t kClaimDivisor = 4;       // a thread claims 1 / 4 of its share of the remaining blocks at a time
 constexpr int64_t kMinClaimsPerGroup = 4;  // groups may have very different numbers of rows
-constexpr int64_t kCopyRowsPerJob = 16;
-constexpr int kCacheLine = 64;  // bytes
-
-// With few rows most divisors are 1, and the division would take longer than the branch.
-constexpr int64_t CeilDivide(int64_t x, int64_t y) { return y == 1 ? x : (x + y - 1) / y; }
-constexpr int64_t RoundUp(int64_t x, int64_t multiple) { return CeilDivide(x, multiple) * multiple; }
-
-// Rows of a matrix, `stride` elements apart; with `index`, row r is the matrix's row index[r].
-template <class Element>
-struct Rows {
-  Element* data;
-  int64_t stride;
-  const int32_t* index = nullptr;
-
-  Element* operator[](int64_t row) const { return data + (index == nullptr ? row : index[row]) * stride; }
-};
 
 // Widen a row: of each vector of inputs the even ones, then the odd ones; zeros after the last.
 SIMD INLINE void WidenRow(const uint16_t* from, int64_t num_inputs, float* to) {
@@ -73,21 +59,29 @@ SIMD void CopyRow(const typename Type::Element* from, int64_t num_inputs, typena
   }
 }
 
-// The rows to multiply, [num_rows, num_inputs] in `x`: in `scratch` if there is one, widened if the type is. Without
-// scratch they are taken where they are. Rows at a multiple of 4096 bytes from each other would compete for the same lines
-// of the L1 cache, so those of the scratch are not.
+// What MultiplyBlock reads rows from.
 template <class Type>
-Rows<const typename Type::Row> PrepareRows(const Pool& pool, const void* x, int64_t num_rows, int64_t num_inputs,
-                                           const Scratch& scratch) {
-  const Rows<const typename Type::Element> rows{static_cast<const typename Type::Element*>(x), num_inputs};
-  const Rows<typename Type::Row> to{static_cast<typename Type::Row*>(scratch.data), scratch.stride};
-  if (scratch.data == nullptr) return {static_cast<const typename Type::Row*>(x), num_inputs};
-  ParallelFor(pool, CeilDivide(num_rows, kCopyRowsPerJob), [&](int64_t job) {
-    for (int64_t row = job * kCopyRowsPerJob; row < std::min(num_rows, (job + 1) * kCopyRowsPerJob); ++row) {
-      CopyRow<Type>(rows[row], num_inputs, to[row]);
-    }
-  });
-  return {to.data, to.stride};
+using PreparedRows = std::conditional_t<Type::kPacks, PackedRows, Rows<const typename Type::Row>>;
+
+// The rows to multiply: all `num_rows` of the matrix, of `num_inputs`. They are in `scratch` if there is one, widened or
+// packed if the type is, and else taken where they are. Rows at a multiple of 4096 bytes from each other would compete for
+// the same lines of the L1 cache, so those of the scratch are not.
+template <class Type>
+PreparedRows<Type> PrepareRows(const Pool& pool, Rows<const typename Type::Element> x, int64_t num_rows, int64_t num_inputs,
+                               const std::vector<Group>& groups, const Scratch& scratch) {
+  using Row = typename Type::Row;
+  if constexpr (Type::kPacks) {
+    return PackRows(pool, x, num_inputs, groups, scratch);
+  } else {
+    if (scratch.data == nullptr) return {reinterpret_cast<const Row*>(x.data), x.stride, x.index};
+    const Rows<Row> to{static_cast<Row*>(scratch.data), scratch.stride};
+    ParallelFor(pool, CeilDivide(num_rows, kCopyRowsPerJob), [&](int64_t job) {
+      for (int64_t row = job * kCopyRowsPerJob; row < std::min(num_rows, (job + 1) * kCopyRowsPerJob); ++row) {
+        CopyRow<Type>(x.data + row * x.stride, num_inputs, to[row]);
+      }
+    });
+    return {to.data, to.stride, x.index};
+  }
 }
 
 // Where the weights of a tile's features are: in the matrix, or in a panel, vector by vector.
@@ -289,22 +283,6 @@ void MultiplyBlock(Rows<const typename Type::Row> x, int64_t num_rows, const typ
   }
 }
 
-// Consecutive rows that are multiplied with the same weight, number `index`.
-struct Group {
-  int64_t index, first_row, num_rows;
-};
-
-// The groups that have rows, those with the most rows first. There are `num_rows` rows in all.
-inline std::vector<Group> NonEmptyGroups(const int32_t* sizes, int64_t num_groups, int64_t num_rows) {
-  std::vector<Group> groups;
-  for (int64_t index = 0, first = 0; index < num_groups && first < num_rows; first += sizes[index++]) {
-    const int64_t rows = std::min<int64_t>(sizes[index], num_rows - first);
-    if (rows > 0) groups.push_back({index, first, rows});
-  }
-  std::stable_sort(groups.begin(), groups.end(), [](const Group& a, const Group& b) { return a.num_rows > b.num_rows; });
-  return groups;
-}
-
 // The features [begin, end) of a group's weight.
 struct Block {
   Group group;
@@ -315,13 +293,16 @@ struct Block {
 // processes next, or null. Threads claim consecutive blocks, and fewer when fewer remain, so that they finish together.
 // Every other thread starts from the last groups, which have few rows: these keep the memory busy while the groups with many
 // rows keep the cores busy.
-template <class Element, class Job>
+template <class Type, class Job>
 void ParallelForBlocks(const Pool& pool, const std::vector<Group>& groups, int64_t num_features, int64_t num_inputs,
                        const Job& job) {
+  using Element = typename Type::Element;
+  constexpr int64_t kMultiple = Type::kPacks ? kPairedFeatures : kTileFeatures;
   const int64_t tile_bytes = kTileFeatures * num_inputs * sizeof(Element);
   const int64_t max_rows = groups.empty() ? 0 : groups.front().num_rows;
   const int64_t bytes = max_rows * num_inputs * sizeof(Element) > kL2Bytes ? kLargeBlockBytes : kBlockBytes;
-  const int64_t size = std::clamp<int64_t>(bytes / tile_bytes * kTileFeatures, kTileFeatures, kMaxBlockFeatures);
+  const int64_t size =
+      RoundUp(std::clamp<int64_t>(bytes / tile_bytes * kTileFeatures, kTileFeatures, kMaxBlockFeatures), kMultiple);
   const int64_t blocks_per_group = (num_features + size - 1) / size, num_blocks = blocks_per_group * groups.size();
   const int64_t num_threads = std::max<int64_t>(1, pool.num_threads);
   const int64_t max_claim =
@@ -364,16 +345,17 @@ void ParallelForBlocks(const Pool& pool, const std::vector<Group>& groups, int64
 template <class Type, class Result>
 void MultiplyGroups(const Pool& pool, const GroupedMatmulArguments& a) {
   using Element = typename Type::Element;
-  const auto x = PrepareRows<Type>(pool, a.x, a.num_rows, a.num_inputs, a.rows);
+  const auto groups = NonEmptyGroups(a.sizes, a.num_groups, a.num_rows);
+  const Rows<const Element> rows{static_cast<const Element*>(a.x), a.num_inputs};
+  const auto x = PrepareRows<Type>(pool, rows, a.num_rows, a.num_inputs, groups, a.rows);
   const auto* const weights = static_cast<const Element*>(a.weights);
   auto* const y = static_cast<Result*>(a.y);
-  const auto groups = NonEmptyGroups(a.sizes, a.num_groups, a.num_rows);
   const auto weight = [&](const Block& block) {
     return weights + (block.group.index * a.num_features + block.begin) * a.num_inputs;
   };
-  ParallelForBlocks<Element>(pool, groups, a.num_features, a.num_inputs, [&](const Block& block, const Block* next) {
+  ParallelForBlocks<Type>(pool, groups, a.num_features, a.num_inputs, [&](const Block& block, const Block* next) {
     const Group& group = block.group;
-    MultiplyBlock<Type, Result>({x[group.first_row], x.stride}, group.num_rows, weight(block), a.num_inputs,
+    MultiplyBlock<Type, Result>(x.From(group.first_row), group.num_rows, weight(block), a.num_inputs,
                                 {y + group.first_row * a.num_features + block.begin, a.num_features},
                                 block.end - block.begin, next == nullptr ? nullptr : weight(*next));
   });

@@ -13,12 +13,14 @@ namespace {
 
 // The builds in the order of BUILDS in ../native_library.py; null if they are for another kind of processor.
 const Kernels* const kBuilds[] = {
-#if defined(__x86_64__) && defined(__GNUC__)
-    &kAvx512Bf16, &kAvx512, &kAvx2, nullptr
+#if defined(HAS_AMX_COMPILER)
+    &kAmxBf16, &kAvx512Bf16, &kAvx512, &kAvx2, nullptr
+#elif defined(__x86_64__) && defined(__GNUC__)
+    nullptr, &kAvx512Bf16, &kAvx512, &kAvx2, nullptr
 #elif defined(__aarch64__) && defined(__GNUC__)
-    nullptr, nullptr, nullptr, &kNeon
+    nullptr, nullptr, nullptr, nullptr, &kNeon
 #else
-    nullptr, nullptr, nullptr, nullptr
+    nullptr, nullptr, nullptr, nullptr, nullptr
 #endif
 };
 constexpr int64_t kNumBuilds = sizeof(kBuilds) / sizeof(*kBuilds);
@@ -35,10 +37,13 @@ template <class Buffer>
 int64_t Count(const Buffer& buffer) { return static_cast<int64_t>(buffer.element_count()); }
 
 // The scratch for the rows of a product, if it is what the build needs for [num_rows, num_inputs] of a type: it may be
-// empty, unless 16-bit floats are widened, or reordered because the weight is quantised.
+// empty, unless 16-bit floats are widened, packed, or reordered because the weight is quantised.
 bool GetScratch(const Kernels& kernels, ffi::DataType dtype, int64_t num_rows, int64_t num_inputs, ffi::AnyBuffer buffer,
                 Scratch* scratch, bool is_quantized = false) {
-  const bool is_wide = kernels.widens && dtype == ffi::BF16, is_needed = is_wide || (is_quantized && dtype == ffi::BF16);
+  const bool is_wide = kernels.widens && dtype == ffi::BF16;
+  // A single row is its own packed form, unless it must be padded.
+  const bool is_packed = kernels.packs && (num_rows > 1 || num_inputs % kWideMultiple != 0);
+  const bool is_needed = dtype == ffi::BF16 && (is_wide || is_packed || is_quantized);
   const auto shape = buffer.dimensions();
   const int64_t multiple = !is_needed ? 1 : is_quantized ? kStepInputs : kWideMultiple;
   const int64_t least = (num_inputs + multiple - 1) / multiple * multiple;
@@ -129,13 +134,15 @@ ffi::Error ExpertsImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::
   const auto x_shape = x.dimensions(), choices = chosen.dimensions(), shape = down.dimensions();
   const auto hidden_shape = hidden->dimensions();
   const auto dtype = x.element_type();
+  // Tokens are packed once for each of their experts.
+  const int64_t num_rows = kernels->packs && dtype == ffi::BF16 ? Count(chosen) : x_shape.size() == 2 ? x_shape[0] : 0;
   Scratch rows, hidden_rows;
   if (x_shape.size() != 2 || choices.size() != 2 || shape.size() != 3 || gate_up.dimensions().size() != 3 ||
       choices[0] != x_shape[0] || Count(scores) != Count(chosen) || shape[1] != x_shape[1] ||
       gate_up.dimensions()[1] != 2 * shape[2] || gate_up.dimensions()[2] != shape[1] || shape[1] % kTileFeatures != 0 ||
       shape[2] % kTileFeatures != 0 || gate_up.element_type() != dtype || down.element_type() != dtype ||
       hidden_shape.size() != 2 || hidden_shape[0] != Count(chosen) || hidden_shape[1] < shape[2] ||
-      !GetScratch(*kernels, dtype, x_shape[0], shape[1], *scratch, &rows) ||
+      !GetScratch(*kernels, dtype, num_rows, shape[1], *scratch, &rows) ||
       !GetScratch(*kernels, dtype, Count(chosen), shape[2], *hidden_scratch, &hidden_rows)) {
     return ffi::Error::InvalidArgument(
         "experts takes tokens [T, D], chosen experts and scores [T, K], and weights [E, 2F, D] and [E, D, F] of the same "
@@ -353,17 +360,3 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DeltaRuleInSlots, DeltaRuleImpl,
                                   .Ret<F32>()
                                   .Ret<F32>()
                                   .Attr<int64_t>("build"));
-
-// One bit for each build that this processor can run.
-extern "C" int ProcessorBuilds() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  return (has_avx512 && __builtin_cpu_supports("avx512bf16")) | has_avx512 << 1 | has_avx2 << 2;
-#elif defined(__aarch64__) && defined(__GNUC__)
-  return 1 << 3;
-#else
-  return 0;
-#endif
-}

@@ -100,8 +100,9 @@ struct DeltaRuleArguments {  // see delta_rule.h
 };
 
 struct Kernels {
-  // Whether 16-bit floats are widened to float32 to be multiplied: rows are then in Scratch, see PrepareRows.
-  bool widens;
+  // Whether rows of 16-bit floats are widened to float32, or packed into tiles, to be multiplied: they are then in Scratch,
+  // see PrepareRows.
+  bool widens, packs;
   void (*grouped_matmul)(const Pool&, const GroupedMatmulArguments&);
   void (*quantized_matmul)(const Pool&, const QuantizedMatmulArguments&);
   void (*experts)(const Pool&, const ExpertsArguments&);
@@ -114,6 +115,11 @@ struct Kernels {
 
 #if defined(__x86_64__) && defined(__GNUC__)
 extern const Kernels kAvx512Bf16, kAvx512, kAvx2;
+// Compilers know AMX since GCC 11 and Clang 12.
+#if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define HAS_AMX_COMPILER
+extern const Kernels kAmxBf16;
+#endif
 #elif defined(__aarch64__) && defined(__GNUC__)
 extern const Kernels kNeon;
 #endif
@@ -129,7 +135,7 @@ constexpr int kScaled = 16;  // keys and values in int8 with one scale
 constexpr int64_t kFewRows = 8;
 // Rows of a quantised product in bfloat16 have scratch memory for a multiple of this many inputs.
 constexpr int kStepInputs = 128;
-// Rows of a widened matrix are padded with zeros to a multiple of this many elements.
+// Rows of a widened or packed matrix are padded with zeros to a multiple of this many elements.
 constexpr int kWideMultiple = 32;
 // Numbers per key of `prepared` of the delta rule, for keys of `size` channels.
 constexpr int64_t PreparedStride(int64_t size) { return 2 * size + 2; }

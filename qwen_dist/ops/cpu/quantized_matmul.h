@@ -460,21 +460,20 @@ SIMD void WidenFeatures(const PackedWeight& weight, int64_t begin, int64_t end, 
 // --- Both ---
 
 // Call job(x, num_rows, weight, begin, end, y) for blocks of features of each group, with the group's rows and results.
-template <class Type, class Result, Encoding encoding, ScaleType type, class Row, class Job>
-void ForPackedBlocks(const Pool& pool, const QuantizedMatmulArguments& a, Rows<const Row> x, const Job& job) {
-  using Element = typename Type::Element;
+template <class Type, class Result, Encoding encoding, ScaleType type, class Prepared, class Job>
+void ForPackedBlocks(const Pool& pool, const QuantizedMatmulArguments& a, const std::vector<Group>& groups, const Prepared& x,
+                     const Job& job) {
   constexpr int64_t kScaleBytes = type == ScaleType::kFloat32 ? 4 : 2;
-  const auto groups = NonEmptyGroups(a.sizes, a.num_groups, a.num_rows);
   const int64_t num_scales = a.num_features * (a.num_inputs / a.group_size);
   const int64_t num_bytes = a.num_features * (a.num_inputs / kRun) * RunBytes(encoding);
-  ParallelForBlocks<Element>(pool, groups, a.num_features, a.num_inputs, [&](const Block& block, const Block*) {
+  ParallelForBlocks<Type>(pool, groups, a.num_features, a.num_inputs, [&](const Block& block, const Block*) {
     const Group& group = block.group;
     const PackedWeight weight{static_cast<const uint8_t*>(a.values) + group.index * num_bytes,
                               static_cast<const char*>(a.scales) + group.index * num_scales * kScaleBytes,
                               a.zero_points == nullptr ? nullptr : a.zero_points + group.index * num_scales, a.num_inputs,
                               a.group_size / kRun};
     const Rows<Result> y{static_cast<Result*>(a.y) + group.first_row * a.num_features, a.num_features};
-    job(Rows<const Row>{x[group.first_row], x.stride}, group.num_rows, weight, block.begin, block.end, y);
+    job(x.From(group.first_row), group.num_rows, weight, block.begin, block.end, y);
   });
 }
 
@@ -482,6 +481,7 @@ template <class Type, class Result, Encoding encoding, ScaleType type>
 void MultiplyPacked(const Pool& pool, const QuantizedMatmulArguments& a) {
   using Element = typename Type::Element;
   using Row = typename Type::Row;
+  const auto groups = NonEmptyGroups(a.sizes, a.num_groups, a.num_rows);
   if constexpr (std::is_same_v<Type, BFloat16>) {
     if (a.num_rows <= kFewRows * a.num_groups) {
       PrepareValueRows<ValuesOf<encoding>>(pool, a);
@@ -493,10 +493,11 @@ void MultiplyPacked(const Pool& pool, const QuantizedMatmulArguments& a) {
           MultiplyFewRows<encoding, type, true>(rows, num_rows, weight, begin, end, y);
         }
       };
-      return ForPackedBlocks<Type, Result, encoding, type>(pool, a, x, multiply);
+      return ForPackedBlocks<Type, Result, encoding, type>(pool, a, groups, x, multiply);
     }
   }
-  const auto x = PrepareRows<Type>(pool, a.x, a.num_rows, a.num_inputs, a.rows);
+  const Rows<const Element> rows{static_cast<const Element*>(a.x), a.num_inputs};
+  const auto x = PrepareRows<Type>(pool, rows, a.num_rows, a.num_inputs, groups, a.rows);
   const auto multiply = [&](auto rows, int64_t num_rows, const PackedWeight& weight, int64_t begin, int64_t end, auto y) {
     if constexpr (std::is_same_v<Type, Float32>) {
       if (num_rows <= kFewFloatRows) {
@@ -514,7 +515,7 @@ void MultiplyPacked(const Pool& pool, const QuantizedMatmulArguments& a) {
     WidenFeatures<Type, encoding, type>(weight, first, end, memory);
     MultiplyBlock<Type, Result>(rows, num_rows, memory, a.num_inputs, {y.data + first, y.stride}, num_features, nullptr);
   };
-  ForPackedBlocks<Type, Result, encoding, type>(pool, a, x, multiply);
+  ForPackedBlocks<Type, Result, encoding, type>(pool, a, groups, x, multiply);
 }
 
 template <class Type, class Result, Encoding encoding>

@@ -32,12 +32,12 @@ SIMD INLINE void Store(Floats x, Element* to, AllLanes) {
   Store(x, to);
 }
 
-// The vectors in which a type's elements are multiplied: kLanes inputs each.
+// The vectors in which a type's elements are multiplied: kLanes inputs each. kWidens: as float32. kPacks: in AMX's tiles.
 struct Float32 {
   using Element = float;
   using Row = float;  // an element of the other operand's rows, see PrepareRows
   static constexpr int kLanes = kFloatLanes;
-  static constexpr bool kWidens = false;
+  static constexpr bool kWidens = false, kPacks = false;
   SIMD static INLINE Floats LoadVector(const float* from) { return Load(from); }
   SIMD static INLINE Floats LoadVector(const float* from, int count) { return Load(from, FirstLanes(count)); }
   SIMD static INLINE Floats MultiplyAdd(Floats x, Floats y, Floats sum) { return ::MultiplyAdd(x, y, sum); }
@@ -47,6 +47,11 @@ struct Float32 {
 struct BFloat16 {
   using Element = uint16_t;
   static constexpr int kLanes = 2 * kFloatLanes;
+#ifdef HAS_AMX
+  static constexpr bool kPacks = true;
+#else
+  static constexpr bool kPacks = false;
+#endif
 #ifdef HAS_BF16_DOT
   using Row = uint16_t;
   static constexpr bool kWidens = false;
