@@ -10,16 +10,13 @@
 
 #pragma once
 
-#include <immintrin.h>
-
+#include "amx.h"
 #include "parallel.h"
 #include "rows.h"
 #include "simd.h"
 
 namespace {
 
-constexpr int kTileSize = 16;    // rows of a tile, and pairs of inputs in its rows
-constexpr int kTileInputs = 32;  // in a tile
 constexpr int64_t kPairedFeatures = 2 * kTileSize, kPairedRows = 2 * kTileSize;
 constexpr int64_t kFewPairs = 3;  // of rows, which do not prefetch
 
@@ -72,31 +69,17 @@ inline PackedRows PackRows(const Pool& pool, Rows<const uint16_t> x, int64_t num
   return {x, packed, scratch.stride};
 }
 
-// The sizes of the tile registers: 0 to 3 for sums, 4 and 5 for features, 6 and 7 for rows. Sums 0 and 1 are of the first
-// features, sums 0 and 2 of the first rows.
-struct alignas(64) TileSizes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t num_rows[16] = {};
-
-  TileSizes(const int (&features)[2], const int (&rows)[2]) {
-    for (int f = 0; f < 2; ++f) {
-      for (int r = 0; r < 2; ++r) SetSize(2 * f + r, features[f], 4 * rows[r]);
-      SetSize(4 + f, features[f], 64);
-    }
-    for (int r = 0; r < 2; ++r) SetSize(6 + r, kTileSize, 4 * rows[r]);
+// The tiles' sizes: 0 to 3 are sums, 4 and 5 features, 6 and 7 rows. Sums 0 and 1 are of the first features, sums 0 and 2 of
+// the first rows.
+inline TileSizes SizesOfTiles(const int (&features)[2], const int (&rows)[2]) {
+  TileSizes sizes;
+  for (int f = 0; f < 2; ++f) {
+    for (int r = 0; r < 2; ++r) sizes.Set(2 * f + r, features[f], rows[r]);
+    sizes.Set(4 + f, features[f], kTileSize);
   }
-
- private:
-  void SetSize(int tile, int rows, int bytes) {
-    // A tile without a size could not be named, so those that are not used have one.
-    num_rows[tile] = static_cast<uint8_t>(std::max(rows, 1));
-    row_bytes[tile] = static_cast<uint16_t>(std::max(bytes, 4));
-  }
-};
-
-// GCC does not know what memory the instructions for tiles read.
-INLINE void FinishStores() { asm volatile("" : : : "memory"); }
+  for (int r = 0; r < 2; ++r) sizes.Set(6 + r, kTileSize, rows[r]);
+  return sizes;
+}
 
 // One or two tiles of features and of rows, and where the sums go.
 struct TileOperands {
@@ -221,9 +204,7 @@ SIMD void MultiplyBlock(const PackedRows& x, int64_t num_rows, const uint16_t* w
       }
       const int sizes[4] = {tiles.features[0], tiles.features[1], tiles.rows[0], tiles.rows[1]};
       if (std::memcmp(sizes, last_sizes, sizeof(sizes)) != 0) {
-        const TileSizes config(tiles.features, tiles.rows);
-        FinishStores();
-        _tile_loadconfig(&config);
+        SizesOfTiles(tiles.features, tiles.rows).Load();
         std::memcpy(last_sizes, sizes, sizeof(sizes));
       }
       tiles.prefetch = prefetch;

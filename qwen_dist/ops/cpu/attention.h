@@ -1,9 +1,9 @@
 // Paged attention: queries times the pages of a key/value cache.
 //
 // One job is a range of query rows that share a key head. It goes over the pages of their sequence in the order of
-// positions, with a running softmax (arXiv:2205.14135). The keys of a page are transposed once, so that a row's 64 scores
-// are a few registers. Where the processor multiplies pairs of 16-bit floats, values of two positions are interleaved;
-// elsewhere both are widened. As many scores as there are registers are computed at a time. A row's result is computed in
+// positions, with a running softmax. The keys of a page are transposed once, so that a row's 64 scores
+// are a few registers. Where the processor multiplies pairs of 16-bit floats, values of two positions are interleaved, which
+// is also what AMX multiplies; elsewhere both are widened. As many scores as there are registers are computed at a time. A row's result is computed in
 // the same order whatever the other rows are. A page in int8 is dequantised to the queries' type first, into memory that
 // the first caches hold.
 
@@ -11,16 +11,21 @@
 
 #include <vector>
 
+#include "amx_attention.h"
 #include "parallel.h"
+#include "rows.h"
+#include "running_softmax.h"
 #include "simd.h"
 
 namespace {
 
 // A tile's rows, and registers per row: for scores of a page, or columns of the values.
-constexpr int kAttendRows = kRegisters == 32 ? 6 : 3, kAttendVectors = 4;
+template <class Type>
+constexpr int kAttendRows = Type::kPacks ? kTileSize : kRegisters == 32 ? 6 : 3;
+constexpr int kAttendVectors = 4;
 constexpr int kAttendSize = kAttendVectors * kFloatLanes;
-constexpr int kPageVectors = kPageSize / kFloatLanes;
-constexpr int64_t kRowsPerJob = 120;
+template <class Type>
+constexpr int64_t kRowsPerJob = Type::kPacks ? 128 : 120;  // a multiple of a tile's rows
 
 using Words = const float*;  // each is a float32 or, if the type has pairs, two 16-bit floats
 
@@ -120,12 +125,6 @@ SIMD INLINE void MultiplyWords(Words row_words, int64_t row_stride, int64_t num_
   }
 }
 
-// A row's running softmax: the highest score so far, and the sum of the weights relative to it, by lane.
-struct RunningSoftmax {
-  float highest;
-  float total[kFloatLanes];
-};
-
 // Process one page for a tile of rows. A row sees the page's positions [begin, end).
 template <class Type, int rows>
 SIMD void AttendTile(Words q, int64_t num_words, Words transposed_keys, Words packed_values, int64_t num_columns,
@@ -143,21 +142,7 @@ SIMD void AttendTile(Words q, int64_t num_words, Words transposed_keys, Words pa
   }
   alignas(64) typename Type::Row weights[rows][kPageSize];
   float rescale[rows];
-  UNROLL for (int r = 0; r < rows; ++r) {
-    Floats largest = scores[r][0];
-    UNROLL for (int v = 1; v < kPageVectors; ++v) largest = Max(largest, scores[r][v]);
-    const float highest = std::max(softmax[r].highest, Largest(largest));
-    const Floats rescaled = Exp(Set(softmax[r].highest - highest));
-    Floats total = Load(softmax[r].total) * rescaled;
-    UNROLL for (int v = 0; v < kPageVectors; ++v) {
-      const Floats weight = Exp(scores[r][v] - Set(highest));
-      total = total + weight;
-      Store(weight, weights[r] + v * kFloatLanes);
-    }
-    softmax[r].highest = highest;
-    rescale[r] = First(rescaled);
-    Store(total, softmax[r].total);
-  }
+  UNROLL for (int r = 0; r < rows; ++r) rescale[r] = AddScores(scores[r], &softmax[r], weights[r]);
   for (int64_t column = 0; column < num_columns; column += kAttendSize) {
     Floats sums[rows][kAttendVectors];
     UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int v = 0; v < kAttendVectors; ++v) {
@@ -174,7 +159,9 @@ SIMD void AttendTile(Words q, int64_t num_words, Words transposed_keys, Words pa
 // Call AttendTile for a number of rows.
 template <class Type, int max_rows, class... Arguments>
 INLINE void AttendRows(int64_t num_rows, Arguments... arguments) {
-  if (num_rows == max_rows) {
+  if constexpr (Type::kPacks) {
+    AttendWithTiles(num_rows, arguments...);
+  } else if (num_rows == max_rows) {
     AttendTile<Type, max_rows>(arguments...);
   } else if constexpr (max_rows > 1) {
     AttendRows<Type, max_rows - 1>(num_rows, arguments...);
@@ -194,7 +181,8 @@ struct Attention {
   // Compute rows [first, last) of a sequence and a key head: row t · G + g is query head g of token t.
   SIMD void operator()(int64_t sequence, int64_t head, int64_t first, int64_t last,
                        const std::vector<Entry>& entries) const {
-    const int64_t head_dim = shape.head_dim, num_rows = last - first, num_words = head_dim / kPerWord<Type>;
+    const int64_t head_dim = shape.head_dim, num_rows = last - first, head_words = head_dim / kPerWord<Type>;
+    const int64_t num_words = Type::kPacks ? RoundUp(head_words, kTileSize) : head_words;  // the last ones are 0
     const int64_t num_columns = (head_dim + kAttendSize - 1) / kAttendSize * kAttendSize;
     std::vector<RunningSoftmax> softmax(num_rows, RunningSoftmax{std::numeric_limits<float>::lowest(), {}});
     std::vector<float> accumulator(num_rows * num_columns);
@@ -209,7 +197,7 @@ struct Attention {
       position[row] = shape.positions[token];
       row_offset[row] =
           ((token * shape.num_key_heads + head) * shape.group_size + (first + row) % shape.group_size) * head_dim;
-      CopyQuery(q + row_offset[row], num_words, &queries[row * num_words]);
+      CopyQuery(q + row_offset[row], head_words, &queries[row * num_words]);
     }
     const int64_t last_position = *std::max_element(position.begin(), position.end());
     for (const Entry& entry : entries) {
@@ -226,14 +214,14 @@ struct Attention {
       const int64_t first_position = (entry.page * shape.num_key_heads + head) * kPageSize;
       const Element* const keys = Page(shape.keys, shape.key_scales, first_position, page_keys);
       const Element* const values = Page(shape.values, shape.value_scales, first_position, page_values);
-      TransposeKeys<Type>(keys, num_words, transposed.data());
+      TransposeKeys<Type>(keys, head_words, transposed.data());
       PackValues<Type>(values, head_dim, num_columns, packed.data());
-      const int64_t num_tiles = (num_rows + kAttendRows - 1) / kAttendRows;
+      const int64_t num_tiles = CeilDivide(num_rows, kAttendRows<Type>);
       for (int64_t tile = 0; tile < num_tiles; ++tile) {
         const int64_t row = num_rows * tile / num_tiles, tile_rows = num_rows * (tile + 1) / num_tiles - row;
-        AttendRows<Type, kAttendRows>(tile_rows, &queries[row * num_words], num_words, transposed.data(), packed.data(),
-                                      num_columns, shape.scale, &begin[row], &end[row], &softmax[row],
-                                      &accumulator[row * num_columns]);
+        AttendRows<Type, kAttendRows<Type>>(tile_rows, &queries[row * num_words], num_words, transposed.data(), packed.data(),
+                                            num_columns, shape.scale, &begin[row], &end[row], &softmax[row],
+                                            &accumulator[row * num_columns]);
       }
     }
     for (int64_t row = 0; row < num_rows; ++row) {
@@ -275,9 +263,10 @@ void PagedAttention(const Pool& pool, const PagedAttentionArguments& a) {
     std::sort(of_sequence.begin(), of_sequence.end(), [](const Entry& a, const Entry& b) { return a.start < b.start; });
   }
   WithType(a.dtype, [&](auto float_type) {
-    const Attention<decltype(float_type)> attention{a};
+    using Type = decltype(float_type);
+    const Attention<Type> attention{a};
     const int64_t num_rows = a.num_tokens * a.group_size;
-    const int64_t jobs_per_head = (num_rows + kRowsPerJob - 1) / kRowsPerJob;
+    const int64_t jobs_per_head = CeilDivide(num_rows, kRowsPerJob<Type>);
     ParallelFor(pool, a.num_rows * a.num_key_heads * jobs_per_head, [&](int64_t job) {
       const int64_t range = job % jobs_per_head, sequence = job / jobs_per_head / a.num_key_heads;
       attention(sequence, job / jobs_per_head % a.num_key_heads, num_rows * range / jobs_per_head,

@@ -10,6 +10,8 @@
 #include <cstring>
 #include <limits>
 
+#include "kernels.h"
+
 #define INLINE inline __attribute__((always_inline))
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
