@@ -23,6 +23,13 @@ LIMITS = {
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
         "MKL_ENABLE_INSTRUCTIONS": "AVX512",
     },
+    "avx512_bf16": {
+        "QWEN_DIST_CPU": "avx512_bf16",
+        "XLA_FLAGS": "--xla_cpu_max_isa=AVX512_BF16",
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+    },
 }
 
 

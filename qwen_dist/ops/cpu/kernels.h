@@ -124,6 +124,9 @@ extern const Kernels kAmxBf16;
 extern const Kernels kNeon;
 #endif
 
+// Whether this is a processor of Intel. Defined in processor.cc.
+bool IsIntel();
+
 // The least out-features of a matmul.
 constexpr int kTileFeatures = 4;
 constexpr int kRun = 32;  // inputs of a run of a quantised weight

@@ -1,4 +1,4 @@
-// Which builds of the kernels this processor can run.
+// What processor this is, and which builds of the kernels it can run.
 
 #include "kernels.h"
 
@@ -20,6 +20,15 @@ bool RequestAmx() {
 
 }  // namespace
 #endif
+
+bool IsIntel() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const bool is_intel = __builtin_cpu_is("intel");
+  return is_intel;
+#else
+  return false;
+#endif
+}
 
 // One bit for each build that this processor can run, in the order of BUILDS in ../native_library.py.
 extern "C" int ProcessorBuilds() {
