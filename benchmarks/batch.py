@@ -75,7 +75,8 @@ def run_worker(options: argparse.Namespace, system: str) -> dict[str, float]:
     for name in ("model", "prompts", "dtype", "max_new_tokens", "max_batch_size"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    # vLLM logs to the standard output, also after the worker's line.
+    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith(b'{"seconds"')))
 
 
 def questions(number: int) -> list[str]:
