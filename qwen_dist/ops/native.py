@@ -166,7 +166,7 @@ def quantized_grouped_matmul(
 ) -> jax.Array:
     """Compute what `grouped_matmul` does of the dequantised weights, without making arrays of them.
 
-    Up to 8 rows in bfloat16 for each group, on average over the static shapes, are multiplied with the integer values, and
+    Up to 8 rows in bfloat16 (3 with AMX) for each group, on average over the static shapes, are multiplied with the integer values, and
     the sums are scaled: no element of a weight is rounded. Otherwise the bits are those of the dequantised weights.
 
     Args:

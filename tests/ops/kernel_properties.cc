@@ -221,7 +221,7 @@ void CheckQuantizedMatmul(const Kernels& kernels) {
                                    x.Data(), values.data(), scales.data(), has_zero ? zero_points.data() : nullptr,
                                    sizes.data(), y.Data(), scratch.scratch});
   y.ExpectGuards(name);
-  if (dtype == Float::kBFloat16 && rows <= kFewRows * experts) {
+  if (dtype == Float::kBFloat16 && rows <= FewRows(kernels.packs) * experts) {
     for (int64_t expert = 0, row = 0; expert < experts; row += sizes[expert++]) {
       for (int64_t r = row; r < row + sizes[expert]; ++r) {
         for (int64_t f = 0; f < features; ++f) {

@@ -10,6 +10,8 @@
 
 #pragma once
 
+#include <type_traits>
+
 #include "amx.h"
 #include "parallel.h"
 #include "rows.h"
@@ -81,14 +83,14 @@ inline TileSizes SizesOfTiles(const int (&features)[2], const int (&rows)[2]) {
   return sizes;
 }
 
-// One or two tiles of features and of rows, and where the sums go.
+// One or two tiles of features and of rows.
 struct TileOperands {
   const uint16_t* weight;
-  int64_t num_inputs;
+  int64_t weight_stride, num_inputs;
   int features[2], rows[2];
   const uint16_t* packed[2];
-  const char* prefetch;
-  int64_t prefetch_lines;  // for each 32 inputs
+  const char* prefetch = nullptr;
+  int64_t prefetch_lines = 0;  // for each 32 inputs
 };
 
 // The sums of two tiles of features, 32 × rows, for each of two tiles of rows.
@@ -96,44 +98,53 @@ struct alignas(64) TileSums {
   float sums[2][kPairedFeatures * kTileSize];
 };
 
+SIMD INLINE void ZeroSums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+// Add the products of all inputs to the sums.
 template <bool has_second_features, bool has_second_rows>
-SIMD void MultiplyTiles(const TileOperands& tiles, TileSums* to) {
+SIMD INLINE void AddProductsOfTiles(const TileOperands& tiles) {
   const int64_t row_bytes[2] = {4 * tiles.rows[0], 4 * tiles.rows[1]};
-  const auto add = [&](const uint16_t* weight, int64_t weight_bytes, int64_t input) SIMD {
+  const auto add = [&](const uint16_t* weight, int64_t stride, int64_t input) SIMD {
     _tile_loadd(6, tiles.packed[0] + input * tiles.rows[0], row_bytes[0]);
-    _tile_loadd(4, weight, weight_bytes);
+    _tile_loadd(4, weight, 2 * stride);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (has_second_rows) {
       _tile_loadd(7, tiles.packed[1] + input * tiles.rows[1], row_bytes[1]);
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (has_second_features) {
-      _tile_loadd(5, weight + kTileSize * (weight_bytes / 2), weight_bytes);
+      _tile_loadd(5, weight + kTileSize * stride, 2 * stride);
       _tile_dpbf16ps(2, 5, 6);
       if constexpr (has_second_rows) _tile_dpbf16ps(3, 5, 7);
     }
   };
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
   const char* prefetch = tiles.prefetch;
   int64_t input = 0;
   for (; input + kTileInputs <= tiles.num_inputs; input += kTileInputs) {
     for (int64_t line = 0; line < tiles.prefetch_lines; ++line, prefetch += kCacheLine) Prefetch(prefetch);
-    add(tiles.weight + input, 2 * tiles.num_inputs, input);
+    add(tiles.weight + input, tiles.weight_stride, input);
   }
   if (input < tiles.num_inputs) {
     // The bytes after the weight's rows may be any, and their products with zeros not a number.
     alignas(64) uint16_t padded[kPairedFeatures * kTileInputs];
     const int count = static_cast<int>(tiles.num_inputs - input);
     for (int f = 0; f < (has_second_features ? kTileSize + tiles.features[1] : tiles.features[0]); ++f) {
-      const auto last = BFloat16::LoadVector(tiles.weight + f * tiles.num_inputs + input, count);
+      const auto last = BFloat16::LoadVector(tiles.weight + f * tiles.weight_stride + input, count);
       Store(last, reinterpret_cast<float*>(padded + f * kTileInputs));
     }
     FinishStores();
-    add(padded, 2 * kTileInputs, input);
+    add(padded, kTileInputs, input);
   }
+}
+
+template <bool has_second_features, bool has_second_rows>
+SIMD INLINE void StoreSumsOfTiles(const TileOperands& tiles, TileSums* to) {
+  const int64_t row_bytes[2] = {4 * tiles.rows[0], 4 * tiles.rows[1]};
   _tile_stored(0, to->sums[0], row_bytes[0]);
   if constexpr (has_second_features) _tile_stored(2, to->sums[0] + kTileSize * tiles.rows[0], row_bytes[0]);
   if constexpr (has_second_rows) {
@@ -175,13 +186,67 @@ SIMD void StoreTransposed(const float* sums, int num_features, int num_rows, Row
   }
 }
 
+// Compute the sums of one or two tiles of features and of rows, and store them. add(tiles) is given TileOperands and whether
+// there are second features and rows, as types; it adds the products.
+template <class Result, class Add>
+SIMD INLINE void ComputeTiles(const TileOperands& tiles, Rows<Result> y, const Add& add) {
+  TileSums sums;
+  const auto compute = [&](auto has_second_features, auto has_second_rows) SIMD {
+    ZeroSums();
+    add(tiles, has_second_features, has_second_rows);
+    StoreSumsOfTiles<has_second_features.value, has_second_rows.value>(tiles, &sums);
+  };
+  if (tiles.features[1] > 0) {
+    tiles.rows[1] > 0 ? compute(std::true_type(), std::true_type()) : compute(std::true_type(), std::false_type());
+  } else {
+    tiles.rows[1] > 0 ? compute(std::false_type(), std::true_type()) : compute(std::false_type(), std::false_type());
+  }
+  for (int r = 0; r < 2 && tiles.rows[r] > 0; ++r) {
+    StoreTransposed(sums.sums[r], tiles.features[0] + tiles.features[1], tiles.rows[r], y.From(r * kTileSize));
+  }
+}
+
+// Sets the sizes of the tiles when they change.
+class TileSizesInUse {
+ public:
+  SIMD INLINE void Set(const TileOperands& tiles) {
+    const int sizes[4] = {tiles.features[0], tiles.features[1], tiles.rows[0], tiles.rows[1]};
+    if (std::memcmp(sizes, sizes_, sizeof(sizes)) == 0) return;
+    std::memcpy(sizes_, sizes, sizeof(sizes));
+    SizesOfTiles(tiles.features, tiles.rows).Load();
+  }
+
+ private:
+  int sizes_[4] = {};
+};
+
+// Call job(tiles, row, feature) for each two tiles of features and of rows, with their sizes and rows set.
+template <class Job>
+SIMD INLINE void ForTiles(const PackedRows& x, int64_t num_rows, int64_t num_features, int64_t num_inputs, const Job& job) {
+  const uint16_t* const packed = PackedRows::AreTheirPackedForm(num_rows, num_inputs) ? x.rows[0] : x.packed;
+  const auto size_of_tile = [](int64_t rest) { return static_cast<int>(std::clamp<int64_t>(rest, 0, kTileSize)); };
+  TileSizesInUse sizes;
+  for (int64_t row = 0; row < num_rows; row += kPairedRows) {
+    for (int64_t feature = 0; feature < num_features; feature += kPairedFeatures) {
+      TileOperands tiles;
+      for (int n = 0; n < 2; ++n) {
+        tiles.features[n] = size_of_tile(num_features - feature - n * kTileSize);
+        tiles.rows[n] = size_of_tile(num_rows - row - n * kTileSize);
+        tiles.packed[n] = packed + (row + n * kTileSize) * x.stride;
+      }
+      sizes.Set(tiles);
+      job(tiles, row, feature);
+    }
+  }
+  _tile_release();
+}
+
 // Multiply all rows of a group with a block of features of its weight, and prefetch the block at `next_weight` unless it is
 // null. Few rows do not prefetch it: they read a block once, the processor sees that each feature's inputs are read in order,
 // and instructions that prefetch would delay the tiles' loads.
 template <class Type, class Result>
 SIMD void MultiplyBlock(const PackedRows& x, int64_t num_rows, const uint16_t* weight, int64_t num_inputs, Rows<Result> y,
                         int64_t num_features, const uint16_t* next_weight) {
-  const uint16_t* const packed = PackedRows::AreTheirPackedForm(num_rows, num_inputs) ? x.rows[0] : x.packed;
   const int64_t num_steps = CeilDivide(num_rows, kPairedRows) * CeilDivide(num_features, kPairedFeatures) *
                             CeilDivide(num_inputs, kTileInputs);
   const int64_t block_bytes = num_features * num_inputs * sizeof(*weight);
@@ -189,40 +254,18 @@ SIMD void MultiplyBlock(const PackedRows& x, int64_t num_rows, const uint16_t* w
   const int64_t lines = prefetches ? CeilDivide(block_bytes, kCacheLine * num_steps) : 0;
   const char* prefetch = reinterpret_cast<const char*>(next_weight);
   const char* const prefetch_end = prefetch + block_bytes;
-  const auto size_of_tile = [](int64_t rest) { return static_cast<int>(std::clamp<int64_t>(rest, 0, kTileSize)); };
-  TileSums sums;
-  int last_sizes[4] = {};
-  for (int64_t row = 0; row < num_rows; row += kPairedRows) {
-    for (int64_t feature = 0; feature < num_features; feature += kPairedFeatures) {
-      TileOperands tiles;
-      tiles.weight = weight + feature * num_inputs;
-      tiles.num_inputs = num_inputs;
-      for (int n = 0; n < 2; ++n) {
-        tiles.features[n] = size_of_tile(num_features - feature - n * kTileSize);
-        tiles.rows[n] = size_of_tile(num_rows - row - n * kTileSize);
-        tiles.packed[n] = packed + (row + n * kTileSize) * x.stride;
-      }
-      const int sizes[4] = {tiles.features[0], tiles.features[1], tiles.rows[0], tiles.rows[1]};
-      if (std::memcmp(sizes, last_sizes, sizeof(sizes)) != 0) {
-        SizesOfTiles(tiles.features, tiles.rows).Load();
-        std::memcpy(last_sizes, sizes, sizeof(sizes));
-      }
-      tiles.prefetch = prefetch;
-      tiles.prefetch_lines = prefetch < prefetch_end ? lines : 0;
-      prefetch += lines * kCacheLine * (num_inputs / kTileInputs);
-      if (tiles.features[1] > 0) {
-        tiles.rows[1] > 0 ? MultiplyTiles<true, true>(tiles, &sums) : MultiplyTiles<true, false>(tiles, &sums);
-      } else {
-        tiles.rows[1] > 0 ? MultiplyTiles<false, true>(tiles, &sums) : MultiplyTiles<false, false>(tiles, &sums);
-      }
-      for (int r = 0; r < 2 && tiles.rows[r] > 0; ++r) {
-        Rows<Result> to = y.From(row + r * kTileSize);
-        to.data += feature;
-        StoreTransposed(sums.sums[r], tiles.features[0] + tiles.features[1], tiles.rows[r], to);
-      }
-    }
-  }
-  _tile_release();
+  ForTiles(x, num_rows, num_features, num_inputs, [&](TileOperands& tiles, int64_t row, int64_t feature) SIMD {
+    tiles.weight = weight + feature * num_inputs;
+    tiles.weight_stride = tiles.num_inputs = num_inputs;
+    tiles.prefetch = prefetch;
+    tiles.prefetch_lines = prefetch < prefetch_end ? lines : 0;
+    prefetch += lines * kCacheLine * (num_inputs / kTileInputs);
+    Rows<Result> to = y.From(row);
+    to.data += feature;
+    ComputeTiles(tiles, to, [](const TileOperands& tiles, auto has_second_features, auto has_second_rows) SIMD {
+      AddProductsOfTiles<has_second_features.value, has_second_rows.value>(tiles);
+    });
+  });
 }
 
 #endif

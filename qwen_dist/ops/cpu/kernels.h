@@ -134,8 +134,9 @@ constexpr int kMaxTaps = 8;    // of the short convolution
 constexpr int kPageSize = 64;  // positions of a page of keys and values
 constexpr int kHeadMultiple = 16;  // the head_dim of attention is a multiple of it
 constexpr int kScaled = 16;  // keys and values in int8 with one scale
-// The most bfloat16 rows, on average over the groups, for which a quantised product scales sums.
-constexpr int64_t kFewRows = 8;
+// The most bfloat16 rows, on average over the groups, for which a quantised product scales sums. Packed rows are multiplied in
+// less time than it takes to scale the sums of more.
+constexpr int64_t FewRows(bool packs) { return packs ? 3 : 8; }
 // Rows of a quantised product in bfloat16 have scratch memory for a multiple of this many inputs.
 constexpr int kStepInputs = 128;
 // Rows of a widened or packed matrix are padded with zeros to a multiple of this many elements.

@@ -457,6 +457,62 @@ SIMD void WidenFeatures(const PackedWeight& weight, int64_t begin, int64_t end, 
   }
 }
 
+#ifdef HAS_AMX
+// --- Dequantised elements, in the tiles of AMX ---
+
+// Runs of 32 features that are dequantised at once, and how far apart the features are then: at a power of two they would
+// compete for the same lines of the L1 cache.
+constexpr int64_t kRangeRuns = 8, kRangeStride = (kRangeRuns + 1) * kRun;
+
+// Widen runs [first, first + num_runs) of `num_features` features from `feature` on, and prefetch those of later features.
+template <Encoding encoding, ScaleType type>
+SIMD INLINE void WidenRange(const PackedWeight& weight, int64_t num_groups, int64_t feature, int num_features, int64_t first,
+                            int64_t num_runs, uint16_t* to) {
+  const int64_t first_group = first / weight.group_runs, before = first - first_group * weight.group_runs;
+  const uint8_t* const values = weight.values + first * RunBytes(encoding);
+  for (int f = 0; f < num_features; ++f) {
+    RunReader<BFloat16, encoding, type> reader;
+    int64_t group = (feature + f) * num_groups + first_group, left_in_group = weight.group_runs - before;
+    reader.StartGroup(weight, group);
+    const uint8_t* run = values + (feature + f) * weight.num_runs() * RunBytes(encoding);
+    auto* vector = reinterpret_cast<float*>(to + f * kRangeStride);
+    const char* const later = reinterpret_cast<const char*>(run) + kPairedFeatures * weight.num_runs() * RunBytes(encoding);
+    for (int64_t byte = 0; byte < num_runs * RunBytes(encoding); byte += kCacheLine) Prefetch(later + byte);
+    for (int64_t n = 0; n < num_runs; ++n, run += RunBytes(encoding), vector += kFloatLanes, --left_in_group) {
+      if (left_in_group == 0) {
+        reader.StartGroup(weight, ++group);
+        left_in_group = weight.group_runs;
+      }
+      Store(reader.Vector(run, 0), vector);
+    }
+  }
+}
+
+// Multiply up to 32 rows with features [begin, end) of a weight. A range of a few features' inputs is dequantised at a time.
+template <Encoding encoding, ScaleType type, class Result>
+SIMD void MultiplyInTiles(const PackedRows& x, int64_t num_rows, const PackedWeight& weight, int64_t begin, int64_t end,
+                          Rows<Result> y) {
+  alignas(64) uint16_t range[kPairedFeatures * kRangeStride];
+  const int64_t num_runs = weight.num_runs(), num_groups = weight.num_groups();
+  ForTiles(x, num_rows, end - begin, weight.num_inputs, [&](TileOperands& tiles, int64_t, int64_t feature) SIMD {
+    const Rows<Result> to{y.data + begin + feature, y.stride, y.index};
+    ComputeTiles(tiles, to, [&](TileOperands tiles, auto has_second_features, auto has_second_rows) SIMD {
+      tiles.weight = range;
+      tiles.weight_stride = kRangeStride;
+      for (int64_t first = 0; first < num_runs; first += kRangeRuns) {
+        const int64_t runs = std::min(kRangeRuns, num_runs - first);
+        WidenRange<encoding, type>(weight, num_groups, begin + feature, tiles.features[0] + tiles.features[1], first, runs,
+                                   range);
+        FinishStores();
+        tiles.num_inputs = runs * kRun;
+        AddProductsOfTiles<has_second_features.value, has_second_rows.value>(tiles);
+        for (int n = 0; n < 2; ++n) tiles.packed[n] += tiles.num_inputs * tiles.rows[n];
+      }
+    });
+  });
+}
+#endif
+
 // --- Both ---
 
 // Call job(x, num_rows, weight, begin, end, y) for blocks of features of each group, with the group's rows and results.
@@ -483,7 +539,7 @@ void MultiplyPacked(const Pool& pool, const QuantizedMatmulArguments& a) {
   using Row = typename Type::Row;
   const auto groups = NonEmptyGroups(a.sizes, a.num_groups, a.num_rows);
   if constexpr (std::is_same_v<Type, BFloat16>) {
-    if (a.num_rows <= kFewRows * a.num_groups) {
+    if (a.num_rows <= FewRows(Type::kPacks) * a.num_groups) {
       PrepareValueRows<ValuesOf<encoding>>(pool, a);
       const Rows<const Row> x{static_cast<const Row*>(a.rows.data), a.rows.stride};
       const auto multiply = [](auto rows, int64_t num_rows, const PackedWeight& weight, int64_t begin, int64_t end, auto y) {
@@ -508,6 +564,11 @@ void MultiplyPacked(const Pool& pool, const QuantizedMatmulArguments& a) {
         return;
       }
     }
+#ifdef HAS_AMX
+    if constexpr (Type::kPacks) {
+      if (num_rows <= kPairedRows) return MultiplyInTiles<encoding, type>(rows, num_rows, weight, begin, end, y);
+    }
+#endif
     // The last tile of a block may start before it, if it has too few features.
     const int64_t first = std::min(begin, end - kTileFeatures), num_features = end - first;
     auto* const memory = reinterpret_cast<Element*>(
