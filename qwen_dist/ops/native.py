@@ -166,8 +166,9 @@ def quantized_grouped_matmul(
 ) -> jax.Array:
     """Compute what `grouped_matmul` does of the dequantised weights, without making arrays of them.
 
-    Up to 8 rows in bfloat16 (3 with AMX) for each group, on average over the static shapes, are multiplied with the integer values, and
-    the sums are scaled: no element of a weight is rounded. Otherwise the bits are those of the dequantised weights.
+    Up to 8 rows in bfloat16 (3 with AMX) for each group, on average over the static shapes, are multiplied with the integer
+    values, and the sums are scaled: no element of a weight is rounded. Otherwise the bits are those of the dequantised
+    weights.
 
     Args:
       weights_EOC: a single weight may also be [O, C].
