@@ -6,7 +6,8 @@
 Every measurement runs in a fresh process, the two systems in turn, `--rounds` times; the table has medians. An extra
 first round warms the page cache and the compilation cache and is discarded. "first token" is the time from the start of
 the process to the first token of a 38-token chat prompt. "decode" counts the tokens after every sequence has its first
-one; each of the 32-token prompts gets `--steps` + 1 tokens. A ratio above 1 means that this project is better.
+one; each of the 32-token prompts gets `--steps` + 1 tokens. A ratio above 1 means that this project is better. The last
+lines say at what rate a step of one sequence reads the weights, and how much of the memory's rate that is.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import processor
@@ -57,6 +59,7 @@ def main() -> None:
                     rounds.append(result)
                 print(f"{dtype} round {round_number} {system}: {result}", file=sys.stderr)
     print_table(measured)
+    print_read_rates(options.model, measured)
     if options.json:
         with open(options.json, "w") as file:
             json.dump(measured, file)
@@ -195,6 +198,18 @@ def print_table(measured: dict[str, dict[str, list[dict[str, float]]]]) -> None:
             ours, theirs = (statistics.median(result[name] for result in rounds) for rounds in systems.values())
             ratio = theirs / ours if name in UNITS else ours / theirs
             print(f"{dtype:10}{name:14}{ours:12.2f}{theirs:14.2f}{ratio:7.2f}×  {UNITS.get(name, 'tokens/s')}")
+
+
+def print_read_rates(model: str, measured: dict[str, dict[str, list[dict[str, float]]]]) -> None:
+    """Print at what rate a decode step of one sequence reads the weights, which are 16-bit floats on disk."""
+    plain = processor.read_rate()
+    for dtype, systems in measured.items():
+        size = sum(path.stat().st_size for path in Path(model).glob("*.safetensors")) * (2 if dtype == "float32" else 1)
+        for system, rounds in systems.items():
+            if "decode B=1" in rounds[0]:
+                rate = statistics.median(result["decode B=1"] for result in rounds) * size / 1e9
+                share = f"{rate / plain:.2f} of a plain read's {plain:.1f}"
+                print(f"{dtype:10}decode B=1 of {system} reads {rate:.1f} GB/s, {share}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 
 # What tells each library to use no newer instructions: this project's kernels, XLA, PyTorch and the two libraries below it.
@@ -40,6 +42,22 @@ def add_flag(parser: argparse.ArgumentParser) -> None:
 def limit(options: argparse.Namespace) -> None:
     """Set the variables that this process and those that it starts inherit."""
     os.environ.update(LIMITS.get(options.instructions, {}))
+
+
+def read_rate(gigabytes: float = 1.0) -> float:
+    """Return the GB/s at which one thread for each core reads memory: each looks for the largest number of an array."""
+    import numpy as np
+
+    from qwen_dist.runtime.processors import count_processors
+
+    arrays = [np.ones(int(gigabytes * 1e9 / 8 / count_processors()), np.uint64) for _ in range(count_processors())]
+    seconds = []
+    with ThreadPoolExecutor(len(arrays)) as pool:
+        for _ in range(5):
+            start = time.perf_counter()
+            list(pool.map(np.max, arrays))
+            seconds.append(time.perf_counter() - start)
+    return sum(array.nbytes for array in arrays) / min(seconds) / 1e9
 
 
 def describe(*packages: str) -> str:
