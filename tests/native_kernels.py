@@ -4,6 +4,7 @@ import os
 import pathlib
 import shutil
 
+import jax
 import pytest
 
 from qwen_dist.ops.native_library import BUILDS, PLAIN, VARIABLE
@@ -21,4 +22,12 @@ needs_kernels = pytest.mark.skipif(not CAN_RUN, reason="no processor with a buil
 def cpu_build(request, monkeypatch):
     """Each build that this processor can run. The default tests run the best: test_kernel_properties.py is about all."""
     monkeypatch.setenv(VARIABLE, request.param)
+    if request.param not in _traced_with:
+        # A traced function does not ask again which build there is.
+        jax.clear_caches()
+        _traced_with[:] = [request.param]
     return request.param
+
+
+# The build of the functions that jax has traced.
+_traced_with: list[str] = []
