@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import os
 import random
 import resource
@@ -161,7 +162,9 @@ def busy_fraction(outputs: Iterator[Any]) -> float:
             for _ in itertools.takewhile(lambda _: time.monotonic() - begin < SECONDS + BEFORE_TRACE, outputs):
                 if time.monotonic() - begin > BEFORE_TRACE:
                     tick()
-        (path,) = Path(folder).rglob("*.xplane.pb")
+        path = next(Path(folder).rglob("*.xplane.pb"), None)
+        if path is None:  # the answers ended before the trace began
+            return math.nan
         profile = jax.profiler.ProfileData.from_file(str(path))
     steps = sorted(
         (event.start_ns, event.end_ns)
