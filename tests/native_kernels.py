@@ -18,16 +18,15 @@ CAN_RUN = EXPECTED and os.environ.get(VARIABLE) != PLAIN and shutil.which("c++")
 needs_kernels = pytest.mark.skipif(not CAN_RUN, reason="no processor with a build of the kernels, or no compiler")
 
 
+_traced_build: str | None = None  # the build of the functions that jax has traced
+
+
 @pytest.fixture(params=[pytest.param(build, marks=pytest.mark.slow if build != EXPECTED[0] else ()) for build in EXPECTED])
 def cpu_build(request, monkeypatch):
     """Each build that this processor can run. The default tests run the best: test_kernel_properties.py is about all."""
     monkeypatch.setenv(VARIABLE, request.param)
-    if request.param not in _traced_with:
-        # A traced function does not ask again which build there is.
-        jax.clear_caches()
-        _traced_with[:] = [request.param]
+    global _traced_build
+    if request.param != _traced_build:
+        jax.clear_caches()  # a program calls the build with which it was traced
+        _traced_build = request.param
     return request.param
-
-
-# The build of the functions that jax has traced.
-_traced_with: list[str] = []

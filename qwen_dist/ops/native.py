@@ -46,9 +46,9 @@ TARGETS = {
     "qwen_dist_delta_rule_in_slots": "DeltaRuleInSlots",
 }
 GROUPED_MATMUL, QUANTIZED_MATMUL, EXPERTS, SWIGLU, ROTATE, PAGED_ATTENTION, SHORT_CONVOLUTION, DELTA_RULE_IN_SLOTS = TARGETS
-# The build that multiplies rows of 16-bit floats as they are. Another packs them into tiles, and the others widen them to
-# float32: in scratch memory, padded to a multiple of WIDE elements.
-AS_THEY_ARE, PACKED, WIDE = "avx512_bf16", "amx_bf16", 32
+# The builds that multiply 16-bit floats without widening them to float32, and of these the one that packs rows into tiles.
+# Rows are widened or packed in scratch memory, padded to a multiple of WIDE elements.
+WITHOUT_WIDENING, PACKING, WIDE = ("amx_bf16", "avx512_bf16"), "amx_bf16", 32
 # For a quantised weight, rows in bfloat16 are put into the order of its values, padded to a multiple of STEP_INPUTS.
 STEP_INPUTS = 128
 # The least out-features of a matrix product, and the rows of one of its tiles.
@@ -115,7 +115,7 @@ def _scratch_shape(
     own packed form.
     """
     num_rows, size = shape
-    is_wide = dtype == jnp.bfloat16 and active_build() not in (AS_THEY_ARE, PACKED)
+    is_wide = dtype == jnp.bfloat16 and active_build() not in WITHOUT_WIDENING
     is_packed = _packs(dtype) and (num_rows > 1 or size % WIDE != 0)
     if is_wide or is_packed or (is_quantized and dtype == jnp.bfloat16):
         multiple, dtype = STEP_INPUTS if is_quantized else WIDE, jnp.float32 if is_wide else dtype
@@ -127,7 +127,7 @@ def _scratch_shape(
 
 def _packs(dtype: DTypeLike) -> bool:
     """Return whether rows of a type are packed into tiles."""
-    return dtype == jnp.bfloat16 and active_build() == PACKED
+    return dtype == jnp.bfloat16 and active_build() == PACKING
 
 
 def _padded_stride(size: int, dtype: DTypeLike) -> int:

@@ -107,7 +107,7 @@ struct Rows {
   Rows(const Kernels& kernels, Float dtype, int64_t rows, int64_t inputs, bool is_quantized = false) {
     const int64_t multiple = is_quantized ? kStepInputs : kWideMultiple;
     scratch.stride = (inputs + multiple - 1) / multiple * multiple + 16;
-    const bool is_packed = kernels.packs && (rows > 1 || inputs % kWideMultiple != 0);
+    const bool is_packed = kernels.packs && !IsPackedForm(rows, inputs);
     if (!((kernels.widens || is_packed || is_quantized) && dtype == Float::kBFloat16) && Random(0, 1)) return;
     memory.assign(rows * scratch.stride + 1, std::nanf(""));
     scratch.data = memory.data();

@@ -9,13 +9,13 @@
 
 namespace {
 
-constexpr int kTileSize = 16;    // rows of a tile, and pairs of inputs in its rows
-constexpr int kTileInputs = 32;  // in a tile
+constexpr int kTileSize = 16;  // rows of a tile, and pairs of inputs in its rows
+constexpr int kTileInputs = kWideMultiple;  // in a tile
 
 #ifdef HAS_AMX
 
-// GCC does not know what memory the instructions for tiles read.
-INLINE void FinishStores() { asm volatile("" : : : "memory"); }
+// GCC does not know what memory the instructions for tiles read: it must not move a store to that memory after them.
+INLINE void CompilerBarrier() { asm volatile("" : : : "memory"); }
 
 // The number of rows, and of 4-byte words in a row, of each tile.
 struct alignas(64) TileSizes {
@@ -29,10 +29,18 @@ struct alignas(64) TileSizes {
     row_bytes[tile] = static_cast<uint16_t>(std::max(4 * words, 4));
   }
   SIMD void Load() const {
-    FinishStores();
+    CompilerBarrier();
     _tile_loadconfig(this);
   }
 };
+
+// Tiles 0 to 3 hold the sums, in products and in attention.
+SIMD INLINE void ZeroSums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
 
 #endif
 

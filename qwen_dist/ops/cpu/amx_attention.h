@@ -9,20 +9,19 @@ namespace {
 
 #ifdef HAS_AMX
 
-constexpr int kPositionTiles = kPageSize / kTileSize;  // of a page
-static_assert(kPositionTiles == 4);
+static_assert(kPageSize == 4 * kTileSize);  // the scores of a page are four tiles
 
-// Tiles 0 to 3 are sums, tile 4 is of the rows, tiles 5 and 6 are of keys or values.
-inline TileSizes SizesOfAttention(int num_rows) {
+// Tile 4 has queries or weights, tiles 5 and 6 have keys or values.
+inline TileSizes AttentionTileSizes(int num_rows) {
   TileSizes sizes;
   for (int tile = 0; tile < 5; ++tile) sizes.Set(tile, num_rows, kTileSize);
   for (int tile = 5; tile < 7; ++tile) sizes.Set(tile, kTileSize, kTileSize);
   return sizes;
 }
 
-// Add to tiles 0 to 3 the products of the rows' words, `row_bytes` apart, with four tiles of words side by side, whose rows
-// are `bytes` apart. num_words is a multiple of 16.
-SIMD INLINE void AddTiles(const float* rows, int64_t row_bytes, int64_t num_words, const float* words, int64_t bytes) {
+// Add to the sums the products of rows, `row_bytes` apart, with four tiles that lie side by side and whose rows are `bytes`
+// apart. num_words is a multiple of 16.
+SIMD INLINE void AddToFourTiles(const float* rows, int64_t row_bytes, int64_t num_words, const float* words, int64_t bytes) {
   for (int64_t word = 0; word < num_words; word += kTileSize) {
     const float* const tile = words + word * (bytes / 4);
     _tile_loadd(4, rows + word, row_bytes);
@@ -36,7 +35,7 @@ SIMD INLINE void AddTiles(const float* rows, int64_t row_bytes, int64_t num_word
     _tile_dpbf16ps(3, 4, 6);
   }
 }
-SIMD INLINE void StoreTiles(float* to, int64_t bytes) {
+SIMD INLINE void StoreFourTiles(float* to, int64_t bytes) {
   _tile_stored(0, to, bytes);
   _tile_stored(1, to + kTileSize, bytes);
   _tile_stored(2, to + 2 * kTileSize, bytes);
@@ -49,13 +48,10 @@ SIMD void AttendWithTiles(int64_t num_rows, const float* q, int64_t num_words, c
                           const int32_t* end, RunningSoftmax* softmax, float* accumulator) {
   alignas(64) float scores[kTileSize * kPageSize];
   alignas(64) uint16_t weights[kTileSize * kPageSize];
-  SizesOfAttention(static_cast<int>(num_rows)).Load();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  AddTiles(q, 4 * num_words, num_words, transposed_keys, 4 * kPageSize);
-  StoreTiles(scores, 4 * kPageSize);
+  AttentionTileSizes(static_cast<int>(num_rows)).Load();
+  ZeroSums();
+  AddToFourTiles(q, 4 * num_words, num_words, transposed_keys, 4 * kPageSize);
+  StoreFourTiles(scores, 4 * kPageSize);
   for (int r = 0; r < num_rows; ++r) {
     Floats of_row[kPageVectors];
     UNROLL for (int v = 0; v < kPageVectors; ++v) {
@@ -69,7 +65,7 @@ SIMD void AttendWithTiles(int64_t num_rows, const float* q, int64_t num_words, c
       Store(Load(sum) * Set(rescale), sum);
     }
   }
-  FinishStores();
+  CompilerBarrier();
   for (int64_t column = 0; column < num_columns; column += 4 * kTileSize) {
     float* const sums = accumulator + column;
     const int64_t bytes = 4 * num_columns;
@@ -77,8 +73,8 @@ SIMD void AttendWithTiles(int64_t num_rows, const float* q, int64_t num_words, c
     _tile_loadd(1, sums + kTileSize, bytes);
     _tile_loadd(2, sums + 2 * kTileSize, bytes);
     _tile_loadd(3, sums + 3 * kTileSize, bytes);
-    AddTiles(reinterpret_cast<const float*>(weights), 2 * kPageSize, kPageSize / 2, packed_values + column, bytes);
-    StoreTiles(sums, bytes);
+    AddToFourTiles(reinterpret_cast<const float*>(weights), 2 * kPageSize, kPageSize / 2, packed_values + column, bytes);
+    StoreFourTiles(sums, bytes);
   }
   _tile_release();
 }

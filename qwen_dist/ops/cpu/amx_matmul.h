@@ -22,18 +22,14 @@ namespace {
 constexpr int64_t kPairedFeatures = 2 * kTileSize, kPairedRows = 2 * kTileSize;
 constexpr int64_t kFewPairs = 3;  // of rows, which do not prefetch
 
-// Rows and the same packed: in `packed`, `stride` elements for each row. The inputs of up to 16 consecutive rows of a group
-// are there pair by pair: the pair of each row, then the next pair of each.
+// Rows as they are and packed. `packed` has `stride` elements for each row. Up to 16 consecutive rows of a group are together:
+// the first pair of inputs of each row, then the second pair of each.
 struct PackedRows {
   Rows<const uint16_t> rows;
   const uint16_t* packed;
   int64_t stride;
 
   PackedRows From(int64_t row) const { return {rows.From(row), packed + row * stride, stride}; }
-  // Whether these rows of a group are their packed form.
-  static bool AreTheirPackedForm(int64_t num_rows, int64_t num_inputs) {
-    return num_rows == 1 && num_inputs % kTileInputs == 0;
-  }
 };
 
 #ifdef HAS_AMX
@@ -59,7 +55,7 @@ inline PackedRows PackRows(const Pool& pool, Rows<const uint16_t> x, int64_t num
   auto* const packed = static_cast<uint16_t*>(scratch.data);
   std::vector<Group> tiles;
   for (const Group& group : groups) {
-    if (PackedRows::AreTheirPackedForm(group.num_rows, num_inputs)) continue;
+    if (IsPackedForm(group.num_rows, num_inputs)) continue;
     for (int64_t row = 0; row < group.num_rows; row += kTileSize) {
       tiles.push_back({group.index, group.first_row + row, std::min<int64_t>(kTileSize, group.num_rows - row)});
     }
@@ -73,7 +69,7 @@ inline PackedRows PackRows(const Pool& pool, Rows<const uint16_t> x, int64_t num
 
 // The tiles' sizes: 0 to 3 are sums, 4 and 5 features, 6 and 7 rows. Sums 0 and 1 are of the first features, sums 0 and 2 of
 // the first rows.
-inline TileSizes SizesOfTiles(const int (&features)[2], const int (&rows)[2]) {
+inline TileSizes MatmulTileSizes(const int (&features)[2], const int (&rows)[2]) {
   TileSizes sizes;
   for (int f = 0; f < 2; ++f) {
     for (int r = 0; r < 2; ++r) sizes.Set(2 * f + r, features[f], rows[r]);
@@ -97,13 +93,6 @@ struct TileOperands {
 struct alignas(64) TileSums {
   float sums[2][kPairedFeatures * kTileSize];
 };
-
-SIMD INLINE void ZeroSums() {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-}
 
 // Add the products of all inputs to the sums.
 template <bool has_second_features, bool has_second_rows>
@@ -137,7 +126,7 @@ SIMD INLINE void AddProductsOfTiles(const TileOperands& tiles) {
       const auto last = BFloat16::LoadVector(tiles.weight + f * tiles.weight_stride + input, count);
       Store(last, reinterpret_cast<float*>(padded + f * kTileInputs));
     }
-    FinishStores();
+    CompilerBarrier();
     add(padded, kTileInputs, input);
   }
 }
@@ -213,7 +202,7 @@ class TileSizesInUse {
     const int sizes[4] = {tiles.features[0], tiles.features[1], tiles.rows[0], tiles.rows[1]};
     if (std::memcmp(sizes, sizes_, sizeof(sizes)) == 0) return;
     std::memcpy(sizes_, sizes, sizeof(sizes));
-    SizesOfTiles(tiles.features, tiles.rows).Load();
+    MatmulTileSizes(tiles.features, tiles.rows).Load();
   }
 
  private:
@@ -222,8 +211,8 @@ class TileSizesInUse {
 
 // Call job(tiles, row, feature) for each two tiles of features and of rows, with their sizes and rows set.
 template <class Job>
-SIMD INLINE void ForTiles(const PackedRows& x, int64_t num_rows, int64_t num_features, int64_t num_inputs, const Job& job) {
-  const uint16_t* const packed = PackedRows::AreTheirPackedForm(num_rows, num_inputs) ? x.rows[0] : x.packed;
+SIMD INLINE void ForEachTilePair(const PackedRows& x, int64_t num_rows, int64_t num_features, int64_t num_inputs, const Job& job) {
+  const uint16_t* const packed = IsPackedForm(num_rows, num_inputs) ? x.rows[0] : x.packed;
   const auto size_of_tile = [](int64_t rest) { return static_cast<int>(std::clamp<int64_t>(rest, 0, kTileSize)); };
   TileSizesInUse sizes;
   for (int64_t row = 0; row < num_rows; row += kPairedRows) {
@@ -254,7 +243,7 @@ SIMD void MultiplyBlock(const PackedRows& x, int64_t num_rows, const uint16_t* w
   const int64_t lines = prefetches ? CeilDivide(block_bytes, kCacheLine * num_steps) : 0;
   const char* prefetch = reinterpret_cast<const char*>(next_weight);
   const char* const prefetch_end = prefetch + block_bytes;
-  ForTiles(x, num_rows, num_features, num_inputs, [&](TileOperands& tiles, int64_t row, int64_t feature) SIMD {
+  ForEachTilePair(x, num_rows, num_features, num_inputs, [&](TileOperands& tiles, int64_t row, int64_t feature) SIMD {
     tiles.weight = weight + feature * num_inputs;
     tiles.weight_stride = tiles.num_inputs = num_inputs;
     tiles.prefetch = prefetch;

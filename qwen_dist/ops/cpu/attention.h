@@ -1,11 +1,11 @@
 // Paged attention: queries times the pages of a key/value cache.
 //
 // One job is a range of query rows that share a key head. It goes over the pages of their sequence in the order of
-// positions, with a running softmax. The keys of a page are transposed once, so that a row's 64 scores
-// are a few registers. Where the processor multiplies pairs of 16-bit floats, values of two positions are interleaved, which
-// is also what AMX multiplies; elsewhere both are widened. As many scores as there are registers are computed at a time. A row's result is computed in
-// the same order whatever the other rows are. A page in int8 is dequantised to the queries' type first, into memory that
-// the first caches hold.
+// positions, with a running softmax. The keys of a page are transposed once, so that a row's 64 scores are a few registers.
+// Where the processor multiplies pairs of 16-bit floats, values of two positions are interleaved, which is also the form that
+// AMX multiplies; elsewhere both are widened. As many scores as registers hold are computed at a time. A row's result is
+// computed in the same order whatever the other rows are. A page in int8 is dequantised to the queries' type first, into
+// memory that the first caches hold.
 
 #pragma once
 

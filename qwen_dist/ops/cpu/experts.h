@@ -36,7 +36,7 @@ struct ExpertLayer {
   const int32_t* chosen;
   const float* scores;
   Rows<Element> hidden;  // one row per choice, sorted by expert
-  Scratch hidden_rows;   // the same to multiply
+  Scratch hidden_rows;   // the rows of `hidden` to multiply
   Element *outputs, *mixed;
 
   void Run(const Pool& pool) const {
@@ -76,8 +76,7 @@ struct ExpertLayer {
                    hidden[group.first_row + row] + block.begin);
       }
     });
-    const auto inner =
-        PrepareRows<Type>(pool, {hidden.data, hidden.stride}, num_choices, mlp, groups, hidden_rows);
+    const auto inner = PrepareRows<Type>(pool, {hidden.data, hidden.stride}, num_choices, mlp, groups, hidden_rows);
     const auto down_of = [&](const Block& block) { return down + (block.group.index * embed + block.begin) * mlp; };
     ParallelForBlocks<Type>(pool, groups, embed, mlp, [&](const Block& block, const Block* next) {
       const Group& group = block.group;

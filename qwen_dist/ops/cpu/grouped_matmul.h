@@ -214,7 +214,7 @@ float* ThreadMemory(int64_t size) {
 }
 
 // Whether the processor prefetches a weight better than instructions do. Intel's recognise that the inputs of four features are
-// read in order, if there are enough of them: without instructions one or two rows take up to 25 % less time.
+// read in order, if there are enough of them.
 inline bool ProcessorPrefetches(int64_t num_rows, int64_t feature_bytes) {
   return num_rows <= 2 && feature_bytes >= kLongFeatureBytes && IsIntel();
 }

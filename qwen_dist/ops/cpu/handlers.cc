@@ -41,8 +41,7 @@ int64_t Count(const Buffer& buffer) { return static_cast<int64_t>(buffer.element
 bool GetScratch(const Kernels& kernels, ffi::DataType dtype, int64_t num_rows, int64_t num_inputs, ffi::AnyBuffer buffer,
                 Scratch* scratch, bool is_quantized = false) {
   const bool is_wide = kernels.widens && dtype == ffi::BF16;
-  // A single row is its own packed form, unless it must be padded.
-  const bool is_packed = kernels.packs && (num_rows > 1 || num_inputs % kWideMultiple != 0);
+  const bool is_packed = kernels.packs && !IsPackedForm(num_rows, num_inputs);
   const bool is_needed = dtype == ffi::BF16 && (is_wide || is_packed || is_quantized);
   const auto shape = buffer.dimensions();
   const int64_t multiple = !is_needed ? 1 : is_quantized ? kStepInputs : kWideMultiple;
@@ -134,15 +133,14 @@ ffi::Error ExpertsImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::
   const auto x_shape = x.dimensions(), choices = chosen.dimensions(), shape = down.dimensions();
   const auto hidden_shape = hidden->dimensions();
   const auto dtype = x.element_type();
-  // Tokens are packed once for each of their experts.
-  const int64_t num_rows = kernels->packs && dtype == ffi::BF16 ? Count(chosen) : x_shape.size() == 2 ? x_shape[0] : 0;
+  const bool is_packed = kernels->packs && dtype == ffi::BF16;  // each token once for each of its experts
   Scratch rows, hidden_rows;
   if (x_shape.size() != 2 || choices.size() != 2 || shape.size() != 3 || gate_up.dimensions().size() != 3 ||
       choices[0] != x_shape[0] || Count(scores) != Count(chosen) || shape[1] != x_shape[1] ||
       gate_up.dimensions()[1] != 2 * shape[2] || gate_up.dimensions()[2] != shape[1] || shape[1] % kTileFeatures != 0 ||
       shape[2] % kTileFeatures != 0 || gate_up.element_type() != dtype || down.element_type() != dtype ||
       hidden_shape.size() != 2 || hidden_shape[0] != Count(chosen) || hidden_shape[1] < shape[2] ||
-      !GetScratch(*kernels, dtype, num_rows, shape[1], *scratch, &rows) ||
+      !GetScratch(*kernels, dtype, is_packed ? Count(chosen) : x_shape[0], shape[1], *scratch, &rows) ||
       !GetScratch(*kernels, dtype, Count(chosen), shape[2], *hidden_scratch, &hidden_rows)) {
     return ffi::Error::InvalidArgument(
         "experts takes tokens [T, D], chosen experts and scores [T, K], and weights [E, 2F, D] and [E, D, F] of the same "

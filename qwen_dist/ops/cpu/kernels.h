@@ -124,8 +124,7 @@ extern const Kernels kAmxBf16;
 extern const Kernels kNeon;
 #endif
 
-// Whether this is a processor of Intel. Defined in processor.cc.
-bool IsIntel();
+bool IsIntel();  // whether the processor is one of Intel's: see processor.cc
 
 // The least out-features of a matmul.
 constexpr int kTileFeatures = 4;
@@ -134,12 +133,14 @@ constexpr int kMaxTaps = 8;    // of the short convolution
 constexpr int kPageSize = 64;  // positions of a page of keys and values
 constexpr int kHeadMultiple = 16;  // the head_dim of attention is a multiple of it
 constexpr int kScaled = 16;  // keys and values in int8 with one scale
-// The most bfloat16 rows, on average over the groups, for which a quantised product scales sums. Packed rows are multiplied in
-// less time than it takes to scale the sums of more.
+// The most bfloat16 rows, on average over the groups, for which a quantised product scales sums. Where rows are packed, the
+// product of dequantised elements is the faster one for more.
 constexpr int64_t FewRows(bool packs) { return packs ? 3 : 8; }
 // Rows of a quantised product in bfloat16 have scratch memory for a multiple of this many inputs.
 constexpr int kStepInputs = 128;
 // Rows of a widened or packed matrix are padded with zeros to a multiple of this many elements.
 constexpr int kWideMultiple = 32;
+// Whether the packed form of these rows of a group is the rows themselves.
+constexpr bool IsPackedForm(int64_t num_rows, int64_t num_inputs) { return num_rows == 1 && num_inputs % kWideMultiple == 0; }
 // Numbers per key of `prepared` of the delta rule, for keys of `size` channels.
 constexpr int64_t PreparedStride(int64_t size) { return 2 * size + 2; }

@@ -494,7 +494,7 @@ SIMD void MultiplyInTiles(const PackedRows& x, int64_t num_rows, const PackedWei
                           Rows<Result> y) {
   alignas(64) uint16_t range[kPairedFeatures * kRangeStride];
   const int64_t num_runs = weight.num_runs(), num_groups = weight.num_groups();
-  ForTiles(x, num_rows, end - begin, weight.num_inputs, [&](TileOperands& tiles, int64_t, int64_t feature) SIMD {
+  ForEachTilePair(x, num_rows, end - begin, weight.num_inputs, [&](TileOperands& tiles, int64_t, int64_t feature) SIMD {
     const Rows<Result> to{y.data + begin + feature, y.stride, y.index};
     ComputeTiles(tiles, to, [&](TileOperands tiles, auto has_second_features, auto has_second_rows) SIMD {
       tiles.weight = range;
@@ -503,7 +503,7 @@ SIMD void MultiplyInTiles(const PackedRows& x, int64_t num_rows, const PackedWei
         const int64_t runs = std::min(kRangeRuns, num_runs - first);
         WidenRange<encoding, type>(weight, num_groups, begin + feature, tiles.features[0] + tiles.features[1], first, runs,
                                    range);
-        FinishStores();
+        CompilerBarrier();
         tiles.num_inputs = runs * kRun;
         AddProductsOfTiles<has_second_features.value, has_second_rows.value>(tiles);
         for (int n = 0; n < 2; ++n) tiles.packed[n] += tiles.num_inputs * tiles.rows[n];
