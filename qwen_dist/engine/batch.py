@@ -72,6 +72,7 @@ class BatchBuilder:
       chunk_size: tokens of a row of prefill.
       max_chunks: rows of prefill in each shard.
       entry_multiple: E is a multiple of it.
+      for_latency: somebody waits for each prompt, so there is one size more of prefill, to pad short prompts less.
       has_snapshots: prefill stops at the last whole page of a prompt, so that its last step has at most a page of tokens.
     """
 
@@ -84,12 +85,12 @@ class BatchBuilder:
         chunk_size: int,
         max_chunks: int,
         entry_multiple: int,
+        for_latency: bool = False,
         has_snapshots: bool = False,
     ):
         self._limits, self._num_slots, self._num_shards = limits, num_slots, num_shards
         self._chunk_size, self._entry_multiple = chunk_size, entry_multiple
-        # A single prompt that somebody waits for gets one size more, so that it is padded less.
-        widths = {max(1, max_chunks >> halvings) for halvings in range(4 if num_slots == 1 else 3)}
+        widths = {max(1, max_chunks >> halvings) for halvings in range(4 if for_latency or num_slots == 1 else 3)}
         if has_snapshots:
             widths.add(limits.page_size // chunk_size)
         self._prefill_widths = sorted(widths)

@@ -165,8 +165,8 @@ class Engine:
         of_slot = slot_bytes(specs, model.sharding_ctx)
         left = cache_bytes - slots_per_shard * of_slot
         self._num_snapshots = _num_snapshots(self._limits, left, of_slot, snapshot_fraction * prefix_cache)
-        has_snapshots = self._num_snapshots > 0
-        self._batches = BatchBuilder(self._limits, entry_multiple=MAX_ENTRIES, has_snapshots=has_snapshots, **sizes)
+        programs = {"for_latency": policy == "latency", "has_snapshots": self._num_snapshots > 0}
+        self._batches = BatchBuilder(self._limits, entry_multiple=MAX_ENTRIES, **programs, **sizes)
         max_pages = self._limits.largest(left - of_slot * self._num_snapshots)
         if max_pages < 1:
             raise UsageError(f"a cache of {cache_bytes} bytes on each device is less than one page; give more")

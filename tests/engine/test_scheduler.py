@@ -316,6 +316,18 @@ def test_releasing_a_waiting_request_does_not_search_the_queue():
     assert scheduled(scheduler) == [(999, 0, 3)]
 
 
+def test_for_latency_prefill_has_a_size_more():
+    limits = limits_of({None: 1}, num_slots=4, max_length=8 * PAGE, max_step_tokens=16 * CHUNK)
+    sizes = {"num_slots": 4, "num_shards": 1, "chunk_size": CHUNK, "max_chunks": 16, "entry_multiple": 4}
+
+    def rows(**more: bool) -> list[int]:
+        batches = BatchBuilder(limits, **sizes, **more).empty_batches((8,))
+        return [batch.tokens_BT.shape[0] for batch in batches if batch.is_prefill]
+
+    assert rows(for_latency=True) == [2, 4, 8, 16]
+    assert rows() == [4, 8, 16]
+
+
 @pytest.mark.parametrize(("has_snapshots", "rows"), [(False, 4), (True, 2)])
 def test_what_follows_a_snapshot_is_padded_to_a_page(has_snapshots, rows):
     limits = limits_of({None: 1}, num_slots=4, max_length=8 * PAGE, max_step_tokens=16 * PAGE // 2)

@@ -1,10 +1,13 @@
 """Servers that end before their time: an engine that fails, signals at any moment, and requests that take too long."""
 
 import signal
+import socket
 
 import openai
 import pytest
 from running_server import running_server
+
+from qwen_dist.server import http_server
 
 FEW = ("--max-batch-size", "2", "--config.warm_up=false")
 LONG = {"model": "demo", "prompt": "Count:", "max_tokens": 900, "extra_body": {"min_tokens": 900}}
@@ -63,3 +66,10 @@ def test_a_signal_while_the_model_is_loaded(tmp_path):
         assert server.process.wait(60) == 0
         lines = server.stderr.read_text().splitlines()
     assert lines[-1] == "stopped" and not any(line.startswith("ready: ") for line in lines)
+
+
+def test_small_writes_are_sent_at_once():
+    with http_server.bind("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        connection, _ = listening.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
