@@ -31,7 +31,7 @@ from qwen_dist.models.state_spec import CacheDtype, RecurrentSpec
 from qwen_dist.models.transformer import Transformer, state_specs
 from qwen_dist.ops import slots
 from qwen_dist.ops.adapter_rows import adapter_factors
-from qwen_dist.ops.argmax import argmax
+from qwen_dist.ops.argmax import allowed_argmax, argmax, unpack_bits
 from qwen_dist.ops.loop import bounded_loop
 from qwen_dist.ops.paged_cache import MAX_ENTRIES, PageIndices
 from qwen_dist.runtime.settings import compiler_options
@@ -416,8 +416,7 @@ class Runner:
         with use_sharding(self._model.sharding_ctx):
             if step.tokens_BT is not None:
                 state = self._with_history(state, step)
-            allowed_BV = _unpacked(allowed_BW, logits.logits_BV.shape[1])
-            state, tokens_B, _ = self._sample(state, logits, step.indices.slots_B, sampling, None, allowed_BV)
+            state, tokens_B, _ = self._sample(state, logits, step.indices.slots_B, sampling, None, allowed_BW)
 
             def logprobs_of_tokens() -> LogProbs:
                 return log_probabilities(logits.logits_BV, tokens_B, MAX_TOP_LOGPROBS)
@@ -480,14 +479,11 @@ class Runner:
         slots_B: jax.Array,
         sampling: SamplingBatch,
         num_top: int | None,
-        allowed_BV: jax.Array | None = None,
+        allowed_BW: jax.Array | None = None,
     ) -> tuple[DecodeState, jax.Array, LogProbs | None]:
         """Sample the next token of each row, of those allowed, and keep it in the slot of the row if it has one."""
         logits_BV, next_B, is_sampled_B = logits.logits_BV, logits.next_B, logits.is_sampled_B
-        processed_BV = self._process(state, logits_BV, slots_B, next_B, sampling)
-        if allowed_BV is not None:
-            processed_BV = restrict(processed_BV, allowed_BV)
-        tokens_B = argmax(processed_BV) if sampling.sampling is None else sample(processed_BV, sampling.sampling, next_B)
+        tokens_B = self._choose(state, logits_BV, slots_B, next_B, sampling, allowed_BW)
         logprobs = None if num_top is None else log_probabilities(logits_BV, tokens_B, num_top)
         is_finished_B = jnp.any(tokens_B[:, None] == sampling.stop_ids, axis=1) | (next_B >= sampling.end_B)
         to_B = jnp.where(is_sampled_B, slots_B, self._num_slots)
@@ -506,15 +502,47 @@ class Runner:
         state = DecodeState(states, last_tokens_M, finished_M, presence_MV, history_ML)
         return state, jnp.where(is_sampled_B, tokens_B, -1), logprobs
 
+    def _choose(
+        self,
+        state: DecodeState,
+        logits_BV: jax.Array,
+        slots_B: jax.Array,
+        next_B: jax.Array,
+        sampling: SamplingBatch,
+        allowed_BW: jax.Array | None,
+    ) -> jax.Array:
+        """Return the next token of each row, int32 [B].
+
+        Rows that are all greedy, without penalties and biases, need one pass over the logits: they have a branch of their
+        own, which takes nothing that would have to be written to memory before it.
+        """
+        params, processors = sampling.sampling, sampling.processors
+
+        def greedy() -> jax.Array:
+            if allowed_BW is None:
+                return argmax(logits_BV)
+            return allowed_argmax(logits_BV, allowed_BW)
+
+        def drawn() -> jax.Array:
+            processed_BV = self._process(state, logits_BV, slots_B, next_B, sampling)
+            if allowed_BW is not None:
+                processed_BV = restrict(processed_BV, _unpacked(allowed_BW, logits_BV.shape[1]))
+            return sample(processed_BV, params, next_B)
+
+        if params is None:
+            assert processors is None
+            return greedy()
+        is_plain = jnp.all((params.temperature == 0) & (params.repetition_penalty == 1))
+        if processors is not None:
+            is_plain &= jnp.all(processors.prompt_length == 0)
+        return jax.lax.cond(is_plain, greedy, drawn)
+
     def _process(
         self, state: DecodeState, logits_BV: jax.Array, slots_B: jax.Array, next_B: jax.Array, sampling: SamplingBatch
     ) -> jax.Array:
         """Return the logits after biases, bans and penalties."""
         processors, presence_MV = sampling.processors, state.token_presence_MV
-        if sampling.sampling is None:
-            assert processors is None
-            return logits_BV
-        assert presence_MV is not None
+        assert presence_MV is not None and sampling.sampling is not None
         if processors is None or state.history_ML is None:
             return apply_repetition_penalty(logits_BV, sampling.sampling, presence_MV, slots_B)
         history_BL = state.history_ML[jnp.minimum(slots_B, self._num_slots - 1)]
@@ -642,8 +670,7 @@ def _one_of_few(wanted_B: np.ndarray, at_least: int = 0) -> int | None:
 
 def _unpacked(bits_BW: jax.Array, vocab_size: int) -> jax.Array:
     """Return bits, the lowest of each word first, as bool [B, V]."""
-    bits_BWN = (bits_BW[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-    return constrain((bits_BWN != 0).reshape(len(bits_BW), -1)[:, :vocab_size], "batch", "vocab")
+    return constrain(unpack_bits(bits_BW).reshape(len(bits_BW), -1)[:, :vocab_size], "batch", "vocab")
 
 
 def _scores(module: Transformer, x_BTD: jax.Array, next_tokens_BT: jax.Array, num_top: int) -> LogProbs:
