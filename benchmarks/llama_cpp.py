@@ -1,16 +1,20 @@
 """llama.cpp as a peer of the benchmarks: a checkpoint as GGUF, and llama.cpp's server in this process.
 
-`benchmarks/inference.py --peer llama.cpp` and `benchmarks/batch.py --systems qwen_dist,llama.cpp` use it:
+`benchmarks/inference.py --peer llama.cpp` and `batch.py` and `serve.py` with `--systems qwen_dist,llama.cpp` use it:
 `pip install xllamacpp gguf`.
 Dense Qwen models only (the tensor names of GGUF's qwen2 and qwen3).
+
+    python benchmarks/llama_cpp.py serve DIR [--form BF16] [--port 8080] [--slots 32] [--context 2048]
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
 import pathlib
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -124,18 +128,24 @@ class LlamaCpp:
       path: a GGUF file.
       slots: how many sequences it decodes at a time.
       context: tokens of one sequence.
+      port: of 127.0.0.1, where it answers HTTP requests too. With a port it keeps its prefix cache.
     """
 
-    def __init__(self, path: pathlib.Path, slots: int, context: int):
+    def __init__(self, path: pathlib.Path, slots: int, context: int, port: int | None = None):
         import xllamacpp
 
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
         params.n_parallel, params.n_ctx, params.n_batch, params.n_ubatch = slots, slots * context, 2048, 512
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = len(os.sched_getaffinity(0))
-        params.warmup, params.verbosity, params.cache_prompt, params.cache_ram_mib = True, 0, False, 0
+        params.warmup, params.verbosity = True, 0
+        if port is None:
+            params.cache_prompt, params.cache_ram_mib = False, 0
+        else:
+            params.hostnames, params.port = ["127.0.0.1"], port
         params.n_gpu_layers, params.kv_unified, params.fit_params = 0, False, False
         self._server = xllamacpp.Server(params)
+        self.address = self._server.listening_address
 
     def complete(self, prompt: list[int], num_tokens: int, on_text: Callable[[], None], *, ends: bool = False) -> int:
         """Answer one prompt and return the number of tokens; `ends` if there may be fewer than `num_tokens`."""
@@ -181,3 +191,21 @@ class LlamaCpp:
         # A piece of text can hold several tokens, those of one character, or end before the last.
         last = times[-1][0] if times else time.perf_counter()
         return [*times[:-1], (last, len(prompts) * num_tokens)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    serve = parser.add_subparsers(required=True).add_parser("serve", help="answer HTTP requests until a signal comes")
+    serve.add_argument("model", metavar="DIR")
+    serve.add_argument("--form", default="BF16", choices=["BF16", "F16", "F32", "Q8_0", "Q4_0"])
+    serve.add_argument("--port", type=int, default=8080)
+    serve.add_argument("--slots", type=int, default=32, help="sequences at a time")
+    serve.add_argument("--context", type=int, default=2048, help="tokens of one sequence")
+    options = parser.parse_args()
+    server = LlamaCpp(gguf_file(options.model, options.form), options.slots, options.context, options.port)
+    print(server.address, flush=True)
+    signal.pause()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,12 +1,15 @@
-"""The server over a real socket: tokens/s, time to first token and time between tokens at 1, 8 and 32 requests at a time.
+"""Servers over real sockets: tokens/s, and the times to the first token, between tokens and of answers.
 
     python benchmarks/serve.py [--model CHECKPOINT_DIR] [--dtype bfloat16] [--prompts 64] [--max-new-tokens 64]
-        [--at-a-time 1,8,32] [--url NAME=http://HOST:PORT/v1 …] [--no-batch]
+        [--at-a-time 1,8,32] [--systems qwen_dist,batch,llama.cpp,vllm] [--vllm-python PYTHON]
+        [--url NAME=http://HOST:PORT/v1 …]
 
-It starts `qwen-dist serve` on a free port, asks it for streams of the same prompts, greedily, and then answers these
-prompts with `qwen-dist batch`. --url adds a server that already runs, such as another project's; its model is the first
-that it lists. Tokens are those that the server counts in `usage`. The first requests of each server are not counted.
-Times are of whole requests, seen by a client in this process on the same machine.
+Each server is started on a free port and asked for streams of chats, greedily, with 1, 8 and 32 requests open at a time.
+No two prompts begin alike, and all servers get the same ones. "batch" answers those of the last number of requests with
+`qwen-dist batch`. "llama.cpp" is the server of xllamacpp on a GGUF file of the same weights (llama_cpp.py); "vllm" needs an
+environment of its own (batch.py). --url adds a server that already runs; its model is the first that it lists. Tokens are
+those that the server counts in `usage`. Some requests come first and are not counted. Times are seen by a client in this
+process, on the same machine.
 """
 
 from __future__ import annotations
@@ -17,14 +20,17 @@ import contextlib
 import itertools
 import json
 import os
+import pathlib
 import platform
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -33,11 +39,14 @@ import qwen_dist
 
 NOUNS = ("compiler", "hash table", "lighthouse", "queue", "telescope", "database", "bridge", "scheduler")
 TASKS = (
-    "What is {a} plus {b}?",
-    "Explain in one sentence what a {noun} does.",
-    "Write a short poem about a {noun}.",
-    "Here is a note: item {a} is next to item {b}. " * 6 + "List three uses of a {noun}.",
+    "what is {a} plus {b}?",
+    "explain in one sentence what a {noun} does.",
+    "write a short poem about a {noun}.",
+    "here is a note: item {a} is next to item {b}. " * 6 + "List three uses of a {noun}.",
 )
+SYSTEMS = ("qwen_dist", "batch", "llama.cpp", "vllm")
+MAX_LENGTH = 2048
+START_S = 900.0  # for a server to load and to compile
 
 
 def main() -> None:
@@ -47,53 +56,107 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64, help="requests of each measurement")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--at-a-time", default="1,8,32", help="how many requests are open at a time, in each measurement")
+    parser.add_argument("--systems", default="qwen_dist,batch", help="of " + ", ".join(SYSTEMS))
+    parser.add_argument("--vllm-python", default=sys.executable, help="the interpreter of vLLM's environment")
     parser.add_argument("--url", action="append", default=[], metavar="NAME=URL", help="another server; may be repeated")
-    parser.add_argument("--no-batch", action="store_true", help="leave `qwen-dist batch` out")
     options = parser.parse_args()
-    prompts = list(make_prompts(options.prompts))
     levels = [int(level) for level in options.at_a_time.split(",")]
+    systems = options.systems.split(",")
+    if wrong := set(systems) - set(SYSTEMS):
+        parser.error(f"--systems {', '.join(sorted(wrong))}: it can have {', '.join(SYSTEMS)}")
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} processors; {options.model}, {options.dtype}")
-    print("| server | at a time | tokens/s | first token p50, p99 | between tokens p50, p99 |\n|---|---|---|---|---|")
-    with started_server(options, max(levels)) as url:
-        rates = measure_server("qwen_dist", url, prompts, levels, options.max_new_tokens)
+    print("| server | at a time | tokens/s | first token p50, p99 | between tokens p50, p99 | answer p50, p99 |")
+    print("|---|---|---|---|---|---|")
+    rates = {}
+    for system in systems:
+        if system == "batch":
+            rates[system] = measure_batch(options, make_prompts(options.prompts, len(levels) - 1), max(levels))
+            print(f"| `qwen-dist batch` | {max(levels)} | {rates[system]:.1f} | | | |", flush=True)
+        else:
+            with started_server(system, options, max(levels)) as url:
+                rates[system] = measure_server(system, url, options, levels)[max(levels)]
     for named in options.url:
         name, _, url = named.partition("=")
-        measure_server(name, url, prompts, levels, options.max_new_tokens)
-    if not options.no_batch:
-        rate = measure_batch(options, prompts, max(levels))
-        print(f"| `qwen-dist batch` | {max(levels)} | {rate:.1f} | | |")
-        print(f"\nserver / batch at {max(levels)} at a time: {rates[max(levels)] / rate:.2f}")
+        rates[name] = measure_server(name, url, options, levels)[max(levels)]
+    print()
+    for name, rate in rates.items():
+        if name != "qwen_dist" and "qwen_dist" in rates:
+            print(f"qwen_dist / {name} at {max(levels)} at a time: {rates['qwen_dist'] / rate:.2f}")
 
 
-def make_prompts(number: int) -> Iterator[str]:
-    for index, task in zip(range(number), itertools.cycle(TASKS), strict=False):
-        yield task.format(a=3 + index % 40, b=2 + index % 7, noun=NOUNS[index % len(NOUNS)])
+def make_prompts(number: int, part: int) -> list[str]:
+    """Return prompts that no other part has, and that do not begin as others do."""
+    tasks = itertools.cycle(TASKS)
+    prompts = []
+    for index, task in zip(range(number), tasks, strict=False):
+        text = task.format(a=3 + index % 40, b=2 + index % 7, noun=NOUNS[index % len(NOUNS)])
+        prompts.append(f"{1000 * part + index}. Please, {text}")
+    return prompts
 
 
 @contextlib.contextmanager
-def started_server(options: argparse.Namespace, max_batch_size: int) -> Iterator[str]:
-    command = [sys.executable, "-m", "qwen_dist", "serve", "--json", "--port", "0", "--model", options.model]
-    command += ["--dtype", options.dtype, "--max-batch-size", str(max_batch_size)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    try:
-        yield json.loads(process.stdout.readline())["url"] + "/v1"
-    finally:
-        process.terminate()
-        process.wait(60)
+def started_server(system: str, options: argparse.Namespace, max_batch_size: int) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = dict(os.environ)
+    if system == "qwen_dist":
+        command = [sys.executable, "-m", "qwen_dist", "serve", "--model", options.model, "--dtype", options.dtype]
+        command += ["--port", str(port), "--max-batch-size", str(max_batch_size)]
+    elif system == "llama.cpp":
+        form = {"bfloat16": "BF16", "float32": "F32", "float16": "F16"}[options.dtype]
+        command = [
+            sys.executable,
+            str(pathlib.Path(__file__).with_name("llama_cpp.py")),
+            "serve",
+            options.model,
+            "--form",
+            form,
+        ]
+        command += ["--port", str(port), "--slots", str(max_batch_size), "--context", str(MAX_LENGTH)]
+    else:
+        environment |= {"VLLM_CPU_KVCACHE_SPACE": "1"}
+        command = [options.vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", options.model]
+        command += ["--dtype", options.dtype, "--port", str(port), "--host", "127.0.0.1", "--enforce-eager"]
+        command += ["--max-model-len", str(MAX_LENGTH), "--max-num-seqs", str(max_batch_size)]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        try:
+            wait_until_ready(f"http://127.0.0.1:{port}/health", process)
+            yield f"http://127.0.0.1:{port}/v1"
+        except BaseException:
+            log.seek(0)
+            print(log.read().decode(errors="replace")[-4000:], file=sys.stderr)
+            raise
+        finally:
+            process.terminate()
+            process.wait(60)
 
 
-def measure_server(name: str, url: str, prompts: list[str], levels: list[int], max_tokens: int) -> dict[int, float]:
+def wait_until_ready(url: str, process: subprocess.Popen) -> None:
+    end = time.monotonic() + START_S
+    while time.monotonic() < end and process.poll() is None:
+        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+            urllib.request.urlopen(url, timeout=10).close()
+            return
+        time.sleep(0.5)
+    state = f"was not ready within {START_S:g} s" if process.poll() is None else f"has ended with {process.returncode}"
+    raise SystemExit(f"{process.args} {state}")
+
+
+def measure_server(name: str, url: str, options: argparse.Namespace, levels: list[int]) -> dict[int, float]:
     """Print a row for each number of requests at a time; return the tokens/s of each."""
     rates = {}
-    for level in levels:
-        asyncio.run(ask_all(url, prompts[: 2 * level], level, max_tokens))
+    for part, level in enumerate(levels):
+        asyncio.run(ask_all(url, make_prompts(2 * level, len(levels) + part), level, options.max_new_tokens))
+        prompts = make_prompts(options.prompts, part)
         start = time.perf_counter()
-        answers = asyncio.run(ask_all(url, prompts, level, max_tokens))
+        answers = asyncio.run(ask_all(url, prompts, level, options.max_new_tokens))
         rates[level] = sum(answer["tokens"] for answer in answers) / (time.perf_counter() - start)
-        first = [answer["first_s"] for answer in answers]
+        first, whole = ([answer[which] for answer in answers] for which in ("first_s", "whole_s"))
         gaps = [gap for answer in answers for gap in answer["gaps_s"]]
-        print(f"| {name} | {level} | {rates[level]:.1f} | {percentiles(first)} | {percentiles(gaps)} |", flush=True)
+        times = " | ".join(percentiles(seconds) for seconds in (first, gaps, whole))
+        print(f"| {name} | {level} | {rates[level]:.1f} | {times} |", flush=True)
     return rates
 
 
@@ -118,22 +181,24 @@ async def ask_one(client: openai.AsyncOpenAI, model: str, prompt: str, max_token
         max_tokens=max_tokens,
         stream=True,
         stream_options={"include_usage": True},
+        extra_body={"repetition_penalty": 1.0, "top_k": -1},
     )
     async for chunk in stream:
         if chunk.choices and chunk.choices[0].delta.content:
             times.append(time.perf_counter())
         tokens = chunk.usage.completion_tokens if chunk.usage else tokens
-    first_s = (times[0] if times else time.perf_counter()) - start
-    return {"tokens": tokens, "first_s": first_s, "gaps_s": [b - a for a, b in itertools.pairwise(times)]}
+    end = time.perf_counter()
+    gaps = [b - a for a, b in itertools.pairwise(times)]
+    return {"tokens": tokens, "first_s": (times[0] if times else end) - start, "gaps_s": gaps, "whole_s": end - start}
 
 
 def measure_batch(options: argparse.Namespace, prompts: list[str], max_batch_size: int) -> float:
     """Return the tokens/s of `qwen-dist batch` on the same prompts, loading not counted; the second of two runs."""
     with tempfile.TemporaryDirectory() as directory:
-        lines = [
-            json.dumps({"prompt": prompt, "temperature": 0, "max_new_tokens": options.max_new_tokens}) for prompt in prompts
-        ]
-        (Path(directory) / "in.jsonl").write_text("\n".join(lines))
+        settings = {"temperature": 0, "repetition_penalty": 1.0, "max_new_tokens": options.max_new_tokens}
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        lines = [json.dumps({"messages": chat, **settings}) for chat in chats]
+        (pathlib.Path(directory) / "in.jsonl").write_text("\n".join(lines))
         command = [sys.executable, "-m", "qwen_dist", "batch", "--json", "--model", options.model, "--dtype", options.dtype]
         command += ["--input", f"{directory}/in.jsonl", "--output", f"{directory}/out.jsonl", "--overwrite"]
         command += ["--max-batch-size", str(max_batch_size)]
