@@ -110,12 +110,23 @@ def _group_size() -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizedOptions:
-    """What is kept in fewer bits in memory."""
+class QuantizedWeights:
+    """Which weights are kept in fewer bits in memory."""
 
     quantize: Quantize = option("stored", flag="--quantize", metavar="FORM", help="the weights in memory (none: floats)")
     quantize_group_size: int | None = _group_size()
     quantize_head: bool = option(False, help="also the output weights, and so the embedding of a tied model, in int8")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetunedModelOptions(QuantizedWeights, TrainedModelOptions):
+    """A model that is trained, whose weights under an adapter may be kept in fewer bits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedOptions(QuantizedWeights):
+    """What is kept in fewer bits in memory."""
+
     kv_cache_dtype: KvCacheDtype = option(
         "auto", flag="--kv-cache-dtype", metavar="FORM", help="keys and values in the cache (auto: as computed)"
     )
@@ -427,7 +438,7 @@ class OptimizerOptions:
 class FinetuneConfig:
     """`qwen-dist finetune`."""
 
-    model: TrainedModelOptions
+    model: FinetunedModelOptions
     data: DataOptions
     output: str = option(
         flag="--output", metavar="DIR", help="for checkpoints, metrics and the result; an existing run is resumed"
@@ -474,6 +485,10 @@ class FinetuneConfig:
         if not self.steps and self.epochs <= 0:
             problems.append(f"epochs is {self.epochs}; it must be above 0, or give steps")
         problems += self._optimizer_problems()
+        if self.method == "full" and self.model.quantize not in ("stored", "none"):
+            problems.append(
+                f"--quantize {self.model.quantize} is for --method lora; --method full trains the weights themselves"
+            )
         if self.keep_best and not self.data.eval_files:
             problems.append("keep_best needs data.eval_files")
         if problems:
@@ -652,7 +667,7 @@ class PlanModelOptions(QuantizedOptions, CheckpointOptions):
         "stored",
         flag="--quantize",
         metavar="FORM",
-        help="the weights of linear layers and experts in batch inference",
+        help="the weights of linear layers and experts, in batch inference and under adapters",
     )
 
 

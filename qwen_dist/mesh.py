@@ -171,10 +171,15 @@ def default_mesh(
     return MeshConfig(data=data, fsdp=fsdp, expert=expert, tensor=tensor, dcn=(("data", granules),) if granules > 1 else ())
 
 
-def training_mesh(model: ModelConfig, devices: Sequence[jax.Device]) -> MeshConfig:
-    """Return the default mesh for training: `fsdp` takes what divides the hidden size in a slice, `data` the rest."""
+def training_mesh(
+    model: ModelConfig, devices: Sequence[jax.Device], num_units: Mapping[str, int] = types.MappingProxyType({})
+) -> MeshConfig:
+    """Return the default mesh for training: `fsdp` takes what divides the hidden size in a slice, `data` the rest.
+
+    `num_units` as in `default_mesh`.
+    """
     granules = len({_slice(device) for device in devices})
-    fsdp = math.gcd(len(devices) // granules, model.hidden_size)
+    fsdp = math.gcd(len(devices) // granules, model.hidden_size, num_units.get("embed", 0))
     return MeshConfig(data=len(devices) // fsdp, fsdp=fsdp, dcn=(("data", granules),) if granules > 1 else ())
 
 

@@ -204,11 +204,13 @@ def all_gather_weight(weight: Any, *axes: str) -> Any:
     """Shard a weight as activations are, for use; its gradient is sharded as the parameter is.
 
     Training gathers here what it shards over fsdp, and reduce-scatters the gradient; with `constrain` alone every device
-    would keep the whole gradient. A quantised weight is for inference, which uses weights where they are.
+    would keep the whole gradient. Of a quantised weight the packed arrays are gathered; it has no gradient.
     """
     context = active_context()
-    if context is None or not isinstance(weight, jax.Array):
+    if context is None:
         return weight
+    if not isinstance(weight, jax.Array):
+        return jax.tree.map(_gather_frozen, weight, weight.with_axes(axes))
     used = context.activation("weight", weight.shape, axes)
     kept = context.parameter("weight", weight.shape, axes)
 
@@ -222,6 +224,13 @@ def all_gather_weight(weight: Any, *axes: str) -> Any:
         lambda _, gradient: (jax.lax.with_sharding_constraint(gradient, kept),),
     )
     return lay_out(weight)
+
+
+def _gather_frozen(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    context = active_context()
+    assert context is not None
+    used = context.activation("weight", x.shape, axes)
+    return x if used == context.parameter("weight", x.shape, axes) else jax.lax.with_sharding_constraint(x, used)
 
 
 def prefetch_barrier(x: jax.Array, weights: Tree) -> Tree:

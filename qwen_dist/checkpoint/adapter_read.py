@@ -56,7 +56,7 @@ class PeftAdapter:
     updates: tuple[Update, ...]
 
     def to_lora(self) -> Adapter:
-        """Return the matrices, to train them further.
+        """Return the matrices, to train them further or to use them beside quantised weights.
 
         Raises:
           CheckpointError: it is more than LoRA of one rank and scale on layers of the blocks.
@@ -69,7 +69,10 @@ class PeftAdapter:
             elif update.rank != config.rank or update.tensors["scale"] != scale(config.rank, config.alpha, config.rslora):
                 problems.append(f"{update.layer}: its rank or alpha differs from the others, so it can only be merged")
         if problems:
-            what = "the adapter cannot be trained further; merge it with `qwen-dist export --adapter` first"
+            what = (
+                "the adapter can neither be trained further nor used beside quantised weights; merge it with "
+                "`qwen-dist export --adapter` first"
+            )
             raise_problems(what, problems)
         arrays = {
             f"{update.layer}.lora_{side}.weight": update.tensors[side.lower()] for update in self.updates for side in "AB"

@@ -72,6 +72,12 @@ class LoadedModel:
     def dtype(self) -> jax.numpy.dtype:
         return self.parameters["norm.weight"].dtype
 
+    def num_elements(self) -> dict[str, int]:
+        """Return how many numbers each parameter is, those of adapters included; a quantised one as it is without."""
+        adapters = {name: shape for name, shape in disk_shapes(self.module).items() if ".lora_" in name}
+        shapes = disk_shapes(Transformer(self.config, dtype=self.dtype)) | adapters
+        return {name: math.prod(shape) for name, shape in shapes.items()}
+
 
 def load_model(
     model: ModelName,
@@ -112,7 +118,7 @@ def load_model(
     checkpoint = None if load_format == "dummy" else _open(files)
     abstract = _quantized(declared, module, files.config, sharding_ctx, quantize, checkpoint)
     _check_memory(abstract.target)
-    if updates and abstract.kept:
+    if updates and abstract.kept and quantize != "none":
         raise UsageError(_NO_MERGE)
     if checkpoint is None:
         parameters = _random(module, abstract, sharding_ctx)
@@ -128,7 +134,7 @@ def load_model(
         )
     if quantize == "none" and abstract.kept:
         parameters = dequantize_weights(parameters, abstract.kept, abstract.dequantized)
-        return LoadedModel(config, Transformer(config, dtype=dtype), parameters, sharding_ctx, files, checkpoint)
+        abstract, module = declared, Transformer(config, dtype=dtype)
     parameters = merge_updates(parameters, updates, shapes, sharding_ctx)
     return LoadedModel(config, module, parameters, sharding_ctx, files, checkpoint, tuple(abstract.kept))
 

@@ -248,6 +248,8 @@ def weights_of(module: Transformer) -> Iterator[WeightInfo]:
 def _weight_parameters(module: Transformer) -> Iterator[tuple[str, nnx.Param]]:
     for path, layer in nnx.iter_modules(module):
         name = ".".join(map(str, path))
+        if ".lora_" in name:
+            continue  # an adapter is never quantised
         if isinstance(layer, Linear | Embedding):
             yield f"{name}.weight", layer.weight
         elif isinstance(layer, Experts):

@@ -16,6 +16,7 @@ EXAMPLES = """\
 examples:
   qwen-dist finetune --config configs/finetune_lora.py --model ~/qwen3-0.6b --data chats.jsonl --output run --steps 100
   qwen-dist finetune --config configs/finetune_full.py --model ~/qwen3-0.6b --data chats.jsonl --output run --dry-run
+  qwen-dist finetune --model ~/qwen3-0.6b --quantize int4 --data chats.jsonl --output run
   qwen-dist finetune --model ~/qwen3-0.6b --data chats.jsonl --output run --show-data 2
   qwen-dist generate --model ~/qwen3-0.6b --adapter run/adapter
 an interrupted run resumes from its newest checkpoint; SIGTERM saves first (exit code 75)"""

@@ -38,10 +38,10 @@ def run(config: PlanConfig, flags: Flags) -> int:
     files = ModelFiles.open(config.model.path)
     model = read_model_config(files, config.model.ignored_keys)
     lora = config.lora if config.command == "finetune" and config.method == "lora" else None
-    # Training dequantises the weights.
     given = config.model
     quantize = QuantizeOptions.of(given.quantize, given.quantize_group_size, has_head=given.quantize_head)
-    quantization = Quantization.of(files.config, quantize) if config.command == "batch" else None
+    # Training of all parameters dequantises them.
+    quantization = Quantization.of(files.config, quantize) if config.command == "batch" or lora is not None else None
     if quantization is not None:
         quantization.check(model, config.model.dtype)
     workload = Workload(

@@ -8,6 +8,7 @@ from typing import Literal
 
 import jax
 
+from qwen_dist.checkpoint.adapter import Adapter
 from qwen_dist.checkpoint.adapter_layers import stack_adapters, with_adapter
 from qwen_dist.checkpoint.adapter_read import PeftAdapter, read_adapter
 from qwen_dist.checkpoint.load import ProgressCallback
@@ -75,9 +76,8 @@ def open_engine(
     for note in _notes(devices[0], sharding_ctx, config, tokenizer, options.adapter):
         announce(note)
     stacked, factors = stack_adapters(named, disk_shapes(Transformer(config, dtype=options.dtype)) if named else {})
-    model = _load(options, quantize, files, sharding_ctx, adapter, progress)
     engine = Engine(
-        with_adapter(model, stacked, dtype=model.dtype)[0] if named else model,
+        _load(options, quantize, files, sharding_ctx, adapter, stacked if named else None, progress),
         tokenizer,
         max_batch_size=max_batch_size,
         cache_bytes=cache_bytes,
@@ -109,20 +109,25 @@ def _load(
     quantize: QuantizeOptions | Literal["stored", "none"],
     files: ModelFiles,
     sharding_ctx: ShardingContext,
-    adapter: PeftAdapter | None,
+    merged: PeftAdapter | None,
+    beside: Adapter | None,
     progress: ProgressCallback | None,
 ) -> LoadedModel:
-    return load_model(
+    # An adapter is not merged into quantised weights, which would have to be rounded again.
+    if merged is not None and beside is None and Quantization.of(files.config, quantize) is not None:
+        merged, beside = None, merged.to_lora()
+    model = load_model(
         files,
         sharding_ctx,
         dtype=options.dtype,
         load_format=options.load_format,
         ignored_config_keys=options.ignored_keys,
-        adapter=adapter,
+        adapter=merged,
         quantize=quantize,
         host_memory_budget=options.host_memory_bytes,
         progress=progress,
     )
+    return model if beside is None else with_adapter(model, beside, dtype=model.dtype)[0]
 
 
 def _notes(

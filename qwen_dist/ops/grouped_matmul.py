@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from qwen_dist.ops import native, triton_grouped_matmul
 from qwen_dist.ops.dispatch import Backend, Implementation, Op
 from qwen_dist.ops.matmul import accum_dtype, matmul_weight_major
-from qwen_dist.ops.weight import Weight
+from qwen_dist.ops.weight import QuantizedWeight, Weight
 
 # Rows multiplied at a time on a CPU, where XLA's product of two rows takes as long as that of eight. SMALL_BLOCKS: the size
 # of a small block → the most rows that a group may have on average for it.
@@ -71,7 +71,28 @@ _with_gradient.defvjp(_forward, _backward)
 def _plain(rows_RC: jax.Array, weights_EOC: Weight, sizes_E: jax.Array, dtype: jnp.dtype) -> jax.Array:
     if isinstance(weights_EOC, jax.Array):
         return _with_gradient(rows_RC, weights_EOC, sizes_E, dtype)
+    return _by_frozen_weights(rows_RC, weights_EOC, sizes_E, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _by_frozen_weights(rows_RC: jax.Array, weights_EOC: QuantizedWeight, sizes_E: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Multiply by quantised weights, which have no gradient."""
     return _in_blocks(rows_RC, weights_EOC, sizes_E, dim=2, dtype=dtype)
+
+
+def _forward_by_frozen(rows_RC, weights_EOC, sizes_E, dtype):  # type: ignore[no-untyped-def]
+    return _by_frozen_weights(rows_RC, weights_EOC, sizes_E, dtype), (weights_EOC, sizes_E)
+
+
+def _backward_by_frozen(_dtype, operands, gradient_RO):  # type: ignore[no-untyped-def]
+    weights_EOC, sizes_E = operands
+    wanted = weights_EOC.dtype
+    by_rows = _in_blocks(gradient_RO.astype(wanted), weights_EOC, sizes_E, dim=1, dtype=wanted)
+    has_group_R1 = jnp.arange(len(gradient_RO))[:, None] < sizes_E.sum()
+    return jnp.where(has_group_R1, by_rows, 0), None, None
+
+
+_by_frozen_weights.defvjp(_forward_by_frozen, _backward_by_frozen)
 
 
 # --- TPU ---

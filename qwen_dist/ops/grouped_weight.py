@@ -93,10 +93,14 @@ class GroupedWeight:
         return dataclasses.replace(self, **arrays)
 
     def take(self, index: jax.Array) -> GroupedWeight:
-        assert self.group_index is None
-        if index.ndim == 0:
-            return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), self)
-        return jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="clip"), self)
+        def pick(x: Any) -> Any:
+            if index.ndim == 0:
+                return jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+            return jnp.take(x, index, axis=0, mode="clip")
+
+        # Which group an in-feature is of does not depend on the out-features.
+        rows = jax.tree.map(pick, dataclasses.replace(self, group_index=None))
+        return dataclasses.replace(rows, group_index=self.group_index)
 
     def with_axes(self, axes: tuple[str, ...]) -> GroupedWeight:
         out, in_axis = axes[: self.ndim - 1], axes[self.ndim - 1]

@@ -6,6 +6,8 @@ Letters: B any leading dimensions, C in-features, O out-features, R rows.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,8 @@ from jax.typing import DTypeLike
 from qwen_dist.ops import native
 from qwen_dist.ops.dispatch import Backend, Implementation, Op
 from qwen_dist.ops.gpu_matmul import can_rounded_matmul, rounded_matmul
-from qwen_dist.ops.weight import Weight, to_array
+from qwen_dist.ops.weight import QuantizedWeight, Weight
+from qwen_dist.sharding import active_context
 
 
 def accum_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -37,7 +40,36 @@ def matmul(x: jax.Array, weight: Weight, dtype: DTypeLike | None = None) -> jax.
 
 
 def _plain(x: jax.Array, weight: Weight, dtype: jnp.dtype) -> jax.Array:
-    return batched_matmul(x, to_array(weight)).astype(dtype)
+    product = batched_matmul if isinstance(weight, jax.Array) else _by_frozen_weight
+    return product(x, weight).astype(dtype)
+
+
+@jax.custom_vjp
+def _by_frozen_weight(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
+    """Multiply as `batched_matmul` by a quantised weight, which has no gradient."""
+    return FROZEN_PRODUCT(x, weight, lambda x, y: BATCHED_MATMUL(x, y))
+
+
+def _forward_by_frozen(x: jax.Array, weight: QuantizedWeight) -> tuple[jax.Array, QuantizedWeight]:
+    return FROZEN_PRODUCT(x, weight, _dot if x.dtype.itemsize < 4 else lambda x, y: BATCHED_MATMUL(x, y)), weight
+
+
+def _backward_by_frozen(weight: QuantizedWeight, gradient: jax.Array) -> tuple[jax.Array, None]:
+    """Dequantise once more, so that what the backward pass keeps of the weight are its packed arrays."""
+    return FROZEN_GRADIENT(gradient.astype(weight.dtype), weight).astype(weight.dtype), None
+
+
+_by_frozen_weight.defvjp(_forward_by_frozen, _backward_by_frozen)
+
+
+def _whole_product(x: jax.Array, weight: QuantizedWeight, multiply: Callable[..., jax.Array]) -> jax.Array:
+    return multiply(x, weight.dequantize())
+
+
+def _whole_gradient(gradient: jax.Array, weight: QuantizedWeight) -> jax.Array:
+    # With the barrier the compiler does not keep the array of the forward pass instead.
+    gradient, weight = jax.lax.optimization_barrier((gradient, weight))
+    return dot(gradient, weight.dequantize(), 0)
 
 
 @jax.custom_vjp
@@ -113,6 +145,45 @@ def _is_one_narrow_row(x: jax.Array, weight: Weight, dtype: jnp.dtype) -> bool:
     return x.size == x.shape[-1] and x.dtype.itemsize < 4
 
 
+# Elements of a weight that are dequantised at a time.
+_BLOCK = 2**19
+
+
+def _product_in_blocks(x: jax.Array, weight: QuantizedWeight, multiply: Callable[..., jax.Array]) -> jax.Array:
+    """Dequantise some out-features at a time.
+
+    XLA CPU ignores barriers when it orders operations: it would make the arrays of all layers first, and keep them.
+    """
+    blocks, num_blocks = _blocks_of(weight)
+    products = jax.lax.map(lambda index: multiply(x, blocks.take(index).dequantize()), jnp.arange(num_blocks))
+    return jnp.moveaxis(products, 0, -2).reshape(*x.shape[:-1], -1)
+
+
+def _gradient_in_blocks(gradient: jax.Array, weight: QuantizedWeight) -> jax.Array:
+    blocks, num_blocks = _blocks_of(weight)
+    by_block = jnp.moveaxis(gradient.reshape(*gradient.shape[:-1], num_blocks, -1), -2, 0)
+
+    def add(total: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
+        return total + dot(by_block[index], blocks.take(index).dequantize(), 0), None
+
+    zeros = jnp.zeros((*gradient.shape[:-1], weight.shape[1]), accum_dtype(gradient.dtype))
+    return jax.lax.scan(add, zeros, jnp.arange(num_blocks))[0]
+
+
+def _blocks_of(weight: QuantizedWeight) -> tuple[QuantizedWeight, int]:
+    """Return a weight as [blocks, O / blocks, C], and the number of blocks: at least two, or XLA would unroll the loop."""
+    num_out, num_in = weight.shape
+    wanted = max(2, num_out * num_in // _BLOCK)
+    num_blocks = next(number for number in range(wanted, num_out + 1) if num_out % number == 0)
+    return weight.reshape(num_blocks, num_out // num_blocks, num_in), num_blocks
+
+
+def _can_take_blocks(_x: jax.Array, weight: QuantizedWeight, *_: Any) -> bool:
+    """Whether the whole weight is on one device: of a sharded one, XLA would gather each block."""
+    context = active_context()
+    return weight.ndim == 2 and weight.shape[0] > 1 and (context is None or context.mesh.size == 1)
+
+
 # Matrices this narrow are low-rank factors, or the keys and values of one head.
 _NARROW = 128
 
@@ -140,6 +211,16 @@ _WEIGHT_MAJOR = Implementation("weight major", matmul_weight_major, can_matmul_w
 _TWO_ROWS = Implementation("two rows", _two_rows, _is_one_narrow_row)
 _ON_CPU = (Backend.CPU_KERNELS, Backend.CPU_KERNELS_LOCAL, Backend.CPU)
 BATCHED_MATMUL = Op("batched_matmul", _dot, dict.fromkeys(_ON_CPU, (_WEIGHT_MAJOR,)))
+FROZEN_PRODUCT = Op(
+    "matmul: quantised weight",
+    _whole_product,
+    dict.fromkeys(_ON_CPU, (Implementation("blocks", _product_in_blocks, _can_take_blocks),)),
+)
+FROZEN_GRADIENT = Op(
+    "matmul: gradient with a quantised weight",
+    _whole_gradient,
+    dict.fromkeys(_ON_CPU, (Implementation("blocks", _gradient_in_blocks, _can_take_blocks),)),
+)
 MATMUL = Op(
     "matmul",
     _plain,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from qwen_dist.ops.argmax import ARGMAX
+from qwen_dist.ops.argmax import ALLOWED_ARGMAX, ARGMAX
 from qwen_dist.ops.attention import ATTENTION
 from qwen_dist.ops.delta_rule import DELTA_RULE, DELTA_RULE_IN_SLOTS
 from qwen_dist.ops.dispatch import Backend, Op
 from qwen_dist.ops.experts import EXPERTS
 from qwen_dist.ops.grouped_matmul import GROUPED_MATMUL, ROWS_BY_ROWS, ROWS_BY_WEIGHTS
-from qwen_dist.ops.matmul import BATCHED_MATMUL, MATMUL
+from qwen_dist.ops.matmul import BATCHED_MATMUL, FROZEN_GRADIENT, FROZEN_PRODUCT, MATMUL
 from qwen_dist.ops.paged_attention import PAGED_ATTENTION
 from qwen_dist.ops.paged_cache import WRITE
 from qwen_dist.ops.rotary import ROTATE
@@ -18,6 +18,8 @@ from qwen_dist.ops.swiglu import SWIGLU
 OPS: tuple[Op, ...] = (
     MATMUL,
     BATCHED_MATMUL,
+    FROZEN_PRODUCT,
+    FROZEN_GRADIENT,
     GROUPED_MATMUL,
     ROWS_BY_WEIGHTS,
     ROWS_BY_ROWS,
@@ -31,6 +33,7 @@ OPS: tuple[Op, ...] = (
     DELTA_RULE,
     DELTA_RULE_IN_SLOTS,
     ARGMAX,
+    ALLOWED_ARGMAX,
 )
 
 

@@ -281,6 +281,8 @@ def _lower_training(config: ModelConfig, sharding_ctx: ShardingContext, workload
         module, names = Transformer(config, dtype=kept), None
     else:
         module = Transformer(config, dtype=workload.dtype)
+        if workload.quantization is not None:
+            workload.quantization.declare(module)
         names = attach_lora(module, workload.lora, dtype=kept)
     model = LoadedModel(config, module, abstract_parameters(module, sharding_ctx), sharding_ctx)  # type: ignore[arg-type]
     options = OptimizerOptions(learning_rate=1e-5)

@@ -76,7 +76,7 @@ def count(number: int, noun: str) -> str:
 def describe_training(setup: TrainSetup, inputs: RunInputs) -> str:
     """Return a text with the names and shapes of the trained parameters, and the bytes per device without activations."""
     model, state = setup.model, setup.trainer.abstract_state()
-    total = sum(value.size for value in model.parameters.values())
+    total = sum(model.num_elements().values())
     trained = sum(value.size for value in state.parameters.values())
     lines = [f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%), {_describe_dtypes(setup)}:"]
     for label, names in group_names(state.parameters).items():

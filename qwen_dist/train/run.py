@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ from qwen_dist.checkpoint.adapter_layers import with_adapter
 from qwen_dist.checkpoint.adapter_read import read_adapter
 from qwen_dist.checkpoint.load import ProgressCallback
 from qwen_dist.checkpoint.model import LoadedModel, load_model, save_model
+from qwen_dist.checkpoint.quantized import Quantization
 from qwen_dist.checkpoint.sync import sync_processes
 from qwen_dist.config import DataOptions, FinetuneConfig, LoraOptions, parse_bytes
 from qwen_dist.errors import UsageError, UserError, printable
@@ -34,6 +35,7 @@ from qwen_dist.models.parameters import abstract_parameters, disk_shapes
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.ops.matmul import accum_dtype
 from qwen_dist.outputs import Marker, Written, check_paths, run_lock
+from qwen_dist.quantization.options import QuantizeOptions
 from qwen_dist.sharding import TRAIN, ShardingContext
 from qwen_dist.storage.model_files import ModelFiles
 from qwen_dist.tokenizer import Tokenizer
@@ -332,6 +334,7 @@ def set_up(inputs: RunInputs, load_progress: ProgressCallback | None = None) -> 
         load_format=config.model.load_format,
         ignored_config_keys=config.model.ignored_keys,
         adapter=read if config.method == "full" else None,
+        quantize=_quantize(config),
         host_memory_budget=config.model.host_memory_bytes,
         progress=load_progress,
     )
@@ -351,6 +354,8 @@ def set_up_abstract(inputs: RunInputs) -> TrainSetup:
     """
     config = inputs.config
     module = Transformer(inputs.model, dtype=_base_dtype(config))
+    if (quantization := _quantization(inputs)) is not None:
+        quantization.declare(module)
     names = None if config.method == "full" else attach_lora(module, config.lora, dtype=_trained_dtype(config))
     leaves: Any = abstract_parameters(module, _sharding_ctx(inputs))
     model = LoadedModel(inputs.model, module, leaves, _sharding_ctx(inputs))
@@ -359,8 +364,22 @@ def set_up_abstract(inputs: RunInputs) -> TrainSetup:
 
 def _sharding_ctx(inputs: RunInputs) -> ShardingContext:
     text = inputs.config.mesh
-    mesh = MeshConfig.parse(text) if text else training_mesh(inputs.model, jax.devices())
-    return ShardingContext(make_mesh(mesh), TRAIN)
+    if text:
+        return ShardingContext(make_mesh(MeshConfig.parse(text)), TRAIN)
+    quantization = _quantization(inputs)
+    units = {} if quantization is None else quantization.num_units(inputs.model, _base_dtype(inputs.config))
+    return ShardingContext(make_mesh(training_mesh(inputs.model, jax.devices(), units)), TRAIN)
+
+
+def _quantize(config: FinetuneConfig) -> QuantizeOptions | Literal["stored", "none"]:
+    """Return how the weights are kept: under an adapter as the configuration says, and as floats if they are trained."""
+    given = config.model
+    options = QuantizeOptions.of(given.quantize, given.quantize_group_size, has_head=given.quantize_head)
+    return "none" if config.method == "full" else options
+
+
+def _quantization(inputs: RunInputs) -> Quantization | None:
+    return Quantization.of(inputs.files.config, _quantize(inputs.config))
 
 
 def _trained_dtype(config: FinetuneConfig) -> jax.numpy.dtype:

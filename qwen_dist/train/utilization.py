@@ -34,7 +34,8 @@ class StepFlops:
         self._model, self._trains_weights = model, any(".lora_" not in name for name in trained)
         head = "embed_tokens" if model.config.tie_word_embeddings else "lm_head"
         products = [*(f"{name}.weight" for name, _ in linear_layers(model.module)), f"{head}.weight"]
-        self._flops_per_token = sum((4 + 2 * (name in trained)) * model.parameters[name].size for name in products)
+        sizes = model.num_elements()
+        self._flops_per_token = sum((4 + 2 * (name in trained)) * sizes[name] for name in products)
 
     def __call__(self, positions_BT: np.ndarray) -> float:
         """Return the flops of a step on tokens at these positions of their sequences; -1 is padding."""

@@ -472,7 +472,7 @@ def test_only_lora_of_one_rank_is_trained_further(tiny_checkpoint, tmp_path, kin
     base = tiny_checkpoint("qwen2", num_hidden_layers=2)
     path = write(base, tmp_path / "adapter", **KINDS[kind])
     with pytest.raises(
-        CheckpointError, match="cannot be trained further; merge it with `qwen-dist export --adapter` first"
+        CheckpointError, match="nor used beside quantised weights; merge it with `qwen-dist export --adapter` first"
     ):
         read_adapter(path).to_lora()
 

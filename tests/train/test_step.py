@@ -201,8 +201,8 @@ def on_one_device(tiny_checkpoint, examples):
         return directory, one_step(load(directory), examples)
 
 
-def one_step(loaded, examples):
-    trainer = make_trainer(loaded, loaded.parameters.keys(), remat="full")
+def one_step(loaded, examples, trained=None):
+    trainer = make_trainer(loaded, loaded.parameters.keys() if trained is None else trained, remat="full")
     state, metrics = trainer.step(trainer.init_state(), one_batch(examples, True).microbatches(1))
     return jax.device_get((metrics, state.optimizer[0], state.parameters))
 
