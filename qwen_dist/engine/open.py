@@ -115,7 +115,7 @@ def _load(
 ) -> LoadedModel:
     # An adapter is not merged into quantised weights, which would have to be rounded again.
     if merged is not None and beside is None and Quantization.of(files.config, quantize) is not None:
-        merged, beside = None, merged.to_lora()
+        beside, merged = merged.to_lora(), None
     model = load_model(
         files,
         sharding_ctx,

@@ -524,6 +524,7 @@ class Runner:
             return allowed_argmax(logits_BV, allowed_BW)
 
         def drawn() -> jax.Array:
+            assert params is not None
             processed_BV = self._process(state, logits_BV, slots_B, next_B, sampling)
             if allowed_BW is not None:
                 processed_BV = restrict(processed_BV, _unpacked(allowed_BW, logits_BV.shape[1]))
