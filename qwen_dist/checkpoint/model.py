@@ -73,7 +73,7 @@ class LoadedModel:
         return self.parameters["norm.weight"].dtype
 
     def num_elements(self) -> dict[str, int]:
-        """Return how many numbers each parameter is, those of adapters included; a quantised one as it is without."""
+        """Return how many numbers each parameter has, adapters included; a quantised one as the array it stands for."""
         adapters = {name: shape for name, shape in disk_shapes(self.module).items() if ".lora_" in name}
         shapes = disk_shapes(Transformer(self.config, dtype=self.dtype)) | adapters
         return {name: math.prod(shape) for name, shape in shapes.items()}

@@ -47,11 +47,11 @@ def _plain(x: jax.Array, weight: Weight, dtype: jnp.dtype) -> jax.Array:
 @jax.custom_vjp
 def _by_frozen_weight(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
     """Multiply as `batched_matmul` by a quantised weight, which has no gradient."""
-    return FROZEN_PRODUCT(x, weight, lambda x, y: BATCHED_MATMUL(x, y))
+    return FROZEN_PRODUCT(x, weight, batched_matmul)
 
 
 def _forward_by_frozen(x: jax.Array, weight: QuantizedWeight) -> tuple[jax.Array, QuantizedWeight]:
-    return FROZEN_PRODUCT(x, weight, _dot if x.dtype.itemsize < 4 else lambda x, y: BATCHED_MATMUL(x, y)), weight
+    return FROZEN_PRODUCT(x, weight, _dot if x.dtype.itemsize < 4 else batched_matmul), weight
 
 
 def _backward_by_frozen(weight: QuantizedWeight, gradient: jax.Array) -> tuple[jax.Array, None]:
