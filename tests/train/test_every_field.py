@@ -66,6 +66,9 @@ def leaves(cls, prefix="") -> list[str]:
 # (field, another value, other changes in both runs), by what is compared.
 IN_PROGRAM = [  # the program of a step, not compiled
     ("model.dtype", "float32", {}),
+    ("model.quantize", "fp8", {}),
+    ("model.quantize_group_size", 4, {"model.quantize": "int8", "model.quantize_group_size": 8}),
+    ("model.quantize_head", True, {"model.quantize": "fp8"}),
     ("method", "full", {}),
     ("lora.rank", 5, {}),
     ("lora.alpha", 3.0, {}),
