@@ -5,7 +5,7 @@
         [--url NAME=http://HOST:PORT/v1 …]
 
 Each server is started on a free port and asked for streams of chats, greedily, with 1, 8 and 32 requests open at a time.
-No two prompts begin alike, and all servers get the same ones. "batch" answers those of the last number of requests with
+No two prompts begin alike, and all servers get the same ones. "batch" answers those of the largest number of requests with
 `qwen-dist batch`. "llama.cpp" is the server of xllamacpp on a GGUF file of the same weights (llama_cpp.py); "vllm" needs an
 environment of its own (batch.py). --url adds a server that already runs; its model is the first that it lists. Tokens are
 those that the server counts in `usage`. Some requests come first and are not counted. Times are seen by a client in this
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--vllm-python", default=sys.executable, help="the interpreter of vLLM's environment")
     parser.add_argument("--url", action="append", default=[], metavar="NAME=URL", help="another server; may be repeated")
     options = parser.parse_args()
-    levels = [int(level) for level in options.at_a_time.split(",")]
+    levels = sorted(int(level) for level in options.at_a_time.split(","))
     systems = options.systems.split(",")
     if wrong := set(systems) - set(SYSTEMS):
         parser.error(f"--systems {', '.join(sorted(wrong))}: it can have {', '.join(SYSTEMS)}")
@@ -70,27 +70,26 @@ def main() -> None:
     rates = {}
     for system in systems:
         if system == "batch":
-            rates[system] = measure_batch(options, make_prompts(options.prompts, len(levels) - 1), max(levels))
-            print(f"| `qwen-dist batch` | {max(levels)} | {rates[system]:.1f} | | | |", flush=True)
+            rates[system] = measure_batch(options, make_prompts(options.prompts, len(levels) - 1), levels[-1])
+            print(f"| `qwen-dist batch` | {levels[-1]} | {rates[system]:.1f} | | | |", flush=True)
         else:
-            with started_server(system, options, max(levels)) as url:
-                rates[system] = measure_server(system, url, options, levels)[max(levels)]
+            with started_server(system, options, levels[-1]) as url:
+                rates[system] = measure_server(system, url, options, levels)[levels[-1]]
     for named in options.url:
         name, _, url = named.partition("=")
-        rates[name] = measure_server(name, url, options, levels)[max(levels)]
+        rates[name] = measure_server(name, url, options, levels)[levels[-1]]
     print()
     for name, rate in rates.items():
         if name != "qwen_dist" and "qwen_dist" in rates:
-            print(f"qwen_dist / {name} at {max(levels)} at a time: {rates['qwen_dist'] / rate:.2f}")
+            print(f"qwen_dist / {name} at {levels[-1]} at a time: {rates['qwen_dist'] / rate:.2f}")
 
 
 def make_prompts(number: int, part: int) -> list[str]:
     """Return prompts that no other part has, and that do not begin as others do."""
-    tasks = itertools.cycle(TASKS)
     prompts = []
-    for index, task in zip(range(number), tasks, strict=False):
+    for index, task in zip(range(number), itertools.cycle(TASKS), strict=False):
         text = task.format(a=3 + index % 40, b=2 + index % 7, noun=NOUNS[index % len(NOUNS)])
-        prompts.append(f"{1000 * part + index}. Please, {text}")
+        prompts.append(f"{part}.{index}: please, {text}")
     return prompts
 
 

@@ -45,7 +45,8 @@ def _prefix_cache() -> Any:
 
 
 def _adapter() -> Any:
-    return option("", flag="--adapter", metavar="DIR", help="a LoRA adapter in PEFT's format, merged into the weights")
+    about = "a LoRA adapter in PEFT's format, merged into the weights if these are not quantised"
+    return option("", flag="--adapter", metavar="DIR", help=about)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +88,8 @@ class LoadOptions(CheckpointOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainedModelOptions(LoadOptions):
-    """A model whose weights are loaded, to be trained."""
+class LoadedModelOptions(LoadOptions):
+    """A model whose weights are loaded, or random, and an adapter."""
 
     load_format: Literal["safetensors", "dummy"] = option(
         "safetensors", flag="--load-format", metavar="FORMAT", help="weight files, or random weights"
@@ -110,7 +111,7 @@ def _group_size() -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizedWeights:
+class QuantizedWeightOptions:
     """Which weights are kept in fewer bits in memory."""
 
     quantize: Quantize = option("stored", flag="--quantize", metavar="FORM", help="the weights in memory (none: floats)")
@@ -119,12 +120,12 @@ class QuantizedWeights:
 
 
 @dataclasses.dataclass(frozen=True)
-class FinetunedModelOptions(QuantizedWeights, TrainedModelOptions):
+class TrainedModelOptions(QuantizedWeightOptions, LoadedModelOptions):
     """A model that is trained, whose weights under an adapter may be kept in fewer bits."""
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizedOptions(QuantizedWeights):
+class QuantizedOptions(QuantizedWeightOptions):
     """What is kept in fewer bits in memory."""
 
     kv_cache_dtype: KvCacheDtype = option(
@@ -438,7 +439,7 @@ class OptimizerOptions:
 class FinetuneConfig:
     """`qwen-dist finetune`."""
 
-    model: FinetunedModelOptions
+    model: TrainedModelOptions
     data: DataOptions
     output: str = option(
         flag="--output", metavar="DIR", help="for checkpoints, metrics and the result; an existing run is resumed"

@@ -63,7 +63,7 @@ class LLM:
       model: a directory in the Hugging Face format, a hub id such as `Qwen/Qwen3-0.6B`, or an address.
       mesh: devices per axis, such as `fsdp=2,tensor=4`; empty chooses for the model.
       dtype: of parameters and activations.
-      adapter: a LoRA adapter in PEFT's format, merged into the weights.
+      adapter: a LoRA adapter in PEFT's format, merged into the weights if these are not quantised.
       quantize: keep the weights of linear layers and experts as the checkpoint has packed them ("stored"), dequantise them
         ("none"), or quantise them to "int8", "int4" or "fp8" while they load.
       quantize_group_size: in-features with one scale, 0 for all of a row; by default 32 for int4, 128 for int8, 0 for fp8.

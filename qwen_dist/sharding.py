@@ -210,7 +210,7 @@ def all_gather_weight(weight: Any, *axes: str) -> Any:
     if context is None:
         return weight
     if not isinstance(weight, jax.Array):
-        return jax.tree.map(_gather_frozen, weight, weight.with_axes(axes))
+        return jax.tree.map(_gather_packed, weight, weight.with_axes(axes))
     used = context.activation("weight", weight.shape, axes)
     kept = context.parameter("weight", weight.shape, axes)
 
@@ -226,7 +226,7 @@ def all_gather_weight(weight: Any, *axes: str) -> Any:
     return lay_out(weight)
 
 
-def _gather_frozen(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def _gather_packed(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     context = active_context()
     assert context is not None
     used = context.activation("weight", x.shape, axes)

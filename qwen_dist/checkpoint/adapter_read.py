@@ -56,7 +56,7 @@ class PeftAdapter:
     updates: tuple[Update, ...]
 
     def to_lora(self) -> Adapter:
-        """Return the matrices, to train them further or to use them beside quantised weights.
+        """Return the matrices, to train them further or to use them unmerged.
 
         Raises:
           CheckpointError: it is more than LoRA of one rank and scale on layers of the blocks.
@@ -70,7 +70,7 @@ class PeftAdapter:
                 problems.append(f"{update.layer}: its rank or alpha differs from the others, so it can only be merged")
         if problems:
             what = (
-                "the adapter can neither be trained further nor used beside quantised weights; merge it with "
+                "the adapter can neither be trained further nor used unmerged, as quantised weights need it; merge it with "
                 "`qwen-dist export --adapter` first"
             )
             raise_problems(what, problems)

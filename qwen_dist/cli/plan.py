@@ -38,8 +38,7 @@ def run(config: PlanConfig, flags: Flags) -> int:
     files = ModelFiles.open(config.model.path)
     model = read_model_config(files, config.model.ignored_keys)
     lora = config.lora if config.command == "finetune" and config.method == "lora" else None
-    given = config.model
-    quantize = QuantizeOptions.of(given.quantize, given.quantize_group_size, has_head=given.quantize_head)
+    quantize = QuantizeOptions.of_model(config.model)
     # Training of all parameters dequantises them.
     quantization = Quantization.of(files.config, quantize) if config.command == "batch" or lora is not None else None
     if quantization is not None:
@@ -52,7 +51,7 @@ def run(config: PlanConfig, flags: Flags) -> int:
         config.remat,
         lora,
         quantization,
-        CACHE_DTYPES[given.kv_cache_dtype],
+        CACHE_DTYPES[config.model.kv_cache_dtype],
     )
     plan = make_capacity_plan(config.model.path, model, topology, workload, config.mesh or None)
     if config.compile is not None:

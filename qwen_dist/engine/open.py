@@ -63,7 +63,7 @@ def open_engine(
       UserError: the mesh, the checkpoint or a sampling parameter cannot be used. Cheap checks run before the weights load.
     """
     devices = jax.devices() if devices is None else devices
-    quantize = QuantizeOptions.of(options.quantize, options.quantize_group_size, has_head=options.quantize_head)
+    quantize = QuantizeOptions.of_model(options)
     adapter = read_adapter(options.adapter, options.ignored_keys) if options.adapter else None
     named = {name: read_adapter(directory, options.ignored_keys) for name, directory in adapters.items()}
     given = make_mesh(MeshConfig.parse(mesh), devices) if mesh else None
@@ -110,12 +110,12 @@ def _load(
     files: ModelFiles,
     sharding_ctx: ShardingContext,
     merged: PeftAdapter | None,
-    beside: Adapter | None,
+    unmerged: Adapter | None,
     progress: ProgressCallback | None,
 ) -> LoadedModel:
-    # An adapter is not merged into quantised weights, which would have to be rounded again.
-    if merged is not None and beside is None and Quantization.of(files.config, quantize) is not None:
-        beside, merged = merged.to_lora(), None
+    # An adapter stays unmerged if the weights are quantised: they would have to be rounded again.
+    if merged is not None and unmerged is None and Quantization.of(files.config, quantize) is not None:
+        unmerged, merged = merged.to_lora(), None
     model = load_model(
         files,
         sharding_ctx,
@@ -127,7 +127,7 @@ def _load(
         host_memory_budget=options.host_memory_bytes,
         progress=progress,
     )
-    return model if beside is None else with_adapter(model, beside, dtype=model.dtype)[0]
+    return model if unmerged is None else with_adapter(model, unmerged, dtype=model.dtype)[0]
 
 
 def _notes(

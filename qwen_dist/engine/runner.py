@@ -31,11 +31,11 @@ from qwen_dist.models.state_spec import CacheDtype, RecurrentSpec
 from qwen_dist.models.transformer import Transformer, state_specs
 from qwen_dist.ops import slots
 from qwen_dist.ops.adapter_rows import adapter_factors
-from qwen_dist.ops.argmax import allowed_argmax, argmax, unpack_bits
+from qwen_dist.ops.argmax import allowed_argmax, argmax, unpack_allowed
 from qwen_dist.ops.loop import bounded_loop
 from qwen_dist.ops.paged_cache import MAX_ENTRIES, PageIndices
 from qwen_dist.runtime.settings import compiler_options
-from qwen_dist.sharding import constrain, use_sharding
+from qwen_dist.sharding import use_sharding
 
 NUM_STOP_IDS = 16
 NUM_TOPS = (0, 5, MAX_TOP_LOGPROBS)
@@ -527,7 +527,7 @@ class Runner:
             assert params is not None
             processed_BV = self._process(state, logits_BV, slots_B, next_B, sampling)
             if allowed_BW is not None:
-                processed_BV = restrict(processed_BV, _unpacked(allowed_BW, logits_BV.shape[1]))
+                processed_BV = restrict(processed_BV, unpack_allowed(allowed_BW, logits_BV.shape[1]))
             return sample(processed_BV, params, next_B)
 
         if params is None:
@@ -667,11 +667,6 @@ class SamplingTable:
 def _one_of_few(wanted_B: np.ndarray, at_least: int = 0) -> int | None:
     wanted = int(wanted_B.max(initial=-1))
     return None if wanted < 0 else next(number for number in NUM_TOPS if number >= max(wanted, at_least))
-
-
-def _unpacked(bits_BW: jax.Array, vocab_size: int) -> jax.Array:
-    """Return bits, the lowest of each word first, as bool [B, V]."""
-    return constrain(unpack_bits(bits_BW).reshape(len(bits_BW), -1)[:, :vocab_size], "batch", "vocab")
 
 
 def _scores(module: Transformer, x_BTD: jax.Array, next_tokens_BT: jax.Array, num_top: int) -> LogProbs:

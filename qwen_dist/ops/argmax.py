@@ -1,6 +1,6 @@
 """The index of the largest element of each row: the most likely token.
 
-Letters: B rows, V vocab, X blocks of a row, Y elements of a block.
+Letters: B rows, V vocab, X blocks of a row, Y elements of a block, W words of 32 bits.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from qwen_dist.ops.dispatch import Backend, Implementation, Op
+from qwen_dist.sharding import constrain
 
 # The blocks of a row in which the maximum is searched, at most; published vocabularies divide by it.
 MAX_BLOCKS = 128
-# Elements of which a word says whether they are allowed.
+# The bits of a word, one for each element that may be allowed.
 WORD = 32
 
 
@@ -51,8 +52,7 @@ def allowed_argmax(x_BV: jax.Array, allowed_BW: jax.Array) -> jax.Array:
 
 
 def allowed_argmax_plain(x_BV: jax.Array, allowed_BW: jax.Array) -> jax.Array:
-    allowed_BV = unpack_bits(allowed_BW).reshape(len(x_BV), -1)[:, : x_BV.shape[1]]
-    return argmax(jnp.where(allowed_BV, x_BV, -jnp.inf))
+    return argmax(jnp.where(unpack_allowed(allowed_BW, x_BV.shape[1]), x_BV, -jnp.inf))
 
 
 def allowed_argmax_by_row(x_BV: jax.Array, allowed_BW: jax.Array) -> jax.Array:
@@ -73,9 +73,10 @@ def allowed_argmax_by_row(x_BV: jax.Array, allowed_BW: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(0, (~is_allowed_B).sum(), search, best_B)
 
 
-def unpack_bits(words: jax.Array) -> jax.Array:
-    """Return the bits of words [...] of uint32, the lowest first, as bool [..., 32]."""
-    return (words[..., None] >> jnp.arange(WORD, dtype=jnp.uint32)) & 1 != 0
+def unpack_allowed(allowed_BW: jax.Array, size: int) -> jax.Array:
+    """Return the bits of words, the lowest of each first, as bool [B, V]."""
+    bits_BWN = (allowed_BW[..., None] >> jnp.arange(WORD, dtype=jnp.uint32)) & 1
+    return constrain((bits_BWN != 0).reshape(len(allowed_BW), -1)[:, :size], "batch", "vocab")
 
 
 # Every backend uses it; only on CPUs has the difference been measured.

@@ -71,20 +71,22 @@ _with_gradient.defvjp(_forward, _backward)
 def _plain(rows_RC: jax.Array, weights_EOC: Weight, sizes_E: jax.Array, dtype: jnp.dtype) -> jax.Array:
     if isinstance(weights_EOC, jax.Array):
         return _with_gradient(rows_RC, weights_EOC, sizes_E, dtype)
-    return _by_frozen_weights(rows_RC, weights_EOC, sizes_E, dtype)
+    return _by_quantized_weights(rows_RC, weights_EOC, sizes_E, dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _by_frozen_weights(rows_RC: jax.Array, weights_EOC: QuantizedWeight, sizes_E: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _by_quantized_weights(
+    rows_RC: jax.Array, weights_EOC: QuantizedWeight, sizes_E: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
     """Multiply by quantised weights, which have no gradient."""
     return _in_blocks(rows_RC, weights_EOC, sizes_E, dim=2, dtype=dtype)
 
 
-def _forward_by_frozen(rows_RC, weights_EOC, sizes_E, dtype):  # type: ignore[no-untyped-def]
-    return _by_frozen_weights(rows_RC, weights_EOC, sizes_E, dtype), (weights_EOC, sizes_E)
+def _forward_by_quantized(rows_RC, weights_EOC, sizes_E, dtype):  # type: ignore[no-untyped-def]
+    return _by_quantized_weights(rows_RC, weights_EOC, sizes_E, dtype), (weights_EOC, sizes_E)
 
 
-def _backward_by_frozen(_dtype, operands, gradient_RO):  # type: ignore[no-untyped-def]
+def _backward_by_quantized(_dtype, operands, gradient_RO):  # type: ignore[no-untyped-def]
     weights_EOC, sizes_E = operands
     wanted = weights_EOC.dtype
     by_rows = _in_blocks(gradient_RO.astype(wanted), weights_EOC, sizes_E, dim=1, dtype=wanted)
@@ -92,7 +94,7 @@ def _backward_by_frozen(_dtype, operands, gradient_RO):  # type: ignore[no-untyp
     return jnp.where(has_group_R1, by_rows, 0), None, None
 
 
-_by_frozen_weights.defvjp(_forward_by_frozen, _backward_by_frozen)
+_by_quantized_weights.defvjp(_forward_by_quantized, _backward_by_quantized)
 
 
 # --- TPU ---

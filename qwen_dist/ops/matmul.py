@@ -40,26 +40,26 @@ def matmul(x: jax.Array, weight: Weight, dtype: DTypeLike | None = None) -> jax.
 
 
 def _plain(x: jax.Array, weight: Weight, dtype: jnp.dtype) -> jax.Array:
-    product = batched_matmul if isinstance(weight, jax.Array) else _by_frozen_weight
+    product = batched_matmul if isinstance(weight, jax.Array) else _by_quantized_weight
     return product(x, weight).astype(dtype)
 
 
 @jax.custom_vjp
-def _by_frozen_weight(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
+def _by_quantized_weight(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
     """Multiply as `batched_matmul` by a quantised weight, which has no gradient."""
-    return FROZEN_PRODUCT(x, weight, batched_matmul)
+    return DEQUANTIZED_MATMUL(x, weight, batched_matmul)
 
 
-def _forward_by_frozen(x: jax.Array, weight: QuantizedWeight) -> tuple[jax.Array, QuantizedWeight]:
-    return FROZEN_PRODUCT(x, weight, _dot if x.dtype.itemsize < 4 else batched_matmul), weight
+def _forward_by_quantized(x: jax.Array, weight: QuantizedWeight) -> tuple[jax.Array, QuantizedWeight]:
+    return DEQUANTIZED_MATMUL(x, weight, _dot if x.dtype.itemsize < 4 else batched_matmul), weight
 
 
-def _backward_by_frozen(weight: QuantizedWeight, gradient: jax.Array) -> tuple[jax.Array, None]:
+def _backward_by_quantized(weight: QuantizedWeight, gradient: jax.Array) -> tuple[jax.Array, None]:
     """Dequantise once more, so that what the backward pass keeps of the weight are its packed arrays."""
-    return FROZEN_GRADIENT(gradient.astype(weight.dtype), weight).astype(weight.dtype), None
+    return DEQUANTIZED_GRADIENT(gradient.astype(weight.dtype), weight).astype(weight.dtype), None
 
 
-_by_frozen_weight.defvjp(_forward_by_frozen, _backward_by_frozen)
+_by_quantized_weight.defvjp(_forward_by_quantized, _backward_by_quantized)
 
 
 def _whole_product(x: jax.Array, weight: QuantizedWeight, multiply: Callable[..., jax.Array]) -> jax.Array:
@@ -67,7 +67,7 @@ def _whole_product(x: jax.Array, weight: QuantizedWeight, multiply: Callable[...
 
 
 def _whole_gradient(gradient: jax.Array, weight: QuantizedWeight) -> jax.Array:
-    # With the barrier the compiler does not keep the array of the forward pass instead.
+    # The barrier keeps the compiler from using the array of the forward pass, which would have to stay in memory.
     gradient, weight = jax.lax.optimization_barrier((gradient, weight))
     return dot(gradient, weight.dequantize(), 0)
 
@@ -157,12 +157,12 @@ def _product_in_blocks(x: jax.Array, weight: QuantizedWeight, multiply: Callable
     blocks, num_blocks = _blocks_of(weight)
     size = weight.shape[0] // num_blocks
 
-    def add(index: jax.Array, product: jax.Array) -> jax.Array:
+    def write(index: jax.Array, product: jax.Array) -> jax.Array:
         part = multiply(x, blocks.take(index).dequantize())
         return jax.lax.dynamic_update_slice_in_dim(product, part, index * size, axis=-1)
 
     product = jnp.zeros((*x.shape[:-1], weight.shape[0]), accum_dtype(x.dtype))
-    return jax.lax.fori_loop(0, num_blocks, add, product)
+    return jax.lax.fori_loop(0, num_blocks, write, product)
 
 
 def _gradient_in_blocks(gradient: jax.Array, weight: QuantizedWeight) -> jax.Array:
@@ -186,7 +186,7 @@ def _blocks_of(weight: QuantizedWeight) -> tuple[QuantizedWeight, int]:
 
 
 def _can_take_blocks(_x: jax.Array, weight: QuantizedWeight, *_: Any) -> bool:
-    """Whether the whole weight is on one device: of a sharded one, XLA would gather each block."""
+    """Whether there is one device: of a sharded weight XLA would gather each block."""
     context = active_context()
     return weight.ndim == 2 and weight.shape[0] > 1 and (context is None or context.mesh.size == 1)
 
@@ -218,15 +218,15 @@ _WEIGHT_MAJOR = Implementation("weight major", matmul_weight_major, can_matmul_w
 _TWO_ROWS = Implementation("two rows", _two_rows, _is_one_narrow_row)
 _ON_CPU = (Backend.CPU_KERNELS, Backend.CPU_KERNELS_LOCAL, Backend.CPU)
 BATCHED_MATMUL = Op("batched_matmul", _dot, dict.fromkeys(_ON_CPU, (_WEIGHT_MAJOR,)))
-FROZEN_PRODUCT = Op(
-    "matmul: quantised weight",
+DEQUANTIZED_MATMUL = Op(
+    "matmul: dequantised weight",
     _whole_product,
-    dict.fromkeys(_ON_CPU, (Implementation("blocks", _product_in_blocks, _can_take_blocks),)),
+    dict.fromkeys((Backend.CPU_KERNELS, Backend.CPU), (Implementation("blocks", _product_in_blocks, _can_take_blocks),)),
 )
-FROZEN_GRADIENT = Op(
-    "matmul: gradient with a quantised weight",
+DEQUANTIZED_GRADIENT = Op(
+    "matmul: dequantised weight, gradient",
     _whole_gradient,
-    dict.fromkeys(_ON_CPU, (Implementation("blocks", _gradient_in_blocks, _can_take_blocks),)),
+    dict.fromkeys((Backend.CPU_KERNELS, Backend.CPU), (Implementation("blocks", _gradient_in_blocks, _can_take_blocks),)),
 )
 MATMUL = Op(
     "matmul",

@@ -8,7 +8,7 @@ from qwen_dist.ops.delta_rule import DELTA_RULE, DELTA_RULE_IN_SLOTS
 from qwen_dist.ops.dispatch import Backend, Op
 from qwen_dist.ops.experts import EXPERTS
 from qwen_dist.ops.grouped_matmul import GROUPED_MATMUL, ROWS_BY_ROWS, ROWS_BY_WEIGHTS
-from qwen_dist.ops.matmul import BATCHED_MATMUL, FROZEN_GRADIENT, FROZEN_PRODUCT, MATMUL
+from qwen_dist.ops.matmul import BATCHED_MATMUL, DEQUANTIZED_GRADIENT, DEQUANTIZED_MATMUL, MATMUL
 from qwen_dist.ops.paged_attention import PAGED_ATTENTION
 from qwen_dist.ops.paged_cache import WRITE
 from qwen_dist.ops.rotary import ROTATE
@@ -18,8 +18,8 @@ from qwen_dist.ops.swiglu import SWIGLU
 OPS: tuple[Op, ...] = (
     MATMUL,
     BATCHED_MATMUL,
-    FROZEN_PRODUCT,
-    FROZEN_GRADIENT,
+    DEQUANTIZED_MATMUL,
+    DEQUANTIZED_GRADIENT,
     GROUPED_MATMUL,
     ROWS_BY_WEIGHTS,
     ROWS_BY_ROWS,

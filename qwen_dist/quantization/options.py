@@ -6,7 +6,7 @@ import dataclasses
 import re
 from typing import Literal
 
-from qwen_dist.config import KvCacheDtype, Quantize
+from qwen_dist.config import KvCacheDtype, Quantize, QuantizedWeightOptions
 from qwen_dist.errors import UsageError
 from qwen_dist.models.state_spec import CacheDtype
 from qwen_dist.ops.grouped_weight import Encoding, GroupedFormat
@@ -53,6 +53,11 @@ class QuantizeOptions:
                 "of each row"
             )
         return cls(encoding, DEFAULT_GROUPS[encoding] if group_size is None else group_size, has_head)
+
+    @classmethod
+    def of_model(cls, options: QuantizedWeightOptions) -> QuantizeOptions | Literal["stored", "none"]:
+        """Return the options of a configuration. Raises UsageError as `of`."""
+        return cls.of(options.quantize, options.quantize_group_size, has_head=options.quantize_head)
 
     def form(self, in_features: int, dtype: str) -> GroupedFormat:
         """Return the form of a weight with these in-features, which the group size must divide."""

@@ -373,9 +373,7 @@ def _sharding_ctx(inputs: RunInputs) -> ShardingContext:
 
 def _quantize(config: FinetuneConfig) -> QuantizeOptions | Literal["stored", "none"]:
     """Return how the weights are kept: under an adapter as the configuration says, and as floats if they are trained."""
-    given = config.model
-    options = QuantizeOptions.of(given.quantize, given.quantize_group_size, has_head=given.quantize_head)
-    return "none" if config.method == "full" else options
+    return "none" if config.method == "full" else QuantizeOptions.of_model(config.model)
 
 
 def _quantization(inputs: RunInputs) -> Quantization | None:

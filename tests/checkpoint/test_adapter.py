@@ -472,7 +472,8 @@ def test_only_lora_of_one_rank_is_trained_further(tiny_checkpoint, tmp_path, kin
     base = tiny_checkpoint("qwen2", num_hidden_layers=2)
     path = write(base, tmp_path / "adapter", **KINDS[kind])
     with pytest.raises(
-        CheckpointError, match="nor used beside quantised weights; merge it with `qwen-dist export --adapter` first"
+        CheckpointError,
+        match="nor used unmerged, as quantised weights need it; merge it with `qwen-dist export --adapter` first",
     ):
         read_adapter(path).to_lora()
 

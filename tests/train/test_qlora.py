@@ -122,17 +122,10 @@ def test_the_gradient_of_products_by_packed_weights():
     rng = np.random.default_rng(0)
     x, sizes = jnp.asarray(rng.standard_normal((12, 64)), jnp.float32), jnp.asarray([3, 0, 7], jnp.int32)
     one, several = packed_weight(rng, 48, 64), packed_weight(rng, 3, 48, 64)
-    cases = [
-        (lambda x, weight: matmul(x, weight), one, matmul),
-        (
-            lambda x, weight: grouped_matmul(x, weight, sizes, "float32")[:10],
-            several,
-            lambda x, w: grouped_matmul(x, w, sizes, "float32")[:10],
-        ),
-    ]
-    for product, weight, plain in cases:
-        gradient = jax.grad(lambda x, product=product, weight=weight: jnp.sin(product(x, weight)).sum())(x)
-        expected = jax.grad(lambda x, plain=plain, weight=weight: jnp.sin(plain(x, weight.dequantize())).sum())(x)
+    by_group = lambda x, weights: grouped_matmul(x, weights, sizes, "float32")[:10]  # noqa: E731
+    for product, weight in ((matmul, one), (by_group, several)):
+        loss = lambda x, weight, product=product: jnp.sin(product(x, weight)).sum()  # noqa: E731
+        gradient, expected = jax.grad(loss)(x, weight), jax.grad(loss)(x, weight.dequantize())
         np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
     assert not np.asarray(gradient)[10:].any(), "rows of no group"
 
@@ -159,7 +152,7 @@ def test_no_weight_is_an_array_for_longer_than_it_is_used(remat):
 
 
 def test_an_adapter_is_trained_and_used_on_quantised_weights(tmp_path, capsys):
-    """Beside the packed weights it gives what it gives when it is merged into the same weights dequantised."""
+    """Unmerged, with the packed weights, it gives what it gives when it is merged into the same weights dequantised."""
     quantised, data, output = (str(tmp_path / name) for name in ("quantised", "data.jsonl", "run"))
     (tmp_path / "data.jsonl").write_text('{"prompt": "What is 2 plus 3?", "completion": "The answer is nine."}\n' * 8)
     forms = ["--quantize", "int4", "--dtype", "float32"]
@@ -172,11 +165,11 @@ def test_an_adapter_is_trained_and_used_on_quantised_weights(tmp_path, capsys):
     assert losses[-1] < losses[0] - 0.1
     settings = {"dtype": "float32", "max_batch_size": 2, "adapter": f"{output}/adapter"}
     text = "What is 2 plus 3? The answer is nine."
-    (beside,), (merged,), (without,) = (
+    (unmerged,), (merged,), (without,) = (
         LLM(quantised, **settings | more).score([text]) for more in ({}, {"quantize": "none"}, {"adapter": ""})
     )
-    np.testing.assert_allclose(beside.logprobs, merged.logprobs, atol=1e-4)
-    assert np.abs(np.array(beside.logprobs) - without.logprobs).max() > 0.1
+    np.testing.assert_allclose(unmerged.logprobs, merged.logprobs, atol=1e-4)
+    assert np.abs(np.array(unmerged.logprobs) - without.logprobs).max() > 0.1
 
 
 def test_dry_run_counts_the_weights_and_their_packed_bytes(tmp_path, capsys):
