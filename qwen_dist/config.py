@@ -45,8 +45,7 @@ def _prefix_cache() -> Any:
 
 
 def _adapter() -> Any:
-    about = "a LoRA adapter in PEFT's format, merged into the weights if these are not quantised"
-    return option("", flag="--adapter", metavar="DIR", help=about)
+    return option("", flag="--adapter", metavar="DIR", help="a LoRA adapter in PEFT's format, merged into float weights")
 
 
 @dataclasses.dataclass(frozen=True)
