@@ -86,15 +86,24 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Passes:
-    """A number for the forward pass and one for the backward pass, and the part of the former that is never recomputed."""
+    """A number for the forward pass and one for the backward pass.
+
+    Attributes:
+      not_recomputed: the part of `forward` that no rematerialisation of a layer computes again.
+      recompute: the part of `backward` in which an op itself computes its forward pass again.
+    """
 
     forward: float = 0.0
     backward: float = 0.0
     not_recomputed: float = 0.0
+    recompute: float = 0.0
 
     def __add__(self, other: Passes) -> Passes:
         return Passes(
-            self.forward + other.forward, self.backward + other.backward, self.not_recomputed + other.not_recomputed
+            self.forward + other.forward,
+            self.backward + other.backward,
+            self.not_recomputed + other.not_recomputed,
+            self.recompute + other.recompute,
         )
 
 

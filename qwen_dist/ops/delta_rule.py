@@ -13,6 +13,7 @@ V value channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -65,6 +66,32 @@ def delta_rule(
 def delta_rule_plain(
     inputs: DeltaInputs, start_BGRKV: jax.Array | None = None, segments_BT: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
+    """Compute one chunk after the other, so that the arrays of one chunk exist at a time; the backward pass does it again.
+
+    With all chunks prepared together training takes several times the memory, and a TPU's compiler several times as long.
+    """
+
+    def one_chunk(state_BGRKV: jax.Array, chunk: tuple[DeltaInputs, Any]) -> tuple[jax.Array, jax.Array]:
+        return apply_chunk(state_BGRKV, prepare_chunk(*chunk))
+
+    return _over_chunks(inputs, start_BGRKV, segments_BT, jax.checkpoint(one_chunk), lambda chunks: chunks)
+
+
+def delta_rule_prepared(
+    inputs: DeltaInputs, start_BGRKV: jax.Array | None = None, segments_BT: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Compute what does not depend on the state first, of all chunks together: a GPU needs that many products at a time."""
+    return _over_chunks(inputs, start_BGRKV, segments_BT, apply_chunk, lambda chunks: jax.vmap(prepare_chunk)(*chunks))
+
+
+def _over_chunks(
+    inputs: DeltaInputs,
+    start_BGRKV: jax.Array | None,
+    segments_BT: jax.Array | None,
+    one_chunk: Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]],
+    prepare: Callable[[tuple[DeltaInputs, Any]], Any],
+) -> tuple[jax.Array, jax.Array]:
+    """Return what `delta_rule` does: `one_chunk` takes the state and what `prepare` has made of a chunk."""
     wide = accum_dtype(inputs.v_BTGRV.dtype)
     inputs = DeltaInputs(*(x.astype(wide) for x in inputs))
     B, T, G, R, V = inputs.v_BTGRV.shape
@@ -72,8 +99,8 @@ def delta_rule_plain(
         start_BGRKV = jnp.zeros((B, G, R, inputs.k_BTGK.shape[-1], V), wide)
     if T == 1 and segments_BT is None:
         return one_token(inputs, start_BGRKV)
-    prepared = _prepare(inputs, segments_BT)
-    end_BGRKV, o_NBCGRV = jax.lax.scan(apply_chunk, start_BGRKV.astype(wide), prepared)
+    chunks = prepare(_in_chunks(inputs, segments_BT))
+    end_BGRKV, o_NBCGRV = jax.lax.scan(one_chunk, start_BGRKV.astype(wide), chunks)
     o_BTGRV = jnp.moveaxis(o_NBCGRV, 0, 1).reshape(B, -1, G, R, V)
     return o_BTGRV[:, :T], end_BGRKV
 
@@ -101,13 +128,13 @@ def delta_rule_in_slots_plain(
         last, o_N = jax.lax.scan(apply_chunk, state_GRKV[None], jax.tree.map(lambda x: x[:, None], chunks))
         return last[0], o_N[:, 0]
 
-    prepared = _prepare(inputs, None)
+    prepared = jax.vmap(prepare_chunk)(*_in_chunks(inputs, None))
     by_row = jax.tree.map(lambda x: x.swapaxes(0, 1), prepared)
     pool_DMGRKV, o_BNCGRV = slots.recur(pool_DMGRKV, rows, 0.0, by_row, one_row)
     return o_BNCGRV.reshape(len(o_BNCGRV), -1, *o_BNCGRV.shape[3:])[:, : inputs.v_BTGRV.shape[1]], pool_DMGRKV
 
 
-DELTA_RULE = Op("delta rule", delta_rule_plain)
+DELTA_RULE = Op("delta rule", delta_rule_plain, {Backend.GPU: (Implementation("prepared", delta_rule_prepared),)})
 _KERNEL = Implementation("kernel", native.delta_rule_in_slots, native.can_delta_rule_in_slots)
 DELTA_RULE_IN_SLOTS = Op("delta rule in slots", delta_rule_in_slots_plain, {Backend.CPU_KERNELS: (_KERNEL,)})
 
@@ -132,15 +159,14 @@ def chunk_size(num_tokens: int) -> int:
     return min(CHUNK, 1 << (num_tokens - 1).bit_length())
 
 
-def _prepare(inputs: DeltaInputs, segments_BT: jax.Array | None) -> PreparedChunk:
-    """Return the rows' chunks, prepared: arrays [N, B, …]."""
+def _in_chunks(inputs: DeltaInputs, segments_BT: jax.Array | None) -> tuple[DeltaInputs, Any]:
+    """Return the arguments of `prepare_chunk` for each chunk: arrays [N, B, …]."""
     size = chunk_size(inputs.v_BTGRV.shape[1])
-    chunks = jax.tree.map(lambda x: _in_chunks(x, size), inputs)
-    segments = None
-    if segments_BT is not None:
-        segments_BNC = _in_chunks(segments_BT, size, mode="edge")
-        segments = segments_BNC, jnp.concatenate([segments_BNC[:, :1, 0], segments_BNC[:, :-1, -1]], axis=1)
-    return jax.vmap(prepare_chunk, in_axes=1)(chunks, segments)
+    chunks = jax.tree.map(lambda x: _cut(x, size), inputs)
+    if segments_BT is None:
+        return chunks, None
+    segments_NBC = _cut(segments_BT, size, mode="edge")
+    return chunks, (segments_NBC, jnp.concatenate([segments_NBC[:1, :, 0], segments_NBC[:-1, :, -1]]))
 
 
 class PreparedChunk(NamedTuple):
@@ -227,21 +253,23 @@ def _normalised(x: jax.Array) -> jax.Array:
 def unit_lower_inverse(lower: jax.Array) -> jax.Array:
     """Return (I + L)⁻¹ of strictly lower triangular matrices [..., C, C], C a power of 2.
 
-    The inverse of blocks of 1, 2, 4, … on the diagonal: X ← X - X L_off X. Its error stays that of substitution where keys
-    repeat, unlike sums of powers of L, whose terms grow and cancel.
+    The inverse of blocks of 2, 4, 8, … on the diagonal: X ← X - X L_off X, first with X = I. Its error stays that of
+    substitution where keys repeat, unlike sums of powers of L, whose terms grow and cancel.
     """
     return _inverse_by_blocks(lower)
 
 
 def _inverse_by_blocks(lower: jax.Array) -> jax.Array:
     C = lower.shape[-1]
-    inverse = jnp.broadcast_to(jnp.eye(C, dtype=lower.dtype), lower.shape)
     index, size = np.arange(C), 1
+    inverse = jnp.broadcast_to(jnp.eye(C, dtype=lower.dtype), lower.shape)
     while size < C:
         block = index // size
         is_off_diagonal = (block[:, None] % 2 == 1) & (block[None, :] == block[:, None] - 1)
         off = jnp.where(is_off_diagonal, lower, 0)
-        inverse -= jnp.matmul(jnp.matmul(inverse, off, precision="highest"), inverse, precision="highest")
+        if size > 1:
+            off = jnp.matmul(jnp.matmul(inverse, off, precision="highest"), inverse, precision="highest")
+        inverse -= off
         size *= 2
     return inverse
 
@@ -260,18 +288,18 @@ def _inverse_backward(inverse: jax.Array, gradient: jax.Array) -> tuple[jax.Arra
 unit_lower_inverse.defvjp(_inverse_forward, _inverse_backward)
 
 
-def _in_chunks(x_BT: jax.Array, size: int, mode: str = "constant") -> jax.Array:
-    """[B, T, …] → [B, N, C, …], padded at the end: with zeros, or with mode "edge" with the last token's value."""
+def _cut(x_BT: jax.Array, size: int, mode: str = "constant") -> jax.Array:
+    """[B, T, …] → [N, B, C, …], padded at the end: with zeros, or with mode "edge" with the last token's value."""
     B, T, *rest = x_BT.shape
     padded: Any = jnp.pad(x_BT, ((0, 0), (0, -T % size), *((0, 0),) * len(rest)), mode=mode)
-    return padded.reshape(B, -1, size, *rest)
+    return jnp.moveaxis(padded.reshape(B, -1, size, *rest), 1, 0)
 
 
 def delta_rule_cost(step: Step, num_heads: int, values_per_head: int, K: int, V: int) -> LayerCost:
     """Return the cost of the rule: for one token a step, for more their share of the products of a chunk of C tokens.
 
-    The inverse takes 2 log₂ C products of [C, C] matrices, and its gradient 2; others take twice as many in the backward
-    pass.
+    The inverse takes 2 (log₂ C - 1) products of [C, C] matrices, and its gradient 2; others take twice as many in the
+    backward pass, before which the plain form computes the corrections and what they need again.
     """
     heads, R = step.size(batch=step.num_rows, scan_length=step.num_tokens, scan_heads=num_heads), values_per_head
     if step.num_tokens == 1:
@@ -280,16 +308,20 @@ def delta_rule_cost(step: Step, num_heads: int, values_per_head: int, K: int, V:
     C = chunk_size(step.num_tokens)
     with_state = heads * R * 2 * (3 * K * V + C * V)
     of_chunk = heads * (2 * 2 * C * K + R * 2 * (C * K + C * V))
-    inverse, inverse_backward = heads * R * 2 * 2 * (C.bit_length() - 1) * C * C, heads * R * 2 * 2 * C * C
-    # The products with the state are in a loop over chunks, of all rows together in training.
+    inverse, inverse_backward = heads * R * 2 * 2 * (C.bit_length() - 2) * C * C, heads * R * 2 * 2 * C * C
+    is_plain = step.phase == "train" and step.implementation(DELTA_RULE) == DELTA_RULE.plain.name
+    again = heads * R * 2 * K * V + of_chunk + inverse if is_plain else 0
+    backward = 2 * (with_state + of_chunk) + inverse_backward + again
+    # In a loop over chunks, of all rows together in training: everything, or only the products with the state.
     num_chunks = -(-step.num_tokens // C) * (1 if step.phase == "train" else step.size(batch=step.num_rows))
     uncounted, operands = uncounted_share(num_chunks), 2 * K + R * V
-    # In float32: the operands, before and after they are normalised; for each value head the prepared chunk, the
-    # triangular system with its decay and its inverse, the corrections, the outputs and the state before each chunk.
-    of_head = 4 * K + 4 * V + 4 * C + K * V // C
+    in_loop = Passes(with_state + of_chunk + inverse, backward) if is_plain else Passes(with_state, 2 * with_state)
+    # In float32: the operands, before and after they are cut or normalised; for each value head the state before each
+    # chunk, and the outputs with their gradients, or all prepared chunks with what they are computed from.
+    of_head = K * V // C + (3 * V if is_plain else 4 * K + 4 * V + 4 * C)
     return LayerCost(
-        flops=Passes(with_state + of_chunk + inverse, 2 * (with_state + of_chunk) + inverse_backward),
-        uncounted_flops=Passes(uncounted * with_state, 2 * uncounted * with_state),
+        flops=Passes(with_state + of_chunk + inverse, backward, recompute=again),
+        uncounted_flops=Passes(uncounted * in_loop.forward, uncounted * in_loop.backward),
         uncounted_state=uncounted,
         workspace_bytes=heads * (operands + R * (2 * V + 3 * K + 2 * C)) * F32_BYTES,
         saved_bytes=heads * (2 * operands + R * of_head) * F32_BYTES,

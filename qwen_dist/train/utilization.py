@@ -45,7 +45,7 @@ class StepFlops:
             num_keys = np.minimum(num_visible, layer.sliding_window or np.inf).sum() / max(num_tokens, 1)
             for part in (block.mixer, block.mlp):
                 cost = layer_cost(part, self._row(positions_BT.shape[1], float(num_keys))).flops
-                flops += cost.forward + cost.backward
+                flops += cost.forward + cost.backward - cost.recompute
         return num_tokens * (self._flops_per_token + flops / positions_BT.shape[1])
 
     def _row(self, num_tokens: int, num_keys: float) -> Step:
