@@ -36,7 +36,7 @@ def test_it_runs(name, tmp_path):
 
 NOTEBOOKS = {
     "tour": r"The capital of France is Paris\.(?s:.*)within bounds: \d+ comparisons, none beyond",
-    "finetune_lora": r"0 before, 1[0-2] after, of 12(?s:.*)What is the capital of France\? The capital of France is Paris",
+    "finetune_lora": r"0 before, 1[0-2] after, of 12(?s:.*)What is the capital of Japan\? The capital of Japan is Tokyo",
 }
 
 

@@ -49,6 +49,18 @@ def chat(wording, country):
 
 train_chats = [chat(wording, country) for wording in WORDINGS for country in CAPITALS]
 test_chats = [chat(HELD_OUT, country) for country in CAPITALS]
+
+# %% [markdown]
+# A model that sees only these facts soon gives them as the answer to everything. So it also rehearses what it should
+# keep: a few other questions, with its own answers.
+
+# %%
+REHEARSED = [f"What is the capital of {name}?" for name in "Japan Italy Spain Germany Egypt Norway Peru Canada".split()]
+REHEARSED += [f"What is the opposite of {word}?" for word in "big fast light open".split()]
+before = LLM(MODEL, dtype="float32")
+questions = [[{"role": "user", "content": question}] for question in REHEARSED]
+for question, answer in zip(questions, before.chat(questions, temperature=0), strict=True):
+    train_chats.append([*question, {"role": "assistant", "content": answer.text}])
 print(len(train_chats), "conversations to train on,", len(test_chats), "to evaluate")
 print(train_chats[0])
 
@@ -143,7 +155,7 @@ print(sorted(path.name for path in adapter.iterdir()))
 # ## Ask it
 #
 # The loss is an average over tokens. What counts is the answer, so the last evaluation generates: the held-out
-# questions, before and after, and questions of another kind, which the model should still answer.
+# questions, before and after, and two that were rehearsed. Others may be lost: this model is very small.
 
 
 # %%
@@ -153,7 +165,7 @@ def num_right(llm):
     return sum(answer.text == messages[1]["content"] for answer, messages in zip(answers, test_chats, strict=True))
 
 
-before, after = LLM(MODEL, dtype="float32"), LLM(MODEL, adapter=str(adapter), dtype="float32")
+after = LLM(MODEL, adapter=str(adapter), dtype="float32")
 print(f"right answers to the held-out wording: {num_right(before)} before, {num_right(after)} after, of {len(test_chats)}")
-for question in ("Tell me the capital of Utopia.", "What is the capital of France?", "What is the opposite of hot?"):
+for question in ("Tell me the capital of Utopia.", "What is the capital of Japan?", "What is the opposite of big?"):
     print(question, after.chat([{"role": "user", "content": question}], temperature=0)[0].text)

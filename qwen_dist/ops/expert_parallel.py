@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwen_dist.ops.weight import QuantizedWeight
 from qwen_dist.sharding import LocalShard
 
 # (tokens [R, D], expert of each [R], gate_up, down) → outputs [R, D], on one device.
@@ -78,15 +79,20 @@ def _rounds_forward(one_round: Round, num_rounds: jax.Array, queues: Any, operan
 
 
 def _rounds_backward(one_round: Round, saved: Any, gradient: jax.Array) -> tuple[Any, Any, Any]:
-    """Recompute each round."""
+    """Recompute each round. Quantised weights have no gradient."""
     num_rounds, queues, operands = saved
+    parts, structure = jax.tree.flatten(operands, is_leaf=lambda part: isinstance(part, QuantizedWeight))
+    arrays = [part if isinstance(part, jax.Array) else None for part in parts]
+
+    def with_arrays(given: list[Any]) -> Any:
+        return jax.tree.unflatten(structure, [part if x is None else x for x, part in zip(given, parts, strict=True)])
 
     def add(number: jax.Array, sums: Any) -> Any:
-        _, pull_back = jax.vjp(lambda given: one_round(number, queues, given), operands)
+        _, pull_back = jax.vjp(lambda given: one_round(number, queues, with_arrays(given)), arrays)
         return jax.tree.map(jnp.add, sums, pull_back(gradient)[0])
 
-    sums = jax.lax.fori_loop(0, num_rounds, add, jax.tree.map(jnp.zeros_like, operands))
-    return _no_gradient(num_rounds), jax.tree.map(_no_gradient, queues), sums
+    sums = jax.lax.fori_loop(0, num_rounds, add, jax.tree.map(jnp.zeros_like, arrays))
+    return _no_gradient(num_rounds), jax.tree.map(_no_gradient, queues), jax.tree.unflatten(structure, sums)
 
 
 def _no_gradient(x: jax.Array) -> np.ndarray:

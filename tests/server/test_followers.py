@@ -86,9 +86,11 @@ def test_two_processes_answer_as_one_and_stop_when_either_is_told_to(tmp_path):
 
 
 @pytest.mark.slow
-def test_scores_forms_and_embeddings_of_two_processes_are_those_of_one(tmp_path):
+@pytest.mark.parametrize("mesh", ["data=2", "fsdp=2"])
+def test_scores_forms_and_embeddings_of_two_processes_are_those_of_one(tmp_path, mesh):
+    """With fsdp the processes add up their shares of each product."""
     llm = LLM(qwen_dist.DEMO_MODEL, dtype="float32", max_batch_size=4, devices=jax.devices()[:1])
-    with processes(tmp_path, *MESH) as (server, _):
+    with processes(tmp_path, *MESH, "--mesh", mesh) as (server, _):
         client = server.client()
         form = {"structured_outputs": {"choice": ["fox", "dog"]}, "seed": 3, "temperature": 1.0}
         chosen = client.completions.create(model="demo", prompt="The quick brown", n=3, extra_body=form)
