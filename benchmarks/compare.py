@@ -36,7 +36,13 @@ def main() -> None:
     parser.add_argument("--only", default="inference,batch,moe,finetune")
     parser.add_argument("--dtypes", default="bfloat16,float32")
     parser.add_argument("--prompts", type=int, default=200, help="of batch")
+    parser.add_argument("--rows", type=int, default=4, help="of a step of finetune")
+    parser.add_argument("--steps", type=int, default=3, help="of finetune, that are measured")
     options = parser.parse_args()
+    if "moe" in options.only.split(",") and options.folder and not (pathlib.Path(options.folder) / "config.json").exists():
+        import moe
+
+        moe.make_checkpoint(pathlib.Path(options.folder))
     trees = {"this": HERE, "other": pathlib.Path(options.other).resolve()}
     print_processor()
     print(f"{'':42}{'this':>12}{'other':>12}{'ratio':>8}{'of bests':>9}")
@@ -55,7 +61,7 @@ def main() -> None:
 def workers(options: argparse.Namespace) -> list[tuple[str, str, list[str]]]:
     """Return what to measure: a name, the benchmark's script, and the arguments of its worker."""
     only, model, found = options.only.split(","), ["--model", options.model], []
-    prompts = ["--prompts", str(options.prompts)]
+    prompts, steps = ["--prompts", str(options.prompts)], ["--rows", str(options.rows), "--steps", str(options.steps)]
     for dtype in options.dtypes.split(","):
         if "inference" in only:
             found.append((f"inference {dtype}", "inference.py", [*model, "--worker", "qwen_dist", dtype]))
@@ -66,7 +72,7 @@ def workers(options: argparse.Namespace) -> list[tuple[str, str, list[str]]]:
         if "finetune" in only:
             for method in ("full", "lora"):
                 worker = ["--worker", "qwen_dist", method, dtype]
-                found.append((f"finetune {method} {dtype}", "finetune.py", [*model, *worker]))
+                found.append((f"finetune {method} {dtype}", "finetune.py", [*model, *steps, *worker]))
     return found
 
 
