@@ -57,8 +57,8 @@ def test_a_step_of_a_hybrid(tiny_checkpoint):
     convolution = T * 2 * 4 * (2 * 2 * 8 + 4 * 12)
     products_of_inverse = T / C * value_heads * 2 * C**3
     seen = square * (T + 1) / (2 * T)
-    three_times = traced - square + seen + convolution - 12 * products_of_inverse
-    assert StepFlops(loaded, loaded.parameters)(positions) == 3 * three_times + (12 + 2) * products_of_inverse
+    three_times = traced - square + seen + convolution - 10 * products_of_inverse
+    assert StepFlops(loaded, loaded.parameters)(positions) == 3 * three_times + (10 + 2) * products_of_inverse
 
 
 def test_frozen_weights_need_no_gradient_and_padding_needs_nothing(loaded):
