@@ -36,8 +36,8 @@ def main() -> None:
     parser.add_argument("--only", default="inference,batch,moe,finetune")
     parser.add_argument("--dtypes", default="bfloat16,float32")
     parser.add_argument("--prompts", type=int, default=200, help="of batch")
-    parser.add_argument("--rows", type=int, default=4, help="of a step of finetune")
-    parser.add_argument("--steps", type=int, default=3, help="of finetune, that are measured")
+    parser.add_argument("--rows", type=int, default=4, help="in a step of finetune")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps of finetune")
     options = parser.parse_args()
     if "moe" in options.only.split(",") and options.folder and not (pathlib.Path(options.folder) / "config.json").exists():
         import moe

@@ -66,7 +66,7 @@ def delta_rule(
 def delta_rule_plain(
     inputs: DeltaInputs, start_BGRKV: jax.Array | None = None, segments_BT: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute one chunk after the other, so that the arrays of one chunk exist at a time; the backward pass does it again.
+    """Compute one chunk after the other, so that the arrays of one exist at a time. The backward pass computes each again.
 
     With all chunks prepared together training takes several times the memory, and a TPU's compiler several times as long.
     """
@@ -74,14 +74,14 @@ def delta_rule_plain(
     def one_chunk(state_BGRKV: jax.Array, chunk: tuple[DeltaInputs, Any]) -> tuple[jax.Array, jax.Array]:
         return apply_chunk(state_BGRKV, prepare_chunk(*chunk))
 
-    return _over_chunks(inputs, start_BGRKV, segments_BT, jax.checkpoint(one_chunk), lambda chunks: chunks)
+    return _over_chunks(inputs, start_BGRKV, segments_BT, jax.checkpoint(one_chunk))
 
 
 def delta_rule_prepared(
     inputs: DeltaInputs, start_BGRKV: jax.Array | None = None, segments_BT: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Compute what does not depend on the state first, of all chunks together: a GPU needs that many products at a time."""
-    return _over_chunks(inputs, start_BGRKV, segments_BT, apply_chunk, lambda chunks: jax.vmap(prepare_chunk)(*chunks))
+    return _over_chunks(inputs, start_BGRKV, segments_BT, apply_chunk, prepare=jax.vmap(prepare_chunk))
 
 
 def _over_chunks(
@@ -89,9 +89,14 @@ def _over_chunks(
     start_BGRKV: jax.Array | None,
     segments_BT: jax.Array | None,
     one_chunk: Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]],
-    prepare: Callable[[tuple[DeltaInputs, Any]], Any],
+    prepare: Callable[..., PreparedChunk] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return what `delta_rule` does: `one_chunk` takes the state and what `prepare` has made of a chunk."""
+    """Return what `delta_rule` does.
+
+    Args:
+      one_chunk: from the state and a chunk to the next state and the outputs.
+      prepare: is applied to all chunks together, before the loop.
+    """
     wide = accum_dtype(inputs.v_BTGRV.dtype)
     inputs = DeltaInputs(*(x.astype(wide) for x in inputs))
     B, T, G, R, V = inputs.v_BTGRV.shape
@@ -99,8 +104,9 @@ def _over_chunks(
         start_BGRKV = jnp.zeros((B, G, R, inputs.k_BTGK.shape[-1], V), wide)
     if T == 1 and segments_BT is None:
         return one_token(inputs, start_BGRKV)
-    chunks = prepare(_in_chunks(inputs, segments_BT))
-    end_BGRKV, o_NBCGRV = jax.lax.scan(one_chunk, start_BGRKV.astype(wide), chunks)
+    chunks = _in_chunks(inputs, segments_BT)
+    xs = chunks if prepare is None else prepare(*chunks)
+    end_BGRKV, o_NBCGRV = jax.lax.scan(one_chunk, start_BGRKV.astype(wide), xs)
     o_BTGRV = jnp.moveaxis(o_NBCGRV, 0, 1).reshape(B, -1, G, R, V)
     return o_BTGRV[:, :T], end_BGRKV
 
@@ -312,7 +318,7 @@ def delta_rule_cost(step: Step, num_heads: int, values_per_head: int, K: int, V:
     is_plain = step.phase == "train" and step.implementation(DELTA_RULE) == DELTA_RULE.plain.name
     again = heads * R * 2 * K * V + of_chunk + inverse if is_plain else 0
     backward = 2 * (with_state + of_chunk) + inverse_backward + again
-    # In a loop over chunks, of all rows together in training: everything, or only the products with the state.
+    # What is in a loop over chunks, of all rows together in training: everything, or only the products with the state.
     num_chunks = -(-step.num_tokens // C) * (1 if step.phase == "train" else step.size(batch=step.num_rows))
     uncounted, operands = uncounted_share(num_chunks), 2 * K + R * V
     in_loop = Passes(with_state + of_chunk + inverse, backward) if is_plain else Passes(with_state, 2 * with_state)

@@ -140,7 +140,7 @@ def test_prepared_together_or_one_after_the_other_is_the_same():
 
 
 def test_training_holds_the_arrays_of_one_chunk():
-    """Beside the inputs, the outputs and the state before each chunk; all chunks together take four times as much."""
+    """Besides the inputs, the outputs and the state before each chunk. Preparing all chunks together takes more memory."""
     shapes = [(1, 4096, 1, 64)] * 2 + [(1, 4096, 1, 2, 64), *[(1, 4096, 1, 2)] * 2]
     inputs = DeltaInputs(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
 
