@@ -30,9 +30,10 @@ from qwen_dist.mesh import MeshConfig
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.parameters import abstract_parameters, with_parameters
 from qwen_dist.models.rope import rope_table
-from qwen_dist.models.state import MixerInputs, StepIndices, empty_states, page_of_tokens, state_axes
+from qwen_dist.models.state import MixerInputs, empty_states, state_axes
 from qwen_dist.models.transformer import Block, Transformer, state_specs
 from qwen_dist.ops.paged_cache import PageIndices, pages_for
+from qwen_dist.ops.step_rows import StepIndices, StepRows, row_groups
 from qwen_dist.planning.chips import Topology
 from qwen_dist.planning.compile import CompilerReport, compile_program, topology_mesh
 from qwen_dist.sharding import INFERENCE, TRAIN, ShardingContext, constrain, use_sharding
@@ -66,8 +67,8 @@ class Scanned(Transformer):
         rope = rope_table(self.config.rope, self.config.head_dim, positions_BT, x_BTD.dtype)
         inputs = MixerInputs(rope, positions_BT, segments_BT)
         if indices is not None:
-            page_BT = page_of_tokens(indices.pages[0], positions_BT)
-            inputs = inputs._replace(pages=indices.pages[0], page_BT=page_BT)
+            groups, page_BT = row_groups([StepRows(tokens_BT, positions_BT, indices)], 0, 1)
+            inputs = inputs._replace(groups=groups, page_BT=page_BT)
         graph, stacked = nnx.split(self.layers[0])
 
         def run(x_BTD: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, Any]:

@@ -32,13 +32,15 @@ from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.delta_net import GatedDeltaNet
 from qwen_dist.models.parameters import abstract_parameters, disk_shapes, random_parameters, with_parameters
-from qwen_dist.models.state import MixerInputs, StepIndices, indices_in_order
+from qwen_dist.models.state import MixerInputs
+from qwen_dist.models.state_spec import cache_groups
 from qwen_dist.models.transformer import Transformer, state_specs
 from qwen_dist.ops import grouped_matmul as grouped
 from qwen_dist.ops.attention import ATTENTION, attention_in_blocks
 from qwen_dist.ops.dispatch import Backend, Implementation, Op
 from qwen_dist.ops.paged_attention import PAGED_ATTENTION
 from qwen_dist.ops.paged_cache import PAGE, PagedState
+from qwen_dist.ops.step_rows import StepIndices, indices_in_order
 from qwen_dist.runtime.backend import start_jax
 from qwen_dist.sharding import INFERENCE, TRAIN, ShardingContext, use_sharding
 from qwen_dist.train.batches import TrainBatch
@@ -249,7 +251,7 @@ def _paged_arguments(B: int, T: int, N: int, K: int, H: int, context: int) -> tu
     pages_per_row = -(-context // PAGE)
     positions = jnp.broadcast_to(jnp.arange(context - T, context), (B, T)).astype(jnp.int32)
     specs = state_specs(parse_model_config(SHAPES["0.6b"] | TINY), "bfloat16")
-    (pages,) = indices_in_order(specs, positions, 1, pages_per_row).pages
+    (pages,) = indices_in_order(len(cache_groups(specs)), positions, 1, pages_per_row).pages
     pool = 1, B * pages_per_row, K, PAGE, H
     state = PagedState(*(random(key, *pool).view(jnp.uint16) for key in (1, 2)))
     return random(0, B, T, N, H), state, positions, pages, None
@@ -301,7 +303,7 @@ def decoder(model: LoadedModel, B: int, context: int, steps: int) -> tuple[Calla
     state = [runner.start((B * pages_per_row,))]
     positions = jnp.full((B, 1), context, jnp.int32)
     every = jnp.broadcast_to(jnp.arange(context + steps), (B, context + steps))
-    indices = indices_in_order(runner.specs, every, 1, pages_per_row)
+    indices = indices_in_order(len(cache_groups(runner.specs)), every, 1, pages_per_row)
     first = context // PAGE
     pages = tuple(
         one._replace(write_BN=one.write_BN[:, first : first + 2], first_page_B=jnp.full(B, first, jnp.int32))

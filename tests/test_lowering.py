@@ -101,6 +101,14 @@ class Inference:
         state, sampling = self.greedy(SLOTS) if greedy else self.sampled(SLOTS, processors)
         return self.runner._decode, (self.parameters, state, step, sampling), {"num_top": num_top}
 
+    def mixed(self, greedy=False):
+        """A step of chunks of prompts and of rows that decode."""
+        prefill = self.runner._abstract_step(ROWS, CHUNK, 1, (PAGES,), is_prefill=True)
+        decode = self.runner._abstract_step(SLOTS, 1, 2, (PAGES,), is_prefill=False)
+        both = [self.greedy(rows) if greedy else self.sampled(rows, None) for rows in (ROWS, SLOTS)]
+        samplings = tuple(sampling for _, sampling in both)
+        return self.runner._mixed, (self.parameters, both[0][0], (prefill, decode), samplings), {}
+
     def sampled(self, num_rows, processors):
         """The state, and how rows sample: with processors of logits, or with none."""
         sampling = self.runner._abstract_sampling(num_rows)
@@ -137,13 +145,15 @@ PROGRAMS = {
     "decode": Inference.decode,
     "prefill of greedy requests": functools.partial(Inference.prefill, greedy=True),
     "decode of greedy requests": functools.partial(Inference.decode, greedy=True),
+    "prefill and decode": Inference.mixed,
+    "prefill and decode of greedy requests": functools.partial(Inference.mixed, greedy=True),
     "prefill with scores": Inference.score,
     "decode with log-probabilities and processors": functools.partial(Inference.decode, num_top=5, processors=True),
     "known tokens": Inference.known,
     "resize": Inference.resize,
 }
 CASES = [("dense", name) for name in PROGRAMS]
-CASES += [(family, name) for family in ("experts", "hybrid") for name in ("prefill", "decode")]
+CASES += [(family, name) for family in ("experts", "hybrid") for name in ("prefill", "decode", "prefill and decode")]
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])

@@ -279,6 +279,7 @@ def test_only_a_run_is_replaced(failed, tmp_path, chats, capsys):
     assert "version 2" in error
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_and_metrics(tmp_path, chats, capsys):
     """The newest whole checkpoint is taken; without one, a sentence says what to do."""
     run, aside = tmp_path / "run", tmp_path / "aside"

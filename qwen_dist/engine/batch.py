@@ -62,8 +62,14 @@ class Batch(NamedTuple):
         return self.tokens_BT.shape[1] > 1
 
 
+# Chunks of prompts, or rows that decode; or both, for a step that computes them together.
+StepBatches = tuple[Batch] | tuple[Batch, Batch]
+
+
 class BatchBuilder:
     """Lays a schedule out in arrays of few sizes, because each size is a program to compile.
+
+    Next to chunks of prompts there are always rows for all slots: fewer would cost hardly less.
 
     Args:
       limits: of the scheduler.
@@ -96,21 +102,26 @@ class BatchBuilder:
         self._prefill_widths = sorted(widths)
         self._decode_widths = _decode_widths(num_slots // num_shards)
 
-    def build(self, schedule: Schedule, num_pages: tuple[int, ...]) -> Batch:
-        """Return the arrays of a schedule of one phase; `num_pages` are those of each cache group in each shard."""
-        if schedule[0].is_prefill:
-            return self._prefill(
-                self._by_shard(chunk for scheduled in schedule for chunk in self._cut(scheduled)), num_pages
-            )
-        return self._decode(self._by_shard(schedule), num_pages)
+    def build(self, schedule: Schedule, num_pages: tuple[int, ...]) -> StepBatches:
+        """Return the arrays of a schedule; `num_pages` are those of each cache group in each shard."""
+        chunks = [chunk for scheduled in schedule if scheduled.is_prefill for chunk in self._cut(scheduled)]
+        decoding = [scheduled for scheduled in schedule if not scheduled.is_prefill]
+        if not chunks:
+            return (self._decode(self._by_shard(decoding), num_pages),)
+        prefill = self._prefill(self._by_shard(chunks), num_pages)
+        if not decoding:
+            return (prefill,)
+        return prefill, self._decode(self._by_shard(decoding), num_pages, self._decode_widths[-1])
 
-    def empty_batches(self, num_pages: tuple[int, ...]) -> Iterator[Batch]:
-        """Yield a batch without sequences for each program, that is for each number of rows of prefill and of decode."""
+    def empty_batches(self, num_pages: tuple[int, ...]) -> Iterator[StepBatches]:
+        """Yield batches without sequences for each program, that is for each number of rows of prefill and of decode."""
         nothing: list[Schedule] = [[] for _ in range(self._num_shards)]
         for width in self._prefill_widths:
-            yield self._prefill(nothing, num_pages, width)
+            yield (self._prefill(nothing, num_pages, width),)
         for width in self._decode_widths:
-            yield self._decode(nothing, num_pages, width)
+            yield (self._decode(nothing, num_pages, width),)
+        for width in self._prefill_widths:
+            yield self._prefill(nothing, num_pages, width), self._decode(nothing, num_pages, self._decode_widths[-1])
 
     def _by_shard(self, rows: Any) -> list[Schedule]:
         by_shard: list[Schedule] = [[] for _ in range(self._num_shards)]

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from qwen_dist.checkpoint.model import LoadedModel
-from qwen_dist.engine.batch import Batch, BatchBuilder
+from qwen_dist.engine.batch import Batch, BatchBuilder, StepBatches
 from qwen_dist.engine.page_allocator import CacheLimits, PagedGroup
 from qwen_dist.engine.request import Request, RequestOutput, TokenLogprob
 from qwen_dist.engine.runner import DecodeState, Runner, SampledTokens, SamplingBatch, SamplingTable, StepLogits
@@ -64,6 +64,9 @@ class _ComputedStep(NamedTuple):
     logits: StepLogits
     sampling: SamplingBatch
     has_logprobs: bool
+
+
+_StartedBatch = tuple[Batch, SampledTokens | _ComputedStep]
 
 
 def cache_limits(
@@ -176,7 +179,7 @@ class Engine:
         self._state: DecodeState | None = None
         self._snapshots: States | None = None
         self._num_pages: tuple[int, ...] = ()
-        self._in_flight: tuple[Batch, SampledTokens] | None = None
+        self._in_flight: list[tuple[Batch, SampledTokens]] | None = None
         self._has_delivered = False
         self._programs_sample = False  # the programs of greedy requests are smaller
         self._samples_apart = False  # whether what few requests want is sampled by the program that `warm_up` has compiled
@@ -242,22 +245,26 @@ class Engine:
         """
         self._programs_sample = True
         self._scheduler.reserve()
-        batches = list(self._batches.empty_batches(self._scheduler.num_pages))
-        scored = [batch for batch in batches if batch.is_prefill]
-        programs: list[Callable[[], Any]] = [functools.partial(self._dispatch, [], batch) for batch in batches]
+        steps = list(self._batches.empty_batches(self._scheduler.num_pages))
+        if self._adapters or not self._runner.can_mix:
+            steps = [batches for batches in steps if len(batches) == 1]
+        programs: list[Callable[[], Any]] = [functools.partial(self._dispatch, [], batches) for batches in steps]
         if for_all:
-            programs += [functools.partial(self._dispatch, [], batch, num_scored=_NUM_SCORED) for batch in scored]
-            programs += [functools.partial(self._sample_nothing, batch) for batch in batches]
+            alone = [batches for batches in steps if len(batches) == 1]
+            scored = [batches for batches in alone if batches[0].is_prefill]
+            programs += [functools.partial(self._dispatch, [], batches, num_scored=_NUM_SCORED) for batches in scored]
+            programs += [functools.partial(self._sample_nothing, batches) for batches in alone]
         for done, run in enumerate(programs):
             report(done, len(programs))
-            jax.block_until_ready(run())
+            jax.block_until_ready([result for _, result in run()])
         if for_all and is_installed():
             self._grammars.prepare()
         self._samples_apart = for_all
         report(len(programs), len(programs))
 
-    def _sample_nothing(self, batch: Batch) -> SampledTokens:
-        return self._sample(batch, self._dispatch([], batch, apart=True, known=[(0, [0])]))
+    def _sample_nothing(self, batches: StepBatches) -> list[tuple[Batch, SampledTokens]]:
+        started = self._dispatch([], batches, apart=True, known=[(0, [0])])
+        return [(batch, self._sample(batch, one)) for batch, one in started]
 
     def _end(self, request: Request) -> int:
         """Return the last position that a token of the answer may have; a prompt that is only scored has one too."""
@@ -292,12 +299,11 @@ class Engine:
         if before is None or self._has_delivered:
             schedule = self._scheduler.schedule(can_preempt=before is None)
             if schedule:
-                batch = self._batches.build(schedule, self._scheduler.num_pages)
-                started = batch, self._dispatch(schedule, batch)
+                started = self._dispatch(schedule, self._batches.build(schedule, self._scheduler.num_pages))
         self._has_delivered |= before is not None
-        outputs = [] if before is None else list(self._deliver(*before))
+        outputs = [output for one in before or () for output in self._deliver(*one)]
         if started is not None:
-            self._in_flight = started[0], self._sample(*started)
+            self._in_flight = [(batch, self._sample(batch, one)) for batch, one in started]
         return outputs
 
     def run(self, requests: Iterable[Request]) -> Iterator[RequestOutput]:
@@ -330,60 +336,100 @@ class Engine:
     def _dispatch(
         self,
         schedule: Schedule,
-        batch: Batch,
+        batches: StepBatches,
         *,
         apart: bool = False,
         num_scored: int | None = None,
         known: Iterable[tuple[int, list[int]]] = (),
-    ) -> SampledTokens | _ComputedStep:
+    ) -> list[_StartedBatch]:
         """Start a step. Nothing is sampled if that must wait for the step before, or `apart` says so.
 
-        `num_scored` and `known` are those of `Runner.compute`, where the batch has no sequences.
+        `num_scored` and `known` are those of `Runner.compute`, where the batches have no sequences.
         """
-        num_pages = self._scheduler.num_pages
-        if self._state is None:
-            self._state = self._runner.start(num_pages)
-        elif num_pages != self._num_pages:
-            self._state = self._runner.resize(self._state, num_pages)
-        self._num_pages = num_pages
-        known = list(known)
-        if batch.is_prefill:
-            for row, sequence in enumerate(batch.sequences):
-                if sequence is None:
-                    continue
-                self._sampling.set(sequence.slot, sequence.request, sequence.end)
-                if 0 < sequence.prefill_start == batch.positions_BT[row, 0] and self._sampling.needs_tokens(sequence.slot):
-                    known.append((sequence.slot, sequence.tokens[: sequence.prefill_start]))
+        self._state = self._allocated_state()
+        known = [*known, *self._begin(batches[0])]
         for scheduled in schedule:
             if scheduled.restored >= 0:
                 assert self._snapshots is not None
                 slot = scheduled.sequence.slot
                 self._state = self._runner.restore(self._state, self._snapshots, slot, scheduled.restored)
-        num_top = self._sampling.num_top(batch.slots_B)
-        if batch.is_prefill and num_scored is None:
-            num_scored = self._sampling.num_scored(batch.slots_B, at_least=_NUM_SCORED if self._samples_apart else 0)
-        apart = apart or num_scored is not None or self._must_sample_apart(batch, num_top)
-        sampling = self._sampling.look_up(batch.slots_B, self._tokenizer.stop_ids, with_processors=apart)
-        # Once a program has sampled, the next ones do too: otherwise two programs would be compiled for each size.
-        self._programs_sample |= not self._sampling.are_greedy(batch.slots_B)
-        if sampling.processors is None and not self._programs_sample:
-            sampling = sampling._replace(sampling=None)
-        adapters_BR = self._adapters_of_rows(batch)
-        started: SampledTokens | _ComputedStep
-        if apart:
-            self._state, logits = self._runner.compute(
-                self._state, batch, sampling, num_scored=num_scored, known=known, adapters_BR=adapters_BR
-            )
-            started = _ComputedStep(logits, sampling, num_top is not None)
+        if len(batches) == 2 and not apart and self._can_mix(batches):
+            started = self._start_mixed(batches, known)
         else:
-            self._state, started = self._runner.step(
-                self._state, batch, sampling, num_top=num_top, known=known, adapters_BR=adapters_BR
-            )
+            started = [
+                self._start(batch, apart=apart, num_scored=num_scored, known=() if n else known)
+                for n, batch in enumerate(batches)
+            ]
         for scheduled in schedule:
             if scheduled.saved >= 0:
                 snapshots = self._snapshots or self._runner.start_snapshots(self._num_snapshots)
                 self._snapshots = self._runner.save(self._state, snapshots, scheduled.sequence.slot, scheduled.saved)
         return started
+
+    def _allocated_state(self) -> DecodeState:
+        """Return the state with the number of pages that the scheduler counts on."""
+        before, self._num_pages = self._num_pages, self._scheduler.num_pages
+        if self._state is None:
+            return self._runner.start(self._num_pages)
+        return self._state if before == self._num_pages else self._runner.resize(self._state, self._num_pages)
+
+    def _begin(self, batch: Batch) -> Iterator[tuple[int, list[int]]]:
+        """Note how the sequences of a prefill sample. Yield slots with the tokens before those that prefill computes."""
+        if not batch.is_prefill:
+            return
+        for row, sequence in enumerate(batch.sequences):
+            if sequence is None:
+                continue
+            self._sampling.set(sequence.slot, sequence.request, sequence.end)
+            if 0 < sequence.prefill_start == batch.positions_BT[row, 0] and self._sampling.needs_tokens(sequence.slot):
+                yield sequence.slot, sequence.tokens[: sequence.prefill_start]
+
+    def _can_mix(self, batches: StepBatches) -> bool:
+        """Return whether one program computes both batches: the one for requests that want nothing that few do."""
+        if not self._runner.can_mix or self._adapters:
+            return False
+        return not any(
+            (batch.is_prefill and self._sampling.num_scored(batch.slots_B) is not None)
+            or self._sampling.num_top(batch.slots_B) is not None
+            or self._sampling.has_processors(batch.slots_B)
+            or self._needs_host(batch)
+            for batch in batches
+        )
+
+    def _start_mixed(self, batches: tuple[Batch, Batch], known: list[tuple[int, list[int]]]) -> list[_StartedBatch]:
+        assert self._state is not None
+        samplings = [self._sampling_of(batch) for batch in batches]
+        if not self._programs_sample:
+            samplings = [sampling._replace(sampling=None) for sampling in samplings]
+        self._state, sampled = self._runner.mixed_step(self._state, batches, (samplings[0], samplings[1]), known=known)
+        return list(zip(batches, sampled, strict=True))
+
+    def _sampling_of(self, batch: Batch, *, with_processors: bool = False) -> SamplingBatch:
+        # Once a program has sampled, the next ones do too: otherwise two programs would be compiled for each size.
+        self._programs_sample |= not self._sampling.are_greedy(batch.slots_B)
+        return self._sampling.look_up(batch.slots_B, self._tokenizer.stop_ids, with_processors=with_processors)
+
+    def _start(
+        self, batch: Batch, *, apart: bool, num_scored: int | None, known: Iterable[tuple[int, list[int]]]
+    ) -> _StartedBatch:
+        assert self._state is not None
+        num_top, known = self._sampling.num_top(batch.slots_B), list(known)
+        if batch.is_prefill and num_scored is None:
+            num_scored = self._sampling.num_scored(batch.slots_B, at_least=_NUM_SCORED if self._samples_apart else 0)
+        apart = apart or num_scored is not None or self._must_sample_apart(batch, num_top)
+        sampling = self._sampling_of(batch, with_processors=apart)
+        if sampling.processors is None and not self._programs_sample:
+            sampling = sampling._replace(sampling=None)
+        adapters_BR = self._adapters_of_rows(batch)
+        if not apart:
+            self._state, sampled = self._runner.step(
+                self._state, batch, sampling, num_top=num_top, known=known, adapters_BR=adapters_BR
+            )
+            return batch, sampled
+        self._state, logits = self._runner.compute(
+            self._state, batch, sampling, num_scored=num_scored, known=known, adapters_BR=adapters_BR
+        )
+        return batch, _ComputedStep(logits, sampling, num_top is not None)
 
     def _adapters_of_rows(self, batch: Batch) -> np.ndarray | None:
         if not self._adapters:
@@ -393,11 +439,15 @@ class Engine:
         return np.stack([self._adapters.get(name, none) for name in names])
 
     def _must_sample_apart(self, batch: Batch, num_top: int | None) -> bool:
-        requests = [sequence.request for sequence in batch.sequences if sequence is not None]
-        if any(request.is_embedding or request.params.structured_outputs is not None for request in requests):
+        if self._needs_host(batch):
             return True
         is_special = num_top is not None or self._sampling.has_processors(batch.slots_B)
         return self._samples_apart and is_special and batch.num_steps == 1
+
+    def _needs_host(self, batch: Batch) -> bool:
+        """Return whether the host must see the step before, or the hidden states, for any of the sequences."""
+        requests = [sequence.request for sequence in batch.sequences if sequence is not None]
+        return any(request.is_embedding or request.params.structured_outputs is not None for request in requests)
 
     def _sample(self, batch: Batch, started: SampledTokens | _ComputedStep) -> SampledTokens:
         """Sample the tokens of a step, if it has not done that yet. The tokens of the step before are known."""

@@ -26,7 +26,7 @@ from qwen_dist.engine.request import MAX_TOP_LOGPROBS, Request, SamplingParams
 from qwen_dist.engine.sampling import SamplingArrays, apply_repetition_penalty, log_probabilities, restrict, sample
 from qwen_dist.models.layers import take_positions
 from qwen_dist.models.parameters import with_parameters
-from qwen_dist.models.state import States, StepIndices, constrain_states, empty_states, resized_states, state_axes
+from qwen_dist.models.state import States, constrain_states, empty_states, resized_states, state_axes
 from qwen_dist.models.state_spec import CacheDtype, RecurrentSpec
 from qwen_dist.models.transformer import Transformer, state_specs
 from qwen_dist.ops import slots
@@ -34,6 +34,7 @@ from qwen_dist.ops.adapter_rows import adapter_factors
 from qwen_dist.ops.argmax import allowed_argmax, argmax, unpack_allowed
 from qwen_dist.ops.loop import bounded_loop
 from qwen_dist.ops.paged_cache import MAX_ENTRIES, PageIndices
+from qwen_dist.ops.step_rows import StepIndices, StepRows
 from qwen_dist.runtime.settings import compiler_options
 from qwen_dist.sharding import use_sharding
 
@@ -146,6 +147,9 @@ class Runner:
         }
         self._prefill = jax.jit(self._run_prefill, donate_argnames="state", static_argnames="num_top", **options)
         self._decode = jax.jit(self._run_decode, donate_argnames="state", static_argnames="num_top", **options)
+        self._mixed = jax.jit(self._run_mixed, donate_argnames="state", **options)
+        # A step of rows of two lengths has no length to shard.
+        self.can_mix = model.sharding_ctx.num_shards("length") == 1
         # Arrays that come from several programs have one spelling of their sharding: another one is compiled for again.
         replicated: Any = model.sharding_ctx.replicated()
         presence: Any = self._presence_sharding()
@@ -221,16 +225,29 @@ class Runner:
           adapters_BR: the factors of each row's adapter, in an engine with adapters.
         """
         state = self._prepare(state, sampling, known)
-        # Tables that the program does not use are not among its arguments.
-        presence_MV = state.token_presence_MV if sampling.sampling is None else None
-        history_ML = state.history_ML if sampling.processors is None else None
-        used = state if presence_MV is None else state._replace(token_presence_MV=None)
-        used = used if history_ML is None else used._replace(history_ML=None)
+        used, unused = _used_tables(state, sampling)
         program = self._prefill if batch.is_prefill else self._decode
         step = StepArrays.of(batch, adapters_BR)
         state, sampled = program(self._model.parameters, used, step, sampling, num_top=num_top)
-        state = state if presence_MV is None else state._replace(token_presence_MV=presence_MV)
-        return (state if history_ML is None else state._replace(history_ML=history_ML)), sampled
+        return state._replace(**unused), sampled
+
+    def mixed_step(
+        self,
+        state: DecodeState,
+        batches: tuple[Batch, Batch],
+        samplings: tuple[SamplingBatch, SamplingBatch],
+        *,
+        known: Collection[tuple[int, list[int]]] = (),
+    ) -> tuple[DecodeState, tuple[SampledTokens, SampledTokens]]:
+        """Compute chunks of prompts and one token of each decoding row as one program, which reads the weights once.
+
+        Arguments are those of `step`, for both batches. No row may use processors of logits or an adapter.
+        """
+        state = self._prepare(state, samplings[0], known)
+        used, unused = _used_tables(state, samplings[0])
+        steps = StepArrays.of(batches[0]), StepArrays.of(batches[1])
+        state, sampled = self._mixed(self._model.parameters, used, steps, samplings)
+        return state._replace(**unused), sampled
 
     def compute(
         self,
@@ -379,6 +396,18 @@ class Runner:
             sampled = SampledTokens(tokens_B[None], jax.tree.map(lambda x: x[None], logprobs))
             return state, self._replicated(sampled)
 
+    def _run_mixed(self, parameters, state, steps, samplings):  # type: ignore[no-untyped-def]
+        with use_sharding(self._model.sharding_ctx):
+            module = with_parameters(self._model.module, parameters)
+            state, logits = self._compute_both(module, state, *steps)
+            if samplings[0].sampling is not None:
+                state = self._with_presence(state, steps[0])
+            sampled = []
+            for step, of_step, sampling in zip(steps, logits, samplings, strict=True):
+                state, tokens_B, _ = self._sample(state, of_step, step.indices.slots_B, sampling, None)
+                sampled.append(SampledTokens(tokens_B[None], None))
+            return state, self._replicated(tuple(sampled))
+
     def _run_decode(self, parameters, state, step, sampling, *, num_top):  # type: ignore[no-untyped-def]
         with use_sharding(self._model.sharding_ctx), adapter_factors(step.adapters_BR):
             module = with_parameters(self._model.module, parameters)
@@ -441,14 +470,38 @@ class Runner:
 
     def _compute_decode(self, module, state, step, index):  # type: ignore[no-untyped-def]
         """Return the state and the `StepLogits` of the token number `index` of a dispatch."""
+        rows, is_running_B = self._decoding_rows(state, step, index)
+        x_B1D, states, _ = module(*rows[:2], state.states, rows.indices)
+        logits = StepLogits(module.unembed(x_B1D)[:, 0], x_B1D[:, 0], rows.positions_BT[:, 0] + 1, is_running_B)
+        return state._replace(states=states), logits
+
+    def _decoding_rows(self, state, step, index):  # type: ignore[no-untyped-def]
+        """Return the rows of a step that decodes, each with the token sampled last, and which of them still run."""
         slots_B = step.indices.slots_B
         is_running_B = self._is_running(state, slots_B)
         positions_B = jnp.where(is_running_B, step.positions_BT[:, 0] + index, -1)
         tokens_B1 = state.last_tokens_M[jnp.minimum(slots_B, self._num_slots - 1)][:, None]
         running = step.indices._replace(slots_B=jnp.where(is_running_B, slots_B, self._num_slots))
-        x_B1D, states, _ = module(tokens_B1, positions_B[:, None], state.states, running)
-        logits = StepLogits(module.unembed(x_B1D)[:, 0], x_B1D[:, 0], positions_B + 1, is_running_B)
-        return state._replace(states=states), logits
+        return StepRows(tokens_B1, positions_B[:, None], running), is_running_B
+
+    def _compute_both(self, module, state, prefill, decode):  # type: ignore[no-untyped-def]
+        """Return the state, and the `StepLogits` of chunks of prompts and of one token of each decoding row."""
+        rows, is_running_B = self._decoding_rows(state, decode, 0)
+        index_B1 = jnp.zeros(rows.tokens_BT.shape, jnp.int32)
+        rows = rows._replace(indices=rows.indices._replace(logit_indices_BX=index_B1))
+        x_DXD, states, _ = module(prefill.tokens_BT, prefill.positions_BT, state.states, prefill.indices, decode=rows)
+        num_chunks = len(prefill.tokens_BT) // self.num_shards
+        logits_DXV = module.unembed(x_DXD)
+
+        def of_group(where: slice, next_B: jax.Array, is_sampled_B: jax.Array) -> StepLogits:
+            logits_BV, hidden_BD = (x[:, where].reshape(len(next_B), -1) for x in (logits_DXV, x_DXD))
+            return StepLogits(logits_BV, hidden_BD, next_B, is_sampled_B)
+
+        index_BX = prefill.indices.logit_indices_BX
+        next_B = take_positions(prefill.positions_BT, index_BX)[:, 0] + 1
+        of_chunks = of_group(slice(0, num_chunks), next_B, index_BX[:, 0] >= 0)
+        of_decode = of_group(slice(num_chunks, None), rows.positions_BT[:, 0] + 1, is_running_B)
+        return state._replace(states=states), (of_chunks, of_decode)
 
     def _is_running(self, state: DecodeState, slots_B: jax.Array) -> jax.Array:
         return (slots_B < self._num_slots) & ~state.finished_M[jnp.minimum(slots_B, self._num_slots - 1)]
@@ -610,6 +663,16 @@ class Runner:
     def _resized(self, states: States, *, num_pages: tuple[int, ...]) -> States:
         with use_sharding(self._model.sharding_ctx):
             return constrain_states(self.specs, resized_states(self.specs, states, num_pages))
+
+
+def _used_tables(state: DecodeState, sampling: SamplingBatch) -> tuple[DecodeState, dict[str, Any]]:
+    """Return the state as a program takes it, without the tables that it does not use, and these by their field."""
+    used, unused = state, dict[str, Any]()
+    if sampling.sampling is None:
+        used, unused["token_presence_MV"] = used._replace(token_presence_MV=None), state.token_presence_MV
+    if sampling.processors is None:
+        used, unused["history_ML"] = used._replace(history_ML=None), state.history_ML
+    return used, unused
 
 
 class SamplingTable:

@@ -1,8 +1,8 @@
 """Which sequences compute which of their tokens next. No jax, and no layout of a device.
 
 A sequence gets a slot and, as it grows, pages. Its prompt is computed in chunks (prefill), which share a step with the
-chunks of other prompts; then it decodes together with all others that have finished prefill. When it finishes, its slot and
-pages go to the next sequence at once. When pages run out, the sequence that was admitted last is preempted: it gives up its
+chunks of other prompts and with all sequences that decode; then it decodes, too. When it finishes, its slot and pages go to
+the next sequence at once. When pages run out, the sequence that was admitted last is preempted: it gives up its
 slot and pages, and later prefills again, answer so far included.
 
 With a prefix cache, a sequence that is admitted takes the whole pages of its tokens that exist, and prefill begins after
@@ -101,7 +101,7 @@ class Scheduler:
         self.num_preempted = 0
         self.num_waiting = 0
         self._chunk_size, self._max_chunks, self._num_decode_steps = chunk_size, max_chunks, num_decode_steps
-        self._policy, self._alternates = POLICIES[policy], policy == "latency"
+        self._policy = POLICIES[policy]
         self._has_prefix_cache = prefix_cache and limits.can_share and num_snapshots != 0
         self._is_recurrent = num_snapshots is not None
         self._waiting: list[tuple[Any, int, Sequence]] = []
@@ -109,7 +109,6 @@ class Scheduler:
         slots = num_slots // num_shards
         self._shards = [_Shard(range(n * slots, (n + 1) * slots), limits, num_snapshots or 0) for n in range(num_shards)]
         self._allowed_pages = 0
-        self._was_prefill = False
 
     # --- the state ---
 
@@ -187,7 +186,7 @@ class Scheduler:
     # --- steps ---
 
     def schedule(self, *, can_preempt: bool) -> Schedule:
-        """Return what the next step computes: chunks of prompts, or tokens to decode.
+        """Return what the next step computes: chunks of prompts, and tokens to decode.
 
         Several chunks of one sequence are one entry. Empty when there is nothing to do, or when it depends on results still
         to come.
@@ -198,24 +197,27 @@ class Scheduler:
         for shard in self._shards:
             shard.snapshots.begin_step()
         self._admit()
-        prefilling = [[s for s in shard.sequences if s.is_prefilling] for shard in self._shards]
         ready = [[s for s in shard.sequences if s.can_decode] for shard in self._shards]
-        num_prefilling, num_ready = sum(map(len, prefilling)), sum(map(len, ready))
-        # Prefill and decode take turns, but most slots are filled before few sequences decode for long. For latency they
-        # always take turns, so that nobody waits for a token longer than one step of prefill takes.
-        if num_prefilling and (not self._was_prefill or num_ready < (1 if self._alternates else num_prefilling)):
-            self._was_prefill = True
-            return [scheduled for sequences in prefilling for scheduled in self._chunks(sequences)]
-        self._was_prefill = False
-        if not num_ready:
-            return []
-        steps = min(self._num_decode_steps, max(s.end - s.num_computed_tokens for sequences in ready for s in sequences))
-        if steps > 1 and any(s.is_constrained for sequences in ready for s in sequences):
-            steps = 1
-        if not self._ensure_pages(ready, steps, can_preempt):
-            return []
+        is_prefilling = any(s.is_prefilling for shard in self._shards for s in shard.sequences)
+        steps = 1
+        if any(map(len, ready)):
+            if not is_prefilling:
+                steps = self._decode_steps([s for sequences in ready for s in sequences])
+            if not self._ensure_pages(ready, steps, can_preempt):
+                return []
+        schedule = [
+            scheduled
+            for shard in self._shards
+            for scheduled in self._chunks([s for s in shard.sequences if s.is_prefilling])
+        ]
         still_ready = (s for sequences in ready for s in sequences if s.slot >= 0)
-        return [self._compute(s, min(steps, s.end - s.num_computed_tokens)) for s in still_ready]
+        return schedule + [self._compute(s, min(steps, s.end - s.num_computed_tokens)) for s in still_ready]
+
+    def _decode_steps(self, ready: list[Sequence]) -> int:
+        """Return how many tokens each sequence decodes before the host sees them."""
+        if any(s.is_constrained for s in ready):
+            return 1
+        return min(self._num_decode_steps, max(s.end - s.num_computed_tokens for s in ready))
 
     def _chunks(self, prefilling: list[Sequence]) -> Schedule:
         """Distribute a step's chunks over the sequences of a shard, in order."""

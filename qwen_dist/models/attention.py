@@ -23,7 +23,9 @@ from qwen_dist.ops.attention import attention, attention_cost
 from qwen_dist.ops.cost import LayerCost, Step
 from qwen_dist.ops.matmul import accum_dtype
 from qwen_dist.ops.paged_attention import paged_attention, paged_attention_cost
+from qwen_dist.ops.paged_cache import PagedState
 from qwen_dist.ops.rotary import rotate
+from qwen_dist.ops.step_rows import RowGroup, join_groups, split_groups
 from qwen_dist.sharding import constrain
 
 
@@ -86,11 +88,22 @@ class Attention(nnx.Module):
             k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
             mixed_BTNH = attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, self.sliding_window, inputs.segments_BT)
         else:
-            assert inputs.pages is not None and inputs.page_BT is not None
+            assert inputs.page_BT is not None
             state = paged_cache.write(state, k_BTKH, v_BTKH, inputs.positions_BT, inputs.page_BT)
-            mixed_BTNH = paged_attention(q_BTNH, state, positions_BT, inputs.pages, self.sliding_window)
+            mixed_BTNH = self._attend_in_groups(q_BTNH, positions_BT, state, inputs.groups)
         mixed_BTNH = constrain(tap("mixed", mixed_BTNH), "batch", "length", "q_heads", "head_dim")
         if gate_BTNH is not None:
             open_BTNH = jax.nn.sigmoid(gate_BTNH.astype(accum_dtype(gate_BTNH.dtype))).astype(gate_BTNH.dtype)
             mixed_BTNH = tap("gated", mixed_BTNH * open_BTNH)
         return tap("o_proj", self.o_proj(mixed_BTNH)), state
+
+    def _attend_in_groups(
+        self, q_BTNH: jax.Array, positions_BT: jax.Array, state: PagedState, groups: tuple[RowGroup, ...]
+    ) -> jax.Array:
+        """Attend to the cache: rows of many tokens and rows of one have programs of their own."""
+        mixed = []
+        rows = zip(split_groups(q_BTNH, groups), split_groups(positions_BT, groups), groups, strict=True)
+        for q_of_group, positions_of_group, group in rows:
+            assert group.pages is not None
+            mixed.append(paged_attention(q_of_group, state, positions_of_group, group.pages, self.sliding_window))
+        return join_groups(mixed, len(state.k))

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from qwen_dist.capture import is_capturing, tap
 from qwen_dist.models.config import DeltaNetConfig, LayerConfig, ModelConfig
 from qwen_dist.models.layers import Linear, parameter, take_positions
-from qwen_dist.models.state import LayerState, MixerInputs, slot_rows
+from qwen_dist.models.state import LayerState, MixerInputs, num_state_shards
 from qwen_dist.models.state_spec import RecurrentSpec, StateArray
 from qwen_dist.ops import slots
 from qwen_dist.ops.cost import LayerCost, Step
@@ -26,6 +26,7 @@ from qwen_dist.ops.delta_rule import DeltaInputs, delta_rule, delta_rule_cost, d
 from qwen_dist.ops.matmul import accum_dtype
 from qwen_dist.ops.rounding import rounded
 from qwen_dist.ops.short_convolution import short_convolution, short_convolution_flops
+from qwen_dist.ops.step_rows import RowGroup, join_groups, slot_rows, split_groups
 from qwen_dist.sharding import all_gather_weight, constrain
 
 _SEPARATE = ("in_proj_z", "in_proj_b", "in_proj_a")
@@ -100,35 +101,19 @@ class GatedDeltaNet(nnx.Module):
         self, x_BTD: jax.Array, inputs: MixerInputs, state: LayerState | None
     ) -> tuple[jax.Array, LayerState | None]:
         """Return mixed tokens [B, T, D], or with logit indices [B, X, D], and the state with these tokens in it."""
-        net, is_real_BT = self.sizes, inputs.positions_BT >= 0
+        is_real_BT = inputs.positions_BT >= 0
         qkv_BTGC, z_BTGV, b_BTGR, a_BTGR = self._project(x_BTD)
         qkv_BTGC = constrain(qkv_BTGC, *_SCAN_AXES)
         # Padding must be 0 to the convolution of the tokens after it.
         qkv_BTGC = jnp.where(is_real_BT[..., None, None], qkv_BTGC, 0)
-        segments_BT = None if inputs.segments_BT is None else _extended(inputs.segments_BT, is_real_BT)
         if state is None:
-            conv_BTGC, _ = self.conv1d(qkv_BTGC, None, segments_BT)
+            o_BTGRV = self._without_state(qkv_BTGC, b_BTGR, a_BTGR, inputs)
         else:
-            qkv_BTGC, state = slots.in_turn(qkv_BTGC, state)
-            rows = slot_rows(inputs)
-            before_BWGC = slots.gather(state[1], rows, dtype=qkv_BTGC.dtype)
-            if rows.continues_B is not None:
-                previous_BWGC = jnp.roll(qkv_BTGC[:, 1 - net.conv_taps :], 1, axis=0)
-                before_BWGC = jnp.where(rows.continues_B[:, None, None, None], previous_BWGC, before_BWGC)
-            conv_BTGC, with_before_BTGC = self.conv1d(qkv_BTGC, before_BWGC, None)
-        conv_BTGC = constrain(tap("conv", conv_BTGC), *_SCAN_AXES)
-        rule = self._rule_inputs(conv_BTGC, b_BTGR, a_BTGR, is_real_BT)
-        if state is None and is_capturing():
-            for end in state_ends(x_BTD.shape[1]):
-                tap(f"state_{end}", delta_rule(jax.tree.map(lambda x: x[:, :end], rule))[1])  # noqa: B023
-        if state is None:
-            o_BTGRV, _ = delta_rule(rule, None, segments_BT)
-        else:
-            o_BTGRV, matrices = delta_rule_in_slots(rule, state[0], rows)
-            count_B = is_real_BT.sum(1)
-            index_BW = count_B[:, None] + jnp.arange(net.conv_taps - 1)
-            columns = slots.scatter(state[1], rows, take_positions(with_before_BTGC, index_BW))
-            o_BTGRV, state = slots.in_turn(o_BTGRV, (matrices, columns))
+            outputs, tokens = [], [split_groups(x, inputs.groups) for x in (qkv_BTGC, b_BTGR, a_BTGR)]
+            for group, qkv, b, a in zip(inputs.groups, *tokens, strict=True):
+                o_of_group, state = self._in_slots(qkv, b, a, group, state)
+                outputs.append(o_of_group)
+            o_BTGRV = join_groups(outputs, num_state_shards(state))
         o_BTGRV = constrain(o_BTGRV.astype(x_BTD.dtype), *_HEAD_AXES[:3], "value_heads", "head_channels")
         o_BTGRV = tap("core", o_BTGRV)
         if inputs.logit_indices_BX is not None:
@@ -136,6 +121,33 @@ class GatedDeltaNet(nnx.Module):
         gated_BTGRV = tap("norm", self.norm(o_BTGRV, z_BTGV.reshape(o_BTGRV.shape)))
         gated_BTGV = constrain(gated_BTGRV.reshape(z_BTGV.shape), *_HEAD_AXES)
         return tap("out_proj", self.out_proj(gated_BTGV)), state
+
+    def _without_state(self, qkv_BTGC: jax.Array, b_BTGR: jax.Array, a_BTGR: jax.Array, inputs: MixerInputs) -> jax.Array:
+        """Return the outputs of the rule [B, T, G, R, V] for rows of whole sequences."""
+        is_real_BT = inputs.positions_BT >= 0
+        segments_BT = None if inputs.segments_BT is None else _extended(inputs.segments_BT, is_real_BT)
+        conv_BTGC, _ = self.conv1d(qkv_BTGC, None, segments_BT)
+        rule = self._rule_inputs(conv_BTGC, b_BTGR, a_BTGR, is_real_BT)
+        if is_capturing():
+            for end in state_ends(qkv_BTGC.shape[1]):
+                tap(f"state_{end}", delta_rule(jax.tree.map(lambda x: x[:, :end], rule))[1])  # noqa: B023
+        return delta_rule(rule, None, segments_BT)[0]
+
+    def _in_slots(
+        self, qkv_BTGC: jax.Array, b_BTGR: jax.Array, a_BTGR: jax.Array, group: RowGroup, state: LayerState
+    ) -> tuple[jax.Array, LayerState]:
+        """Return the outputs of the rule for a group of rows of a step, and the state with these tokens in it."""
+        is_real_BT, rows, taps_before = group.positions_BT >= 0, slot_rows(group), self.sizes.conv_taps - 1
+        qkv_BTGC, state = slots.in_turn(qkv_BTGC, state)
+        before_BWGC = slots.gather(state[1], rows, dtype=qkv_BTGC.dtype)
+        if rows.continues_B is not None:
+            previous_BWGC = jnp.roll(qkv_BTGC[:, -taps_before:], 1, axis=0)
+            before_BWGC = jnp.where(rows.continues_B[:, None, None, None], previous_BWGC, before_BWGC)
+        conv_BTGC, with_before_BTGC = self.conv1d(qkv_BTGC, before_BWGC, None)
+        o_BTGRV, matrices = delta_rule_in_slots(self._rule_inputs(conv_BTGC, b_BTGR, a_BTGR, is_real_BT), state[0], rows)
+        index_BW = is_real_BT.sum(1)[:, None] + jnp.arange(taps_before)
+        columns = slots.scatter(state[1], rows, take_positions(with_before_BTGC, index_BW))
+        return slots.in_turn(o_BTGRV, (matrices, columns))
 
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """Return queries, keys and values by key head [B, T, G, C], and z, b and a of its value heads."""
@@ -153,6 +165,7 @@ class GatedDeltaNet(nnx.Module):
         self, conv_BTGC: jax.Array, b_BTGR: jax.Array, a_BTGR: jax.Array, is_real_BT: jax.Array
     ) -> DeltaInputs:
         """Return what the rule needs, 0 for padding."""
+        conv_BTGC = constrain(tap("conv", conv_BTGC), *_SCAN_AXES)
         net, wide = self.sizes, accum_dtype(conv_BTGC.dtype)
         q_BTGK, k_BTGK, v_BTGV = jnp.split(conv_BTGC, [net.key_dim, 2 * net.key_dim], axis=-1)
         v_BTGRV = v_BTGV.reshape(*v_BTGV.shape[:-1], net.values_per_key, net.value_dim)

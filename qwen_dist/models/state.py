@@ -1,10 +1,10 @@
-"""What each layer keeps between steps, as arrays, and where the tokens of a step go in them.
+"""What each layer keeps between steps, as arrays.
 
 A paged layer keeps pools of pages (`ops.paged_cache`); a recurrent layer keeps one state for each slot, a sequence's place
 on the devices. `models.state_spec` has the sizes.
 
-Letters: D data-parallel shards, B rows of a step, T tokens of a row, X tokens of a row whose logits are wanted, N pages
-that a row writes to, M slots of a shard, E entries.
+Letters: D data-parallel shards, B rows of a step, T tokens of a row, X tokens of a row whose logits are wanted, M slots of
+a shard.
 """
 
 from __future__ import annotations
@@ -19,51 +19,33 @@ import numpy as np
 
 from qwen_dist.models.state_spec import LayerStateSpec, RecurrentSpec, StateArray, cache_groups
 from qwen_dist.ops import slots
-from qwen_dist.ops.paged_cache import MAX_ENTRIES, NOWHERE, PAGE, PagedState, PageIndices, stored_dtype
+from qwen_dist.ops.paged_cache import PAGE, PagedState, stored_dtype
+from qwen_dist.ops.step_rows import RowGroup, join_groups, slot_rows, split_groups
 from qwen_dist.sharding import ShardingContext, constrain
 
 # A pytree of arrays [D, …]: `PagedState`, or the tuple of a recurrent layer's arrays.
 LayerState = Any
-Array = jax.Array | np.ndarray
 States = tuple[LayerState, ...]
 
 
-class StepIndices(NamedTuple):
-    """Where the tokens of one step go in the layers' states; prefill, decode and the verification of drafts alike.
-
-    Attributes:
-      slots_B: the slot of each row, which is in the row's shard; the number of all slots where the row is padding.
-      pages: for each cache group, the pages that rows write and read.
-      logit_indices_BX: the tokens of each row whose hidden states are wanted; negative: none. None: all tokens of all rows.
-      continues_B: whether a row continues the sequence of the row before it, where a sequence has several rows; these stand
-        in order, because a recurrent layer must process them in order. None: no row does.
-    """
-
-    slots_B: Array
-    pages: tuple[PageIndices, ...]
-    logit_indices_BX: Array | None = None
-    continues_B: Array | None = None
-
-
 class MixerInputs(NamedTuple):
-    """What a mixer gets besides the tokens; the fields after `segments_BT` are None without a state.
+    """What a mixer gets besides the tokens.
 
     Attributes:
       rope: cos and sin of the rotation angles, [B, T, head_dim / 2] each.
       positions_BT: each token's position; negative for padding.
       segments_BT: without a state: the sequence that each token belongs to, or None where a row has one.
-      pages, page_BT: of the layer's cache group: what rows read, and the page that each token is written to.
-      slots_B, continues_B: see `StepIndices`.
+      groups: with a state: the rows of the step. With more than one group, the tokens that a mixer gets are [D, tokens of a
+        shard, …]: all rows of the first group, then those of the next. `split_groups` gives each group's rows.
+      page_BT: with a cache: the page that each token is written to.
       logit_indices_BX: in the last layer: the tokens whose outputs are wanted.
     """
 
     rope: tuple[jax.Array, jax.Array]
     positions_BT: jax.Array
     segments_BT: jax.Array | None = None
-    pages: PageIndices | None = None
+    groups: tuple[RowGroup, ...] = ()
     page_BT: jax.Array | None = None
-    slots_B: jax.Array | None = None
-    continues_B: jax.Array | None = None
     logit_indices_BX: jax.Array | None = None
 
 
@@ -141,38 +123,22 @@ def _device_bytes(array: StateArray, sharding_ctx: ShardingContext, unit: str) -
     return math.prod(on_device) * jnp.dtype(array.dtype).itemsize
 
 
-def page_of_tokens(pages: PageIndices, positions_BT: jax.Array) -> jax.Array:
-    """Return the page that each token is written to, int32 [B, T]; negative for padding."""
-    column_BT = jnp.clip(positions_BT // PAGE - pages.first_page_B[:, None], 0, pages.write_BN.shape[1] - 1)
-    return jnp.where(positions_BT < 0, -1, jnp.take_along_axis(jnp.asarray(pages.write_BN), column_BT, axis=1))
-
-
-def indices_in_order(
-    specs: Sequence[LayerStateSpec], positions_BT: jax.Array, num_shards: int, pages_per_row: int
-) -> StepIndices:
-    """Return the plainest allocation: row b has slot b and `pages_per_row` consecutive pages of every cache group."""
-    num_rows, rows = len(positions_BT), len(positions_BT) // num_shards
-    write_BN = (jnp.arange(num_rows) % rows)[:, None] * pages_per_row + jnp.arange(pages_per_row)
-    num_entries = rows * pages_per_row
-    missing = -num_entries % MAX_ENTRIES
-    page_E = jnp.pad(jnp.arange(num_entries), (0, missing))
-    start_E = jnp.pad(page_E[:num_entries] % pages_per_row * PAGE, (0, missing), constant_values=NOWHERE)
-    row_DE, page_DE, start_DE = (jnp.tile(x, (num_shards, 1)) for x in (page_E // pages_per_row, page_E, start_E))
-    pages = PageIndices(write_BN, jnp.zeros(num_rows, jnp.int32), row_DE, page_DE, start_DE, jnp.int32(num_entries))
-    return StepIndices(jnp.arange(num_rows), (pages,) * len(cache_groups(specs)))
-
-
-def slot_rows(inputs: MixerInputs) -> slots.SlotRows:
-    """Return where the rows of a step have their slots; a row whose first position is 0 starts a sequence."""
-    assert inputs.slots_B is not None
-    return slots.SlotRows(inputs.slots_B, inputs.positions_BT[:, 0] == 0, inputs.continues_B)
-
-
 def update_slots(
     spec: RecurrentSpec, state: LayerState, inputs: MixerInputs, rows: Any, body: slots.Body
 ) -> tuple[Any, LayerState]:
-    """Run a recurrence over the rows of a step; see `slots.recur`. Returns the outputs [B, …] and the new state."""
+    """Run a recurrence over the rows of a step; see `slots.recur`. Returns the outputs and the new state."""
     assert all(x.dtype == stored_dtype(x.dtype) for x in spec.slot_arrays), "a recurrence needs more than 16-bit floats"
     initial = tuple(x.initial for x in spec.slot_arrays)
-    state, outputs = slots.recur(state, slot_rows(inputs), initial, rows, body)
-    return outputs, state
+    leaves, structure = jax.tree.flatten(rows)
+    by_leaf = [split_groups(x, inputs.groups) for x in leaves]
+    outputs = []
+    for group, *of_group in zip(inputs.groups, *by_leaf, strict=True):
+        rows_of_group = jax.tree.unflatten(structure, of_group)
+        state, output = slots.recur(state, slot_rows(group), initial, rows_of_group, body)
+        outputs.append(output)
+    return jax.tree.map(lambda *x: join_groups(x, num_state_shards(state)), *outputs), state
+
+
+def num_state_shards(state: LayerState) -> int:
+    """Return over how many data-parallel shards a layer's state is distributed."""
+    return jax.tree.leaves(state)[0].shape[0]

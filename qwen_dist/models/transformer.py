@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -23,10 +22,11 @@ from qwen_dist.models.layers import Embedding, Linear, RMSNorm, take_positions
 from qwen_dist.models.mlp import MLP
 from qwen_dist.models.moe import MoE
 from qwen_dist.models.rope import rope_table
-from qwen_dist.models.state import LayerState, MixerInputs, States, StepIndices, page_of_tokens
+from qwen_dist.models.state import LayerState, MixerInputs, States, num_state_shards
 from qwen_dist.models.state_spec import AttentionSpec, CacheDtype, LayerStateSpec, cache_groups
 from qwen_dist.ops.cost import LayerCost, Step
 from qwen_dist.ops.matmul import matmul
+from qwen_dist.ops.step_rows import StepIndices, StepRows, join_groups, logit_indices, row_groups
 from qwen_dist.ops.weight import Weight
 from qwen_dist.sharding import all_gather_weight, constrain, prefetch_barrier
 
@@ -125,6 +125,7 @@ class Transformer(nnx.Module):
         states: States | None = None,
         indices: StepIndices | None = None,
         *,
+        decode: StepRows | None = None,
         segments_BT: jax.Array | None = None,
         remat: Remat | None = None,
     ) -> tuple[jax.Array, States | None, tuple[jax.Array, ...]]:
@@ -137,6 +138,8 @@ class Transformer(nnx.Module):
           states: what each layer keeps of earlier positions (see `state.empty_states`); these tokens are added.
           indices: with states: where these tokens go in them. A row may be a chunk of a sequence, and several rows may
             belong to one.
+          decode: with states: rows of one token of other sequences, which the same step computes, so that the weights are
+            read once for all.
           segments_BT: without states: the number of each token's sequence, where a row has several, one after the other.
             Positions start at 0 in each of them, and none sees another.
           remat: which values of each block the forward pass keeps for the backward pass, which recomputes the others: a
@@ -144,11 +147,18 @@ class Transformer(nnx.Module):
 
         Returns:
           The normalised hidden states [B, T, D], or of the tokens of `indices.logit_indices_BX` only [B, X, D]; the states;
-          and the router's logits [B, T, E] of every mixture of experts, for `moe.load_balancing_loss`.
+          and the router's logits [B, T, E] of every mixture of experts, for `moe.load_balancing_loss`. With `decode`, the
+          first dimension is that of the data-parallel shards, the second has the rows of `tokens_BT` and then the others.
         """
+        steps = [] if indices is None else [StepRows(tokens_BT, positions_BT, indices)]
+        if states is not None and decode is not None:
+            steps.append(decode)
+            num_shards = num_state_shards(states[0])
+            tokens_BT = join_groups([one.tokens_BT for one in steps], num_shards)
+            positions_BT = join_groups([one.positions_BT for one in steps], num_shards)
         x_BTD = constrain(tap("embed_tokens", self.embed_tokens(tokens_BT)), "batch", "length", "embed")
         rope = rope_table(self.config.rope, self.config.rotary_dim, positions_BT, x_BTD.dtype)
-        inputs = _inputs_by_layer(self.config, MixerInputs(rope, positions_BT, segments_BT), indices, x_BTD.dtype)
+        inputs = _inputs_by_layer(self.config, MixerInputs(rope, positions_BT, segments_BT), steps, x_BTD.dtype)
         run: Any = Block.__call__ if remat is None else jax.checkpoint(_new_function(Block.__call__), policy=remat)
         if states is not None and not is_capturing():
             run = jax.jit(_new_function(run))
@@ -177,21 +187,18 @@ def _new_function(run: Any) -> Any:
 
 
 def _inputs_by_layer(
-    config: ModelConfig, shared: MixerInputs, indices: StepIndices | None, dtype: DTypeLike
+    config: ModelConfig, shared: MixerInputs, steps: Sequence[StepRows], dtype: DTypeLike
 ) -> list[MixerInputs]:
     """Give each layer the pages of its cache group; only the last layer may leave out tokens that nobody asked for."""
-    if indices is None:
+    if not steps:
         return [shared] * len(config.layers)
-    slots_B, continues_B, index_BX = (
-        None if x is None else jnp.asarray(x) for x in (indices.slots_B, indices.continues_B, indices.logit_indices_BX)
-    )
-    shared = shared._replace(slots_B=slots_B, continues_B=continues_B)
-    inputs = [shared] * len(config.layers)
-    for group, pages in zip(cache_groups(state_specs(config, dtype)), indices.pages, strict=True):
-        paged = shared._replace(pages=pages, page_BT=page_of_tokens(pages, shared.positions_BT))
-        for layer in group.layers:
-            inputs[layer] = paged
-    inputs[-1] = inputs[-1]._replace(logit_indices_BX=index_BX)
+    num_shards = len(shared.positions_BT)  # where there are several groups of rows
+    inputs = [shared._replace(groups=row_groups(steps, None, num_shards)[0])] * len(config.layers)
+    for number, cache_group in enumerate(cache_groups(state_specs(config, dtype))):
+        groups, page_BT = row_groups(steps, number, num_shards)
+        for layer in cache_group.layers:
+            inputs[layer] = shared._replace(groups=groups, page_BT=page_BT)
+    inputs[-1] = inputs[-1]._replace(logit_indices_BX=logit_indices(steps, num_shards))
     return inputs
 
 

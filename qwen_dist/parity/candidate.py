@@ -13,10 +13,11 @@ from qwen_dist.capture import capture
 from qwen_dist.checkpoint.model import LoadedModel
 from qwen_dist.models.moe import load_balancing_loss
 from qwen_dist.models.parameters import with_parameters
-from qwen_dist.models.state import States, empty_states, indices_in_order
+from qwen_dist.models.state import States, empty_states
 from qwen_dist.models.state_spec import cache_groups
 from qwen_dist.models.transformer import state_specs
 from qwen_dist.ops.paged_cache import pages_for
+from qwen_dist.ops.step_rows import indices_in_order
 from qwen_dist.parity.inputs import Inputs
 from qwen_dist.parity.tolerances import is_state
 from qwen_dist.sharding import TRAIN, ShardingContext, use_sharding
@@ -113,7 +114,7 @@ class Candidate:
                 state_specs(self.loaded.config, self.loaded.dtype),
                 self.loaded.sharding_ctx.batch_multiple(),
             )
-            indices = indices_in_order(specs, positions_BT, num_shards, pages_per_row)
+            indices = indices_in_order(len(cache_groups(specs)), positions_BT, num_shards, pages_per_row)
             indices = indices._replace(logit_indices_BX=logit_indices_B[:, None])
             hidden_B1D, states_after, _ = model(tokens_BT, positions_BT, states, indices)
             assert states_after is not None

@@ -18,10 +18,11 @@ from qwen_dist.config import KvCacheDtype, Quantize
 from qwen_dist.errors import UserError
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.parameters import with_parameters
-from qwen_dist.models.state import constrain_states, empty_states, indices_in_order
+from qwen_dist.models.state import constrain_states, empty_states
 from qwen_dist.models.state_spec import CacheDtype, cache_groups
 from qwen_dist.models.transformer import state_specs
 from qwen_dist.ops.paged_cache import pages_for
+from qwen_dist.ops.step_rows import indices_in_order
 from qwen_dist.quantization.options import CACHE_DTYPES, QuantizeOptions
 from qwen_dist.sharding import INFERENCE, ShardingContext, use_sharding
 from qwen_dist.storage.model_files import ModelFiles
@@ -155,7 +156,7 @@ class _Side:
             num_shards, pages = self.model.sharding_ctx.batch_multiple(), pages_for(WINDOW)
             rows = len(tokens_BT) // num_shards
             states = empty_states(specs, num_shards, [rows * pages] * len(cache_groups(specs)), rows)
-            indices = indices_in_order(specs, positions_BT, num_shards, pages)
+            indices = indices_in_order(len(cache_groups(specs)), positions_BT, num_shards, pages)
             return model(tokens_BT, positions_BT, constrain_states(specs, states), indices)[0]
 
     def _unembed(self, parameters: Mapping[str, jax.Array], hidden_BCD: jax.Array) -> jax.Array:

@@ -197,7 +197,7 @@ def test_the_state_is_donated_and_stays_where_the_rules_say(model):
     sizes = {"num_slots": 2, "num_shards": 2, "chunk_size": CHUNK_SIZE, "max_chunks": MAX_CHUNKS}
     scheduler, batches = Scheduler(limits, max_pages=8, **sizes), BatchBuilder(limits, entry_multiple=MAX_ENTRIES, **sizes)
     scheduler.add(Request(0, PROMPTS[1], GREEDY), end=PAGE - 1)
-    batch = batches.build(scheduler.schedule(can_preempt=True), scheduler.num_pages)
+    (batch,) = batches.build(scheduler.schedule(can_preempt=True), scheduler.num_pages)
     assert batch.is_prefill
     before = runner.start(scheduler.num_pages)
     after, _ = runner.step(before, batch, sampling.look_up(batch.slots_B, ()), num_top=None)

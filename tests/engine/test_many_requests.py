@@ -20,7 +20,7 @@ from qwen_dist.tokenizer import Tokenizer
         pytest.param("qwen3", 300, 16, 20, 1, marks=pytest.mark.slow),
         pytest.param("qwen3", 10_000, 48, 90, 1, marks=pytest.mark.slow),
         pytest.param("qwen3", 2000, 7, 12, 8, marks=pytest.mark.slow),
-        ("qwen3_5", 60, 5, 9, 1),
+        pytest.param("qwen3_5", 60, 5, 9, 1, marks=pytest.mark.slow),
         pytest.param("qwen3_5", 2000, 16, 20, 1, marks=pytest.mark.slow),
         pytest.param("qwen3_5", 500, 7, 12, 8, marks=pytest.mark.slow),
     ],

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from qwen_dist.engine.batch import LAST_SAMPLED, NOWHERE, Batch, BatchBuilder
+from qwen_dist.engine.batch import LAST_SAMPLED, NOWHERE, Batch, BatchBuilder, StepBatches
 from qwen_dist.engine.page_allocator import CacheLimits, PageAllocator, PagedGroup
 from qwen_dist.engine.request import Request, SamplingParams
 from qwen_dist.engine.scheduler import Scheduler
+from qwen_dist.engine.sequence import Sequence
 
 PAGE, CHUNK, VOCAB, STOP = 8, 4, 97, 0
 
@@ -23,8 +24,13 @@ class Device:
         self.cache: dict[tuple[int, int, int, int], tuple[int, int]] = {}
         self.last_tokens, self.finished, self.ends = {}, {}, {}
 
-    def run(self, batch: Batch) -> list[list[int]]:
-        return self._prefill(batch) if batch.is_prefill else self._decode(batch)
+    def run(self, batches: StepBatches) -> list[tuple[Sequence | None, list[int]]]:
+        """Return what each row's sequence has sampled."""
+        rows = []
+        for batch in batches:
+            sampled = self._prefill(batch) if batch.is_prefill else self._decode(batch)
+            rows += list(zip(batch.sequences, sampled, strict=True))
+        return rows
 
     def _seen(self, batch: Batch, b: int, position: int) -> list[int]:
         """The tokens that row b finds on the pages of each group, up to its own position."""
@@ -143,11 +149,9 @@ def test_thousands_of_requests_each_as_if_alone(num_shards, num_slots, max_pages
         num_plans += 1
         assert schedule or flying, "stuck"
         if schedule:
-            batch = batches.build(schedule, scheduler.num_pages)
-            flying.append((batch, device.run(batch)))
+            flying.append(device.run(batches.build(schedule, scheduler.num_pages)))
         if len(flying) > in_flight or not schedule:
-            done, sampled = flying.pop(0)
-            for sequence, tokens in zip(done.sequences, sampled, strict=True):
+            for sequence, tokens in flying.pop(0):
                 for token in tokens:
                     if sequence.is_finished:
                         break
@@ -203,7 +207,7 @@ def test_throughput_admits_longer_prompts_first():
         scheduler.add(request(length, length), 20)
     assert scheduled(scheduler) == [(9, 0, 9)]  # three chunks
     assert (scheduler.num_running, scheduler.num_waiting) == (2, 1)
-    assert [scheduled(scheduler) for _ in range(2)] == [[(9, 9, 1)], [(5, 0, 5)]]
+    assert [scheduled(scheduler) for _ in range(2)] == [[(5, 0, 5), (9, 9, 1)], [(9, 10, 1), (5, 5, 1)]]
 
 
 def test_latency_admits_who_came_first():
@@ -211,20 +215,7 @@ def test_latency_admits_who_came_first():
     for length in (3, 9, 5):
         scheduler.add(request(length, length), 20)
     assert scheduled(scheduler) == [(3, 0, 3), (9, 0, 8)]
-    assert [scheduled(scheduler) for _ in range(2)] == [[(3, 3, 1)], [(9, 8, 1)]]
-
-
-def test_for_latency_prefill_and_decode_always_take_turns():
-    """One sequence that decodes waits for one step of the prompts of the others, and not for all of them."""
-
-    def phases(policy: str) -> list[bool]:
-        scheduler = scheduler_of(max_chunks=1, policy=policy)
-        for key in range(4):
-            scheduler.add(request(key, 2), 40)
-        return [scheduler.schedule(can_preempt=True)[0].is_prefill for _ in range(6)]
-
-    assert phases("latency") == [True, False] * 3
-    assert phases("throughput") == [True, True, False, True, False, True]
+    assert [scheduled(scheduler) for _ in range(2)] == [[(9, 8, 1), (3, 3, 1)], [(3, 4, 1), (9, 9, 1)]]
 
 
 @pytest.mark.parametrize("policy", ["throughput", "latency"])
@@ -245,19 +236,17 @@ def test_a_preempted_sequence_is_admitted_before_those_that_came_later(policy):
     assert sequence is second and (start, count) == (0, len(second.tokens))
 
 
-def test_prefill_and_decode_take_turns():
-    """With half of the slots decoding, a long prompt that comes does not stop the others."""
-    scheduler = scheduler_of(max_chunks=2)
-    for key in range(3):
+def test_sequences_decode_in_the_steps_that_compute_prompts():
+    """One token a step as long as there are prompts to compute, and several after that."""
+    scheduler = scheduler_of(max_chunks=1, num_decode_steps=4)
+    for key in range(2):
         scheduler.add(request(key, 2), 40)
-
-    def phase() -> str:
-        return "prefill" if scheduler.schedule(can_preempt=True)[0].is_prefill else "decode"
-
-    # Three prompts of a chunk each are two steps, and two sequences do not wait for one.
-    assert [phase() for _ in range(3)] == ["prefill", "decode", "prefill"]
-    scheduler.add(request(3, 32), 60)
-    assert [phase() for _ in range(8)] == ["decode", "prefill"] * 4
+    assert scheduled(scheduler) == [(0, 0, 2)]
+    scheduler.add(request(2, 2 * CHUNK), 60)
+    assert scheduled(scheduler) == [(1, 0, 2), (0, 2, 1)]
+    assert scheduled(scheduler) == [(2, 0, CHUNK), (0, 3, 1), (1, 2, 1)]
+    assert scheduled(scheduler) == [(2, CHUNK, CHUNK), (0, 4, 1), (1, 3, 1)]
+    assert scheduled(scheduler) == [(0, 5, 4), (1, 4, 4), (2, 2 * CHUNK, 4)]
 
 
 def test_the_pool_grows_with_what_is_there_and_not_further():
@@ -321,8 +310,8 @@ def test_for_latency_prefill_has_a_size_more():
     sizes = {"num_slots": 4, "num_shards": 1, "chunk_size": CHUNK, "max_chunks": 16, "entry_multiple": 4}
 
     def rows(**more: bool) -> list[int]:
-        batches = BatchBuilder(limits, **sizes, **more).empty_batches((8,))
-        return [batch.tokens_BT.shape[0] for batch in batches if batch.is_prefill]
+        steps = BatchBuilder(limits, **sizes, **more).empty_batches((8,))
+        return [batch.tokens_BT.shape[0] for batch, *decode in steps if batch.is_prefill and not decode]
 
     assert rows(for_latency=True) == [2, 4, 8, 16]
     assert rows() == [4, 8, 16]
@@ -333,5 +322,5 @@ def test_what_follows_a_snapshot_is_padded_to_a_page(has_snapshots, rows):
     limits = limits_of({None: 1}, num_slots=4, max_length=8 * PAGE, max_step_tokens=16 * PAGE // 2)
     sizes = {"num_slots": 4, "num_shards": 1, "chunk_size": PAGE // 2, "max_chunks": 16}
     batches = BatchBuilder(limits, entry_multiple=4, has_snapshots=has_snapshots, **sizes)
-    smallest = next(batch for batch in batches.empty_batches((8,)) if batch.is_prefill)
+    smallest = next(batch for batch, *_ in batches.empty_batches((8,)) if batch.is_prefill)
     assert smallest.tokens_BT.shape == (rows, PAGE // 2)

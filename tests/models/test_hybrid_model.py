@@ -9,10 +9,11 @@ import pytest
 from qwen_dist.checkpoint.model import load_model
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.parameters import with_parameters
-from qwen_dist.models.state import empty_states, indices_in_order
+from qwen_dist.models.state import empty_states
 from qwen_dist.models.state_spec import cache_groups
 from qwen_dist.models.transformer import state_specs
 from qwen_dist.ops.paged_cache import pages_for
+from qwen_dist.ops.step_rows import indices_in_order
 from qwen_dist.parity.inputs import Inputs
 from qwen_dist.parity.reference import Reference
 from qwen_dist.sharding import INFERENCE, ShardingContext
@@ -51,7 +52,7 @@ def _logits(module, specs, pages_per_row):
     @jax.jit
     def run(parameters, tokens_BT, positions_BT, states):
         model = with_parameters(module, parameters)
-        indices = None if states is None else indices_in_order(specs, positions_BT, 1, pages_per_row)
+        indices = None if states is None else indices_in_order(len(cache_groups(specs)), positions_BT, 1, pages_per_row)
         x_BTD, states, _ = model(tokens_BT, positions_BT, states, indices)
         return model.unembed(x_BTD), states
 

@@ -16,10 +16,11 @@ from qwen_dist.capture import capture
 from qwen_dist.checkpoint.model import LoadedModel, load_model
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.parameters import with_parameters
-from qwen_dist.models.state import States, StepIndices, empty_states, indices_in_order
+from qwen_dist.models.state import States, empty_states
 from qwen_dist.models.state_spec import cache_groups
 from qwen_dist.models.transformer import Transformer, state_specs
 from qwen_dist.ops.paged_cache import MAX_ENTRIES, NOWHERE, PAGE, PageIndices, pages_for
+from qwen_dist.ops.step_rows import StepIndices, indices_in_order
 from qwen_dist.sharding import INFERENCE, ShardingContext
 
 LENGTH, PADDING = 600, 53  # tokens; a partial-rotation fault shows only near position 500
@@ -134,7 +135,7 @@ def forward(model: LoadedModel) -> Callable[..., Any]:
         if states is None:
             indices = None
         else:
-            indices = indices_in_order(specs, positions_BT, 1, states[0].k.shape[1] // len(tokens_BT))
+            indices = indices_in_order(len(cache_groups(specs)), positions_BT, 1, states[0].k.shape[1] // len(tokens_BT))
         x_BTD, states, _ = module(tokens_BT, positions_BT, states, indices)
         return module.unembed(x_BTD), states
 
@@ -249,7 +250,7 @@ def test_the_last_block_computes_only_tokens_with_logit_indices(case, name):
     """One or several a row: the same hidden states and layer states as with all; where none is wanted, something finite."""
     model, _, tokens_BT, positions_BT, _, _ = case(name)
     tokens, positions = tokens_BT[:, :70], positions_BT[[0, 0, 0], :70]
-    indices = indices_in_order(state_specs(model.config, model.dtype), positions, 1, 2)
+    indices = indices_in_order(len(cache_groups(state_specs(model.config, model.dtype))), positions, 1, 2)
 
     def run(logit_indices_BX=None):
         step = indices._replace(logit_indices_BX=logit_indices_BX)

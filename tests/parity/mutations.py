@@ -71,7 +71,7 @@ def _mutation(what: str, function: str, *edits: str, named: str, scenario: str =
 
 
 ROPE, LAYERS, ATTENTION = "models.rope:", "models.layers:", "models.attention:"
-MODEL, MOE, STATE = "models.transformer:", "models.moe:", "models.state:"
+MODEL, MOE, ROWS = "models.transformer:", "models.moe:", "ops.step_rows:"
 # The plain forms, which run in float64; in float32 and bfloat16 a kernel may run instead.
 ROTATE, ATTENTION_OP, CACHE, EXPERTS = "ops.rotary:rotate_plain", "ops.attention:", "ops.paged_cache:", "ops.experts:"
 ATTEND, PAGED_ATTEND = ATTENTION_OP + "_attend_block", "ops.paged_attention:_attend_shard"
@@ -307,7 +307,7 @@ MUTATIONS = [
     ),
     _mutation(
         "chunked prefill: page from the next column",
-        STATE + "page_of_tokens",
+        ROWS + "page_of_tokens",
         "positions_BT // PAGE",
         "positions_BT // PAGE + 1",
         named="decode.prefill",
@@ -315,7 +315,7 @@ MUTATIONS = [
     ),
     _mutation(
         "decoding: page from the column before",
-        STATE + "page_of_tokens",
+        ROWS + "page_of_tokens",
         "positions_BT // PAGE",
         "positions_BT // PAGE - (positions_BT.shape[1] == 1)",
         named="decode.step_1",
@@ -323,7 +323,7 @@ MUTATIONS = [
     ),
     _mutation(
         "padding is written to the first page",
-        STATE + "page_of_tokens",
+        ROWS + "page_of_tokens",
         "positions_BT < 0, -1,",
         "positions_BT < 0, pages.write_BN[:, :1],",
         named="decode.prefill",
@@ -640,7 +640,7 @@ MUTATIONS = [
     ),
     _mutation(
         "tokens before a chunk are not convolved",
-        NET + "GatedDeltaNet.__call__",
+        NET + "GatedDeltaNet._in_slots",
         "before_BWGC = slots.gather(",
         "before_BWGC = 0 * slots.gather(",
         named="decode.prefill",
@@ -648,9 +648,9 @@ MUTATIONS = [
     ),
     _mutation(
         "columns of the convolution one token late",
-        NET + "GatedDeltaNet.__call__",
-        "count_B[:, None] + jnp.arange",
-        "count_B[:, None] - 1 + jnp.arange",
+        NET + "GatedDeltaNet._in_slots",
+        "is_real_BT.sum(1)[:, None] + jnp.arange",
+        "is_real_BT.sum(1)[:, None] - 1 + jnp.arange",
         named="decode.prefill",
         scenario="hybrid",
     ),
@@ -676,17 +676,40 @@ MUTATIONS = [
 STATE_MUTATIONS = [
     _mutation(
         "a sequence starts from what its slot held",
-        STATE + "slot_rows",
-        "inputs.positions_BT[:, 0] == 0",
-        "inputs.positions_BT[:, 0] < 0",
+        ROWS + "slot_rows",
+        "group.positions_BT[:, 0] == 0",
+        "group.positions_BT[:, 0] < 0",
         named="engine",
     ),
     _mutation(
         "a chunk does not continue the one before it",
-        STATE + "slot_rows",
-        "== 0, inputs.continues_B)",
+        ROWS + "slot_rows",
+        "== 0, group.continues_B)",
         "== 0, None)",
         named="engine",
+    ),
+    _mutation(
+        "tokens of decoding rows are looked for among the chunks",
+        ROWS + "logit_indices",
+        "first_B = before + ",
+        "first_B = 0 * before + ",
+        named="mixed",
+    ),
+    _mutation(
+        "decoding rows read the pages of the chunks",
+        ATTENTION + "Attention._attend_in_groups",
+        "positions_of_group, group.pages",
+        "positions_of_group, groups[0].pages",
+        named="mixed",
+    ),
+    _mutation(
+        "what decodes beside chunks does not change its state",
+        NET + "GatedDeltaNet.__call__",
+        "o_of_group, state = ",
+        "o_of_group, new = ",
+        "outputs.append(o_of_group)",
+        "outputs.append(o_of_group); state = state if len(inputs.groups) > 1 and b.shape[1] == 1 else new",
+        named="mixed",
     ),
     _mutation(
         "the convolution reads the sequence before it",

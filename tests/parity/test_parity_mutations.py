@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -87,15 +88,19 @@ def packed_error(tiny_checkpoint):
 
 @pytest.fixture(scope="module")
 def engine_answers(tiny_directory):
-    """A function → the answers of a new engine with a single slot to prompts one after the other: of several chunks, and
-    so short that what the slot held is not forgotten."""
+    """A function → the answers of a new engine with a single slot to prompts one after the other, of several chunks, and
+    so short that what the slot held is not forgotten; or with two slots to all of them together."""
     options = ModelOptions(str(tiny_directory("qwen3_5", num_hidden_layers=2)), dtype="float32")
 
-    def answers():
-        engine, _, params = open_engine(options, "", SamplingOptions(temperature=0.0, max_new_tokens=5), max_batch_size=1)
+    def answers(num_slots):
+        engine, _, params = open_engine(options, "", SamplingOptions(temperature=0.0), max_batch_size=num_slots)
         lengths = (3 * PAGE + 1, 2, 3, 3 * PAGE, 1)
-        requests = [Request(n, tuple((n + 7 * i) % 300 for i in range(lengths[n])), params) for n in range(len(lengths))]
-        return [(update.request.key, update.tokens) for request in requests for update in engine.run([request])]
+        prompts = [tuple((n + 7 * i) % 300 for i in range(length)) for n, length in enumerate(lengths)]
+        # Of several lengths, so that some decode while others begin.
+        params = [dataclasses.replace(params, max_new_tokens=5 + 2 * n) for n in range(len(lengths))]
+        requests = list(map(Request, range(len(lengths)), prompts, params))
+        runs = [requests] if num_slots > 1 else [[request] for request in requests]
+        return sorted((update.request.key, update.tokens) for some in runs for update in engine.run(some))
 
     return answers
 
@@ -108,9 +113,10 @@ def test_packed_sequences_of_a_hybrid_equal_each_alone(packed_error):
 @pytest.mark.slow
 @pytest.mark.parametrize("mutation", STATE_MUTATIONS, ids=lambda mutation: mutation.what.replace(" ", "_"))
 def test_states_that_meet_are_caught(packed_error, engine_answers, mutation):
-    expected = None if mutation.named == "packed" else engine_answers()
+    num_slots = {"engine": 1, "mixed": 2}.get(mutation.named)
+    expected = None if num_slots is None else engine_answers(num_slots)
     with mutation.applied():
         if mutation.named == "packed":
             assert packed_error() > 1e-6
         else:
-            assert engine_answers() != expected
+            assert engine_answers(num_slots) != expected

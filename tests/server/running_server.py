@@ -86,8 +86,7 @@ def running_server(
       wait: until it is ready.
       environment: variables.
     """
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("XLA_")}
-    environment = kept | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment
     command = [sys.executable, *program, "serve", "--port", "0", "--json", "--dtype", "float32", *arguments]
     stderr = directory / "stderr"
     with open(stderr, "wb") as file:

@@ -31,9 +31,9 @@ def processes(directory, *arguments):
         probe.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
     variables = {"QWEN_DIST_COORDINATOR": coordinator, "QWEN_DIST_NUM_PROCESSES": "2", "JAX_NUM_CPU_DEVICES": "1"}
-    variables |= {name: value for name, value in os.environ.items() if name.startswith("XLA_")}  # compile as tests do
     with running_server(directory, *arguments, wait=False, **variables, QWEN_DIST_PROCESS_ID="0") as server:
         environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"} | variables
+        environment |= {name: value for name, value in os.environ.items() if name.startswith("XLA_")}  # compile as tests do
         with open(directory / "follower", "wb") as log:
             follower = subprocess.Popen(
                 server.process.args,

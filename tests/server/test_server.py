@@ -361,4 +361,4 @@ def test_the_server_has_written_only_what_it_should(server: RunningServer):
     """The last test of the module: no traceback, no line for each wrong request."""
     lines = server.stderr.read_text().splitlines()
     assert lines[0].startswith("loading ") and lines[-1].startswith("ready: demo at http://127.0.0.1:")
-    assert [line for line in lines if line.startswith("compiling: ")][-1] == "compiling: 20 of 20 programs"
+    assert [line for line in lines if line.startswith("compiling: ")][-1] == "compiling: 24 of 24 programs"

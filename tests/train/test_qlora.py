@@ -151,6 +151,7 @@ def test_no_weight_is_an_array_for_longer_than_it_is_used(remat):
 # --- the commands ---
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_and_used_on_quantised_weights(tmp_path, capsys):
     """Unmerged, with the packed weights, it gives what it gives when it is merged into the same weights dequantised."""
     quantised, data, output = (str(tmp_path / name) for name in ("quantised", "data.jsonl", "run"))
