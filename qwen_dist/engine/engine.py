@@ -176,6 +176,7 @@ class Engine:
         sizes |= {"num_decode_steps": steps_per_dispatch, "prefix_cache": prefix_cache}
         sizes |= {"num_snapshots": self._num_snapshots if of_slot else None}
         self._scheduler = Scheduler(self._limits, max_pages=max_pages, policy=policy, **sizes)
+        self._overlaps = policy != "latency" or model.sharding_ctx.mesh.devices.flat[0].platform != "cpu"
         self._state: DecodeState | None = None
         self._snapshots: States | None = None
         self._num_pages: tuple[int, ...] = ()
@@ -293,7 +294,12 @@ class Engine:
             self._release(sequence)
 
     def step(self) -> list[RequestOutput]:
-        """Start the next step on the devices, and return the outputs of the step before it."""
+        """Start the next step on the devices, and return the outputs of the step before it; or run a step at once.
+
+        Where the devices are the host's own processors, there is little to gain from working on one step while the next
+        one runs. For latency each step is then known before the next begins: a request that has come, or can take the place
+        of one that has finished, waits for one step less.
+        """
         (before, self._in_flight), started = (self._in_flight, None), None
         # The very first output does not wait until the program of the next step has been compiled.
         if before is None or self._has_delivered:
@@ -302,9 +308,13 @@ class Engine:
                 started = self._dispatch(schedule, self._batches.build(schedule, self._scheduler.num_pages))
         self._has_delivered |= before is not None
         outputs = [output for one in before or () for output in self._deliver(*one)]
-        if started is not None:
-            self._in_flight = [(batch, self._sample(batch, one)) for batch, one in started]
-        return outputs
+        if started is None:
+            return outputs
+        sampled = [(batch, self._sample(batch, one)) for batch, one in started]
+        if self._overlaps:
+            self._in_flight = sampled
+            return outputs
+        return [output for one in sampled for output in self._deliver(*one)]
 
     def run(self, requests: Iterable[Request]) -> Iterator[RequestOutput]:
         """Answer the requests; outputs come as text becomes final.
