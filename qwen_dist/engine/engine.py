@@ -33,7 +33,7 @@ from qwen_dist.sharding import ShardingContext
 from qwen_dist.tokenizer import StopStrings, StreamDecoder, Tokenizer
 
 # Prompts are computed in chunks of CHUNK_SIZE tokens, at most MAX_CHUNKS at a time in each data-parallel shard: enough to
-# keep a device busy, with little padding.
+# keep a device busy, with little padding. For latency chunks are half as long, and twice as many.
 CHUNK_SIZE, MAX_CHUNKS = 32, 16
 # Requests taken in for each that can be answered at a time: enough for the policy to choose from, few enough for memory.
 TAKEN_AHEAD = 8
@@ -164,7 +164,8 @@ class Engine:
             num_decode_steps=steps_per_dispatch,
         )
         sizes: dict[str, Any] = {"num_slots": num_slots, "num_shards": num_shards}
-        sizes |= {"chunk_size": CHUNK_SIZE, "max_chunks": MAX_CHUNKS}
+        halves = 2 if policy == "latency" else 1
+        sizes |= {"chunk_size": CHUNK_SIZE // halves, "max_chunks": MAX_CHUNKS * halves}
         of_slot = slot_bytes(specs, model.sharding_ctx)
         left = cache_bytes - slots_per_shard * of_slot
         self._num_snapshots = _num_snapshots(self._limits, left, of_slot, snapshot_fraction * prefix_cache)

@@ -20,20 +20,22 @@ def runner(tiny_checkpoint):
     return Runner(load_model(path, ShardingContext(mesh, INFERENCE), dtype="float32"), num_slots=SLOTS)
 
 
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("phase", ["decode", "prefill", "mixed"])
 @pytest.mark.parametrize("form", [pytest.param("kernel", marks=needs_kernels), "plain"])
 def test_a_step_does_not_copy_the_states(phase, form, runner, monkeypatch):
     if form == "plain":
         monkeypatch.setattr(native_library, "is_available", lambda: False)
     runner = Runner(runner._model, num_slots=SLOTS)  # with no program compiled
-    num_rows, num_tokens = (2, 1) if phase == "decode" else (2, 32)
-    state = runner._abstract_state((PAGES,))
-    step = runner._abstract_step(num_rows, num_tokens, 1 + (phase == "decode"), [PAGES], is_prefill=phase == "prefill")
-    arguments = runner._model.parameters, state, step, runner._abstract_sampling(num_rows)
+    state, sampling = runner._abstract_state((PAGES,)), runner._abstract_sampling(2)
+    prefill = runner._abstract_step(2, 32, 1, [PAGES], is_prefill=True)
+    decode = runner._abstract_step(2, 1, 2, [PAGES], is_prefill=False)
+    parameters = runner._model.parameters
     if phase == "decode":
-        lowered = runner._decode.lower(*arguments, num_top=None)
+        lowered = runner._decode.lower(parameters, state, decode, sampling, num_top=None)
+    elif phase == "prefill":
+        lowered = runner._prefill.lower(parameters, state, prefill, sampling, num_top=None)
     else:
-        lowered = runner._prefill.lower(*arguments, num_top=None)
+        lowered = runner._mixed.lower(parameters, state, (prefill, decode), (sampling, sampling))
     assert (native.DELTA_RULE_IN_SLOTS in lowered.as_text()) == (form == "kernel")
     pool_bytes = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.states))
     assert pool_bytes > 16e6
