@@ -3,9 +3,9 @@
 Letters: B rows of a step, T tokens of a row, X = 1 token of a row after which one is sampled, M slots, V vocab, S steps of
 one dispatch, W words of 32 tokens each.
 
-A step is one program, which computes and samples; if every request is greedy, a smaller one. Where the host must see the
-tokens of the step before first, or a request wants what few do, it is two: `compute` and `sample`. The second is small, and
-one for all that a request can want.
+A step is one program, which computes and samples: chunks of prompts, rows that decode, or both. If every request is greedy,
+it is a smaller one. Where the host must see the tokens of the step before first, or a request wants what few do, it is two:
+`compute` and `sample`. The second is small, and one for all that a request can want.
 """
 
 from __future__ import annotations

@@ -116,3 +116,10 @@ def test_warming_up_compiles_the_programs_of_mixed_steps(engine_of):
     assert sizes == len(engine._batches._prefill_widths)
     answers(engine, requests_of())
     assert engine._runner._mixed._cache_size() == sizes
+
+
+@pytest.mark.parametrize(("policy", "comes_at_once"), [("latency", True), ("throughput", False)])
+def test_for_latency_a_step_on_a_cpu_returns_its_own_tokens(engine_of, policy, comes_at_once):
+    engine = engine_of("qwen3", policy=policy)
+    engine.add_request(requests_of()[0])
+    assert bool(engine.step()) is comes_at_once
