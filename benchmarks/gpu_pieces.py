@@ -34,7 +34,7 @@ from qwen_dist.models.delta_net import GatedDeltaNet
 from qwen_dist.models.parameters import abstract_parameters, disk_shapes, random_parameters, with_parameters
 from qwen_dist.models.state import MixerInputs
 from qwen_dist.models.state_spec import cache_groups
-from qwen_dist.models.transformer import Transformer, state_specs
+from qwen_dist.models.transformer import Transformer
 from qwen_dist.ops import grouped_matmul as grouped
 from qwen_dist.ops.attention import ATTENTION, attention_in_blocks
 from qwen_dist.ops.dispatch import Backend, Implementation, Op
@@ -250,8 +250,7 @@ def _paged_arguments(B: int, T: int, N: int, K: int, H: int, context: int) -> tu
     """Return queries at the end of B sequences, whose pages stand in order."""
     pages_per_row = -(-context // PAGE)
     positions = jnp.broadcast_to(jnp.arange(context - T, context), (B, T)).astype(jnp.int32)
-    specs = state_specs(parse_model_config(SHAPES["0.6b"] | TINY), "bfloat16")
-    (pages,) = indices_in_order(len(cache_groups(specs)), positions, 1, pages_per_row).pages
+    (pages,) = indices_in_order(1, positions, 1, pages_per_row).pages
     pool = 1, B * pages_per_row, K, PAGE, H
     state = PagedState(*(random(key, *pool).view(jnp.uint16) for key in (1, 2)))
     return random(0, B, T, N, H), state, positions, pages, None

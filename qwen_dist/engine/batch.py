@@ -69,7 +69,7 @@ StepBatches = tuple[Batch] | tuple[Batch, Batch]
 class BatchBuilder:
     """Lays a schedule out in arrays of few sizes, because each size is a program to compile.
 
-    Next to chunks of prompts there are always rows for all slots: fewer would cost hardly less.
+    In a step with chunks of prompts decoding rows are always for all slots: each other number would be one more program.
 
     Args:
       limits: of the scheduler.

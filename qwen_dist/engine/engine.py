@@ -33,8 +33,8 @@ from qwen_dist.sharding import ShardingContext
 from qwen_dist.tokenizer import StopStrings, StreamDecoder, Tokenizer
 
 # Prompts are computed in chunks of CHUNK_SIZE tokens, at most MAX_CHUNKS at a time in each data-parallel shard: enough to
-# keep a device busy, with little padding. For latency chunks are half as long, and twice as many.
-CHUNK_SIZE, MAX_CHUNKS = 32, 16
+# keep a device busy, with little padding. For latency on a CPU they have SHORT_CHUNK tokens, and there are more of them.
+CHUNK_SIZE, MAX_CHUNKS, SHORT_CHUNK = 32, 16, 16
 # Requests taken in for each that can be answered at a time: enough for the policy to choose from, few enough for memory.
 TAKEN_AHEAD = 8
 # The number of alternatives for which `Engine.warm_up` compiles the programs that score prompts.
@@ -164,8 +164,9 @@ class Engine:
             num_decode_steps=steps_per_dispatch,
         )
         sizes: dict[str, Any] = {"num_slots": num_slots, "num_shards": num_shards}
-        halves = 2 if policy == "latency" else 1
-        sizes |= {"chunk_size": CHUNK_SIZE // halves, "max_chunks": MAX_CHUNKS * halves}
+        self._overlaps = policy != "latency" or model.sharding_ctx.mesh.devices.flat[0].platform != "cpu"
+        chunk_size = CHUNK_SIZE if self._overlaps else SHORT_CHUNK
+        sizes |= {"chunk_size": chunk_size, "max_chunks": CHUNK_SIZE * MAX_CHUNKS // chunk_size}
         of_slot = slot_bytes(specs, model.sharding_ctx)
         left = cache_bytes - slots_per_shard * of_slot
         self._num_snapshots = _num_snapshots(self._limits, left, of_slot, snapshot_fraction * prefix_cache)
@@ -177,7 +178,6 @@ class Engine:
         sizes |= {"num_decode_steps": steps_per_dispatch, "prefix_cache": prefix_cache}
         sizes |= {"num_snapshots": self._num_snapshots if of_slot else None}
         self._scheduler = Scheduler(self._limits, max_pages=max_pages, policy=policy, **sizes)
-        self._overlaps = policy != "latency" or model.sharding_ctx.mesh.devices.flat[0].platform != "cpu"
         self._state: DecodeState | None = None
         self._snapshots: States | None = None
         self._num_pages: tuple[int, ...] = ()
@@ -295,11 +295,10 @@ class Engine:
             self._release(sequence)
 
     def step(self) -> list[RequestOutput]:
-        """Start the next step on the devices, and return the outputs of the step before it; or run a step at once.
+        """Start the next step on the devices, and return the outputs of the step before it.
 
-        Where the devices are the host's own processors, there is little to gain from working on one step while the next
-        one runs. For latency each step is then known before the next begins: a request that has come, or can take the place
-        of one that has finished, waits for one step less.
+        For latency on a CPU, run one step and return its outputs: the host's work on a step would hardly be hidden by the
+        next one, and a new request waits for one step less.
         """
         (before, self._in_flight), started = (self._in_flight, None), None
         # The very first output does not wait until the program of the next step has been compiled.
@@ -401,8 +400,7 @@ class Engine:
             return False
         return not any(
             (batch.is_prefill and self._sampling.num_scored(batch.slots_B) is not None)
-            or self._sampling.num_top(batch.slots_B) is not None
-            or self._sampling.has_processors(batch.slots_B)
+            or self._is_special(batch)
             or self._needs_host(batch)
             for batch in batches
         )
@@ -427,7 +425,7 @@ class Engine:
         num_top, known = self._sampling.num_top(batch.slots_B), list(known)
         if batch.is_prefill and num_scored is None:
             num_scored = self._sampling.num_scored(batch.slots_B, at_least=_NUM_SCORED if self._samples_apart else 0)
-        apart = apart or num_scored is not None or self._must_sample_apart(batch, num_top)
+        apart = apart or num_scored is not None or self._must_sample_apart(batch)
         sampling = self._sampling_of(batch, with_processors=apart)
         if sampling.processors is None and not self._programs_sample:
             sampling = sampling._replace(sampling=None)
@@ -449,11 +447,12 @@ class Engine:
         names = ["" if sequence is None else sequence.request.adapter for sequence in batch.sequences]
         return np.stack([self._adapters.get(name, none) for name in names])
 
-    def _must_sample_apart(self, batch: Batch, num_top: int | None) -> bool:
-        if self._needs_host(batch):
-            return True
-        is_special = num_top is not None or self._sampling.has_processors(batch.slots_B)
-        return self._samples_apart and is_special and batch.num_steps == 1
+    def _must_sample_apart(self, batch: Batch) -> bool:
+        return self._needs_host(batch) or (self._samples_apart and self._is_special(batch) and batch.num_steps == 1)
+
+    def _is_special(self, batch: Batch) -> bool:
+        """Return whether any row wants log-probabilities, or processors of logits."""
+        return self._sampling.num_top(batch.slots_B) is not None or self._sampling.has_processors(batch.slots_B)
 
     def _needs_host(self, batch: Batch) -> bool:
         """Return whether the host must see the step before, or the hidden states, for any of the sequences."""

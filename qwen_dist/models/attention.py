@@ -100,7 +100,7 @@ class Attention(nnx.Module):
     def _attend_in_groups(
         self, q_BTNH: jax.Array, positions_BT: jax.Array, state: PagedState, groups: tuple[RowGroup, ...]
     ) -> jax.Array:
-        """Attend to the cache: rows of many tokens and rows of one have programs of their own."""
+        """Attend to the cache, to each group on its own: there are other kernels for rows of one token than for chunks."""
         mixed = []
         rows = zip(split_groups(q_BTNH, groups), split_groups(positions_BT, groups), groups, strict=True)
         for q_of_group, positions_of_group, group in rows:

@@ -192,7 +192,7 @@ def _inputs_by_layer(
     """Give each layer the pages of its cache group; only the last layer may leave out tokens that nobody asked for."""
     if not steps:
         return [shared] * len(config.layers)
-    num_shards = len(shared.positions_BT)  # where there are several groups of rows
+    num_shards = len(shared.positions_BT)  # with several groups of rows; with one, nothing is joined
     inputs = [shared._replace(groups=row_groups(steps, None, num_shards)[0])] * len(config.layers)
     for number, cache_group in enumerate(cache_groups(state_specs(config, dtype))):
         groups, page_BT = row_groups(steps, number, num_shards)

@@ -11,7 +11,7 @@ of a shard in all groups, E entries.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,22 +85,26 @@ def split_groups(x_DN: jax.Array, groups: Sequence[RowGroup]) -> list[jax.Array]
 
 def logit_indices(steps: Sequence[StepRows], num_shards: int) -> jax.Array | None:
     """Return which tokens' hidden states are wanted, counted in what `join_groups` makes of several groups of rows."""
-    if any(x.logit_indices_BX is None for *_, x in steps):
-        return None
+    of_rows = [None if x.logit_indices_BX is None else jnp.asarray(x.logit_indices_BX) for *_, x in steps]
+    if len(of_rows) == 1:
+        return of_rows[0]
     wanted, before = [], 0
-    for _, positions_BT, indices in steps:
+    for (_, positions_BT, _), index_BX in zip(steps, of_rows, strict=True):
+        assert index_BX is not None, "a step with several groups of rows returns only the tokens that are wanted"
         rows, num_tokens = len(positions_BT) // num_shards, positions_BT.shape[1]
-        index_BX = jnp.asarray(indices.logit_indices_BX)
-        if len(steps) > 1:
-            first_B = before + jnp.tile(jnp.arange(rows) * num_tokens, num_shards)
-            index_BX = jnp.where(index_BX < 0, -1, first_B[:, None] + index_BX)
-        wanted.append(index_BX)
+        first_B = before + jnp.tile(jnp.arange(rows) * num_tokens, num_shards)
+        wanted.append(jnp.where(index_BX < 0, -1, first_B[:, None] + index_BX))
         before += rows * num_tokens
     return join_groups(wanted, num_shards)
 
 
-def row_groups(steps: Sequence[StepRows], cache_group: int | None, num_shards: int) -> tuple[tuple[RowGroup, ...], Any]:
-    """Return what the layers of a cache group, or None of those without a cache, need to know; and each token's page."""
+def row_groups(
+    steps: Sequence[StepRows], cache_group: int | None, num_shards: int
+) -> tuple[tuple[RowGroup, ...], jax.Array | None]:
+    """Return the groups of rows as the layers of a cache group see them, and the page of each token.
+
+    `cache_group` is None for the layers without a cache, whose tokens have no page.
+    """
     groups, pages_of_tokens = [], []
     for _, positions_BT, indices in steps:
         continues_B = None if indices.continues_B is None else jnp.asarray(indices.continues_B)

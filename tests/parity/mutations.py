@@ -703,7 +703,7 @@ STATE_MUTATIONS = [
         named="mixed",
     ),
     _mutation(
-        "what decodes beside chunks does not change its state",
+        "a row that decodes next to chunks does not change its state",
         NET + "GatedDeltaNet.__call__",
         "o_of_group, state = ",
         "o_of_group, new = ",
