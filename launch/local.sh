@@ -4,7 +4,7 @@
 #   launch/local.sh --processes 4 --devices 2 -- batch --model DIR --input in.jsonl --output out.jsonl
 #
 # Everything after -- goes to qwen-dist unchanged. Standard output is that of process 0; every process has a log. When one
-# process fails, all are stopped, and the exit code is that of the first that failed.
+# process fails, all are stopped, and the exit code is that of the process that was killed, or else of the first that failed.
 set -euo pipefail
 
 usage() {
@@ -84,6 +84,13 @@ if [ "$status" != 0 ]; then
         for pid in "${!running[@]}"; do ! kill -0 "$pid" 2>/dev/null || alive=yes; done
         [ -n "$alive" ] || break
         sleep 0.1
+    done
+    # On a busy machine a process that noticed may end before the one that was killed.
+    for pid in "${!running[@]}"; do
+        if [ -n "$alive" ] || ((status > 128)); then break; fi
+        code=0
+        wait "$pid" || code=$?
+        if ((code > 128)); then status=$code; fi
     done
     [ -z "$alive" ] || stop_all
     grep -h "^qwen-dist" "$logs"/*.log | sort -u >&2 || true

@@ -24,6 +24,7 @@ from qwen_dist.models.parameters import declare_param
 from qwen_dist.ops.cost import LayerCost, Step
 from qwen_dist.ops.experts import ExpertWeights, experts, experts_cost
 from qwen_dist.ops.matmul import accum_dtype
+from qwen_dist.sharding import all_gather_weight
 
 Axes = tuple[str, ...]
 
@@ -131,10 +132,12 @@ class Experts(nnx.Module):
         return experts(x_BTD, chosen_BTK, scores_BTK, gate_up, down, axes)
 
     def _weights(self, name: str) -> ExpertWeights:
-        weight = getattr(self, name).get_value()
+        axes = self._axes(name)
+        weight = all_gather_weight(getattr(self, name).get_value(), *axes.weight)
         if name not in self.lora:
             return ExpertWeights(weight)
         lora_A, lora_B = (self.lora[name][side]["weight"][...] for side in ("lora_A", "lora_B"))
+        lora_A, lora_B = all_gather_weight(lora_A, *axes.lora_A), all_gather_weight(lora_B, *axes.lora_B)
         return ExpertWeights(weight, lora_A, lora_B, self.lora_scale)
 
     def _axes(self, name: str) -> ExpertWeights:

@@ -19,7 +19,7 @@ from qwen_dist.ops import native
 from qwen_dist.ops.cost import F32_BYTES, LayerCost, Passes, Step
 from qwen_dist.ops.dispatch import Backend, Implementation, Op
 from qwen_dist.ops.expert_parallel import expert_capacity, expert_parallel
-from qwen_dist.ops.grouped_matmul import ROWS_BY_WEIGHTS, grouped_matmul, num_tiled_rows
+from qwen_dist.ops.grouped_matmul import ROWS_BY_WEIGHTS, grouped_matmul, num_padded_features, num_tiled_rows
 from qwen_dist.ops.matmul import accum_dtype
 from qwen_dist.ops.swiglu import swiglu
 from qwen_dist.ops.weight import Weight, axes_of
@@ -178,10 +178,11 @@ def experts_cost(
     products, of_adapters = 2 * filled * matrices, 2 * filled * narrow
     x = jax.ShapeDtypeStruct((rows, local_embed), step.dtype)
     gate_up = jax.ShapeDtypeStruct((num_experts // num_shards, 2 * local_mlp, local_embed), step.dtype)
-    empty = 0
+    empty = empty_adapters = 0
     if step.implementation(ROWS_BY_WEIGHTS, x, gate_up, None, dim=2, dtype=x.dtype) == "megablox":
-        # The kernel skips rows that no token fills, and the report counts them.
-        empty = 2 * (num_tiled_rows(rows) - filled) * matrices
+        # The report counts rows that no token fills, which the kernel skips, and ranks that are padded.
+        tiled, padded = num_tiled_rows(rows), sum(step.size(**_padded(adapter)) for adapter in adapters)
+        empty, empty_adapters = 2 * (tiled - filled) * matrices, 2 * (tiled * padded - filled * narrow)
     # Where tokens travel, the backward pass computes each round again up to the input of the last matrix.
     repeated = 2 / 3 if num_shards > 1 else 0
     passes = 1 + step.trains_weights + repeated
@@ -195,7 +196,7 @@ def experts_cost(
     weight_bytes = 3 * step.size(experts=num_experts, mlp=mlp, embed=embed) * step.itemsize
     return LayerCost(
         flops=Passes(products + of_adapters, passes * products + (2 + repeated) * of_adapters),
-        uncounted_flops=Passes(-empty, -passes * empty),
+        uncounted_flops=Passes(-empty - empty_adapters, -passes * empty - (2 + repeated) * empty_adapters),
         workspace_bytes=rows * row_bytes,
         saved_bytes=rows * row_bytes,
         # The backward pass sends the tokens again, the gradients of the outputs, and back those of the tokens.
@@ -205,6 +206,10 @@ def experts_cost(
         },
         unread_bytes=int((1 - K / num_experts) ** sharing * weight_bytes),
     )
+
+
+def _padded(adapter: Mapping[str, int]) -> dict[str, int]:
+    return dict(adapter) | {"lora_rank": num_padded_features(adapter["lora_rank"])}
 
 
 def _num_rows(step: Step, experts_per_token: int, num_experts: int) -> int:

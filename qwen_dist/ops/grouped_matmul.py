@@ -28,8 +28,11 @@ LARGE_BLOCK, SMALL_BLOCKS = 64, {1: 0.25, 8: 4, 16: math.inf}
 # The first FIRST_ROWS rows of all groups can be one batched product, without a copy of any weight. Measured: it pays in
 # float32 if groups have MEAN_FOR_FIRST_ROWS rows on average (least, most).
 FIRST_ROWS, MEAN_FOR_FIRST_ROWS = 8, (2, 4)
-# The TPU kernel's tiles: rows, elements in and out, and the multiple that these must be of.
+# The TPU kernels' tiles: rows, features in and out of a gradient, and the multiple that features must be of. A tile of a
+# weight has all its in-features, so that rows of one group that follow each other do not read it again: TILE_WEIGHT elements
+# are 4 MB, and the kernel holds two of them, in 16 MB.
 TILE_ROWS, TILE, LANES = 128, 1024, 128
+TILE_WEIGHT, TILE_OUT = 2**21, 2048
 
 
 def grouped_matmul(rows_RC: jax.Array, weights_EOC: Weight, sizes_E: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -106,20 +109,28 @@ def rows_by_weights_in_tiles(
     """Multiply each row by its weight, summing over the weight's dimension `dim`; `interpret` runs without a TPU."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
-    num_out, num_in = weights_EOC.shape[3 - dim], x_RI.shape[1]
+    num_out = weights_EOC.shape[3 - dim]
     x, tile = _in_tiles(x_RI)
-    tiling = tile, min(num_in, TILE), min(num_out, TILE)
+    weights = _pad_to_lanes(weights_EOC, 1, 2)
+    tiling = tile, x.shape[1], _num_tiled_out(x.shape[1], weights.shape[3 - dim])
     options = {"transpose_rhs": dim == 2, "interpret": interpret}
-    return gmm(x, weights_EOC, sizes_E, dtype, tiling, **options)[: len(x_RI)]
+    return gmm(x, weights, sizes_E, dtype, tiling, **options)[: len(x_RI), :num_out]
+
+
+def _num_tiled_out(num_in: int, num_out: int) -> int:
+    """Return how many out-features of a weight are multiplied at once: whole lanes, and whole tiles if that is possible."""
+    most = min(max(TILE_WEIGHT // num_in, LANES), TILE_OUT)
+    return max((out for out in range(LANES, most + 1, LANES) if num_out % out == 0), default=LANES)
 
 
 def can_tile_weights(x_RI: jax.Array, weights_EOC: jax.Array, sizes_E: jax.Array, *, dim: int, dtype: jnp.dtype) -> bool:
     """Whether the kernel pays: it rounds wider floats, and copies weights that do not fill its lanes.
 
-    (The compiler copies all weights for `jax.lax.ragged_dot`; the kernel reads them in place.)
+    (The compiler copies all weights for `jax.lax.ragged_dot`, or multiplies all rows by every weight; the kernel reads
+    weights in place.)
     """
     _, num_out, num_in = weights_EOC.shape
-    return weights_EOC.dtype.itemsize == 2 and num_out % LANES == num_in % LANES == 0
+    return weights_EOC.dtype.itemsize == 2 and _can_fill_lanes(num_out, num_in)
 
 
 def rows_by_rows_in_tiles(
@@ -130,17 +141,33 @@ def rows_by_rows_in_tiles(
 
     (left, tile), (right, _) = _in_tiles(left_RO), _in_tiles(right_RC)
     tiling = tile, min(left.shape[1], TILE), min(right.shape[1], TILE)
-    return tgmm(left.T, right, sizes_E, left_RO.dtype, tiling, interpret=interpret)
+    product_EOC = tgmm(left.T, right, sizes_E, left_RO.dtype, tiling, interpret=interpret)
+    return product_EOC[:, : left_RO.shape[1], : right_RC.shape[1]]
 
 
 def can_tile_rows(left_RO: jax.Array, right_RC: jax.Array, sizes_E: jax.Array) -> bool:
     """As `can_tile_weights`, of the gradient of the weights."""
-    return right_RC.dtype.itemsize == 2 and left_RO.shape[1] % LANES == right_RC.shape[1] % LANES == 0
+    return right_RC.dtype.itemsize == 2 and _can_fill_lanes(left_RO.shape[1], right_RC.shape[1])
+
+
+def _can_fill_lanes(*sizes: int) -> bool:
+    """Whether the sizes are whole lanes, or fewer than there are, as an adapter's rank: padding costs little there."""
+    return all(size % LANES == 0 or size < LANES for size in sizes)
+
+
+def num_padded_features(num_features: int) -> int:
+    """Return how many features the TPU kernel multiplies for `num_features`."""
+    return max(num_features, LANES)
+
+
+def _pad_to_lanes(x: jax.Array, *dims: int) -> jax.Array:
+    return jnp.pad(x, [(0, num_padded_features(n) - n if dim in dims else 0) for dim, n in enumerate(x.shape)])
 
 
 def _in_tiles(x: jax.Array) -> tuple[jax.Array, int]:
     """Pad rows to whole tiles; also return the rows of a tile, which is multiplied once for each group with a row in it."""
-    return jnp.pad(x, ((0, num_tiled_rows(len(x)) - len(x)), (0, 0))), _tile_rows(len(x))
+    padded = jnp.pad(x, ((0, num_tiled_rows(len(x)) - len(x)), (0, 0)))
+    return _pad_to_lanes(padded, 1), _tile_rows(len(x))
 
 
 def num_tiled_rows(num_rows: int) -> int:

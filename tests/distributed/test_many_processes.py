@@ -211,8 +211,8 @@ def test_repeated_kills_answer_every_record_once(start, launch, directory, tmp_p
         victims.append(rng.choice(sorted(pids)))
         os.kill(pids[victims[-1]], signal.SIGKILL)
         sizes.append(size_of(output))
-        process.communicate(timeout=100)
-        assert process.returncode == 128 + signal.SIGKILL
+        printed = process.communicate(timeout=100)
+        assert process.returncode == 128 + signal.SIGKILL, printed
         assert processes_of(os.fsencode(output)) == {}
     process = start(command)
     out, errors = process.communicate(timeout=120)

@@ -91,15 +91,23 @@ def test_the_form_for_accelerators_computes_the_same(name):
         np.testing.assert_allclose(found, expected, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["some empty", pytest.param("more than a block each", marks=pytest.mark.slow)])
-def test_the_kernel_for_tpus_computes_the_same(name):
-    """Interpreted, with more in and out than a tile has."""
+@pytest.mark.parametrize(
+    ("name", "num_out", "num_in"),
+    [
+        ("some empty", 192, grouped.TILE + 64),
+        ("some empty", 8, 256),
+        pytest.param("more than a block each", 192, grouped.TILE + 64, marks=pytest.mark.slow),
+        pytest.param("more than a block each", 256, 8, marks=pytest.mark.slow),
+    ],
+)
+def test_the_kernel_for_tpus_computes_the_same(name, num_out, num_in):
+    """Interpreted, with more in and out than a tile has, and with fewer than it has lanes, as an adapter's rank."""
     sizes, behind = GROUPS[name]
     rng, num_rows = np.random.default_rng(0), sum(sizes)
     rows, other = (
-        jnp.asarray(rng.standard_normal((num_rows + behind, width)), jnp.float32) for width in (grouped.TILE + 64, 192)
+        jnp.asarray(rng.standard_normal((num_rows + behind, width)), jnp.float32) for width in (num_in, num_out)
     )
-    weights = jnp.asarray(rng.standard_normal((len(sizes), 192, grouped.TILE + 64)) / 32, jnp.float32)
+    weights = jnp.asarray(rng.standard_normal((len(sizes), num_out, num_in)) / 32, jnp.float32)
     sizes = jnp.asarray(sizes, jnp.int32)
     given = {"dtype": jnp.dtype("float32")}
     for dim, x in ((2, rows), (1, other)):

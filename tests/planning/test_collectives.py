@@ -3,6 +3,7 @@
 import pytest
 from shapes import SMALL, SMALL_HYBRID, qwen3
 
+from qwen_dist.config import LoraOptions
 from qwen_dist.hf_config import parse_model_config
 from qwen_dist.mesh import MeshConfig
 from qwen_dist.planning.chips import Topology
@@ -43,8 +44,8 @@ def test_collectives_in_the_text_of_a_compiled_program():
     }
 
 
-def text(topology: str, mesh: str, hf, command: str, phase: str) -> str:
-    workload = Workload(command, 8, 256)
+def text(topology: str, mesh: str, hf, command: str, phase: str, lora: LoraOptions | None = None) -> str:
+    workload = Workload(command, 8, 256, lora=lora)
     sharding_ctx = ShardingContext(topology_mesh(Topology.parse(topology), MeshConfig.parse(mesh)), workload.rules)
     return lower(parse_model_config(hf), sharding_ctx, workload, phase).compile().as_text()
 
@@ -99,6 +100,16 @@ def test_training_over_fsdp_gathers_weights_and_nothing_larger():
     in_loop = "\n".join(line for line in compiled.splitlines() if "/jvp()/while/body/" in line)
     assert in_loop
     assert all(elements < largest // 8 for result in parse_collectives(in_loop) for elements, _ in result.arrays)
+
+
+def test_adapters_of_experts_over_fsdp_gather_weights_for_each_pass():
+    """What is gathered for the forward pass is not kept for the backward pass: it would be as large as the model."""
+    hf = qwen3(2, 256, 8, 512, model_type="qwen3_moe", vocab_size=512, head_dim=32)
+    hf |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 384, "norm_topk_prob": True}
+    found = parse_collectives(text("cpu:8", "fsdp=2,expert=4", hf, "finetune", "train", LoraOptions()))
+    gathered = [elements for one in found if one.kind == "all-gather" for elements, _ in one.arrays]
+    gate_up, down = 2 * (2 * 384 * 256), 2 * (384 * 256)
+    assert [gathered.count(size) for size in (gate_up, down)] == 2 * [2 * hf["num_hidden_layers"]]
 
 
 @pytest.mark.slow
