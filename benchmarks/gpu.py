@@ -1,4 +1,4 @@
-"""Measure this project on one GPU in at most eight minutes, beside the GPU's own ceilings and transformers (PyTorch).
+"""Measure this project on one GPU in at most eight minutes, against the GPU's own ceilings and transformers (PyTorch).
 
     python benchmarks/gpu.py --output DIR [--minutes 8] [--only decode-8b,peer] [--dry-run]
 
@@ -152,7 +152,7 @@ def with_shares(rows: list[Row]) -> list[Row]:
 SHOWN_BY = {
     "decode-8b": ("inference, dense models",),
     "train": ("training, LoRA", "training, all parameters"),
-    "parity": ("kernels beside the plain forms",),
+    "parity": ("kernels against the plain forms",),
 }
 
 

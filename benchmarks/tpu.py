@@ -218,7 +218,7 @@ def _label(operation: Operation) -> str:
 
 
 def print_bytes(name: str, layers: list[int], batch: int, context: int) -> None:
-    """Print what a decode step of Qwen3-8B moves on each chip, beside weights and live cache."""
+    """Print what a decode step of Qwen3-8B moves on each chip, compared with weights and live cache."""
     from qwen_dist.ops.paged_cache import PAGE, entries_at_a_time
     from qwen_dist.planning.compile import lower, topology_mesh
     from qwen_dist.sharding import ShardingContext
@@ -256,7 +256,7 @@ def print_bytes(name: str, layers: list[int], batch: int, context: int) -> None:
 
 
 def print_overlap(name: str, depth: int) -> None:
-    """Print how many collectives of a training step run beside something else, without and with the options `OVERLAP`."""
+    """Print how many collectives of a training step run during something else, without and with the options `OVERLAP`."""
     from qwen_dist.planning.compile import lower, topology_mesh
     from qwen_dist.sharding import ShardingContext
     from qwen_dist.train import step

@@ -24,7 +24,7 @@ RUNS = (
     "inference, hybrid models",
     "training, LoRA",
     "training, all parameters",
-    "kernels beside the plain forms",
+    "kernels against the plain forms",
 )
 # How far a run came, the furthest last.
 STAGES = {

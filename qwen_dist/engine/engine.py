@@ -12,6 +12,7 @@ import itertools
 import operator
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ from qwen_dist.errors import UsageError, UserError, printable
 from qwen_dist.models.state import States, page_bytes, slot_bytes
 from qwen_dist.models.state_spec import CacheDtype, LayerStateSpec, cache_groups
 from qwen_dist.ops.paged_cache import MAX_ENTRIES, PAGE
+from qwen_dist.runtime.processors import count_processors
 from qwen_dist.sharding import ShardingContext
 from qwen_dist.tokenizer import StopStrings, StreamDecoder, Tokenizer
 
@@ -250,23 +252,27 @@ class Engine:
         steps = list(self._batches.empty_batches(self._scheduler.num_pages))
         if self._adapters or not self._runner.can_mix:
             steps = [batches for batches in steps if len(batches) == 1]
-        programs: list[Callable[[], Any]] = [functools.partial(self._dispatch, [], batches) for batches in steps]
+        dispatch_nothing = functools.partial(self._dispatch, [])
+        dispatches = [functools.partial(dispatch_nothing, batches) for batches in steps]
         if for_all:
             alone = [batches for batches in steps if len(batches) == 1]
             scored = [batches for batches in alone if batches[0].is_prefill]
-            programs += [functools.partial(self._dispatch, [], batches, num_scored=_NUM_SCORED) for batches in scored]
-            programs += [functools.partial(self._sample_nothing, batches) for batches in alone]
-        for done, run in enumerate(programs):
-            report(done, len(programs))
-            jax.block_until_ready([result for _, result in run()])
+            dispatches += [functools.partial(dispatch_nothing, batches, num_scored=_NUM_SCORED) for batches in scored]
+            dispatches += [functools.partial(dispatch_nothing, batches, apart=True, known=[(0, [0])]) for batches in alone]
+        with ThreadPoolExecutor(count_processors()) as executor, self._runner.compiling(executor) as futures:
+            for dispatch in dispatches:
+                report(sum(future.done() for future in futures), len(dispatches))
+                dispatch()
+            for done, future in enumerate(as_completed(futures)):
+                report(done, len(dispatches))
+                future.result()
+        for dispatch in dispatches:
+            results = [self._sample(*started) for started in dispatch()]
+            jax.block_until_ready(results)
         if for_all and is_installed():
             self._grammars.prepare()
         self._samples_apart = for_all
-        report(len(programs), len(programs))
-
-    def _sample_nothing(self, batches: StepBatches) -> list[tuple[Batch, SampledTokens]]:
-        started = self._dispatch([], batches, apart=True, known=[(0, [0])])
-        return [(batch, self._sample(batch, one)) for batch, one in started]
+        report(len(dispatches), len(dispatches))
 
     def _end(self, request: Request) -> int:
         """Return the last position that a token of the answer may have; a prompt that is only scored has one too."""

@@ -10,8 +10,10 @@ it is a smaller one. Where the host must see the tokens of the step before first
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from concurrent.futures import Executor, Future
 from typing import Any, NamedTuple
 
 import jax
@@ -299,6 +301,30 @@ class Runner:
         if not has_logprobs:
             sampled = sampled._replace(logprobs=None)
         return sampled_state._replace(states=state.states), sampled
+
+    @contextlib.contextmanager
+    def compiling(self, executor: Executor) -> Iterator[list[Future[Any]]]:
+        """Compile the programs of steps in an executor's threads instead of running them.
+
+        Yields what is being compiled. Inside the context `step`, `mixed_step` and `compute` return the state as it is, and
+        shapes instead of arrays. After it, a call with like arguments uses the compiled program.
+        """
+        programs = {name: getattr(self, name) for name in ("_prefill", "_decode", "_mixed", "_compute")}
+        futures: list[Future[Any]] = []
+
+        def compile_only(program: Any, parameters: Any, state: Any, *arguments: Any, **static: Any) -> Any:
+            lowered = program.lower(parameters, state, *arguments, **static)
+            futures.append(executor.submit(lowered.compile))
+            num_kept = 2 if program is programs["_compute"] else 1  # the first results are the new states
+            return state, *arguments[: num_kept - 1], *lowered.out_info[num_kept:]
+
+        try:
+            for name, program in programs.items():
+                setattr(self, name, functools.partial(compile_only, program))
+            yield futures
+        finally:
+            for name, program in programs.items():
+                setattr(self, name, program)
 
     def _prepare(
         self, state: DecodeState, sampling: SamplingBatch, known: Collection[tuple[int, list[int]]]

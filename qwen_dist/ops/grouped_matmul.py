@@ -29,8 +29,8 @@ LARGE_BLOCK, SMALL_BLOCKS = 64, {1: 0.25, 8: 4, 16: math.inf}
 # float32 if groups have MEAN_FOR_FIRST_ROWS rows on average (least, most).
 FIRST_ROWS, MEAN_FOR_FIRST_ROWS = 8, (2, 4)
 # The TPU kernels' tiles: rows, features in and out of a gradient, and the multiple that features must be of. A tile of a
-# weight has all its in-features, so that rows of one group that follow each other do not read it again: TILE_WEIGHT elements
-# are 4 MB, and the kernel holds two of them, in 16 MB.
+# weight has all in-features, so that rows of one group that follow each other do not read it again. It has TILE_WEIGHT
+# elements, which are 4 MB, and the kernel holds two of them, in 16 MB.
 TILE_ROWS, TILE, LANES = 128, 1024, 128
 TILE_WEIGHT, TILE_OUT = 2**21, 2048
 

@@ -23,7 +23,7 @@ class Setting:
       name, value: as text.
       reason: why this value.
       source: where the reason is from.
-      other_names: other variables that set the same, so that none may be set beside it.
+      other_names: other variables that set the same, so that none of them may be set as well.
     """
 
     kind: Kind

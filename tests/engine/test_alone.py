@@ -1,4 +1,4 @@
-"""On one CPU, with this project's kernels: an answer is the same whatever is answered beside it, in bfloat16 too.
+"""On one CPU, with this project's kernels: an answer is the same whatever is answered at the same time, in bfloat16 too.
 
 What remains is the last bits of a float32 sum (a softmax, a token's experts), which XLA adds by the shape of the batch.
 """

@@ -1,4 +1,4 @@
-"""Embeddings against transformers, beside answers, in any batch and from the prefix cache."""
+"""Embeddings against transformers, together with answers, in any batch and from the prefix cache."""
 
 import jax
 import numpy as np

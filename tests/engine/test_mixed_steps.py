@@ -1,5 +1,7 @@
 """Steps of chunks of prompts and of sequences that decode: the answers of each request alone, and the same states."""
 
+from typing import Any
+
 import jax
 import pytest
 
@@ -116,6 +118,23 @@ def test_warming_up_compiles_the_programs_of_mixed_steps(engine_of):
     assert sizes == len(engine._batches._prefill_widths)
     answers(engine, requests_of())
     assert engine._runner._mixed._cache_size() == sizes
+
+
+def test_a_warm_up_compiles_first_and_runs_what_it_has_compiled(engine_of):
+    engine, compiled, counts = engine_of("qwen3", policy="latency"), [], []
+
+    def note(name: str, seconds: float, **_: Any) -> None:
+        if name == "/jax/core/compile/backend_compile_duration":
+            compiled.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        engine.warm_up(lambda done, total: counts.append((done, total, len(compiled))))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    *_, (last, total, num_compiled), (done, _, num_at_end) = counts
+    assert (last, done) == (total - 1, total)
+    assert total <= num_compiled == num_at_end
 
 
 @pytest.mark.parametrize(("policy", "comes_at_once"), [("latency", True), ("throughput", False)])

@@ -140,7 +140,7 @@ def test_answers_have_the_form_on_other_engines(make_engine, options):
 
 
 def test_what_forbids_nothing_changes_nothing(llm):
-    """The same tokens and log-probabilities with and without, greedy and drawn, beside an answer with another form."""
+    """The same tokens and log-probabilities with and without, greedy and drawn, next to an answer with another form."""
     chats = [[{"role": "user", "content": f"What is {n} plus 3?"}] for n in (2, 4)]
     for more in ({"temperature": 0.0}, {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "seed": 3}):
         plain = llm.chat(chats, max_new_tokens=40, logprobs=2, **more)

@@ -104,9 +104,7 @@ def test_the_kernel_for_tpus_computes_the_same(name, num_out, num_in):
     """Interpreted, with more in and out than a tile has, and with fewer than it has lanes, as an adapter's rank."""
     sizes, behind = GROUPS[name]
     rng, num_rows = np.random.default_rng(0), sum(sizes)
-    rows, other = (
-        jnp.asarray(rng.standard_normal((num_rows + behind, width)), jnp.float32) for width in (num_in, num_out)
-    )
+    rows, other = (jnp.asarray(rng.standard_normal((num_rows + behind, width)), jnp.float32) for width in (num_in, num_out))
     weights = jnp.asarray(rng.standard_normal((len(sizes), num_out, num_in)) / 32, jnp.float32)
     sizes = jnp.asarray(sizes, jnp.int32)
     given = {"dtype": jnp.dtype("float32")}
