@@ -216,7 +216,9 @@ def all_gather_weight(weight: Any, *axes: str) -> Any:
 
     @jax.custom_vjp
     def lay_out(weight: jax.Array) -> jax.Array:
-        # Constrain both sides of the gather; otherwise XLA moves the gather before a cast and gathers float32.
+        # Constrain both sides of the gather; otherwise XLA moves the gather before a cast and gathers float32. Without the
+        # barrier Shardy takes the gathered weight wherever the weight is used later: it is kept for the backward pass.
+        weight = jax.lax.optimization_barrier(weight)
         return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(weight, kept), used)
 
     lay_out.defvjp(

@@ -25,6 +25,7 @@ from qwen_dist.models.rope import rope_table
 from qwen_dist.models.state import LayerState, MixerInputs, States, num_state_shards
 from qwen_dist.models.state_spec import AttentionSpec, CacheDtype, LayerStateSpec, cache_groups
 from qwen_dist.ops.cost import LayerCost, Step
+from qwen_dist.ops.gradient_order import adapter_gradients_first, has_adapters
 from qwen_dist.ops.matmul import matmul
 from qwen_dist.ops.step_rows import StepIndices, StepRows, join_groups, logit_indices, row_groups
 from qwen_dist.ops.weight import Weight
@@ -162,10 +163,13 @@ class Transformer(nnx.Module):
         run: Any = Block.__call__ if remat is None else jax.checkpoint(_new_function(Block.__call__), policy=remat)
         if states is not None and not is_capturing():
             run = jax.jit(_new_function(run))
+        first_adapter = next((index for index, block in enumerate(self.layers) if has_adapters(block)), len(self.layers))
         new_states, router_logits = list[LayerState](), list[jax.Array]()
         for index, block in enumerate(self.layers):
             with scope(f"layers.{index}"):
                 block = prefetch_barrier(x_BTD, block)
+                if states is None and index > first_adapter:
+                    x_BTD, block = adapter_gradients_first(x_BTD, block)
                 x_BTD, state, logits = run(block, x_BTD, inputs[index], None if states is None else states[index])
                 x_BTD = tap("output", x_BTD)
             new_states.append(state)

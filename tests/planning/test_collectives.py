@@ -102,6 +102,16 @@ def test_training_over_fsdp_gathers_weights_and_nothing_larger():
     assert all(elements < largest // 8 for result in parse_collectives(in_loop) for elements, _ in result.arrays)
 
 
+@pytest.mark.parametrize("lora", [LoraOptions(), pytest.param(None, marks=pytest.mark.slow)])
+def test_what_the_forward_pass_gathers_is_not_kept_for_the_backward_pass(lora):
+    """Shardy gave the recomputation the gathered weight, cut into shards again, instead of the shard."""
+    compiled = text("cpu:8", "fsdp=8", SMALL | {"num_hidden_layers": 2}, "finetune", "train", lora)
+    assert "all-gather" in compiled
+    operations = [line.partition(", metadata=") for line in compiled.splitlines() if "/remat2" in line]
+    assert operations
+    assert not [operation for operation, *_ in operations if "dynamic-slice" in operation]
+
+
 def test_adapters_of_experts_over_fsdp_gather_weights_for_each_pass():
     """What is gathered for the forward pass is not kept for the backward pass: it would be as large as the model."""
     hf = qwen3(2, 256, 8, 512, model_type="qwen3_moe", vocab_size=512, head_dim=32)
