@@ -87,10 +87,10 @@ if [ "$status" != 0 ]; then
     done
     # On a busy machine a process that noticed may end before the one that was killed.
     for pid in "${!running[@]}"; do
-        if [ -n "$alive" ] || ((status > 128)); then break; fi
+        [ -z "$alive" ] || break # those are killed here
         code=0
         wait "$pid" || code=$?
-        if ((code > 128)); then status=$code; fi
+        if ((status <= 128 && code > 128)); then status=$code; fi
     done
     [ -z "$alive" ] || stop_all
     grep -h "^qwen-dist" "$logs"/*.log | sort -u >&2 || true

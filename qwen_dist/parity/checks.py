@@ -79,25 +79,6 @@ def difference(ours: np.ndarray, reference: np.ndarray) -> Difference:
     )
 
 
-def error_ratio(ours: np.ndarray, baseline: np.ndarray, oracle: np.ndarray, is_real: np.ndarray) -> tuple[float, float]:
-    """Return ‖ours - oracle‖ / ‖baseline - oracle‖: its geometric mean over rows, and the standard error of its logarithm.
-
-    Args:
-      ours: [B, T, ...].
-      baseline: [B, T, ...].
-      oracle: [B, T, ...].
-      is_real: bool [B, T], False for padding. If both errors of a row are equal, also 0, its ratio is 1.
-    """
-    logs = []
-    for row in range(len(oracle)):
-        exact = oracle[row][is_real[row]].astype(np.float64)
-        own, other = (np.linalg.norm(side[row][is_real[row]].astype(np.float64) - exact) for side in (ours, baseline))
-        with np.errstate(divide="ignore"):
-            logs.append(0.0 if own == other else float(np.log(own / other)))
-    error = float(np.std(logs, ddof=1) / math.sqrt(len(logs))) if len(logs) > 1 else math.nan
-    return math.exp(np.mean(logs)), error
-
-
 def first_exceeding(ours: np.ndarray, reference: np.ndarray, threshold: float) -> tuple[int, ...] | None:
     """Return the index of the first element that is not within `threshold` of the reference, or None."""
     for start, a, b in _blocks(ours, reference):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -19,18 +18,10 @@ from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.parameters import DiskShape, disk_shapes, on_disk
 from qwen_dist.models.transformer import Transformer
 from qwen_dist.parity.candidate import Candidate
-from qwen_dist.parity.checks import (
-    Check,
-    NextTokenAgreement,
-    ParityReport,
-    check,
-    error_ratio,
-    first_failure,
-    missing_check,
-)
+from qwen_dist.parity.checks import Check, NextTokenAgreement, ParityReport, check, first_failure, missing_check
 from qwen_dist.parity.inputs import Inputs, ParityOptions, make_inputs
 from qwen_dist.parity.reference import Reference, versions
-from qwen_dist.parity.tolerances import EXACT, MAX_FLOAT32_ERROR_RATIO, Section, is_state, tolerance_for
+from qwen_dist.parity.tolerances import EXACT, Section, is_state, tolerance_for
 from qwen_dist.sharding import INFERENCE, ShardingContext
 
 # A gradient needs the memory of logits [B, T, V] several times. Two rows are as telling as eight.
@@ -69,23 +60,7 @@ def compare_in_same_dtype(comparison: Comparison) -> ParityReport:
     del reference  # the gradients of a large model need its memory
     for stage in comparison.stages(candidate, outputs):
         comparison.progress(stage)
-    if comparison.options.dtype == "float32" and comparison.beyond:
-        comparison.progress("PyTorch in float64, for its own error where a bound is exceeded")
-        comparison.judge_by_error(Reference(comparison.options.model, "float64"), outputs)
     return comparison.report()
-
-
-@dataclasses.dataclass(frozen=True)
-class Beyond:
-    """Arrays whose difference is beyond its bound, this side's and PyTorch's: [B, T, ...], or [B, V] in decoding.
-
-    Attributes:
-      step: of decoding; None for an intermediate.
-    """
-
-    ours: np.ndarray
-    reference: np.ndarray
-    step: int | None = None
 
 
 class Comparison:
@@ -97,7 +72,6 @@ class Comparison:
         self.columns = evenly_spaced(self.inputs.tokens.shape[1], options.max_columns)
         self.gradient_inputs = self.inputs.first_rows(GRADIENT_ROWS).last_tokens(options.max_columns)
         self.checks: list[Check] = []
-        self.beyond: dict[int, Beyond] = {}  # by the number of the check, of the whole model and of decoding
         self.facts = self._facts()
         self.next_token: NextTokenAgreement | None = None
         self.logit_pairs = np.zeros((0, 2))
@@ -181,8 +155,6 @@ class Comparison:
             if name in actual and name in expected:
                 ours, reference = self.at_real_tokens(name, actual), self.at_real_tokens(name, expected)
                 self.checks.append(check(section, name, ours, reference, tolerance, rows if is_state(name) else tokens))
-                if section == "whole model":
-                    self._note_if_beyond(Beyond(self.by_token(name, actual), self.by_token(name, expected)))
             else:
                 self.checks.append(missing_check(section, name, tolerance, _side_missing(name in expected)))
 
@@ -202,7 +174,6 @@ class Comparison:
             for step in range(chosen.shape[1]):
                 name = (f"decode.step_{step}" if step else "decode.prefill") + suffix
                 self.checks.append(check("decode", name, cached[:, step], other[:, step], tolerance, rows))
-                self._note_if_beyond(Beyond(cached[:, step], outputs.decoded_logits[:, step], step))
         self.facts["greedy tokens that agree"] = f"{np.mean(cached.argmax(-1) == chosen):.1%} of {chosen.size}"
         return cached
 
@@ -218,32 +189,6 @@ class Comparison:
             gradient = outputs.gradients[name]
             ours = on_disk(np.asarray(actual[1][name]), self.disk_shapes[name])
             self.checks.append(check("gradient", name, ours, gradient, tolerance))
-
-    def _note_if_beyond(self, arrays: Beyond) -> None:
-        last = self.checks[-1]
-        if not last.is_within and last.metric == "relative" and last.difference is not None:
-            self.beyond[len(self.checks) - 1] = arrays
-
-    def judge_by_error(self, exact: Reference, outputs: ReferenceOutputs) -> None:
-        """Judge what is beyond its bound by its error instead, divided by PyTorch's; `exact` is PyTorch in float64.
-
-        A deep model, or a recurrence with random weights, amplifies the rounding of both sides. As rounding is random, the
-        limit is wider by two standard errors.
-        """
-        values = exact.forward(self.inputs, self.columns)
-        _, logits = exact.decode(self.inputs, self.options.decode_steps, outputs.decoded_tokens)
-        for number, arrays in self.beyond.items():
-            judged, name = self.checks[number], self.checks[number].name
-            if arrays.step is None:
-                sides, truth = (arrays.ours, arrays.reference), self.by_token(name, values)
-                is_real = np.ones(truth.shape[:2], bool) if is_state(name) else self.is_compared
-            else:
-                sides, truth = (arrays.ours[:, None], arrays.reference[:, None]), logits[:, arrays.step, None]
-                is_real = np.ones(truth.shape[:2], bool)
-            ratio, error = error_ratio(*sides, truth, is_real)
-            limit = MAX_FLOAT32_ERROR_RATIO * math.exp(2 * error)
-            where = judged.where if ratio > limit else ""
-            self.checks[number] = Check(judged.section, name, "ratio", ratio, limit, judged.difference, where)
 
     def by_token(self, name: str, values: Intermediates) -> np.ndarray:
         """Return an intermediate as [B, columns, ...]."""

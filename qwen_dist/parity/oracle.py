@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen_dist.parity.checks import NOT_JUDGED, Check, NextTokenAgreement, ParityReport, check, difference, error_ratio
+from qwen_dist.parity.checks import NOT_JUDGED, Check, NextTokenAgreement, ParityReport, check, difference
 from qwen_dist.parity.comparison import Comparison, Intermediates, ReferenceOutputs, backward_order, without_logits
 from qwen_dist.parity.reference import Reference
 from qwen_dist.parity.tolerances import MAX_MEAN_KL, ROUTING_REPORT_ONLY, is_state
@@ -137,3 +137,22 @@ def _report_gradients(
         comparison.checks.append(Check("gradient", name, "ratio", delta.relative / baseline.relative, None, delta))
         squares += np.square([delta.relative, baseline.relative]) * float(np.sum(np.square(exact, dtype=np.float64)))
     comparison.facts["gradient, error ÷ PyTorch's, all parameters together"] = f"{math.sqrt(squares[0] / squares[1]):.3f}"
+
+
+def error_ratio(ours: np.ndarray, baseline: np.ndarray, oracle: np.ndarray, is_real: np.ndarray) -> tuple[float, float]:
+    """Return ‖ours - oracle‖ / ‖baseline - oracle‖: its geometric mean over rows, and the standard error of its logarithm.
+
+    Args:
+      ours: [B, T, ...].
+      baseline: [B, T, ...].
+      oracle: [B, T, ...].
+      is_real: bool [B, T], False for padding. If both errors of a row are equal, also 0, its ratio is 1.
+    """
+    logs = []
+    for row in range(len(oracle)):
+        exact = oracle[row][is_real[row]].astype(np.float64)
+        own, other = (np.linalg.norm(side[row][is_real[row]].astype(np.float64) - exact) for side in (ours, baseline))
+        with np.errstate(divide="ignore"):
+            logs.append(0.0 if own == other else float(np.log(own / other)))
+    error = float(np.std(logs, ddof=1) / math.sqrt(len(logs))) if len(logs) > 1 else math.nan
+    return math.exp(np.mean(logs)), error
