@@ -10,13 +10,15 @@ import pathlib
 import resource
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 
 from qwen_dist.errors import UserError, printable
 from qwen_dist.train.step import TrainState
+
+_READ_AT_OPENING = ("_CHECKPOINT_METADATA", "metrics/metrics")
 
 
 class Checkpoints:
@@ -47,8 +49,10 @@ class Checkpoints:
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies), create=True
         )
         try:
+            # Orbax reads these files of all checkpoints at once, and to their end.
+            _check_regular(path for name in _READ_AT_OPENING for path in directory.glob(f"*/{name}"))
             self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
-        except Exception as error:  # it reads the metadata of all checkpoints
+        except Exception as error:
             sys.unraisablehook = self._hook
             raise UserError(
                 f"the checkpoints in {directory} cannot be opened ({_reason(error)}): move the damaged one away, or use "
@@ -109,10 +113,8 @@ class Checkpoints:
 
     def _restore(self, step: int, **items: Any) -> Any:
         where = pathlib.Path(self._manager.directory) / str(step)
-        for path in where.rglob("*"):
-            if not (path.is_dir() or path.is_file()):  # such as a pipe, whose reading does not end
-                raise UserError(f"the checkpoint {where} cannot be restored ({printable(path)} is not a regular file)")
         try:
+            _check_regular(where.rglob("*"))
             return self._manager.restore(step, args=self._args.Composite(**items))
         except MemoryError:  # no damage
             raise
@@ -166,6 +168,13 @@ class Checkpoints:
                 f"a checkpoint cannot be written to {self._manager.directory} ({_reason(error)}): free "
                 "some disk space and run the same command again; it resumes from the newest whole checkpoint"
             ) from error
+
+
+def _check_regular(paths: Iterable[pathlib.Path]) -> None:
+    """Raise OSError if a path is a pipe or a device: reading it would not end. A link counts as what it leads to."""
+    for path in paths:
+        if not (path.is_dir() or path.is_file()):
+            raise OSError(f"{path} is not a regular file")
 
 
 def _reason(error: BaseException) -> str:
