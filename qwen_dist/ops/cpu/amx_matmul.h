@@ -20,7 +20,8 @@
 namespace {
 
 constexpr int64_t kPairedFeatures = 2 * kTileSize, kPairedRows = 2 * kTileSize;
-constexpr int64_t kFewPairs = 3;  // of rows, which do not prefetch
+constexpr int64_t kFewPairs = 3;  // of rows
+constexpr int64_t kShortFeatureBytes = 4 << 10;
 
 // Rows as they are and packed. `packed` has `stride` elements for each row. Up to 16 consecutive rows of a group are together:
 // the first pair of inputs of each row, then the second pair of each.
@@ -230,16 +231,21 @@ SIMD INLINE void ForEachTilePair(const PackedRows& x, int64_t num_rows, int64_t 
   _tile_release();
 }
 
+// Whether instructions prefetch a weight faster than the processor. It sees that each feature's inputs are read in order, but
+// not if they are few. With few rows the instructions delay the tiles' loads, the more so the more tiles of rows there are.
+inline bool TilesPrefetch(int64_t num_rows, int64_t feature_bytes) {
+  return num_rows > kFewPairs * kPairedRows || feature_bytes * CeilDivide(num_rows, kTileSize) <= kShortFeatureBytes;
+}
+
 // Multiply all rows of a group with a block of features of its weight, and prefetch the block at `next_weight` unless it is
-// null. Few rows do not prefetch it: they read a block once, the processor sees that each feature's inputs are read in order,
-// and instructions that prefetch would delay the tiles' loads.
+// null.
 template <class Type, class Result>
 SIMD void MultiplyBlock(const PackedRows& x, int64_t num_rows, const uint16_t* weight, int64_t num_inputs, Rows<Result> y,
                         int64_t num_features, const uint16_t* next_weight) {
   const int64_t num_steps = CeilDivide(num_rows, kPairedRows) * CeilDivide(num_features, kPairedFeatures) *
                             CeilDivide(num_inputs, kTileInputs);
   const int64_t block_bytes = num_features * num_inputs * sizeof(*weight);
-  const bool prefetches = next_weight != nullptr && num_rows > kFewPairs * kPairedRows;
+  const bool prefetches = next_weight != nullptr && TilesPrefetch(num_rows, num_inputs * sizeof(*weight));
   const int64_t lines = prefetches ? CeilDivide(block_bytes, kCacheLine * num_steps) : 0;
   const char* prefetch = reinterpret_cast<const char*>(next_weight);
   const char* const prefetch_end = prefetch + block_bytes;

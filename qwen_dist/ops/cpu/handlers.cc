@@ -267,6 +267,31 @@ ffi::Error DeltaRuleImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer 
   return ffi::Error::Success();
 }
 
+thread_local bool is_pool_thread = false;
+
+// Return a handler that does the same, after which XLA goes on in a thread of its pool. It starts a program in another
+// thread, where each product would have to wake a thread of the pool; in one of the pool the other threads, which look for
+// work for a while before they sleep, are often awake.
+template <class... Arguments>
+auto ThenOnPool(ffi::Error (*handler)(ffi::ThreadPool, Arguments...)) {
+  return [handler](ffi::ThreadPool pool, Arguments... arguments) {
+    ffi::Promise promise;
+    ffi::Future future(promise);
+    const ffi::Error error = handler(pool, arguments...);
+    if (!error.success()) {
+      promise.SetError(error);
+    } else if (is_pool_thread) {
+      promise.SetAvailable();
+    } else {
+      pool.Schedule([promise]() mutable {
+        is_pool_thread = true;
+        promise.SetAvailable();
+      });
+    }
+    return future;
+  };
+}
+
 using Any = ffi::AnyBuffer;
 using F32 = ffi::Buffer<ffi::F32>;
 using S32 = ffi::Buffer<ffi::S32>;
@@ -275,7 +300,7 @@ using Pred = ffi::Buffer<ffi::PRED>;
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedMatmul, GroupedMatmulImpl,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedMatmul, ThenOnPool(GroupedMatmulImpl),
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Any>()
@@ -285,7 +310,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedMatmul, GroupedMatmulImpl,
                                   .Ret<Any>()
                                   .Attr<int64_t>("build"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(QuantizedMatmul, QuantizedMatmulImpl,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(QuantizedMatmul, ThenOnPool(QuantizedMatmulImpl),
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Any>()
