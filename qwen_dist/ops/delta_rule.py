@@ -200,14 +200,13 @@ def prepare_chunk(inputs: DeltaInputs, segments: Any = None) -> PreparedChunk:
     q_BGCK = _normalised(inputs.q_BTGK.swapaxes(1, 2)) * inputs.q_BTGK.shape[-1] ** -0.5
     k_BGCK = _normalised(inputs.k_BTGK.swapaxes(1, 2))
     v_BGRCV = jnp.moveaxis(inputs.v_BTGRV, 1, 3)
-    beta_BGRC, total_BGRC = jnp.moveaxis(inputs.beta_BTGR, 1, 3), jnp.cumsum(jnp.moveaxis(inputs.g_BTGR, 1, 3), axis=-1)
+    beta_BGRC, g_BGRC = jnp.moveaxis(inputs.beta_BTGR, 1, 3), jnp.moveaxis(inputs.g_BTGR, 1, 3)
     C = v_BGRCV.shape[3]
     sees_BCC, sees_start_BC, is_last_BC = _visibility(segments, C)
-    # The mask comes before the exponential: above the diagonal the difference is positive and may overflow.
-    difference_BGRCC = jnp.where(sees_BCC, total_BGRC[..., :, None] - total_BGRC[..., None, :], -jnp.inf)
-    decay_BGRCC = jnp.exp(difference_BGRCC)
-    from_start_BGRC = jnp.where(sees_start_BC, jnp.exp(total_BGRC), 0)
-    to_end_BGRC = jnp.exp(jnp.where(is_last_BC, total_BGRC[..., -1:] - total_BGRC, -jnp.inf))
+    between_BGRCC = _sums_between(g_BGRC)
+    decay_BGRCC = jnp.exp(jnp.where(sees_BCC, between_BGRCC, -jnp.inf))
+    from_start_BGRC = jnp.where(sees_start_BC, jnp.exp(jnp.cumsum(g_BGRC, axis=-1)), 0)
+    to_end_BGRC = jnp.exp(jnp.where(is_last_BC, between_BGRCC[..., -1, :], -jnp.inf))
 
     kk_BGCC, qk_BGCC = _products(k_BGCK, k_BGCK), _products(q_BGCK, k_BGCK)
     system_BGRCC = jnp.tril(beta_BGRC[..., None] * kk_BGCC[:, :, None] * decay_BGRCC, -1)
@@ -244,6 +243,17 @@ def _visibility(segments: Any, C: int) -> tuple[Any, Any, Any]:
     segment_B11C = segment_BC[:, None, None]
     same_BCC = segment_B11C[..., :, None] == segment_B11C[..., None, :]
     return causal_CC & same_BCC, segment_B11C == before_B[:, None, None, None], segment_B11C == segment_B11C[..., -1:]
+
+
+def _sums_between(g_BGRC: jax.Array) -> jax.Array:
+    """Return the sum of g over the tokens after j up to i, at [..., i, j]; 0 if there are none.
+
+    Differences of sums from the start would lose digits: those grow to hundreds, and the small differences are what counts.
+    """
+    C = g_BGRC.shape[-1]
+    up_to_CC = np.tril(np.ones((C, C), g_BGRC.dtype))
+    after_BGRCC = jnp.where(np.tri(C, k=-1, dtype=bool), g_BGRC[..., None], 0)
+    return jnp.matmul(up_to_CC, after_BGRCC, precision="highest")
 
 
 def _products(a_BGCK: jax.Array, b_BGCK: jax.Array) -> jax.Array:
@@ -304,8 +314,9 @@ def _cut(x_BT: jax.Array, size: int, mode: str = "constant") -> jax.Array:
 def delta_rule_cost(step: Step, num_heads: int, values_per_head: int, K: int, V: int) -> LayerCost:
     """Return the cost of the rule: for one token a step, for more their share of the products of a chunk of C tokens.
 
-    The inverse takes 2 (log₂ C - 1) products of [C, C] matrices, and its gradient 2; others take twice as many in the
-    backward pass, before which the plain form computes the corrections and what they need again.
+    The inverse takes 2 (log₂ C - 1) products of [C, C] matrices, and its gradient 2. The sums of gates take one, also
+    backward; others take twice as many in the backward pass, before which the plain form computes the corrections and what
+    they need again.
     """
     heads, R = step.size(batch=step.num_rows, scan_length=step.num_tokens, scan_heads=num_heads), values_per_head
     if step.num_tokens == 1:
@@ -314,7 +325,8 @@ def delta_rule_cost(step: Step, num_heads: int, values_per_head: int, K: int, V:
     C = chunk_size(step.num_tokens)
     with_state = heads * R * 2 * (3 * K * V + C * V)
     of_chunk = heads * (2 * 2 * C * K + R * 2 * (C * K + C * V))
-    inverse, inverse_backward = heads * R * 2 * 2 * (C.bit_length() - 2) * C * C, heads * R * 2 * 2 * C * C
+    squares = heads * R * 2 * C * C  # a product of [C, C] matrices of each value head and chunk, by token
+    inverse, inverse_backward = (2 * (C.bit_length() - 2) + 1) * squares, 3 * squares
     is_plain = step.phase == "train" and step.implementation(DELTA_RULE) == DELTA_RULE.plain.name
     again = heads * R * 2 * K * V + of_chunk + inverse if is_plain else 0
     backward = 2 * (with_state + of_chunk) + inverse_backward + again

@@ -49,26 +49,12 @@ class ReferenceOutputs:
     gradients: dict[str, np.ndarray]
 
 
-def compare_in_same_dtype(comparison: Comparison) -> ParityReport:
-    """Compare in float64 or float32: both sides compute in it, and all intermediates must be equal up to rounding."""
-    comparison.progress("PyTorch")
-    reference = Reference(comparison.options.model, comparison.options.dtype)
-    outputs = comparison.run_reference(reference)
-    comparison.progress("loading the checkpoint here, and its parameters")
-    candidate = comparison.load()
-    comparison.compare_parameters(candidate, reference.parameters())
-    del reference  # the gradients of a large model need its memory
-    for stage in comparison.stages(candidate, outputs):
-        comparison.progress(stage)
-    return comparison.report()
-
-
 class Comparison:
     """The inputs of one run and its checks so far. Intermediates are compared at `columns` of [B, T]."""
 
-    def __init__(self, options: ParityOptions, config: ModelConfig, progress: Progress):
+    def __init__(self, options: ParityOptions, config: ModelConfig, progress: Progress, *, num_rows: int):
         self.options, self.config, self.progress = options, config, progress
-        self.inputs = make_inputs(options, config)
+        self.inputs = make_inputs(options, config, num_rows)
         self.columns = evenly_spaced(self.inputs.tokens.shape[1], options.max_columns)
         self.gradient_inputs = self.inputs.first_rows(GRADIENT_ROWS).last_tokens(options.max_columns)
         self.checks: list[Check] = []
@@ -172,7 +158,7 @@ class Comparison:
         rows = [f"row {index}" for index in range(len(chosen))]
         for other, suffix in ((outputs.decoded_logits, ""), (whole, ".against_full_forward")):
             for step in range(chosen.shape[1]):
-                name = (f"decode.step_{step}" if step else "decode.prefill") + suffix
+                name = decode_step_name(step) + suffix
                 self.checks.append(check("decode", name, cached[:, step], other[:, step], tolerance, rows))
         self.facts["greedy tokens that agree"] = f"{np.mean(cached.argmax(-1) == chosen):.1%} of {chosen.size}"
         return cached
@@ -261,6 +247,11 @@ class Comparison:
 def evenly_spaced(length: int, count: int) -> np.ndarray:
     """Return at most `count` of `length` columns, evenly spaced, including the last."""
     return np.unique(np.linspace(length - 1, 0, min(length, count)).round().astype(int))
+
+
+def decode_step_name(step: int) -> str:
+    """Return the name of the check of a step's logits; step 0 is that of the prompt."""
+    return f"decode.step_{step}" if step else "decode.prefill"
 
 
 def prefill_chunk_length(inputs: Inputs) -> int:

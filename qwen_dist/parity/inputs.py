@@ -114,9 +114,14 @@ class Inputs:
         return Inputs.from_rows([row[-count:] for row in self.rows()])
 
 
-def make_inputs(options: ParityOptions, config: ModelConfig) -> Inputs:
-    """Return the rows of tokens for these options. Raises CheckpointError if texts need a missing tokenizer."""
-    num_rows = 8 if options.dtype == "bfloat16" else 2  # bfloat16 is judged by statistics over the rows
+def make_inputs(options: ParityOptions, config: ModelConfig, num_rows: int) -> Inputs:
+    """Return the rows of tokens for these options. Raises CheckpointError if texts need a missing tokenizer.
+
+    Args:
+      options: prompts in them are all taken.
+      config: of the model.
+      num_rows: the number of rows without prompts in the options.
+    """
     if options.prompts:
         return _from_text(options, options.prompts)
     if options.tokens is None and (pathlib.Path(options.model) / "tokenizer.json").exists():

@@ -31,11 +31,13 @@ def run_parity(options: ParityOptions, progress: Callable[[str], None] = lambda 
         raise UserError(
             f"parity compares with PyTorch: {' and '.join(missing_packages)} are missing; pip install 'qwen-dist[parity]'"
         )
-    from qwen_dist.parity.comparison import Comparison, compare_in_same_dtype
-    from qwen_dist.parity.oracle import compare_bfloat16
+    from qwen_dist.parity.comparison import Comparison
+    from qwen_dist.parity.oracle import MIN_ROWS, compare_bfloat16
+    from qwen_dist.parity.same_dtype import compare_in_same_dtype
 
     config = read_model_config(options.model, options.ignored_keys)
     # By default, accelerators round the operands of float32 products to fewer bits.
     with jax.enable_x64(options.dtype == "float64"), jax.default_matmul_precision("highest"):
-        comparison = Comparison(options, config, progress)
-        return (compare_bfloat16 if options.dtype == "bfloat16" else compare_in_same_dtype)(comparison)
+        if options.dtype == "bfloat16":  # judged by statistics over the rows
+            return compare_bfloat16(Comparison(options, config, progress, num_rows=MIN_ROWS))
+        return compare_in_same_dtype(Comparison(options, config, progress, num_rows=2))

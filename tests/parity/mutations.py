@@ -764,7 +764,7 @@ class Bench:
         self.outputs: ReferenceOutputs = self._comparison().run_reference(reference)
 
     def _comparison(self) -> Comparison:
-        return Comparison(self.options, self.config, progress=lambda stage: None)
+        return Comparison(self.options, self.config, progress=lambda stage: None, num_rows=2)
 
     def first_failure(self) -> Check | None:
         """Return the first failed check; later stages are skipped."""

@@ -16,6 +16,7 @@ from rich.console import Console
 from qwen_dist import DEMO_MODEL
 from qwen_dist.errors import CheckpointError, UserError
 from qwen_dist.families import FAMILIES
+from qwen_dist.parity.candidate import Candidate
 from qwen_dist.parity.page import to_html, write_html
 from qwen_dist.parity.report import print_report
 from qwen_dist.parity.run import ParityOptions, run_parity
@@ -114,6 +115,29 @@ def test_float32_is_within_bounds(tiny_checkpoint, family):
     # The wider bounds are needed for real checkpoints, and for the gradients that pass through a recurrence.
     judged = [check for check in report.checks if check.section != "gradient" or family not in HYBRID]
     assert max(check.measured for check in judged) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", HYBRID)
+def test_float32_of_a_model_that_amplifies_rounding(tiny_checkpoint, family):
+    """Its layers have random weights. What is beyond the bound for equality is nearer to float64 than PyTorch is."""
+    report = run_parity(ParityOptions(tiny_checkpoint(family), dtype="float32", tokens=130))
+    assert report.ok, report.verdict()
+
+
+def test_an_error_larger_than_pytorchs_is_reported(tiny_checkpoint, monkeypatch):
+    """In float32 the whole model may be beyond the bound for equality only if its error is at most 1.2 times PyTorch's."""
+    forward = Candidate.forward
+
+    def with_an_error(self, inputs, columns, replacing=None):
+        values = forward(self, inputs, columns, replacing)
+        return values if replacing else values | {"logits": np.asarray(values["logits"]) * np.float32(1 + 3e-5)}
+
+    monkeypatch.setattr(Candidate, "forward", with_an_error)
+    report = run_parity(ParityOptions(tiny_checkpoint("qwen3", num_hidden_layers=2), dtype="float32", decode_steps=2))
+    failed = [check for check in report.checks if not check.is_within]
+    assert [(check.section, check.name, check.metric) for check in failed] == [("whole model", "logits", "ratio")]
+    assert failed[0].measured > 10 and failed[0].limit == 1.2 and failed[0].where
 
 
 @pytest.mark.slow

@@ -42,7 +42,10 @@ def test_a_step_needs_three_times_the_products_of_a_forward_pass(loaded):
 
 
 def test_a_step_of_a_hybrid(tiny_checkpoint):
-    """As above. Besides the products a delta net has a convolution; the gradient of its inverse has two products."""
+    """As above. Besides the products a delta net has a convolution.
+
+    The gradient of its inverse has two products, and that of the sums of its gates one.
+    """
     directory = tiny_checkpoint("qwen3_5", num_hidden_layers=2)
     loaded = load_model(directory, ShardingContext(make_mesh(MeshConfig()), TRAIN), dtype="float32")
     T, C, value_heads = 128, 64, 4
@@ -55,10 +58,10 @@ def test_a_step_of_a_hybrid(tiny_checkpoint):
     traced = product_flops(jax.make_jaxpr(forward)(loaded.parameters).jaxpr)
     square = 4 * T * T * 6 * 16
     convolution = T * 2 * 4 * (2 * 2 * 8 + 4 * 12)
-    products_of_inverse = T / C * value_heads * 2 * C**3
+    square_product = T / C * value_heads * 2 * C**3
     seen = square * (T + 1) / (2 * T)
-    three_times = traced - square + seen + convolution - 10 * products_of_inverse
-    assert StepFlops(loaded, loaded.parameters)(positions) == 3 * three_times + (10 + 2) * products_of_inverse
+    three_times = traced - square + seen + convolution - (10 + 1) * square_product
+    assert StepFlops(loaded, loaded.parameters)(positions) == 3 * three_times + (10 + 2 + 1 + 1) * square_product
 
 
 def test_frozen_weights_need_no_gradient_and_padding_needs_nothing(loaded):
