@@ -74,5 +74,5 @@ def _error_ratios(rows: Comparison, candidate: Candidate) -> Iterator[tuple[str,
     logits, _ = candidate.decode(rows.inputs, tokens, prefill_chunk_length(rows.inputs))
     all_rows = np.ones((len(tokens), 1), bool)
     for step in range(num_steps):
-        ours, baseline, truth = (side[:, step, None] for side in (logits, baseline_logits, exact_logits))
-        yield decode_step_name(step), error_ratio(ours, baseline, truth, all_rows)[0]
+        ours, other, truth = (side[:, step, None] for side in (logits, baseline_logits, exact_logits))
+        yield decode_step_name(step), error_ratio(ours, other, truth, all_rows)[0]
