@@ -55,11 +55,11 @@ def _judge_components(
             comparison.checks.append(check("whole model", name, ours, exact, ROUTING_REPORT_ONLY))
             continue
         baseline = sdpa.intermediates if name in sdpa.intermediates else eager  # sdpa has no attention weights
-        ratio, error = error_ratio_of(comparison, name, actual, baseline, oracle.intermediates)
+        ratio, error = _error_ratio_of(comparison, name, actual, baseline, oracle.intermediates)
         limit = _limit(comparison, error) if name == "logits" else None
         delta = difference(comparison.at_real_tokens(name, actual), comparison.at_real_tokens(name, oracle.intermediates))
         comparison.checks.append(Check("whole model", name, "ratio", ratio, limit, delta))
-    ratio, error = error_ratio_of(comparison, "logits", actual, eager, oracle.intermediates)
+    ratio, error = _error_ratio_of(comparison, "logits", actual, eager, oracle.intermediates)
     comparison.facts["logits, error ÷ PyTorch's with eager attention"] = (
         f"{ratio:.3f} ± {error:.3f}" if math.isfinite(error) else f"{ratio:.3f}"
     )
@@ -70,10 +70,9 @@ def _judge_components(
         )
 
 
-def error_ratio_of(
+def _error_ratio_of(
     comparison: Comparison, name: str, actual: Intermediates, baseline: Intermediates, oracle: Intermediates
 ) -> tuple[float, float]:
-    """Return `error_ratio` of an intermediate at the tokens that are compared."""
     ours, other, exact = (comparison.by_token(name, values) for values in (actual, baseline, oracle))
     return error_ratio(ours, other, exact, np.ones(exact.shape[:2], bool) if is_state(name) else comparison.is_compared)
 

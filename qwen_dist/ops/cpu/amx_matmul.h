@@ -20,8 +20,7 @@
 namespace {
 
 constexpr int64_t kPairedFeatures = 2 * kTileSize, kPairedRows = 2 * kTileSize;
-constexpr int64_t kFewPairs = 3;  // of rows
-constexpr int64_t kShortFeatureBytes = 4 << 10;
+constexpr int64_t kFewPairs = 3, kShortFeatureBytes = 4 << 10;  // see TilesPrefetch
 
 // Rows as they are and packed. `packed` has `stride` elements for each row. Up to 16 consecutive rows of a group are together:
 // the first pair of inputs of each row, then the second pair of each.

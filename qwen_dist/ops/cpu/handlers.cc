@@ -269,11 +269,11 @@ ffi::Error DeltaRuleImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer 
 
 thread_local bool is_pool_thread = false;
 
-// Return a handler that does the same, after which XLA goes on in a thread of its pool. It starts a program in another
-// thread, where each product would have to wake a thread of the pool; in one of the pool the other threads, which look for
-// work for a while before they sleep, are often awake.
+// Return a handler that does the same, after which XLA continues in a thread of its pool. XLA starts a program in another
+// thread, from which each product has to wake threads of the pool. Among the threads of the pool, those without work look
+// for some before they sleep, so they are often awake.
 template <class... Arguments>
-auto ThenOnPool(ffi::Error (*handler)(ffi::ThreadPool, Arguments...)) {
+auto ContinueOnPool(ffi::Error (*handler)(ffi::ThreadPool, Arguments...)) {
   return [handler](ffi::ThreadPool pool, Arguments... arguments) {
     ffi::Promise promise;
     ffi::Future future(promise);
@@ -300,7 +300,7 @@ using Pred = ffi::Buffer<ffi::PRED>;
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedMatmul, ThenOnPool(GroupedMatmulImpl),
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedMatmul, ContinueOnPool(GroupedMatmulImpl),
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Any>()
@@ -310,7 +310,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedMatmul, ThenOnPool(GroupedMatmulImpl),
                                   .Ret<Any>()
                                   .Attr<int64_t>("build"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(QuantizedMatmul, ThenOnPool(QuantizedMatmulImpl),
+XLA_FFI_DEFINE_HANDLER_SYMBOL(QuantizedMatmul, ContinueOnPool(QuantizedMatmulImpl),
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Any>()
