@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 
 _taps: contextvars.ContextVar[dict[str, jax.Array] | None] = contextvars.ContextVar("taps", default=None)
 _replacing: contextvars.ContextVar[Mapping[str, jax.Array]] = contextvars.ContextVar("replacing", default={})  # noqa: B039
+_observe: contextvars.ContextVar[Callable[[Any, jax.Array], None] | None] = contextvars.ContextVar("observe", default=None)
 _scope: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("scope", default=())
 
 
@@ -67,3 +69,20 @@ def tap(name: str, value: jax.Array) -> jax.Array:
     replacement = _replacing.get().get(full, value)
     assert replacement.shape == value.shape, f"{full} is {value.shape}; its replacement {replacement.shape}"
     return replacement
+
+
+@contextlib.contextmanager
+def observe_inputs(observe: Callable[[Any, jax.Array], None]) -> Iterator[None]:
+    """Call `observe(layer, rows)` for each linear layer and mixture of experts that is traced with its inputs."""
+    token = _observe.set(observe)
+    try:
+        yield
+    finally:
+        _observe.reset(token)
+
+
+def observed(layer: Any, rows: jax.Array) -> jax.Array:
+    """Return `rows`, the inputs of a layer, after `observe_inputs` has seen them."""
+    if (observe := _observe.get()) is not None:
+        observe(layer, rows)
+    return rows

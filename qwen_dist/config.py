@@ -578,9 +578,25 @@ class QuantizeConfig:
 
     model: QuantizeModelOptions
     output: str = option(flag="--output", metavar="DIR", help="the new checkpoint; written whole or not at all")
+    calibration: str = option(
+        "",
+        flag="--calibration",
+        metavar="TEXT_FILE",
+        help="round the weights of linear layers for small errors of their outputs on this text (GPTQ)",
+    )
+    calibration_tokens: int = option(8192, metavar="N", help="the most tokens of the text that --calibration uses")
     mesh: str = _mesh()
     max_shard_size: str = option("5GB", flag="--max-shard-size", metavar="SIZE", help="the most bytes of a weight file")
     overwrite: bool = option(False, flag="--overwrite", help="replace an existing checkpoint")
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.calibration and self.model.quantize == "fp8":
+            problems.append("--calibration is for --quantize int8 and int4; it is fp8")
+        if self.calibration_tokens < 2:
+            problems.append(f"calibration_tokens is {self.calibration_tokens}; it must be at least 2")
+        if problems:
+            raise UsageError("\n".join(problems))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,6 +33,7 @@ LEVELS = {
     "tokenizer_vocab": 3,
     "tokenizer_files": 4,
     "capture": 1,
+    "text_sample": 1,
     "charts": 1,
     "config": 3,
     "config_fields": 1,

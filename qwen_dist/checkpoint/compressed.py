@@ -6,8 +6,9 @@ float-quantized: the values as they are, with a scale for each row.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from qwen_dist.checkpoint.calibration import calibrate
 from qwen_dist.checkpoint.carried import load_carried
 from qwen_dist.checkpoint.load import ProgressCallback
 from qwen_dist.checkpoint.model import LoadedModel, load_model
@@ -43,27 +45,37 @@ def quantize_checkpoint(
     options: QuantizeOptions,
     *,
     dtype: DTypeLike,
+    calibration: Sequence[int] = (),
     ignored_config_keys: Iterable[str] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     host_memory_budget: int | None = None,
     progress: ProgressCallback | None = None,
+    announce: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Load a checkpoint onto the mesh, quantised, and save it. Arguments and errors as for `load_model` and `save`."""
+    """Load a checkpoint onto the mesh, quantised, and save it.
+
+    `calibration` has the tokens of a text, see `calibration.calibrate`. With it the model without quantisation is in
+    memory, too. `announce` gets a line for each layer that is rounded. Other arguments and errors as for `load_model` and
+    `save`.
+    """
     if options.encoding.startswith("float8") and options.group_size:
         raise UsageError("fp8 is written with one scale of each row: leave out --quantize-group-size, or give 0")
     with sync_processes("checking the output"):
         if jax.process_index() == 0:
             check_output(output, overwrite=overwrite)
-    loaded = load_model(
+    load = functools.partial(
+        load_model,
         model,
         sharding_ctx,
         dtype=dtype,
-        quantize=options,
         ignored_config_keys=ignored_config_keys,
         host_memory_budget=host_memory_budget,
         progress=progress,
     )
+    loaded = load(quantize=options)
+    if calibration:
+        loaded = calibrate(load(quantize="none"), loaded, calibration, announce)
     save_compressed(
         loaded,
         output,

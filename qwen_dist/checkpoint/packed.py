@@ -22,7 +22,7 @@ from qwen_dist.errors import CheckpointError
 from qwen_dist.models.parameters import DiskShape
 from qwen_dist.ops.grouped_weight import GROUP_INDEX, SCALE, ZERO_POINT, GroupedFormat
 from qwen_dist.ops.weight import TensorSpec
-from qwen_dist.quantization.packing import in_awq_order, pack_runs, unpack_words
+from qwen_dist.quantization.packing import in_awq_order, in_runs, pack_runs, unpack_words
 from qwen_dist.quantization.rounding import quantize
 from qwen_dist.quantization.stored import Scheme
 
@@ -171,7 +171,7 @@ def quantizing_source(weight: WeightInfo, form: GroupedFormat, dtype: str) -> tu
             rounded, scale = quantize(wide, form.encoding, np.dtype(form.scale_dtype))
         except ValueError as error:
             raise CheckpointError(f"{weight.name} cannot be quantised: {error}") from None
-        return {"": _in_runs(rounded, form), SCALE: scale}
+        return {"": in_runs(rounded.reshape(*rounded.shape[:-2], -1, form.run), form), SCALE: scale}
 
     return (_SourceMaker(weight, form).make("weight", dtype, form.num_groups, form.group_size, encode),)
 
@@ -344,9 +344,3 @@ def _stored_runs(values: np.ndarray, form: GroupedFormat) -> np.ndarray:
     if form.encoding == "int4":
         return pack_runs(values)
     return (np.ascontiguousarray(values) ^ np.uint8(128)).view(np.int8)
-
-
-def _in_runs(values: np.ndarray, form: GroupedFormat) -> np.ndarray:
-    """Return signed values [*O, groups, g] as the array `values` has them, in runs."""
-    runs = values.reshape(*values.shape[:-2], -1, form.run)
-    return pack_runs((runs + np.int8(8)).view(np.uint8)) if form.encoding == "int4" else runs

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from qwen_dist.capture import observed
 from qwen_dist.models.parameters import declare_param
 from qwen_dist.ops.adapter_rows import select_adapter
 from qwen_dist.ops.matmul import accum_dtype, matmul
@@ -92,7 +93,7 @@ class Linear(nnx.Module):
     def _project(self, x: jax.Array, dtype: DTypeLike) -> jax.Array:
         weight = all_gather_weight(self.weight.get_value(), *dict(self.out_sizes + self.in_sizes))
         in_shape, out_shape = ([size for _, size in sizes] for sizes in (self.in_sizes, self.out_sizes))
-        rows = x.reshape(*x.shape[: x.ndim - len(in_shape)], -1)
+        rows = observed(self, x.reshape(*x.shape[: x.ndim - len(in_shape)], -1))
         is_complete = self.bias is None and self.lora_A is None
         y = matmul(rows, weight.reshape(-1, rows.shape[-1]), dtype if is_complete else None)
         y = y.reshape(*y.shape[:-1], *out_shape)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from qwen_dist.capture import scope, tap
+from qwen_dist.capture import observed, scope, tap
 from qwen_dist.models.config import ModelConfig
 from qwen_dist.models.layers import Linear
 from qwen_dist.models.mlp import MLP
@@ -129,7 +129,7 @@ class Experts(nnx.Module):
         """Return the sum of each token's experts by their scores, [B, T, D], and each expert's output [B, T, K, D]."""
         gate_up, down = (self._weights(name) for name in EXPERT_MATRICES)
         axes = self._axes("gate_up_proj"), self._axes("down_proj")
-        return experts(x_BTD, chosen_BTK, scores_BTK, gate_up, down, axes)
+        return experts(observed(self, x_BTD), chosen_BTK, scores_BTK, gate_up, down, axes)
 
     def _weights(self, name: str) -> ExpertWeights:
         axes = self._axes(name)

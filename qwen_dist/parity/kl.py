@@ -26,10 +26,11 @@ from qwen_dist.ops.step_rows import indices_in_order
 from qwen_dist.quantization.options import CACHE_DTYPES, QuantizeOptions
 from qwen_dist.sharding import INFERENCE, ShardingContext, use_sharding
 from qwen_dist.storage.model_files import ModelFiles
+from qwen_dist.text_sample import WINDOW, read_tokens, windows
 from qwen_dist.tokenizer import Tokenizer
 
-# Tokens of a window, which is computed alone, and of those compared at a time.
-WINDOW, CHUNK = 512, 128
+# Tokens that are compared at a time.
+CHUNK = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,8 @@ def compare_distributions(options: KlOptions, progress: Callable[[str], None] = 
     quantize = QuantizeOptions.of(options.quantize, options.group_size, has_head=options.has_head)
     context = ShardingContext(make_mesh(MeshConfig.parse(options.mesh)), INFERENCE)
     files = ModelFiles.open(options.model)
-    tokens = _tokens(options, Tokenizer.open(files, options.ignored_keys))
+    tokenizer = Tokenizer.open(files, options.ignored_keys)
+    tokens = read_tokens("--kl", options.text, tokenizer.encode, options.max_tokens)
     sides: list[_Side] = []
     forms: tuple[QuantizeOptions | Literal["stored", "none"], ...] = "none", quantize
     for path, form in zip((options.reference or options.model, options.model), forms, strict=True):
@@ -96,8 +98,7 @@ def compare_distributions(options: KlOptions, progress: Callable[[str], None] = 
     progress(f"comparing {len(tokens)} tokens")
     divergences, agreements = [], []
     num_rows = context.batch_multiple()
-    for start in range(0, len(tokens), num_rows * WINDOW):
-        rows_BT, positions_BT = _windows(tokens[start : start + num_rows * WINDOW], num_rows)
+    for rows_BT, positions_BT in windows(tokens, num_rows):
         hidden = [side.hidden(rows_BT, positions_BT) for side in sides]
         for column in range(0, WINDOW, CHUNK):
             is_real = positions_BT[:, column : column + CHUNK] >= 0
@@ -109,29 +110,6 @@ def compare_distributions(options: KlOptions, progress: Callable[[str], None] = 
     kl = np.concatenate(divergences).astype(np.float64)
     top_1 = float(np.concatenate(agreements).mean())
     return KlReport(len(kl), float(kl.mean()), float(np.median(kl)), float(np.quantile(kl, 0.999)), top_1)
-
-
-def _tokens(options: KlOptions, tokenizer: Tokenizer) -> list[int]:
-    try:
-        with open(options.text, encoding="utf-8") as file:
-            # A token has at least a byte, and few have over 32.
-            text = file.read(32 * options.max_tokens)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--kl {options.text} cannot be read as text: {error}") from None
-    tokens = tokenizer.encode(text)[: options.max_tokens]
-    if len(tokens) < 2:
-        raise UserError(f"--kl {options.text} has {len(tokens)} tokens; give a text with at least 2")
-    return tokens
-
-
-def _windows(tokens: list[int], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens and positions [B, T] of the next windows, one in each row, padded at the end."""
-    rows = np.zeros((num_rows, WINDOW), np.int32)
-    positions = np.full((num_rows, WINDOW), -1, np.int32)
-    for row in range(num_rows):
-        part = tokens[row * WINDOW : (row + 1) * WINDOW]
-        rows[row, : len(part)], positions[row, : len(part)] = part, np.arange(len(part))
-    return rows, positions
 
 
 class _Side:

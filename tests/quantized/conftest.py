@@ -24,6 +24,12 @@ def small(tiny_checkpoint):
 
 
 @pytest.fixture(scope="session")
+def small_directory(tiny_directory):
+    """As `small`, with a tokenizer."""
+    return lambda family: tiny_directory(family, **SIZES[family] | {"num_hidden_layers": 2})
+
+
+@pytest.fixture(scope="session")
 def packed_checkpoint(small, tmp_path_factory):
     """A function (family, packer) -> (directory, directory with the same weights dequantised, in float32)."""
 
