@@ -49,8 +49,8 @@ GROUPED_MATMUL, QUANTIZED_MATMUL, EXPERTS, SWIGLU, ROTATE, PAGED_ATTENTION, SHOR
 # The builds that multiply 16-bit floats without widening them to float32, and of these the one that packs rows into tiles.
 # Rows are widened or packed in scratch memory, padded to a multiple of WIDE elements.
 WITHOUT_WIDENING, PACKING, WIDE = ("amx_bf16", "avx512_bf16"), "amx_bf16", 32
-# For a quantised weight, rows in bfloat16 are put into the order of its values, padded to a multiple of STEP_INPUTS.
-STEP_INPUTS = 128
+# For a quantised weight, rows in bfloat16 are put into the order of its values: STEP_BYTES for each STEP_INPUTS.
+STEP_INPUTS, STEP_BYTES = 128, 512
 # The least out-features of a matrix product, and the rows of one of its tiles.
 MIN_FEATURES, MAX_ROWS = 4, 6
 # Attention: head_dim is a multiple of LANES, and pages have KERNEL_PAGE positions.
@@ -118,8 +118,9 @@ def _scratch_shape(
     is_wide = dtype == jnp.bfloat16 and active_build() not in WITHOUT_WIDENING
     is_packed = _packs(dtype) and (num_rows > 1 or size % WIDE != 0)
     if is_wide or is_packed or (is_quantized and dtype == jnp.bfloat16):
-        multiple, dtype = STEP_INPUTS if is_quantized else WIDE, jnp.float32 if is_wide else dtype
-        return jax.ShapeDtypeStruct((num_rows, _padded_stride(-(-size // multiple) * multiple, dtype)), dtype)
+        dtype = jnp.dtype(jnp.float32 if is_wide else dtype)
+        multiple, of_multiple = (STEP_INPUTS, STEP_BYTES // dtype.itemsize) if is_quantized else (WIDE, WIDE)
+        return jax.ShapeDtypeStruct((num_rows, _padded_stride(-(-size // multiple) * of_multiple, dtype)), dtype)
     stride = _padded_stride(size, dtype)
     is_needed = not is_padded and num_rows > MAX_ROWS and stride > size
     return jax.ShapeDtypeStruct((num_rows if is_needed else 0, stride), dtype)

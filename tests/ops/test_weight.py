@@ -230,3 +230,35 @@ def test_sums_of_few_rows_are_scaled(encoding, num_in, group, scale, has_zero_po
     together = np.asarray(native.quantized_matmul(x[:few], one, "bfloat16"))
     alone = [np.asarray(native.quantized_matmul(x[row : row + 1], one, "bfloat16"))[0] for row in range(few)]
     np.testing.assert_array_equal(together, alone)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("encoding", "group"), [("int4", 32), ("int8", 32), ("int8", 128)])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e32])
+def test_inputs_of_very_different_sizes(encoding, group, size, cpu_build):
+    """Builds that add integers have 15 bits and a sign for inputs, so small ones in a run with a large one lose digits."""
+    form = GroupedFormat(encoding, 256, group, "float32", "bfloat16")
+    weight = form.assemble(make(form, 7)[0])
+    values = np.asarray(unpack_runs(weight.values) if encoding == "int4" else weight.values, np.float64)
+    exact = (values.reshape(7, -1, group) * np.asarray(weight.scale, np.float64)).reshape(7, 256)
+    x = np.array(jax.random.normal(jax.random.key(0), (3, 256), "float32")) * size
+    x[0, 40] *= 1000
+    x[1, ::3] = 0
+    x[2] *= 2.0 ** np.linspace(-12, 0, 256)
+    x = jnp.asarray(x, "bfloat16")
+    found = np.asarray(native.quantized_matmul(x, weight, "float32"))
+    rows = np.asarray(x, np.float64)
+    # Runs of four that follow each other: with int8 the first and the third have one scale.
+    largest = np.abs(rows).reshape(3, -1, 128).max(-1).repeat(128, -1)
+    bound = (1e-6 * np.abs(rows) + 2.0**-15 * largest) @ np.abs(exact).T
+    assert (np.abs(found - rows @ exact.T) <= bound).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("encoding", ["int4", "int8"])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_inputs_that_are_not_finite_give_no_finite_results(encoding, value, cpu_build):
+    form = GroupedFormat(encoding, 128, 32, "bfloat16", "bfloat16")
+    x = jnp.ones((3, 128), "bfloat16").at[1, 77].set(value)
+    found = np.asarray(native.quantized_matmul(x, form.assemble(make(form, 7)[0]), "float32"))
+    assert np.isfinite(found[[0, 2]]).all() and not np.isfinite(found[1]).any()

@@ -45,7 +45,8 @@ bool GetScratch(const Kernels& kernels, ffi::DataType dtype, int64_t num_rows, i
   const bool is_needed = dtype == ffi::BF16 && (is_wide || is_packed || is_quantized);
   const auto shape = buffer.dimensions();
   const int64_t multiple = !is_needed ? 1 : is_quantized ? kStepInputs : kWideMultiple;
-  const int64_t least = (num_inputs + multiple - 1) / multiple * multiple;
+  const int64_t of_multiple = is_needed && is_quantized ? kStepInputsBytes / (is_wide ? 4 : 2) : multiple;
+  const int64_t least = (num_inputs + multiple - 1) / multiple * of_multiple;
   if (shape.size() != 2 || shape[1] < least || buffer.element_type() != (is_wide ? ffi::F32 : dtype)) return false;
   const bool is_empty = shape[0] == 0;
   if (is_empty ? is_needed && num_rows > 0 : shape[0] != num_rows) return false;

@@ -136,8 +136,8 @@ constexpr int kScaled = 16;  // keys and values in int8 with one scale
 // The most bfloat16 rows, on average over the groups, for which a quantised product scales sums. Where rows are packed, the
 // product of dequantised elements is the faster one for more.
 constexpr int64_t FewRows(bool packs) { return packs ? 3 : 8; }
-// Rows of a quantised product in bfloat16 have scratch memory for a multiple of this many inputs.
-constexpr int kStepInputs = 128;
+// Rows of a quantised product in bfloat16 have this many bytes of scratch memory for each 128 inputs.
+constexpr int kStepInputs = 128, kStepInputsBytes = 512;
 // Rows of a widened or packed matrix are padded with zeros to a multiple of this many elements.
 constexpr int kWideMultiple = 32;
 // Whether the packed form of these rows of a group is the rows themselves.

@@ -4,8 +4,8 @@
 // There are two ways to multiply. Shapes alone choose one, so a result has the same bits whatever the other rows are:
 //
 // - Scaled sums, for few rows in bfloat16. Such a product is limited by the memory, unless widening a value takes too many
-//   instructions. Values are integers, which bfloat16 holds exactly: rows are multiplied with them, and the sum over a group
-//   is multiplied with its scale, in float32. No element of the weight is computed or rounded.
+//   instructions. Rows are multiplied with the stored integers, and the sum over a group with its scale, in float32. No
+//   element of the weight is computed or rounded. Where bytes can be multiplied, the rows are integers, too: see ByteValues.
 // - Dequantised elements, otherwise. They are rounded to the type of the scale and then to that of the rows, so the product
 //   has the same bits as grouped_matmul.h gives for the dequantised weight. Few rows in float32 dequantise in registers;
 //   many rows dequantise a block of the weight at a time, which stays in the L2 cache.
@@ -132,49 +132,36 @@ struct FloatValues {
     const Floats values = LoadValues<encoding>(step, vector);
     return encoding == Encoding::kInt4 ? values - Set(8.0f) : values;
   }
-  SIMD static void PrepareRow(const uint16_t* from, int64_t num_inputs, float* to) {
-    for (int64_t i = 0; i < num_inputs; i += kFloatLanes) Store(Load(from + i), to + i);
+  SIMD static void PrepareRow(const uint16_t* from, int64_t num_runs, int64_t, float* to) {
+    for (int64_t i = 0; i < num_runs * kRun; i += kFloatLanes) Store(Load(from + i), to + i);
   }
 };
 
 #ifdef HAS_BF16_DOT
-// Pairs of bfloat16, of input i and input i + 16 of a run.
-struct PairsOfInt8 {
-  using Type = BFloat16;
-  static constexpr int kStepRuns = 1, kVectors = 1, kRows = 4;
-  SIMD static INLINE Floats Vector(const uint8_t* step, int) {
-    const __m512i low = _mm512_castps_si512(LoadValues<Encoding::kInt8>(step, 0));
-    const __m512i high = _mm512_castps_si512(LoadValues<Encoding::kInt8>(step, 1));
-    // (low >> 16) | (high & 0xffff0000). The bits that this drops are 0.
-    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_srli_epi32(low, 16), high, upper, 0xf8));
-  }
-  SIMD static void PrepareRow(const uint16_t* from, int64_t num_inputs, uint16_t* to) {
-    for (int64_t i = 0; i < num_inputs; i += kRun) {
-      Store(LoadInterleaved(from + i, from + i + 16), reinterpret_cast<float*>(to + i));
-    }
-  }
-};
+// Bytes, of processors with AVX512-BF16, which all have AVX512-VNNI: it adds products of bytes to the 32 bits that they lie in.
+// A vector has 64 values, made positive by adding 8 or 128. With int4 the first one has the first halves of four runs, and the
+// second the others. An input is a scale times an integer of 16 bits, 256 · high + low, in two vectors of bytes.
+template <Encoding encoding>
+struct ByteValues {
+  static constexpr bool kIsInt4 = encoding == Encoding::kInt4;
+  static constexpr int kStepRuns = kIsInt4 ? 4 : 2, kVectors = kIsInt4 ? 2 : 1, kRows = 2;
+  static constexpr int kOffsetBits = kIsInt4 ? 3 : 7;
+  static constexpr int kPlane = 64, kStepBytes = 2 * kVectors * kPlane;
+  // A block of a row begins with the sum of the integers of each lane, and the scales of the lanes.
+  static constexpr int kSums = 0, kScales = 64, kPlanes = 128;
 
-// Four runs at once, as 32 words of 16 bits. Vector n has bits 4n to 4n + 3 of each word: of each run the even inputs of its
-// first half, those of its second half, the odd inputs of its first half, those of its second. A run has 4 lanes of a sum.
-struct PlanesOfInt4 {
-  using Type = BFloat16;
-  static constexpr int kStepRuns = 4, kVectors = 4, kRows = 2;
-  SIMD static INLINE Floats Vector(const uint8_t* step, int vector) {
-    // The index has 5 bits. The fifth belongs to another value, so the 16 numbers, -8 to 7, are in the table twice.
-    const __m512i numbers = _mm512_broadcast_i64x4(_mm256_set_epi64x(
-        0x40e040c040a04080, 0x404040003f800000, static_cast<int64_t>(0xbf80c000c040c080),
-        static_cast<int64_t>(0xc0a0c0c0c0e0c100)));
-    const __m512i bits = _mm512_srli_epi16(_mm512_loadu_si512(step), 4 * vector);
-    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(bits, numbers));
+  SIMD static INLINE __m512i Vector(const uint8_t* step, int vector) {
+    const __m512i bytes = _mm512_loadu_si512(step);
+    if constexpr (!kIsInt4) return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128));
+    return _mm512_and_si512(vector == 0 ? bytes : _mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15));
   }
-  // Spread four numbers, one for each run, over the lanes of the runs.
-  SIMD static INLINE Floats Lanes(const float (&numbers)[4]) { return Lanes(_mm_loadu_ps(numbers)); }
+  // Spread numbers, one for each run of a step, over the lanes of the runs.
   SIMD static INLINE Floats Lanes(__m128 numbers) {
-    const __m512i run = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    const __m512i run = kIsInt4 ? _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3)
+                                : _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
     return _mm512_permutexvar_ps(run, _mm512_castps128_ps512(numbers));
   }
+  // The numbers of four consecutive groups.
   template <ScaleType type>
   SIMD static INLINE __m128 LoadFour(const void* scales, int64_t index) {
     if constexpr (type == ScaleType::kFloat32) return _mm_loadu_ps(static_cast<const float*>(scales) + index);
@@ -182,26 +169,69 @@ struct PlanesOfInt4 {
     if constexpr (type == ScaleType::kFloat16) return _mm512_castps512_ps128(_mm512_cvtph_ps(_mm256_castsi128_si256(bits)));
     return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(bits), 16));
   }
-  // The last step is padded with zeros.
-  SIMD static void PrepareRow(const uint16_t* from, int64_t num_inputs, uint16_t* to) {
-    const __m512i order = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 30, 28, 26, 24, 22, 20,
-                                           18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-    for (int64_t i = 0; i < num_inputs; to += kRun * kStepRuns) {
-      for (int run = 0; run < kStepRuns; ++run, i += kRun) {
-        const __m512i inputs = i < num_inputs ? LoadPairs(from + i) : _mm512_setzero_si512();
-        const __m512i ordered = _mm512_permutexvar_epi16(order, inputs);
-        __m128i parts[kVectors];
-        std::memcpy(parts, &ordered, sizeof(parts));
-        for (int vector = 0; vector < kVectors; ++vector) {
-          std::memcpy(to + vector * kRun + run * 8, &parts[vector], sizeof(parts[vector]));
+
+  SIMD static INLINE __m512i Joined(__m512i high, __m512i low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low); }
+
+  // Write the blocks of a row, one after the other.
+  SIMD static void PrepareRow(const uint16_t* from, int64_t num_runs, int64_t steps, uint16_t* to) {
+    auto* block = reinterpret_cast<uint8_t*>(to);
+    for (int64_t run = 0; run < num_runs; run += steps * kStepRuns, block += kPlanes + steps * kStepBytes) {
+      PrepareBlock(from + run * kRun, std::min(steps * kStepRuns, num_runs - run), steps, block);
+    }
+  }
+
+ private:
+  // Write a block of `steps` steps, of which the first `num_runs` runs exist. Runs in the same lanes have one scale.
+  SIMD static void PrepareBlock(const uint16_t* from, int64_t num_runs, int64_t steps, uint8_t* to) {
+    std::memset(to + kPlanes, 0, steps * kStepBytes);
+    alignas(64) float scales[16] = {};
+    constexpr int kRunLanes = kRun / 4 / kVectors;
+    for (int lanes = 0; lanes < std::min<int64_t>(kStepRuns, num_runs); ++lanes) {
+      __m512i largest = _mm512_setzero_si512();
+      for (int64_t run = lanes; run < num_runs; run += kStepRuns) {
+        largest = _mm512_max_epu16(largest, _mm512_and_si512(LoadPairs(from + run * kRun), _mm512_set1_epi16(0x7fff)));
+      }
+      const uint32_t bits = _mm512_reduce_max_epu32(_mm512_max_epu32(
+          _mm512_and_si512(largest, _mm512_set1_epi32(0xffff)), _mm512_srli_epi32(largest, 16)));
+      const int exponent = std::max<int>(bits >> 7, 16);  // as the bits have it: 127 stands for 2^0
+      const bool is_finite = exponent != 255;
+      const Floats inverse = Set(PowerOfTwo(127 + 14 - exponent));
+      std::fill_n(scales + lanes * kRunLanes, kRunLanes,
+                  is_finite ? PowerOfTwo(exponent - 127 - 14) : std::numeric_limits<float>::quiet_NaN());
+      for (int64_t run = lanes; is_finite && run < num_runs; run += kStepRuns) {
+        UNROLL for (int half = 0; half < 2; ++half) {
+          uint8_t* const high_plane = to + kPlanes + run / kStepRuns * kStepBytes + (kIsInt4 ? half * 2 * kPlane : 0);
+          const int64_t byte = kIsInt4 ? lanes * 16 : lanes * kRun + half * 16;
+          const __m512i wide = _mm512_cvtps_epi32(Load(from + run * kRun + half * 16) * inverse);
+          const __m512i integers = _mm512_min_epi32(wide, _mm512_set1_epi32(127 * 256 + 127));
+          const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(integers, _mm512_set1_epi32(128)), 8);
+          const __m512i low = _mm512_sub_epi32(integers, _mm512_slli_epi32(high, 8));
+          StoreBytes(high, high_plane + byte);
+          StoreBytes(low, high_plane + kPlane + byte);
         }
       }
     }
+    __m512i sums[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    for (int plane = 0; plane < 2 * kVectors * steps; ++plane) {
+      sums[plane % 2] = _mm512_dpbusd_epi32(sums[plane % 2], _mm512_set1_epi8(1),
+                                            _mm512_loadu_si512(to + kPlanes + plane * kPlane));
+    }
+    _mm512_storeu_si512(to + kSums, Joined(sums[0], sums[1]));
+    std::memcpy(to + kScales, scales, sizeof(scales));
+  }
+  static float PowerOfTwo(int n) {
+    const uint32_t bits = static_cast<uint32_t>(n + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, sizeof(power));
+    return power;
+  }
+  SIMD static INLINE void StoreBytes(__m512i x, uint8_t* to) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(x));
   }
 };
 
 template <Encoding encoding>
-using ValuesOf = std::conditional_t<encoding == Encoding::kInt4, PlanesOfInt4, PairsOfInt8>;
+using ValuesOf = ByteValues<encoding>;
 #else
 template <Encoding encoding>
 using ValuesOf = FloatValues<encoding>;
@@ -213,10 +243,11 @@ template <class Values>
 struct Blocks {
   int64_t num, steps, per_group;
 
-  explicit Blocks(const PackedWeight& weight) {
-    steps = Values::kStepRuns == 1 ? std::gcd(weight.group_runs, kBlockRuns) : 1;
-    num = CeilDivide(weight.num_runs(), Values::kStepRuns * steps);
-    per_group = std::max<int64_t>(1, weight.group_runs / (Values::kStepRuns * steps));
+  Blocks(int64_t num_runs, int64_t group_runs) {
+    constexpr int64_t kRuns = Values::kStepRuns;
+    steps = group_runs % kRuns == 0 ? std::gcd(group_runs / kRuns, kBlockRuns / kRuns) : 1;
+    num = CeilDivide(num_runs, kRuns * steps);
+    per_group = std::max<int64_t>(1, group_runs / (kRuns * steps));
   }
   int64_t Group(int64_t block) const { return static_cast<uint32_t>(block) / static_cast<uint32_t>(per_group); }
 };
@@ -237,7 +268,7 @@ class PackedReader {
         prefetch_(reinterpret_cast<const char*>(prefetch)) {
     StartStep();
   }
-  SIMD INLINE Floats Vector(int feature, int vector) const { return Values::Vector(step_ + feature * stride_, vector); }
+  SIMD INLINE auto Vector(int feature, int vector) const { return Values::Vector(step_ + feature * stride_, vector); }
   SIMD INLINE void NextStep() {
     step_ += kStepBytes;
     runs_left_ -= Values::kStepRuns;
@@ -247,8 +278,8 @@ class PackedReader {
   SIMD INLINE Floats Scale(int feature, int64_t block) const {
     const int64_t first = first_group_ + feature * weight_.num_groups();
     if constexpr (Values::kStepRuns > 1) {
-      const int64_t run = block * Values::kStepRuns;
-      if (weight_.group_runs == 1 && run + Values::kStepRuns <= weight_.num_groups()) {
+      const int64_t run = block * blocks_.steps * Values::kStepRuns;
+      if (weight_.group_runs == 1 && run + 4 <= weight_.num_groups()) {
         return Values::Lanes(Values::template LoadFour<type>(weight_.scales, first + run));
       }
       if (weight_.group_runs % Values::kStepRuns != 0) {
@@ -261,7 +292,8 @@ class PackedReader {
     const int8_t* const first = weight_.zero_points + first_group_ + feature * weight_.num_groups();
     if constexpr (Values::kStepRuns > 1) {
       if (weight_.group_runs % Values::kStepRuns != 0) {
-        return OfLanes([&](int64_t group) { return static_cast<float>(first[group]); }, block * Values::kStepRuns);
+        return OfLanes([&](int64_t group) { return static_cast<float>(first[group]); },
+                       block * blocks_.steps * Values::kStepRuns);
       }
     }
     return Set(first[blocks_.Group(block)]);
@@ -283,12 +315,14 @@ class PackedReader {
       stride_ = kStepBytes;
     }
   }
-  // What `load` gives for the groups of four runs, of which the last ones may not exist.
+  // What `load` gives for the groups of a step's runs, of which the last ones may not exist.
   template <class Load>
   SIMD INLINE Floats OfLanes(const Load& load, int64_t run) const {
-    float numbers[4];
-    for (int n = 0; n < 4; ++n) numbers[n] = load(std::min(run + n, weight_.num_runs() - 1) / weight_.group_runs);
-    return Values::Lanes(numbers);
+    float numbers[4] = {};
+    for (int n = 0; n < Values::kStepRuns; ++n) {
+      numbers[n] = load(std::min(run + n, weight_.num_runs() - 1) / weight_.group_runs);
+    }
+    return Values::Lanes(_mm_loadu_ps(numbers));
   }
 
   const PackedWeight& weight_;
@@ -343,6 +377,56 @@ SIMD void MultiplyValues(Rows<const Row> x, const Blocks<typename Reader::Values
   UNROLL for (int r = 0; r < rows; ++r) StoreSums(sums[r], y[r]);
 }
 
+#ifdef HAS_BF16_DOT
+// The same, with sums of integers.
+template <int rows, bool has_zero_points, Encoding encoding, ScaleType type, class Result>
+SIMD void MultiplyValues(Rows<const uint16_t> x, const Blocks<ByteValues<encoding>>& blocks,
+                         PackedReader<encoding, type> reader, Rows<Result> y) {
+  using Values = ByteValues<encoding>;
+  Floats sums[rows][kTileFeatures];
+  UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int f = 0; f < kTileFeatures; ++f) sums[r][f] = Set(0.0f);
+  const uint8_t* at[rows];
+  UNROLL for (int r = 0; r < rows; ++r) at[r] = reinterpret_cast<const uint8_t*>(x[r]);
+  for (int64_t block = 0; block < blocks.num; ++block) {
+    __m512i high[rows][kTileFeatures], low[rows][kTileFeatures];
+    Floats row_scales[rows], row_sums[rows];
+    UNROLL for (int r = 0; r < rows; ++r) {
+      const __m512i of_lanes = _mm512_loadu_si512(at[r] + Values::kSums);
+      row_sums[r] = _mm512_cvtepi32_ps(of_lanes);
+      row_scales[r] = _mm512_loadu_ps(at[r] + Values::kScales);
+      at[r] += Values::kPlanes;
+      UNROLL for (int f = 0; f < kTileFeatures; ++f) {
+        high[r][f] = _mm512_setzero_si512();
+        low[r][f] = _mm512_sub_epi32(high[r][f], _mm512_slli_epi32(of_lanes, Values::kOffsetBits));
+      }
+    }
+    for (int64_t step = 0; step < blocks.steps; ++step) {
+      UNROLL for (int vector = 0; vector < Values::kVectors; ++vector) {
+        UNROLL for (int f = 0; f < kTileFeatures; ++f) {
+          const __m512i values = reader.Vector(f, vector);
+          UNROLL for (int r = 0; r < rows; ++r) {
+            const uint8_t* const planes = at[r] + 2 * vector * Values::kPlane;
+            high[r][f] = _mm512_dpbusd_epi32(high[r][f], values, _mm512_loadu_si512(planes));
+            low[r][f] = _mm512_dpbusd_epi32(low[r][f], values, _mm512_loadu_si512(planes + Values::kPlane));
+          }
+        }
+      }
+      UNROLL for (int r = 0; r < rows; ++r) at[r] += Values::kStepBytes;
+      reader.NextStep();
+    }
+    UNROLL for (int f = 0; f < kTileFeatures; ++f) {
+      const Floats scale = reader.Scale(f, block);
+      UNROLL for (int r = 0; r < rows; ++r) {
+        Floats product = _mm512_cvtepi32_ps(Values::Joined(high[r][f], low[r][f]));
+        if constexpr (has_zero_points) product = NegatedMultiplyAdd(reader.ZeroPoint(f, block), row_sums[r], product);
+        sums[r][f] = MultiplyAdd(product * row_scales[r], scale, sums[r][f]);
+      }
+    }
+  }
+  UNROLL for (int r = 0; r < rows; ++r) StoreSums(sums[r], y[r]);
+}
+#endif
+
 // Call MultiplyValues for a number of rows.
 template <int max_rows, bool has_zero_points, class Reader, class Row, class Result>
 INLINE void MultiplyValues(int64_t num_rows, Rows<const Row> x, const Blocks<typename Reader::Values>& blocks,
@@ -360,7 +444,7 @@ SIMD void MultiplyFewRows(Rows<const Row> x, int64_t num_rows, const PackedWeigh
                           Rows<Result> y) {
   using Reader = PackedReader<encoding, type>;
   constexpr int kRows = Reader::Values::kRows;
-  const Blocks<typename Reader::Values> blocks(weight);
+  const Blocks<typename Reader::Values> blocks(weight.num_runs(), weight.group_runs);
   const int64_t feature_bytes = weight.num_runs() * RunBytes(encoding), num_tiles = CeilDivide(num_rows, kRows);
   const int64_t distance = RoundUp(kPrefetchBytes, kTileFeatures * feature_bytes);
   uint8_t last_step[kTileFeatures * Reader::kStepBytes];
@@ -377,12 +461,12 @@ SIMD void MultiplyFewRows(Rows<const Row> x, int64_t num_rows, const PackedWeigh
 }
 
 // Put the rows into the order of the values.
-template <class Values>
+template <class Values, class Row>
 void PrepareValueRows(const Pool& pool, const QuantizedMatmulArguments& a) {
-  using Row = typename Values::Type::Row;
+  const Blocks<Values> blocks(a.num_inputs / kRun, a.group_size / kRun);
   ParallelFor(pool, CeilDivide(a.num_rows, kCopyRowsPerJob), [&](int64_t job) {
     for (int64_t row = job * kCopyRowsPerJob; row < std::min(a.num_rows, (job + 1) * kCopyRowsPerJob); ++row) {
-      Values::PrepareRow(static_cast<const uint16_t*>(a.x) + row * a.num_inputs, a.num_inputs,
+      Values::PrepareRow(static_cast<const uint16_t*>(a.x) + row * a.num_inputs, a.num_inputs / kRun, blocks.steps,
                          static_cast<Row*>(a.rows.data) + row * a.rows.stride);
     }
   });
@@ -540,7 +624,7 @@ void MultiplyPacked(const Pool& pool, const QuantizedMatmulArguments& a) {
   const auto groups = NonEmptyGroups(a.sizes, a.num_groups, a.num_rows);
   if constexpr (std::is_same_v<Type, BFloat16>) {
     if (a.num_rows <= FewRows(Type::kPacks) * a.num_groups) {
-      PrepareValueRows<ValuesOf<encoding>>(pool, a);
+      PrepareValueRows<ValuesOf<encoding>, Row>(pool, a);
       const Rows<const Row> x{static_cast<const Row*>(a.rows.data), a.rows.stride};
       const auto multiply = [](auto rows, int64_t num_rows, const PackedWeight& weight, int64_t begin, int64_t end, auto y) {
         if (weight.zero_points == nullptr) {
