@@ -126,7 +126,6 @@ struct RunReader<BFloat16, Encoding::kInt4, type> {
 // Vectors of float32, in the order of the inputs.
 template <Encoding encoding>
 struct FloatValues {
-  using Type = Float32;
   static constexpr int kStepRuns = 1, kVectors = kRun / kFloatLanes, kRows = kRegisters == 32 ? 4 : 2;
   SIMD static INLINE Floats Vector(const uint8_t* step, int vector) {
     const Floats values = LoadValues<encoding>(step, vector);
@@ -138,9 +137,10 @@ struct FloatValues {
 };
 
 #ifdef HAS_BF16_DOT
-// Bytes, of processors with AVX512-BF16, which all have AVX512-VNNI: it adds products of bytes to the 32 bits that they lie in.
-// A vector has 64 values, made positive by adding 8 or 128. With int4 the first one has the first halves of four runs, and the
-// second the others. An input is a scale times an integer of 16 bits, 256 · high + low, in two vectors of bytes.
+// Bytes. Every processor with AVX512-BF16 also has AVX512-VNNI, which multiplies 64 unsigned bytes with 64 signed ones and adds
+// each four products to one of 16 lanes. A vector has 64 values, made unsigned by adding 8 or 128; with int4 the first one has
+// the first halves of four runs, and the second the others. An input is a scale times an integer of 16 bits, 256 · high + low,
+// whose two bytes are in two vectors.
 template <Encoding encoding>
 struct ByteValues {
   static constexpr bool kIsInt4 = encoding == Encoding::kInt4;
@@ -337,7 +337,6 @@ class PackedReader {
 // Multiply rows with four features of a weight.
 template <int rows, bool has_zero_points, class Reader, class Row, class Result>
 SIMD void MultiplyValues(Rows<const Row> x, const Blocks<typename Reader::Values>& blocks, Reader reader, Rows<Result> y) {
-  using Type = typename Reader::Values::Type;
   constexpr int kVectors = Reader::Values::kVectors;
   Floats sums[rows][kTileFeatures];
   UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int f = 0; f < kTileFeatures; ++f) sums[r][f] = Set(0.0f);
@@ -353,15 +352,15 @@ SIMD void MultiplyValues(Rows<const Row> x, const Blocks<typename Reader::Values
       UNROLL for (int vector = 0; vector < kVectors; ++vector) {
         Floats row[rows];
         UNROLL for (int r = 0; r < rows; ++r) {
-          row[r] = Type::LoadVector(at[r] + vector * Type::kLanes);
-          if constexpr (has_zero_points) row_sums[r] = Type::MultiplyAdd(row[r], Type::Ones(), row_sums[r]);
+          row[r] = Load(at[r] + vector * kFloatLanes);
+          if constexpr (has_zero_points) row_sums[r] = row_sums[r] + row[r];
         }
         UNROLL for (int f = 0; f < kTileFeatures; ++f) {
           const Floats values = reader.Vector(f, vector);
-          UNROLL for (int r = 0; r < rows; ++r) products[r][f] = Type::MultiplyAdd(row[r], values, products[r][f]);
+          UNROLL for (int r = 0; r < rows; ++r) products[r][f] = MultiplyAdd(row[r], values, products[r][f]);
         }
       }
-      UNROLL for (int r = 0; r < rows; ++r) at[r] += kVectors * Type::kLanes;
+      UNROLL for (int r = 0; r < rows; ++r) at[r] += kVectors * kFloatLanes;
       reader.NextStep();
     }
     UNROLL for (int f = 0; f < kTileFeatures; ++f) {

@@ -43,7 +43,6 @@ struct Float32 {
   SIMD static INLINE Floats LoadVector(const float* from) { return Load(from); }
   SIMD static INLINE Floats LoadVector(const float* from, int count) { return Load(from, FirstLanes(count)); }
   SIMD static INLINE Floats MultiplyAdd(Floats x, Floats y, Floats sum) { return ::MultiplyAdd(x, y, sum); }
-  SIMD static INLINE Floats Ones() { return Set(1.0f); }
 };
 
 struct BFloat16 {
@@ -62,7 +61,6 @@ struct BFloat16 {
     return _mm512_castsi512_ps(LoadPairs(from, count));
   }
   SIMD static INLINE Floats MultiplyAdd(Floats x, Floats y, Floats sum) { return MultiplyAddPairs(x, y, sum); }
-  SIMD static INLINE Floats Ones() { return _mm512_castsi512_ps(_mm512_set1_epi32(0x3f803f80)); }
 #else
   using Row = float;
   static constexpr bool kWidens = true;
