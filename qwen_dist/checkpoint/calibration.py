@@ -64,7 +64,8 @@ def calibrate(
     for index in range(num_layers):
         moments: dict[str, jax.Array] = {}
         for x_BTD, (_, positions_BT) in zip(hidden, batches, strict=True):
-            for name, moments_CC in before.run(_moments, index, x_BTD, positions_BT).items():
+            for in_block, moments_CC in before.run(_moments, index, x_BTD, positions_BT).items():
+                name = f"layers.{index}.{in_block}"
                 moments[name] = moments[name] + moments_CC if name in moments else moments_CC
         for name in sorted(kept.keys() & moments.keys()):
             if not jnp.isfinite(jnp.trace(moments[name])):
@@ -108,8 +109,7 @@ class _Blocks:
 
         program = self._programs.setdefault((function, layer), jax.jit(call))
         of_block = {name[len(prefix) :]: x for name, x in self._parameters.items() if name.startswith(prefix)}
-        result = program(of_block, x_BTD, positions_BT)
-        return {prefix + name: x for name, x in result.items()} if isinstance(result, dict) else result
+        return program(of_block, x_BTD, positions_BT)
 
 
 def _output(block: Block, x_BTD: jax.Array, inputs: MixerInputs) -> jax.Array:
@@ -117,7 +117,7 @@ def _output(block: Block, x_BTD: jax.Array, inputs: MixerInputs) -> jax.Array:
 
 
 def _moments(block: Block, x_BTD: jax.Array, inputs: MixerInputs) -> dict[str, jax.Array]:
-    """Return X^T X [C, C] in float32 of the inputs of each linear layer, by the name of its weight.
+    """Return X^T X [C, C] in float32 of the inputs of each linear layer, by the name of its weight in the block.
 
     Those of experts' `gate_up_proj` are of all tokens, whichever experts they go to.
     """
