@@ -166,12 +166,15 @@ def open_transformers(path: str, dtype: str, **options: str) -> tuple[Generate, 
     return generate, seconds
 
 
-def open_llama_cpp(path: str, dtype: str) -> tuple[Generate, float]:
-    """Open llama.cpp on a GGUF file of the same weights; a round with another number of sequences opens it again."""
+def open_llama_cpp(path: str, form: str) -> tuple[Generate, float]:
+    """Open llama.cpp on a GGUF file of the same weights; a round with another number of sequences opens it again.
+
+    `form` is a dtype, or the name of one of GGUF's quantised forms.
+    """
     import llama_cpp
     import transformers
 
-    file = llama_cpp.gguf_file(path, {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype])
+    file = llama_cpp.gguf_file(path, {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}.get(form, form))
     begin = time.perf_counter()
     opened = {1: llama_cpp.LlamaCpp(file, 1, 4096)}
     seconds = time.perf_counter() - begin

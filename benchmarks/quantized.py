@@ -4,8 +4,9 @@
 
 Every measurement runs in a fresh process, the forms in turn, `--rounds` times, after a round that warms the caches and is
 discarded; the table has medians. "prefill" and "decode" are those of inference.py, in tokens per second. "weights" is the
-sum of all arrays, and "resident" by how much loading grows the process, divided by that sum. The divergences are those of
-`qwen-dist parity --kl`: from the checkpoint in bfloat16, over the first `--tokens` tokens of a text.
+sum of all arrays in GB, and "resident" by how much loading grows the process, divided by that sum. The divergences are those
+of `qwen-dist parity --kl`: from the checkpoint in bfloat16, over the first `--tokens` tokens of a text. The forms Q8_0 and
+Q4_0 are those of llama.cpp, which quantises the head as well: `pip install xllamacpp gguf`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "int8, head": {"quantize": "int8", "quantize_head": True},
     "int4, head": {"quantize": "int4", "quantize_head": True},
 }
+LLAMA_CPP = ("Q8_0", "Q4_0")
 DIVERGENCES = {"mean": ".5f", "median": ".5f", "tail": ".4f", "top_1": ".2%"}
 
 
@@ -47,7 +49,7 @@ def main() -> None:
     parser.add_argument("--decode", default="1,8,32", help="batch sizes, separated by commas")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--text", default=str(ROOT / "docs" / "finetune.md"), help="what the divergences are of")
-    parser.add_argument("--tokens", type=int, default=2048, help="of the text")
+    parser.add_argument("--tokens", type=int, default=2048, help="of the text; 0 for no divergences")
     parser.add_argument("--worker", metavar="FORM", help=argparse.SUPPRESS)
     processor.add_flag(parser)
     options = parser.parse_args()
@@ -61,7 +63,7 @@ def main() -> None:
             result = run_worker(options, form)
             rounds += [result] if number > 0 else []
             print(f"round {number} {form}: {result}", file=sys.stderr)
-    divergences = {form: divergence(options, form) for form in measured if FORMS[form]}
+    divergences = {form: divergence(options, form) for form in measured if FORMS.get(form) and options.tokens}
     print_table(measured, divergences)
 
 
@@ -75,9 +77,16 @@ def run_worker(options: argparse.Namespace, form: str) -> dict[str, float]:
 
 def work(options: argparse.Namespace) -> dict[str, float]:
     """Return the measurements of one form in this process, by name."""
-    form = FORMS[options.worker]
-    memory = measure_memory(options.model, form)
-    speed = inference.measure(options, lambda: inference.open_qwen_dist(options.model, DTYPE, **form))
+    if options.worker in LLAMA_CPP:
+        import llama_cpp
+
+        size = llama_cpp.gguf_file(options.model, options.worker).stat().st_size
+        memory = {"weights": size / 1e9, "resident": float("nan")}
+        speed = inference.measure(options, lambda: inference.open_llama_cpp(options.model, options.worker))
+    else:
+        form = FORMS[options.worker]
+        memory = measure_memory(options.model, form)
+        speed = inference.measure(options, lambda: inference.open_qwen_dist(options.model, DTYPE, **form))
     return memory | {name: value for name, value in speed.items() if name.startswith(("prefill", "decode"))}
 
 
@@ -129,7 +138,9 @@ def print_table(measured: dict[str, list[dict[str, float]]], divergences: dict[s
     for form, rounds in measured.items():
         values = [statistics.median(one[name] for one in rounds) for name in names]
         print(f"{form:12}" + "".join(f"{value:13.2f}" for value in values))
-    count = next(iter(divergences.values()))["num_tokens"] if divergences else 0
+    if not divergences:
+        return
+    count = next(iter(divergences.values()))["num_tokens"]
     print(f"\nKL from bfloat16 over {count} tokens")
     print(f"{'':12}{'mean':>13}{'median':>13}{'99.9 %':>13}{'same top 1':>13}")
     for form, found in divergences.items():

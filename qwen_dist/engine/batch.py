@@ -41,6 +41,8 @@ class Batch(NamedTuple):
       next_tokens_BT: the token after each, for scoring a prompt; 0 where it is not known.
       slots_B: the slot of each row; the number of all slots where the row is padding.
       continues_B: whether a row continues the sequence of the row before it. Rows of one sequence stand in order.
+      saved_slots_B: the slot for the recurrent layers' states after a row that another continues; the number of all slots:
+        none. None in decode, and for models that have no snapshots.
       logit_indices_BX: the token of each row after which one is sampled; negative where there is none.
       num_steps: how many tokens to decode, one after the other; 1 for prefill.
       pages: for each cache group.
@@ -52,6 +54,7 @@ class Batch(NamedTuple):
     next_tokens_BT: np.ndarray
     slots_B: np.ndarray
     continues_B: np.ndarray
+    saved_slots_B: np.ndarray | None
     logit_indices_BX: np.ndarray
     num_steps: int
     pages: tuple[PageArrays, ...]
@@ -79,7 +82,8 @@ class BatchBuilder:
       max_chunks: rows of prefill in each shard.
       entry_multiple: E is a multiple of it.
       for_latency: somebody waits for each prompt, so there is one size more of prefill, to pad short prompts less.
-      has_snapshots: prefill stops at the last whole page of a prompt, so that its last step has at most a page of tokens.
+      has_snapshots: states of recurrent layers are saved within prompts. Where all slots are in use a step ends there, so
+        there is one size more of prefill: a page of tokens.
     """
 
     def __init__(
@@ -95,8 +99,8 @@ class BatchBuilder:
         has_snapshots: bool = False,
     ):
         self._limits, self._num_slots, self._num_shards = limits, num_slots, num_shards
-        self._chunk_size, self._entry_multiple = chunk_size, entry_multiple
-        widths = {max(1, max_chunks >> halvings) for halvings in range(4 if for_latency or num_slots == 1 else 3)}
+        self._chunk_size, self._entry_multiple, self._has_snapshots = chunk_size, entry_multiple, has_snapshots
+        widths = {max(1, max_chunks >> halvings) for halvings in range(4 if for_latency or num_slots <= 2 else 3)}
         if has_snapshots:
             widths.add(limits.page_size // chunk_size)
         self._prefill_widths = sorted(widths)
@@ -130,15 +134,19 @@ class BatchBuilder:
         return by_shard
 
     def _cut(self, scheduled: ScheduledTokens) -> Schedule:
-        """Cut the tokens of a prompt into rows; each starts at a multiple of the chunk size, so it is within one page."""
+        """Cut the tokens of a prompt into rows; each starts at a multiple of the chunk size, so it is within one page.
+
+        States are saved at the ends of rows, because pages are multiples of chunks.
+        """
         sequence, start, num_tokens, *_ = scheduled
-        starts = range(start, start + num_tokens, self._chunk_size)
-        return [ScheduledTokens(sequence, s, min(self._chunk_size, start + num_tokens - s)) for s in starts]
+        saved = {states.end: (states,) for states in scheduled.saved}
+        ends = [(s, min(s + self._chunk_size, start + num_tokens)) for s in range(start, start + num_tokens, self._chunk_size)]
+        return [ScheduledTokens(sequence, s, end - s, saved=saved.get(end, ())) for s, end in ends]
 
     def _prefill(self, rows: list[Schedule], num_pages: tuple[int, ...], least: int = 1) -> Batch:
         width = next(width for width in self._prefill_widths if width >= max(least, *map(len, rows)))
         batch = self._empty(width, self._chunk_size, num_steps=1)
-        for b, (sequence, start, num_tokens, *_) in _placed(rows, width):
+        for b, (sequence, start, num_tokens, _, saved) in _placed(rows, width):
             tokens = sequence.tokens[start : start + num_tokens]
             batch.tokens_BT[b, :num_tokens] = tokens
             batch.positions_BT[b, :num_tokens] = range(start, start + num_tokens)
@@ -146,6 +154,9 @@ class BatchBuilder:
             batch.next_tokens_BT[b, : len(following)] = following
             batch.slots_B[b], batch.sequences[b] = sequence.slot, sequence
             batch.continues_B[b] = b % width > 0 and batch.sequences[b - 1] is sequence
+            if saved:
+                assert batch.saved_slots_B is not None
+                batch.saved_slots_B[b] = saved[0].slot
             if start + num_tokens == sequence.num_prefill_tokens:
                 batch.logit_indices_BX[b] = num_tokens - 1
         # A row reads at most a ring of pages, or all that the shard has.
@@ -185,6 +196,7 @@ class BatchBuilder:
             next_tokens_BT=next_tokens_BT,
             slots_B=np.full(total, self._num_slots, np.int32),
             continues_B=np.zeros(total, bool),
+            saved_slots_B=np.full(total, self._num_slots, np.int32) if self._has_snapshots and num_tokens > 1 else None,
             logit_indices_BX=np.full((total, 1), -1, np.int32),
             num_steps=num_steps,
             pages=(),

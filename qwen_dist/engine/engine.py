@@ -376,10 +376,9 @@ class Engine:
                 self._start(batch, apart=apart, num_scored=num_scored, known=() if n else known)
                 for n, batch in enumerate(batches)
             ]
-        for scheduled in schedule:
-            if scheduled.saved >= 0:
-                snapshots = self._snapshots or self._runner.start_snapshots(self._num_snapshots)
-                self._snapshots = self._runner.save(self._state, snapshots, scheduled.sequence.slot, scheduled.saved)
+        for states in (states for scheduled in schedule for states in scheduled.saved):
+            snapshots = self._snapshots or self._runner.start_snapshots(self._num_snapshots)
+            self._snapshots = self._runner.save(self._state, snapshots, states.slot, states.snapshot)
         return started
 
     def _allocated_state(self) -> DecodeState:

@@ -98,7 +98,7 @@ class StepArrays(NamedTuple):
         num_steps = np.array(batch.num_steps, np.int32)
         if not batch.is_prefill:
             return cls(None, batch.positions_BT, None, num_steps, StepIndices(batch.slots_B, pages), adapters_BR)
-        indices = StepIndices(batch.slots_B, pages, batch.logit_indices_BX, batch.continues_B)
+        indices = StepIndices(batch.slots_B, pages, batch.logit_indices_BX, batch.continues_B, batch.saved_slots_B)
         return cls(batch.tokens_BT, batch.positions_BT, batch.next_tokens_BT, num_steps, indices, adapters_BR)
 
 

@@ -23,23 +23,35 @@ from qwen_dist.engine.page_allocator import CacheLimits, PageAllocator, Snapshot
 from qwen_dist.engine.request import Request
 from qwen_dist.engine.sequence import PageTable, Sequence
 
-# A snapshot must save at least the computation of this many pages: it ends a step of prefill, and takes memory.
+# A snapshot must save at least the computation of this many pages: it takes memory, and may end a step of prefill.
 PAGES_PER_SNAPSHOT = 4
+
+
+class SavedStates(NamedTuple):
+    """The recurrent layers' states of a sequence as they are before position `end`.
+
+    The step leaves them in `slot`, from where they are copied to `snapshot`: in the slot of the sequence if the step ends
+    there, otherwise in one that no sequence has.
+    """
+
+    end: int
+    slot: int
+    snapshot: int
 
 
 class ScheduledTokens(NamedTuple):
     """Tokens of one sequence that the next step computes: `num_tokens` from position `start` on.
 
     Where `start` is before the end of prefill the tokens are known and are computed at once; otherwise each is sampled
-    after the one before it. Before the step the recurrent layers' states are restored from the snapshot `restored`, and
-    after it they are copied to the snapshot `saved`, if these are not -1.
+    after the one before it. Before the step the recurrent layers' states are restored from the snapshot `restored`, if it is
+    not -1; after it those in `saved` are copied to snapshots.
     """
 
     sequence: Sequence
     start: int
     num_tokens: int
     restored: int = -1
-    saved: int = -1
+    saved: tuple[SavedStates, ...] = ()
 
     @property
     def is_prefill(self) -> bool:
@@ -220,25 +232,36 @@ class Scheduler:
         return min(self._num_decode_steps, max(s.end - s.num_computed_tokens for s in ready))
 
     def _chunks(self, prefilling: list[Sequence]) -> Schedule:
-        """Distribute a step's chunks over the sequences of a shard, in order."""
+        """Distribute a step's chunks over the sequences of a shard, in order.
+
+        Where no slot is free for the states before a position that gets a snapshot, the step ends there for the sequence.
+        """
         left, schedule = self._max_chunks, []
+        idle_slots = list(self._shards[prefilling[0].shard].free_slots) if prefilling else []
         for sequence in prefilling:
             if left == 0:
                 break
             if self._shards[sequence.shard].must_wait(sequence):
                 continue
-            end = sequence.stops[0][0] if sequence.stops else sequence.num_prefill_tokens
-            num_tokens = min(left * self._chunk_size, end - sequence.num_computed_tokens)
+            ends = [*(end for end, _ in sequence.stops), sequence.num_prefill_tokens]
+            last = ends[min(len(idle_slots), len(ends) - 1)]
+            num_tokens = min(left * self._chunk_size, last - sequence.num_computed_tokens)
             left -= -(-num_tokens // self._chunk_size)
-            schedule.append(self._compute(sequence, num_tokens))
+            schedule.append(self._compute(sequence, num_tokens, idle_slots))
         return schedule
 
-    def _compute(self, sequence: Sequence, num_tokens: int) -> ScheduledTokens:
+    def _compute(self, sequence: Sequence, num_tokens: int, idle_slots: list[int] | None = None) -> ScheduledTokens:
+        """Schedule tokens of a sequence; states before the last of them are saved in idle slots, which are taken."""
         start = sequence.num_computed_tokens
         sequence.num_computed_tokens += num_tokens
         if start >= sequence.num_prefill_tokens:
             return ScheduledTokens(sequence, start, num_tokens)
-        return ScheduledTokens(sequence, start, num_tokens, *self._shards[sequence.shard].keep_promises(sequence, start))
+        restored, stops = self._shards[sequence.shard].keep_promises(sequence, start)
+        saved = tuple(
+            SavedStates(end, sequence.slot if end == start + num_tokens else (idle_slots or []).pop(), snapshot)
+            for end, snapshot in stops
+        )
+        return ScheduledTokens(sequence, start, num_tokens, restored, saved)
 
     # --- slots and pages ---
 
@@ -437,29 +460,30 @@ class _Shard:
                 self._promised.add(page)
 
     def promise_snapshots(self, sequence: Sequence, names: list[bytes], num_known: int) -> None:
-        """Choose where prefill stops for a snapshot: where the known pages end, as others may branch there, and last."""
+        """Choose positions that get a snapshot: where the known pages end, as others may branch there, and the last one."""
         last, page_size = sequence.prefill_start // self._limits.page_size, self._limits.page_size
         for number in (num_known, len(names)):
             if number - last >= PAGES_PER_SNAPSHOT and (snapshot := self.snapshots.promise(names[number - 1])) >= 0:
                 sequence.stops.append((number * page_size, snapshot))
                 last = number
 
-    def keep_promises(self, sequence: Sequence, start: int) -> tuple[int, int]:
+    def keep_promises(self, sequence: Sequence, start: int) -> tuple[int, list[tuple[int, int]]]:
         """Note that a step is scheduled that computes the tokens of a sequence from `start` on.
 
-        Return the snapshot that is restored before it, and the one that is saved after it; -1 for none.
+        Return the snapshot that is restored before it, -1 for none, and of `Sequence.stops` those that the step reaches.
         """
         if self._promised:
             num_pages = sequence.num_computed_tokens // self._limits.page_size
             first = start // self._limits.page_size
             self._promised.difference_update(sequence.page_tables[0].pages(first, num_pages - 1).tolist())
-        restored, sequence.snapshot, saved = sequence.snapshot, -1, -1
+        restored, sequence.snapshot = sequence.snapshot, -1
         if restored >= 0:
             self.snapshots.release(restored)
-        if sequence.stops and sequence.stops[0][0] == sequence.num_computed_tokens:
-            _, saved = sequence.stops.pop(0)
-            self.snapshots.keep_promise(saved)
-        return restored, saved
+        reached = [stop for stop in sequence.stops if stop[0] <= sequence.num_computed_tokens]
+        for _, snapshot in reached:
+            self.snapshots.keep_promise(snapshot)
+        sequence.stops = sequence.stops[len(reached) :]
+        return restored, reached
 
     def _break_promises(self, sequence: Sequence) -> list[Sequence]:
         """Forget what a sequence has promised and not computed. Return the sequences that wait for it."""

@@ -28,7 +28,7 @@ from qwen_dist.ops import native_library
 from qwen_dist.ops.grouped_weight import RUN, GroupedWeight
 from qwen_dist.ops.native_library import BUILDS, active_build, is_available
 from qwen_dist.ops.paged_cache import PAGE, SCALED, PagedState, PageIndices
-from qwen_dist.ops.slots import SlotRows
+from qwen_dist.ops.slots import SlotRows, written_slots
 from qwen_dist.ops.weight import Weight
 
 if TYPE_CHECKING:
@@ -286,7 +286,8 @@ def delta_rule_in_slots(inputs: DeltaInputs, pool_DMGRKV: jax.Array, rows: SlotR
     results = o, jax.ShapeDtypeStruct(pool_DMGRKV.shape, pool_DMGRKV.dtype), scratch
     continues_B = jnp.zeros(len(v_BTGRV), bool) if rows.continues_B is None else rows.continues_B
     gates = g_BTGR.astype(jnp.float32), beta_BTGR.astype(jnp.float32)
-    where = jnp.asarray(rows.slots_B, jnp.int32), jnp.asarray(rows.is_start_B), jnp.asarray(continues_B)
-    call = _kernel(DELTA_RULE_IN_SLOTS, results, input_output_aliases={8: 1})
+    slots = (jnp.asarray(x, jnp.int32) for x in (rows.slots_B, written_slots(rows, pool_DMGRKV.shape[1])))
+    where = *slots, jnp.asarray(rows.is_start_B), jnp.asarray(continues_B)
+    call = _kernel(DELTA_RULE_IN_SLOTS, results, input_output_aliases={9: 1})
     o_BTGRV, pool_DMGRKV, _ = call(q_BTGK, k_BTGK, v_BTGRV, *gates, *where, pool_DMGRKV)
     return o_BTGRV, pool_DMGRKV

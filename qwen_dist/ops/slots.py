@@ -23,11 +23,14 @@ class SlotRows(NamedTuple):
       slots_B: the slot of each row among those of all shards; their number where the row is padding.
       is_start_B: the row starts a sequence, from the initial state.
       continues_B: the row continues the sequence of the row before it; None: no row does.
+      saved_slots_B: of a row that the next one continues, the slot that gets the state between them, which otherwise is in
+        no slot; the number of all slots: none. None: of no row.
     """
 
     slots_B: jax.Array
     is_start_B: jax.Array
     continues_B: jax.Array | None = None
+    saved_slots_B: jax.Array | None = None
 
 
 def gather(pool_DM: jax.Array, rows: SlotRows, initial: float = 0.0, dtype: DTypeLike | None = None) -> jax.Array:
@@ -42,7 +45,7 @@ def gather(pool_DM: jax.Array, rows: SlotRows, initial: float = 0.0, dtype: DTyp
 
 
 def scatter(pool_DM: jax.Array, rows: SlotRows, new_B: jax.Array) -> jax.Array:
-    """Put the states after the step into the slots; of several rows of a sequence, that of the last one.
+    """Put the states after the rows into the slots; of several rows of a sequence, that of the last one, and those to save.
 
     They have the pool's dtype, or the pool has their bits.
     """
@@ -111,11 +114,21 @@ def recur(pools: Tree, rows: SlotRows, initial: Tree, inputs_B: Tree, body: Body
 def _local_slots(pool_DM: jax.Array, rows: SlotRows) -> tuple[jax.Array, jax.Array]:
     """Return the slot of each row within its shard [D, B / D], to read and to write; out of range: nowhere."""
     D, M = pool_DM.shape[:2]
-    local_DB = rows.slots_B.reshape(D, -1) - jnp.arange(D)[:, None] * M
+
+    def local(slots_B: jax.Array) -> jax.Array:
+        return slots_B.reshape(D, -1) - jnp.arange(D)[:, None] * M
+
+    read_DB = local(rows.slots_B)
     if rows.continues_B is None:
-        return local_DB, local_DB
+        return read_DB, read_DB
     is_followed_B = jnp.concatenate([rows.continues_B[1:], jnp.zeros(1, bool)])
-    return local_DB, jnp.where(is_followed_B.reshape(D, -1), M, local_DB)
+    saved_DB = M if rows.saved_slots_B is None else local(rows.saved_slots_B)
+    return read_DB, jnp.where(is_followed_B.reshape(D, -1), saved_DB, read_DB)
+
+
+def written_slots(rows: SlotRows, num_slots: int) -> jax.Array:
+    """Return the slot that the state after each row is written to, for one shard of `num_slots`; out of range: none."""
+    return _local_slots(jnp.zeros((1, num_slots)), rows)[1][0]
 
 
 def _expand(x_B: jax.Array, ndim: int) -> jax.Array:

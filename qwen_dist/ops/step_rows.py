@@ -32,12 +32,15 @@ class StepIndices(NamedTuple):
       logit_indices_BX: the tokens of each row whose hidden states are wanted; negative: none. None: all tokens of all rows.
       continues_B: whether a row continues the sequence of the row before it, where a sequence has several rows; these stand
         in order, because a recurrent layer must process them in order. None: no row does.
+      saved_slots_B: the slot that gets the states of recurrent layers after a row that the next one continues; the number of
+        all slots: none. None: of no row.
     """
 
     slots_B: Array
     pages: tuple[PageIndices, ...]
     logit_indices_BX: Array | None = None
     continues_B: Array | None = None
+    saved_slots_B: Array | None = None
 
 
 class StepRows(NamedTuple):
@@ -53,13 +56,14 @@ class RowGroup(NamedTuple):
 
     Attributes:
       positions_BT: each token's position; negative for padding.
-      slots_B, continues_B: see `StepIndices`.
+      slots_B, continues_B, saved_slots_B: see `StepIndices`.
       pages: of the layer's cache group; None where the layer is recurrent.
     """
 
     positions_BT: jax.Array
     slots_B: jax.Array
     continues_B: jax.Array | None
+    saved_slots_B: jax.Array | None
     pages: PageIndices | None = None
 
 
@@ -107,9 +111,12 @@ def row_groups(
     """
     groups, pages_of_tokens = [], []
     for _, positions_BT, indices in steps:
-        continues_B = None if indices.continues_B is None else jnp.asarray(indices.continues_B)
+        slots_B, continues_B, saved_slots_B = (
+            None if x is None else jnp.asarray(x) for x in (indices.slots_B, indices.continues_B, indices.saved_slots_B)
+        )
         pages = None if cache_group is None else indices.pages[cache_group]
-        groups.append(RowGroup(positions_BT, jnp.asarray(indices.slots_B), continues_B, pages))
+        assert slots_B is not None
+        groups.append(RowGroup(positions_BT, slots_B, continues_B, saved_slots_B, pages))
         if pages is not None:
             pages_of_tokens.append(page_of_tokens(pages, positions_BT))
     return tuple(groups), join_groups(pages_of_tokens, num_shards) if pages_of_tokens else None
@@ -123,7 +130,7 @@ def page_of_tokens(pages: PageIndices, positions_BT: jax.Array) -> jax.Array:
 
 def slot_rows(group: RowGroup) -> SlotRows:
     """Return where the rows of a group have their slots; a row whose first position is 0 starts a sequence."""
-    return SlotRows(group.slots_B, group.positions_BT[:, 0] == 0, group.continues_B)
+    return SlotRows(group.slots_B, group.positions_BT[:, 0] == 0, group.continues_B, group.saved_slots_B)
 
 
 def indices_in_order(num_cache_groups: int, positions_BT: jax.Array, num_shards: int, pages_per_row: int) -> StepIndices:

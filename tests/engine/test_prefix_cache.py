@@ -15,7 +15,7 @@ from qwen_dist.engine.batch import BatchBuilder
 from qwen_dist.engine.engine import Engine
 from qwen_dist.engine.page_allocator import PageAllocator, SnapshotPool
 from qwen_dist.engine.request import Request, SamplingParams
-from qwen_dist.engine.scheduler import Scheduler
+from qwen_dist.engine.scheduler import SavedStates, Scheduler
 from qwen_dist.engine.sequence import Sequence
 from qwen_dist.mesh import MeshConfig, make_mesh
 from qwen_dist.models.state import page_bytes, slot_bytes
@@ -304,8 +304,8 @@ def recurrent_scheduler(**changes) -> Scheduler:
     return scheduler_of(prefix_cache=True, **({"num_snapshots": 2, "max_chunks": 64} | changes))
 
 
-def full_schedule(scheduler: Scheduler) -> list[tuple[int, int, int, int, int]]:
-    """The next step of prefill."""
+def full_schedule(scheduler: Scheduler) -> list[tuple[int, int, int, int, tuple[SavedStates, ...]]]:
+    """The next step of prefill: of each sequence the key and what is scheduled."""
     for _ in range(100):
         schedule = scheduler.schedule(can_preempt=True)
         if schedule and schedule[0].is_prefill:
@@ -314,12 +314,40 @@ def full_schedule(scheduler: Scheduler) -> list[tuple[int, int, int, int, int]]:
 
 
 def test_prefill_stops_for_a_snapshot_and_others_begin_from_it_in_a_later_step():
-    scheduler = recurrent_scheduler()
+    scheduler = recurrent_scheduler(num_slots=3)
     for key in range(3):
         scheduler.add(request(key, *LONG, 50 + key), 7 * PAGE)
-    ((_, _, _, _, saved),) = first = full_schedule(scheduler)
-    assert first == [(0, 0, 5 * PAGE, -1, saved)] and saved >= 0
-    assert full_schedule(scheduler) == [(key, 5 * PAGE, 1, -1 if key == 0 else saved, -1) for key in range(3)]
+    ((_, _, _, _, (saved,)),) = first = full_schedule(scheduler)
+    assert first == [(0, 0, 5 * PAGE, -1, (saved,))]
+    assert (saved.end, saved.slot) == (5 * PAGE, 0) and saved.snapshot >= 0
+    expected = [(key, 5 * PAGE, 1, -1 if key == 0 else saved.snapshot, ()) for key in range(3)]
+    assert full_schedule(scheduler) == expected
+
+
+def test_with_a_free_slot_for_the_states_prefill_goes_on_in_the_same_step():
+    scheduler = recurrent_scheduler(num_slots=4)
+    for key in range(3):
+        scheduler.add(request(key, *LONG, 50 + key), 7 * PAGE)
+    ((_, _, _, _, (saved,)),) = first = full_schedule(scheduler)
+    assert first == [(0, 0, 5 * PAGE + 1, -1, (saved,))]
+    assert (saved.end, saved.slot) == (5 * PAGE, 3) and saved.snapshot >= 0
+    assert full_schedule(scheduler) == [(key, 5 * PAGE, 1, saved.snapshot, ()) for key in (1, 2)]
+    # Nothing holds the slot: it goes to the next sequence.
+    assert scheduler.add(request(3, 7), 2).slot == -1
+    assert full_schedule(scheduler)[0][0] == 3
+
+
+def test_the_row_before_a_snapshot_has_the_slot_of_its_states():
+    scheduler = recurrent_scheduler()
+    scheduler.add(request(0, *LONG, 50), 7 * PAGE)
+    schedule = scheduler.schedule(can_preempt=True)
+    sizes = {"num_slots": 4, "num_shards": 1, "chunk_size": CHUNK, "max_chunks": 64, "entry_multiple": 4}
+    builder = BatchBuilder(limits_of(num_slots=4), **sizes, has_snapshots=True)
+    (batch,) = builder.build(schedule, scheduler.num_pages)
+    (saved,) = schedule[0].saved
+    rows = 5 * PAGE // CHUNK
+    assert batch.saved_slots_B.tolist() == [4] * (rows - 1) + [saved.slot] + [4] * (len(batch.slots_B) - rows)
+    assert batch.slots_B[: rows + 1].tolist() == [0] * (rows + 1) and batch.continues_B[rows]
 
 
 def test_where_known_pages_branch_there_is_a_snapshot_for_those_who_come_next():
@@ -331,30 +359,30 @@ def test_where_known_pages_branch_there_is_a_snapshot_for_those_who_come_next():
     steps = [full_schedule(scheduler) for _ in range(2)]
     starts = {key: start for step in reversed(steps) for key, start, *_ in step}
     assert starts == {0: 0, 1: 0, 2: 5 * PAGE}
-    assert sum(saved >= 0 for step in steps for *_, saved in step) == 2
+    assert sum(len(saved) for step in steps for *_, saved in step) == 2
 
 
 def test_a_promised_snapshot_that_is_not_made_sends_those_that_wait_back():
     scheduler = recurrent_scheduler(max_chunks=2)
     first, *others = [scheduler.add(request(key, *LONG, 50 + key), 7 * PAGE) for key in range(3)]
-    assert full_schedule(scheduler) == [(0, 0, 2 * CHUNK, -1, -1)]
+    assert full_schedule(scheduler) == [(0, 0, 2 * CHUNK, -1, ())]
     assert [one.prefill_start for one in others] == [5 * PAGE, 5 * PAGE]
     scheduler.release(first)
     assert (scheduler.num_waiting, scheduler.num_held_pages) == (2, (0,))
     pool = scheduler._shards[0].snapshots
     assert (len(pool._unnamed), pool._promised, pool._idle.keys(), pool._holds) == (2, set(), set(), [0, 0])
     # The page that was finished is known, but there is no snapshot after it.
-    assert full_schedule(scheduler) == [(1, 0, 2 * CHUNK, -1, -1)]
+    assert full_schedule(scheduler) == [(1, 0, 2 * CHUNK, -1, ())]
 
 
 def test_short_prefixes_make_no_snapshots_and_without_room_for_any_there_is_no_cache():
     scheduler = recurrent_scheduler()
     scheduler.add(request(0, *LONG[: 3 * PAGE], 50), 7 * PAGE)
-    assert full_schedule(scheduler) == [(0, 0, 3 * PAGE + 1, -1, -1)]
+    assert full_schedule(scheduler) == [(0, 0, 3 * PAGE + 1, -1, ())]
     scheduler = recurrent_scheduler(num_snapshots=0)
     for key in range(2):
         scheduler.add(request(key, *LONG, 50), 7 * PAGE)
-    assert full_schedule(scheduler) == [(0, 0, 5 * PAGE + 1, -1, -1), (1, 0, 5 * PAGE + 1, -1, -1)]
+    assert full_schedule(scheduler) == [(0, 0, 5 * PAGE + 1, -1, ()), (1, 0, 5 * PAGE + 1, -1, ())]
 
 
 @settings(max_examples=150, deadline=None)
@@ -488,10 +516,10 @@ def test_answers_are_the_same_without_a_prefix_cache(
     assert load.held_positions == load.live_positions == 0 and load.cached_positions > 0
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
-def test_a_chat_computes_only_what_is_new_and_finished_pages_never_change(open_model, family):
+@pytest.mark.parametrize(("family", "num_slots"), [("qwen3", 1), ("qwen3_5", 1), ("qwen3_5", 2)])
+def test_a_chat_computes_only_what_is_new_and_finished_pages_never_change(open_model, family, num_slots):
     """Three turns, each with the turns before in front. Without recurrent layers, the answer of a turn is cached, too."""
-    sizes = {"num_slots": 1, "num_pages": 32, "num_snapshots": 4}
+    sizes = {"num_slots": num_slots, "num_pages": 32, "num_snapshots": 4}
     engine = engine_of(open_model(family), **sizes)
     fresh = engine_of(open_model(family), **sizes, prefix_cache=False)
     rng, tokens, pages, ends = np.random.default_rng(3), [], {}, []

@@ -432,24 +432,28 @@ void CheckDeltaRule(const Kernels& kernels) {
   Array prepared(Float::kFloat32, rows * tokens * key_heads * PreparedStride(key_dim));
   q.Fill(), k.Fill(), v.Fill(), states.Fill();
   for (int64_t i = 0; i < gates.size; ++i) gates.Set(i, -std::abs(Normal())), betas.Set(i, 1 / (1 + std::exp(Normal())));
-  std::vector<int32_t> slot(rows);
+  std::vector<int32_t> slot(rows), written(rows);
   std::vector<char> is_start(rows), continues(rows);
   for (int64_t row = 0; row < rows; ++row) {
     is_start[row] = static_cast<char>(Random(0, 1));
     slot[row] = static_cast<int32_t>(Random(0, 5) ? row : slots);  // the last is none
+    continues[row] = row > 0 && slot[row - 1] < slots && slot[row] < slots && Random(0, 2) == 0;
+    written[row] = slot[row];
+    if (continues[row] && Random(0, 1)) written[row - 1] = static_cast<int32_t>(slots);  // what is between two rows is optional
   }
   const Array before = states;
+  std::vector<std::vector<double>> after(heads);  // the row before
   kernels.delta_rule(kPool, {dtype, rows, tokens, key_heads, group, key_dim, value_dim, slots, q.Data(), k.Data(), v.Data(),
-                             gates.Floats(), betas.Floats(), slot.data(), reinterpret_cast<bool*>(is_start.data()),
+                             gates.Floats(), betas.Floats(), slot.data(), written.data(), reinterpret_cast<bool*>(is_start.data()),
                              reinterpret_cast<bool*>(continues.data()), outputs.Floats(), states.Floats(),
                              prepared.Floats()});
   for (const Array* array : {&outputs, &states, &prepared}) array->ExpectGuards(name);
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t head = 0; head < heads; ++head) {
-      const bool has_slot = slot[row] < slots;
+      const bool has_slot = slot[row] < slots, is_written = written[row] < slots;
       const int64_t size = key_dim * value_dim, at = (row * heads + head) * size;  // row is its slot
       std::vector<double> state(size);
-      for (int64_t i = 0; i < size; ++i) state[i] = is_start[row] ? 0 : before[at + i];
+      for (int64_t i = 0; i < size; ++i) state[i] = continues[row] ? after[head][i] : is_start[row] ? 0 : before[at + i];
       for (int64_t t = 0; t < tokens; ++t) {
         const int64_t token = row * tokens + t, key = (token * key_heads + head / group) * key_dim;
         double key_squares = 1e-6, query_squares = 1e-6;
@@ -472,8 +476,9 @@ void CheckDeltaRule(const Kernels& kernels) {
         }
       }
       for (int64_t i = 0; i < size; ++i) {
-        Expect(states.IsNear(at + i, has_slot ? state[i] : before[at + i], has_slot ? 2e-5 : 0), name + ": the state");
+        Expect(states.IsNear(at + i, is_written ? state[i] : before[at + i], is_written ? 2e-5 : 0), name + ": the state");
       }
+      after[head] = state;
     }
   }
 }

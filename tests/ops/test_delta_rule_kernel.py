@@ -50,13 +50,16 @@ def expect_steps(inputs: DeltaInputs, pool: np.ndarray, rows: SlotRows, is_real_
         slot = rows.slots_B[first]
         if slot >= pool.shape[1]:
             continue
-        index = np.nonzero(is_real_BT[first:end])
         state = np.zeros_like(pool[:, slot]) if rows.is_start_B[first] else pool[:, slot]
-        if len(index[0]):
-            tokens = jax.tree.map(lambda x: np.asarray(x)[first:end][index][None], inputs)  # noqa: B023
-            outputs[first:end][index], state = (x[0] for x in steps(tokens, state))
-            state = state[None]
-        pool[:, slot] = state
+        for row in range(first, end):
+            index = np.flatnonzero(is_real_BT[row])
+            if len(index):
+                tokens = jax.tree.map(lambda x: np.asarray(x)[row, index][None], inputs)  # noqa: B023
+                outputs[row, index], state = (x[0] for x in steps(tokens, state))
+                state = state[None]
+            to = slot if row == end - 1 else rows.saved_slots_B[row]
+            if to < pool.shape[1]:
+                pool[:, to] = state
     return outputs, pool
 
 
@@ -68,10 +71,16 @@ def cases(draw):
     for _ in range(draw(st.integers(1, 4))):
         full = [T] * draw(st.integers(0, 3))
         counts.append([*full, draw(st.integers(0, T))])
-    num_slots = len(counts) + 2
+    num_slots = len(counts) + 4
+    order = rng.permutation(num_slots).tolist()
     # One sequence in four is padding: it has the number of all slots.
-    slots = [num_slots if rng.random() < 0.25 else slot for slot in rng.permutation(num_slots)[: len(counts)].tolist()]
+    slots = [num_slots if rng.random() < 0.25 else slot for slot in order[: len(counts)]]
     rows, is_real_BT = rows_of(counts, T, slots, [rng.random() < 0.5 for _ in counts])
+    # The state between two rows goes to a slot that no sequence has, after some of the rows.
+    saved_slots_B = np.full(len(is_real_BT), num_slots, np.int32)
+    saving = rng.permutation(len(is_real_BT))[:3]
+    saved_slots_B[saving] = order[len(counts) : len(counts) + len(saving)]
+    rows = rows._replace(saved_slots_B=saved_slots_B)
     is_real_BT &= (rows.slots_B < num_slots)[:, None]
     sizes = [draw(st.sampled_from(x)) for x in ([1, 2, 3], [1, 2, 3], [1, 5, 16, 33, 128], [1, 8, 16, 33, 80, 128])]
     inputs = random_inputs(rng, *is_real_BT.shape, *sizes, gates=draw(st.sampled_from([(0.01, 1, 40), (0,), (1000,)])))
@@ -91,7 +100,7 @@ def test_it_is_the_recurrence_of_each_sequence(case):
     expected_o, expected = expect_steps(inputs, pool, rows, is_real_BT)
     close(o, expected_o, "outputs")
     close(new, expected, "states")
-    others = np.setdiff1d(np.arange(pool.shape[1]), rows.slots_B)
+    others = np.setdiff1d(np.arange(pool.shape[1]), [*rows.slots_B, *rows.saved_slots_B])
     np.testing.assert_array_equal(np.asarray(new)[:, others], pool[:, others])
     # A sequence of which no token is real keeps its state.
     begins = np.flatnonzero(~rows.continues_B)
@@ -110,6 +119,8 @@ def test_it_equals_the_plain_form(T, continues, dtype):
     pool = jnp.asarray(rng.standard_normal((1, 5, 2, 3, 20, 36)), jnp.float32)
     slots_B = jnp.array([4, 0, 5, 2]) if continues is None else jnp.array([1, 1, 3, 0])
     rows = SlotRows(slots_B, jnp.array([False, True, False, False]), None if continues is None else jnp.array(continues))
+    if continues is not None:
+        rows = rows._replace(saved_slots_B=jnp.array([4, 5, 5, 2]))  # only the first row is followed
     o, new = native.delta_rule_in_slots(inputs, pool, rows)
     plain_o, plain = jax.jit(delta_rule_in_slots_plain)(inputs, pool, rows)
     has_slot_B = np.asarray(slots_B) < 5

@@ -22,26 +22,35 @@ constexpr int64_t kPreparedPerJob = 16;
 constexpr float kNormEps = 1e-6f;
 
 // Rows [first, end) of one sequence, and the slots of its state before and after them; before: -1 for zeros.
-struct Chain {
+struct Part {
   int64_t first, end, from, to;
 };
+// All rows of a sequence. Most have one part; more where the state between two rows is wanted.
+using Chain = std::vector<Part>;
 
-// The sequences of the rows, without those that have no slot to write to.
-std::vector<Chain> Chains(const int32_t* slots, const bool* is_start, const bool* continues, int64_t num_rows,
-                          int64_t num_slots) {
-  const auto has_slot = [&](int64_t row) { return slots[row] >= 0 && slots[row] < num_slots; };
+// The sequences of the rows, without those whose state after the last row goes to no slot.
+std::vector<Chain> Chains(const DeltaRuleArguments& a) {
+  const auto is_slot = [&](int32_t slot) { return slot >= 0 && slot < a.num_slots; };
   std::vector<Chain> chains;
-  for (int64_t first = 0, end; first < num_rows; first = end) {
-    for (end = first + 1; end < num_rows && continues[end];) ++end;
-    const bool is_zero = is_start[first] || continues[first] || !has_slot(first);
-    if (has_slot(end - 1)) chains.push_back({first, end, is_zero ? -1 : slots[first], slots[end - 1]});
+  for (int64_t first = 0, end; first < a.num_rows; first = end) {
+    const bool is_zero = a.is_start[first] || a.continues[first] || !is_slot(a.slots[first]);
+    int64_t from = is_zero ? -1 : a.slots[first], begin = first;
+    Chain chain;
+    for (end = first + 1; end < a.num_rows && a.continues[end]; ++end) {
+      if (!is_slot(a.written_slots[end - 1])) continue;
+      chain.push_back({begin, end, from, a.written_slots[end - 1]});
+      from = a.written_slots[end - 1], begin = end;
+    }
+    if (!is_slot(a.written_slots[end - 1])) continue;
+    chain.push_back({begin, end, from, a.written_slots[end - 1]});
+    chains.push_back(std::move(chain));
   }
   return chains;
 }
 
 int64_t CountRows(const std::vector<Chain>& chains) {
   int64_t count = 0;
-  for (const Chain& chain : chains) count += chain.end - chain.first;
+  for (const Chain& chain : chains) count += chain.back().end - chain.front().first;
   return count;
 }
 
@@ -49,8 +58,8 @@ int64_t CountRows(const std::vector<Chain>& chains) {
 void ClearOutsideOf(const std::vector<Chain>& chains, int64_t num_rows, int64_t row_size, float* outputs) {
   int64_t row = 0;
   for (const Chain& chain : chains) {
-    std::fill(outputs + row * row_size, outputs + chain.first * row_size, 0.0f);
-    row = chain.end;
+    std::fill(outputs + row * row_size, outputs + chain.front().first * row_size, 0.0f);
+    row = chain.back().end;
   }
   std::fill(outputs + row * row_size, outputs + num_rows * row_size, 0.0f);
 }
@@ -181,31 +190,33 @@ struct DeltaRule {
   // Pass the tokens of a sequence through some columns.
   template <int vectors>
   SIMD void Run(const Chain& chain, const Columns& columns) const {
-    if (columns.first + vectors * kFloatLanes <= shape.value_dim) {
-      Run<vectors, AllLanes>(chain, columns);
-    } else {
-      Run<vectors, Lanes>(chain, columns);
+    for (const Part& part : chain) {
+      if (columns.first + vectors * kFloatLanes <= shape.value_dim) {
+        Run<vectors, AllLanes>(part, columns);
+      } else {
+        Run<vectors, Lanes>(part, columns);
+      }
     }
   }
 
  private:
   template <int vectors, class Mask>
-  SIMD void Run(const Chain& chain, const Columns& columns) const {
+  SIMD void Run(const Part& part, const Columns& columns) const {
     // A decaying state passes through the denormal numbers, which are slow. All threads must treat them alike.
     const FlushDenormals flush;
-    const auto to = InPool<vectors, Mask>(chain.to, columns);
-    if (chain.from < 0) {
-      RunFrom<vectors>(chain, columns, NoTile(), to);
+    const auto to = InPool<vectors, Mask>(part.to, columns);
+    if (part.from < 0) {
+      RunFrom<vectors>(part, columns, NoTile(), to);
     } else {
-      RunFrom<vectors>(chain, columns, InPool<vectors, Mask>(chain.from, columns), to);
+      RunFrom<vectors>(part, columns, InPool<vectors, Mask>(part.from, columns), to);
     }
   }
 
   template <int vectors, class From, class Mask>
-  SIMD INLINE void RunFrom(const Chain& chain, const Columns& columns, const From& from,
+  SIMD INLINE void RunFrom(const Part& part, const Columns& columns, const From& from,
                            const PoolTile<vectors, Mask>& to) const {
-    const int64_t key_dim = shape.key_dim, end = chain.end * shape.num_tokens;
-    const int64_t first = NextReal(chain.first * shape.num_tokens, end, columns, to);
+    const int64_t key_dim = shape.key_dim, end = part.end * shape.num_tokens;
+    const int64_t first = NextReal(part.first * shape.num_tokens, end, columns, to);
     const Token<vectors> none{};
     if (first == end) {
       Pass<false, false>(from, to, key_dim, none, {});
@@ -281,7 +292,7 @@ struct DeltaRule {
 
 void RunDeltaRule(const Pool& pool, const DeltaRuleArguments& a) {
   const int64_t num_heads = a.key_heads * a.group_size;
-  const auto chains = Chains(a.slots, a.is_start, a.continues, a.num_rows, a.num_slots);
+  const auto chains = Chains(a);
   ClearOutsideOf(chains, a.num_rows, a.num_tokens * num_heads * a.value_dim, a.outputs);
   WithType(a.dtype, [&](auto float_type) {
     using Element = typename decltype(float_type)::Element;

@@ -238,7 +238,7 @@ ffi::Error PagedAttentionImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBu
 
 ffi::Error DeltaRuleImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                          ffi::Buffer<ffi::F32> gates, ffi::Buffer<ffi::F32> betas, ffi::Buffer<ffi::S32> slots,
-                         ffi::Buffer<ffi::PRED> is_start, ffi::Buffer<ffi::PRED> continues, ffi::Buffer<ffi::F32> states,
+                         ffi::Buffer<ffi::S32> written_slots, ffi::Buffer<ffi::PRED> is_start, ffi::Buffer<ffi::PRED> continues, ffi::Buffer<ffi::F32> states,
                          ffi::Result<ffi::Buffer<ffi::F32>> outputs, ffi::Result<ffi::Buffer<ffi::F32>> new_states,
                          ffi::Result<ffi::Buffer<ffi::F32>> prepared, int64_t build) {
   const Kernels* kernels = Build(build);
@@ -255,16 +255,17 @@ ffi::Error DeltaRuleImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer 
         "[1, M, G, R, K, V] in float32");
   }
   const int64_t num_gates = Count(v) / value[4];
-  if (Count(gates) != num_gates || Count(betas) != num_gates || Count(slots) != value[0] || Count(is_start) != value[0] ||
-      Count(continues) != value[0] || Count(*outputs) != Count(v) || new_states->untyped_data() != states.untyped_data() ||
+  if (Count(gates) != num_gates || Count(betas) != num_gates || Count(slots) != value[0] ||
+      Count(written_slots) != value[0] || Count(is_start) != value[0] || Count(continues) != value[0] ||
+      Count(*outputs) != Count(v) || new_states->untyped_data() != states.untyped_data() ||
       Count(*prepared) != Count(k) / key[3] * PreparedStride(key[3])) {
     return ffi::Error::InvalidArgument("delta_rule takes gates and step sizes [B, T, G, R] and rows [B], in place");
   }
   kernels->delta_rule(PoolOf(pool), {FloatOf(dtype), value[0], value[1], value[2], value[3], key[3], value[4], state[1],
                                      q.untyped_data(), k.untyped_data(), v.untyped_data(), gates.typed_data(),
-                                     betas.typed_data(), slots.typed_data(), is_start.typed_data(),
-                                     continues.typed_data(), outputs->typed_data(), new_states->typed_data(),
-                                     prepared->typed_data()});
+                                     betas.typed_data(), slots.typed_data(), written_slots.typed_data(),
+                                     is_start.typed_data(), continues.typed_data(), outputs->typed_data(),
+                                     new_states->typed_data(), prepared->typed_data()});
   return ffi::Error::Success();
 }
 
@@ -376,6 +377,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DeltaRuleInSlots, DeltaRuleImpl,
                                   .Arg<Any>()
                                   .Arg<F32>()
                                   .Arg<F32>()
+                                  .Arg<S32>()
                                   .Arg<S32>()
                                   .Arg<Pred>()
                                   .Arg<Pred>()
