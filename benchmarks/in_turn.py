@@ -2,10 +2,10 @@
 
     python benchmarks/in_turn.py --other ../before --model CHECKPOINT_DIR [--dtype bfloat16] [--rounds 12] [--decode 1,8,32]
 
-Both checkouts have the model open at the same time, each in a process with its own `.venv`, and take turns of a few seconds.
-The first round is discarded. The table has the medians in tokens per second, and the median, the lowest and the highest
-quarter of the ratios of two turns that follow each other. A ratio above 1 means that this tree is faster. compare.py has the
-rest: loading, the first token, files of prompts, training.
+Both checkouts have the model open at the same time, each in a process with its own `.venv`, and take turns of a few
+seconds. The first round is discarded. The table has the medians in tokens per second, and the median and the two quartiles
+of the ratios of two turns that follow each other. A ratio above 1 means that this tree is faster. compare.py has the rest:
+loading, the first token, files of prompts, training.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def print_table(options: argparse.Namespace, turns: dict[str, dict[str, list[flo
     import processor
 
     print(f"{processor.describe('jax')}; {options.dtype}")
-    print(f"{'':16}{'this':>10}{'other':>10}{'ratio':>8}{'quarters':>14}{'turns':>7}")
+    print(f"{'':16}{'this':>10}{'other':>10}{'ratio':>8}{'quartiles':>14}{'turns':>7}")
     for name, speeds in turns.items():
         this, other = (statistics.median(speeds[tree]) for tree in ("this", "other"))
         ratios = [mine / theirs for mine, theirs in zip(speeds["this"], speeds["other"], strict=True)]

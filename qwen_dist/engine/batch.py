@@ -140,8 +140,11 @@ class BatchBuilder:
         """
         sequence, start, num_tokens, *_ = scheduled
         saved = {states.end: (states,) for states in scheduled.saved}
-        ends = [(s, min(s + self._chunk_size, start + num_tokens)) for s in range(start, start + num_tokens, self._chunk_size)]
-        return [ScheduledTokens(sequence, s, end - s, saved=saved.get(end, ())) for s, end in ends]
+        rows = []
+        for first in range(start, start + num_tokens, self._chunk_size):
+            end = min(first + self._chunk_size, start + num_tokens)
+            rows.append(ScheduledTokens(sequence, first, end - first, saved=saved.get(end, ())))
+        return rows
 
     def _prefill(self, rows: list[Schedule], num_pages: tuple[int, ...], least: int = 1) -> Batch:
         width = next(width for width in self._prefill_widths if width >= max(least, *map(len, rows)))

@@ -43,8 +43,8 @@ class ScheduledTokens(NamedTuple):
     """Tokens of one sequence that the next step computes: `num_tokens` from position `start` on.
 
     Where `start` is before the end of prefill the tokens are known and are computed at once; otherwise each is sampled
-    after the one before it. Before the step the recurrent layers' states are restored from the snapshot `restored`, if it is
-    not -1; after it those in `saved` are copied to snapshots.
+    after the one before it. Before the step the recurrent layers' states are restored from the snapshot `restored`, if it
+    is not -1; after it those in `saved` are copied to snapshots.
     """
 
     sequence: Sequence

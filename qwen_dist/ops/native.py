@@ -176,8 +176,10 @@ def quantized_grouped_matmul(
     """
     result = jax.ShapeDtypeStruct((len(rows_RC), weights_EOC.shape[-2]), dtype)
     call = _kernel(QUANTIZED_MATMUL, (result, _scratch_shape(rows_RC.shape, rows_RC.dtype, is_quantized=True)))
-    zero_point = jnp.zeros(0, jnp.int8) if weights_EOC.zero_point is None else weights_EOC.zero_point
-    return call(rows_RC, weights_EOC.values, weights_EOC.scale, zero_point, sizes_E.astype(jnp.int32))[0]
+    # Without dimensions: XLA would copy scales whose leading dimensions a reshape has joined, because the last one is 1.
+    scale = weights_EOC.scale.reshape(-1)
+    zero_point = jnp.zeros(0, jnp.int8) if weights_EOC.zero_point is None else weights_EOC.zero_point.reshape(-1)
+    return call(rows_RC, weights_EOC.values, scale, zero_point, sizes_E.astype(jnp.int32))[0]
 
 
 def quantized_matmul(x: jax.Array, weight_OC: GroupedWeight, dtype: DTypeLike) -> jax.Array:

@@ -32,8 +32,8 @@ class StepIndices(NamedTuple):
       logit_indices_BX: the tokens of each row whose hidden states are wanted; negative: none. None: all tokens of all rows.
       continues_B: whether a row continues the sequence of the row before it, where a sequence has several rows; these stand
         in order, because a recurrent layer must process them in order. None: no row does.
-      saved_slots_B: the slot that gets the states of recurrent layers after a row that the next one continues; the number of
-        all slots: none. None: of no row.
+      saved_slots_B: the slot that gets the states of recurrent layers after a row that the next one continues; the number
+        of all slots: none. None: of no row.
     """
 
     slots_B: Array

@@ -81,8 +81,8 @@ ffi::Error GroupedMatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuf
 
 ffi::Error QuantizedShapes() {
   return ffi::Error::InvalidArgument(
-      "quantized_matmul takes rows [R, C], values [E, O, C / 32, 32] in int8 or [E, O, C / 32, 16] bytes with O >= 4, scales "
-      "[E, O, G, 1], zero points of their shape or none, and sizes [E]; E may be left out for one weight");
+      "quantized_matmul takes rows [R, C], values [E, O, C / 32, 32] in int8 or [E, O, C / 32, 16] bytes with O >= 4, E * O * G "
+      "scales, as many zero points or none, and sizes [E]; E may be left out for one weight");
 }
 
 ffi::Error QuantizedMatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values, ffi::AnyBuffer scales,
@@ -91,20 +91,17 @@ ffi::Error QuantizedMatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyB
   const Kernels* kernels = Build(build);
   if (kernels == nullptr) return NoBuild();
   const auto dtype = x.element_type(), result = y->element_type(), scale = scales.element_type();
-  const auto rows = x.dimensions(), shape = values.dimensions(), groups = scales.dimensions();
+  const auto rows = x.dimensions(), shape = values.dimensions();
   const bool is_int4 = values.element_type() == ffi::U8;
   Scratch rows_scratch;
-  // The values are [E, O, runs, width] or, of one weight, [O, runs, width]; the scales [E, O, groups, 1] or [O, groups, 1].
-  // With a reshape to E = 1 XLA would copy the scales.
+  // The values are [E, O, runs, width] or, of one weight, [O, runs, width].
   const size_t first = shape.size() == 4 ? 1 : 0;
-  if (rows.size() != 2 || shape.size() != 3 + first || groups.size() != shape.size() ||
-      !std::equal(shape.begin(), shape.begin() + first + 1, groups.begin())) {
-    return QuantizedShapes();
-  }
+  if (rows.size() != 2 || shape.size() != 3 + first) return QuantizedShapes();
   const int64_t num_weights = first == 1 ? shape[0] : 1, num_features = shape[first], num_runs = shape[first + 1];
-  const int64_t width = shape[first + 2], num_groups = groups[first + 1];
+  const int64_t width = shape[first + 2], num_rows = num_weights * num_features;
+  const int64_t num_groups = num_rows == 0 ? 0 : Count(scales) / num_rows;
   if (rows[1] != num_runs * kRun || width != (is_int4 ? kRun / 2 : kRun) || num_features < kTileFeatures ||
-      num_groups == 0 || num_runs % num_groups != 0 || groups[first + 2] != 1 ||
+      num_groups == 0 || Count(scales) != num_rows * num_groups || num_runs % num_groups != 0 ||
       (Count(zero_points) != 0 && Count(zero_points) != Count(scales)) || Count(sizes) != num_weights ||
       Count(*y) != rows[0] * num_features || !(is_int4 || values.element_type() == ffi::S8) ||
       !(scale == ffi::F32 || scale == ffi::BF16 || scale == ffi::F16) ||
