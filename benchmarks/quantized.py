@@ -5,8 +5,8 @@
 Every measurement runs in a fresh process, the forms in turn, `--rounds` times, after a round that warms the caches and is
 discarded; the table has medians. "prefill" and "decode" are those of inference.py, in tokens per second. "weights" is the
 sum of all arrays in GB, and "resident" by how much loading grows the process, divided by that sum. The divergences are
-those of `qwen-dist parity --kl`: from the checkpoint in bfloat16, over the first `--tokens` tokens of a text. The forms Q8_0
-and Q4_0 are those of llama.cpp, which quantises the head as well: `pip install xllamacpp gguf`.
+those of `qwen-dist parity --kl`: from the checkpoint in bfloat16, over the first `--tokens` tokens of a text. The forms
+Q8_0 and Q4_0 are those of llama.cpp, which quantises the head as well: `pip install xllamacpp gguf`.
 """
 
 from __future__ import annotations
