@@ -682,8 +682,8 @@ STATE_MUTATIONS = [
     _mutation(
         "a chunk does not continue the one before it",
         ROWS + "slot_rows",
-        "== 0, group.continues_B)",
-        "== 0, None)",
+        "== 0, group.continues_B,",
+        "== 0, None,",
         named="engine",
     ),
     _mutation(
