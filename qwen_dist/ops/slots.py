@@ -38,7 +38,7 @@ def gather(pool_DM: jax.Array, rows: SlotRows, initial: float = 0.0, dtype: DTyp
 
     `dtype` is that of the states, where the pool has the bits of 16-bit floats; see `paged_cache.PagedState`.
     """
-    local_DB, _ = _local_slots(*pool_DM.shape[:2], rows)
+    local_DB, _ = _local_slots(pool_DM.shape, rows)
     found_DB = jax.vmap(lambda pool_M, slot_B: pool_M.at[slot_B].get(mode="clip"))(pool_DM, local_DB)
     found_B = found_DB.reshape(-1, *found_DB.shape[2:]).view(dtype or pool_DM.dtype)
     return jnp.where(_expand(rows.is_start_B, found_B.ndim), jnp.asarray(initial, found_B.dtype), found_B)
@@ -49,7 +49,7 @@ def scatter(pool_DM: jax.Array, rows: SlotRows, new_B: jax.Array) -> jax.Array:
 
     They have the pool's dtype, or the pool has their bits.
     """
-    _, written_DB = _local_slots(*pool_DM.shape[:2], rows)
+    _, written_DB = _local_slots(pool_DM.shape, rows)
     new_DB = new_B.view(pool_DM.dtype).reshape(len(pool_DM), -1, *new_B.shape[1:])
     return jax.vmap(lambda pool_M, slot_B, x_B: pool_M.at[slot_B].set(x_B, mode="drop"))(pool_DM, written_DB, new_DB)
 
@@ -88,7 +88,7 @@ def recur(pools: Tree, rows: SlotRows, initial: Tree, inputs_B: Tree, body: Body
         states = jax.tree.map(lambda pool, value: gather(pool, rows, value), pools, initial)
         states, outputs_B = jax.vmap(body)(states, inputs_B)
         return jax.tree.map(lambda pool, x_B: scatter(pool, rows, x_B), pools, states), outputs_B
-    _, written_DB = _local_slots(*jax.tree.leaves(pools)[0].shape[:2], rows)
+    _, written_DB = _local_slots(jax.tree.leaves(pools)[0].shape, rows)
     # All rows read before the first one writes: XLA copies a pool that a loop both reads and writes.
     start_B = jax.tree.map(lambda pool, value: gather(pool, rows, value), pools, initial)
     of_rows = jax.tree.map(lambda x: x.reshape(*written_DB.shape, *x.shape[1:]), (rows.continues_B, start_B, inputs_B))
@@ -113,11 +113,12 @@ def recur(pools: Tree, rows: SlotRows, initial: Tree, inputs_B: Tree, body: Body
 
 def written_slots(rows: SlotRows, num_slots: int) -> jax.Array:
     """Return the slot that the state after each row is written to, of a single shard's; out of range: none."""
-    return _local_slots(1, num_slots, rows)[1][0]
+    return _local_slots((1, num_slots), rows)[1][0]
 
 
-def _local_slots(num_shards: int, num_slots: int, rows: SlotRows) -> tuple[jax.Array, jax.Array]:
+def _local_slots(pool_shape: tuple[int, ...], rows: SlotRows) -> tuple[jax.Array, jax.Array]:
     """Return the slot of each row within its shard [D, B / D], to read and to write; out of range: nowhere."""
+    num_shards, num_slots = pool_shape[:2]
 
     def local(slots_B: jax.Array) -> jax.Array:
         return slots_B.reshape(num_shards, -1) - jnp.arange(num_shards)[:, None] * num_slots
