@@ -11,7 +11,6 @@ loading, the first token, files of prompts, training.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pathlib
 import statistics
@@ -36,6 +35,8 @@ def main() -> None:
     if options.worker:
         work(options)
         return
+    if options.rounds < 2:
+        parser.error(f"--rounds is {options.rounds}; give at least 2, of which the quartiles are")
     trees = {"this": HERE, "other": pathlib.Path(options.other).resolve()}
     workers = {tree: start(root, options) for tree, root in trees.items()}
     turns: dict[str, dict[str, list[float]]] = {}
@@ -74,7 +75,7 @@ def ask(worker: subprocess.Popen[str], rows: int) -> float:
     assert worker.stdin is not None and worker.stdout is not None
     worker.stdin.write(f"{rows}\n")
     worker.stdin.flush()
-    return float(json.loads(worker.stdout.readline()))
+    return float(worker.stdout.readline())
 
 
 def work(options: argparse.Namespace) -> None:
@@ -92,7 +93,7 @@ def work(options: argparse.Namespace) -> None:
             prompts = [[first + 50 * row + position for position in range(32)] for row in range(rows)]
             (begin, before), *_, (end, after) = generate(prompts, 33)
             speed = (after - before) / (end - begin)
-        print(json.dumps(speed), flush=True)
+        print(speed, flush=True)
 
 
 def print_table(options: argparse.Namespace, turns: dict[str, dict[str, list[float]]]) -> None:

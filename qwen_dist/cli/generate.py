@@ -48,7 +48,7 @@ def run(config: GenerateConfig, flags: ProcessFlags) -> int:
                 config.model,
                 config.mesh,
                 config.sampling,
-                max_batch_size=2,  # in a hybrid the second slot takes the states that the prefix cache keeps of a prompt
+                max_batch_size=2,  # one to answer, one for the states that a hybrid saves within a prompt
                 prefix_cache=config.prefix_cache,
                 template_variables=config.chat.variables,
                 progress=progress,

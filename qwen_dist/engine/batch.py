@@ -81,9 +81,10 @@ class BatchBuilder:
       chunk_size: tokens of a row of prefill.
       max_chunks: rows of prefill in each shard.
       entry_multiple: E is a multiple of it.
-      for_latency: somebody waits for each prompt, so there is one size more of prefill, to pad short prompts less.
-      has_snapshots: states of recurrent layers are saved within prompts. Where all slots are in use a step ends there, so
-        there is one size more of prefill: a page of tokens.
+      for_latency: somebody waits for each prompt, so there is one size more of prefill, to pad short prompts less. So it is
+        with one or two slots, where prompts mostly come alone.
+      has_snapshots: states of recurrent layers are saved within prompts. If all slots are in use, prefill ends a step where
+        it saves them, so there is one size more, for the page of tokens that may follow.
     """
 
     def __init__(

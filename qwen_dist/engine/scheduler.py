@@ -30,8 +30,8 @@ PAGES_PER_SNAPSHOT = 4
 class SavedStates(NamedTuple):
     """The recurrent layers' states of a sequence as they are before position `end`.
 
-    The step leaves them in `slot`, from where they are copied to `snapshot`: in the slot of the sequence if the step ends
-    there, otherwise in one that no sequence has.
+    After the step they are in `slot`, and are copied from there to `snapshot`. It is the slot of the sequence if its tokens
+    of this step end at `end`, otherwise a slot that no sequence has.
     """
 
     end: int
@@ -223,7 +223,7 @@ class Scheduler:
             for scheduled in self._chunks([s for s in shard.sequences if s.is_prefilling])
         ]
         still_ready = (s for sequences in ready for s in sequences if s.slot >= 0)
-        return schedule + [self._compute(s, min(steps, s.end - s.num_computed_tokens)) for s in still_ready]
+        return schedule + [self._decode(s, min(steps, s.end - s.num_computed_tokens)) for s in still_ready]
 
     def _decode_steps(self, ready: list[Sequence]) -> int:
         """Return how many tokens each sequence decodes before the host sees them."""
@@ -234,7 +234,8 @@ class Scheduler:
     def _chunks(self, prefilling: list[Sequence]) -> Schedule:
         """Distribute a step's chunks over the sequences of a shard, in order.
 
-        Where no slot is free for the states before a position that gets a snapshot, the step ends there for the sequence.
+        To compute tokens after a save point, a step needs a free slot for the states there. Without one, it ends there for
+        this sequence.
         """
         left, schedule = self._max_chunks, []
         idle_slots = list(self._shards[prefilling[0].shard].free_slots) if prefilling else []
@@ -243,23 +244,26 @@ class Scheduler:
                 break
             if self._shards[sequence.shard].must_wait(sequence):
                 continue
-            ends = [*(end for end, _ in sequence.stops), sequence.num_prefill_tokens]
+            ends = [*(end for end, _ in sequence.save_points), sequence.num_prefill_tokens]
             last = ends[min(len(idle_slots), len(ends) - 1)]
             num_tokens = min(left * self._chunk_size, last - sequence.num_computed_tokens)
             left -= -(-num_tokens // self._chunk_size)
-            schedule.append(self._compute(sequence, num_tokens, idle_slots))
+            schedule.append(self._prefill(sequence, num_tokens, idle_slots))
         return schedule
 
-    def _compute(self, sequence: Sequence, num_tokens: int, idle_slots: list[int] | None = None) -> ScheduledTokens:
-        """Schedule tokens of a sequence; states before the last of them are saved in idle slots, which are taken."""
+    def _decode(self, sequence: Sequence, num_tokens: int) -> ScheduledTokens:
         start = sequence.num_computed_tokens
         sequence.num_computed_tokens += num_tokens
-        if start >= sequence.num_prefill_tokens:
-            return ScheduledTokens(sequence, start, num_tokens)
-        restored, stops = self._shards[sequence.shard].keep_promises(sequence, start)
+        return ScheduledTokens(sequence, start, num_tokens)
+
+    def _prefill(self, sequence: Sequence, num_tokens: int, idle_slots: list[int]) -> ScheduledTokens:
+        """Schedule tokens of a prompt. States that are saved before the last of them take a slot from `idle_slots`."""
+        start = sequence.num_computed_tokens
+        sequence.num_computed_tokens += num_tokens
+        restored, reached = self._shards[sequence.shard].keep_promises(sequence, start)
         saved = tuple(
-            SavedStates(end, sequence.slot if end == start + num_tokens else (idle_slots or []).pop(), snapshot)
-            for end, snapshot in stops
+            SavedStates(end, sequence.slot if end == start + num_tokens else idle_slots.pop(), snapshot)
+            for end, snapshot in reached
         )
         return ScheduledTokens(sequence, start, num_tokens, restored, saved)
 
@@ -464,13 +468,13 @@ class _Shard:
         last, page_size = sequence.prefill_start // self._limits.page_size, self._limits.page_size
         for number in (num_known, len(names)):
             if number - last >= PAGES_PER_SNAPSHOT and (snapshot := self.snapshots.promise(names[number - 1])) >= 0:
-                sequence.stops.append((number * page_size, snapshot))
+                sequence.save_points.append((number * page_size, snapshot))
                 last = number
 
     def keep_promises(self, sequence: Sequence, start: int) -> tuple[int, list[tuple[int, int]]]:
         """Note that a step is scheduled that computes the tokens of a sequence from `start` on.
 
-        Return the snapshot that is restored before it, -1 for none, and of `Sequence.stops` those that the step reaches.
+        Return the snapshot that is restored before it, -1 for none, and those of `Sequence.save_points` that it reaches.
         """
         if self._promised:
             num_pages = sequence.num_computed_tokens // self._limits.page_size
@@ -479,16 +483,16 @@ class _Shard:
         restored, sequence.snapshot = sequence.snapshot, -1
         if restored >= 0:
             self.snapshots.release(restored)
-        reached = [stop for stop in sequence.stops if stop[0] <= sequence.num_computed_tokens]
+        reached = [point for point in sequence.save_points if point[0] <= sequence.num_computed_tokens]
         for _, snapshot in reached:
             self.snapshots.keep_promise(snapshot)
-        sequence.stops = sequence.stops[len(reached) :]
+        sequence.save_points = sequence.save_points[len(reached) :]
         return restored, reached
 
     def _break_promises(self, sequence: Sequence) -> list[Sequence]:
         """Forget what a sequence has promised and not computed. Return the sequences that wait for it."""
         pages = self._promised.intersection(self._uncomputed_pages(sequence)) if self._promised else set()
-        snapshots = {snapshot for _, snapshot in sequence.stops}
+        snapshots = {snapshot for _, snapshot in sequence.save_points}
         self._promised -= pages
         for page in pages:
             self.allocators[0].forget(page)
@@ -496,7 +500,7 @@ class _Shard:
             self.snapshots.break_promise(snapshot)
         if sequence.snapshot >= 0:
             self.snapshots.release(sequence.snapshot)
-        sequence.stops, sequence.snapshot = [], -1
+        sequence.save_points, sequence.snapshot = [], -1
 
         def waits(other: Sequence) -> bool:
             if other is sequence or other.has_begun:

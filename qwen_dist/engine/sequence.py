@@ -58,7 +58,7 @@ class Sequence:
       num_prefill_tokens: the tokens to compute before it can decode.
       prefill_start: the position from which on prefill computes; the pages before it came from the prefix cache.
       snapshot: of the recurrent layers' states at `prefill_start`, until prefill begins; -1: there is none.
-      stops: positions where the states that prefill has come to are saved, in order, each with its snapshot.
+      save_points: positions at which prefill saves the recurrent layers' states, in order, each with its snapshot.
       num_computed_tokens: the tokens whose states exist once every scheduled step has run.
       num_cached_tokens: `prefill_start` when its prefill began for the first time.
       was_preempted: whether it has lost its slot and pages before it was finished.
@@ -75,7 +75,7 @@ class Sequence:
     num_prefill_tokens: int = 0
     prefill_start: int = 0
     snapshot: int = -1
-    stops: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    save_points: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     was_preempted: bool = False

@@ -23,8 +23,8 @@ class SlotRows(NamedTuple):
       slots_B: the slot of each row among those of all shards; their number where the row is padding.
       is_start_B: the row starts a sequence, from the initial state.
       continues_B: the row continues the sequence of the row before it; None: no row does.
-      saved_slots_B: of a row that the next one continues, the slot that gets the state between them, which otherwise is in
-        no slot; the number of all slots: none. None: of no row.
+      saved_slots_B: the slot that gets the state after a row that the next one continues; the number of all slots: none.
+        Other rows write to their own slot in any case. None: no such state is saved.
     """
 
     slots_B: jax.Array
@@ -45,7 +45,7 @@ def gather(pool_DM: jax.Array, rows: SlotRows, initial: float = 0.0, dtype: DTyp
 
 
 def scatter(pool_DM: jax.Array, rows: SlotRows, new_B: jax.Array) -> jax.Array:
-    """Put the states after the rows into the slots; of several rows of a sequence, that of the last one, and those to save.
+    """Put states after rows into the slots: after the last row of each sequence, and after those with a `saved_slots_B`.
 
     They have the pool's dtype, or the pool has their bits.
     """

@@ -111,12 +111,11 @@ def row_groups(
     """
     groups, pages_of_tokens = [], []
     for _, positions_BT, indices in steps:
-        slots_B, continues_B, saved_slots_B = (
-            None if x is None else jnp.asarray(x) for x in (indices.slots_B, indices.continues_B, indices.saved_slots_B)
+        continues_B, saved_slots_B = (
+            None if x is None else jnp.asarray(x) for x in (indices.continues_B, indices.saved_slots_B)
         )
         pages = None if cache_group is None else indices.pages[cache_group]
-        assert slots_B is not None
-        groups.append(RowGroup(positions_BT, slots_B, continues_B, saved_slots_B, pages))
+        groups.append(RowGroup(positions_BT, jnp.asarray(indices.slots_B), continues_B, saved_slots_B, pages))
         if pages is not None:
             pages_of_tokens.append(page_of_tokens(pages, positions_BT))
     return tuple(groups), join_groups(pages_of_tokens, num_shards) if pages_of_tokens else None

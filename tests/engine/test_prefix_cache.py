@@ -313,7 +313,7 @@ def full_schedule(scheduler: Scheduler) -> list[tuple[int, int, int, int, tuple[
     raise AssertionError("no prefill")
 
 
-def test_prefill_stops_for_a_snapshot_and_others_begin_from_it_in_a_later_step():
+def test_without_a_free_slot_prefill_stops_for_a_snapshot_and_others_begin_from_it_in_a_later_step():
     scheduler = recurrent_scheduler(num_slots=3)
     for key in range(3):
         scheduler.add(request(key, *LONG, 50 + key), 7 * PAGE)
@@ -324,7 +324,7 @@ def test_prefill_stops_for_a_snapshot_and_others_begin_from_it_in_a_later_step()
     assert full_schedule(scheduler) == expected
 
 
-def test_with_a_free_slot_for_the_states_prefill_goes_on_in_the_same_step():
+def test_with_a_free_slot_for_the_states_prefill_continues_in_the_same_step():
     scheduler = recurrent_scheduler(num_slots=4)
     for key in range(3):
         scheduler.add(request(key, *LONG, 50 + key), 7 * PAGE)
@@ -332,9 +332,10 @@ def test_with_a_free_slot_for_the_states_prefill_goes_on_in_the_same_step():
     assert first == [(0, 0, 5 * PAGE + 1, -1, (saved,))]
     assert (saved.end, saved.slot) == (5 * PAGE, 3) and saved.snapshot >= 0
     assert full_schedule(scheduler) == [(key, 5 * PAGE, 1, saved.snapshot, ()) for key in (1, 2)]
-    # Nothing holds the slot: it goes to the next sequence.
-    assert scheduler.add(request(3, 7), 2).slot == -1
-    assert full_schedule(scheduler)[0][0] == 3
+    # The slot is still free, and the next sequence gets it.
+    another = scheduler.add(request(3, 7), 2)
+    full_schedule(scheduler)
+    assert another.slot == saved.slot
 
 
 def test_the_row_before_a_snapshot_has_the_slot_of_its_states():

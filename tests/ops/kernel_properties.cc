@@ -212,7 +212,7 @@ void CheckQuantizedMatmul(const Kernels& kernels) {
   for (int8_t& zero : zero_points) zero = static_cast<int8_t>(has_zero ? Random(-half, half - 1) : 0);
   Array x(dtype, rows * inputs), y(result, rows * features), plain(result, rows * features), wide(dtype, num_weights);
   x.Fill();
-  if (dtype == Float::kBFloat16) {  // so few bits are exact in the builds that add integers, too
+  if (dtype == Float::kBFloat16) {  // multiples of 1 / 32, which the builds that add integers represent exactly
     for (int64_t i = 0; i < rows * inputs; ++i) x.Set(i, std::round(x[i] * 32) / 32);
   }
   for (int64_t i = 0; i < num_weights; ++i) {
@@ -439,14 +439,15 @@ void CheckDeltaRule(const Kernels& kernels) {
     slot[row] = static_cast<int32_t>(Random(0, 5) ? row : slots);  // the last is none
     continues[row] = row > 0 && slot[row - 1] < slots && slot[row] < slots && Random(0, 2) == 0;
     written[row] = slot[row];
-    if (continues[row] && Random(0, 1)) written[row - 1] = static_cast<int32_t>(slots);  // what is between two rows is optional
+    // The state between two rows of a sequence may go to no slot.
+    if (continues[row] && Random(0, 1)) written[row - 1] = static_cast<int32_t>(slots);
   }
   const Array before = states;
-  std::vector<std::vector<double>> after(heads);  // the row before
+  std::vector<std::vector<double>> after(heads);  // each head's state after the previous row
   kernels.delta_rule(kPool, {dtype, rows, tokens, key_heads, group, key_dim, value_dim, slots, q.Data(), k.Data(), v.Data(),
-                             gates.Floats(), betas.Floats(), slot.data(), written.data(), reinterpret_cast<bool*>(is_start.data()),
-                             reinterpret_cast<bool*>(continues.data()), outputs.Floats(), states.Floats(),
-                             prepared.Floats()});
+                             gates.Floats(), betas.Floats(), slot.data(), written.data(),
+                             reinterpret_cast<bool*>(is_start.data()), reinterpret_cast<bool*>(continues.data()),
+                             outputs.Floats(), states.Floats(), prepared.Floats()});
   for (const Array* array : {&outputs, &states, &prepared}) array->ExpectGuards(name);
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t head = 0; head < heads; ++head) {

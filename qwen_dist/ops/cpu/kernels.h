@@ -94,7 +94,7 @@ struct DeltaRuleArguments {  // see delta_rule.h
   int64_t num_rows, num_tokens, key_heads, group_size, key_dim, value_dim, num_slots;  // B, T, G, R, K, V, M
   const void *q, *k, *v;
   const float *gates, *betas;
-  const int32_t *slots, *written_slots;  // of each row: where its state is before it, and goes after it; others: nowhere
+  const int32_t *slots, *written_slots;  // of the state before and after each row; out of range: none
   const bool *is_start, *continues;
   float *outputs, *states, *prepared;
 };
